@@ -1,0 +1,39 @@
+"""The errors a user can cause or meet, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+from typing import Final
+
+EXIT_DONE: Final = 0
+EXIT_INTERNAL: Final = 1
+EXIT_USER: Final = 2
+EXIT_PREEMPTED: Final = 3
+
+
+class UserError(Exception):
+    """A mistake in the user's input: names the value, the rule it breaks and the remedy.
+
+    Args:
+        problem: what was found, with the offending value in it.
+        rule: what would have been right.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, problem: str, *, rule: str, remedy: str) -> None:
+        super().__init__(problem, rule, remedy)
+        self.problem, self.rule, self.remedy = problem, rule, remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n  rule:   {self.rule}\n  remedy: {self.remedy}"
+
+    def __reduce__(self) -> tuple[object, tuple[str, str, str]]:
+        """Survive the trip back from a worker process (keyword arguments do not by default)."""
+        return _rebuild_user_error, (self.problem, self.rule, self.remedy)
+
+
+def _rebuild_user_error(problem: str, rule: str, remedy: str) -> UserError:
+    return UserError(problem, rule=rule, remedy=remedy)
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved its state, and continues when it is started again."""

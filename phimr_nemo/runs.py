@@ -1,0 +1,162 @@
+"""Run directories: what made a run, and its metrics as JSONL and TensorBoard."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from phimr_nemo import __version__
+from phimr_nemo.store import atomic_write_text, write_json
+
+RECORDED_PACKAGES: Final = (
+    "torch",
+    "nemo-toolkit",
+    "megatron-core",
+    "nemo-aligner",
+    "nemo-run",
+    "transformer-engine",
+    "transformers",
+    "vllm",
+    "math-verify",
+    "pyarrow",
+)
+METRICS_FILE: Final = "metrics.jsonl"
+RUN_FILE: Final = "run.json"
+CONFIG_FILE: Final = "config.yaml"
+DONE_FILE: Final = "DONE"
+
+
+def git_sha() -> str:
+    """The commit of the source tree, with "+dirty" when it has uncommitted changes; "unknown" outside git."""
+    root = Path(__file__).resolve().parent
+    try:
+        sha = _git(root, "rev-parse", "HEAD")
+        return sha + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(directory), *arguments], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def code_versions() -> dict[str, str]:
+    """Versions of Python, of this package with its git sha, and of the packages that matter for a result."""
+    versions = {"python": platform.python_version(), "phimr-nemo": __version__, "git": git_sha()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+class RunDirectory:
+    """The directory of one run: config.yaml, run.json, metrics.jsonl, tensorboard/, checkpoints/, DONE.
+
+    Args:
+        path: the directory; made if absent. An interrupted run continues in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where native checkpoints go (they serve resume only)."""
+        return self.path / "checkpoints"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has finished."""
+        return (self.path / DONE_FILE).is_file()
+
+    def describe(self, *, stage: str, config_yaml: str, seed: int, facts: Mapping[str, Any]) -> None:
+        """Write config.yaml and run.json (command line, versions, git sha, seed, machine, extra facts)."""
+        atomic_write_text(self.path / CONFIG_FILE, config_yaml)
+        write_json(
+            self.path / RUN_FILE,
+            {
+                "stage": stage,
+                "seed": seed,
+                "command": sys.argv,
+                "versions": code_versions(),
+                "machine": {"processor": platform.machine(), "system": platform.platform()},
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                **facts,
+            },
+        )
+
+    def finish(self, **facts: object) -> None:
+        """Mark the run as finished and record its closing facts."""
+        write_json(self.path / DONE_FILE, facts)
+
+    def closing_facts(self) -> dict[str, Any]:
+        """The facts given to :meth:`finish`."""
+        return dict(json.loads((self.path / DONE_FILE).read_text("utf-8")))
+
+
+class MetricsWriter:
+    """Appends metrics to metrics.jsonl and to TensorBoard. Use as a context manager on one process.
+
+    Args:
+        directory: the run directory.
+        from_step: lines of an interrupted run at or after this step are dropped, so that a resumed run has
+            each step once.
+    """
+
+    def __init__(self, directory: Path, *, from_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / METRICS_FILE
+        kept = [row for row in read_metrics(directory) if row["step"] < from_step]
+        atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=from_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line of named scalars for `step`."""
+        self._file.write(
+            json.dumps({"step": step, "time": time.time(), **{k: float(v) for k, v in metrics.items()}})
+        )
+        self._file.write("\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(directory: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut by a kill is skipped."""
+    path = directory / METRICS_FILE
+    if not path.is_file():
+        return
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
