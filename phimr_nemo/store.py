@@ -321,7 +321,7 @@ def finish(
 
 
 def input_hash(path: Path) -> str:
-    """The sha256 that identifies an input: of its manifest when it is a record directory, else of the file."""
+    """The sha256 that identifies an input: of the manifest of a record directory, else of the file."""
     manifest = path / MANIFEST
     if path.is_dir() and manifest.is_file():
         return file_sha256(manifest)
@@ -385,8 +385,8 @@ def iter_shards(directory: Path, kind: Kind, columns: Sequence[str] | None = Non
             raise UserError(
                 f"shard {path} is {'damaged' if path.is_file() else 'missing'}",
                 rule="a shard's sha256 equals the one in the manifest",
-                remedy=f"delete {directory / MANIFEST} and {path.with_suffix('.json')}, then run the step that "
-                "made it again: only this shard is redone",
+                remedy=f"delete {directory / MANIFEST} and {path.with_suffix('.json').name}, then run the "
+                "step that made it again: only this shard is redone",
             )
         yield pq.read_table(path, columns=list(columns) if columns is not None else None)
 

@@ -1,0 +1,151 @@
+"""Read a YAML file, apply `key=value` overrides, check the result against its dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from phimr_nemo.errors import UserError
+
+T = TypeVar("T")
+
+SUGGESTIONS: Final = 3
+SIMILAR_ENOUGH: Final = 0.5
+MISSING_VALUE: Final = "???"
+
+
+def find_config(path: Path) -> Path:
+    """A config file as given, or the same relative path in the source tree.
+
+    Raises:
+        UserError: there is no such file; the ones beside it are listed.
+    """
+    source_tree = Path(__file__).resolve().parents[2]
+    for candidate in (path, source_tree / path):
+        if candidate.is_file():
+            return candidate
+    siblings = sorted(str(p.name) for p in (source_tree / path).parent.glob("*.yaml"))
+    raise UserError(
+        f"config file {path} does not exist",
+        rule="--config names a YAML file, relative to the working directory or to the source tree",
+        remedy=f"use one of {siblings} in {path.parent}" if siblings else "see the files in conf/",
+    )
+
+
+def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+    """A stage's configuration.
+
+    Args:
+        schema: the dataclass of the stage (see :data:`phimr_nemo.config.STAGES`).
+        path: YAML file; None when the overrides say everything.
+        overrides: `key.sub=value` items, applied in order.
+
+    Raises:
+        UserError: no such file, malformed YAML or override, unknown key, wrong type, missing value.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for item in overrides:
+        if "=" not in item or item.startswith("-"):
+            raise UserError(
+                f"override {item!r} is malformed",
+                rule="an override has the form key.sub=value, without dashes or spaces around =",
+                remedy="for example optim.lr=1e-5 parallel.tensor=2",
+            )
+    try:
+        merged = OmegaConf.load(find_config(path)) if path is not None else OmegaConf.create()
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(
+            f"cannot read the configuration {path}: {error}",
+            rule="a config is a YAML mapping; overrides have the form key.sub=value",
+            remedy="correct the named place",
+        ) from error
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"config {path} holds a {type(values).__name__}",
+            rule="a config is a YAML mapping of keys to values",
+            remedy="look at the files in conf/ for examples",
+        )
+    return parse_config(schema, {str(key): value for key, value in values.items()})
+
+
+def parse_config(schema: type[T], values: Mapping[str, Any]) -> T:
+    """Plain values -> a frozen dataclass, checked.
+
+    Raises:
+        UserError: unknown key, wrong type or missing value: every such place is listed.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(schema).validate_python(_without_missing(values))
+    except ValidationError as error:
+        problems = [_explain(item, schema) for item in error.errors()]
+        raise UserError(
+            "; ".join(problems),
+            rule=f"the keys and types of {schema.__name__} (phimr_nemo/config/schema.py)",
+            remedy="correct the named keys in the YAML file or on the command line (key.sub=value)",
+        ) from error
+
+
+def _without_missing(values: Any) -> Any:
+    """Drop `???`, so that a value the preset leaves to the user is reported as missing."""
+    if isinstance(values, Mapping):
+        return {k: _without_missing(v) for k, v in values.items() if v != MISSING_VALUE}
+    if isinstance(values, list):
+        return [_without_missing(v) for v in values]
+    return values
+
+
+def _explain(item: Mapping[str, Any], schema: type) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _all_keys(schema)
+        similar = difflib.get_close_matches(key, known, SUGGESTIONS, SIMILAR_ENOUGH)
+        return f"unknown key {key!r}" + (f" (did you mean {' or '.join(similar)}?)" if similar else "")
+    if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key!r} is not given"
+    return f"{key}={item['input']!r}: {item['msg']}"
+
+
+def _all_keys(schema: type, prefix: str = "") -> list[str]:
+    import typing
+
+    keys: list[str] = []
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        keys.append(prefix + item.name)
+        for option in (hints[item.name], *typing.get_args(hints[item.name])):
+            if dataclasses.is_dataclass(option) and isinstance(option, type):
+                keys.extend(_all_keys(option, f"{prefix}{item.name}."))
+    return keys
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """A config dataclass as plain values (paths as strings), the inverse of :func:`parse_config`."""
+    return dict(_plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def to_yaml(config: object) -> str:
+    """A config dataclass as YAML, in the order of its fields."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

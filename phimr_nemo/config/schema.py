@@ -1,0 +1,501 @@
+"""The typed configuration of every stage: frozen dataclasses, filled from YAML and `key=value` overrides.
+
+A field without a default must stand in the YAML file: the numbers of the recipe live in conf/, with
+their source, and not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from typing_extensions import dataclass_transform
+
+from phimr_nemo.records import Difficulty
+
+T = TypeVar("T")
+
+Dtype = Literal["fp32", "bf16"]
+LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass in which an unknown key is an error."""
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+@config
+class RunConfig:
+    """Where a run writes and what seeds it."""
+
+    output: Path
+    seed: int
+    log_every: int = 1
+
+
+@config
+class ShardConfig:
+    """Which part of a data step this process does: shards `index`, `index + count`, ..."""
+
+    index: int = 0
+    count: int = 1
+
+
+@config
+class ParallelConfig:
+    """The parallel layout. The world size is tensor x pipeline x data."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Processes that the layout needs."""
+        return self.tensor * self.pipeline * self.data
+
+
+@config
+class ModelConfig:
+    """How the model is computed; its shape comes from the base directory's config.json."""
+
+    dtype: Dtype
+    longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
+    recompute: bool = False
+
+
+@config
+class OptimConfig:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        warmup_fraction: share of the steps in which the rate rises linearly from 0 to `lr`.
+        distributed: Megatron's distributed optimizer (states sharded over the data-parallel ranks).
+    """
+
+    lr: float
+    min_lr: float
+    warmup_fraction: float
+    schedule: Schedule
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    clip_grad: float
+    distributed: bool
+
+
+@config
+class CheckpointConfig:
+    """Native checkpoints, which serve resume only.
+
+    Attributes:
+        every: steps between checkpoints; also written at the end and when the run is told to stop.
+        keep: how many of the newest are kept.
+    """
+
+    every: int
+    keep: int = 1
+
+
+@config
+class SupervisedConfig:
+    """Stages 1 and 2.
+
+    Attributes:
+        base: Hugging Face directory to start from.
+        data: `rows` (mid-training) or `conversations` (SFT) record directory.
+        sequence_length: the longest sequence, in tokens.
+        epochs: passes over the data.
+        validation_rows: rows kept out of training to measure the validation loss.
+        validate_every: steps between two measurements.
+        max_steps: stop earlier than `epochs` says; 0 = do not.
+    """
+
+    run: RunConfig
+    base: Path
+    data: Path
+    sequence_length: int
+    epochs: int
+    micro_batch: int
+    global_batch: int
+    validation_rows: int
+    validate_every: int
+    model: ModelConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig
+    max_steps: int = 0
+
+
+@config
+class MidtrainConfig(SupervisedConfig):
+    """Stage 1: packed next-token prediction on the full verified set."""
+
+
+@config
+class SFTConfig(SupervisedConfig):
+    """Stage 2: unpacked conversations, loss on the response only."""
+
+
+@config
+class DPOConfig:
+    """Stage 3: rollout DPO.
+
+    Attributes:
+        pairs: `pairs` record directory.
+        beta: strength of the implied KL penalty.
+        micro_batch, global_batch: in pairs.
+    """
+
+    run: RunConfig
+    base: Path
+    pairs: Path
+    sequence_length: int
+    beta: float
+    epochs: int
+    micro_batch: int
+    global_batch: int
+    model: ModelConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig
+    max_steps: int = 0
+
+
+@config
+class TemperatureConfig:
+    """Temperature annealing: linear from `start` to `end` over `fraction` of the steps, then `end`."""
+
+    start: float
+    end: float
+    fraction: float
+
+
+@config
+class RebalanceConfig:
+    """Reward rebalancing: all positives, equally many random negatives; drop prompts that are too easy.
+
+    Attributes:
+        enabled: False keeps every rollout of every group.
+        drop_above: prompts whose group accuracy is above this are dropped.
+        oversample_hard: how many times a hard prompt appears in an epoch of prompts.
+    """
+
+    enabled: bool
+    drop_above: float
+    oversample_hard: int
+
+
+@config
+class PromptOptimizationConfig:
+    """Prompt optimisation: keep prompts whose responses are uniform in length.
+
+    Attributes:
+        enabled: False keeps every prompt.
+        max_length_spread: largest coefficient of variation of the response lengths.
+    """
+
+    enabled: bool
+    max_length_spread: float
+
+
+@config
+class GRPOConfig:
+    """Stage 4: GRPO with a verifiable reward.
+
+    Attributes:
+        prompts: `prompts` record directory.
+        sequence_length: longest prompt + response.
+        max_new_tokens: longest response.
+        steps: optimisation rounds.
+        prompts_per_step, group_size: a round samples their product.
+        clip_low, clip_high: the surrogate's ratio stays in [1 - clip_low, 1 + clip_high].
+        kl: weight of the k3 KL penalty to the starting model; 0 = off.
+        inner_batches: optimizer steps a round.
+        micro_batch: in sequences.
+        reward_correct, reward_wrong: +1 and -1 in the paper.
+        verify_workers: grader processes on each data-parallel rank.
+    """
+
+    run: RunConfig
+    base: Path
+    prompts: Path
+    sequence_length: int
+    max_new_tokens: int
+    steps: int
+    prompts_per_step: int
+    group_size: int
+    clip_low: float
+    clip_high: float
+    kl: float
+    inner_batches: int
+    micro_batch: int
+    reward_correct: float
+    reward_wrong: float
+    verify_workers: int
+    temperature: TemperatureConfig
+    rebalance: RebalanceConfig
+    prompt_optimization: PromptOptimizationConfig
+    model: ModelConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig
+
+
+@config
+class SyntheticProblems:
+    """Problems that the project generates by seed.
+
+    Attributes:
+        count: how many.
+        split: which side of the split by construction.
+    """
+
+    kind: Literal["synthetic"]
+    count: int
+    split: Literal["train", "heldout"]
+
+
+@config
+class FileProblems:
+    """Problems from the user's file (JSON, JSONL, parquet, .gz, .zst).
+
+    Attributes:
+        path: the file.
+        question, answer, solution: column names; found by themselves when None.
+        limit: read only the first rows; 0 = all.
+    """
+
+    kind: Literal["file"]
+    path: Path
+    question: str | None = None
+    answer: str | None = None
+    solution: str | None = None
+    limit: int = 0
+
+
+Problems = SyntheticProblems | FileProblems
+
+
+@config
+class ProgrammaticTeacher:
+    """Writes step-by-step solutions of synthetic problems and makes mistakes at a set rate."""
+
+    kind: Literal["programmatic"]
+    mistake_rate: float
+
+
+@config
+class RecordedTeacher:
+    """Recorded solutions instead of a live teacher.
+
+    Attributes:
+        path: a file of questions with their recorded solutions, right and wrong.
+        response: column of the solution; None also finds nested ones (one column a model).
+    """
+
+    kind: Literal["recorded"]
+    path: Path
+    response: str | None = None
+
+
+@config
+class ModelTeacher:
+    """A model in a Hugging Face directory, sampled in this process."""
+
+    kind: Literal["model"]
+    path: Path
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    max_batch: int = 256
+
+
+Teacher = ProgrammaticTeacher | RecordedTeacher | ModelTeacher
+
+
+@config
+class GenerateConfig:
+    """Problems -> rollouts.
+
+    Attributes:
+        rollouts_per_problem: samples a question; a recorded teacher gives what it has.
+        shard_size: problems a shard.
+    """
+
+    run: RunConfig
+    problems: Problems = field(metadata={"discriminator": "kind"})
+    teacher: Teacher = field(metadata={"discriminator": "kind"})
+    rollouts_per_problem: int
+    shard_size: int
+    shard: ShardConfig = field(default_factory=ShardConfig)
+
+
+@config
+class VerifyConfig:
+    """Rollouts -> verdicts.
+
+    Attributes:
+        workers: grader processes.
+        deadline_seconds: an answer that takes longer is a timeout.
+    """
+
+    run: RunConfig
+    rollouts: Path
+    workers: int
+    deadline_seconds: float
+    shard: ShardConfig = field(default_factory=ShardConfig)
+
+
+@config
+class MidtrainSet:
+    """The full verified set."""
+
+    max_per_problem: int
+
+
+@config
+class SFTSet:
+    """The harder high-quality subset."""
+
+    difficulties: tuple[Difficulty, ...]
+    max_per_problem: int
+
+
+@config
+class PairSet:
+    """Preference pairs from rollouts of one question."""
+
+    mode: Literal["near_miss", "random"]
+    max_per_problem: int
+
+
+@config
+class PromptSet:
+    """Prompts for reinforcement learning."""
+
+    min_pass: float
+    max_pass: float
+    hard_below: float
+
+
+@config
+class CurateConfig:
+    """Verdicts -> training sets, each in its own directory of the output; a set that is None is not made."""
+
+    run: RunConfig
+    verdicts: Path
+    midtrain: MidtrainSet | None = None
+    sft: SFTSet | None = None
+    pairs: PairSet | None = None
+    prompts: PromptSet | None = None
+
+
+@config
+class PackConfig:
+    """Conversations -> packed rows.
+
+    Attributes:
+        tokenizer: directory with the tokenizer.
+        sequence_length: tokens a row.
+    """
+
+    run: RunConfig
+    conversations: Path
+    tokenizer: Path
+    sequence_length: int
+
+
+@config
+class EvaluateConfig:
+    """pass@1 of a model on problems.
+
+    Attributes:
+        model: Hugging Face directory.
+        samples: answers a question.
+    """
+
+    run: RunConfig
+    model: Path
+    problems: Problems = field(metadata={"discriminator": "kind"})
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    max_batch: int = 256
+    workers: int = 1
+
+
+@config
+class ExportConfig:
+    """A trained directory -> a release directory.
+
+    Attributes:
+        model: Hugging Face directory of the last stage.
+        base_model: what it was trained from, for the model card.
+        table: result table (table.json) for the model card.
+    """
+
+    run: RunConfig
+    model: Path
+    base_model: str
+    licence: str
+    table: Path | None = None
+
+
+@config
+class BaseConfig:
+    """A randomly initialised model of the Phi-4-mini architecture with a tokenizer of its own.
+
+    Attributes:
+        vocab_size: of the tokenizer that is trained on the synthetic problems.
+        system_prompt: what the chat template puts before every conversation.
+    """
+
+    run: RunConfig
+    vocab_size: int
+    system_prompt: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    partial_rotary_factor: float
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+    long_factor_growth: float
+    initializer_range: float
+
+
+@config
+class QuickstartConfig:
+    """The whole recipe on a tiny model: one preset a step, and the sizes that are the quickstart's own."""
+
+    run: RunConfig
+    train_problems: int
+    heldout_problems: int
+    rl_problems: int
+    evaluation_samples: int
+
+
+STAGES: dict[str, type] = {
+    "base": BaseConfig,
+    "generate": GenerateConfig,
+    "verify": VerifyConfig,
+    "curate": CurateConfig,
+    "pack": PackConfig,
+    "midtrain": MidtrainConfig,
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "grpo": GRPOConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+}
