@@ -1,0 +1,135 @@
+"""LongRoPE: rotary embeddings with one set of frequencies for short and one for long sequences.
+
+Phi-4-mini divides its inverse frequencies by ``short_factor`` up to 4,096 tokens and by ``long_factor`` above,
+and multiplies cos and sin by ``attention_factor`` in both regimes (LongRoPE, arXiv 2402.13753). Which set
+applies is a *policy*, because the engines disagree:
+
+- ``long_when_max_length_exceeds_original``: long for every sequence of a run whose maximum length exceeds the
+  original one. As in vLLM (``max_model_len``) and TensorRT-LLM.
+- ``per_sequence``: long for sequences longer than the original length, short for the others. As in
+  transformers, with one sequence per batch.
+- ``always_short``: short, plain RoPE.
+
+Trainer and sampler must use one policy: between the regimes log-probabilities differ by several nats. (A
+sampler that grows a sequence past the boundary under ``per_sequence`` has cached keys of the other regime,
+which no trainer can reproduce; the default policy has no such boundary.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from phimr_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from phimr_nemo.model.architecture import Architecture
+
+LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
+
+
+def uses_long_factors(
+    arch: Architecture, max_length: int, policy: LongRopePolicy, sequence_length: int | None = None
+) -> bool:
+    """Whether the long factors apply.
+
+    Args:
+        arch: the model.
+        max_length: the longest sequence of the run, prompt and response (tokens).
+        policy: see the module's docstring.
+        sequence_length: the sequence at hand (tokens); needed by ``per_sequence`` alone.
+
+    Raises:
+        UserError: an unknown policy, or ``per_sequence`` without a sequence length.
+    """
+    if policy == "always_short":
+        return False
+    if policy == "long_when_max_length_exceeds_original":
+        return max_length > arch.original_max_position_embeddings
+    if policy == "per_sequence":
+        if sequence_length is None:
+            raise UserError(
+                "LongRoPE policy 'per_sequence' without the length of the sequence",
+                rule="per_sequence chooses the factors by each sequence's own length",
+                remedy="pass sequence_length, or use 'long_when_max_length_exceeds_original'",
+            )
+        return sequence_length > arch.original_max_position_embeddings
+    raise UserError(
+        f"LongRoPE policy {policy!r}",
+        rule=f"one of {', '.join(get_args(LongRopePolicy))}",
+        remedy="set model.longrope_policy to one of them",
+    )
+
+
+def inverse_frequencies(
+    arch: Architecture, max_length: int, policy: LongRopePolicy, sequence_length: int | None = None
+) -> Tensor:
+    """Angle per position of every rotated pair: 1 / (factor_i * theta^(2i / rotary_dim)).
+
+    Args: as ``uses_long_factors``.
+
+    Returns:
+        float32 [rotary_dim / 2], radians per token.
+
+    Raises:
+        UserError: as ``uses_long_factors``.
+    """
+    is_long = uses_long_factors(arch, max_length, policy, sequence_length)
+    factors = arch.long_factor if is_long else arch.short_factor
+    # In float32 and in this order of operations, because transformers computes it so: equal to the last bit.
+    exponents = torch.arange(0, arch.rotary_dim, 2, dtype=torch.int64).float() / arch.rotary_dim
+    scale = torch.ones_like(exponents) if factors is None else torch.tensor(factors, dtype=torch.float32)
+    return 1.0 / (scale * arch.rope_theta**exponents)
+
+
+class LongRotaryEmbedding(nn.Module):
+    """Rotary angles for Megatron's attention, in place of its ``RotaryEmbedding``.
+
+    Megatron applies cos and sin itself; the attention factor is applied to queries and keys by
+    ``RotaryScale`` (rotation is linear, so scaling before or after it is the same).
+    """
+
+    def __init__(self, arch: Architecture, max_length: int, policy: LongRopePolicy) -> None:
+        super().__init__()
+        self.policy: LongRopePolicy = policy
+        self.original_length = arch.original_max_position_embeddings
+        # The two regimes of this run; equal unless the policy looks at each sequence. Not buffers:
+        # model.bfloat16() would round the angles away.
+        self.short_frequencies = inverse_frequencies(arch, max_length, policy, 1)
+        self.long_frequencies = inverse_frequencies(arch, max_length, policy, self.original_length + 1)
+
+    def for_length(self, length: int, device: torch.device) -> Tensor:
+        """Angles of one sequence (or of rows of one length): float32 [length, 1, 1, rotary_dim]."""
+        positions = torch.arange(length, device=device, dtype=torch.float32)
+        is_long = length > self.original_length
+        frequencies = self.long_frequencies if is_long else self.short_frequencies
+        return _angles(torch.outer(positions, frequencies.to(device)))
+
+    def for_documents(self, lengths: Tensor) -> Tensor:
+        """Angles of a packed row whose documents each start at position 0.
+
+        Args:
+            lengths: int [documents], their lengths in order (tokens).
+
+        Returns:
+            float32 [sum(lengths), 1, 1, rotary_dim].
+        """
+        starts = torch.cumsum(lengths, 0) - lengths
+        tokens = int(lengths.sum())
+        positions = torch.arange(tokens, device=lengths.device) - torch.repeat_interleave(
+            starts, lengths, output_size=tokens
+        )
+        is_long = torch.repeat_interleave(lengths > self.original_length, lengths, output_size=tokens)
+        frequencies = torch.where(
+            is_long[:, None],
+            self.long_frequencies.to(lengths.device),
+            self.short_frequencies.to(lengths.device),
+        )
+        return _angles(positions.float()[:, None] * frequencies)
+
+
+def _angles(half: Tensor) -> Tensor:
+    """[t, rotary_dim / 2] -> [t, 1, 1, rotary_dim]: both halves of the rotated dimensions turn alike."""
+    return torch.cat((half, half), dim=-1)[:, None, None, :]

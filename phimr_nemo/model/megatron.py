@@ -1,0 +1,402 @@
+"""The Megatron-Core model of every stage: one GPTModel definition, on Transformer Engine where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from phimr_nemo.errors import UserError
+from phimr_nemo.losses.logprobs import token_logprobs
+from phimr_nemo.model.attention import PackedDocuments, RMSNorm, RotaryScale, SdpaAttention, plan_documents
+from phimr_nemo.model.longrope import LongRopePolicy, LongRotaryEmbedding, uses_long_factors
+
+if TYPE_CHECKING:
+    from phimr_nemo.config import ParallelConfig
+    from phimr_nemo.model.architecture import Architecture
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's modules can be used: it is installed and there is a GPU to run them."""
+    return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+
+
+def check_layout(arch: Architecture, layout: ParallelConfig) -> None:
+    """Refuse a layout that cannot hold the model.
+
+    Raises:
+        UserError: tensor does not divide heads, key/value heads, vocabulary or FFN; pipeline does not divide
+            layers; sequence parallelism without tensor parallelism.
+    """
+    for name, count in (
+        ("attention heads", arch.num_attention_heads),
+        ("key/value heads", arch.num_key_value_heads),
+        ("words of the vocabulary", arch.vocab_size),
+        ("FFN dimensions", arch.intermediate_size),
+    ):
+        if count % layout.tensor:
+            raise UserError(
+                f"parallel.tensor={layout.tensor} with {count} {name}",
+                rule=f"parallel.tensor divides the {count} {name}",
+                remedy=f"choose parallel.tensor among the common divisors, e.g. {_common_divisors(arch)}",
+            )
+    if arch.num_hidden_layers % layout.pipeline:
+        raise UserError(
+            f"parallel.pipeline={layout.pipeline} with {arch.num_hidden_layers} layers",
+            rule="parallel.pipeline divides the number of layers",
+            remedy=f"choose parallel.pipeline among the divisors of {arch.num_hidden_layers}",
+        )
+    if layout.sequence and layout.tensor == 1:
+        raise UserError(
+            "parallel.sequence=true with parallel.tensor=1",
+            rule="sequence parallelism splits over the tensor-parallel group",
+            remedy="set parallel.tensor >= 2 or parallel.sequence=false",
+        )
+
+
+def _common_divisors(arch: Architecture) -> list[int]:
+    counts = (arch.num_attention_heads, arch.num_key_value_heads, arch.vocab_size, arch.intermediate_size)
+    return [n for n in range(1, arch.num_key_value_heads + 1) if all(count % n == 0 for count in counts)]
+
+
+def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Values of Megatron's ``TransformerConfig`` for this model, layout and number format.
+
+    For callers with a subclass of ``TransformerConfig`` (NeMo's ``GPTConfig``).
+
+    Raises:
+        UserError: the layout cannot hold the model, or a number format that is not trained in.
+    """
+    check_layout(arch, layout)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(
+            f"model dtype {dtype}", rule="float32 or bfloat16", remedy="set the precision to fp32 or bf16"
+        )
+    on_gpu = torch.cuda.is_available()
+    fused = has_transformer_engine()
+    return {
+        "num_layers": arch.num_hidden_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.intermediate_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_key_value_heads,
+        "kv_channels": arch.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": arch.initializer_range,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "sequence_parallel": layout.sequence,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": not on_gpu,
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "apply_rope_fusion": fused,
+        "persist_layer_norm": fused,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "deallocate_pipeline_outputs": True,
+    }
+
+
+def transformer_config(
+    arch: Architecture, layout: ParallelConfig, *, dtype: torch.dtype, **overrides: Any
+) -> TransformerConfig:
+    """Megatron's configuration of this model.
+
+    Args:
+        arch: the model.
+        layout: how it is split over processes.
+        dtype: of parameters and activations, torch.float32 or torch.bfloat16.
+        overrides: further ``TransformerConfig`` fields, taking precedence (recompute, fp8, ...).
+
+    Raises:
+        UserError: as ``transformer_fields``, or an override that is no field.
+    """
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    unknown = sorted(overrides.keys() - known)
+    if unknown:
+        raise UserError(
+            f"unknown Megatron settings {unknown}",
+            rule="overrides are fields of megatron.core's TransformerConfig",
+            remedy="correct the spelling, or check the installed megatron-core version",
+        )
+    return TransformerConfig(**{**transformer_fields(arch, layout, dtype=dtype), **overrides})
+
+
+def build_model(
+    arch: Architecture,
+    config: TransformerConfig,
+    *,
+    max_length: int,
+    longrope_policy: LongRopePolicy,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None = None,
+) -> PhiGPTModel:
+    """Build this rank's part of the model; torch.distributed and Megatron's parallel_state come first.
+
+    Args:
+        arch: the model.
+        config: a ``TransformerConfig`` or a subclass, agreeing with ``arch``.
+        max_length: the run's longest sequence (tokens); it decides the LongRoPE regime.
+        longrope_policy: see ``phimr_nemo.model.longrope``.
+        pre_process: whether this pipeline stage holds the embedding.
+        post_process: whether it holds the final norm and the output layer.
+        vp_stage: virtual pipeline stage, if any.
+
+    Raises:
+        UserError: config and architecture disagree, or sequences longer than the model supports.
+    """
+    _check_config(arch, config)
+    _check_length(arch, max_length)
+    return PhiGPTModel(
+        arch,
+        config,
+        max_length=max_length,
+        longrope_policy=longrope_policy,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+    )
+
+
+def _check_config(arch: Architecture, config: TransformerConfig) -> None:
+    expected = {
+        "num_layers": arch.num_hidden_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.intermediate_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_key_value_heads,
+        "kv_channels": arch.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "layernorm_zero_centered_gamma": False,
+        "rotary_interleaved": False,
+    }
+    for name, value in expected.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"Megatron config has {name}={getattr(config, name)!r}",
+                rule=f"the architecture says {name}={value!r}",
+                remedy="make the config with transformer_config or transformer_fields",
+            )
+    if config.context_parallel_size > 1:
+        raise UserError(
+            f"context_parallel_size={config.context_parallel_size}",
+            rule="this model does not split one sequence over processes",
+            remedy="set context_parallel_size to 1; use tensor and sequence parallelism for long sequences",
+        )
+
+
+def _check_length(arch: Architecture, max_length: int) -> None:
+    if not 1 <= max_length <= arch.max_position_embeddings:
+        raise UserError(
+            f"maximum length {max_length}",
+            rule=f"1 <= length <= max_position_embeddings = {arch.max_position_embeddings}",
+            remedy="shorten the sequences or choose a model with a longer context",
+        )
+    if arch.sliding_window is not None and max_length > arch.sliding_window:
+        raise UserError(
+            f"maximum length {max_length} with a sliding window of {arch.sliding_window} tokens",
+            rule="attention is full, which equals a sliding window only up to the window's length",
+            remedy=f"use sequences of at most {arch.sliding_window} tokens",
+        )
+
+
+def _layer_specs(arch: Architecture, config: TransformerConfig, vp_stage: int | None) -> Any:
+    """Transformer Engine's layers on a GPU, Megatron's own with SDPA and RMSNorm elsewhere."""
+    scale = ModuleSpec(module=RotaryScale, params={"rotary_dim": arch.rotary_dim, "factor": arch.attention_factor})
+    fused = has_transformer_engine()
+    if fused:
+        layer = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    if arch.attention_factor != 1.0:
+        layer.submodules.self_attention.submodules.q_layernorm = scale
+        layer.submodules.self_attention.submodules.k_layernorm = scale
+    if fused:
+        return layer
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+class PhiGPTModel(GPTModel):
+    """Megatron's GPTModel with LongRoPE and log-probabilities that never hold all logits at once."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        config: TransformerConfig,
+        *,
+        max_length: int,
+        longrope_policy: LongRopePolicy,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=_layer_specs(arch, config, vp_stage),
+            vocab_size=arch.vocab_size,
+            max_sequence_length=max_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=arch.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=arch.partial_rotary_factor,
+            rotary_base=arch.rope_theta,
+            parallel_output=True,
+            vp_stage=vp_stage,
+        )
+        # NeMo's GPTConfig carries its own (learned) default in a field that GPTModel prefers to the argument.
+        self.position_embedding_type = "rope"
+        self.rotary_pos_emb = LongRotaryEmbedding(arch, max_length, longrope_policy)
+        self.architecture = arch
+        self.longrope_policy: LongRopePolicy = longrope_policy
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        temperature: float = 1.0,
+        runtime_gather_output: bool | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Run this pipeline stage.
+
+        Args:
+            input_ids: int [b, s]; packed rows [1, t].
+            position_ids: int [b, s]; unused, positions count from 0 in every row or document.
+            attention_mask: must be None: attention is causal, padding goes to the right with label -100.
+            labels: int [b, s], the wanted token at each place; -100 leaves a place out.
+            packed_seq_params: ``thd`` document boundaries, covering every token of the row.
+            temperature: divides the logits of the log-probabilities.
+            runtime_gather_output: gather logits over the tensor-parallel group (without labels).
+
+        Returns:
+            On the last stage, with labels: negative log-probabilities (nats), float32 [b, s], 0 where
+            ignored; without: logits [b, s, vocabulary / tp]. On the others: hidden states [s, b, h].
+
+        Raises:
+            UserError: an attention mask, or packed boundaries that do not fit the row.
+        """
+        if attention_mask is not None:
+            raise UserError(
+                f"an attention mask of shape {tuple(attention_mask.shape)}",
+                rule="attention is causal over every row, or over every document of a packed row",
+                remedy="pass attention_mask=None; pad on the right, mark documents with packed_seq_params",
+            )
+        if packed_seq_params is not None:
+            packed_seq_params, angles = self._packed_angles(input_ids, packed_seq_params)
+        else:
+            angles = self.rotary_pos_emb.for_length(input_ids.shape[1], input_ids.device)
+        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=angles,
+            packed_seq_params=packed_seq_params,
+        )
+        if not self.post_process:
+            return hidden
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        if labels is None:
+            logits, _bias = self.output_layer(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
+            return logits.transpose(0, 1).contiguous()
+        logprobs = token_logprobs(
+            hidden,
+            weight,
+            labels.transpose(0, 1),
+            temperature=temperature,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return -logprobs.transpose(0, 1).contiguous()
+
+    def _packed_angles(self, input_ids: Tensor, packed: PackedSeqParams) -> tuple[PackedSeqParams, Tensor]:
+        """Check the boundaries of a packed row and prepare them for this model's attention."""
+        boundaries = packed.cu_seqlens_q.to(torch.int64)
+        lengths = boundaries[1:] - boundaries[:-1]
+        tokens = input_ids.shape[1]
+        if (
+            input_ids.shape[0] != 1
+            or packed.qkv_format != "thd"
+            or lengths.numel() == 0
+            or int(boundaries[0]) != 0
+            or int(boundaries[-1]) != tokens
+            or int(lengths.min()) < 1
+        ):
+            raise UserError(
+                f"packed boundaries {boundaries.tolist()} ({packed.qkv_format}) for ids {tuple(input_ids.shape)}",
+                rule="one row [1, t] in 'thd' form whose boundaries rise from 0 to t",
+                remedy="make padding at the end of a row a document of its own; join several rows into one",
+            )
+        if has_transformer_engine():
+            return packed, self._fused_packed_angles(lengths)
+        return (
+            # Angles come per token, so Megatron shall rotate the row in one piece.
+            PackedDocuments(
+                qkv_format="thd",
+                cu_seqlens_q=packed.cu_seqlens_q,
+                cu_seqlens_kv=packed.cu_seqlens_q,
+                cu_seqlens_q_padded=torch.tensor([0, tokens]),
+                cu_seqlens_kv_padded=torch.tensor([0, tokens]),
+                max_seqlen_q=tokens,
+                max_seqlen_kv=tokens,
+                buckets=plan_documents(lengths),
+            ),
+            self.rotary_pos_emb.for_documents(lengths),
+        )
+
+    def _fused_packed_angles(self, lengths: Tensor) -> Tensor:
+        """One table for all documents, as Transformer Engine's rotation wants it.
+
+        Raises:
+            UserError: documents of both LongRoPE regimes in one row.
+        """
+        longest, shortest = int(lengths.max()), int(lengths.min())
+        arch, policy = self.architecture, self.longrope_policy
+        regimes = {uses_long_factors(arch, self.max_sequence_length, policy, n) for n in (longest, shortest)}
+        if len(regimes) > 1:
+            raise UserError(
+                f"documents of {shortest} and {longest} tokens in one packed row under 'per_sequence'",
+                rule="on a GPU one packed row has one set of rotary frequencies",
+                remedy="use the policy 'long_when_max_length_exceeds_original'",
+            )
+        return self.rotary_pos_emb.for_length(longest, lengths.device)
