@@ -1,0 +1,114 @@
+"""What every rollout engine offers: requests in, completions out, and new weights between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from phimr_nemo.errors import UserError
+from phimr_nemo.records import FinishReason
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: logits are divided by it; 0 means greedy.
+        top_p: nucleus mass in (0, 1]; 1 keeps the whole distribution.
+        max_new_tokens: the response's limit in tokens, its stop token included.
+
+    Raises:
+        UserError: a value is outside its range.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature is {self.temperature}",
+                rule="a sampling temperature is finite and not negative",
+                remedy="use 0 for greedy decoding, or a value such as 0.6",
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(
+                f"top_p is {self.top_p}",
+                rule="top_p lies in (0, 1]",
+                remedy="use 1 to keep the whole distribution, or a value such as 0.95",
+            )
+        if self.max_new_tokens < 1:
+            raise UserError(
+                f"max_new_tokens is {self.max_new_tokens}",
+                rule="a response has room for at least one token",
+                remedy="give a positive number of tokens",
+            )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample.
+
+    Attributes:
+        id: the caller's name for it, unique within a call.
+        prompt_ids: the prompt's token ids, at least one.
+        seed: non-negative, below 2^63; with the weights it determines the response.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response.
+
+    Attributes:
+        request_id: the id of its request.
+        token_ids: the response's tokens; the last is the stop token when `finish_reason` is "stop".
+        logprobs: natural log-probability of each token under softmax(logits / temperature) over the *whole*
+            vocabulary, also when top_p < 1 (this is what the trainer computes, so the two can be compared);
+            at temperature 0 it is that of softmax(logits).
+        finish_reason: "stop" at a stop token, "length" at the limit.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+class Sampler(Protocol):
+    """An engine that samples responses from the current weights."""
+
+    @property
+    def version(self) -> int:
+        """The version of the weights in use."""
+        ...
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """Sample one completion for each request, in the requests' order.
+
+        Raises:
+            UserError: a prompt is empty, holds an unknown token id, or leaves no room for a response.
+        """
+        ...
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace all weights by these tensors (Hugging Face names); the old stay if the set is wrong.
+
+        Raises:
+            UserError: a tensor is missing, unknown, repeated or of another shape.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it cannot be used afterwards."""
+        ...

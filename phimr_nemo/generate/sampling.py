@@ -1,0 +1,92 @@
+"""Drawing tokens from logits: temperature, nucleus, and random numbers that belong to a request.
+
+A request's random numbers are the output stream of a Philox counter-based generator keyed by its seed:
+token t uses word t. They depend on neither the batch nor the order of work, so a request gives the same
+tokens alone, in any batch, and when it is repeated after a crash. (What remains is rounding: a matrix
+product may differ in its last bits between batch sizes, which matters only if a random number falls into
+that gap of about 1e-7.)
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MANTISSA_BITS: Final = 52
+WORD_BITS: Final = 64
+
+
+def request_uniforms(seed: int, count: int) -> np.ndarray:
+    """The first `count` uniforms of a request.
+
+    They are multiples of 2^-52 in [0, 1): with 52 bits, and not 53, u * total < total holds in float64 for
+    every total, so the inverse distribution function never runs past its end.
+
+    Args:
+        seed: the request's seed, non-negative, below 2^63.
+        count: how many.
+
+    Returns:
+        float64 array [count]; a longer call begins with the same numbers.
+    """
+    words = np.random.Philox(key=seed).random_raw(count)
+    return (words >> np.uint64(WORD_BITS - MANTISSA_BITS)).astype(np.float64) * 2.0**-MANTISSA_BITS
+
+
+def greedy_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable token of each row, and its log-probability at temperature 1.
+
+    Args:
+        logits: [batch, vocab].
+
+    Returns:
+        Token ids [batch] int64 and log-probabilities [batch] float32.
+    """
+    logits = logits.float()
+    best, tokens = logits.max(dim=-1)
+    return tokens, best - logits.logsumexp(dim=-1)
+
+
+def sampled_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the distribution function at the row's uniform.
+
+    Args:
+        logits: [batch, vocab].
+        uniforms: [batch] float64 in [0, 1).
+        temperature: positive.
+        top_p: keep the smallest set of most probable tokens with at least this mass (Holtzman et al. 2020).
+
+    Returns:
+        Token ids [batch] int64, and log-probabilities [batch] float32 under softmax(logits / temperature)
+        over the whole vocabulary.
+    """
+    scaled = logits.float() / temperature
+    logprobs = scaled - scaled.logsumexp(dim=-1, keepdim=True)
+    probabilities = logprobs.exp()
+    if top_p < 1.0:
+        tokens = _invert_nucleus(probabilities, uniforms, top_p)
+    else:
+        tokens = _invert(probabilities.cumsum(dim=-1, dtype=torch.float64), uniforms)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def _invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:
+    """The first index whose cumulative mass exceeds u * total: never one of probability zero.
+
+    The bound only matters for a row of NaN; the caller finds that in the log-probability.
+    """
+    targets = (uniforms * cumulative[:, -1])[:, None]
+    found = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    return found.clamp(max=cumulative.shape[1] - 1)
+
+
+def _invert_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+    ordered, token_of_rank = probabilities.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.double()
+    mass_before = ordered.cumsum(dim=-1) - ordered
+    kept = ordered.masked_fill(mass_before >= top_p, 0.0)
+    ranks = _invert(kept.cumsum(dim=-1), uniforms)
+    return token_of_rank.gather(1, ranks[:, None])[:, 0]

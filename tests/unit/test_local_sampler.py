@@ -1,0 +1,361 @@
+"""The built-in sampler against transformers, against closed forms, and against itself in other batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate import local
+from phimr_nemo.generate.decoder import Decoder, expected_shapes
+from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
+from phimr_nemo.generate.sampling import request_uniforms
+from phimr_nemo.model.architecture import Architecture
+
+VOCAB = 61
+ORIGINAL_LENGTH = 48
+LOGPROB_TOLERANCE = 1e-4
+
+
+def make_hf_model(seed: int = 0, *, tied: bool = True) -> Any:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    rotary_pairs = int(16 * 0.75) // 2
+    config = Phi3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        partial_rotary_factor=0.75,
+        max_position_embeddings=1024,
+        original_max_position_embeddings=ORIGINAL_LENGTH,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        initializer_range=0.15,
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": [1.0] * rotary_pairs,
+            "long_factor": [1.0 + 0.5 * i for i in range(rotary_pairs)],
+        },
+    )
+    torch.manual_seed(seed)
+    return Phi3ForCausalLM(config).eval()
+
+
+def named_tensors(model: Any) -> list[tuple[str, Tensor]]:
+    tied = model.config.tie_word_embeddings
+    return [(n, t) for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")]
+
+
+def make_sampler(model: Any, *, max_batch: int = 8, max_length: int = ORIGINAL_LENGTH, **kw: Any) -> LocalSampler:
+    return LocalSampler(
+        Architecture.from_hf_config(model.config.to_dict()),
+        named_tensors(model),
+        stop_token_ids=kw.pop("stop_token_ids", ()),
+        max_batch=max_batch,
+        longrope_policy="long_when_max_length_exceeds_original",
+        max_length=max_length,
+        **kw,
+    )
+
+
+def make_requests(lengths: list[int], samples: int = 1, first_seed: int = 0) -> list[Request]:
+    generator = torch.Generator().manual_seed(7)
+    prompts = [tuple(torch.randint(1, VOCAB, (n,), generator=generator).tolist()) for n in lengths]
+    return [
+        Request(f"{p}/{s}", prompt, seed=first_seed + 1000 * p + s)
+        for p, prompt in enumerate(prompts)
+        for s in range(samples)
+    ]
+
+
+@torch.inference_mode()
+def hf_greedy(model: Any, prompt: tuple[int, ...], max_new: int) -> tuple[int, ...]:
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new)
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+@torch.inference_mode()
+def largest_logprob_error(model: Any, requests: list[Request], done: list[Completion], temperature: float) -> float:
+    """Largest difference between the sampler's log-probabilities and those of transformers."""
+    worst = 0.0
+    for request, completion in zip(requests, done, strict=True):
+        ids = torch.tensor([request.prompt_ids + completion.token_ids])
+        first = len(request.prompt_ids) - 1
+        logprobs = torch.log_softmax(model(ids).logits[0, first:-1] / temperature, dim=-1)
+        wanted = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        worst = max(worst, float((wanted - torch.tensor(completion.logprobs)).abs().max()))
+    return worst
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_hf_model()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_tokens_equal_transformers(tied: bool) -> None:
+    model = make_hf_model(3, tied=tied)
+    requests = make_requests([5, 11, 1, 8, 20])
+    done = make_sampler(model, max_batch=3).sample(requests, SamplingParams(0.0, 1.0, 20))
+    assert [c.token_ids for c in done] == [hf_greedy(model, r.prompt_ids, 20) for r in requests]
+    assert [c.request_id for c in done] == [r.id for r in requests]
+    assert {c.finish_reason for c in done} == {"length"}
+    assert largest_logprob_error(model, requests, done, 1.0) < LOGPROB_TOLERANCE
+
+
+def test_long_factors_equal_transformers_above_the_original_length(model: Any) -> None:
+    requests = make_requests([ORIGINAL_LENGTH + 1, ORIGINAL_LENGTH + 9])
+    params = SamplingParams(0.0, 1.0, 16)
+    done = make_sampler(model, max_length=200).sample(requests, params)
+    assert [c.token_ids for c in done] == [hf_greedy(model, r.prompt_ids, 16) for r in requests]
+
+
+def test_growing_the_cache_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests, params = make_requests([5, 3, 9]), SamplingParams(0.0, 1.0, 30)
+    wanted = make_sampler(model).sample(requests, params)
+    monkeypatch.setattr(local, "FIRST_CAPACITY", 4)
+    assert [c.token_ids for c in make_sampler(model).sample(requests, params)] == [c.token_ids for c in wanted]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.95), (1.7, 0.5)])
+def test_logprobs_equal_transformers(model: Any, temperature: float, top_p: float) -> None:
+    """Also under top_p: of the whole tempered distribution, as the trainer computes them."""
+    requests = make_requests([4, 9, 6], samples=3)
+    done = make_sampler(model, max_batch=4).sample(requests, SamplingParams(temperature, top_p, 16))
+    assert largest_logprob_error(model, requests, done, temperature) < LOGPROB_TOLERANCE
+
+
+def test_a_stale_weight_is_caught(model: Any) -> None:
+    """Planted fault for the test above: one of the model's tensors is one per cent off in the sampler."""
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors = [(n, t * 1.01 if n == name else t) for n, t in named_tensors(model)]
+    sampler = make_sampler(model)
+    sampler.update_weights(tensors, version=1)
+    requests = make_requests([4, 9, 6], samples=3)
+    done = sampler.sample(requests, SamplingParams(1.0, 1.0, 16))
+    assert largest_logprob_error(model, requests, done, 1.0) > 2 * LOGPROB_TOLERANCE
+
+
+def test_tokens_do_not_depend_on_the_batch(model: Any) -> None:
+    requests = make_requests([4, 9, 6, 13], samples=5)
+    params = SamplingParams(1.0, 0.9, 12)
+    alone = make_sampler(model, max_batch=1, stop_token_ids=(3, 9)).sample(requests, params)
+    lengths = {len(c.token_ids) for c in alone}
+    assert len(lengths) > 2, "the rows must finish at different times for this test to mean anything"
+    for max_batch in (3, 7, 64):
+        sampler = make_sampler(model, max_batch=max_batch, stop_token_ids=(3, 9))
+        assert [c.token_ids for c in sampler.sample(requests, params)] == [c.token_ids for c in alone]
+        backwards = sampler.sample(requests[::-1], params)[::-1]
+        assert [c.token_ids for c in backwards] == [c.token_ids for c in alone]
+
+
+def test_other_seeds_give_other_tokens(model: Any) -> None:
+    sampler, params = make_sampler(model), SamplingParams(1.0, 1.0, 12)
+    first, again, other = (
+        [c.token_ids for c in sampler.sample(make_requests([4, 9], 2, seed), params)] for seed in (0, 0, 50)
+    )
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_a_request_has_its_own_uniforms() -> None:
+    long, short = request_uniforms(5, 64), request_uniforms(5, 8)
+    np.testing.assert_array_equal(long[:8], short)
+    assert not np.isin(request_uniforms(6, 64), long).any()
+    many = request_uniforms(2**63 - 1, 200_000)
+    assert many.min() >= 0.0
+    assert many.max() < 1.0
+    # Mean 1/2 with standard error 1/sqrt(12 n); five of them.
+    assert abs(many.mean() - 0.5) < 5 / np.sqrt(12 * len(many))
+
+
+def test_responses_stop_at_the_first_stop_token(model: Any) -> None:
+    requests, params = make_requests([4, 9, 6, 13, 2], samples=2), SamplingParams(1.0, 1.0, 24)
+    unstopped = make_sampler(model, max_batch=4).sample(requests, params)
+    stops = {unstopped[0].token_ids[5], unstopped[3].token_ids[11]}
+    done = make_sampler(model, max_batch=4, stop_token_ids=tuple(stops)).sample(requests, params)
+    for free, stopped in zip(unstopped, done, strict=True):
+        ends = [i for i, token in enumerate(free.token_ids) if token in stops]
+        count = ends[0] + 1 if ends else len(free.token_ids)
+        assert stopped.token_ids == free.token_ids[:count]
+        assert len(stopped.logprobs) == count
+        assert stopped.finish_reason == ("stop" if ends else "length")
+    assert {c.finish_reason for c in done} == {"stop", "length"}
+
+
+def test_no_work_is_wasted(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each distinct prompt is computed once, and a finished row is never fed again."""
+    prompts: list[tuple[int, ...]] = []
+    fed: list[int] = []
+    prefill, step = Decoder.prefill, Decoder.step
+
+    def counting_prefill(self: Decoder, block: list[tuple[int, ...]]) -> Any:
+        prompts.extend(block)
+        return prefill(self, block)
+
+    def counting_step(self: Decoder, cache: Any, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        fed.append(len(tokens))
+        return step(self, cache, tokens, positions, longest)
+
+    monkeypatch.setattr(Decoder, "prefill", counting_prefill)
+    monkeypatch.setattr(Decoder, "step", counting_step)
+    requests = make_requests([4, 9, 6], samples=7)
+    done = make_sampler(model, max_batch=5, stop_token_ids=(3, 9)).sample(requests, SamplingParams(1.0, 1.0, 20))
+    assert sorted(prompts) == sorted({r.prompt_ids for r in requests})
+    # The last token of a response is never fed: nothing follows it.
+    assert sum(fed) == sum(len(c.token_ids) - 1 for c in done)
+    assert max(fed) <= 5
+
+
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, int]:
+    """Pearson's statistic and its degrees of freedom, with rare outcomes (expected < 5) merged into one."""
+    wanted = probabilities * counts.sum()
+    rare = wanted < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    wanted = np.append(wanted[~rare], wanted[rare].sum())
+    keep = wanted > 0
+    return float(((counts - wanted)[keep] ** 2 / wanted[keep]).sum()), int(keep.sum()) - 1
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_tokens_follow_the_softmax(model: Any, top_p: float) -> None:
+    """First tokens of many seeds against softmax(logits / T), renormalised over the nucleus when top_p < 1.
+
+    The statistic has mean d and variance 2 d; the bound is five standard deviations above the mean.
+    """
+    temperature, prompt = 0.7, (5, 9, 2)
+    requests = [Request(str(seed), prompt, seed) for seed in range(20_000)]
+    sampler = make_sampler(model, max_batch=20_000)
+    done = sampler.sample(requests, SamplingParams(temperature, top_p, 1))
+    counts = np.bincount([c.token_ids[0] for c in done], minlength=VOCAB)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt])).logits[0, -1].double()
+
+    def nucleus(at_temperature: float) -> np.ndarray:
+        probabilities = torch.softmax(logits / at_temperature, -1).numpy()
+        kept, mass = np.zeros(VOCAB), 0.0
+        for token in np.argsort(-probabilities):
+            if mass < top_p:
+                kept[token] = probabilities[token]
+                mass += probabilities[token]
+        return kept / kept.sum()
+
+    wanted = nucleus(temperature)
+    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(wanted))
+    statistic, freedom = chi_square(counts, wanted)
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+    # Planted fault: the same draws are not those of a slightly different temperature.
+    if top_p == 1.0:
+        statistic, freedom = chi_square(counts, nucleus(temperature * 1.1))
+        assert statistic > freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_new_weights_give_exactly_the_new_models_responses(model: Any) -> None:
+    other = make_hf_model(seed=1)
+    requests, params = make_requests([4, 9, 6], samples=2), SamplingParams(1.0, 1.0, 12)
+    sampler = make_sampler(model)
+    before = sampler.sample(requests, params)
+    assert sampler.version == 0
+    sampler.update_weights(iter(named_tensors(other)), version=4)
+    assert sampler.version == 4
+    after = sampler.sample(requests, params)
+    assert after == make_sampler(other).sample(requests, params)
+    assert after != before
+
+
+def test_the_sampler_owns_its_weights() -> None:
+    """Training continues in place on the tensors that were sent; the sampler must not follow."""
+    model = make_hf_model(seed=2)
+    sampler, requests, params = make_sampler(model), make_requests([4, 9]), SamplingParams(1.0, 1.0, 12)
+    before = sampler.sample(requests, params)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    assert sampler.sample(requests, params) == before
+
+
+def broken_sets(model: Any) -> Iterator[tuple[str, list[tuple[str, Tensor]]]]:
+    tensors = named_tensors(model)
+    name, tensor = tensors[3]
+    yield "missing", tensors[:3] + tensors[4:]
+    yield "repeated", [*tensors, (name, tensor)]
+    yield "no such tensor", [*tensors, ("model.layers.9.mlp.down_proj.weight", tensor)]
+    yield "no such tensor", [*tensors, ("lm_head.weight", tensors[0][1])]
+    yield "shape", [(n, t[:-1] if n == name else t) for n, t in tensors]
+
+
+def test_an_incomplete_update_is_refused_and_the_old_weights_stay(model: Any) -> None:
+    sampler, requests, params = make_sampler(model), make_requests([4, 9]), SamplingParams(1.0, 1.0, 12)
+    before = sampler.sample(requests, params)
+    for wording, tensors in broken_sets(make_hf_model(seed=1)):
+        with pytest.raises(UserError, match=wording):
+            sampler.update_weights(tensors, version=1)
+        assert sampler.version == 0
+        assert sampler.sample(requests, params) == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_expected_tensors_are_those_of_transformers(tied: bool) -> None:
+    model = make_hf_model(tied=tied)
+    shapes = expected_shapes(Architecture.from_hf_config(model.config.to_dict()))
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+
+
+def test_max_length_bounds_prompt_and_response(model: Any) -> None:
+    requests = make_requests([10, 4])
+    done = make_sampler(model, max_length=14).sample(requests, SamplingParams(1.0, 1.0, 8))
+    assert [len(c.token_ids) for c in done] == [4, 8]
+    assert [c.finish_reason for c in done] == ["length", "length"]
+
+
+@pytest.mark.parametrize("prompt", [(), tuple([1] * 14), (1, VOCAB), (1, -1)])
+def test_bad_prompts_are_refused(model: Any, prompt: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="request 'bad'"):
+        make_sampler(model, max_length=14).sample([Request("bad", prompt, 0)], SamplingParams(1.0, 1.0, 4))
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [((-0.1, 1.0, 4), "temperature"), ((1.0, 0.0, 4), "top_p"), ((1.0, 1.5, 4), "top_p"), ((1.0, 1.0, 0), "max_new")],
+)
+def test_bad_sampling_parameters_are_refused(values: tuple[float, float, int], name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        SamplingParams(*values)
+
+
+def test_a_policy_that_needs_the_future_is_refused(model: Any) -> None:
+    arch = Architecture.from_hf_config(model.config.to_dict())
+    with pytest.raises(UserError, match="per_sequence"):
+        LocalSampler(
+            arch,
+            named_tensors(model),
+            stop_token_ids=(),
+            max_batch=1,
+            longrope_policy="per_sequence",
+            max_length=ORIGINAL_LENGTH + 1,
+        )
+
+
+def test_diverged_weights_are_reported(model: Any) -> None:
+    sampler = make_sampler(model)
+    sampler.update_weights([(n, t * float("nan")) for n, t in named_tensors(model)], version=3)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="version 3"):
+            sampler.sample(make_requests([4]), SamplingParams(temperature, 1.0, 4))
+
+
+def test_no_requests_no_completions(model: Any) -> None:
+    assert make_sampler(model).sample([], SamplingParams(1.0, 1.0, 4)) == []
