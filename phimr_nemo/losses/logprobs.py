@@ -136,9 +136,7 @@ class _TokenLogprobs(torch.autograd.Function):
         maximum = torch.empty(positions.numel(), dtype=statistics_dtype, device=hidden.device)
         # Rows of one tensor, so that one all-reduce serves: sum of exponentials, label's logit, and for the
         # entropy the sum of exponential * shifted logit.
-        sums = torch.empty(
-            3 if with_entropy else 2, positions.numel(), dtype=statistics_dtype, device=hidden.device
-        )
+        sums = torch.empty(3 if with_entropy else 2, positions.numel(), dtype=statistics_dtype, device=hidden.device)
         for start in range(0, positions.numel(), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = _chunk_logits(rows[positions[chunk]], weight, temperature)
@@ -261,16 +259,12 @@ def _gather_sequence(hidden: Tensor, tp_group: dist.ProcessGroup | None) -> Tens
     size = _group_size(tp_group)
     if size == 1:
         return hidden
-    gathered = torch.empty(
-        (hidden.shape[0] * size, *hidden.shape[1:]), dtype=hidden.dtype, device=hidden.device
-    )
+    gathered = torch.empty((hidden.shape[0] * size, *hidden.shape[1:]), dtype=hidden.dtype, device=hidden.device)
     dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=tp_group)
     return gathered
 
 
-def _reduce_hidden_gradient(
-    gradient: Tensor, tp_group: dist.ProcessGroup | None, sequence_parallel: bool
-) -> Tensor:
+def _reduce_hidden_gradient(gradient: Tensor, tp_group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
     """Sum the ranks' partial gradients; under sequence parallelism keep this rank's slice."""
     size = _group_size(tp_group)
     if size == 1:
