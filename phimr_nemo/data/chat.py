@@ -1,0 +1,177 @@
+"""The chat format: what a question and an answer look like to the model, token by token.
+
+The system text belongs to the tokenizer directory's own chat template, so every stage, the sampler and
+transformers users see the same prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from phimr_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT: Final = "<|endoftext|>"
+SYSTEM: Final = "<|system|>"
+USER: Final = "<|user|>"
+ASSISTANT: Final = "<|assistant|>"
+END: Final = "<|end|>"
+SPECIAL_TOKENS: Final = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
+
+REASONING_SYSTEM_PROMPT: Final = "Your name is Phi, an AI math expert developed by Microsoft."
+
+
+def reasoning_template(system_prompt: str) -> str:
+    """The Phi reasoning chat template (Jinja) with a given system text.
+
+    It always opens with the system text, to which the user's own system message is appended after a
+    space; then come `<|role|>content<|end|>` and, where a generation is asked for, `<|assistant|>`.
+
+    Raises:
+        UserError: the system text holds a quote, a backslash, a line break or a brace, which Jinja would read.
+    """
+    if any(character in system_prompt for character in "'\\\n{}"):
+        raise UserError(
+            f"system prompt {system_prompt!r}",
+            rule="a system prompt holds no single quote, backslash, line break or brace",
+            remedy="rephrase it",
+        )
+    return (
+        "{{ '" + SYSTEM + system_prompt + "' }}"
+        "{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{{ ' ' + message['content'] }}"
+        "{% endif %}{% endfor %}"
+        "{{ '" + END + "' }}"
+        "{% for message in messages %}{% if message['role'] != 'system' %}"
+        "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+
+
+REASONING_TEMPLATE: Final = reasoning_template(REASONING_SYSTEM_PROMPT)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory, from local files and without remote code.
+
+    Raises:
+        UserError: no tokenizer.json there, or the Phi chat tokens or a chat template are missing.
+    """
+    from transformers import AutoTokenizer
+
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(
+            f"{directory} holds no tokenizer.json",
+            rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
+            remedy="give the model's directory, or build a tokenizer first",
+        )
+    tokenizer = AutoTokenizer.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False, use_fast=True
+    )
+    missing = sorted(set(SPECIAL_TOKENS) - set(tokenizer.get_added_vocab()))
+    if missing or not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer in {directory} lacks {missing or 'a chat template'}",
+            rule=f"a Phi tokenizer has the added tokens {list(SPECIAL_TOKENS)} and a chat template",
+            remedy="give a Phi-family model's directory, or build a tokenizer with this project",
+        )
+    return tokenizer
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a response: `<|end|>` and `<|endoftext|>`, in this order."""
+    return tuple(tokenizer.convert_tokens_to_ids([END, END_OF_TEXT]))
+
+
+def holds_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the text spells an added token: tokenised, it would forge a turn of the conversation."""
+    return any(token in text for token in tokenizer.get_added_vocab())
+
+
+def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[list[int]]:
+    """The prompt ids of many questions, up to and including `<|assistant|>`.
+
+    Raises:
+        UserError: a question spells an added token.
+    """
+    for question in questions:
+        _refuse_special_tokens(tokenizer, question)
+    texts = [_prompt_text(tokenizer, question) for question in questions]
+    return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """The prompt ids of one question, up to and including `<|assistant|>`.
+
+    Raises:
+        UserError: the question spells an added token.
+    """
+    return render_prompts(tokenizer, [question])[0]
+
+
+def render_conversations(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], responses: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids and loss masks of many conversations; tokenised in one batch, hence on all cores.
+
+    Args:
+        tokenizer: a Phi tokenizer (see :func:`load_tokenizer`).
+        questions: one question a conversation.
+        responses: the response to each.
+
+    Returns:
+        For each conversation `(ids, loss_mask)` of one length; the mask is 1 on the response and its
+        final `<|end|>`, 0 on the prompt.
+
+    Raises:
+        UserError: a question or response spells an added token.
+    """
+    for text in (*questions, *responses):
+        _refuse_special_tokens(tokenizer, text)
+    texts = [
+        _prompt_text(tokenizer, question) + response + END
+        for question, response in zip(questions, responses, strict=True)
+    ]
+    if not texts:
+        return []
+    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
+    conversations = []
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        prompt_length = ids.index(assistant) + 1
+        conversations.append((ids, [0] * prompt_length + [1] * (len(ids) - prompt_length)))
+    return conversations
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, question: str, response: str
+) -> tuple[list[int], list[int]]:
+    """Ids and loss mask of one conversation (see :func:`render_conversations`).
+
+    Raises:
+        UserError: the question or response spells an added token.
+    """
+    return render_conversations(tokenizer, [question], [response])[0]
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The text of sampled ids, without special tokens and otherwise unchanged."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    turns = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    if holds_special_token(tokenizer, text):
+        raise UserError(
+            f"text {text[:80]!r} spells a special token",
+            rule=f"questions and responses hold none of {sorted(tokenizer.get_added_vocab())}",
+            remedy="drop or escape this record",
+        )
