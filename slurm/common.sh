@@ -1,0 +1,168 @@
+# shellcheck shell=bash
+# What the stage scripts share. Sourced with PHIMR_HOME set; provides run_plain and run_distributed.
+#
+#   DRY_RUN=1          print the command instead of running it (works without Slurm)
+#   PHIMR_PRESET       preset of conf/<stage>/ (default: paper); `--config FILE` as the first argument wins
+#   PHIMR_SHARDS       tasks that share an array step; needed only when a part of the array is submitted again
+# and the settings of slurm/site.env (see site.env.example).
+#
+# Arguments travel in arrays only: a value with spaces, quotes or $(...) arrives as it was given.
+
+fail() {
+  printf 'error: %s\n  remedy: %s\n' "$1" "$2" >&2
+  exit 2
+}
+
+cd -- "$PHIMR_HOME" || fail "cannot enter PHIMR_HOME=$PHIMR_HOME" "submit from the source tree or set PHIMR_HOME"
+PHIMR_HOME=$PWD
+if [[ -f ${PHIMR_SITE:=slurm/site.env} ]]; then
+  # shellcheck source=slurm/site.env.example
+  source "$PHIMR_SITE"
+fi
+
+is_dry_run() { [[ ${DRY_RUN:-0} == 1 ]]; }
+
+if [[ -z ${SLURM_JOB_ID:-} ]] && ! is_dry_run; then
+  fail "this is not inside a Slurm job" "sbatch $0 ...; or DRY_RUN=1 bash $0 ... to see the command"
+fi
+
+# The value of this script's own #SBATCH directive, for a dry run outside a job.
+directive() {
+  local line
+  while IFS= read -r line; do
+    if [[ $line == "#SBATCH --$1="* ]]; then
+      printf '%s' "${line#*=}"
+      return
+    fi
+  done <"$0"
+}
+
+node_count() {
+  local count=${SLURM_JOB_NUM_NODES:-$(directive nodes)}
+  printf '%s' "${count:-1}"
+}
+
+# Slurm writes either "8" or "h100:8".
+processes_per_node() {
+  local count=${PHIMR_PROCS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}}
+  if [[ -z $count && -z ${SLURM_JOB_ID:-} ]]; then count=$(directive gpus-per-node); fi
+  printf '%s' "${count##*:}"
+}
+
+rendezvous_host() {
+  local -a hosts=()
+  if [[ -n ${PHIMR_RDZV_HOST:-} ]]; then
+    hosts=("$PHIMR_RDZV_HOST")
+  elif [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  else
+    hosts=(first-node)
+  fi
+  [[ -n ${hosts[0]:-} ]] || fail "the first node of ${SLURM_JOB_NODELIST:-} is unknown" "set PHIMR_RDZV_HOST"
+  printf '%s' "${hosts[0]}"
+}
+
+# LAUNCH: srun and, if the site uses one, the container. PYTHON: the interpreter inside it.
+prepare_launch() {
+  local nodes=$1
+  LAUNCH=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1)
+  PYTHON=${PHIMR_PYTHON:-$PHIMR_HOME/.venv/bin/python}
+  local mounts=$PHIMR_HOME:$PHIMR_HOME${PHIMR_CONTAINER_MOUNTS:+,$PHIMR_CONTAINER_MOUNTS}
+  case ${PHIMR_CONTAINER_RUNTIME:-none} in
+    none) ;;
+    pyxis)
+      PYTHON=${PHIMR_PYTHON:-python3}
+      LAUNCH+=(--container-image="${PHIMR_CONTAINER_IMAGE:?}" --container-mounts="$mounts"
+        --container-workdir="$PHIMR_HOME")
+      ;;
+    apptainer)
+      PYTHON=${PHIMR_PYTHON:-python3}
+      LAUNCH+=(apptainer exec --nv --bind "$mounts" --pwd "$PHIMR_HOME" "${PHIMR_CONTAINER_IMAGE:?}")
+      ;;
+    *) fail "PHIMR_CONTAINER_RUNTIME=$PHIMR_CONTAINER_RUNTIME is unknown" "use none, pyxis or apptainer" ;;
+  esac
+}
+
+# CONFIG and ARGUMENTS from a stage's name and the script's own arguments.
+take_arguments() {
+  local stage=$1
+  shift
+  CONFIG=conf/$stage/${PHIMR_PRESET:-paper}.yaml
+  if [[ ${1:-} == --config ]]; then
+    [[ $# -ge 2 ]] || fail "--config has no value" "give a YAML file after it"
+    CONFIG=$2
+    shift 2
+  fi
+  ARGUMENTS=("$@")
+  if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    local count
+    count=$(shard_count)
+    ARGUMENTS+=("shard.index=$SLURM_ARRAY_TASK_ID" "shard.count=$count")
+  fi
+}
+
+# A part of an array that is submitted again must split the work as the whole array did.
+shard_count() {
+  if [[ -n ${PHIMR_SHARDS:-} ]]; then
+    printf '%s' "$PHIMR_SHARDS"
+  elif [[ ${SLURM_ARRAY_TASK_MIN:-} == 0 && $((SLURM_ARRAY_TASK_MAX + 1)) == "${SLURM_ARRAY_TASK_COUNT:-}" ]]; then
+    printf '%s' "$SLURM_ARRAY_TASK_COUNT"
+  else
+    fail "the array is not 0-N, so the number of shards is unknown" \
+      "PHIMR_SHARDS=<tasks of the whole array> sbatch --array=... $0 ..."
+  fi
+}
+
+# Run one job step, pass USR1 (sent before the time limit) on to it, and requeue the job if it had to stop.
+run_step() {
+  if is_dry_run; then
+    printf '%q ' "$@"
+    printf '\n'
+    return
+  fi
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
+  [[ -n $SRUN_CPUS_PER_TASK ]] || unset SRUN_CPUS_PER_TASK
+  local stopping=0 code=0
+  "$@" &
+  local step=$!
+  trap 'stopping=1; kill -USR1 "$step" || true' USR1
+  # A trap ends `wait` early, before the step has ended.
+  wait "$step" || code=$?
+  while kill -0 "$step" 2>/dev/null; do
+    code=0
+    wait "$step" || code=$?
+  done
+  if [[ $stopping == 1 && $code != 0 ]]; then
+    if [[ ${SLURM_RESTART_COUNT:-0} -ge ${PHIMR_MAX_RESTARTS:=100} ]]; then
+      fail "the job was restarted $PHIMR_MAX_RESTARTS times" "ask for more time, or raise PHIMR_MAX_RESTARTS"
+    fi
+    echo "time is nearly over: requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  return "$code"
+}
+
+# run_plain STAGE [ARGUMENT ...]: one process on one node.
+run_plain() {
+  local stage=$1
+  take_arguments "$@"
+  prepare_launch 1
+  run_step "${LAUNCH[@]}" "$PYTHON" -m "recipes.$stage" --config "$CONFIG" "${ARGUMENTS[@]}"
+}
+
+# run_distributed STAGE [ARGUMENT ...]: torchrun on every node, meeting on the first.
+run_distributed() {
+  local stage=$1 nodes processes host
+  local job=${SLURM_JOB_ID:-0}
+  take_arguments "$@"
+  nodes=$(node_count)
+  processes=$(processes_per_node)
+  host=$(rendezvous_host)
+  prepare_launch "$nodes"
+  # The port follows from the job, so that two jobs on one node do not meet.
+  run_step "${LAUNCH[@]}" bash "$PHIMR_HOME/slurm/task.sh" "$PYTHON" -m torch.distributed.run \
+    --nnodes "$nodes" --nproc-per-node "${processes:-1}" \
+    --rdzv-backend c10d --rdzv-endpoint "$host:$((20000 + job % 10000))" \
+    --rdzv-id "$job-${SLURM_RESTART_COUNT:-0}" --max-restarts 0 \
+    -m "recipes.$stage" --config "$CONFIG" "${ARGUMENTS[@]}"
+}

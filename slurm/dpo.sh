@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Stage 3: rollout DPO.
+#   sbatch slurm/dpo.sh [--config conf/dpo/PRESET.yaml] [key=value ...]
+#SBATCH --job-name=phimr-dpo
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=1-00:00:00
+#SBATCH --dependency=singleton
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+# sbatch runs a copy of this script, so its own place says nothing inside a job.
+PHIMR_HOME=${PHIMR_HOME:-${SLURM_SUBMIT_DIR:-$(dirname -- "${BASH_SOURCE[0]}")/..}}
+# shellcheck source=slurm/common.sh
+source "$PHIMR_HOME/slurm/common.sh"
+run_distributed dpo "$@"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Conversations -> packed rows for mid-training; CPU only.
+#   sbatch slurm/pack.sh [--config conf/pack/PRESET.yaml] [key=value ...]
+#SBATCH --job-name=phimr-pack
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=128G
+#SBATCH --time=12:00:00
+#SBATCH --dependency=singleton
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+# sbatch runs a copy of this script, so its own place says nothing inside a job.
+PHIMR_HOME=${PHIMR_HOME:-${SLURM_SUBMIT_DIR:-$(dirname -- "${BASH_SOURCE[0]}")/..}}
+# shellcheck source=slurm/common.sh
+source "$PHIMR_HOME/slurm/common.sh"
+run_plain pack "$@"

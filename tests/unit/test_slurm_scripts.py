@@ -1,0 +1,389 @@
+"""The Slurm scripts: syntax, what they run, arguments that arrive unchanged, and what a signal does.
+
+A recording `srun` stands at the place of Slurm's; a real Slurm is not needed here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from phimr_nemo.config import STAGES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SLURM = REPOSITORY / "slurm"
+ARRAY_STAGES = ("generate", "verify")
+PLAIN_STAGES = (*ARRAY_STAGES, "curate", "pack", "evaluate", "export")
+DISTRIBUTED_STAGES = ("midtrain", "sft", "dpo", "grpo")
+STAGE_ORDER = (
+    "generate",
+    "verify",
+    "curate",
+    "pack",
+    "midtrain",
+    "sft",
+    "dpo",
+    "grpo",
+    "evaluate",
+    "export",
+)
+HOSTILE = (
+    "a=with spaces",
+    "b='single' \"double\"",
+    "c=$(touch pwned)",
+    "d=`touch pwned`",
+    "e=; touch pwned #",
+    "f=*",
+    "g=line\nbreak",
+    "h=\\n\\",
+    "i=$HOME",
+    "j=",
+    "k=日本 | & > < !",
+)
+WAIT_SECONDS = 30.0
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without anything that configures the scripts."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "PHIMR", "DRY_RUN"))}
+    # An absent site file: a developer's own must not change what is tested.
+    return {**kept, "PHIMR_SITE": "no-such-file", **extra}
+
+
+def bash(
+    *command: str, env: Mapping[str, str], cwd: Path = REPOSITORY, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        ["bash", *command], capture_output=True, text=True, env=dict(env), cwd=cwd, timeout=60, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def words(printed: str) -> list[str]:
+    """Undo bash's %q by bash itself."""
+    program = f"set -f; a=({printed}); printf '%s\\0' \"${{a[@]}}\""
+    return bash("-c", program, env=environment()).stdout.split("\0")[:-1]
+
+
+def dry_run(stage: str, *arguments: str, **extra: str) -> list[str]:
+    return words(bash(f"slurm/{stage}.sh", *arguments, env=environment(DRY_RUN="1", **extra)).stdout)
+
+
+def follows(sequence: Sequence[str], part: Sequence[str]) -> bool:
+    return any(list(sequence[i : i + len(part)]) == list(part) for i in range(len(sequence)))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    """A directory for PATH with an srun that records its arguments and an scontrol that records requeues."""
+    programs = {
+        "srun": 'printf "%s\\0" "$@" >"$RECORD"; exit "${SRUN_CODE:-0}"',
+        "scontrol": (
+            'if [ "$1" = show ]; then printf "node-a\\nnode-b\\n"; else printf "%s" "$*" >"$RECORD.requeue"; fi'
+        ),
+    }
+    for name, body in programs.items():
+        program = tmp_path / name
+        program.write_text(f"#!/usr/bin/env bash\n{body}\n", "utf-8")
+        program.chmod(0o755)
+    return tmp_path
+
+
+def job(cluster: Path, **extra: str) -> dict[str, str]:
+    return environment(
+        PATH=f"{cluster}:{os.environ['PATH']}",
+        RECORD=str(cluster / "record"),
+        SLURM_JOB_ID="12345",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_NODELIST="node-[a-b]",
+        SLURM_GPUS_ON_NODE="8",
+        SLURM_SUBMIT_DIR=str(REPOSITORY),
+        **extra,
+    )
+
+
+def recorded(cluster: Path) -> list[str]:
+    return (cluster / "record").read_text("utf-8").split("\0")[:-1]
+
+
+def test_every_stage_has_a_script_and_every_script_a_stage() -> None:
+    scripts = {path.stem for path in SLURM.glob("*.sh")} - {"common", "task", "pipeline"}
+    assert scripts == {*PLAIN_STAGES, *DISTRIBUTED_STAGES} == set(STAGE_ORDER)
+    assert scripts <= set(STAGES)
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sh")), ids=lambda p: p.name)
+def test_syntax(script: Path) -> None:
+    bash("-n", str(script), env=environment())
+
+
+def test_shellcheck() -> None:
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("shellcheck is not installed (it comes with the dev extra)")
+    scripts = [str(p.relative_to(REPOSITORY)) for p in sorted(SLURM.glob("*.sh"))]
+    done = subprocess.run(
+        [program, "-x", *scripts, ".ci/run"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGE_ORDER)
+def test_directives(stage: str) -> None:
+    lines = (SLURM / f"{stage}.sh").read_text("utf-8").splitlines()
+    directives = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@120", "--ntasks-per-node=1"} <= set(directives)
+    assert f"--job-name=phimr-{stage}" in directives
+    # Singleton would run the tasks of an array one after the other.
+    is_array = any(d.startswith("--array=") for d in directives)
+    assert is_array == (stage in ARRAY_STAGES)
+    assert ("--dependency=singleton" in directives) != is_array
+
+
+@pytest.mark.parametrize("stage", PLAIN_STAGES)
+def test_plain_dry_run(stage: str) -> None:
+    command = dry_run(stage, "run.seed=3")
+    assert command[0] == "srun"
+    assert "torch.distributed.run" not in command
+    assert command[-5:] == ["-m", f"recipes.{stage}", "--config", f"conf/{stage}/paper.yaml", "run.seed=3"]
+
+
+@pytest.mark.parametrize("stage", DISTRIBUTED_STAGES)
+def test_distributed_dry_run_uses_the_directives(stage: str) -> None:
+    text = (SLURM / f"{stage}.sh").read_text("utf-8")
+    nodes = text.split("#SBATCH --nodes=")[1].split()[0]
+    command = dry_run(stage, "optim.lr=2e-5")
+    assert command[:3] == ["srun", f"--nodes={nodes}", f"--ntasks={nodes}"]
+    assert follows(command, ["--nnodes", nodes, "--nproc-per-node", "8", "--rdzv-backend", "c10d"])
+    assert command[-5:] == ["-m", f"recipes.{stage}", "--config", f"conf/{stage}/paper.yaml", "optim.lr=2e-5"]
+
+
+@pytest.mark.parametrize("stage", STAGE_ORDER)
+def test_hostile_arguments_arrive_unchanged(stage: str, cluster: Path, tmp_path: Path) -> None:
+    bash(f"{SLURM}/{stage}.sh", *HOSTILE, env=job(cluster), cwd=tmp_path)
+    assert recorded(cluster)[-len(HOSTILE) :] == list(HOSTILE)
+    assert dry_run(stage, *HOSTILE)[-len(HOSTILE) :] == list(HOSTILE)
+    assert not (tmp_path / "pwned").exists()
+    assert not (REPOSITORY / "pwned").exists()
+
+
+def test_job_facts_reach_torchrun(cluster: Path) -> None:
+    bash("slurm/midtrain.sh", env=job(cluster, SLURM_RESTART_COUNT="2"))
+    command = recorded(cluster)
+    assert command[:2] == ["--nodes=2", "--ntasks=2"]
+    # Port: 20000 + 12345 mod 10000.
+    assert follows(command, ["--nnodes", "2", "--nproc-per-node", "8"])
+    assert follows(command, ["--rdzv-endpoint", "node-a:22345", "--rdzv-id", "12345-2"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "processes"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "", "SLURM_GPUS_PER_NODE": "h100:4"}, "4"),
+        ({"SLURM_GPUS_ON_NODE": "", "SLURM_GPUS_PER_NODE": ""}, "1"),
+        ({"PHIMR_PROCS_PER_NODE": "2"}, "2"),
+    ],
+)
+def test_processes_per_node(extra: dict[str, str], processes: str, cluster: Path) -> None:
+    bash("slurm/sft.sh", env={**job(cluster), **extra})
+    assert follows(recorded(cluster), ["--nproc-per-node", processes])
+
+
+def test_config_and_preset(cluster: Path) -> None:
+    assert follows(dry_run("sft", PHIMR_PRESET="tiny"), ["--config", "conf/sft/tiny.yaml"])
+    command = dry_run("sft", "--config", "my conf.yaml", "a=1")
+    assert command[-3:] == ["--config", "my conf.yaml", "a=1"]
+    assert command.count("--config") == 1
+    assert "--config has no value" in bash("slurm/sft.sh", "--config", env=job(cluster), code=2).stderr
+
+
+def test_array_task_takes_its_shard(cluster: Path) -> None:
+    task = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "63"}
+    bash("slurm/verify.sh", "run.seed=1", env=job(cluster, **task, SLURM_ARRAY_TASK_COUNT="64"))
+    assert recorded(cluster)[-3:] == ["run.seed=1", "shard.index=5", "shard.count=64"]
+
+
+def test_a_redone_array_task_keeps_the_split_of_the_whole(cluster: Path) -> None:
+    task = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_MAX": "5"}
+    alone = job(cluster, **task, SLURM_ARRAY_TASK_COUNT="1")
+    # Not 1 of 1: that would be all the work in one task.
+    assert "PHIMR_SHARDS" in bash("slurm/verify.sh", env=alone, code=2).stderr
+    assert not (cluster / "record").exists()
+    bash("slurm/verify.sh", env={**alone, "PHIMR_SHARDS": "64"})
+    assert recorded(cluster)[-2:] == ["shard.index=5", "shard.count=64"]
+
+
+def test_containers() -> None:
+    settings = {"PHIMR_CONTAINER_IMAGE": "/images/a b.sqsh", "PHIMR_CONTAINER_MOUNTS": "/data:/data"}
+    mounts = f"{REPOSITORY}:{REPOSITORY},/data:/data"
+    pyxis = dry_run("sft", PHIMR_CONTAINER_RUNTIME="pyxis", **settings)
+    assert "--container-image=/images/a b.sqsh" in pyxis
+    assert f"--container-mounts={mounts}" in pyxis
+    assert follows(pyxis, ["python3", "-m", "torch.distributed.run"])
+    apptainer = dry_run("sft", PHIMR_CONTAINER_RUNTIME="apptainer", **settings)
+    assert follows(apptainer, ["apptainer", "exec", "--nv", "--bind", mounts])
+    assert follows(apptainer, ["/images/a b.sqsh", "bash"])
+    unknown = environment(DRY_RUN="1", PHIMR_CONTAINER_RUNTIME="docker")
+    assert "docker is unknown" in bash("slurm/sft.sh", env=unknown, code=2).stderr
+
+
+def test_site_file_is_read_and_its_example_is_valid(tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text((SLURM / "site.env.example").read_text("utf-8") + "\nexport PHIMR_PROCS_PER_NODE=3\n", "utf-8")
+    assert follows(dry_run("sft", PHIMR_SITE=str(site)), ["--nproc-per-node", "3"])
+
+
+def test_outside_a_job_is_an_error() -> None:
+    assert "not inside a Slurm job" in bash("slurm/sft.sh", env=environment(), code=2).stderr
+
+
+def test_the_exit_code_of_a_stage_is_the_jobs(cluster: Path) -> None:
+    bash("slurm/sft.sh", env=job(cluster, SRUN_CODE="7"), code=7)
+    assert not (cluster / "record.requeue").exists()
+
+
+# --- the pipeline ------------------------------------------------------------------------------------------
+
+
+def test_pipeline_chains_every_stage() -> None:
+    lines = bash("slurm/pipeline.sh", env=environment(DRY_RUN="1")).stdout.splitlines()
+    commands = [words(line) for line in lines]
+    assert [command[-1] for command in commands] == [f"slurm/{stage}.sh" for stage in STAGE_ORDER]
+    assert not any(word.startswith("--dependency") for word in commands[0])
+    for before, stage, command in zip(STAGE_ORDER, STAGE_ORDER[1:], commands[1:], strict=False):
+        singleton = "" if stage in ARRAY_STAGES else ",singleton"
+        assert f"--dependency=afterok:<{before}>{singleton}" in command
+        assert "--parsable" in command
+        assert "--kill-on-invalid-dep=yes" in command
+
+
+def test_pipeline_submits_with_the_ids_it_gets(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        f'#!/usr/bin/env bash\nprintf "%s\\0" "$@" >>"{log}"; printf "\\n" >>"{log}"\n'
+        f'echo "$((100 + $(wc -l <"{log}")));cluster"\n',
+        "utf-8",
+    )
+    sbatch.chmod(0o755)
+    site = tmp_path / "site.env"
+    site.write_text("SBATCH_OPTIONS=(--nodes=2 '--comment=a b')\n", "utf-8")
+    value = "midtrain:base=dir $(touch pwned)"
+    bash(
+        "slurm/pipeline.sh",
+        "run.seed=1",
+        value,
+        env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", PHIMR_SITE=str(site)),
+    )
+    calls = [line.split("\0")[:-1] for line in log.read_text("utf-8").splitlines()]
+    assert len(calls) == len(STAGE_ORDER)
+    for number, (stage, call) in enumerate(zip(STAGE_ORDER, calls, strict=True)):
+        assert call[:3] == ["--parsable", "--nodes=2", "--comment=a b"]
+        if number:
+            singleton = "" if stage in ARRAY_STAGES else ",singleton"
+            assert call[3] == f"--dependency=afterok:{100 + number}{singleton}"
+        rest = call[call.index(f"slurm/{stage}.sh") + 1 :]
+        assert rest == ["run.seed=1"] + ["base=dir $(touch pwned)"] * (stage == "midtrain")
+    assert not (REPOSITORY / "pwned").exists()
+
+
+def test_pipeline_refuses_an_unknown_stage_before_submitting() -> None:
+    done = bash("slurm/pipeline.sh", "midtrian:a=1", env=environment(DRY_RUN="1"), code=2)
+    assert "midtrian" in done.stderr
+    assert done.stdout == ""
+
+
+def test_pipeline_keeps_colons_in_values() -> None:
+    lines = bash("slurm/pipeline.sh", "run.output=s3://x:y", env=environment(DRY_RUN="1")).stdout.splitlines()
+    assert all(words(line)[-1] == "run.output=s3://x:y" for line in lines)
+
+
+# --- signals -----------------------------------------------------------------------------------------------
+
+WORKER = """
+import pathlib, signal, sys, time
+mark = pathlib.Path(sys.argv[1])
+def save(number, frame):
+    mark.with_suffix(".saved").touch()
+    sys.exit(3)
+signal.signal(signal.SIGUSR1, save)
+mark.with_suffix(".ready").touch()
+time.sleep(60)
+"""
+AGENT = """
+import subprocess, sys
+# Like torchrun: workers in sessions of their own, exit 1 when one fails.
+workers = [subprocess.Popen([sys.executable, "-c", sys.argv[1], f"{sys.argv[2]}{i}"], start_new_session=True)
+           for i in range(2)]
+sys.exit(1 if any([w.wait() for w in workers]) else 0)
+"""
+
+
+def wait_for(paths: Sequence[Path]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, f"none of {paths} appeared"
+        time.sleep(0.02)
+
+
+def test_usr1_reaches_the_workers_and_not_the_agent(tmp_path: Path) -> None:
+    mark = tmp_path / "worker"
+    launcher = subprocess.Popen(
+        ["bash", str(SLURM / "task.sh"), sys.executable, "-c", AGENT, WORKER, str(mark)],
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        wait_for([tmp_path / "worker0.ready", tmp_path / "worker1.ready"])
+        # Slurm signals the whole process group of a task.
+        os.killpg(launcher.pid, signal.SIGUSR1)
+        # An agent that the signal had killed would show as 128 + 10 here.
+        assert launcher.wait(WAIT_SECONDS) == 1
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert (tmp_path / "worker0.saved").exists()
+    assert (tmp_path / "worker1.saved").exists()
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_task_passes_the_exit_code_on(code: int) -> None:
+    bash("slurm/task.sh", sys.executable, "-c", f"raise SystemExit({code})", env=environment(), code=code)
+
+
+@pytest.mark.parametrize(
+    ("step_code", "restarts", "job_code", "requeued"),
+    [(1, "0", 1, True), (0, "0", 0, False), (1, "100", 2, False)],
+    ids=["saved and unfinished", "finished in time", "too many restarts"],
+)
+def test_a_job_that_runs_out_of_time_requeues_itself(
+    step_code: int, restarts: str, job_code: int, requeued: bool, cluster: Path
+) -> None:
+    (cluster / "srun").write_text(
+        f"#!/usr/bin/env bash\ntrap 'exit {step_code}' USR1\ntouch \"$RECORD\"\n"
+        "for _ in $(seq 600); do sleep 0.05; done\nexit 9\n",
+        "utf-8",
+    )
+    shell = subprocess.Popen(
+        ["bash", "slurm/midtrain.sh"], env=job(cluster, SLURM_RESTART_COUNT=restarts), cwd=REPOSITORY
+    )
+    try:
+        wait_for([cluster / "record"])
+        # Slurm signals the batch shell alone (--signal=B:USR1).
+        shell.send_signal(signal.SIGUSR1)
+        assert shell.wait(WAIT_SECONDS) == job_code
+    finally:
+        if shell.poll() is None:
+            shell.kill()
+    assert (cluster / "record.requeue").exists() == requeued
+    if requeued:
+        assert (cluster / "record.requeue").read_text("utf-8") == "requeue 12345"
