@@ -17,17 +17,18 @@ which no trainer can reproduce; the default policy has no such boundary.)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
 
+from phimr_nemo.config import LongRopePolicy
 from phimr_nemo.errors import UserError
 
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
 
-LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
+__all__ = ["LongRopePolicy", "LongRotaryEmbedding", "inverse_frequencies", "uses_long_factors"]
 
 
 def uses_long_factors(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -23,126 +20,19 @@ from torch import Tensor
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses.logprobs import token_logprobs
 from phimr_nemo.model.attention import PackedDocuments, RMSNorm, RotaryScale, SdpaAttention, plan_documents
+from phimr_nemo.model.configuration import (
+    check_config,
+    check_layout,
+    has_transformer_engine,
+    transformer_config,
+    transformer_fields,
+)
 from phimr_nemo.model.longrope import LongRopePolicy, LongRotaryEmbedding, uses_long_factors
 
 if TYPE_CHECKING:
-    from phimr_nemo.config import ParallelConfig
     from phimr_nemo.model.architecture import Architecture
 
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's modules can be used: it is installed and there is a GPU to run them."""
-    return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
-
-
-def check_layout(arch: Architecture, layout: ParallelConfig) -> None:
-    """Refuse a layout that cannot hold the model.
-
-    Raises:
-        UserError: tensor does not divide heads, key/value heads, vocabulary or FFN; pipeline does not divide
-            layers; sequence parallelism without tensor parallelism.
-    """
-    for name, count in (
-        ("attention heads", arch.num_attention_heads),
-        ("key/value heads", arch.num_key_value_heads),
-        ("words of the vocabulary", arch.vocab_size),
-        ("FFN dimensions", arch.intermediate_size),
-    ):
-        if count % layout.tensor:
-            raise UserError(
-                f"parallel.tensor={layout.tensor} with {count} {name}",
-                rule=f"parallel.tensor divides the {count} {name}",
-                remedy=f"choose parallel.tensor among the common divisors, e.g. {_common_divisors(arch)}",
-            )
-    if arch.num_hidden_layers % layout.pipeline:
-        raise UserError(
-            f"parallel.pipeline={layout.pipeline} with {arch.num_hidden_layers} layers",
-            rule="parallel.pipeline divides the number of layers",
-            remedy=f"choose parallel.pipeline among the divisors of {arch.num_hidden_layers}",
-        )
-    if layout.sequence and layout.tensor == 1:
-        raise UserError(
-            "parallel.sequence=true with parallel.tensor=1",
-            rule="sequence parallelism splits over the tensor-parallel group",
-            remedy="set parallel.tensor >= 2 or parallel.sequence=false",
-        )
-
-
-def _common_divisors(arch: Architecture) -> list[int]:
-    counts = (arch.num_attention_heads, arch.num_key_value_heads, arch.vocab_size, arch.intermediate_size)
-    return [n for n in range(1, arch.num_key_value_heads + 1) if all(count % n == 0 for count in counts)]
-
-
-def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
-    """Values of Megatron's ``TransformerConfig`` for this model, layout and number format.
-
-    For callers with a subclass of ``TransformerConfig`` (NeMo's ``GPTConfig``).
-
-    Raises:
-        UserError: the layout cannot hold the model, or a number format that is not trained in.
-    """
-    check_layout(arch, layout)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise UserError(
-            f"model dtype {dtype}", rule="float32 or bfloat16", remedy="set the precision to fp32 or bf16"
-        )
-    on_gpu = torch.cuda.is_available()
-    fused = has_transformer_engine()
-    return {
-        "num_layers": arch.num_hidden_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.intermediate_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_key_value_heads,
-        "kv_channels": arch.head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": arch.rms_norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "init_method_std": arch.initializer_range,
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "sequence_parallel": layout.sequence,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "use_cpu_initialization": not on_gpu,
-        "bias_activation_fusion": on_gpu,
-        "bias_dropout_fusion": on_gpu,
-        "apply_rope_fusion": fused,
-        "persist_layer_norm": fused,
-        "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "deallocate_pipeline_outputs": True,
-    }
-
-
-def transformer_config(
-    arch: Architecture, layout: ParallelConfig, *, dtype: torch.dtype, **overrides: Any
-) -> TransformerConfig:
-    """Megatron's configuration of this model.
-
-    Args:
-        arch: the model.
-        layout: how it is split over processes.
-        dtype: of parameters and activations, torch.float32 or torch.bfloat16.
-        overrides: further ``TransformerConfig`` fields, taking precedence (recompute, fp8, ...).
-
-    Raises:
-        UserError: as ``transformer_fields``, or an override that is no field.
-    """
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    unknown = sorted(overrides.keys() - known)
-    if unknown:
-        raise UserError(
-            f"unknown Megatron settings {unknown}",
-            rule="overrides are fields of megatron.core's TransformerConfig",
-            remedy="correct the spelling, or check the installed megatron-core version",
-        )
-    return TransformerConfig(**{**transformer_fields(arch, layout, dtype=dtype), **overrides})
+__all__ = ["PhiGPTModel", "build_model", "check_layout", "transformer_config", "transformer_fields"]
 
 
 def build_model(
@@ -169,7 +59,7 @@ def build_model(
     Raises:
         UserError: config and architecture disagree, or sequences longer than the model supports.
     """
-    _check_config(arch, config)
+    check_config(arch, config)
     _check_length(arch, max_length)
     return PhiGPTModel(
         arch,
@@ -180,38 +70,6 @@ def build_model(
         post_process=post_process,
         vp_stage=vp_stage,
     )
-
-
-def _check_config(arch: Architecture, config: TransformerConfig) -> None:
-    expected = {
-        "num_layers": arch.num_hidden_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.intermediate_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_key_value_heads,
-        "kv_channels": arch.head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": arch.rms_norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "layernorm_zero_centered_gamma": False,
-        "rotary_interleaved": False,
-    }
-    for name, value in expected.items():
-        if getattr(config, name) != value:
-            raise UserError(
-                f"Megatron config has {name}={getattr(config, name)!r}",
-                rule=f"the architecture says {name}={value!r}",
-                remedy="make the config with transformer_config or transformer_fields",
-            )
-    if config.context_parallel_size > 1:
-        raise UserError(
-            f"context_parallel_size={config.context_parallel_size}",
-            rule="this model does not split one sequence over processes",
-            remedy="set context_parallel_size to 1; use tensor and sequence parallelism for long sequences",
-        )
 
 
 def _check_length(arch: Architecture, max_length: int) -> None:

@@ -1,0 +1,216 @@
+"""Which Hugging Face tensor is which Megatron parameter, and where each tensor-parallel rank's part of it lies.
+
+One table serves both directions. A rank's parameter is the concatenation of *pieces*, ranges of the full tensor
+along one axis; reading the pieces loads the parameter, writing them back exports it. So the inverse needs no
+code of its own, and a rank reads only what it keeps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from phimr_nemo.model.architecture import Architecture
+
+Split = Literal["whole", "rows", "columns", "qkv", "gate_up"]
+"""How tensor parallelism divides a tensor: not at all; by rows; by columns; by rows of whole query groups, each
+with its key and value head (Megatron interleaves what Hugging Face stacks as queries, keys, values); by rows of
+both stacked halves."""
+
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """One line of the table.
+
+    Attributes:
+        hf: the name in a Hugging Face checkpoint; ``{layer}`` counts from 0 over the whole model.
+        megatron: the names of the parameter with Megatron's own layers and with Transformer Engine's; ``{layer}``
+            counts within the pipeline stage.
+        split: how tensor parallelism divides it.
+    """
+
+    hf: str
+    megatron: tuple[str, ...]
+    split: Split
+
+
+LAYER_RULES: Final = (
+    TensorRule(
+        "model.layers.{layer}.input_layernorm.weight",
+        (
+            "decoder.layers.{layer}.input_layernorm.weight",
+            "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+        ),
+        "whole",
+    ),
+    TensorRule(
+        "model.layers.{layer}.self_attn.qkv_proj.weight",
+        ("decoder.layers.{layer}.self_attention.linear_qkv.weight",),
+        "qkv",
+    ),
+    TensorRule(
+        "model.layers.{layer}.self_attn.o_proj.weight",
+        ("decoder.layers.{layer}.self_attention.linear_proj.weight",),
+        "columns",
+    ),
+    TensorRule(
+        "model.layers.{layer}.post_attention_layernorm.weight",
+        (
+            "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+            "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+        ),
+        "whole",
+    ),
+    TensorRule(
+        "model.layers.{layer}.mlp.gate_up_proj.weight",
+        ("decoder.layers.{layer}.mlp.linear_fc1.weight",),
+        "gate_up",
+    ),
+    TensorRule(
+        "model.layers.{layer}.mlp.down_proj.weight",
+        ("decoder.layers.{layer}.mlp.linear_fc2.weight",),
+        "columns",
+    ),
+)
+EMBEDDING_RULE: Final = TensorRule(EMBEDDING, ("embedding.word_embeddings.weight",), "rows")
+NORM_RULE: Final = TensorRule("model.norm.weight", ("decoder.final_layernorm.weight",), "whole")
+HEAD_RULE: Final = TensorRule(HEAD, ("output_layer.weight",), "rows")
+# On the last pipeline stage of a tied model the output layer is a second copy of the embedding.
+TIED_HEAD_RULE: Final = TensorRule(EMBEDDING, HEAD_RULE.megatron, "rows")
+
+_LAYER_NUMBER: Final = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Ranges of a full tensor along one axis whose concatenation is a rank's part.
+
+    Attributes:
+        axis: 0 (rows) or 1 (columns).
+        ranges: (start, stop) in the order of the part.
+    """
+
+    axis: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        """Rows or columns in the part."""
+        return sum(stop - start for start, stop in self.ranges)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A full tensor of the checkpoint and how it is divided.
+
+    Attributes:
+        name: in the Hugging Face checkpoint.
+        shape: of the full tensor.
+        split: how tensor parallelism divides it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: Split
+
+
+def checkpoint_tensors(arch: Architecture) -> Iterator[Placement]:
+    """Every tensor of a Hugging Face checkpoint of this model, in the order of the layers."""
+    yield _placement(EMBEDDING_RULE, arch, 0)
+    for layer in range(arch.num_hidden_layers):
+        for rule in LAYER_RULES:
+            yield _placement(rule, arch, layer)
+    yield _placement(NORM_RULE, arch, 0)
+    if not arch.tie_word_embeddings:
+        yield _placement(HEAD_RULE, arch, 0)
+
+
+def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a Hugging Face checkpoint, in the order of the layers."""
+    return {tensor.name: tensor.shape for tensor in checkpoint_tensors(arch)}
+
+
+def placement_of(parameter: str, layers: list[int], arch: Architecture) -> Placement | None:
+    """The checkpoint tensor of a Megatron parameter.
+
+    Args:
+        parameter: its name within a ``PhiGPTModel``.
+        layers: the stage's layers, as numbered (from 0) in the whole model.
+        arch: the model.
+
+    Returns:
+        None for a name that the table does not hold.
+    """
+    local = _LAYER_NUMBER.search(parameter)
+    if local is not None:
+        template = _LAYER_NUMBER.sub("{layer}", parameter)
+        for rule in LAYER_RULES:
+            if template in rule.megatron:
+                return _placement(rule, arch, layers[int(local.group())])
+        return None
+    head = TIED_HEAD_RULE if arch.tie_word_embeddings else HEAD_RULE
+    for rule in (EMBEDDING_RULE, NORM_RULE, head):
+        if parameter in rule.megatron:
+            return _placement(rule, arch, 0)
+    return None
+
+
+def pieces(placement: Placement, arch: Architecture, rank: int, size: int) -> Pieces:
+    """Where the part of tensor-parallel rank `rank` of `size` lies in the full tensor.
+
+    `size` divides the counts that are split (see ``phimr_nemo.model.configuration.check_layout``).
+    """
+    rows = placement.shape[0]
+    if placement.split == "whole":
+        return Pieces(0, ((0, rows),))
+    if placement.split == "rows":
+        return Pieces(0, (_share(0, rows, rank, size),))
+    if placement.split == "columns":
+        return Pieces(1, (_share(0, placement.shape[1], rank, size),))
+    if placement.split == "gate_up":
+        half = rows // 2
+        return Pieces(0, (_share(0, half, rank, size), _share(half, half, rank, size)))
+    return Pieces(0, _query_group_pieces(arch, rank, size))
+
+
+def _query_group_pieces(arch: Architecture, rank: int, size: int) -> tuple[tuple[int, int], ...]:
+    head = arch.head_dim
+    queries = arch.num_attention_heads // arch.num_key_value_heads * head
+    keys_at = arch.num_attention_heads * head
+    values_at = keys_at + arch.num_key_value_heads * head
+    ranges: list[tuple[int, int]] = []
+    first, last = _share(0, arch.num_key_value_heads, rank, size)
+    for group in range(first, last):
+        ranges.append((group * queries, (group + 1) * queries))
+        ranges.append((keys_at + group * head, keys_at + (group + 1) * head))
+        ranges.append((values_at + group * head, values_at + (group + 1) * head))
+    return tuple(ranges)
+
+
+def _share(start: int, count: int, rank: int, size: int) -> tuple[int, int]:
+    each = count // size
+    return start + rank * each, start + (rank + 1) * each
+
+
+def _placement(rule: TensorRule, arch: Architecture, layer: int) -> Placement:
+    return Placement(rule.hf.format(layer=layer), _shape(rule.hf, arch), rule.split)
+
+
+def _shape(template: str, arch: Architecture) -> tuple[int, ...]:
+    hidden, inner = arch.hidden_size, arch.intermediate_size
+    stacked_heads = arch.num_attention_heads + 2 * arch.num_key_value_heads
+    last = template.split(".")[-2]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (arch.vocab_size, hidden),
+        "lm_head": (arch.vocab_size, hidden),
+        "qkv_proj": (stacked_heads * arch.head_dim, hidden),
+        "o_proj": (hidden, arch.num_attention_heads * arch.head_dim),
+        "gate_up_proj": (2 * inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    return shapes.get(last, (hidden,))
