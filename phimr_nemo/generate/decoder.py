@@ -16,28 +16,7 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
-
-
-def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the architecture, as Hugging Face names them (no head when tied)."""
-    hidden, ffn = arch.hidden_size, arch.intermediate_size
-    query, group = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (arch.vocab_size, hidden), FINAL_NORM: (hidden,)}
-    for layer in range(arch.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "self_attn.qkv_proj.weight"] = (query + 2 * group, hidden)
-        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, query)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[prefix + "mlp.gate_up_proj.weight"] = (2 * ffn, hidden)
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, ffn)
-    if not arch.tie_word_embeddings:
-        shapes[HEAD] = (arch.vocab_size, hidden)
-    return shapes
+from phimr_nemo.model.table import EMBEDDING, HEAD, checkpoint_tensors
 
 
 @dataclass(frozen=True)
@@ -79,7 +58,7 @@ def own_weights(
     Raises:
         UserError: a tensor is missing, unknown, repeated or of another shape.
     """
-    shapes = expected_shapes(arch)
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint_tensors(arch)}
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if name not in shapes or name in copies or tuple(tensor.shape) != shapes[name]:
@@ -116,7 +95,7 @@ def _arrange(arch: Architecture, named: Mapping[str, Tensor]) -> Weights:
             )
         )
     embedding = named[EMBEDDING]
-    return Weights(embedding, tuple(layers), named[FINAL_NORM], named.get(HEAD, embedding))
+    return Weights(embedding, tuple(layers), named["model.norm.weight"], named.get(HEAD, embedding))
 
 
 class KVCache:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate import local
-from phimr_nemo.generate.decoder import Decoder, expected_shapes
+from phimr_nemo.generate.decoder import Decoder
 from phimr_nemo.generate.local import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.sampling import request_uniforms
@@ -305,13 +305,6 @@ def test_an_incomplete_update_is_refused_and_the_old_weights_stay(model: Any) ->
             sampler.update_weights(tensors, version=1)
         assert sampler.version == 0
         assert sampler.sample(requests, params) == before
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_expected_tensors_are_those_of_transformers(tied: bool) -> None:
-    model = make_hf_model(tied=tied)
-    shapes = expected_shapes(Architecture.from_hf_config(model.config.to_dict()))
-    assert shapes == {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
 
 
 def test_max_length_bounds_prompt_and_response(model: Any) -> None:

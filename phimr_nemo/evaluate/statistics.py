@@ -1,0 +1,154 @@
+"""Scores with their uncertainty, as pure functions of graded samples.
+
+The unit of sampling is the question: responses to one question are correlated, so errors are clustered by
+question (Miller 2024, arXiv 2411.00640) and differences between models are paired by question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+BOOTSTRAP_CHUNK: Final = 1_000
+
+
+def mean_and_clustered_error(samples: Mapping[str, Sequence[bool]]) -> tuple[float, float]:
+    """pass@1 and its standard error, clustered by question.
+
+    With x_qi in {0, 1}, N samples and Q questions::
+
+        mean = sum_qi x_qi / N
+        error = sqrt(Q / (Q - 1) * sum_q (sum_i (x_qi - mean))^2) / N
+
+    which for equally many samples a question is the ordinary standard error of the questions' accuracies.
+
+    Args:
+        samples: question -> whether each of its samples is correct; at least one each.
+
+    Returns:
+        Mean, and standard error; the error is NaN for a single question, which tells nothing about others.
+
+    Raises:
+        ValueError: no question, or a question without samples.
+    """
+    _check(samples)
+    total = sum(len(values) for values in samples.values())
+    mean = sum(sum(values) for values in samples.values()) / total
+    questions = len(samples)
+    if questions == 1:
+        return mean, math.nan
+    squares = sum((sum(values) - mean * len(values)) ** 2 for values in samples.values())
+    return mean, math.sqrt(questions / (questions - 1) * squares) / total
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that k of the samples, drawn without replacement, hold a correct one.
+
+    1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374).
+
+    Args:
+        samples: n, samples of the question.
+        correct: c, the correct ones among them.
+        k: how many are drawn, 1..n.
+
+    Raises:
+        ValueError: k is not in 1..n or c not in 0..n.
+    """
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f"pass@{k} of {samples} samples with {correct} correct")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority_score(answers: Sequence[str], correct: Sequence[bool]) -> float:
+    """Whether the most frequent answer to a question is correct; the share of correct ones at a tie.
+
+    All samples graded correct count as one answer, however they are written; wrong ones are told apart by
+    their text; a sample with no answer ("" and not correct) has no vote.
+
+    Args:
+        answers: the extracted answer of each sample.
+        correct: whether it was graded correct.
+
+    Returns:
+        1, 0, or at a tie of m answers 1/m if the correct one is among them. 0 when nobody votes.
+    """
+    votes: Counter[tuple[bool, str]] = Counter()
+    for answer, is_correct in zip(answers, correct, strict=True):
+        if is_correct:
+            votes[(True, "")] += 1
+        elif answer:
+            votes[(False, answer)] += 1
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    winners = [vote for vote, count in votes.items() if count == most]
+    return sum(is_correct for is_correct, _ in winners) / len(winners)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Model B's mean accuracy minus model A's on the same questions.
+
+    Attributes:
+        mean: the difference.
+        low, high: percentile bootstrap interval.
+        stderr: standard deviation of the bootstrap means.
+    """
+
+    mean: float
+    low: float
+    high: float
+    stderr: float
+
+
+def paired_bootstrap(
+    first: Sequence[float], second: Sequence[float], *, resamples: int, confidence: float, seed: int
+) -> Difference:
+    """Bootstrap the difference of two models over questions, pairs kept together.
+
+    Args:
+        first: model A's accuracy on each question.
+        second: model B's on the same questions.
+        resamples: bootstrap samples.
+        confidence: mass of the interval, such as 0.95.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no questions, unequal counts, or a confidence outside (0, 1).
+    """
+    if not first or len(first) != len(second) or not 0.0 < confidence < 1.0:
+        raise ValueError(f"{len(first)} and {len(second)} questions at confidence {confidence}")
+    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    means = []
+    for start in range(0, resamples, BOOTSTRAP_CHUNK):
+        shape = (min(BOOTSTRAP_CHUNK, resamples - start), len(differences))
+        means.append(differences[generator.integers(len(differences), size=shape)].mean(axis=1))
+    drawn = np.concatenate(means)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Difference(float(differences.mean()), float(low), float(high), float(drawn.std()))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of independent values, such as one score a seed; the error of one value is NaN.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("the mean of no values")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def _check(samples: Mapping[str, Sequence[bool]]) -> None:
+    if not samples or not all(len(values) for values in samples.values()):
+        raise ValueError("a score needs at least one question, and a sample of each")
