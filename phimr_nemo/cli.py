@@ -1,0 +1,172 @@
+"""The console command `phimr`. Needs no torch to answer --help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+
+app = typer.Typer(
+    name="phimr",
+    help="The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+STAGE_HELP: Final = {
+    "base": "Make a tiny randomly initialised model of the Phi-4-mini architecture with its tokenizer.",
+    "generate": "Problems -> rollouts: synthetic or your own problems, a programmatic, recorded or model teacher.",
+    "curate": "Verdicts -> mid-training set, SFT subset, preference pairs, RL prompts.",
+    "pack": "Conversations -> packed rows of one length.",
+    "midtrain": "Stage 1: packed next-token prediction on the full verified set (NeMo 2.0).",
+    "sft": "Stage 2: supervised fine-tuning on unpacked conversations (NeMo 2.0).",
+    "dpo": "Stage 3: rollout DPO (NeMo-Aligner).",
+    "grpo": "Stage 4: GRPO with a verifiable reward (NeMo-Aligner).",
+    "evaluate": "pass@1 and its company on held-out or benchmark problems.",
+    "export": "A trained directory -> a release directory with its model card.",
+}
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of config values, NeMo-style.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; default conf/<stage>/paper.yaml.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved config and derived numbers.")]
+
+
+def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool) -> None:
+    from phimr_nemo.config import STAGES, load_config, to_yaml
+    from phimr_nemo.launch import launch
+    from phimr_nemo.preflight import derived_numbers, preflight
+
+    path = config if config is not None else Path("conf") / stage / "paper.yaml"
+    resolved: Any = load_config(STAGES[stage], path, overrides or [])
+    if dry_run:
+        typer.echo(to_yaml(resolved), nl=False)
+        for name, value in derived_numbers(stage, resolved).items():
+            typer.echo(f"# {name}: {value}")
+        return
+    preflight(stage, resolved)
+    launch(stage, resolved)
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(overrides: Overrides = None, config: ConfigFile = None, dry_run: DryRun = False) -> None:
+        _run_stage(stage, overrides, config, dry_run)
+
+    command.__doc__ = STAGE_HELP[stage]
+    return command
+
+
+for _stage in STAGE_HELP:
+    app.command(_stage)(_stage_command(_stage))
+
+
+@app.command()
+def verify(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[IN OUT | KEY=VALUE...]", help="A file to grade and where to write it; or overrides."),
+    ] = None,
+    config: ConfigFile = None,
+    dry_run: DryRun = False,
+    response: Annotated[str, typer.Option(help="IN OUT: column of the response.")] = "response",
+    answer: Annotated[str, typer.Option(help="IN OUT: column of the reference answer.")] = "answer",
+    workers: Annotated[int, typer.Option(help="IN OUT: grader processes.")] = 2,
+) -> None:
+    """Grade answers with math-verify: a file IN into OUT, or rollouts -> verdicts as a stage of the recipe."""
+    given = arguments or []
+    if not given or all("=" in item for item in given):
+        _run_stage("verify", given, config, dry_run)
+        return
+    if len(given) != 2:  # noqa: PLR2004
+        raise UserError(
+            f"phimr verify with {len(given)} arguments: {given}",
+            rule="either IN and OUT, or KEY=VALUE overrides",
+            remedy="for example: phimr verify answers.jsonl graded.jsonl --response response --answer answer",
+        )
+    from phimr_nemo.verify.stage import verify_file
+
+    counts = verify_file(Path(given[0]), Path(given[1]), response=response, answer=answer, workers=workers)
+    typer.echo("  ".join(f"{name}: {count}" for name, count in counts.items()))
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/quickstart"),
+    dry_run: DryRun = False,
+) -> None:
+    """The whole recipe on a tiny model: data, four training stages, evaluation, export, table, plots."""
+    from phimr_nemo.pipeline import plan_quickstart, run_quickstart
+
+    path = config if config is not None else Path("conf/quickstart/tiny.yaml")
+    numbers = _parse_seeds(seeds)
+    if dry_run:
+        for step in plan_quickstart(path, numbers, out, overrides or []):
+            typer.echo(step)
+        return
+    run_quickstart(path, numbers, out, overrides or [])
+
+
+def _parse_seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--seeds {text!r}", rule="whole numbers separated by commas", remedy="for example --seeds 0,1,2"
+        ) from error
+    if any(seed < 0 for seed in seeds) or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {text!r}", rule="distinct numbers of at least 0", remedy="for example --seeds 0,1,2")
+    return seeds
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Quickstart output directories.")],
+    out: Annotated[Path, typer.Option(help="Where to write table and plots.")] = Path("runs/report"),
+) -> None:
+    """Collect result tables of finished runs into one table (markdown, JSON) and plots (PNG)."""
+    from phimr_nemo.pipeline import write_report
+
+    write_report(runs, out)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has and lacks against the tested versions, and what falls back to what."""
+    from phimr_nemo.doctor import diagnose, exit_code, print_findings
+
+    findings = diagnose()
+    print_findings(findings)
+    raise typer.Exit(exit_code(findings))
+
+
+def main() -> None:
+    """Entry point: errors of the user become one clear message and exit code 2, preemption 3."""
+    try:
+        app(standalone_mode=False)
+        code = EXIT_DONE
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        code = EXIT_USER
+    except Preempted as stopped:
+        typer.echo(str(stopped), err=True)
+        code = EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        typer.echo("interrupted; finished steps are kept, run the same command to continue", err=True)
+        code = EXIT_PREEMPTED
+    except typer.Exit as done:
+        code = done.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Run a stage: check its inputs, describe the run, call the stage in this process or in one process a rank."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
+from phimr_nemo.errors import EXIT_INTERNAL, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.runs import CONFIG_FILE, RunDirectory
+from phimr_nemo.store import atomic_write_text
+
+# Stage -> "module:function" taking the stage's config and returning the facts that close the run.
+FUNCTIONS: Final[Mapping[str, str]] = {
+    "base": "phimr_nemo.model.base:run_base",
+    "generate": "phimr_nemo.generate.stage:run_generate",
+    "verify": "phimr_nemo.verify.stage:run_verify",
+    "curate": "phimr_nemo.data.stage:run_curate",
+    "pack": "phimr_nemo.data.stage:run_pack",
+    "midtrain": "phimr_nemo.train.supervised:run_midtrain",
+    "sft": "phimr_nemo.train.supervised:run_sft",
+    "dpo": "phimr_nemo.align.dpo:run_dpo",
+    "grpo": "phimr_nemo.align.grpo:run_grpo",
+    "evaluate": "phimr_nemo.evaluate.stage:run_evaluate",
+    "export": "phimr_nemo.evaluate.export:run_export",
+}
+# Settings that a continued run may change: they do not change what is computed.
+FREE_TO_CHANGE: Final = ("run.log_every", "parallel.", "checkpoint.", "micro_batch", "shard.", "workers", "max_batch")
+ELASTIC_ARGUMENTS: Final = ("--standalone", "--nnodes=1", "--max-restarts=0")
+
+
+def run_stage(stage: str, config: Any) -> None:
+    """Run a stage in this process: one of the ranks, or the only one.
+
+    Args:
+        stage: a key of :data:`phimr_nemo.config.STAGES`.
+        config: its configuration.
+
+    Raises:
+        UserError: bad input, or the output holds another run.
+        Preempted: the run was asked to stop and has saved its state.
+    """
+    run = RunDirectory(config.run.output)
+    check_same_run(run, config)
+    if run.is_done:
+        return
+    if os.environ.get("RANK", "0") == "0":
+        run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts={})
+    facts = stage_function(stage)(config)
+    if os.environ.get("RANK", "0") == "0" and facts is not None:
+        run.finish(**facts)
+
+
+def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
+    """The function behind a stage; it returns the closing facts, or None when other shards are still to come."""
+    module, name = FUNCTIONS[stage].split(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def check_same_run(run: RunDirectory, config: Any) -> None:
+    """An output directory belongs to one configuration.
+
+    Raises:
+        UserError: the directory was made with other settings; they are named.
+    """
+    import yaml
+
+    path = run.path / CONFIG_FILE
+    if not path.is_file():
+        return
+    before, now = _flatten(yaml.safe_load(path.read_text("utf-8"))), _flatten(to_dict(config))
+    different = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if different:
+        raise UserError(
+            f"{run.path} holds a run with other settings ({'; '.join(different)})",
+            rule="an output directory belongs to one configuration",
+            remedy="choose another run.output, or remove the directory",
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def launch(stage: str, config: Any) -> None:
+    """Run a stage with as many processes on this machine as its layout needs.
+
+    Raises:
+        UserError: bad input; found before any process is started.
+        Preempted: the run was asked to stop and has saved its state.
+        RuntimeError: a process failed; its own message stands above.
+    """
+    parallel: ParallelConfig | None = getattr(config, "parallel", None)
+    if parallel is None or parallel.world_size == 1 or "RANK" in os.environ:
+        run_stage(stage, config)
+        return
+    check_same_run(RunDirectory(config.run.output), config)
+    if RunDirectory(config.run.output).is_done:
+        return
+    resolved = config.run.output / CONFIG_FILE
+    atomic_write_text(resolved, to_yaml(config))
+    _launch_ranks(stage, resolved, parallel.world_size)
+
+
+def _launch_ranks(stage: str, resolved: Path, processes: int) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    arguments = parse_args(
+        [*ELASTIC_ARGUMENTS, f"--nproc-per-node={processes}", "-m", "phimr_nemo.launch", stage, str(resolved)]
+    )
+    elastic, command, command_arguments = config_from_args(arguments)
+    try:
+        elastic_launch(config=elastic, entrypoint=command)(*command_arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == EXIT_PREEMPTED:
+            raise Preempted(
+                f"{stage} was stopped and has saved its state; run the same command to continue"
+            ) from error
+        raise RuntimeError(f"{stage}: rank {rank} ended with exit code {failure.exitcode}, see above") from error
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m phimr_nemo.launch STAGE CONFIG`: one rank of a stage. Returns the exit code."""
+    stage, path = arguments
+    try:
+        run_stage(stage, load_config(STAGES[stage], Path(path)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except Preempted as stopped:
+        print(str(stopped), file=sys.stderr)
+        return EXIT_PREEMPTED
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that the libraries leave behind must not hold a finished rank.
+    os._exit(code if code in (0, EXIT_USER, EXIT_PREEMPTED) else EXIT_INTERNAL)

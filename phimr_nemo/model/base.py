@@ -1,0 +1,82 @@
+"""A base model for the tiny preset: the Phi-4-mini architecture, random weights, a tokenizer of its own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phimr_nemo.config import BaseConfig
+from phimr_nemo.data.chat import END_OF_TEXT
+from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.hf import write_hf_directory
+from phimr_nemo.model.table import checkpoint_tensors
+
+
+def run_base(config: BaseConfig) -> dict[str, Any]:
+    """Train the tokenizer, draw the weights and write `<output>/hf`.
+
+    Raises:
+        UserError: an impossible shape, or a vocabulary that the texts cannot fill.
+    """
+    tokenizer = build_tokenizer(synthetic_corpus(), vocab_size=config.vocab_size, system_prompt=config.system_prompt)
+    architecture = tiny_architecture(config, end_of_text=tokenizer.convert_tokens_to_ids(END_OF_TEXT))
+    target = config.run.output / "hf"
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        write_hf_directory(
+            target, architecture, random_tensors(architecture, config.run.seed), tokenizer_from=Path(scratch)
+        )
+    return {"parameters": architecture.num_parameters, "hf": "hf"}
+
+
+def tiny_architecture(config: BaseConfig, *, end_of_text: int) -> Architecture:
+    """The architecture that a base config describes.
+
+    Args:
+        config: the shape. `long_factor_growth` makes the long LongRoPE factors rise linearly from 1 by it; the
+            short ones are all 1, as in Phi-4-mini.
+        end_of_text: id of the token that begins, ends and pads.
+    """
+    pairs = int(config.hidden_size // config.num_attention_heads * config.partial_rotary_factor) // 2
+    return Architecture(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        partial_rotary_factor=config.partial_rotary_factor,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=True,
+        max_position_embeddings=config.max_position_embeddings,
+        original_max_position_embeddings=config.original_max_position_embeddings,
+        short_factor=(1.0,) * pairs,
+        long_factor=tuple(1.0 + config.long_factor_growth * i / max(pairs - 1, 1) for i in range(pairs)),
+        sliding_window=None,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+        initializer_range=config.initializer_range,
+    )
+
+
+def random_tensors(architecture: Architecture, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Starting weights under their Hugging Face names, fp32: norms 1, everything else normal.
+
+    Projections that write into the residual stream are scaled by 1 / sqrt(2 layers) (GPT-2, section 2.3).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual = (2 * architecture.num_hidden_layers) ** -0.5
+    for tensor in checkpoint_tensors(architecture):
+        if "norm" in tensor.name:
+            yield tensor.name, torch.ones(tensor.shape)
+            continue
+        scale = residual if tensor.name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        yield tensor.name, torch.randn(tensor.shape, generator=generator) * (architecture.initializer_range * scale)
