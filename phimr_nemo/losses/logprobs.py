@@ -139,16 +139,9 @@ class _TokenLogprobs(torch.autograd.Function):
         sums = torch.empty(3 if with_entropy else 2, positions.numel(), dtype=statistics_dtype, device=hidden.device)
         for start in range(0, positions.numel(), chunk_size):
             chunk = slice(start, start + chunk_size)
-            logits = _chunk_logits(rows[positions[chunk]], weight, temperature)
-            maximum[chunk] = logits.max(dim=1).values
-            columns, owned = _local_columns(wanted[chunk], weight.shape[0], tp_group)
-            target = logits.gather(1, columns.unsqueeze(1)).squeeze(1)
-            sums[1, chunk] = torch.where(owned, target, 0.0)
-            shifted = logits.sub_(maximum[chunk].unsqueeze(1))
-            exponentials = torch.exp(shifted) if with_entropy else shifted.exp_()
-            sums[0, chunk] = exponentials.sum(dim=1)
-            if with_entropy:
-                sums[2, chunk] = exponentials.mul_(shifted).sum(dim=1)
+            _chunk_statistics(
+                rows[positions[chunk]], weight, wanted[chunk], temperature, tp_group, maximum[chunk], sums[:, chunk]
+            )
 
         maximum = _merge_statistics(maximum, sums, tp_group)
         log_sum_exp = maximum + sums[0].log()
@@ -180,15 +173,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, positions.numel(), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             chunk_rows = rows[positions[chunk]].to(weight.dtype)
-            grad_logits = _chunk_logits(chunk_rows, weight, ctx.temperature)
-            grad_logits.sub_(log_sum_exp[chunk].unsqueeze(1)).exp_().neg_()
-            columns, owned = _local_columns(wanted[chunk], weight.shape[0], ctx.tp_group)
-            grad_logits.scatter_add_(1, columns.unsqueeze(1), owned.to(grad_logits.dtype).unsqueeze(1))
-            grad_logits = grad_logits.mul_(scale[chunk].unsqueeze(1)).to(weight.dtype)
+            grad_logits = _chunk_logit_gradient(
+                chunk_rows, weight, wanted[chunk], ctx.temperature, ctx.tp_group, log_sum_exp[chunk], scale[chunk]
+            )
             if grad_rows is not None:
                 grad_rows[positions[chunk]] = torch.mm(grad_logits, weight).to(hidden.dtype)
             if grad_weight is not None:
                 _accumulate_weight_gradient(grad_weight, grad_logits, chunk_rows)
+            # Otherwise this chunk's buffer would still be alive while the next one's is allocated.
+            del grad_logits
 
         grad_hidden = None
         if grad_rows is not None:
@@ -208,6 +201,46 @@ def _chunk_logits(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """Logits [chunk, vocabulary / tp] / temperature in the statistics dtype, in a buffer of their own."""
     logits = torch.mm(rows.to(weight.dtype), weight.t()).to(_statistics_dtype(weight))
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _chunk_statistics(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+    tp_group: dist.ProcessGroup | None,
+    maximum: Tensor,
+    sums: Tensor,
+) -> None:
+    """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary."""
+    logits = _chunk_logits(rows, weight, temperature)
+    torch.amax(logits, dim=1, out=maximum)
+    columns, owned = _local_columns(labels, weight.shape[0], tp_group)
+    sums[1] = torch.where(owned, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
+    shifted = logits.sub_(maximum.unsqueeze(1))
+    if sums.shape[0] == 2:
+        torch.sum(shifted.exp_(), dim=1, out=sums[0])
+    else:
+        exponentials = torch.exp(shifted)
+        torch.sum(exponentials, dim=1, out=sums[0])
+        torch.sum(exponentials.mul_(shifted), dim=1, out=sums[2])
+
+
+def _chunk_logit_gradient(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+    tp_group: dist.ProcessGroup | None,
+    log_sum_exp: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """scale * ([v = y] - p_v) of this rank's block [chunk, vocabulary / tp], in the dtype of ``weight``."""
+    gradient = _chunk_logits(rows, weight, temperature)
+    gradient.sub_(log_sum_exp.unsqueeze(1)).exp_().neg_()
+    columns, owned = _local_columns(labels, weight.shape[0], tp_group)
+    gradient.scatter_add_(1, columns.unsqueeze(1), owned.to(gradient.dtype).unsqueeze(1))
+    return gradient.mul_(scale.unsqueeze(1)).to(weight.dtype)
 
 
 def _local_columns(

@@ -96,6 +96,14 @@ def test_equals_plain_loops(name: str, seed: int) -> None:
     loss_sum, denominator = loops(name, case)
     assert result.loss_sum.item() == pytest.approx(loss_sum, rel=1e-12)
     assert result.denominator.item() == denominator
+    new, old, ref = (
+        case[key].detach()[case["loss_mask"]].tolist() for key in ("logprobs", "old_logprobs", "ref_logprobs")
+    )
+    # KL(old || new) from tokens of the old policy, KL(new || ref) from tokens taken as the new policy's.
+    kl_to_old = sum(math.exp(n - o) - (n - o) - 1 for n, o in zip(new, old, strict=True))
+    kl_to_reference = sum(math.exp(r - n) - (r - n) - 1 for n, r in zip(new, ref, strict=True))
+    assert result.metrics["kl_to_old"].item() == pytest.approx(kl_to_old, rel=1e-12)
+    assert result.metrics["kl_to_reference"].item() == pytest.approx(kl_to_reference, rel=1e-12)
     assert result.metrics["tokens"].item() == sum(LENGTHS)
     assert result.metrics["sequences"].item() == len(LENGTHS)
 
