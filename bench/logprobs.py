@@ -7,7 +7,7 @@ The peer is what transformers and TRL do: all logits in one matrix product, floa
 measurement runs in a child process of its own, forward and backward of the mean loss, and reports the peak
 resident set (VmHWM) minus the resident set right before the call, so weights and inputs are not counted on
 either side while the gradients of both are. The hidden size is small by default because the memory in question
-does not depend on it and a CPU would need an hour at 3,072.
+does not depend on it, while a CPU core would need about half an hour at 3,072.
 
 Full logits at 16,384 x 200,064 need three float32 matrices of 13 GB. Where they do not fit into the memory that
 is free, the peer is measured at the largest power-of-two number of tokens that does, and again at half of it;

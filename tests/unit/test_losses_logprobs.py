@@ -37,9 +37,7 @@ def full_logits_reference(hidden: Tensor, weight: Tensor, labels: Tensor, temper
 @pytest.mark.parametrize("chunk_size", [1, 4, 5, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("shape", [(11,), (5, 3)])
-def test_value_and_gradients_equal_log_softmax(
-    shape: tuple[int, ...], temperature: float, chunk_size: int
-) -> None:
+def test_value_and_gradients_equal_log_softmax(shape: tuple[int, ...], temperature: float, chunk_size: int) -> None:
     hidden, weight, labels = make_case(*shape)
     upstream = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -157,18 +155,14 @@ def test_bfloat16_within_its_derived_bound() -> None:
 
     probabilities = torch.softmax(logits, dim=1)
     exact_logit_gradient = torch.nn.functional.one_hot(labels, VOCABULARY) - probabilities
-    logit_error = (
-        probabilities * torch.expm1(2 * unit * largest).unsqueeze(1) + unit * exact_logit_gradient.abs()
-    )
+    logit_error = probabilities * torch.expm1(2 * unit * largest).unsqueeze(1) + unit * exact_logit_gradient.abs()
     assert hidden.grad is not None
     assert weight.grad is not None
     assert exact_hidden.grad is not None
     assert exact_weight.grad is not None
     hidden_bound = logit_error @ exact_weight.abs() + unit * (exact_logit_gradient.abs() @ exact_weight.abs())
     assert ((hidden.grad - exact_hidden.grad).abs() <= hidden_bound + float32_slack).all()
-    weight_bound = logit_error.T @ exact_hidden.abs() + 2 * unit * (
-        exact_logit_gradient.abs().T @ exact_hidden.abs()
-    )
+    weight_bound = logit_error.T @ exact_hidden.abs() + 2 * unit * (exact_logit_gradient.abs().T @ exact_hidden.abs())
     assert ((weight.grad - exact_weight.grad).abs() <= weight_bound + float32_slack).all()
 
 
