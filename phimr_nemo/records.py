@@ -61,9 +61,7 @@ def schemas() -> Mapping[Kind, pa.Schema]:
             ]
         ),
         "rollouts": pa.schema(rollouts),
-        "verdicts": pa.schema(
-            [*rollouts, text("verdict"), text("extracted"), text("reason"), text("grader")]
-        ),
+        "verdicts": pa.schema([*rollouts, text("verdict"), text("extracted"), text("reason"), text("grader")]),
         "conversations": pa.schema(
             [text("id"), text("problem_id"), text("question"), text("response"), *annotations]
         ),

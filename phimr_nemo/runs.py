@@ -45,9 +45,7 @@ def git_sha() -> str:
 
 
 def _git(directory: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(directory), *arguments], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(["git", "-C", str(directory), *arguments], check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
 
@@ -128,9 +126,7 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line of named scalars for `step`."""
-        self._file.write(
-            json.dumps({"step": step, "time": time.time(), **{k: float(v) for k, v in metrics.items()}})
-        )
+        self._file.write(json.dumps({"step": step, "time": time.time(), **{k: float(v) for k, v in metrics.items()}}))
         self._file.write("\n")
         self._file.flush()
         for name, value in metrics.items():

@@ -13,25 +13,48 @@ the disk and renamed, so a killed process leaves either the old state or the new
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from phimr_nemo.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text, write_json
 from phimr_nemo.errors import UserError
 from phimr_nemo.records import KINDS, SCHEMA_VERSION, Kind, schemas
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "atomic_directory",
+    "atomic_file",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "conform",
+    "content_id",
+    "content_seed",
+    "file_sha256",
+    "finish",
+    "input_hash",
+    "is_complete",
+    "iter_shards",
+    "read_manifest",
+    "read_table",
+    "rows_to_table",
+    "shard_is_complete",
+    "write_json",
+    "write_shard",
+]
+
 MANIFEST: Final = "manifest.json"
+SHARD_NAME: Final = re.compile(r"part-(\d{5,9})\.parquet")
+MAX_SHOWN: Final = 200
+SIDECAR_KEYS: Final = ("kind", "rows", "sha256", "schema_version")
 PARQUET_COMPRESSION: Final = "zstd"
 CONTENT_ID_BYTES: Final = 8
 HASH_CHUNK_BYTES: Final = 1 << 20
@@ -85,118 +108,6 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's write errors into one clear message.
-
-    Raises:
-        UserError: the disk is full, the quota is used up, or the place cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left while writing {path}",
-                rule="an output needs room on its disk; nothing half-written was kept",
-                remedy="free space or choose another output directory, then run the same command again",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(
-                f"cannot write {path}: {error.strerror}",
-                rule="the output directory must be writable",
-                remedy="choose another output directory or change its permissions",
-            ) from error
-        raise
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to the disk and rename it into place.
-
-    Raises:
-        UserError: the disk is full or the place cannot be written.
-    """
-    with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
-        try:
-            yield temporary
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-            _fsync_directory(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing.
-
-    Raises:
-        UserError: the disk is full or the place cannot be written.
-    """
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a whole UTF-8 file or nothing.
-
-    Raises:
-        UserError: the disk is full or the place cannot be written.
-    """
-    atomic_write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON, readable and with sorted keys, whole or not at all."""
-    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; on success rename it into place.
-
-    Raises:
-        UserError: `path` exists and is not empty, the disk is full, or the place cannot be written.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(
-            f"output {path} exists already and is not empty",
-            rule="a finished output is never overwritten",
-            remedy="choose another output directory or remove this one",
-        )
-    with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
-            yield temporary
-            for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    with file.open("rb") as handle:
-                        os.fsync(handle.fileno())
-            temporary.chmod(0o755)
-            if path.exists():
-                path.rmdir()
-            temporary.rename(path)
-            _fsync_directory(path.parent)
-        finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
-
-
 def _shard_path(directory: Path, index: int) -> Path:
     return directory / f"part-{index:05d}.parquet"
 
@@ -214,13 +125,14 @@ def write_shard(directory: Path, index: int, table: pa.Table, *, kind: Kind) -> 
         The path of the parquet file.
 
     Raises:
-        UserError: a column is missing or holds null where it must not, or the disk is full.
+        UserError: a column is missing, has the wrong type or holds null where it must not, or the disk is full.
     """
     import pyarrow.parquet as pq
 
     path = _shard_path(directory, index)
+    records = conform(table, kind)
     with atomic_file(path) as temporary:
-        pq.write_table(conform(table, kind), temporary, compression=PARQUET_COMPRESSION)
+        pq.write_table(records, temporary, compression=PARQUET_COMPRESSION)
     write_json(
         path.with_suffix(".json"),
         {
@@ -237,8 +149,10 @@ def conform(table: pa.Table, kind: Kind) -> pa.Table:
     """Select and cast the columns of `kind`.
 
     Raises:
-        UserError: a column is missing, or holds null where the kind does not allow it.
+        UserError: a column is missing, has the wrong type, or holds null where the kind does not allow it.
     """
+    import pyarrow as pa
+
     schema = schemas()[kind]
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
@@ -247,16 +161,25 @@ def conform(table: pa.Table, kind: Kind) -> pa.Table:
             rule=f"a {kind!r} record has the columns {schema.names}",
             remedy="map your columns to these names (see `phimr generate --help`)",
         )
-    selected = table.select(schema.names)
+    columns = []
     for item in schema:
-        nulls = selected.column(item.name).null_count
+        column = table.column(item.name)
+        nulls = column.null_count
         if nulls and not item.nullable:
             raise UserError(
                 f"column {item.name!r} holds {nulls} nulls",
                 rule=f"{item.name!r} of a {kind!r} record is never null",
                 remedy="drop or repair these rows in the input",
             )
-    return selected.cast(schema)
+        try:
+            columns.append(column.cast(item.type))
+        except pa.ArrowException as error:
+            raise UserError(
+                f"column {item.name!r} has the type {column.type}: {error}",
+                rule=f"{item.name!r} of a {kind!r} record is {item.type}",
+                remedy="convert this column in the input",
+            ) from error
+    return pa.table(columns, schema=schema)
 
 
 def rows_to_table(rows: Sequence[Mapping[str, Any]], kind: Kind) -> pa.Table:
@@ -272,7 +195,31 @@ def shard_is_complete(directory: Path, index: int) -> bool:
     sidecar = path.with_suffix(".json")
     if not path.is_file() or not sidecar.is_file():
         return False
-    return bool(json.loads(sidecar.read_text("utf-8"))["sha256"] == file_sha256(path))
+    try:
+        facts = _read_facts(sidecar, SIDECAR_KEYS)
+    except UserError:
+        return False  # a damaged sidecar completes nothing: the shard is made again
+    return bool(facts["sha256"] == file_sha256(path))
+
+
+def _read_facts(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A JSON object with at least these keys.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        lacking = [key for key in keys if key not in values] if isinstance(values, dict) else list(keys)
+    except ValueError as error:
+        values, lacking = error, list(keys)
+    if lacking:
+        raise UserError(
+            f"{path} is damaged: {values if isinstance(values, ValueError) else f'{lacking} are absent'}",
+            rule=f"it is a JSON object with the keys {list(keys)}",
+            remedy="delete it and run the step that made it again: finished shards are kept",
+        )
+    return dict(values)
 
 
 def finish(
@@ -293,24 +240,29 @@ def finish(
         counts: named counts and reasons for rejection.
 
     Raises:
-        UserError: the directory has no shard.
+        UserError: the directory has no shard, one without its file, a damaged one, or one of another kind.
     """
     from phimr_nemo.runs import code_versions
 
-    sidecars = sorted(directory.glob("part-*.json"))
+    sidecars = sorted(directory.glob("part-*.json"), key=lambda path: (len(path.name), path.name))
     if not sidecars:
         raise UserError(
             f"{directory} holds no shard",
             rule="a finished step has written at least one shard",
             remedy="look at the step's own counts: every row may have been rejected",
         )
-    facts = [json.loads(sidecar.read_text("utf-8")) for sidecar in sidecars]
+    facts = [_read_facts(sidecar, SIDECAR_KEYS) for sidecar in sidecars]
+    for sidecar, fact in zip(sidecars, facts, strict=True):
+        if fact["kind"] != kind or not sidecar.with_suffix(".parquet").is_file():
+            raise UserError(
+                f"{sidecar} tells of {fact['kind']!r} records in {sidecar.with_suffix('.parquet').name}",
+                rule=f"every shard of the directory holds {kind!r} records, and its file is there",
+                remedy="delete what is left of another run, then run the step again",
+            )
     manifest = Manifest(
         kind=kind,
         rows=sum(fact["rows"] for fact in facts),
-        shards={
-            s.with_suffix(".parquet").name: fact["sha256"] for s, fact in zip(sidecars, facts, strict=True)
-        },
+        shards={s.with_suffix(".parquet").name: fact["sha256"] for s, fact in zip(sidecars, facts, strict=True)},
         config=dict(config),
         inputs={str(path): input_hash(path) for path in inputs},
         counts=dict(counts or {}),
@@ -333,14 +285,24 @@ def input_hash(path: Path) -> str:
 def is_complete(directory: Path, kind: Kind) -> bool:
     """Whether `directory` holds a finished step of `kind`."""
     manifest = directory / MANIFEST
-    return manifest.is_file() and json.loads(manifest.read_text("utf-8")).get("kind") == kind
+    if not manifest.is_file():
+        return False
+    try:
+        return bool(_read_facts(manifest, _manifest_keys())["kind"] == kind)
+    except UserError:
+        return False  # a damaged manifest declares nothing: the step writes it again
+
+
+def _manifest_keys() -> list[str]:
+    return [item.name for item in fields(Manifest)]
 
 
 def read_manifest(directory: Path, kind: Kind) -> Manifest:
     """The manifest of a finished record directory.
 
     Raises:
-        UserError: the directory is absent, unfinished, of another kind, or of an older schema version.
+        UserError: the directory is absent, unfinished, of another kind or schema version, or its manifest is
+            damaged or names files that are no shards.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -350,7 +312,7 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
             rule=f"this step reads a finished directory of {kind!r} records",
             remedy="run the step that makes it first, or correct the path",
         )
-    values = json.loads(path.read_text("utf-8"))
+    values = _read_facts(path, _manifest_keys())
     if values["kind"] != kind or kind not in KINDS:
         raise UserError(
             f"{directory} holds {values['kind']!r} records",
@@ -363,7 +325,14 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
             rule=f"this version reads schema version {SCHEMA_VERSION}",
             remedy="make the directory again with this version",
         )
-    return Manifest(**values)
+    names = values["shards"]
+    if not isinstance(names, dict) or not all(SHARD_NAME.fullmatch(name) for name in names):
+        raise UserError(
+            f"{path} names other files than shards: {str(names)[:MAX_SHOWN]}",
+            rule="shards are files part-NNNNN.parquet in the directory itself",
+            remedy="make the directory again; do not use one from a source you do not trust",
+        )
+    return Manifest(**{key: values[key] for key in _manifest_keys()})
 
 
 def iter_shards(directory: Path, kind: Kind, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -379,7 +348,8 @@ def iter_shards(directory: Path, kind: Kind, columns: Sequence[str] | None = Non
     """
     import pyarrow.parquet as pq
 
-    for name, sha256 in sorted(read_manifest(directory, kind).shards.items()):
+    shards = read_manifest(directory, kind).shards
+    for name, sha256 in sorted(shards.items(), key=lambda item: (len(item[0]), item[0])):
         path = directory / name
         if not path.is_file() or file_sha256(path) != sha256:
             raise UserError(

@@ -1,0 +1,150 @@
+"""Files and directories that exist whole or not at all: temporary name, flush to the disk, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from phimr_nemo.errors import UserError
+
+NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_ALLOWED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
+
+
+@contextlib.contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors about an output into one clear message.
+
+    Args:
+        path: the output; an error that names a file elsewhere passes unchanged.
+
+    Raises:
+        UserError: no space is left, the place cannot be written, or something else stands there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not _is_about(error, path):
+            raise
+        if error.errno in NO_SPACE:
+            raise UserError(
+                f"no space left while writing {path} ({os.strerror(error.errno)})",
+                rule="an output needs room on its disk; nothing half-written was kept",
+                remedy="free space or choose another output directory, then run the same command again",
+            ) from error
+        if error.errno in NOT_ALLOWED:
+            raise UserError(
+                f"cannot write {path}: {os.strerror(error.errno)}",
+                rule="the output directory must be writable",
+                remedy="choose another output directory or change its permissions",
+            ) from error
+        if error.errno in IN_THE_WAY:
+            raise UserError(
+                f"cannot write {path}: {os.strerror(error.errno)} ({error.filename or path})",
+                rule="an output's parents are directories, and nothing else stands in its place",
+                remedy="choose another output or move away what is there",
+            ) from error
+        raise
+
+
+def _is_about(error: OSError, path: Path) -> bool:
+    """Whether an error concerns `path`, a directory above it, or a temporary name of it."""
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return True
+    named, target = Path(error.filename).absolute(), path.absolute()
+    if named == target or named in target.parents:
+        return True
+    below = named.relative_to(target.parent).parts if target.parent in named.parents else ()
+    return bool(below) and (below[0] == target.name or below[0].startswith(f".{target.name}."))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to the disk and rename it into place.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _fsync(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file or nothing.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON, readable and with sorted keys, whole or not at all."""
+    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; on success rename it into place.
+
+    Raises:
+        UserError: `path` exists and is not empty, the disk is full, or the place cannot be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(
+            f"output {path} exists already and is not empty",
+            rule="a finished output is never overwritten",
+            remedy="choose another output directory or remove this one",
+        )
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield temporary
+            for entry in (*temporary.rglob("*"), temporary):
+                _fsync(entry)
+            temporary.chmod(0o755)
+            if path.exists():
+                path.rmdir()
+            temporary.rename(path)
+            _fsync(path.parent)
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary)
