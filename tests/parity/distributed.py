@@ -1,0 +1,164 @@
+"""Run a function on several gloo processes and get every rank's result.
+
+The imports (torch, Megatron-Core, NeMo) take seconds, so one process does them once, for the whole test session,
+and forks the ranks of every run: each run starts fresh, and starts at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 120.0
+RUN_SECONDS = 120.0
+GRACE_SECONDS = 1.0
+"""After one rank failed, what the others get to fail by themselves: their tracebacks may tell more."""
+
+Outcome = tuple[bool, Any]
+
+
+class RanksFailed(AssertionError):
+    """At least one rank raised or died; the message holds each one's traceback."""
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``fn(*args)`` on `world_size` processes of one gloo group.
+
+    Args:
+        fn: a function at the top level of an importable module; torch.distributed is initialised and
+            ``phimr_nemo.train.platform.prepare`` has been called.
+        args: picklable.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        RanksFailed: with the traceback of every rank that failed.
+    """
+    connection = _forker()
+    connection.send_bytes(pickle.dumps((fn, world_size, args)))
+    if not connection.poll(START_SECONDS + RUN_SECONDS):
+        raise RanksFailed(f"no answer from {world_size} ranks of {fn.__name__}")
+    outcomes: list[Outcome] = pickle.loads(connection.recv_bytes())
+    failures = [f"--- rank {rank} ---\n{value}" for rank, (ok, value) in enumerate(outcomes) if not ok]
+    if failures:
+        raise RanksFailed("\n".join([f"{fn.__name__} failed:", *failures]))
+    return [value for _, value in outcomes]
+
+
+@functools.cache
+def _forker() -> Connection:
+    """The process that forks the ranks."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,))
+    process.start()
+    theirs.close()
+
+    def stop() -> None:
+        ours.close()
+        process.join(GRACE_SECONDS)
+        process.kill()
+
+    atexit.register(stop)
+    return ours
+
+
+def _serve(connection: Connection) -> None:
+    # More threads than cores make two-core machines crawl, and a forked OpenMP pool hangs.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    from phimr_nemo.train import platform
+
+    torch.set_num_threads(1)
+    platform.prepare()
+    import phimr_nemo.model.convert  # noqa: F401  (imported once, here)
+
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            connection.send_bytes(pickle.dumps(_run(request, Path(scratch))))
+
+
+def _run(request: bytes, scratch: Path) -> list[Outcome]:
+    fn, world_size, args = pickle.loads(request)
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(theirs, rank, world_size, port, scratch, fn, args))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    outcomes = _collect(pipes, time.monotonic() + RUN_SECONDS)
+    for process in processes:
+        process.kill()
+        process.join()
+    return outcomes
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Outcome]:
+    outcomes: dict[int, Outcome] = {}
+    while len(outcomes) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in outcomes]
+        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                outcomes[rank] = pickle.loads(pipes[rank].recv_bytes())
+            except EOFError:
+                outcomes[rank] = (False, "died without a word")
+            if not outcomes[rank][0]:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    stopped: Outcome = (False, "did not finish: it ran out of time, or waited for a rank that had failed")
+    return [outcomes.get(rank, stopped) for rank in range(len(pipes))]
+
+
+def _rank(
+    pipe: Connection, rank: int, world_size: int, port: int, scratch: Path, fn: Callable[..., Any], args: Any
+) -> None:
+    import torch.distributed as dist
+
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        # A file, because a free port can be taken before it is used.
+        store = dist.FileStore(str(scratch / "rendezvous"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        outcome: Outcome = (True, fn(*args))
+        answer = pickle.dumps(outcome)
+    except BaseException:  # noqa: BLE001  (whatever it was, the test shall see it)
+        answer = pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(answer)
+    pipe.close()
+    # No clean-up: gloo's would wait for ranks that are gone.
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
