@@ -96,6 +96,7 @@ def test_every_draw_belongs_to_its_part_and_is_distinct(seed: int, split: synthe
     assert all(1 <= int(answer) <= synthetic.LARGEST_VALUE for answer in table["answer"].to_pylist())
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("+-"), st.integers(1, 99)), min_size=1, max_size=4), st.randoms())
 def test_canonical_form_ignores_the_order_of_terms(terms: list[tuple[str, int]], rng: random.Random) -> None:
     def chain(first: int, rest: list[tuple[str, int]]) -> list[Step]:

@@ -1,0 +1,158 @@
+"""Rows of a user's own file: JSON, JSONL (either compressed with gzip or zstd) and parquet, in bounded memory.
+
+Every row comes with its place ("line 12"), so that a message can name it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+
+from phimr_nemo.errors import UserError
+
+Row = dict[str, Any]
+
+MAX_LINE_BYTES: Final = 64 << 20
+MAX_JSON_BYTES: Final = 2 << 30
+PARQUET_BATCH_ROWS: Final = 1024
+COMPRESSIONS: Final = (".gz", ".zst")
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+
+def format_of(path: Path) -> str:
+    """The file's format, its compression aside: ".json", ".jsonl" or ".parquet".
+
+    Raises:
+        UserError: another ending.
+    """
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    ending = name.suffix.lower().replace(".ndjson", ".jsonl")
+    if ending not in (".json", ".jsonl", ".parquet") or (ending == ".parquet" and name != path):
+        raise UserError(
+            f"cannot tell the format of {path}",
+            rule="a file ends in .json, .jsonl, .json.gz, .jsonl.gz, .json.zst, .jsonl.zst or .parquet",
+            remedy="rename or convert it",
+        )
+    return ending
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Each row of a file with its place in it.
+
+    Raises:
+        UserError: the file is missing, empty, damaged or of an unknown format, or a row is malformed
+            or no object; the line is named.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path} {'is a directory' if path.is_dir() else 'does not exist'}",
+            rule="this step reads one file of rows",
+            remedy="correct the path",
+        )
+    ending = format_of(path)
+    rows = 0
+    try:
+        for place, row in _rows_of_parquet(path) if ending == ".parquet" else _rows_of_text(path, ending):
+            if not isinstance(row, dict):
+                raise _malformed(path, place, f"is a JSON {type(row).__name__}, not an object")
+            rows += 1
+            yield place, row
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(path, error) from error
+    except OSError as error:
+        # pyarrow reports a damaged zstd stream as an OSError without errno.
+        if error.errno is None:
+            raise _damaged(path, error) from error
+        raise
+    if not rows:
+        raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
+
+
+def _rows_of_text(path: Path, ending: str) -> Iterator[tuple[str, Any]]:
+    with _open(path) as file:
+        if ending == ".json" and _is_array(file):
+            yield from _rows_of_array(path, file)
+        else:
+            yield from _rows_of_lines(path, file)
+
+
+def _open(path: Path) -> io.BufferedReader:
+    if path.suffix.lower() == ".gz":
+        return io.BufferedReader(cast("io.RawIOBase", gzip.open(path, "rb")))
+    if path.suffix.lower() == ".zst":
+        import pyarrow as pa
+
+        stream = pa.CompressedInputStream(pa.OSFile(str(path), "rb"), "zstd")
+        return io.BufferedReader(cast("io.RawIOBase", stream))
+    return path.open("rb")
+
+
+def _is_array(file: io.BufferedReader) -> bool:
+    """Whether the text starts like a JSON array; many a .json file holds one object a line instead."""
+    return file.peek(64).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
+
+
+def _rows_of_array(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise UserError(
+            f"{path} holds more than {MAX_JSON_BYTES} bytes of JSON",
+            rule="a JSON array is read whole, so its size is bounded",
+            remedy="convert it to JSONL or parquet",
+        )
+    values = _parse(path, "the file", data)
+    for index, value in enumerate(values):
+        yield f"item {index + 1}", value
+
+
+def _rows_of_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise _malformed(path, f"line {number}", f"is longer than {MAX_LINE_BYTES} bytes")
+        if line.strip():
+            yield f"line {number}", _parse(path, f"line {number}", line)
+
+
+def _parse(path: Path, place: str, data: bytes) -> Any:
+    try:
+        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _malformed(path, place, f"is not JSON: {str(error)[:200]}") from error
+
+
+def _rows_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise _damaged(path, error) from error
+
+
+def _malformed(path: Path, place: str, problem: str) -> UserError:
+    return UserError(
+        f"{path}, {place} {problem}",
+        rule="every row is a JSON object",
+        remedy="correct or remove it",
+    )
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is damaged: {str(error)[:200]}",
+        rule="a compressed or parquet file must be whole",
+        remedy="copy or download it again",
+    )

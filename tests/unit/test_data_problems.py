@@ -1,0 +1,221 @@
+"""Reading the user's own problems: every format and layout, every mistake named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from phimr_nemo.data.problems import difficulty_of, last_boxed, load_problems, read_problems, split_final_line
+from phimr_nemo.errors import UserError
+
+ROWS = [{"question": "1+1?", "answer": "2"}, {"question": "Caf\u00e9 \u221a4?", "answer": "2"}]
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return bytes(sink.getvalue())
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], object]] = {
+    "p.jsonl": lambda path, rows: path.write_bytes(jsonl(rows)),
+    "p.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1), "utf-8"),
+    "lines.json": lambda path, rows: path.write_bytes(jsonl(rows)),
+    "mark.jsonl": lambda path, rows: path.write_bytes(b"\xef\xbb\xbf" + jsonl(rows)),
+    "gaps.jsonl": lambda path, rows: path.write_bytes(b"\n" + jsonl(rows).replace(b"\n", b"\r\n\n")),
+    "p.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(jsonl(rows))),
+    "p.json.gz": lambda path, rows: path.write_bytes(gzip.compress(json.dumps(rows).encode())),
+    "p.jsonl.zst": lambda path, rows: path.write_bytes(zstd(jsonl(rows))),
+    "p.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_problems(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, ROWS)
+    table = read_problems(tmp_path / name, source="mine")
+    assert [(row["question"], row["answer"]) for row in table.to_pylist()] == [
+        (row["question"], row["answer"]) for row in ROWS
+    ]
+    WRITERS["p.jsonl"](tmp_path / "other.jsonl", ROWS)
+    assert table.equals(read_problems(tmp_path / "other.jsonl", source="mine"))
+
+
+def one(tmp_path: Path, row: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    path = tmp_path / "one.jsonl"
+    path.write_bytes(jsonl([row]))
+    (problem,) = read_problems(path, **columns).to_pylist()
+    return dict(problem)
+
+
+def test_gsm8k_layout(tmp_path: Path) -> None:
+    problem = one(tmp_path, {"question": "Q", "answer": "2 * 540 = 1,080\nso it is.\n#### 1,080"})
+    assert (problem["answer"], problem["solution"]) == ("1080", "2 * 540 = 1,080\nso it is.")
+
+
+def test_math_layout(tmp_path: Path) -> None:
+    solution = r"First $\boxed{1}$, no: $\boxed{\frac{1}{\{2\}}}$."
+    row = {"problem": "P", "level": "Level 3", "type": "Geometry", "solution": solution, "idx": 7}
+    problem = one(tmp_path, row)
+    assert problem["answer"] == r"\frac{1}{\{2\}}"
+    assert problem["solution"] == solution
+    assert (problem["domain"], problem["difficulty"]) == ("Geometry", "high_school")
+    assert json.loads(problem["metadata"]) == {"idx": 7, "level": "Level 3"}
+
+
+def test_chat_prompt_and_nested_answer_layout(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": " U "}]
+    problem = one(tmp_path, {"prompt": turns, "reward_model": {"ground_truth": "34", "style": "rule"}})
+    assert (problem["question"], problem["answer"]) == ("U", "34")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(142.0, "142"), (0.5, "0.5"), (-3, "-3"), (" 7 ", "7"), (["2"], "2"), (["1", 2.0], "1, 2"), (0, "0")],
+)
+def test_answers_of_other_types(tmp_path: Path, value: Any, text: str) -> None:
+    assert one(tmp_path, {"problem": "P", "answer": value})["answer"] == text
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    row = {"question": "no", "answer": "no", "q": "yes", "meta": {"a": "5"}, "how": "1+4"}
+    problem = one(tmp_path, row, question="q", answer="meta.a", solution="how")
+    assert (problem["question"], problem["answer"], problem["solution"]) == ("yes", "5", "1+4")
+    boxed = one(tmp_path, {"question": "Q", "answer": "ignored", "how": r"\boxed{9}"}, solution="how")
+    assert boxed["answer"] == "9"
+
+
+@pytest.mark.parametrize(
+    ("level", "tier"),
+    [
+        ("Level 1", "elementary"),
+        (2, "middle"),
+        (5.0, "high_school"),
+        ("6.0", "college"),
+        (9, "graduate"),
+        ("High School", "high_school"),
+        ("hard", None),
+        (None, None),
+    ],
+)
+def test_levels(level: object, tier: str | None) -> None:
+    assert difficulty_of(level) == tier
+
+
+def test_boxes_and_final_lines() -> None:
+    assert last_boxed(r"\boxed{a}{b} \boxed{\text{c {d}}} e}") == r"\text{c {d}}"
+    assert last_boxed(r"\boxed{never closed") is None
+    assert last_boxed("none") is None
+    assert split_final_line("a = b\nA: 12") == ("a = b", "12")
+    assert split_final_line("#### -1,234.5") == ("", "-1234.5")
+    assert split_final_line("the interval (1,234)") is None
+
+
+def test_duplicates_are_kept_once_and_limit_counts_rows(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(jsonl([*ROWS, ROWS[0], {"question": "1+1?", "answer": "3"}]))
+    table, counts = load_problems(path)
+    assert table["answer"].to_pylist() == ["2", "2", "3"]
+    assert counts == {"read": 4, "duplicate": 1, "incomplete": 0}
+    assert read_problems(path, limit=1).num_rows == 1
+    assert read_problems(path, limit=0).num_rows == 3
+
+
+def test_a_few_incomplete_rows_are_counted_and_many_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(199)]
+    path.write_bytes(jsonl([*rows, {"question": "x", "answer": None}]))
+    table, counts = load_problems(path)
+    assert (table.num_rows, counts["incomplete"]) == (199, 1)
+    path.write_bytes(jsonl([*rows[:50], {"question": "x", "answer": " "}]))
+    with pytest.raises(UserError, match=r"line 51 has no answer \(answer\)"):
+        read_problems(path)
+    path.write_bytes(jsonl([{"question": " ", "answer": "1"}]))
+    with pytest.raises(UserError, match="line 1 has no question"):
+        read_problems(path)
+    path.write_bytes(jsonl([{"question": "Q", "solution": "no box"}]))
+    with pytest.raises(UserError, match="boxed"):
+        read_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.jsonl", b"", "holds no rows"),
+        ("p.json", b"[]", "holds no rows"),
+        ("p.jsonl", b"\n \n", "holds no rows"),
+        ("p.jsonl", jsonl(ROWS) + b'{"question": "1+', "line 3 is not JSON"),
+        ("p.jsonl", jsonl(ROWS) + b"[1]\n", "line 3 is a JSON list, not an object"),
+        ("p.json", b'[{"question": "Q", "answer": "1"}, 5]', "item 2 is a JSON int"),
+        ("p.json", b'[{"question": ', "the file is not JSON"),
+        ("p.jsonl", b'{"question": "\xff"}\n', "line 1 is not JSON"),
+        ("p.jsonl", b"[" * 200_000 + b"\n", "line 1 is not JSON"),
+        ("p.jsonl.gz", gzip.compress(jsonl(ROWS))[:-12], "is damaged"),
+        ("p.jsonl.gz", b"plain text", "is damaged"),
+        ("p.jsonl.zst", b"plain text", "is damaged"),
+        ("p.parquet", b"PAR1 nothing PAR1", "is damaged"),
+        ("p.csv", b"a,b\n", "cannot tell the format"),
+        ("p.jsonl", jsonl([{"q": "1", "a": "2"}]), r"lacks a question column .* its columns are \['a', 'q'\]"),
+        ("p.jsonl", jsonl([{"question": "1"}]), r"lacks an answer column .* \['question'\]"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_problems(tmp_path / name)
+
+
+def test_absent_files_and_columns_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_problems(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="is a directory"):
+        read_problems(tmp_path)
+    (tmp_path / "p.jsonl").write_bytes(jsonl(ROWS))
+    with pytest.raises(UserError, match=r"lacks the answer column 'meta\.gold'"):
+        read_problems(tmp_path / "p.jsonl", answer="meta.gold")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first_answer"),
+    [
+        ("gsm8k_train.jsonl", 7473, "72"),
+        ("gsm8k_test.jsonl", 1319, "18"),
+        ("math_train.json", 7470, "0"),
+        ("math_test.jsonl", 5000, "2"),
+        ("math500.jsonl", 500, r"\left( 3, \frac{\pi}{2} \right)"),
+        ("aime24.jsonl", 30, "204"),
+        ("aime25.json", 30, "70"),
+        ("aime_1983_2023.json", 975, "60"),
+        ("amc.json", 83, "142"),
+        ("deepscaler_level_1.json.gz", None, "28"),
+        ("deepscaler_level_5.json.gz", None, "36"),
+    ],
+)
+def test_real_files_load_as_they_are(shared_data: Path, name: str, count: int | None, first_answer: str) -> None:
+    table, counts = load_problems(shared_data / "problems" / name)
+    assert table["answer"][0].as_py() == first_answer
+    assert table.num_rows == counts["read"] - counts["duplicate"] - counts["incomplete"]
+    assert counts["incomplete"] == (4 if name == "math_train.json" else 0)
+    assert count is None or table.num_rows == count
+    assert all(table["answer"].to_pylist())
+
+
+def test_gsm8k_answers_are_numbers(shared_data: Path) -> None:
+    answers = read_problems(shared_data / "problems" / "gsm8k_train.jsonl")["answer"].to_pylist()
+    assert all(float(answer) == float(answer) for answer in answers)
