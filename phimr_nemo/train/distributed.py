@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends before it takes the machine away."""
 
+SILENT_LOGGERS: Final = ("megatron.core.rerun_state_machine",)
+"""They warn about a feature that is off."""
+
 NOISY_LOGGERS: Final = ("nemo_logger", "megatron", "megatron.core", "nemo", "nv_one_logger", "lightning.pytorch")
 
 
@@ -106,6 +109,8 @@ def quiet_libraries() -> None:
     """NeMo and Megatron report at WARNING and above only; their import-time notes say nothing to a user."""
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in SILENT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for category in (DeprecationWarning, FutureWarning, UserWarning):
         for module in ("nemo", "megatron", "nemo_aligner", "torch", "lightning"):
             warnings.filterwarnings("ignore", category=category, module=module)

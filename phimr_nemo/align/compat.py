@@ -1,0 +1,88 @@
+"""NeMo-Aligner's trainers as this project uses them: imported without TensorRT-LLM, with one clean progress bar.
+
+Nothing of the trainers' behaviour is changed here. What upstream needs to be imported at all:
+
+- `nemo_aligner.utils.trt_llm` imports TensorRT-LLM at module level, for a generator that we do not use.
+- NeMo scripts a few functions with TorchScript while it is imported; TorchScript cannot read the factories
+  that `train.platform` redirects on a machine without CUDA, and eager functions do the same there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+_TRT_LLM_MODULE: Final = "nemo_aligner.utils.trt_llm"
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(logging.WARNING)
+    if importlib.util.find_spec("tensorrt_llm") is None:
+        stub = types.ModuleType(_TRT_LLM_MODULE)
+        stub.GPTGenerateTRTLLM = object  # type: ignore[attr-defined]
+        sys.modules.setdefault(_TRT_LLM_MODULE, stub)
+    scripting = bool(torch.jit._state._enabled)
+    if not torch.cuda.is_available():
+        torch.jit._state.disable()
+    try:
+        yield
+    finally:
+        if scripting:
+            torch.jit._state.enable()
+
+
+with _importable():
+    from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
+        MegatronPretrainingBatchSampler,
+    )
+    from nemo_aligner.algorithms import dpo as _dpo
+    from nemo_aligner.algorithms import reinforce as _reinforce
+    from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+
+DPOTrainer: Any = _dpo.DPOTrainer
+ReinforceTrainer: Any = _reinforce.ReinforceTrainer
+
+__all__ = ["AlignableGenerativeInterface", "DPOTrainer", "MegatronPretrainingBatchSampler", "ReinforceTrainer"]
+
+
+class StageBar(tqdm):
+    """The trainers' bar, on process 0 only, with the stage's name and a few numbers instead of all of them.
+
+    It counts a step when the trainer reports on it, which happens once a step and at its end.
+    """
+
+    TITLES: Final = {"Training steps": "dpo", "REINFORCE Global Step": "grpo"}
+    SHOWN: Final = ("train_loss", "train_accuracy", "train_reward", "train_pass_rate", "train_response_length")
+
+    def __init__(self, iterable: Iterable[Any], *, desc: str, **options: Any) -> None:
+        title = self.TITLES.get(desc, desc)
+        super().__init__(iterable, desc=title, disable=dist.get_rank() != 0, unit="step", mininterval=1.0, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.iterable
+        finally:
+            self.close()
+
+    def set_postfix(self, ordered_dict: Mapping[str, Any] | None = None, refresh: bool = True, **_: Any) -> None:
+        """Show the few numbers that a person watches, and count the step."""
+        values = ordered_dict or {}
+        shown = {name[len("train_") :]: f"{values[name]:.3f}" for name in self.SHOWN if name in values}
+        super().set_postfix(shown, refresh=False)
+        self.update(1)
+
+
+_dpo.tqdm = StageBar
+_reinforce.tqdm = StageBar

@@ -1,0 +1,92 @@
+"""What both alignment stages do around their trainer: identity, stopping, the closing export."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import torch.distributed as dist
+
+from phimr_nemo.align.policy import MegatronPolicy
+from phimr_nemo.config import CheckpointConfig
+from phimr_nemo.errors import UserError
+from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.runs import RunDirectory
+from phimr_nemo.store import input_hash
+from phimr_nemo.train.distributed import PreemptionGuard, export_hf, stop_process_group
+
+HF_DIRECTORY: Final = "hf"
+
+
+class StopTimer:
+    """NeMo-Aligner's `run_timer`: asked after every step; True makes the trainer save and return."""
+
+    def __init__(self, guard: PreemptionGuard) -> None:
+        self._guard = guard
+
+    def start_time(self) -> None:
+        """Nothing: the scheduler keeps the time and sends a signal."""
+
+    def is_finished(self) -> bool:
+        """Whether any process was told to stop (collective)."""
+        return self._guard.stop_agreed()
+
+
+@contextlib.contextmanager
+def frozen_heap() -> Iterator[None]:
+    """What exists now is left out of garbage collection inside.
+
+    The trainers collect garbage once or twice a step, and the libraries' own objects, which live for ever, would
+    make that half a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def check_checkpointing(config: CheckpointConfig) -> None:
+    """Refuse a checkpoint section that could lose work.
+
+    Raises:
+        UserError: `every` or `keep` below 1.
+    """
+    if config.every < 1 or config.keep < 1:
+        raise UserError(
+            f"checkpoint.every={config.every}, checkpoint.keep={config.keep}",
+            rule="both are at least 1: without checkpoints an interrupted run starts again",
+            remedy="set checkpoint.every to the steps that you can afford to repeat",
+        )
+
+
+def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:
+    """What a resumed run must find unchanged, by content; its settings are compared when a stage is launched.
+
+    Collective: process 0 reads the weights.
+
+    Args:
+        base: the starting model.
+        data: the record directory.
+    """
+    box = [base.weights_hash() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(box, 0)
+    return {"base weights": box[0], "data": input_hash(data)}
+
+
+def export_and_stop(run: RunDirectory, policy: MegatronPolicy, base: Path) -> str:
+    """Write the trained model to `<run>/hf` and stop the process group (collective).
+
+    Returns:
+        The export's name in the run directory.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    export_hf([policy.model], policy.architecture, base, run.path / HF_DIRECTORY)
+    stop_process_group()
+    return HF_DIRECTORY

@@ -1,0 +1,319 @@
+"""The Megatron-Core model behind NeMo-Aligner's interfaces: one policy for DPO and GRPO.
+
+What a stage optimises is its `Objective`: how a batch becomes micro-batches, and the loss as sums. Losses are
+divided once, by the global count over all micro-batches and data-parallel ranks, so no layout changes the
+gradient (Megatron's `calculate_per_token_loss`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from phimr_nemo.align.compat import AlignableGenerativeInterface
+from phimr_nemo.align.microbatch import MicroBatch, chunks_by_length, cut, trimmed_width, used_lengths
+from phimr_nemo.align.optimizer import build_optimizer
+from phimr_nemo.config import ModelConfig, OptimConfig, ParallelConfig
+from phimr_nemo.losses import IGNORED_LABEL
+from phimr_nemo.model import Architecture, build_model, transformer_config
+from phimr_nemo.model.convert import export_tensors, load_tensors
+from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.train import platform
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+LossSums = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""(sum of the loss with gradient, count to divide it by, sums to log)."""
+
+
+class Objective(Protocol):
+    """What a stage optimises."""
+
+    def micro_batches(self, batch: Mapping[str, Tensor]) -> list[MicroBatch]:
+        """Split this rank's batch; at least one, and the same on all ranks of a model replica."""
+        ...
+
+    def loss(self, logprobs: Tensor, micro: MicroBatch) -> LossSums:
+        """The loss of one micro-batch from the log-probabilities [b, s] (nats, 0 where there is no label)."""
+        ...
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What to log, from the global sums; `loss` and `count` are among them."""
+        ...
+
+
+class MegatronPolicy(AlignableGenerativeInterface):
+    """One model replica's part on this process, with its optimizer and schedule.
+
+    Args:
+        base: Hugging Face directory with the starting weights.
+        model: how the model is computed.
+        parallel: the layout; Megatron's groups are up already.
+        optim: optimizer and schedule.
+        objective: what is optimised.
+        steps: optimizer steps of the whole run.
+        sequence_length: the longest sequence (tokens).
+        micro_batch: sequences a forward pass without gradient.
+        global_batch: what NeMo-Aligner counts as one step's samples.
+
+    Raises:
+        UserError: the layout cannot hold the model, or the base does not fit its config.json.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: HFDirectory,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optim: OptimConfig,
+        objective: Objective,
+        steps: int,
+        sequence_length: int,
+        micro_batch: int,
+        global_batch: int,
+    ) -> None:
+        self.architecture: Architecture = base.architecture
+        self.objective, self.parallel, self.micro_batch = objective, parallel, micro_batch
+        self.temperature = 1.0
+        self.cfg: DictConfig = OmegaConf.create(
+            {
+                "global_batch_size": global_batch,
+                "tensor_model_parallel_size": parallel.tensor,
+                "sequence_parallel": parallel.sequence,
+                "context_parallel_size": 1,
+            }
+        )
+        self.model = _build(base, model, parallel, optim, sequence_length)
+        self.optimizer, self.scheduler = build_optimizer(optim, [self.model], steps=steps, dtype=DTYPES[model.dtype])
+        self._is_distributed = optim.distributed
+        self._reference: list[Tensor] = []
+
+    # ---- forward passes ------------------------------------------------------------------------------------
+
+    @property
+    def length_multiple(self) -> int:
+        """Sequence lengths are multiples of this."""
+        return self.parallel.tensor if self.parallel.sequence else 1
+
+    def _forward(
+        self,
+        micros: Sequence[MicroBatch],
+        head: Callable[[MicroBatch, Tensor], Any],
+        *,
+        forward_only: bool,
+        collect: bool = False,
+    ) -> list[Any]:
+        """Run the pipeline schedule; `head` sees the log-probabilities on the last stage, whose results return."""
+
+        def step(micro_batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            micro = next(micro_batches)
+            tokens = micro.tokens.to(platform.device())
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            labels = micro.labels.to(tokens.device)
+            output = model(tokens, positions, None, labels=labels, temperature=self.temperature)
+            return output, partial(_on_last_stage, head, micro)
+
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(micros),
+            model=self.model,
+            num_microbatches=len(micros),
+            seq_length=micros[0].tokens.shape[1],
+            micro_batch_size=micros[0].tokens.shape[0],
+            forward_only=forward_only,
+            collect_non_loss_data=collect,
+        )
+        return results
+
+    @torch.no_grad()
+    def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities of the labels at the current temperature, computed in micro-batches of like length.
+
+        Args:
+            tokens: int64 [n, s].
+            labels: int64 [n, s], -100 where none.
+
+        Returns:
+            float32 [n, s] on the CPU, 0 where there is no label; the same on all ranks of the replica.
+        """
+        lengths = used_lengths(labels)
+        result = torch.zeros(labels.shape, dtype=torch.float32)
+        if not len(tokens):
+            return result
+        chunks = chunks_by_length(lengths, self.micro_batch)
+        micros = []
+        for rows in chunks:
+            width = trimmed_width(lengths[rows], labels.shape[1], self.length_multiple)
+            micros.append(MicroBatch(cut(tokens[rows], width, 0), cut(labels[rows], width, IGNORED_LABEL)))
+        outputs = self._forward(micros, lambda _, logprobs: logprobs.cpu(), forward_only=True, collect=True)
+        if outputs:
+            for rows, output in zip(chunks, outputs, strict=True):
+                width = min(output.shape[1], result.shape[1])
+                result[rows, :width] = output[:, :width]
+        return broadcast_from_last_stage(result)
+
+    # ---- NeMo-Aligner: SupervisedInterface -----------------------------------------------------------------
+
+    def prepare_for_training_step(self) -> None:
+        """Training mode, gradients zero."""
+        self.model.train()
+        self.model.zero_grad_buffer()
+
+    def finish_training_step(self) -> None:
+        """Nothing: Megatron's schedule has reduced the gradients already."""
+
+    def get_loss_and_metrics(self, batch: Mapping[str, Tensor], forward_only: bool) -> tuple[float, dict[str, float]]:
+        """Forward, and backward unless `forward_only`; the global mean loss and metrics, equal on all ranks."""
+
+        def head(micro: MicroBatch, logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss, count, sums = self.objective.loss(logprobs, micro)
+            # A copy, because Megatron scales the loss it is given in place.
+            logged = {"loss": loss.detach().clone(), "count": count, **sums}
+            return loss, count.to(torch.int), logged
+
+        results = self._forward(self.objective.micro_batches(batch), head, forward_only=forward_only)
+        summary = self.objective.summary(_global_sums(results))
+        return summary.pop("loss"), summary
+
+    # ---- NeMo-Aligner: Inferrable and AlignableGenerativeInterface -----------------------------------------
+
+    def prepare_for_inference(self) -> None:
+        """Evaluation mode."""
+        self.model.eval()
+
+    def finish_inference(self) -> None:
+        """Back to training mode."""
+        self.model.train()
+
+    def infer(self, *_: Any, **__: Any) -> None:
+        """Not used: responses come from a `generate.sampler.Sampler` that holds this policy's weights."""
+        raise NotImplementedError("rollouts are sampled by a Sampler, see phimr_nemo.align.rollouts")
+
+    def prepare_for_training(self) -> None:
+        """Nothing to bring back: the optimizer's state stays where it is."""
+
+    def finish_training(self) -> None:
+        """Nothing to put away."""
+
+    def get_ref_policy_logprobs(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """DPO's reference log-probabilities [2 b], chosen then rejected: computed before training, stored."""
+        return torch.cat([batch["reference_chosen"], batch["reference_rejected"]])
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The current weights under their Hugging Face names, whole, on every rank (collective)."""
+        return export_tensors([self.model], self.architecture)
+
+    # ---- the reference policy of the KL penalty ------------------------------------------------------------
+
+    def keep_reference(self) -> None:
+        """Remember the current weights as the reference policy."""
+        self._reference = [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model has the weights of :meth:`keep_reference`."""
+        current = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self._assign(self._reference)
+        try:
+            yield
+        finally:
+            self._assign(current)
+
+    @torch.no_grad()
+    def _assign(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.model.parameters(), values, strict=True):
+            parameter.copy_(value)
+
+    # ---- native checkpoints --------------------------------------------------------------------------------
+
+    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """Model, optimizer and schedule in Megatron's sharded form, readable in any layout."""
+        state: dict[str, Any] = {"model": self.model.module.sharded_state_dict()}
+        options: dict[str, Any] = {"is_loading": is_loading}
+        if self._is_distributed:
+            options["metadata"] = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+        state["optimizer"] = self.optimizer.megatron.sharded_state_dict(state, **options)
+        return {**state, "scheduler": self.scheduler.megatron.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`sharded_state_dict` saved."""
+        self.model.module.load_state_dict(state["model"])
+        self.optimizer.megatron.load_state_dict(state["optimizer"])
+        self.scheduler.megatron.load_state_dict(state["scheduler"])
+
+
+def _build(
+    base: HFDirectory, model: ModelConfig, parallel: ParallelConfig, optim: OptimConfig, sequence_length: int
+) -> DistributedDataParallel:
+    """This rank's part of the model with the base's weights, inside Megatron's DistributedDataParallel."""
+    overrides: dict[str, Any] = {}
+    if model.recompute:
+        overrides = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    config = transformer_config(
+        base.architecture,
+        parallel,
+        dtype=DTYPES[model.dtype],
+        calculate_per_token_loss=True,
+        # Micro-batches are padded to their own longest row.
+        variable_seq_lengths=parallel.pipeline > 1,
+        finalize_model_grads_func=finalize_model_grads,
+        **overrides,
+    )
+    chunk = build_model(
+        base.architecture,
+        config,
+        max_length=sequence_length,
+        longrope_policy=model.longrope,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    ).to(platform.device())
+    load_tensors([chunk], base.architecture, base)
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed, check_for_nan_in_grad=True
+    )
+    return DistributedDataParallel(config, options, chunk)
+
+
+def _on_last_stage(
+    head: Callable[[MicroBatch, Tensor], Any],
+    micro: MicroBatch,
+    output: Tensor,
+    non_loss_data: bool = False,  # noqa: ARG001  Megatron's schedule passes it
+) -> Any:
+    return head(micro, -output)
+
+
+def _global_sums(results: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Sums over micro-batches and data-parallel ranks, equal on all ranks; only last stages bring results."""
+    box: list[dict[str, float] | None] = [None]
+    if results:
+        names = sorted(results[0])
+        totals = torch.stack([torch.stack([result[name].double() for name in names]) for result in results]).sum(0)
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        box = [dict(zip(names, totals.tolist(), strict=True))]
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast_object_list(box, source, parallel_state.get_pipeline_model_parallel_group())
+    assert box[0] is not None
+    return box[0]
+
+
+def broadcast_from_last_stage(values: Tensor) -> Tensor:
+    """The last pipeline stage's tensor on all stages, which hold one of the same shape and dtype."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return values
+    sent = values.to(platform.device())
+    source = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(sent, source, parallel_state.get_pipeline_model_parallel_group())
+    return sent.cpu()
