@@ -71,7 +71,9 @@ for _stage in STAGE_HELP:
 def verify(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[IN OUT | KEY=VALUE...]", help="A file to grade and where to write it; or overrides."),
+        typer.Argument(
+            metavar="[IN OUT | KEY=VALUE...]", help="A file to grade and where to write it; or overrides."
+        ),
     ] = None,
     config: ConfigFile = None,
     dry_run: DryRun = False,
@@ -84,7 +86,7 @@ def verify(
     if not given or all("=" in item for item in given):
         _run_stage("verify", given, config, dry_run)
         return
-    if len(given) != 2:  # noqa: PLR2004
+    if len(given) != 2:
         raise UserError(
             f"phimr verify with {len(given)} arguments: {given}",
             rule="either IN and OUT, or KEY=VALUE overrides",
@@ -124,7 +126,9 @@ def _parse_seeds(text: str) -> list[int]:
             f"--seeds {text!r}", rule="whole numbers separated by commas", remedy="for example --seeds 0,1,2"
         ) from error
     if any(seed < 0 for seed in seeds) or len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds {text!r}", rule="distinct numbers of at least 0", remedy="for example --seeds 0,1,2")
+        raise UserError(
+            f"--seeds {text!r}", rule="distinct numbers of at least 0", remedy="for example --seeds 0,1,2"
+        )
     return seeds
 
 
@@ -142,10 +146,10 @@ def report(
 @app.command()
 def doctor() -> None:
     """What this machine has and lacks against the tested versions, and what falls back to what."""
-    from phimr_nemo.doctor import diagnose, exit_code, print_findings
+    from phimr_nemo.doctor import diagnose, exit_code, print_report
 
     findings = diagnose()
-    print_findings(findings)
+    print_report(findings)
     raise typer.Exit(exit_code(findings))
 
 

@@ -58,7 +58,7 @@ def run_stage(stage: str, config: Any) -> None:
 def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
     """The function behind a stage; it returns the closing facts, or None when other shards are still to come."""
     module, name = FUNCTIONS[stage].split(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), name)
 
 
 def check_same_run(run: RunDirectory, config: Any) -> None:

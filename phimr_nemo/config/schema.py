@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
+from pydantic import Field
 from typing_extensions import dataclass_transform
 
 from phimr_nemo.records import Difficulty
@@ -280,7 +281,7 @@ class FileProblems:
     limit: int = 0
 
 
-Problems = SyntheticProblems | FileProblems
+Problems = Annotated[SyntheticProblems | FileProblems, Field(discriminator="kind")]
 
 
 @config
@@ -297,12 +298,17 @@ class RecordedTeacher:
 
     Attributes:
         path: a file of questions with their recorded solutions, right and wrong.
-        response: column of the solution; None also finds nested ones (one column a model).
+        question, answer: column names; found by themselves when None.
+        response: column of the solution; None also finds nested ones (one object a model).
+        limit: read only the first rows; 0 = all.
     """
 
     kind: Literal["recorded"]
     path: Path
+    question: str | None = None
+    answer: str | None = None
     response: str | None = None
+    limit: int = 0
 
 
 @config
@@ -317,7 +323,7 @@ class ModelTeacher:
     max_batch: int = 256
 
 
-Teacher = ProgrammaticTeacher | RecordedTeacher | ModelTeacher
+Teacher = Annotated[ProgrammaticTeacher | RecordedTeacher | ModelTeacher, Field(discriminator="kind")]
 
 
 @config
@@ -325,13 +331,14 @@ class GenerateConfig:
     """Problems -> rollouts.
 
     Attributes:
+        problems: what is asked; a recorded teacher brings its own questions and needs none.
         rollouts_per_problem: samples a question; a recorded teacher gives what it has.
-        shard_size: problems a shard.
+        shard_size: problems (recorded: rollouts) a shard.
     """
 
     run: RunConfig
-    problems: Problems = field(metadata={"discriminator": "kind"})
-    teacher: Teacher = field(metadata={"discriminator": "kind"})
+    problems: Problems | None = None
+    teacher: Teacher
     rollouts_per_problem: int
     shard_size: int
     shard: ShardConfig = field(default_factory=ShardConfig)
@@ -419,12 +426,14 @@ class EvaluateConfig:
     Attributes:
         model: Hugging Face directory.
         samples: answers a question.
+        prompt: the user's turn; `{question}` stands in it once.
     """
 
     run: RunConfig
     model: Path
-    problems: Problems = field(metadata={"discriminator": "kind"})
+    problems: Problems
     samples: int
+    prompt: str
     temperature: float
     top_p: float
     max_new_tokens: int

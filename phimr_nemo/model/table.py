@@ -163,7 +163,7 @@ def placement_of(parameter: str, layers: list[int], arch: Architecture) -> Place
 def pieces(placement: Placement, arch: Architecture, rank: int, size: int) -> Pieces:
     """Where the part of tensor-parallel rank `rank` of `size` lies in the full tensor.
 
-    `size` divides the counts that are split (see ``phimr_nemo.model.configuration.check_layout``).
+    `size` divides the counts that are split (see ``phimr_nemo.model.layout.check_layout``).
     """
     rows = placement.shape[0]
     if placement.split == "whole":

@@ -1,0 +1,61 @@
+"""Open a sampler for a model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phimr_nemo.data.chat import load_tokenizer, render_prompts, stop_token_ids
+
+if TYPE_CHECKING:
+    import torch
+
+    from phimr_nemo.config import LongRopePolicy
+    from phimr_nemo.generate.local import LocalSampler
+
+
+def open_local(
+    model: Path,
+    user_turns: Sequence[str],
+    *,
+    max_new_tokens: int,
+    max_batch: int,
+    longrope: LongRopePolicy = "long_when_max_length_exceeds_original",
+    dtype: torch.dtype | None = None,
+) -> tuple[LocalSampler, str]:
+    """A sampler in this process for a Hugging Face directory.
+
+    Args:
+        model: the directory.
+        user_turns: what will be asked; the longest one and `max_new_tokens` decide the longest sequence, and
+            with it LongRoPE's factors.
+        max_new_tokens: of a response.
+        max_batch: sequences computed together.
+        longrope: the training run's policy.
+        dtype: to compute in; float32 when None.
+
+    Returns:
+        The sampler, and the hash of its weights.
+
+    Raises:
+        UserError: an unreadable model or tokenizer.
+    """
+    import torch
+
+    from phimr_nemo.generate.local import LocalSampler
+    from phimr_nemo.model.hf import HFDirectory
+
+    source = HFDirectory(model)
+    tokenizer = load_tokenizer(model)
+    longest = max(map(len, render_prompts(tokenizer, list(user_turns))), default=0)
+    sampler = LocalSampler(
+        source.architecture,
+        ((name, source.read(name)) for name in source.names()),
+        stop_token_ids=stop_token_ids(tokenizer),
+        max_batch=max_batch,
+        longrope_policy=longrope,
+        max_length=longest + max_new_tokens,
+        dtype=dtype or torch.float32,
+    )
+    return sampler, source.weights_hash()

@@ -1,0 +1,159 @@
+"""The stage `generate`: problems and a teacher -> rollouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phimr_nemo.config import (
+    FileProblems,
+    GenerateConfig,
+    ModelTeacher,
+    Problems,
+    ProgrammaticTeacher,
+    RecordedTeacher,
+    to_dict,
+)
+from phimr_nemo.data.problems import load_problems
+from phimr_nemo.data.recorded import load_recorded_rollouts
+from phimr_nemo.data.synthetic import generate_problems
+from phimr_nemo.data.teacher import teacher_rollouts
+from phimr_nemo.errors import UserError
+from phimr_nemo.store import Manifest, finish, read_manifest, shard_is_complete, write_shard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pyarrow as pa
+
+
+def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
+    """Write the shards that this process is to make, and the manifest once all shards are there.
+
+    Returns:
+        Rows and counts, or None when other processes still have shards to write.
+
+    Raises:
+        UserError: bad input, or no rollout is left.
+    """
+    if isinstance(config.teacher, RecordedTeacher):
+        return _recorded(config, config.teacher)
+    if config.problems is None:
+        raise UserError(
+            f"teacher.kind={config.teacher.kind} without problems",
+            rule="only a recorded teacher brings its own questions",
+            remedy="set problems.kind=synthetic or problems.kind=file problems.path=FILE",
+        )
+    problems, counts = read_configured_problems(config.problems, config.run.seed)
+    if isinstance(config.teacher, ModelTeacher):
+        return _sampled(config, config.teacher, problems)
+    teacher: ProgrammaticTeacher = config.teacher
+
+    def solve(part: pa.Table) -> pa.Table:
+        return teacher_rollouts(part, config.rollouts_per_problem, config.run.seed, teacher.mistake_rate)
+
+    return _write(config, problems, solve, counts, inputs=[])
+
+
+def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, dict[str, int]]:
+    """The problems that a config names, and counts of what was read and dropped.
+
+    Raises:
+        UserError: the file is missing, empty or malformed.
+    """
+    if isinstance(problems, FileProblems):
+        return load_problems(
+            problems.path,
+            question=problems.question,
+            answer=problems.answer,
+            solution=problems.solution,
+            limit=problems.limit,
+        )
+    return generate_problems(seed, problems.count, problems.split), {"read": problems.count}
+
+
+def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any] | None:
+    import pyarrow.compute as pc
+
+    rollouts, counts = load_recorded_rollouts(
+        teacher.path,
+        question=teacher.question,
+        answer=teacher.answer,
+        response=teacher.response,
+        limit=teacher.limit,
+    )
+    if config.problems is not None:
+        wanted, _ = read_configured_problems(config.problems, config.run.seed)
+        kept = rollouts.filter(
+            pc.is_in(rollouts.column("problem_id"), value_set=wanted.column("id").combine_chunks())
+        )
+        counts = {**counts, "of other problems": rollouts.num_rows - kept.num_rows}
+        rollouts = kept
+    if rollouts.num_rows == 0:
+        raise UserError(
+            f"{teacher.path} holds no response to the given problems ({counts})",
+            rule="a recorded response belongs to a problem with the same question and answer",
+            remedy="leave problems out to use every recorded question, or correct the columns",
+        )
+    return _write(config, rollouts, lambda part: part, counts, inputs=[teacher.path])
+
+
+def _write(
+    config: GenerateConfig,
+    table: pa.Table,
+    make: Callable[[pa.Table], pa.Table],
+    counts: dict[str, int],
+    inputs: list[Path],
+) -> dict[str, Any] | None:
+    """Make shards of `shard_size` rows of `table` that are not there yet."""
+    from tqdm import tqdm
+
+    directory = config.run.output
+    shards = range(-(-table.num_rows // config.shard_size))
+    mine = shards[config.shard.index :: config.shard.count]
+    for index in tqdm(mine, desc="generate", unit="shard"):
+        if not shard_is_complete(directory, index):
+            part = table.slice(index * config.shard_size, config.shard_size)
+            write_shard(directory, index, make(part), kind="rollouts")
+    if not all(shard_is_complete(directory, index) for index in shards):
+        return None
+    manifest = finish(directory, kind="rollouts", config=to_dict(config), inputs=inputs, counts=counts)
+    return closing_facts(manifest)
+
+
+def closing_facts(manifest: Manifest) -> dict[str, Any]:
+    """What a data step says when it is done: rows and counts."""
+    return {"rows": manifest.rows, **manifest.counts}
+
+
+def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) -> dict[str, Any] | None:
+    from phimr_nemo.data.chat import load_tokenizer
+    from phimr_nemo.generate.backends import open_local
+    from phimr_nemo.generate.rollouts import sample_rollouts
+    from phimr_nemo.generate.sampler import SamplingParams
+
+    tokenizer = load_tokenizer(teacher.path)
+    shards = range(-(-problems.num_rows // config.shard_size))
+    sampler, name = open_local(
+        teacher.path,
+        problems.column("question").to_pylist(),
+        max_new_tokens=teacher.max_new_tokens,
+        max_batch=teacher.max_batch,
+    )
+    try:
+        complete = sample_rollouts(
+            problems,
+            sampler,
+            tokenizer,
+            config.run.output,
+            rollouts_per_problem=config.rollouts_per_problem,
+            params=SamplingParams(teacher.temperature, teacher.top_p, teacher.max_new_tokens),
+            teacher_name=name,
+            shard_size=config.shard_size,
+            stage_seed=config.run.seed,
+            shard_indices=shards[config.shard.index :: config.shard.count],
+            inputs=[teacher.path],
+        )
+    finally:
+        sampler.close()
+    return closing_facts(read_manifest(config.run.output, "rollouts")) if complete else None

@@ -1,0 +1,202 @@
+"""What is checked before a stage starts, and the numbers that `--dry-run` prints. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from phimr_nemo.config import (
+    CurateConfig,
+    DPOConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FileProblems,
+    GenerateConfig,
+    GRPOConfig,
+    ModelTeacher,
+    PackConfig,
+    ParallelConfig,
+    ProgrammaticTeacher,
+    RecordedTeacher,
+    SupervisedConfig,
+    SyntheticProblems,
+    VerifyConfig,
+)
+from phimr_nemo.errors import UserError
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.layout import check_layout
+from phimr_nemo.records import Kind
+from phimr_nemo.store import is_complete, read_manifest
+
+BYTES_PER_NUMBER: Final = {"fp32": 4, "bf16": 2}
+FP32_BYTES: Final = 4
+ADAM_MOMENTS: Final = 2
+GIBIBYTE: Final = 2**30
+
+
+def preflight(stage: str, config: Any) -> None:
+    """Check a stage's inputs and layout before anything is written or started.
+
+    Raises:
+        UserError: an input does not exist, is unfinished or of another kind, or the layout is impossible.
+    """
+    for path, kind in record_inputs(stage, config):
+        read_manifest(path, kind)
+    for path in file_inputs(config):
+        if not path.exists():
+            raise UserError(
+                f"{path} does not exist",
+                rule=f"{stage} reads it",
+                remedy="run the stage that makes it first, or correct the path",
+            )
+    if isinstance(config, GenerateConfig):
+        _check_teacher(config)
+    if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
+        architecture = Architecture.from_directory(config.base)
+        check_layout(architecture, config.parallel)
+        check_length(architecture, config.sequence_length)
+        check_batches(config)
+
+
+def record_inputs(stage: str, config: Any) -> list[tuple[Path, Kind]]:
+    """The record directories that a stage reads, with their kinds."""
+    if isinstance(config, VerifyConfig):
+        return [(config.rollouts, "rollouts")]
+    if isinstance(config, CurateConfig):
+        return [(config.verdicts, "verdicts")]
+    if isinstance(config, PackConfig):
+        return [(config.conversations, "conversations")]
+    if isinstance(config, SupervisedConfig):
+        return [(config.data, "rows" if stage == "midtrain" else "conversations")]
+    if isinstance(config, DPOConfig):
+        return [(config.pairs, "pairs")]
+    if isinstance(config, GRPOConfig):
+        return [(config.prompts, "prompts")]
+    return []
+
+
+def file_inputs(config: Any) -> list[Path]:
+    """The other files and directories that a stage reads."""
+    paths: list[Path] = []
+    if isinstance(config, GenerateConfig | EvaluateConfig) and isinstance(config.problems, FileProblems):
+        paths.append(config.problems.path)
+    if isinstance(config, GenerateConfig) and isinstance(config.teacher, RecordedTeacher | ModelTeacher):
+        paths.append(config.teacher.path)
+    if isinstance(config, EvaluateConfig | ExportConfig):
+        paths.append(config.model)
+    if isinstance(config, PackConfig):
+        paths.append(config.tokenizer)
+    if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
+        paths.append(config.base)
+    return paths
+
+
+def _check_teacher(config: GenerateConfig) -> None:
+    if config.problems is None and not isinstance(config.teacher, RecordedTeacher):
+        raise UserError(
+            f"teacher.kind={config.teacher.kind} without problems",
+            rule="only a recorded teacher brings its own questions",
+            remedy="set problems.kind=synthetic or problems.kind=file problems.path=FILE",
+        )
+    if isinstance(config.teacher, ProgrammaticTeacher) and not isinstance(config.problems, SyntheticProblems):
+        raise UserError(
+            f"teacher.kind=programmatic with problems {config.problems}",
+            rule="the programmatic teacher solves the project's own synthetic problems only",
+            remedy="use teacher.kind=model or teacher.kind=recorded for problems from a file",
+        )
+
+
+def check_length(architecture: Architecture, length: int) -> None:
+    """Refuse sequences longer than the model's context.
+
+    Raises:
+        UserError: `length` tokens do not fit.
+    """
+    if length > architecture.max_position_embeddings:
+        raise UserError(
+            f"sequence_length={length}",
+            rule=f"the base model's context is {architecture.max_position_embeddings} tokens",
+            remedy="lower sequence_length or use a base with a longer context",
+        )
+
+
+def check_batches(config: SupervisedConfig | DPOConfig | GRPOConfig) -> None:
+    """Refuse batch sizes that the data-parallel ranks cannot share.
+
+    Raises:
+        UserError: the global batch is no multiple of micro_batch x parallel.data.
+    """
+    if isinstance(config, GRPOConfig):
+        if config.prompts_per_step % config.parallel.data:
+            raise UserError(
+                f"prompts_per_step={config.prompts_per_step} with parallel.data={config.parallel.data}",
+                rule="parallel.data divides prompts_per_step",
+                remedy=f"use a multiple of {config.parallel.data}",
+            )
+        return
+    share = config.micro_batch * config.parallel.data
+    if config.global_batch % share:
+        raise UserError(
+            f"global_batch={config.global_batch} with micro_batch={config.micro_batch} "
+            f"and parallel.data={config.parallel.data}",
+            rule=f"global_batch is a multiple of micro_batch x parallel.data = {share}",
+            remedy=f"use global_batch={max(1, round(config.global_batch / share)) * share}",
+        )
+
+
+def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
+    """What follows from a config: processes, parameters, bytes a GPU, tokens a step, steps.
+
+    Raises:
+        UserError: the layout or the batch sizes are impossible.
+    """
+    if not isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
+        return {}
+    numbers = {"processes": str(config.parallel.world_size)}
+    check_batches(config)
+    if config.base.is_dir():
+        architecture = Architecture.from_directory(config.base)
+        check_layout(architecture, config.parallel)
+        check_length(architecture, config.sequence_length)
+        numbers["parameters"] = f"{architecture.num_parameters:,}"
+        size = state_bytes(architecture.num_parameters, config.parallel, config.model.dtype, config.optim.distributed)
+        numbers["weights, gradients, optimizer a GPU"] = f"{size / GIBIBYTE:.3f} GiB"
+    else:
+        numbers["parameters"] = f"unknown: {config.base} does not exist yet"
+    numbers |= _batch_numbers(stage, config)
+    return numbers
+
+
+def state_bytes(parameters: int, parallel: ParallelConfig, dtype: str, distributed: bool) -> float:
+    """Bytes of weights, gradients and optimizer state on one GPU, activations not counted.
+
+    Weights in `dtype`; gradients in fp32; two fp32 Adam moments, and fp32 master weights beside bf16 ones;
+    the optimizer's part is shared by the data-parallel ranks when it is distributed (ZeRO-1).
+    """
+    share = parameters / (parallel.tensor * parallel.pipeline)
+    optimizer = ADAM_MOMENTS * FP32_BYTES + (FP32_BYTES if dtype == "bf16" else 0)
+    spread = parallel.data if distributed else 1
+    return share * (BYTES_PER_NUMBER[dtype] + FP32_BYTES + optimizer / spread)
+
+
+def _batch_numbers(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -> Mapping[str, str]:
+    if isinstance(config, GRPOConfig):
+        sequences = config.prompts_per_step * config.group_size
+        return {
+            "responses a step": f"{sequences:,}",
+            "tokens a step, at most": f"{sequences * config.sequence_length:,}",
+            "steps": f"{config.steps:,}",
+        }
+    sequences = config.global_batch * (2 if isinstance(config, DPOConfig) else 1)
+    numbers = {
+        "tokens a step" + ("" if stage == "midtrain" else ", at most"): f"{sequences * config.sequence_length:,}"
+    }
+    for path, kind in record_inputs(stage, config):
+        if not is_complete(path, kind):
+            numbers["steps"] = f"unknown: {path} is not finished yet"
+            continue
+        rows = read_manifest(path, kind).rows - getattr(config, "validation_rows", 0)
+        steps = rows * config.epochs // config.global_batch
+        numbers["steps"] = f"{min(steps, config.max_steps) if config.max_steps else steps:,}"
+    return numbers
