@@ -1,1 +1,1 @@
-"""TODO"""
+"""Scoring models: benchmarks, statistics, the evaluation itself, tables and pictures."""

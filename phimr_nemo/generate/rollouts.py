@@ -92,7 +92,8 @@ def sample_rollouts(
     if is_complete(out_dir, "rollouts"):
         return True
     shards = range(-(-problems.num_rows // shard_size))
-    with _progress(problems.num_rows * rollouts_per_problem, teacher_name) as bar:
+    total = problems.num_rows * rollouts_per_problem
+    with tqdm(total=total, unit="rollout", desc="sampling", dynamic_ncols=True) as bar:
         for index in shards if shard_indices is None else shard_indices:
             part = problems.slice(index * shard_size, shard_size)
             if not shard_is_complete(out_dir, index):
@@ -113,10 +114,6 @@ def sample_rollouts(
         return False
     finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=_counts(out_dir))
     return True
-
-
-def _progress(total: int, teacher_name: str) -> tqdm[Any]:
-    return tqdm(total=total, unit="rollout", desc=f"rollouts of {teacher_name}", dynamic_ncols=True)
 
 
 def _check(problems: pa.Table, rollouts_per_problem: int, shard_size: int, prompt_template: str) -> None:

@@ -1,0 +1,156 @@
+"""The report's pictures, as PNG: accuracy per stage, training losses, reward and length, the data funnel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from matplotlib.figure import Figure
+
+from phimr_nemo.errors import UserError
+from phimr_nemo.runs import METRICS_FILE, read_metrics
+from phimr_nemo.store import atomic_file
+
+if TYPE_CHECKING:
+    from phimr_nemo.evaluate.report import Row
+
+DPI: Final = 120
+HEIGHT_INCHES: Final = 3.6
+INCHES_PER_BAR: Final = 1.1
+INCHES_PER_PANEL: Final = 3.6
+INCHES_PER_STEP: Final = 0.42
+NARROWEST_INCHES: Final = 5.0
+BAR_WIDTH: Final = 0.62
+BAR_COLOR: Final = "#4c78a8"
+LINE_COLOR: Final = "#4c78a8"
+REJECTED_COLOR: Final = "#d9d9d9"
+TEXT_COLOR: Final = "#333333"
+GRID_COLOR: Final = "#e6e6e6"
+HEADROOM: Final = 1.15
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over training steps; both sequences have one length."""
+
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
+def read_curve(run_directory: Path, metric: str) -> Curve:
+    """A metric of a run directory, as its `metrics.jsonl` has it; steps without it are left out.
+
+    Raises:
+        UserError: no line of the run holds the metric.
+    """
+    points = [(row["step"], row[metric]) for row in read_metrics(run_directory) if metric in row]
+    if not points:
+        raise UserError(
+            f"{run_directory / METRICS_FILE} has no metric {metric!r}",
+            rule="a curve needs at least one logged value",
+            remedy="give the directory of a training run, and a metric that it logs",
+        )
+    return Curve([step for step, _ in points], [value for _, value in points])
+
+
+def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
+    """pass@1 per stage in per cent, with one standard error: across seeds where there are several."""
+    figure = Figure(figsize=(max(NARROWEST_INCHES, INCHES_PER_BAR * len(rows)), HEIGHT_INCHES))
+    axes = figure.subplots()
+    heights = [100 * row.pass1 for row in rows]
+    errors = [100 * _shown_error(row) for row in rows]
+    axes.bar(range(len(rows)), heights, BAR_WIDTH, color=BAR_COLOR, yerr=errors, capsize=4, ecolor=TEXT_COLOR)
+    for index, (height, error) in enumerate(zip(heights, errors, strict=True)):
+        axes.annotate(
+            f"{height:.1f}",
+            (index, height + error),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            color=TEXT_COLOR,
+        )
+    tops = [height + error for height, error in zip(heights, errors, strict=True)]
+    axes.set_ylim(0, max(1.0, *tops) * HEADROOM)
+    axes.set_xticks(range(len(rows)), [_wrapped(row.row) for row in rows])
+    axes.set_ylabel("pass@1 (%)")
+    seeds = max((len(row.seeds) for row in rows), default=0)
+    unit = f"across {seeds} seeds" if seeds > 1 else "clustered by question"
+    axes.set_title(f"Accuracy per stage (bars: one standard error, {unit})", fontsize=10)
+    _tidy(axes)
+    _save(figure, path)
+
+
+def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
+    """Training loss of each stage over its steps; a panel each, because the losses have different scales."""
+    _plot_panels({f"{stage}: loss": curve for stage, curve in curves.items()}, path)
+
+
+def plot_reward_and_length(reward: Curve, length: Curve, path: Path) -> None:
+    """Mean reward and mean response length (tokens) over the steps of reinforcement learning."""
+    _plot_panels({"mean reward": reward, "mean response length (tokens)": length}, path)
+
+
+def plot_funnel(counts: Mapping[str, int], path: Path) -> None:
+    """How many records are left after each data step, from first to last, with their share of the most."""
+    names, values = list(counts), list(counts.values())
+    height = max(HEIGHT_INCHES / 2, 1.0 + INCHES_PER_STEP * len(names))
+    figure = Figure(figsize=(1.5 * NARROWEST_INCHES, height))
+    axes = figure.subplots()
+    most = max(1, *values)
+    axes.barh(range(len(names)), [most] * len(names), BAR_WIDTH, color=REJECTED_COLOR)
+    axes.barh(range(len(names)), values, BAR_WIDTH, color=BAR_COLOR)
+    for index, value in enumerate(values):
+        axes.annotate(
+            f"{value:,} ({100 * value / most:.1f} %)",
+            (most, index),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=TEXT_COLOR,
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.set_title("Records left after each data step", fontsize=10)
+    for side in ("top", "right", "bottom", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0)
+    _save(figure, path)
+
+
+def _plot_panels(curves: Mapping[str, Curve], path: Path) -> None:
+    count = max(1, len(curves))
+    figure = Figure(figsize=(max(NARROWEST_INCHES, INCHES_PER_PANEL * count), HEIGHT_INCHES))
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for axes, (title, curve) in zip(panels, curves.items(), strict=False):
+        marker = "o" if len(curve.steps) == 1 else None
+        axes.plot(curve.steps, curve.values, color=LINE_COLOR, linewidth=1.4, marker=marker)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        _tidy(axes)
+    _save(figure, path)
+
+
+def _shown_error(row: Row) -> float:
+    error = row.seed_stderr if len(row.seeds) > 1 else row.question_stderr
+    return 0.0 if math.isnan(error) else error
+
+
+def _wrapped(name: str) -> str:
+    return name.replace(" ", "\n")
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(axis="y", color=GRID_COLOR)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)

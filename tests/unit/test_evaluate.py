@@ -1,0 +1,288 @@
+"""Evaluation: the summary against numbers counted by hand, and a whole run on a model that knows half the answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from phimr_nemo.data.chat import render_conversation, stop_token_ids
+from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.errors import UserError
+from phimr_nemo.evaluate.benchmarks import BENCHMARKS, BOXED_PROMPT, PUBLISHED_PARAMS, read_benchmark
+from phimr_nemo.evaluate.evaluate import (
+    SCORED_COLUMNS,
+    Result,
+    Score,
+    evaluate_model,
+    grade_rollouts,
+    read_result,
+    summarise,
+    write_result,
+)
+from phimr_nemo.generate.sampler import SamplingParams
+from phimr_nemo.store import content_id, read_manifest, read_table, rows_to_table
+from phimr_nemo.verify import grade
+
+# One letter a response: Correct, Wrong, Unparsable, Timeout; lower case: cut off at the limit.
+QUESTIONS = {
+    "q1": ("elementary", "CCCW"),
+    "q2": ("elementary", "CWWw"),
+    "q3": ("college", "WWuu"),
+    "q4": (None, "CCTW"),
+}
+VERDICTS = {"C": "correct", "W": "wrong", "U": "unparsable", "T": "timeout"}
+
+
+def verdict_table() -> pa.Table:
+    rows = [
+        {
+            "problem_id": question,
+            "difficulty": difficulty,
+            "verdict": VERDICTS[letter.upper()],
+            "extracted": {"C": "right", "W": "7", "U": "", "T": "long"}[letter.upper()],
+            "finish_reason": "length" if letter.islower() else "stop",
+            "tokens": 10 + index,
+        }
+        for question, (difficulty, letters) in QUESTIONS.items()
+        for index, letter in enumerate(letters)
+    ]
+    return pa.table({name: [row[name] for row in rows] for name in SCORED_COLUMNS})
+
+
+def test_the_summary_counts_right() -> None:
+    got = summarise(verdict_table())
+    accuracies = {"q1": 3 / 4, "q2": 1 / 4, "q3": 0.0, "q4": 2 / 4}
+    mean = sum(accuracies.values()) / 4
+    spread = math.sqrt(sum((a - mean) ** 2 for a in accuracies.values()) / 3)
+    assert (got.questions, got.samples) == (4, 4)
+    assert got.per_question == accuracies
+    assert got.pass1 == pytest.approx(mean)
+    assert got.stderr == pytest.approx(spread / math.sqrt(4))
+    assert set(got.pass_at_k) == {1, 2, 4}
+    for k in got.pass_at_k:
+        solved = [
+            any(letter == "C" for letter in draw)
+            for _, letters in QUESTIONS.values()
+            for draw in itertools.combinations(letters, k)
+        ]
+        assert got.pass_at_k[k] == pytest.approx(sum(solved) / len(solved))
+    # q1: right 3 to 1. q2: "7" 3 to 1. q3: "7", the cut ones have no answer. q4: right 2 to 1 to 1.
+    assert got.majority == pytest.approx(2 / 4)
+    assert got.truncated == pytest.approx(3 / 16)
+    assert got.stopped == pytest.approx(13 / 16)
+    assert got.unparsable == pytest.approx(2 / 16)
+    assert got.ungraded == pytest.approx(1 / 16)
+    assert got.mean_tokens == pytest.approx(11.5)
+    assert got.by_difficulty["elementary"] == Score(2, pytest.approx(0.5), pytest.approx(0.25))
+    assert got.by_difficulty["college"].pass1 == 0.0
+    assert math.isnan(got.by_difficulty["college"].stderr)
+    assert got.by_difficulty["unknown"].pass1 == 0.5
+
+
+def test_the_result_reads_back(tmp_path: Path) -> None:
+    result = summarise(verdict_table())
+    write_result(tmp_path / "results.json", result, {"samples": 4})
+    text = (tmp_path / "results.json").read_text()
+    values = json.loads(text, parse_constant=pytest.fail)
+    assert values["by_difficulty"]["college"]["stderr"] is None
+    assert values["settings"] == {"samples": 4}
+    back = read_result(tmp_path / "results.json")
+    assert math.isnan(back.by_difficulty["college"].stderr)
+    assert _comparable(back) == _comparable(result)
+
+
+def _comparable(result: Result) -> str:
+    """NaN is unequal to itself; its text is not."""
+    return json.dumps(dataclasses.asdict(result), sort_keys=True)
+
+
+def problem(question: str, answer: str, difficulty: str) -> dict[str, Any]:
+    return {
+        "id": content_id(question),
+        "source": "test",
+        "question": question,
+        "answer": answer,
+        "solution": None,
+        "domain": None,
+        "difficulty": difficulty,
+        "metadata": "{}",
+    }
+
+
+# What the model will have learnt to answer, and the gold answer.
+LEARNT = {"3+4?": ("7", "7"), "9-5?": ("4", "4"), "6+2?": ("9", "8"), "8-8?": ("1", "0")}
+
+
+@pytest.fixture(scope="module")
+def problems() -> pa.Table:
+    rows = [problem(q, gold, "middle" if "+" in q else "college") for q, (_, gold) in LEARNT.items()]
+    return rows_to_table(rows, "problems")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has memorised one response to each question, two of them right."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    tokenizer = build_tokenizer(synthetic_corpus(), vocab_size=300, system_prompt="Hi")
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        partial_rotary_factor=0.5,
+        max_position_embeddings=128,
+        original_max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    responses = {question: f"It is \\boxed{{{said}}}." for question, (said, _) in LEARNT.items()}
+    batch = [render_conversation(tokenizer, question, response) for question, response in responses.items()]
+    ids = torch.tensor([ids for ids, _ in batch])
+    labels = ids.masked_fill(torch.tensor([mask for _, mask in batch]) == 0, -100)
+    for _ in range(60):
+        loss = model(ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss) < 0.01
+    directory = tmp_path_factory.mktemp("model") / "hf"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def run(model_dir: Path, problems: pa.Table, out_dir: Path, **changes: Any) -> Result:
+    arguments: dict[str, Any] = {"samples": 2, "params": SamplingParams(0.0, 1.0, 24), "workers": 1}
+    return evaluate_model(model_dir, problems, out_dir=out_dir, **{**arguments, **changes})
+
+
+def test_a_model_that_knows_half_the_answers_scores_half(model_dir: Path, problems: pa.Table, tmp_path: Path) -> None:
+    got = run(model_dir, problems, tmp_path / "out")
+    assert got.per_question == {content_id(q): float(said == gold) for q, (said, gold) in LEARNT.items()}
+    assert (got.pass1, got.majority, got.stopped, got.truncated) == (0.5, 0.5, 1.0, 0.0)
+    # Four questions, two right: sd of (1, 1, 0, 0) over sqrt(4); samples of one question add nothing.
+    assert got.stderr == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert {name: score.pass1 for name, score in got.by_difficulty.items()} == {"middle": 0.5, "college": 0.5}
+    rows = read_table(tmp_path / "out" / "verdicts", "verdicts").to_pylist()
+    assert len(rows) == 2 * len(LEARNT)
+    for row in rows:
+        assert row["response"] == f"It is \\boxed{{{LEARNT[row['question']][0]}}}."
+        again = grade(row["response"], row["answer"])
+        assert (row["verdict"], row["extracted"]) == (again.verdict, again.extracted)
+    assert read_manifest(tmp_path / "out" / "verdicts", "verdicts").counts == {"correct": 4, "wrong": 4}
+    assert _comparable(read_result(tmp_path / "out" / "results.json")) == _comparable(got)
+
+
+def test_short_answers_are_counted_as_truncated(model_dir: Path, problems: pa.Table, tmp_path: Path) -> None:
+    got = run(model_dir, problems, tmp_path / "out", params=SamplingParams(0.0, 1.0, 3))
+    assert (got.pass1, got.truncated, got.mean_tokens) == (0.0, 1.0, 3.0)
+
+
+def test_a_rerun_changes_nothing_and_other_settings_are_refused(
+    model_dir: Path, problems: pa.Table, tmp_path: Path
+) -> None:
+    first = run(model_dir, problems, tmp_path / "out")
+    files = {p: p.read_bytes() for p in sorted((tmp_path / "out").rglob("*")) if p.is_file()}
+    assert _comparable(run(model_dir, problems, tmp_path / "out")) == _comparable(first)
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "out").rglob("*")) if p.is_file()} == files
+    with pytest.raises(UserError, match="temperature"):
+        run(model_dir, problems, tmp_path / "out", params=SamplingParams(0.5, 1.0, 24))
+
+
+def test_a_changed_model_is_not_given_the_old_score(model_dir: Path, problems: pa.Table, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    changed = tmp_path / "changed"
+    shutil.copytree(model_dir, changed)
+    run(changed, problems, tmp_path / "out")
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.5
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="teacher"):
+        run(changed, problems, tmp_path / "out")
+
+
+def test_grading_continues_with_the_shards_that_are_missing(
+    model_dir: Path, problems: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phimr_nemo.evaluate.evaluate.SHARD_QUESTIONS", 1)
+    run(model_dir, problems, tmp_path / "out")
+    verdicts = tmp_path / "out" / "verdicts"
+    whole, counts = read_table(verdicts, "verdicts"), read_manifest(verdicts, "verdicts").counts
+    for name in ("manifest.json", "part-00002.json"):
+        (verdicts / name).unlink()
+    kept = (verdicts / "part-00001.parquet").stat().st_mtime_ns
+    grade_rollouts(tmp_path / "out" / "rollouts", verdicts, workers=1)
+    assert read_table(verdicts, "verdicts") == whole
+    assert read_manifest(verdicts, "verdicts").counts == counts
+    assert (verdicts / "part-00001.parquet").stat().st_mtime_ns == kept
+
+
+def test_stop_ids_are_the_tokenizers(model_dir: Path, problems: pa.Table, tmp_path: Path) -> None:
+    from phimr_nemo.data.chat import load_tokenizer
+
+    run(model_dir, problems, tmp_path / "out")
+    rows = read_table(tmp_path / "out" / "rollouts", "rollouts").to_pylist()
+    tokenizer = load_tokenizer(model_dir)
+    for row in rows:
+        ids, mask = render_conversation(tokenizer, row["question"], row["response"])
+        assert ids[-1] in stop_token_ids(tokenizer)
+        assert row["tokens"] == sum(mask)
+
+
+def test_the_published_protocol() -> None:
+    assert (PUBLISHED_PARAMS.temperature, PUBLISHED_PARAMS.top_p) == (0.6, 0.95)
+    assert PUBLISHED_PARAMS.max_new_tokens == 32768
+    assert BENCHMARKS["AIME24"].samples == 64
+    assert BENCHMARKS["MATH-500"].samples == 8
+    assert BOXED_PROMPT.replace("{question}", "Q") == (
+        "Please reason step by step, and put your final answer within \\boxed{}. Q"
+    )
+
+
+def test_a_benchmark_must_be_whole(tmp_path: Path) -> None:
+    lines = [json.dumps({"problem": f"What is {i}+1?", "answer": i + 1}) for i in range(30)]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    (tmp_path / "part.jsonl").write_text("\n".join(lines[:29]))
+    table = read_benchmark("AIME24", tmp_path / "all.jsonl")
+    assert table["answer"].to_pylist() == [str(i + 1) for i in range(30)]
+    with pytest.raises(UserError, match="29 questions"):
+        read_benchmark("AIME24", tmp_path / "part.jsonl")
+    with pytest.raises(UserError, match="unknown benchmark"):
+        read_benchmark("AIME42", tmp_path / "all.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("AIME24", "aime24.jsonl"),
+        ("AIME25", "aime25.json"),
+        ("AMC", "amc.json"),
+        ("MATH-500", "math500.jsonl"),
+        ("GSM8K", "gsm8k_test.jsonl"),
+    ],
+)
+def test_real_benchmark_files_are_read_whole(shared_data: Path, name: str, file: str) -> None:
+    table = read_benchmark(name, shared_data / "problems" / file)
+    assert table.num_rows == BENCHMARKS[name].questions
+    assert all(answer.strip() for answer in table["answer"].to_pylist())
+    assert len(set(table["id"].to_pylist())) == table.num_rows
