@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from phimr_nemo.data.chat import load_tokenizer, render_prompts, stop_token_ids
+from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.evaluate.statistics import majority_score, mean_and_clustered_error, pass_at_k
+from phimr_nemo.generate.backends import open_local
 from phimr_nemo.generate.rollouts import QUESTION, sample_rollouts
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-    from phimr_nemo.model.longrope import LongRopePolicy
+    from phimr_nemo.config import LongRopePolicy
 
 RESULTS_FILE: Final = "results.json"
 SHARD_QUESTIONS: Final = 256
@@ -104,10 +105,8 @@ def evaluate_model(
     seed: int = 0,
     max_batch: int = 256,
     prompt_template: str = QUESTION,
-    longrope_policy: LongRopePolicy = "long_when_max_length_exceeds_original",
-    max_length: int | None = None,
+    longrope: LongRopePolicy = "long_when_max_length_exceeds_original",
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
 ) -> Result:
     """Sample responses to problems, grade them and write `rollouts/`, `verdicts/` and `results.json`.
 
@@ -124,46 +123,31 @@ def evaluate_model(
         seed: of the sampling.
         max_batch: sequences computed together.
         prompt_template: the user's turn, with `{question}` in it once.
-        longrope_policy: the training run's policy.
-        max_length: prompt and response together in tokens, which also decides LongRoPE's factors; the
-            longest prompt plus `params.max_new_tokens` when None.
+        longrope: the training run's policy; the longest sequence is the longest prompt plus `max_new_tokens`.
         dtype: what to compute in; float32 when None.
-        device: where to compute.
 
     Raises:
         UserError: an unreadable model, bad problems, or a directory begun with other settings.
     """
-    import torch
-
-    from phimr_nemo.generate.local import LocalSampler
-    from phimr_nemo.model.hf import HFDirectory
-
-    source = HFDirectory(model_dir)
-    tokenizer = load_tokenizer(model_dir)
     rollouts_dir = out_dir / "rollouts"
-    if max_length is None:
-        before, after = prompt_template.split(QUESTION)
-        prompts = render_prompts(tokenizer, [before + q + after for q in problems["question"].to_pylist()])
-        max_length = max(map(len, prompts), default=0) + params.max_new_tokens
-    sampler = LocalSampler(
-        source.architecture,
-        ((name, source.read(name)) for name in source.names()),
-        stop_token_ids=stop_token_ids(tokenizer),
+    turns = [prompt_template.replace(QUESTION, question) for question in problems["question"].to_pylist()]
+    sampler, weights_hash = open_local(
+        model_dir,
+        turns,
+        max_new_tokens=params.max_new_tokens,
         max_batch=max_batch,
-        longrope_policy=longrope_policy,
-        max_length=max_length,
-        dtype=dtype or torch.float32,
-        device=device,
+        longrope=longrope,
+        dtype=dtype,
     )
     try:
         sample_rollouts(
             problems,
             sampler,
-            tokenizer,
+            load_tokenizer(model_dir),
             rollouts_dir,
             rollouts_per_problem=samples,
             params=params,
-            teacher_name=source.weights_hash(),
+            teacher_name=weights_hash,
             shard_size=SHARD_QUESTIONS,
             stage_seed=seed,
             prompt_template=prompt_template,
