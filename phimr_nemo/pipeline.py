@@ -80,15 +80,14 @@ def plan_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequ
 def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
     """The commands of one seed."""
 
-    def step(name: str, stage: str, *overrides: str, preset: str = "tiny") -> Step:
+    def step(name: str, stage: str, *overrides: str, preset: str = "tiny", run_seed: int = seed) -> Step:
         output = root / name
-        fixed = (f"run.output={output}", f"run.seed={seed}")
+        fixed = (f"run.output={output}", f"run.seed={run_seed}")
         return Step(name, (stage, "--config", f"conf/{stage}/{preset}.yaml", *fixed, *overrides), output)
 
     def model(name: str) -> str:
         return str(root / name / "hf")
 
-    own_seed = seed + OWN_PROBLEMS_SEED_OFFSET
     steps = [
         step("base", "base"),
         step("rollouts", "generate", f"problems.count={config.train_problems}"),
@@ -102,8 +101,8 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
             "generate",
             f"problems.count={config.rl_problems}",
             f"teacher.path={model('sft')}",
-            f"run.seed={own_seed}",
             preset="tiny-rollouts",
+            run_seed=seed + OWN_PROBLEMS_SEED_OFFSET,
         ),
         step("own-verdicts", "verify", f"rollouts={root / 'own-rollouts'}"),
         step("preferences", "curate", f"verdicts={root / 'own-verdicts'}", preset="tiny-rollouts"),
@@ -121,7 +120,9 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
                 f"samples={config.evaluation_samples}",
             )
         )
-    return [*steps, step("release", "export", f"model={model('grpo')}")]
+    stages = (f"stages.{name}={root / name}" for name in TRAINED)
+    evaluations = (f"evaluations.{row}={root / f'evaluate-{name}'}" for name, row in ROWS[: len(TRAINED) + 1])
+    return [*steps, step("release", "export", f"model={model('grpo')}", *stages, *evaluations)]
 
 
 def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str]) -> None:

@@ -85,6 +85,8 @@ def file_inputs(config: Any) -> list[Path]:
         paths.append(config.teacher.path)
     if isinstance(config, EvaluateConfig | ExportConfig):
         paths.append(config.model)
+    if isinstance(config, ExportConfig):
+        paths += [*config.stages.values(), *config.evaluations.values()]
     if isinstance(config, PackConfig):
         paths.append(config.tokenizer)
     if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):

@@ -448,14 +448,17 @@ class ExportConfig:
     Attributes:
         model: Hugging Face directory of the last stage.
         base_model: what it was trained from, for the model card.
-        table: result table (table.json) for the model card.
+        licence: its identifier on the hub.
+        stages: stage name -> run directory, for the model card.
+        evaluations: row name -> directory of an evaluation, for the model card's table.
     """
 
     run: RunConfig
     model: Path
     base_model: str
     licence: str
-    table: Path | None = None
+    stages: dict[str, Path] = field(default_factory=dict)
+    evaluations: dict[str, Path] = field(default_factory=dict)
 
 
 @config

@@ -1,0 +1,112 @@
+"""The stage `export`: the last stage's directory -> a release with a model card made from the runs' own facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phimr_nemo.config import ExportConfig
+from phimr_nemo.errors import UserError
+from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
+from phimr_nemo.runs import CONFIG_FILE, RUN_FILE, RunDirectory
+
+
+def run_export(config: ExportConfig) -> dict[str, Any]:
+    """Check every tensor and write `<output>/hf` with its model card.
+
+    Raises:
+        UserError: an unreadable model, a stage or evaluation that has not finished, or a full disk.
+    """
+    from phimr_nemo.model.hf import HFDirectory, write_hf_directory
+
+    source = HFDirectory(config.model)
+    card = model_card(config, source.architecture.num_parameters)
+    write_hf_directory(
+        config.run.output / "hf",
+        source.architecture,
+        ((name, source.read(name)) for name in source.names()),
+        tokenizer_from=config.model,
+        extra_files={"README.md": card},
+    )
+    return {"hf": "hf", "parameters": source.architecture.num_parameters, "weights": source.weights_hash()}
+
+
+def model_card(config: ExportConfig, parameters: int) -> str:
+    """The model card: hub metadata, what was trained how, and what was measured.
+
+    Args:
+        config: names the runs to report.
+        parameters: of the model.
+
+    Raises:
+        UserError: a stage or an evaluation has not finished.
+    """
+    metadata = {
+        "license": config.licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": config.base_model,
+        "tags": ["math", "reasoning", "phi3"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# {config.run.output.name}",
+        f"A model of {parameters:,} parameters in the architecture of Phi-4-mini (`Phi3ForCausalLM`), trained from "
+        f"{config.base_model} with the Phi-4-Mini-Reasoning recipe (arXiv 2504.21233) in phimr-nemo.",
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForCausalLM.from_pretrained(".")\n```\n\n'
+        "The chat template comes with the tokenizer. Generation ends with `<|end|>`.",
+    ]
+    if config.stages:
+        parts.append("## Training\n\n" + _stage_table(config.stages))
+    if config.evaluations:
+        parts.append("## Measured\n\n" + _evaluation_table(config.evaluations))
+    return "\n\n".join(parts) + "\n"
+
+
+def _stage_table(stages: Mapping[str, Path]) -> str:
+    rows = []
+    for name, directory in stages.items():
+        run = RunDirectory(directory)
+        if not run.is_done:
+            raise UserError(
+                f"stage {name!r} in {directory} has not finished",
+                rule="the model card reports finished stages",
+                remedy="finish the stage, or leave it out of `stages`",
+            )
+        facts = run.closing_facts()
+        settings = yaml.safe_load((directory / CONFIG_FILE).read_text("utf-8"))
+        made = json.loads((directory / RUN_FILE).read_text("utf-8"))
+        optim = settings["optim"]
+        rows.append(
+            (
+                name,
+                facts["steps"],
+                settings["sequence_length"],
+                f"{optim['lr']:g}",
+                made["seed"],
+                made["versions"]["git"][:12],
+            )
+        )
+    return _markdown(("stage", "steps", "longest sequence", "peak learning rate", "seed", "code"), rows)
+
+
+def _evaluation_table(evaluations: Mapping[str, Path]) -> str:
+    rows = []
+    for name, directory in evaluations.items():
+        result = read_result(directory / RESULTS_FILE)
+        rows.append(
+            (name, f"{100 * result.pass1:.1f}", f"{100 * result.stderr:.1f}", result.questions, result.samples)
+        )
+    return _markdown(("model after", "pass@1 (%)", "standard error", "questions", "samples a question"), rows)
+
+
+def _markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(header)]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
