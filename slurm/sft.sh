@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Stage 2: distillation as supervised fine-tuning.
+# Stage 2: distillation as supervised fine-tuning. 128 GPUs, as in the paper.
 #   sbatch slurm/sft.sh [--config conf/sft/PRESET.yaml] [key=value ...]
 #SBATCH --job-name=phimr-sft
-#SBATCH --nodes=4
+#SBATCH --nodes=16
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive

@@ -8,23 +8,23 @@ set -uo pipefail
   trap '' USR1
   exec "$@"
 ) &
-agent=$!
+launcher=$!
 
 # shellcheck disable=SC2329  # called by the trap
 tell_workers() {
   local -a workers=()
   # The kernel's list ends without a newline, which makes `read` fail although it has read.
-  read -ra workers <"/proc/$agent/task/$agent/children" || true
+  read -ra workers <"/proc/$launcher/task/$launcher/children" || true
   if [[ ${#workers[@]} -gt 0 ]]; then kill -USR1 "${workers[@]}"; fi
 }
 trap tell_workers USR1
-trap 'kill -TERM "$agent"' TERM
+trap 'kill -TERM "$launcher"' TERM
 
-# A trap ends `wait` early, before the agent has ended.
+# A trap ends `wait` early, before the launcher has ended.
 code=0
-wait "$agent" || code=$?
-while kill -0 "$agent" 2>/dev/null; do
+wait "$launcher" || code=$?
+while kill -0 "$launcher" 2>/dev/null; do
   code=0
-  wait "$agent" || code=$?
+  wait "$launcher" || code=$?
 done
 exit "$code"

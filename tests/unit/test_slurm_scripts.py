@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from phimr_nemo.config import STAGES
 
@@ -119,6 +120,20 @@ def test_every_stage_has_a_script_and_every_script_a_stage() -> None:
     scripts = {path.stem for path in SLURM.glob("*.sh")} - {"common", "task", "pipeline"}
     assert scripts == {*PLAIN_STAGES, *DISTRIBUTED_STAGES} == set(STAGE_ORDER)
     assert scripts <= set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGE_ORDER)
+def test_what_a_script_runs_exists(stage: str) -> None:
+    assert (REPOSITORY / "recipes" / f"{stage}.py").is_file()
+    assert (REPOSITORY / "conf" / stage / "paper.yaml").is_file()
+
+
+@pytest.mark.parametrize("stage", DISTRIBUTED_STAGES)
+def test_a_script_asks_for_as_many_gpus_as_its_preset_needs(stage: str) -> None:
+    parallel = yaml.safe_load((REPOSITORY / "conf" / stage / "paper.yaml").read_text("utf-8"))["parallel"]
+    text = (SLURM / f"{stage}.sh").read_text("utf-8")
+    nodes, gpus = (int(text.split(f"#SBATCH --{name}=")[1].split()[0]) for name in ("nodes", "gpus-per-node"))
+    assert nodes * gpus == parallel["tensor"] * parallel["pipeline"] * parallel["data"]
 
 
 @pytest.mark.parametrize("script", sorted(SLURM.glob("*.sh")), ids=lambda p: p.name)
@@ -319,7 +334,7 @@ signal.signal(signal.SIGUSR1, save)
 mark.with_suffix(".ready").touch()
 time.sleep(60)
 """
-AGENT = """
+LAUNCHER = """
 import subprocess, sys
 # Like torchrun: workers in sessions of their own, exit 1 when one fails.
 workers = [subprocess.Popen([sys.executable, "-c", sys.argv[1], f"{sys.argv[2]}{i}"], start_new_session=True)
@@ -335,10 +350,10 @@ def wait_for(paths: Sequence[Path]) -> None:
         time.sleep(0.02)
 
 
-def test_usr1_reaches_the_workers_and_not_the_agent(tmp_path: Path) -> None:
+def test_usr1_reaches_the_workers_and_not_the_launcher(tmp_path: Path) -> None:
     mark = tmp_path / "worker"
     launcher = subprocess.Popen(
-        ["bash", str(SLURM / "task.sh"), sys.executable, "-c", AGENT, WORKER, str(mark)],
+        ["bash", str(SLURM / "task.sh"), sys.executable, "-c", LAUNCHER, WORKER, str(mark)],
         env=environment(),
         start_new_session=True,
     )
@@ -346,7 +361,7 @@ def test_usr1_reaches_the_workers_and_not_the_agent(tmp_path: Path) -> None:
         wait_for([tmp_path / "worker0.ready", tmp_path / "worker1.ready"])
         # Slurm signals the whole process group of a task.
         os.killpg(launcher.pid, signal.SIGUSR1)
-        # An agent that the signal had killed would show as 128 + 10 here.
+        # A launcher that the signal had killed would show as 128 + 10 here.
         assert launcher.wait(WAIT_SECONDS) == 1
     finally:
         if launcher.poll() is None:
