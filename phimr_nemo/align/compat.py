@@ -76,7 +76,7 @@ class StageBar(tqdm):
         finally:
             self.close()
 
-    def set_postfix(self, ordered_dict: Mapping[str, Any] | None = None, refresh: bool = True, **_: Any) -> None:
+    def set_postfix(self, ordered_dict: Mapping[str, Any] | None = None, *_: Any, **__: Any) -> None:
         """Show the few numbers that a person watches, and count the step."""
         values = ordered_dict or {}
         shown = {name[len("train_") :]: f"{values[name]:.3f}" for name in self.SHOWN if name in values}

@@ -89,7 +89,6 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     started = time.monotonic()
     read_manifest(config.pairs, "pairs")
     check_checkpointing(config.checkpoint)
-    _check_batches(config)
     base = HFDirectory(config.base)
     pad_id = base.architecture.pad_token_id
     pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length)
@@ -186,17 +185,6 @@ def _trainer(config: DPOConfig, policy: MegatronPolicy, loader: DataLoader[int],
         test_dataloader=None,
         **parts,
     )
-
-
-def _check_batches(config: DPOConfig) -> None:
-    share = config.micro_batch * config.parallel.data
-    if config.micro_batch < 1 or config.global_batch < 1 or config.global_batch % share:
-        raise UserError(
-            f"global_batch={config.global_batch} with micro_batch={config.micro_batch} and "
-            f"parallel.data={config.parallel.data}",
-            rule="micro_batch x parallel.data divides global_batch (all in pairs)",
-            remedy=f"use a global_batch that is a multiple of {max(share, 1)}",
-        )
 
 
 def _steps(config: DPOConfig, samples: int) -> int:

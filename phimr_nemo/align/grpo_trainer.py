@@ -1,0 +1,234 @@
+"""GRPO as a subclass of NeMo-Aligner's ReinforceTrainer: three overrides, around upstream's `fit`.
+
+What is overridden, and why (nemo-aligner 0.7.0, algorithms/reinforce.py):
+
+- `_run_inference`: upstream gives every data-parallel rank the whole global batch to train on, counts rollouts
+  where its sampler counts prompts, and calls the generator once per rollout of a group.
+- `generate_reinforce_data`: the advantages of REINFORCE with a leave-one-out baseline become GRPO's, and the
+  stabilisers act here.
+- `run_training`: an optimizer step without a single row is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from phimr_nemo.align.compat import ReinforceTrainer
+from phimr_nemo.align.microbatch import MicroBatch, chunks_by_length, cut, deal_rows, trimmed_width, used_lengths
+from phimr_nemo.align.policy import LossSums
+from phimr_nemo.align.rollouts import (
+    GradesAnswers,
+    PromptSet,
+    Rollout,
+    gathered,
+    graded_rollouts,
+    groups_of,
+    rollout_metrics,
+    rollout_requests,
+    training_rows,
+)
+from phimr_nemo.align.stabilisers import annealed_temperature, rebalanced_group
+from phimr_nemo.config import GRPOConfig
+from phimr_nemo.data.chat import decode_response
+from phimr_nemo.generate.sampler import Completion, Sampler, SamplingParams
+from phimr_nemo.losses import IGNORED_LABEL, dapo_loss, group_advantages
+from phimr_nemo.store import content_seed
+from phimr_nemo.train import platform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROW_EXTRAS = ("advantages",)
+TOKEN_EXTRAS = ("sampler_logprobs", "old_logprobs", "reference_logprobs")
+
+
+class GRPOObjective:
+    """The clipped surrogate with the mean over all tokens of the optimizer step's global batch.
+
+    Args:
+        config: clip range and KL weight.
+        multiple: sequence lengths are multiples of this.
+        pad_id: token of the padding.
+    """
+
+    def __init__(self, config: GRPOConfig, *, multiple: int, pad_id: int) -> None:
+        self._config, self._multiple, self._pad_id = config, multiple, pad_id
+
+    def micro_batches(self, batch: Mapping[str, Tensor]) -> list[MicroBatch]:
+        """Rows of like length together. Rows without labels are left out, but one stays if there are no others."""
+        lengths = used_lengths(batch["labels"])
+        # Megatron's schedule wants a micro-batch even from a rank that has nothing to give.
+        rows = torch.nonzero(lengths).squeeze(1) if bool(lengths.any()) else torch.zeros(1, dtype=torch.int64)
+        micros = []
+        for chunk in chunks_by_length(lengths[rows], self._config.micro_batch):
+            chosen = rows[chunk]
+            width = trimmed_width(lengths[chosen], batch["labels"].shape[1], self._multiple)
+            extras = {name: batch[name][chosen] for name in ROW_EXTRAS}
+            extras |= {name: cut(batch[name][chosen], width, 0) for name in TOKEN_EXTRAS if name in batch}
+            tokens = cut(batch["response_tokens"][chosen], width, self._pad_id)
+            micros.append(MicroBatch(tokens, cut(batch["labels"][chosen], width, IGNORED_LABEL), extras))
+        return micros
+
+    def loss(self, logprobs: Tensor, micro: MicroBatch) -> LossSums:
+        """Loss and metrics summed over the micro-batch's response tokens."""
+        extras = {name: value.to(logprobs.device) for name, value in micro.extras.items()}
+        mask = (micro.labels != IGNORED_LABEL).to(logprobs.device)
+        # Without a value from before the round's updates this is the first update: the ratio is 1.
+        old = extras.get("old_logprobs", logprobs.detach())
+        result = dapo_loss(
+            logprobs,
+            old,
+            extras["advantages"],
+            mask,
+            clip_low=self._config.clip_low,
+            clip_high=self._config.clip_high,
+            ref_logprobs=extras.get("reference_logprobs"),
+            kl_coefficient=self._config.kl,
+        )
+        gap = torch.where(mask, (old - extras["sampler_logprobs"]).abs(), 0.0).sum()
+        return result.loss_sum, result.denominator, {**result.metrics, "logprob_gap": gap}
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Means over the tokens."""
+        tokens = max(sums["count"], 1.0)
+        names = ("loss", "ratio", "clipped_low", "clipped_high", "kl_to_old", "logprob_gap")
+        means = {name: sums[name] / tokens for name in names}
+        if "kl_to_reference" in sums:
+            means["kl"] = sums["kl_to_reference"] / tokens
+        return means | {"clipped": means["clipped_low"] + means["clipped_high"], "trained_tokens": sums["count"]}
+
+
+class GRPOTrainer(ReinforceTrainer):
+    """Upstream's trainer with rollouts from a :class:`Sampler` and rewards from a grader.
+
+    Args:
+        config: the stage's configuration.
+        prompts: prompts and their epoch.
+        sampler: holds the policy's weights; synchronised before every round.
+        grader: grades responses in processes that can be killed.
+        tokenizer: turns responses into text.
+        upstream: the other arguments of ReinforceTrainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: GRPOConfig,
+        prompts: PromptSet,
+        sampler: Sampler,
+        grader: GradesAnswers,
+        tokenizer: PreTrainedTokenizerBase,
+        **upstream: Any,
+    ) -> None:
+        super().__init__(**upstream, val_dataloader_builder=None, collate_fn=None, rm=None, batch_iterator_cls=None)
+        self.config, self.prompts, self.sampler, self.grader = config, prompts, sampler, grader
+        self.tokenizer = tokenizer
+
+    # ---- rollouts ------------------------------------------------------------------------------------------
+
+    def _run_inference(
+        self,
+        dataloader_builder: Any,
+        consumed_samples: int,
+        is_validation: bool,  # noqa: ARG002
+    ) -> tuple[list[Rollout], dict[str, Any]]:
+        """Sample and grade a round; every process gets all of its rollouts."""
+        loader = dataloader_builder(consumed_samples=consumed_samples)
+        slots = next(iter(loader.batch_sampler))
+        # Whole groups to a process, so that each prompt is computed once; all processes sample.
+        mine = slots[dist.get_rank() :: dist.get_world_size()]
+        prompt_of = {slot: self.prompts.epoch[loader.dataset[slot]] for slot in mine}
+        self.model.temperature = annealed_temperature(self.step, self.config.steps, self.config.temperature)
+        with self.timer("sample"):
+            completions = self._sample(prompt_of)
+        texts = [decode_response(self.tokenizer, completion.token_ids) for completion in completions]
+        with self.timer("reward"):
+            numbers = [prompt_of[slot] for slot in mine for _ in range(self.config.group_size)]
+            answers = [self.prompts.prompts[number].answer for number in numbers]
+            verdicts = self.grader.grade_many(list(zip(texts, answers, strict=True)))
+        rollouts = gathered(graded_rollouts(completions, verdicts, prompt_of))
+        rewards = self._rewards(rollouts)
+        metrics = {
+            **rollout_metrics(rollouts, rewards.tolist()),
+            "temperature": self.model.temperature,
+            # What upstream adds to its count of consumed samples: the sampler counts prompts.
+            "rollout_size": len(slots),
+            "table": {"prompt": "", "response": "", "reward": 0.0},
+        }
+        return rollouts, metrics
+
+    def _sample(self, prompt_of: Mapping[int, int]) -> list[Completion]:
+        if self.sampler.version != self.step:
+            self.sampler.update_weights(self.model.weights(), self.step)
+        prompts = {slot: self.prompts.prompts[number] for slot, number in prompt_of.items()}
+        requests = rollout_requests(prompts, self.config.group_size, str(self.config.run.seed), str(self.step))
+        params = SamplingParams(
+            temperature=self.model.temperature, top_p=1.0, max_new_tokens=self.config.max_new_tokens
+        )
+        return self.sampler.sample(requests, params)
+
+    def _rewards(self, rollouts: Sequence[Rollout]) -> Tensor:
+        values = [self.config.reward_correct if r.is_correct else self.config.reward_wrong for r in rollouts]
+        return torch.tensor(values, dtype=torch.float32)
+
+    # ---- training rows -------------------------------------------------------------------------------------
+
+    def generate_reinforce_data(self, rollout_batch: list[Rollout]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Choose the rows to train on, give them advantages, and lay out this rank's part of every update."""
+        kept = self._kept(rollout_batch)
+        chosen = [rollout_batch[i] for i in kept]
+        groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)
+        advantages = group_advantages(self._rewards(chosen), groups).tolist()
+        mine = self._dealt(len(kept))
+        rows = training_rows(
+            [None if number is None else chosen[number] for number in mine],
+            self.prompts.prompts,
+            {row: advantages[number] for row, number in enumerate(mine) if number is not None},
+            self.model.architecture.pad_token_id,
+        )
+        with self.timer("logprobs"):
+            if self.config.inner_batches > 1:
+                rows["old_logprobs"] = self.model.log_probs(rows["response_tokens"], rows["labels"])
+            if self.config.kl > 0:
+                with self.model.as_reference():
+                    rows["reference_logprobs"] = self.model.log_probs(rows["response_tokens"], rows["labels"])
+        return rows, {"kept": len(kept) / len(rollout_batch)}
+
+    def _kept(self, rollouts: Sequence[Rollout]) -> list[int]:
+        kept: list[int] = []
+        for group in groups_of(rollouts):
+            seed = content_seed("rebalance", str(self.config.run.seed), str(self.step), str(rollouts[group[0]].slot))
+            chosen = rebalanced_group([rollouts[i].is_correct for i in group], self.config.rebalance, seed)
+            kept.extend(group[i] for i in chosen)
+        return kept
+
+    def _dealt(self, rows: int) -> list[int | None]:
+        """Numbers of this rank's rows, update after update, each filled with None to the size that `fit` cuts."""
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        share = self.cfg.model_gbs // ranks
+        seed = content_seed("deal", str(self.config.run.seed), str(self.step))
+        dealt = deal_rows(rows, self.config.inner_batches, ranks, seed)
+        return [number for part in dealt for number in [*part[rank], *[None] * (share - len(part[rank]))]]
+
+    # ---- updates -------------------------------------------------------------------------------------------
+
+    def run_training(self, dataloader_iter: Iterable[dict[str, Tensor]]) -> tuple[float, dict[str, float]]:
+        """Upstream's updates, but none for a batch without rows on any rank."""
+        batches = list(dataloader_iter)
+        counts = [int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches]
+        labels = torch.tensor(counts, device=platform.device())
+        dist.all_reduce(labels, group=parallel_state.get_data_parallel_group())
+        useful = [batch for batch, count in zip(batches, labels.tolist(), strict=True) if count]
+        # The learning rate follows the rounds, whatever they bring.
+        for _ in range(len(batches) - len(useful)):
+            self.scheduler.step()
+        if not useful:
+            return 0.0, {}
+        result: tuple[float, dict[str, float]] = super().run_training(iter(useful))
+        return result

@@ -1,0 +1,222 @@
+"""One round of GRPO rollouts: prompts in, graded responses out, and their form as training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimr_nemo.align.stabilisers import oversampled, uniform_prompts
+from phimr_nemo.config import GRPOConfig
+from phimr_nemo.data.chat import render_prompts
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate.sampler import Completion, Request
+from phimr_nemo.losses import IGNORED_LABEL
+from phimr_nemo.store import content_seed, read_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CORRECT = "correct"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem to be solved by the policy."""
+
+    id: str
+    answer: str
+    token_ids: tuple[int, ...]
+    is_hard: bool
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts of a run, the numbers of one epoch of them, and why others were left out."""
+
+    prompts: Sequence[Prompt]
+    epoch: Sequence[int]
+    dropped_uneven: int
+    dropped_long: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One graded response.
+
+    Attributes:
+        slot: number of its prompt in the whole run's stream of prompts; a group is the rollouts of a slot.
+        sample: number within the group.
+        prompt: number of the prompt.
+        token_ids: the response, its stop token included.
+        logprobs: the sampler's log-probability of each token at the round's temperature (nats).
+        is_truncated: it ended at the length limit.
+        is_correct: the grader's verdict.
+    """
+
+    slot: int
+    sample: int
+    prompt: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    is_truncated: bool
+    is_correct: bool
+
+
+class GradesAnswers(Protocol):
+    """What a round needs of `verify.Grader`."""
+
+    def grade_many(self, pairs: Sequence[tuple[str, str]]) -> Sequence[Any]:
+        """A verdict for each (response, answer)."""
+        ...
+
+
+def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOConfig) -> PromptSet:
+    """Read and tokenise a `prompts` record directory, with the stabilisers that act on prompts.
+
+    A prompt that leaves less than `max_new_tokens` of `sequence_length` to its response is dropped.
+
+    Raises:
+        UserError: the directory is not finished, a question spells a special token, or no prompt is left.
+    """
+    rows = read_table(directory, "prompts").to_pylist()
+    even = uniform_prompts([row["length_spread"] for row in rows], config.prompt_optimization)
+    token_ids = render_prompts(tokenizer, [rows[i]["question"] for i in even])
+    room = config.sequence_length - config.max_new_tokens
+    prompts = [
+        Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"])
+        for i, ids in zip(even, token_ids, strict=True)
+        if len(ids) <= room
+    ]
+    if not prompts:
+        raise UserError(
+            f"none of the {len(rows)} prompts in {directory} is usable: {len(rows) - len(even)} with a length spread "
+            f"above {config.prompt_optimization.max_length_spread}, {len(even)} longer than {room} tokens",
+            rule="a prompt has a small enough length spread and leaves max_new_tokens of sequence_length",
+            remedy="raise prompt_optimization.max_length_spread or sequence_length, or curate more prompts",
+        )
+    epoch = oversampled([prompt.is_hard for prompt in prompts], config.rebalance)
+    return PromptSet(prompts, epoch, len(rows) - len(even), len(even) - len(prompts))
+
+
+def rollout_requests(prompts: Mapping[int, Prompt], group_size: int, *seed: str) -> list[Request]:
+    """The requests of whole groups.
+
+    Args:
+        prompts: slot -> prompt.
+        group_size: responses a prompt.
+        seed: what a response's seed depends on besides slot and sample.
+    """
+    return [
+        Request(f"{slot}/{sample}", prompt.token_ids, content_seed("grpo", *seed, str(slot), str(sample)))
+        for slot, prompt in prompts.items()
+        for sample in range(group_size)
+    ]
+
+
+def graded_rollouts(
+    completions: Iterable[Completion],
+    verdicts: Iterable[Any],
+    prompt_of: Mapping[int, int],
+) -> list[Rollout]:
+    """Completions of :func:`rollout_requests` with their verdicts.
+
+    Args:
+        completions: in the order of the requests.
+        verdicts: one for each.
+        prompt_of: slot -> prompt number.
+    """
+    rollouts = []
+    for completion, verdict in zip(completions, verdicts, strict=True):
+        slot, sample = (int(part) for part in completion.request_id.split("/"))
+        rollouts.append(
+            Rollout(
+                slot,
+                sample,
+                prompt_of[slot],
+                completion.token_ids,
+                completion.logprobs,
+                is_truncated=completion.finish_reason == "length",
+                is_correct=verdict.verdict == CORRECT,
+            )
+        )
+    return rollouts
+
+
+def gathered(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """All processes' rollouts on every process, in the order of slots and samples (collective)."""
+    parts: list[list[Rollout]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, list(rollouts))
+    return sorted((rollout for part in parts for rollout in part), key=lambda r: (r.slot, r.sample))
+
+
+def groups_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Rollout numbers of each slot, in the order of slots."""
+    groups: dict[int, list[int]] = {}
+    for number, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.slot, []).append(number)
+    return [groups[slot] for slot in sorted(groups)]
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, float]:
+    """What a round's rollouts say.
+
+    Returns:
+        reward: mean; pass_rate: share of correct responses; zero_gradient_groups: share of groups whose rewards
+        are all equal; response_length: mean, tokens; length_spread: mean over groups of standard deviation over
+        mean of the response lengths; truncated: share that hit the length limit; entropy: mean of
+        -log-probability over all sampled tokens (nats), an unbiased estimate of the sampling distribution's.
+    """
+    groups = groups_of(rollouts)
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    equal = [len({rewards[i] for i in group}) == 1 for group in groups]
+    spreads = [pstdev(lengths[i] for i in group) / fmean(lengths[i] for i in group) for group in groups]
+    return {
+        "reward": fmean(rewards),
+        "pass_rate": fmean(rollout.is_correct for rollout in rollouts),
+        "zero_gradient_groups": fmean(equal),
+        "response_length": fmean(lengths),
+        "length_spread": fmean(spreads),
+        "truncated": fmean(rollout.is_truncated for rollout in rollouts),
+        "entropy": -sum(sum(rollout.logprobs) for rollout in rollouts) / sum(lengths),
+    }
+
+
+def training_rows(
+    rollouts: Sequence[Rollout | None], prompts: Sequence[Prompt], advantages: Mapping[int, float], pad_id: int
+) -> dict[str, Tensor]:
+    """Responses behind their prompts, padded to the longest.
+
+    Args:
+        rollouts: None makes a row without labels, which takes part in nothing.
+        prompts: of the run.
+        advantages: row number -> advantage.
+        pad_id: token of the padding.
+
+    Returns:
+        `response_tokens` int64 [n, s] (the inputs), `labels` int64 [n, s] (the next tokens, -100 before the
+        response and after it), `sampler_logprobs` float32 [n, s] (at the labels' places), `advantages` float32 [n].
+    """
+    width = max(
+        (len(prompts[r.prompt].token_ids) + len(r.token_ids) - 1 for r in rollouts if r is not None), default=1
+    )
+    tokens = torch.full((len(rollouts), width), pad_id, dtype=torch.int64)
+    labels = torch.full((len(rollouts), width), IGNORED_LABEL, dtype=torch.int64)
+    sampled = torch.zeros((len(rollouts), width), dtype=torch.float32)
+    for row, rollout in enumerate(rollouts):
+        if rollout is None:
+            continue
+        question = prompts[rollout.prompt].token_ids
+        whole = torch.tensor([*question, *rollout.token_ids])
+        first, last = len(question) - 1, len(whole) - 1
+        tokens[row, :last] = whole[:-1]
+        labels[row, first:last] = whole[len(question) :]
+        sampled[row, first:last] = torch.tensor(rollout.logprobs)
+    values = torch.tensor([advantages.get(row, 0.0) for row in range(len(rollouts))], dtype=torch.float32)
+    return {"response_tokens": tokens, "labels": labels, "sampler_logprobs": sampled, "advantages": values}

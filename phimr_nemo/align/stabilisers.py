@@ -1,0 +1,104 @@
+"""The paper's three remedies against unstable RL (PAPER: Phi-4-Mini-Reasoning, section 3.4), as pure functions.
+
+1. Prompt optimisation: :func:`uniform_prompts`.
+2. Reward rebalancing: :func:`oversampled`, :func:`rebalanced_group`.
+3. Temperature annealing: :func:`annealed_temperature`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from phimr_nemo.config.schema import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
+from phimr_nemo.errors import UserError
+
+
+def annealed_temperature(step: int, steps: int, config: TemperatureConfig) -> float:
+    """Sampling temperature of a round: linear from `start` to `end` over `fraction` of the rounds, then `end`.
+
+    Args:
+        step: the round, from 0.
+        steps: rounds of the run.
+        config: the paper's values are 1.0, 0.6 and one half.
+    """
+    annealing = config.fraction * steps
+    progress = 1.0 if step >= annealing else step / annealing
+    return config.start + (config.end - config.start) * progress
+
+
+def check_temperature(config: TemperatureConfig) -> None:
+    """Refuse a schedule that cannot be sampled with.
+
+    Raises:
+        UserError: a temperature that is not positive, or a share outside [0, 1].
+    """
+    if not (config.start > 0 and config.end > 0 and 0.0 <= config.fraction <= 1.0):
+        raise UserError(
+            f"temperature from {config.start} to {config.end} over {config.fraction} of the steps",
+            rule="temperatures are positive, the share is between 0 and 1",
+            remedy="the paper's values are 1.0, 0.6 and 0.5",
+        )
+
+
+def uniform_prompts(length_spreads: Sequence[float], config: PromptOptimizationConfig) -> list[int]:
+    """Prompts whose responses are uniform in length.
+
+    Args:
+        length_spreads: each prompt's standard deviation over mean of the lengths of its sampled responses.
+        config: the largest spread; with `enabled` False every prompt is kept.
+
+    Returns:
+        Numbers of the kept prompts, ascending. A spread that is not a number is not kept.
+    """
+    if not config.enabled:
+        return list(range(len(length_spreads)))
+    return [i for i, spread in enumerate(length_spreads) if spread <= config.max_length_spread]
+
+
+def oversampled(hard: Sequence[bool], config: RebalanceConfig) -> list[int]:
+    """One epoch of prompts: every prompt once, a hard one `oversample_hard` times.
+
+    Args:
+        hard: whether each prompt is hard.
+        config: with `enabled` False every prompt appears once.
+
+    Returns:
+        Prompt numbers, ascending, hard ones repeated.
+
+    Raises:
+        UserError: `oversample_hard` below 1.
+    """
+    if config.oversample_hard < 1:
+        raise UserError(
+            f"rebalance.oversample_hard={config.oversample_hard}",
+            rule="how often a hard prompt appears in an epoch: at least once",
+            remedy="use 1 for no oversampling",
+        )
+    times = config.oversample_hard if config.enabled else 1
+    return [i for i, is_hard in enumerate(hard) for _ in range(times if is_hard else 1)]
+
+
+def rebalanced_group(correct: Sequence[bool], config: RebalanceConfig, seed: int) -> list[int]:
+    """The responses of one prompt that are trained on: all positives and equally many random negatives.
+
+    Args:
+        correct: whether each response of the group is correct.
+        config: with `enabled` False the whole group is kept.
+        seed: of the choice of negatives.
+
+    Returns:
+        Response numbers, ascending. None when the share of correct responses is above `drop_above`, or when one
+        side is empty: equal rewards give no gradient. Where negatives are fewer, all of them are kept.
+    """
+    if not config.enabled:
+        return list(range(len(correct)))
+    positives = [i for i, is_correct in enumerate(correct) if is_correct]
+    negatives = [i for i, is_correct in enumerate(correct) if not is_correct]
+    if not positives or not negatives or len(positives) > config.drop_above * len(correct):
+        return []
+    count = min(len(positives), len(negatives))
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    chosen = generator.choice(len(negatives), size=count, replace=False)
+    return sorted([*positives, *(negatives[i] for i in chosen)])
