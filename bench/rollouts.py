@@ -168,7 +168,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{parameters / 1e6:.2f} M parameters, {options.dtype} on {options.device}, "
-        f"{torch.get_num_threads()} threads, {options.prompts} prompts x {options.samples} samples, at most {options.new_tokens} new tokens"
+        f"{torch.get_num_threads()} threads, "
+        f"{options.prompts} prompts x {options.samples} samples, at most {options.new_tokens} new tokens"
     )
     check_equal(model, requests, options)
     params = SamplingParams(1.0, 1.0, options.new_tokens)
