@@ -30,7 +30,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): setup.cfg pyproject.toml requirements/aligner.txt $(PHIMR_CONSTRAINTS)
+$(STAMP): setup.cfg requirements/aligner.txt $(PHIMR_CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] < (3, 13) else \
 		"Python %d.%d found; 3.10 to 3.12 is needed: make setup PYTHON=python3.11" % sys.version_info[:2])'
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 \
