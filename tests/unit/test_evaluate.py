@@ -20,7 +20,6 @@ from phimr_nemo.evaluate.benchmarks import BENCHMARKS, BOXED_PROMPT, PUBLISHED_P
 from phimr_nemo.evaluate.evaluate import (
     SCORED_COLUMNS,
     Result,
-    Score,
     evaluate_model,
     grade_rollouts,
     read_result,
@@ -81,7 +80,8 @@ def test_the_summary_counts_right() -> None:
     assert got.unparsable == pytest.approx(2 / 16)
     assert got.ungraded == pytest.approx(1 / 16)
     assert got.mean_tokens == pytest.approx(11.5)
-    assert got.by_difficulty["elementary"] == Score(2, pytest.approx(0.5), pytest.approx(0.25))
+    # (3/4, 1/4): sd sqrt(1/8) over sqrt(2).
+    assert dataclasses.astuple(got.by_difficulty["elementary"]) == pytest.approx((2, 0.5, 0.25))
     assert got.by_difficulty["college"].pass1 == 0.0
     assert math.isnan(got.by_difficulty["college"].stderr)
     assert got.by_difficulty["unknown"].pass1 == 0.5

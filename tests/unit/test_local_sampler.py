@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,6 +129,24 @@ def test_growing_the_cache_changes_nothing(model: Any, monkeypatch: pytest.Monke
     wanted = make_sampler(model).sample(requests, params)
     monkeypatch.setattr(local, "FIRST_CAPACITY", 4)
     assert [c.token_ids for c in make_sampler(model).sample(requests, params)] == [c.token_ids for c in wanted]
+
+
+def test_prompts_computed_in_small_blocks_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests, params = make_requests([5, 3, 9, 17, 2], samples=2), SamplingParams(0.0, 1.0, 12)
+    wanted = make_sampler(model, max_batch=10).sample(requests, params)
+    blocks: list[int] = []
+    prefill = Decoder.prefill
+
+    def counting_prefill(self: Decoder, block: list[tuple[int, ...]]) -> Any:
+        blocks.append(len(block) * max(map(len, block)))
+        return prefill(self, block)
+
+    monkeypatch.setattr(Decoder, "prefill", counting_prefill)
+    monkeypatch.setattr(local, "PREFILL_TOKENS", 18)
+    got = make_sampler(model, max_batch=10).sample(requests, params)
+    assert [c.token_ids for c in got] == [c.token_ids for c in wanted]
+    assert len(blocks) == 4
+    assert max(blocks) <= 18
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.95), (1.7, 0.5)])
@@ -339,6 +358,19 @@ def test_a_policy_that_needs_the_future_is_refused(model: Any) -> None:
             max_batch=1,
             longrope_policy="per_sequence",
             max_length=ORIGINAL_LENGTH + 1,
+        )
+
+
+def test_a_window_shorter_than_the_run_is_refused(model: Any) -> None:
+    arch = dataclasses.replace(Architecture.from_hf_config(model.config.to_dict()), sliding_window=16)
+    with pytest.raises(UserError, match="sliding window of 16"):
+        LocalSampler(
+            arch,
+            named_tensors(model),
+            stop_token_ids=(),
+            max_batch=1,
+            longrope_policy="always_short",
+            max_length=17,
         )
 
 
