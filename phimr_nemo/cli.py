@@ -8,11 +8,24 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
-from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+
+
+class _Commands(TyperGroup):
+    """Commands in which Ctrl-C is a stop that can be resumed; typer would end with a failure's exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Preempted("interrupted; finished steps are kept, run the same command to continue") from error
+
 
 app = typer.Typer(
     name="phimr",
+    cls=_Commands,
     help="The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner.",
     no_args_is_help=True,
     add_completion=False,
@@ -156,20 +169,13 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: errors of the user become one clear message and exit code 2, preemption 3."""
     try:
-        app(standalone_mode=False)
-        code = EXIT_DONE
+        app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        code = EXIT_USER
+        sys.exit(EXIT_USER)
     except Preempted as stopped:
         typer.echo(str(stopped), err=True)
-        code = EXIT_PREEMPTED
-    except KeyboardInterrupt:
-        typer.echo("interrupted; finished steps are kept, run the same command to continue", err=True)
-        code = EXIT_PREEMPTED
-    except typer.Exit as done:
-        code = done.exit_code
-    sys.exit(code)
+        sys.exit(EXIT_PREEMPTED)
 
 
 if __name__ == "__main__":
