@@ -1,0 +1,170 @@
+"""The one grader: data, reward and evaluation all ask it whether a response's final answer is correct."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final
+
+from phimr_nemo.errors import UserError
+from phimr_nemo.verify.compare import judge
+from phimr_nemo.verify.expression import Symbolic
+from phimr_nemo.verify.extract import Extraction, final_answer, gold_answer
+from phimr_nemo.verify.pool import Job, Pool
+from phimr_nemo.verify.quantity import Number
+from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS, NeedsWorker, Verdict
+
+SOFT_SECONDS: Final = 3.0
+DEADLINE_SECONDS: Final = 15.0
+MEMORY_BYTES: Final = 1 << 30
+
+
+class _Refuse:
+    """A :class:`Symbolic` for the parent, where math-verify never runs."""
+
+    def equal(self, _gold: str, _predicted: str, _rounding: Number | None) -> bool:
+        raise NeedsWorker
+
+    def same_equation(self, _gold: tuple[str, str], _predicted: tuple[str, str]) -> bool:
+        raise NeedsWorker
+
+
+_REFUSE: Final[Symbolic] = _Refuse()
+
+
+class Grader:
+    """Grades responses against gold answers, in worker processes that can be killed.
+
+    Text, numbers, letters and lists of them are decided in the calling process; everything else by
+    math-verify in a worker, under a limit of processor time, a wall-clock deadline and a memory limit. No
+    input makes it hang or grow. Callable from any thread; calls from several threads take turns.
+    A worker that dies is replaced. Not usable in a forked child: make a new one there.
+
+    Args:
+        workers: worker processes; they start when the first answer needs one.
+        soft_seconds: processor time for one answer.
+        deadline_seconds: wall time for one answer, after which its worker is killed.
+        memory_bytes: address space of one worker.
+
+    Raises:
+        UserError: a limit that is not positive.
+    """
+
+    def __init__(
+        self,
+        workers: int = 2,
+        *,
+        soft_seconds: float = SOFT_SECONDS,
+        deadline_seconds: float = DEADLINE_SECONDS,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        for name, value in (
+            ("workers", workers),
+            ("soft_seconds", soft_seconds),
+            ("deadline_seconds", deadline_seconds),
+            ("memory_bytes", memory_bytes),
+        ):
+            if value <= 0:
+                raise UserError(
+                    f"{name} is {value}", rule=f"{name} must be positive", remedy=f"leave {name} out for its default"
+                )
+        self._pool = Pool(
+            workers,
+            soft_seconds=min(soft_seconds, deadline_seconds),
+            deadline_seconds=deadline_seconds,
+            memory_bytes=memory_bytes,
+        )
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.close()
+
+    def grade(self, response: str, answer: str) -> Verdict:
+        """Grade one response; see :meth:`grade_many`."""
+        return self.grade_many([(response, answer)])[0]
+
+    def grade_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Grade many responses.
+
+        Args:
+            pairs: (response, gold answer) each. The gold answer may be bare, boxed, or a worked
+                solution that ends in ``\\boxed{...}``, ``#### ...`` or ``A: ...``.
+
+        Returns:
+            One verdict a pair, in order.
+
+        Raises:
+            UserError: math-verify is missing or not the pinned version.
+            RuntimeError: workers keep dying, or the grader was made in another process.
+        """
+        verdicts: list[Verdict | None] = []
+        undecided: dict[Job, list[int]] = {}
+        for index, (response, answer) in enumerate(pairs):
+            decided = _decide(response, answer)
+            if isinstance(decided, Job):
+                undecided.setdefault(decided, []).append(index)
+                verdicts.append(None)
+            else:
+                verdicts.append(decided)
+        for verdict, places in zip(self._pool.run(list(undecided)), undecided.values(), strict=True):
+            for index in places:
+                verdicts[index] = verdict
+        return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _decide(response: str, answer: str) -> Verdict | Job:
+    """The verdict, where it takes no mathematics; else the job for a worker."""
+    gold = gold_answer(answer)
+    extraction = final_answer(response)
+    if not gold:
+        return Verdict("error", extraction.text[:MAX_ANSWER_CHARS], "the gold answer is empty")
+    if len(gold) > MAX_ANSWER_CHARS:
+        return Verdict(
+            "error",
+            extraction.text[:MAX_ANSWER_CHARS],
+            f"the gold answer is longer than {MAX_ANSWER_CHARS} characters",
+        )
+    if not extraction.text:
+        return Verdict("unparsable", "", extraction.how)
+    return _decide_extracted(gold, extraction)
+
+
+def _decide_extracted(gold: str, extraction: Extraction) -> Verdict | Job:
+    try:
+        return judge(gold, extraction, _REFUSE)
+    except NeedsWorker:
+        return Job(gold, extraction.text, extraction.parts, extraction.boxes)
+
+
+_default: Grader | None = None
+_default_owner = -1
+_default_lock = threading.Lock()
+
+
+def grade(response: str, answer: str) -> Verdict:
+    """Grade one response with a grader of this process that has one worker.
+
+    That grader is the only global state of this package: made by the first call, remade in a
+    forked child, and closed when the process exits. Use :class:`Grader` for many responses.
+
+    Raises:
+        UserError: math-verify is missing or not the pinned version.
+    """
+    global _default, _default_owner
+    with _default_lock:
+        if _default is None or _default_owner != os.getpid():
+            _default, _default_owner = Grader(workers=1), os.getpid()
+            atexit.register(_default.close)
+        grader = _default
+    return grader.grade(response, answer)

@@ -1,0 +1,50 @@
+"""Multiple choice: answers that are a letter, or a value behind one."""
+
+from __future__ import annotations
+
+import re
+
+_CHOICE = re.compile(
+    r"^(?:\\text\{)?\s*(?:(?:option|choice|answer)\s*:?\s*)?(?:\\text\{)?\s*\(?\s*(?:\\text\{)?\s*([A-Ja-j])\s*\}?\s*\)?\s*\}?\s*\.?\s*\}?$",
+    re.IGNORECASE,
+)
+_LABELLED = re.compile(
+    r"^(?:\\text\{)?\s*(?:\(\s*(?:\\text\{)?\s*([A-J])\s*\}?\s*\)|([A-J])\s*[.):](?=\s|\}|[0-9$\\]))\s*\}?\s*(.+)$"
+)
+
+
+def _choice_letter(text: str) -> str:
+    match = _CHOICE.match(text)
+    return match.group(1).upper() if match else ""
+
+
+def same_choice(gold: str, predicted: str) -> bool | None:
+    """Compare by letter where the gold answer is one; None where it is not."""
+    letter = _choice_letter(gold)
+    labelled_gold = _LABELLED.match(gold)
+    if labelled_gold and not letter:
+        predicted_letter = _choice_letter(predicted)
+        labelled = _LABELLED.match(predicted)
+        if predicted_letter or labelled:
+            return (labelled_gold.group(1) or labelled_gold.group(2)) == (
+                predicted_letter or (labelled.group(1) or labelled.group(2) if labelled else "")
+            )
+        return None
+    if not letter or (gold.islower() and len(gold) == 1):
+        return None
+    predicted_letter = _choice_letter(predicted)
+    if predicted_letter:
+        return letter == predicted_letter
+    labelled = _LABELLED.match(predicted)
+    if labelled:
+        return letter == (labelled.group(1) or labelled.group(2))
+    return None
+
+
+def without_choice_label(gold: str, predicted: str) -> str:
+    r"""``\textbf{(B)} 12`` is 12 where the gold answer is a value, and the other way round."""
+    labelled = _LABELLED.match(predicted)
+    if labelled and not _LABELLED.match(gold):
+        rest = labelled.group(3).strip()
+        return rest.removesuffix("}") if rest.count("}") > rest.count("{") else rest
+    return predicted

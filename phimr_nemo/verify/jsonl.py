@@ -1,0 +1,88 @@
+"""JSON lines, plain or compressed, in bounded memory and with errors that name the line."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, TextIO
+
+from phimr_nemo.errors import UserError
+
+MAX_LINE_CHARS: Final = 1 << 26
+_COMPRESSIONS: Final = (".gz", ".zst")
+_JSON: Final = (".jsonl", ".json", ".ndjson")
+
+
+def is_json_lines(path: Path) -> bool:
+    """Whether a name stands for JSON lines."""
+    name = Path(path.stem) if path.suffix in _COMPRESSIONS else path
+    return name.suffix in _JSON
+
+
+@contextlib.contextmanager
+def open_json_lines(path: Path, mode: Literal["r", "w"], *, named: Path | None = None) -> Iterator[TextIO]:
+    """Open JSON lines for reading ("r") or writing ("w"), compressed as the suffix of `named` (or of `path`) says."""
+    suffix = (named or path).suffix
+    if suffix == ".gz":
+        with gzip.GzipFile(path, f"{mode}b") as packed, io.TextIOWrapper(packed, "utf-8", newline="\n") as stream:
+            yield stream
+    elif suffix == ".zst":
+        import pyarrow as pa
+
+        opened = pa.input_stream if mode == "r" else pa.output_stream
+        with opened(str(path), compression="zstd") as raw, io.TextIOWrapper(raw, "utf-8", newline="\n") as stream:
+            yield stream
+    else:
+        with path.open(f"{mode}b") as plain, io.TextIOWrapper(plain, "utf-8", newline="\n") as stream:
+            yield stream
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a file with their line numbers, from 1; blank lines are left out.
+
+    Raises:
+        UserError: a line is no JSON object or too long, or the file is not what its suffix says.
+    """
+    number = 0
+    try:
+        with open_json_lines(path, "r") as stream:
+            while line := stream.readline(MAX_LINE_CHARS):
+                number += 1
+                if len(line) >= MAX_LINE_CHARS:
+                    raise _malformed(path, number, f"longer than {MAX_LINE_CHARS} characters")
+                if line.strip():
+                    yield number, _row(path, number, line)
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise _malformed(path, number + 1, str(error)) from error
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(path, number, str(error)) from error
+    if not isinstance(row, dict):
+        raise _malformed(path, number, f"a {type(row).__name__} instead of an object")
+    return row
+
+
+def _malformed(path: Path, number: int, problem: str) -> UserError:
+    return UserError(
+        f"{path}, line {number}: {problem}",
+        rule="every line is one JSON object in UTF-8",
+        remedy="repair or drop this line",
+    )
+
+
+def write_row(stream: TextIO, row: Mapping[str, Any]) -> None:
+    """Write one row; text that is no valid Unicode is written escaped, as it came."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(row)
+    stream.write(text + "\n")

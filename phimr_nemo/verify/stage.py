@@ -1,0 +1,278 @@
+"""The stage `verify`: rollouts -> verdicts, and `phimr verify IN OUT` for a file of the user's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from phimr_nemo.atomic import atomic_file
+from phimr_nemo.config import VerifyConfig, to_dict
+from phimr_nemo.errors import UserError
+from phimr_nemo.store import (
+    file_sha256,
+    finish,
+    is_complete,
+    read_manifest,
+    rows_to_table,
+    shard_is_complete,
+    write_shard,
+)
+from phimr_nemo.verify.answer import DEADLINE_SECONDS, Grader
+from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_rows, write_row
+from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS: Final = 1024
+VERDICT_COLUMNS: Final = ("id", "verdict", "grader")
+
+
+def run_verify(config: VerifyConfig) -> dict[str, Any] | None:
+    """Grade this process's share of a directory of rollouts.
+
+    Returns:
+        Rows and counts, or None when other processes still have shards to write.
+
+    Raises:
+        UserError: the rollouts are absent, unfinished or damaged.
+    """
+    return verify_rollouts(
+        config.rollouts,
+        config.run.output,
+        workers=config.workers,
+        config=to_dict(config),
+        deadline_seconds=config.deadline_seconds,
+        shard_index=config.shard.index,
+        shard_count=config.shard.count,
+    )
+
+
+def verify_rollouts(
+    rollouts_dir: Path,
+    out_dir: Path,
+    *,
+    workers: int,
+    config: Mapping[str, Any],
+    deadline_seconds: float = DEADLINE_SECONDS,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> dict[str, Any] | None:
+    """Turn a finished directory of rollouts into one of verdicts, shard by shard.
+
+    A verdict shard that is there already is kept when it grades the same rollouts with this version of
+    the grader, and made again when not. Memory is that of one shard.
+
+    Args:
+        rollouts_dir: record directory of kind "rollouts".
+        out_dir: record directory of kind "verdicts".
+        workers: grader processes.
+        config: what the manifest records as the configuration.
+        deadline_seconds: wall time for one answer.
+        shard_index: this process does shards `shard_index`, `shard_index + shard_count`, ...
+        shard_count: how many processes share the work.
+
+    Returns:
+        Rows and counts by verdict, or None when other processes still have shards to write.
+
+    Raises:
+        UserError: the rollouts are absent, unfinished or damaged.
+    """
+    manifest = read_manifest(rollouts_dir, "rollouts")
+    if is_complete(out_dir, "verdicts") and read_manifest(out_dir, "verdicts").config == dict(config):
+        done = read_manifest(out_dir, "verdicts")
+        return {"rows": done.rows, **done.counts}
+    shards = sorted(manifest.shards.items())
+    with Grader(workers=workers, deadline_seconds=deadline_seconds) as grader:
+        for index, (name, sha256) in enumerate(shards):
+            if index % shard_count != shard_index:
+                continue
+            table = _read_shard(rollouts_dir / name, sha256)
+            if not _is_graded(out_dir, index, table):
+                write_shard(out_dir, index, _grade_shard(grader, table), kind="verdicts")
+    if not all(shard_is_complete(out_dir, index) for index in range(len(shards))):
+        return None
+    counts = _count(out_dir)
+    written = finish(out_dir, kind="verdicts", config=config, inputs=[rollouts_dir], counts=counts)
+    return {"rows": written.rows, **counts}
+
+
+def _read_shard(path: Path, sha256: str) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    if not path.is_file() or file_sha256(path) != sha256:
+        raise UserError(
+            f"shard {path} is {'damaged' if path.is_file() else 'missing'}",
+            rule="a shard's sha256 equals the one in the manifest",
+            remedy=f"delete {path.parent / 'manifest.json'} and {path.with_suffix('.json').name}, then run the step "
+            "that made it again: only this shard is redone",
+        )
+    return pq.read_table(path)
+
+
+def _is_graded(out_dir: Path, index: int, rollouts: pa.Table) -> bool:
+    """Whether a shard of verdicts is there that this version of the grader made from these rollouts."""
+    import pyarrow.parquet as pq
+
+    if not shard_is_complete(out_dir, index):
+        return False
+    table = pq.read_table(out_dir / f"part-{index:05d}.parquet", columns=list(VERDICT_COLUMNS))
+    same_rows = table.column("id").to_pylist() == rollouts.column("id").to_pylist()
+    return same_rows and set(table.column("grader").to_pylist()) <= {GRADER_VERSION}
+
+
+def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
+    rows = table.to_pylist()
+    verdicts = grader.grade_many([(row["response"], row["answer"]) for row in rows])
+    for row, verdict in zip(rows, verdicts, strict=True):
+        row.update(verdict=verdict.verdict, extracted=verdict.extracted, reason=verdict.reason, grader=GRADER_VERSION)
+    return rows_to_table(rows, "verdicts")
+
+
+def _count(out_dir: Path) -> dict[str, int]:
+    """Rows by verdict over all shards, from the one column."""
+    import pyarrow.parquet as pq
+
+    counts: Counter[str] = Counter()
+    for path in sorted(out_dir.glob("part-*.parquet")):
+        counts.update(pq.read_table(path, columns=["verdict"]).column("verdict").to_pylist())
+    return dict(counts)
+
+
+# A file of the user's own ----------------------------------------------------------------------------
+
+
+def verify_file(source: Path, target: Path, *, response: str, answer: str, workers: int) -> dict[str, int]:
+    """Grade every row of a file and write the same rows, in the same order, with `verdict` and `extracted`.
+
+    Args:
+        source: JSON lines (``.jsonl``, ``.json``; also ``.gz``, ``.zst``) or parquet.
+        target: a file of the same family; columns `verdict` and `extracted` of the input are replaced.
+        response: the column with the responses.
+        answer: the column with the gold answers.
+        workers: grader processes.
+
+    Returns:
+        Counts by verdict, and "rows".
+
+    Raises:
+        UserError: a file is missing, empty, malformed (the line is named) or of an unknown kind, or a column
+            is missing. Nothing is written then.
+    """
+    if not source.is_file():
+        raise UserError(
+            f"input {source} does not exist",
+            rule="IN is a file of JSON lines or parquet",
+            remedy="correct the path",
+        )
+    if target.exists() and source.samefile(target):
+        raise UserError(f"IN and OUT are both {source}", rule="OUT is another file", remedy="name another OUT")
+    if is_json_lines(source) != is_json_lines(target):
+        raise UserError(
+            f"IN is {source.name}, OUT is {target.name}",
+            rule="OUT is of the same family as IN: JSON lines (.jsonl, also .gz and .zst) or parquet",
+            remedy="choose a name for OUT with the suffix of IN",
+        )
+    counts: Counter[str] = Counter()
+    with Grader(workers=workers) as grader, atomic_file(target) as temporary:
+        if is_json_lines(source):
+            _verify_json_lines(grader, source, temporary, target, response, answer, counts)
+        else:
+            _verify_parquet(grader, source, temporary, response, answer, counts)
+        if not counts:
+            raise UserError(
+                f"input {source} holds no row",
+                rule="IN has at least one row",
+                remedy="look at the step that wrote it",
+            )
+    return {"rows": counts.total(), **counts}
+
+
+def _verify_json_lines(
+    grader: Grader, source: Path, temporary: Path, target: Path, response: str, answer: str, counts: Counter[str]
+) -> None:
+    rows = read_rows(source)
+    with open_json_lines(temporary, "w", named=target) as output:
+        while batch := list(islice(rows, BATCH_ROWS)):
+            for number, row in batch:
+                _check_columns(f"{source}, line {number}", list(row), response, answer)
+            verdicts = _grade_values(grader, [(row[response], row[answer]) for _, row in batch], counts)
+            for (_, row), verdict in zip(batch, verdicts, strict=True):
+                write_row(output, {**row, "verdict": verdict.verdict, "extracted": verdict.extracted})
+
+
+def _verify_parquet(
+    grader: Grader, source: Path, temporary: Path, response: str, answer: str, counts: Counter[str]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        reader = pq.ParquetFile(source)
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"input {source} is no parquet file ({error})",
+            rule="a name without .jsonl or .json is read as parquet",
+            remedy="rename the file to what it holds",
+        ) from error
+    _check_columns(str(source), reader.schema_arrow.names, response, answer)
+    with reader, _ParquetOutput(temporary) as output:
+        for batch in reader.iter_batches(BATCH_ROWS):
+            table = pa.Table.from_batches([batch])
+            pairs = list(zip(table.column(response).to_pylist(), table.column(answer).to_pylist(), strict=True))
+            verdicts = _grade_values(grader, pairs, counts)
+            for name in ("verdict", "extracted"):
+                if name in table.column_names:
+                    table = table.drop_columns([name])
+                table = table.append_column(name, pa.array([getattr(v, name) for v in verdicts], pa.string()))
+            output.write(table)
+
+
+class _ParquetOutput:
+    """A parquet file whose schema is that of the first table written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: Any = None
+
+    def __enter__(self) -> _ParquetOutput:
+        return self
+
+    def write(self, table: pa.Table) -> None:
+        import pyarrow.parquet as pq
+
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
+        self._writer.write_table(table)
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _check_columns(where: str, names: list[str], response: str, answer: str) -> None:
+    for option, column in (("--response", response), ("--answer", answer)):
+        if column not in names:
+            raise UserError(
+                f"{where} has no column {column!r}; it has {names}",
+                rule=f"{option} names a column of every row",
+                remedy=f"give {option} one of the columns above",
+            )
+
+
+def _grade_values(grader: Grader, pairs: list[tuple[Any, Any]], counts: Counter[str]) -> list[Verdict]:
+    verdicts = grader.grade_many([(_as_text(response), _as_text(answer)) for response, answer in pairs])
+    counts.update(verdict.verdict for verdict in verdicts)
+    return verdicts
+
+
+def _as_text(value: Any) -> str:
+    """A cell as text: a number as it prints, a list as its values, null as nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_as_text(item) for item in value)
+    return value if isinstance(value, str) else str(value)
