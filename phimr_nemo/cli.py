@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -65,7 +66,8 @@ def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry
             typer.echo(f"# {name}: {value}")
         return
     preflight(stage, resolved)
-    launch(stage, resolved)
+    with _continuable():
+        launch(stage, resolved)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -128,7 +130,8 @@ def quickstart(
         for step in plan_quickstart(path, numbers, out, overrides or []):
             typer.echo(step)
         return
-    run_quickstart(path, numbers, out, overrides or [])
+    with _continuable():
+        run_quickstart(path, numbers, out, overrides or [])
 
 
 def _parse_seeds(text: str) -> list[int]:
@@ -164,6 +167,15 @@ def doctor() -> None:
     findings = diagnose()
     print_report(findings)
     raise typer.Exit(exit_code(findings))
+
+
+@contextlib.contextmanager
+def _continuable() -> Iterator[None]:
+    """Ctrl-C is a stop that the same command continues, like a preemption."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Preempted("interrupted; what is finished is kept, run the same command to continue") from None
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def main(recipe: Callable[[str, Sequence[str]], run.Partial], default: str) -> N
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     try:
-        app(standalone_mode=False)
+        app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)

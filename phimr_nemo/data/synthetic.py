@@ -48,11 +48,11 @@ THINGS: Final = (
 # fmt: on
 ASKS: Final = ("Compute {}.", "What is {}?")
 
-_TWO_DIGITS: Final = (10, 99)
-_TERM: Final = (2, 99)
+_TWO_DIGITS: Final = (10, 49)
+_TERM: Final = (2, 30)
 _FACTOR: Final = (2, 9)
-_WIDE_FACTOR: Final = (2, 19)
-_SMALL: Final = (2, 20)
+_WIDE_FACTOR: Final = (2, 9)
+_SMALL: Final = (2, 9)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class SupervisedDataModule(pl.LightningDataModule):
 
     def _loader(self, dataset: RowDataset, mode: str) -> DataLoader[Row]:
         loader = DataLoader(dataset, num_workers=0, collate_fn=self.collate)
-        loader.mode = mode  # type: ignore[attr-defined]
+        loader.mode = mode
         return loader
 
     # Lightning stores and restores these with every checkpoint: the position in the data is one number.

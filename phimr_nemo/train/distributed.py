@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import shutil
@@ -91,6 +92,8 @@ def _start_torch(world: int) -> None:
     else:
         # In memory: a lone process needs no port, and two of them on one machine never meet.
         dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+    # Not at the end of a stage: under torchrun a second start would meet the first one's addresses in the store.
+    atexit.register(stop_process_group)
 
 
 def _is_other_layout(parallel: ParallelConfig) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo.collections import llm
 from torch import Tensor, nn
 
@@ -67,13 +68,15 @@ class Phi4MiniConfig(llm.GPTConfig):
         architecture: the model.
         max_length: the run's longest sequence (tokens).
         longrope: LongRoPE policy.
-        hf_directory: where the starting weights come from; None = random (tests only).
+        hf_directory: where the starting weights come from; None = random.
+        seed: of Megatron's random states, one a place in the layout.
     """
 
     architecture: Architecture | None = None
     max_length: int = 0
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     hf_directory: str | None = None
+    seed: int = 0
     forward_step_fn: Any = field(default=forward_step)
     data_step_fn: Any = field(default=data_step)
 
@@ -87,6 +90,8 @@ class Phi4MiniConfig(llm.GPTConfig):
         """Build this rank's part of the model and read its starting weights."""
         if self.architecture is None:
             raise ValueError("Phi4MiniConfig needs an architecture")
+        # The embedding draws from them under sequence parallelism, and NeMo seeds them with CUDA only.
+        model_parallel_cuda_manual_seed(self.seed)
         stage = {"ignore_virtual": False, "vp_stage": vp_stage}
         model = build_model(
             self.architecture,
@@ -106,7 +111,9 @@ class Phi4MiniModel(llm.GPTModel):
     """NeMo's GPTModel over :class:`Phi4MiniConfig`."""
 
 
-def phi4mini_config(base: Path, model: ModelConfig, parallel: ParallelConfig, *, max_length: int) -> Phi4MiniConfig:
+def phi4mini_config(
+    base: Path, model: ModelConfig, parallel: ParallelConfig, *, max_length: int, seed: int
+) -> Phi4MiniConfig:
     """NeMo's configuration of the model in a Hugging Face directory.
 
     Args:
@@ -114,6 +121,7 @@ def phi4mini_config(base: Path, model: ModelConfig, parallel: ParallelConfig, *,
         model: how the model is computed.
         parallel: how it is split over processes.
         max_length: the run's longest sequence (tokens).
+        seed: of Megatron's random states.
 
     Raises:
         UserError: no such directory, or the layout cannot hold the model.
@@ -136,4 +144,5 @@ def phi4mini_config(base: Path, model: ModelConfig, parallel: ParallelConfig, *,
         max_length=max_length,
         longrope=model.longrope,
         hf_directory=str(base),
+        seed=seed,
     )

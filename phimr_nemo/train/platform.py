@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any, Final
@@ -48,6 +49,9 @@ def prepare() -> None:
     """Make Megatron-Core and NeMo run on this machine; nothing to do with CUDA, idempotent without."""
     if torch.cuda.is_available():
         return
+    if importlib.util.find_spec("nemo") is not None:
+        # NeMo compiles functions with torch.jit when it is imported, and that accepts torch's own factories only.
+        importlib.import_module("nemo.collections.llm")
     _redirect_devices()
     _redirect_streams()
     _redirect_random_state()

@@ -72,14 +72,19 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
 
 
 def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> dict[str, Any]:
-    # After NeMo's import: it compiles functions with torch.jit, which needs torch's own factories.
     platform.prepare()
     quiet_libraries()
     steps = min(data.steps, config.max_steps) if config.max_steps else data.steps
     run = RunDirectory(config.run.output)
     started = time.monotonic()
     model = Phi4MiniModel(
-        phi4mini_config(config.base, config.model, config.parallel, max_length=config.sequence_length),
+        phi4mini_config(
+            config.base,
+            config.model,
+            config.parallel,
+            max_length=config.sequence_length,
+            seed=config.run.seed,
+        ),
         optim=_optimizer(config, steps),
     )
     checkpoint = nl.ModelCheckpoint(
