@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +32,24 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "export": "phimr_nemo.evaluate.export:run_export",
 }
 # Settings that a continued run may change: they do not change what is computed.
-FREE_TO_CHANGE: Final = ("run.log_every", "parallel.", "checkpoint.", "micro_batch", "shard.", "workers", "max_batch")
+FREE_TO_CHANGE: Final = (
+    "run.log_every",
+    "parallel.",
+    "checkpoint.",
+    "micro_batch",
+    "shard.",
+    "workers",
+    "verify_workers",
+    "max_batch",
+    "teacher.max_batch",
+)
+# What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
+IMPORT_NOTES: Final = (
+    "The pynvml package is deprecated",
+    "Transformer Engine and Apex are not installed",
+    "transformer_engine",
+    "Apex",
+)
 ELASTIC_ARGUMENTS: Final = ("--standalone", "--nnodes=1", "--max-restarts=0")
 
 
@@ -48,16 +68,26 @@ def run_stage(stage: str, config: Any) -> None:
     check_same_run(run, config)
     if run.is_done:
         return
-    if os.environ.get("RANK", "0") == "0":
-        run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts={})
-    facts = stage_function(stage)(config)
-    if os.environ.get("RANK", "0") == "0" and facts is not None:
+    first_rank = os.environ.get("RANK", "0") == "0"
+    is_new = not (run.path / CONFIG_FILE).is_file()
+    try:
+        if first_rank:
+            run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts={})
+        facts = stage_function(stage)(config)
+    except UserError:
+        # Settings that were refused must not stand in the way of the corrected ones.
+        if first_rank and is_new:
+            run.withdraw()
+        raise
+    if first_rank and facts is not None:
         run.finish(**facts)
 
 
 def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
     """The function behind a stage; it returns the closing facts, or None when other shards are still to come."""
     module, name = FUNCTIONS[stage].split(":")
+    for note in IMPORT_NOTES:
+        warnings.filterwarnings("ignore", message=f".*{note}")
     return getattr(importlib.import_module(module), name)
 
 
@@ -108,15 +138,23 @@ def launch(stage: str, config: Any) -> None:
     if parallel is None or parallel.world_size == 1 or "RANK" in os.environ:
         run_stage(stage, config)
         return
-    check_same_run(RunDirectory(config.run.output), config)
-    if RunDirectory(config.run.output).is_done:
+    run = RunDirectory(config.run.output)
+    check_same_run(run, config)
+    if run.is_done:
         return
-    resolved = config.run.output / CONFIG_FILE
+    resolved = run.path / CONFIG_FILE
+    is_new = not resolved.is_file()
     atomic_write_text(resolved, to_yaml(config))
-    _launch_ranks(stage, resolved, parallel.world_size)
+    try:
+        _launch_ranks(stage, resolved, parallel.world_size)
+    except UserError:
+        if is_new:
+            run.withdraw()
+        raise
 
 
 def _launch_ranks(stage: str, resolved: Path, processes: int) -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
@@ -128,12 +166,17 @@ def _launch_ranks(stage: str, resolved: Path, processes: int) -> None:
     elastic, command, command_arguments = config_from_args(arguments)
     try:
         elastic_launch(config=elastic, entrypoint=command)(*command_arguments)
+    except SignalException as error:
+        raise Preempted(f"{stage} was stopped; run the same command to continue") from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == EXIT_PREEMPTED:
             raise Preempted(
                 f"{stage} was stopped and has saved its state; run the same command to continue"
             ) from error
+        if failure.exitcode == EXIT_USER:
+            problem, rule, remedy = json.loads(failure.message)
+            raise UserError(problem, rule=rule, remedy=remedy) from error
         raise RuntimeError(f"{stage}: rank {rank} ended with exit code {failure.exitcode}, see above") from error
 
 
@@ -143,12 +186,22 @@ def main(arguments: list[str]) -> int:
     try:
         run_stage(stage, load_config(STAGES[stage], Path(path)))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         return EXIT_USER
     except Preempted as stopped:
         print(str(stopped), file=sys.stderr)
         return EXIT_PREEMPTED
     return 0
+
+
+def _tell(error: UserError) -> None:
+    """Hand an error to the process that started the ranks, so that it is shown once."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        print(f"error: {error}", file=sys.stderr)
+        return
+    message = json.dumps([error.problem, error.rule, error.remedy])
+    Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), "utf-8")
 
 
 if __name__ == "__main__":

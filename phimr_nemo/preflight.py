@@ -19,6 +19,7 @@ from phimr_nemo.config import (
     ParallelConfig,
     ProgrammaticTeacher,
     RecordedTeacher,
+    ShardConfig,
     SupervisedConfig,
     SyntheticProblems,
     VerifyConfig,
@@ -52,6 +53,8 @@ def preflight(stage: str, config: Any) -> None:
             )
     if isinstance(config, GenerateConfig):
         _check_teacher(config)
+    if isinstance(config, GenerateConfig | VerifyConfig):
+        check_shard(config.shard)
     if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
         architecture = Architecture.from_directory(config.base)
         check_layout(architecture, config.parallel)
@@ -106,6 +109,20 @@ def _check_teacher(config: GenerateConfig) -> None:
             f"teacher.kind=programmatic with problems {config.problems}",
             rule="the programmatic teacher solves the project's own synthetic problems only",
             remedy="use teacher.kind=model or teacher.kind=recorded for problems from a file",
+        )
+
+
+def check_shard(shard: ShardConfig) -> None:
+    """Refuse a share of the shards that does not exist.
+
+    Raises:
+        UserError: shard.index is not below shard.count.
+    """
+    if shard.index >= shard.count:
+        raise UserError(
+            f"shard.index={shard.index} with shard.count={shard.count}",
+            rule="shard.index counts from 0 and is below shard.count",
+            remedy=f"use 0 to {shard.count - 1}, or raise shard.count",
         )
 
 

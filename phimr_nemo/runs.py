@@ -96,6 +96,13 @@ class RunDirectory:
             },
         )
 
+    def withdraw(self) -> None:
+        """Undo :meth:`describe` for a stage that refused its input; a directory that holds more stays as it is."""
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE}:
+            for entry in self.path.iterdir():
+                entry.unlink()
+            self.path.rmdir()
+
     def finish(self, **facts: object) -> None:
         """Mark the run as finished and record its closing facts."""
         write_json(self.path / DONE_FILE, facts)

@@ -15,6 +15,8 @@ T = TypeVar("T")
 SUGGESTIONS: Final = 3
 SIMILAR_ENOUGH: Final = 0.5
 MISSING_VALUE: Final = "???"
+KIND: Final = "kind"
+"""The key that tells which dataclass of a union a section fills."""
 
 
 def find_config(path: Path) -> Path:
@@ -57,11 +59,13 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
                 rule="an override has the form key.sub=value, without dashes or spaces around =",
                 remedy="for example optim.lr=1e-5 parallel.tensor=2",
             )
+    source = None if path is None else find_config(path)
     try:
-        merged = OmegaConf.load(find_config(path)) if path is not None else OmegaConf.create()
+        merged = OmegaConf.create() if source is None else OmegaConf.load(source)
+        _drop_other_kinds(merged, overrides)
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise UserError(
             f"cannot read the configuration {path}: {error}",
             rule="a config is a YAML mapping; overrides have the form key.sub=value",
@@ -76,6 +80,17 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
     return parse_config(schema, {str(key): value for key, value in values.items()})
 
 
+def _drop_other_kinds(values: Any, overrides: Sequence[str]) -> None:
+    """Empty each section whose `kind` an override changes: the file's values there belong to the other kind."""
+    from omegaconf import OmegaConf
+
+    for item in overrides:
+        key, _, kind = item.partition("=")
+        section, _, last = key.rpartition(".")
+        if last == KIND and OmegaConf.select(values, key) not in (None, kind):
+            OmegaConf.update(values, section, {}, merge=False)
+
+
 def parse_config(schema: type[T], values: Mapping[str, Any]) -> T:
     """Plain values -> a frozen dataclass, checked.
 
@@ -87,7 +102,7 @@ def parse_config(schema: type[T], values: Mapping[str, Any]) -> T:
     try:
         return TypeAdapter(schema).validate_python(_without_missing(values))
     except ValidationError as error:
-        problems = [_explain(item, schema) for item in error.errors()]
+        problems = [_explain(item, schema, values) for item in error.errors()]
         raise UserError(
             "; ".join(problems),
             rule=f"the keys and types of {schema.__name__} (phimr_nemo/config/schema.py)",
@@ -104,16 +119,26 @@ def _without_missing(values: Any) -> Any:
     return values
 
 
-def _explain(item: Mapping[str, Any], schema: type) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
+def _explain(item: Mapping[str, Any], schema: type, values: Mapping[str, Any]) -> str:
+    key = ".".join(_written(item["loc"], values))
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _all_keys(schema)
-        similar = difflib.get_close_matches(key, known, SUGGESTIONS, SIMILAR_ENOUGH)
+        known = {name for name in _all_keys(schema) if name != key}
+        similar = difflib.get_close_matches(key, sorted(known), SUGGESTIONS, SIMILAR_ENOUGH)
         return f"unknown key {key!r}" + (f" (did you mean {' or '.join(similar)}?)" if similar else "")
     if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key!r} is not given"
     return f"{key}={item['input']!r}: {item['msg']}"
+
+
+def _written(location: Sequence[str | int], values: Any) -> list[str]:
+    """A place in the config as the user writes it: without the kinds that pydantic puts between the keys."""
+    parts = []
+    for part in location:
+        if isinstance(values, Mapping) and part not in values and part == values.get(KIND):
+            continue
+        parts.append(str(part))
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return parts
 
 
 def _all_keys(schema: type, prefix: str = "") -> list[str]:
@@ -148,6 +173,7 @@ def _plain(value: Any) -> Any:
 
 def to_yaml(config: object) -> str:
     """A config dataclass as YAML, in the order of its fields."""
-    import yaml
+    from omegaconf import OmegaConf
 
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    # OmegaConf's own writer quotes what its reader would take for a number, "1e5" for example.
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))

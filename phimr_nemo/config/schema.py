@@ -20,6 +20,9 @@ T = TypeVar("T")
 Dtype = Literal["fp32", "bf16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
 Schedule = Literal["cosine", "linear", "constant"]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -34,25 +37,25 @@ class RunConfig:
     """Where a run writes and what seeds it."""
 
     output: Path
-    seed: int
-    log_every: int = 1
+    seed: NonNegative
+    log_every: Positive = 1
 
 
 @config
 class ShardConfig:
     """Which part of a data step this process does: shards `index`, `index + count`, ..."""
 
-    index: int = 0
-    count: int = 1
+    index: NonNegative = 0
+    count: Positive = 1
 
 
 @config
 class ParallelConfig:
     """The parallel layout. The world size is tensor x pipeline x data."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    data: Positive = 1
     sequence: bool = False
 
     @property
@@ -81,11 +84,11 @@ class OptimConfig:
 
     lr: float
     min_lr: float
-    warmup_fraction: float
+    warmup_fraction: Share
     schedule: Schedule
     weight_decay: float
-    beta1: float
-    beta2: float
+    beta1: Share
+    beta2: Share
     eps: float
     clip_grad: float
     distributed: bool
@@ -100,8 +103,8 @@ class CheckpointConfig:
         keep: how many of the newest are kept.
     """
 
-    every: int
-    keep: int = 1
+    every: Positive
+    keep: Positive = 1
 
 
 @config
@@ -121,17 +124,17 @@ class SupervisedConfig:
     run: RunConfig
     base: Path
     data: Path
-    sequence_length: int
-    epochs: int
-    micro_batch: int
-    global_batch: int
-    validation_rows: int
-    validate_every: int
+    sequence_length: Positive
+    epochs: Positive
+    micro_batch: Positive
+    global_batch: Positive
+    validation_rows: NonNegative
+    validate_every: Positive
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig
-    max_steps: int = 0
+    max_steps: NonNegative = 0
 
 
 @config
@@ -157,16 +160,16 @@ class DPOConfig:
     run: RunConfig
     base: Path
     pairs: Path
-    sequence_length: int
+    sequence_length: Positive
     beta: float
-    epochs: int
-    micro_batch: int
-    global_batch: int
+    epochs: Positive
+    micro_batch: Positive
+    global_batch: Positive
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig
-    max_steps: int = 0
+    max_steps: NonNegative = 0
 
 
 @config
@@ -175,7 +178,7 @@ class TemperatureConfig:
 
     start: float
     end: float
-    fraction: float
+    fraction: Share
 
 
 @config
@@ -189,8 +192,8 @@ class RebalanceConfig:
     """
 
     enabled: bool
-    drop_above: float
-    oversample_hard: int
+    drop_above: Share
+    oversample_hard: Positive
 
 
 @config
@@ -227,19 +230,19 @@ class GRPOConfig:
     run: RunConfig
     base: Path
     prompts: Path
-    sequence_length: int
-    max_new_tokens: int
-    steps: int
-    prompts_per_step: int
-    group_size: int
+    sequence_length: Positive
+    max_new_tokens: Positive
+    steps: Positive
+    prompts_per_step: Positive
+    group_size: Positive
     clip_low: float
     clip_high: float
     kl: float
-    inner_batches: int
-    micro_batch: int
+    inner_batches: Positive
+    micro_batch: Positive
     reward_correct: float
     reward_wrong: float
-    verify_workers: int
+    verify_workers: Positive
     temperature: TemperatureConfig
     rebalance: RebalanceConfig
     prompt_optimization: PromptOptimizationConfig
@@ -259,7 +262,7 @@ class SyntheticProblems:
     """
 
     kind: Literal["synthetic"]
-    count: int
+    count: Positive
     split: Literal["train", "heldout"]
 
 
@@ -278,7 +281,7 @@ class FileProblems:
     question: str | None = None
     answer: str | None = None
     solution: str | None = None
-    limit: int = 0
+    limit: NonNegative = 0
 
 
 Problems = Annotated[SyntheticProblems | FileProblems, Field(discriminator="kind")]
@@ -289,7 +292,7 @@ class ProgrammaticTeacher:
     """Writes step-by-step solutions of synthetic problems and makes mistakes at a set rate."""
 
     kind: Literal["programmatic"]
-    mistake_rate: float
+    mistake_rate: Share
 
 
 @config
@@ -308,7 +311,7 @@ class RecordedTeacher:
     question: str | None = None
     answer: str | None = None
     response: str | None = None
-    limit: int = 0
+    limit: NonNegative = 0
 
 
 @config
@@ -318,9 +321,9 @@ class ModelTeacher:
     kind: Literal["model"]
     path: Path
     temperature: float
-    top_p: float
-    max_new_tokens: int
-    max_batch: int = 256
+    top_p: Share
+    max_new_tokens: Positive
+    max_batch: Positive = 256
 
 
 Teacher = Annotated[ProgrammaticTeacher | RecordedTeacher | ModelTeacher, Field(discriminator="kind")]
@@ -339,8 +342,8 @@ class GenerateConfig:
     run: RunConfig
     problems: Problems | None = None
     teacher: Teacher
-    rollouts_per_problem: int
-    shard_size: int
+    rollouts_per_problem: Positive
+    shard_size: Positive
     shard: ShardConfig = field(default_factory=ShardConfig)
 
 
@@ -355,7 +358,7 @@ class VerifyConfig:
 
     run: RunConfig
     rollouts: Path
-    workers: int
+    workers: Positive
     deadline_seconds: float
     shard: ShardConfig = field(default_factory=ShardConfig)
 
@@ -364,7 +367,7 @@ class VerifyConfig:
 class MidtrainSet:
     """The full verified set."""
 
-    max_per_problem: int
+    max_per_problem: Positive
 
 
 @config
@@ -372,7 +375,7 @@ class SFTSet:
     """The harder high-quality subset."""
 
     difficulties: tuple[Difficulty, ...]
-    max_per_problem: int
+    max_per_problem: Positive
 
 
 @config
@@ -380,7 +383,7 @@ class PairSet:
     """Preference pairs from rollouts of one question."""
 
     mode: Literal["near_miss", "random"]
-    max_per_problem: int
+    max_per_problem: Positive
 
 
 @config
@@ -389,7 +392,7 @@ class PromptSet:
 
     min_pass: float
     max_pass: float
-    hard_below: float
+    hard_below: Share
 
 
 @config
@@ -416,7 +419,7 @@ class PackConfig:
     run: RunConfig
     conversations: Path
     tokenizer: Path
-    sequence_length: int
+    sequence_length: Positive
 
 
 @config
@@ -432,13 +435,13 @@ class EvaluateConfig:
     run: RunConfig
     model: Path
     problems: Problems
-    samples: int
+    samples: Positive
     prompt: str
     temperature: float
-    top_p: float
-    max_new_tokens: int
-    max_batch: int = 256
-    workers: int = 1
+    top_p: Share
+    max_new_tokens: Positive
+    max_batch: Positive = 256
+    workers: Positive = 1
 
 
 @config
@@ -471,18 +474,18 @@ class BaseConfig:
     """
 
     run: RunConfig
-    vocab_size: int
+    vocab_size: Positive
     system_prompt: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
     partial_rotary_factor: float
     rope_theta: float
     rms_norm_eps: float
-    max_position_embeddings: int
-    original_max_position_embeddings: int
+    max_position_embeddings: Positive
+    original_max_position_embeddings: Positive
     long_factor_growth: float
     initializer_range: float
 
@@ -492,10 +495,10 @@ class QuickstartConfig:
     """The whole recipe on a tiny model: one preset a step, and the sizes that are the quickstart's own."""
 
     run: RunConfig
-    train_problems: int
-    heldout_problems: int
-    rl_problems: int
-    evaluation_samples: int
+    train_problems: Positive
+    heldout_problems: Positive
+    rl_problems: Positive
+    evaluation_samples: Positive
 
 
 STAGES: dict[str, type] = {

@@ -98,6 +98,12 @@ def _stage_table(stages: Mapping[str, Path]) -> str:
 def _evaluation_table(evaluations: Mapping[str, Path]) -> str:
     rows = []
     for name, directory in evaluations.items():
+        if not (directory / RESULTS_FILE).is_file():
+            raise UserError(
+                f"evaluation {name!r} in {directory} has not finished",
+                rule=f"the model card reports finished evaluations, which hold {RESULTS_FILE}",
+                remedy="finish the evaluation, or leave it out of `evaluations`",
+            )
         result = read_result(directory / RESULTS_FILE)
         rows.append(
             (name, f"{100 * result.pass1:.1f}", f"{100 * result.stderr:.1f}", result.questions, result.samples)
