@@ -1,1 +1,1 @@
-"""TODO"""
+"""Data: problems, teachers, chat format, curation, packing, batches."""
