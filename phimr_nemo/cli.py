@@ -9,24 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from typer.core import TyperGroup
 
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 
-
-class _Commands(TyperGroup):
-    """Commands in which Ctrl-C is a stop that can be resumed; typer would end with a failure's exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise Preempted("interrupted; finished steps are kept, run the same command to continue") from error
-
-
 app = typer.Typer(
     name="phimr",
-    cls=_Commands,
     help="The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner.",
     no_args_is_help=True,
     add_completion=False,
