@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
-from phimr_nemo.errors import EXIT_INTERNAL, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.runs import CONFIG_FILE, RunDirectory
 from phimr_nemo.store import atomic_write_text
 
@@ -205,8 +205,4 @@ def _tell(error: UserError) -> None:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads that the libraries leave behind must not hold a finished rank.
-    os._exit(code if code in (0, EXIT_USER, EXIT_PREEMPTED) else EXIT_INTERNAL)
+    sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ def _rank(
         answer = pickle.dumps((False, traceback.format_exc()))
     pipe.send_bytes(answer)
     pipe.close()
-    # No clean-up: gloo's would wait for ranks that are gone.
+    # Megatron's checkpoint writer leaves a manager process behind that would outlive this one.
+    util._run_finalizers()
+    # No other clean-up: gloo's would wait for ranks that are gone.
     os._exit(0)
 
 
