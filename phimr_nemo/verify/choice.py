@@ -41,10 +41,10 @@ def same_choice(gold: str, predicted: str) -> bool | None:
     return None
 
 
-def without_choice_label(gold: str, predicted: str) -> str:
-    r"""``\textbf{(B)} 12`` is 12 where the gold answer is a value, and the other way round."""
-    labelled = _LABELLED.match(predicted)
-    if labelled and not _LABELLED.match(gold):
-        rest = labelled.group(3).strip()
-        return rest.removesuffix("}") if rest.count("}") > rest.count("{") else rest
-    return predicted
+def without_choice_label(text: str, other: str) -> str:
+    r"""``\textbf{(B)} 12`` as 12 where the other answer has no such label."""
+    labelled = _LABELLED.match(text)
+    if not labelled or _LABELLED.match(other):
+        return text
+    rest = labelled.group(3).strip()
+    return rest.removesuffix("}") if rest.count("}") > rest.count("{") else rest

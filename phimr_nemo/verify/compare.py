@@ -88,7 +88,7 @@ def equivalent(gold: str, predicted: str, symbolic: Symbolic) -> bool:
     choice = same_choice(left, right)
     if choice is not None:
         return choice
-    right = without_choice_label(left, right)
+    left, right = without_choice_label(left, right), without_choice_label(right, left)
     whole = _is_quantity(left), _is_quantity(right)
     if all(whole) and (same_expression(left, right, symbolic) or not ("," in left or "," in right)):
         return same_expression(left, right, symbolic)
@@ -107,7 +107,7 @@ def _plain_digits(text: str) -> str:
 
 def _open_text(answer: str) -> str:
     r"""``\text{5 cm}``: an answer that was put into a text command as a whole."""
-    match = re.fullmatch(r"\s*\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*[0-9][^{}]*)\}\s*\.?\s*", answer)
+    match = re.fullmatch(r"\s*\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*[0-9,][^{}]*)\}\s*\.?\s*", answer)
     return match.group(1) if match else answer
 
 

@@ -162,6 +162,7 @@ def _same_words(gold: str, predicted: str) -> bool | None:
 
 _COMMAND_OR_SUBSCRIPT = re.compile(r"(\\[A-Za-z]+|_\s*\{[^{}]*\}|_\s*[A-Za-z0-9])")
 _SHORT_RUN_WITH_I = re.compile(r"(?<![A-Za-z])([A-Za-z]{0,2})i([A-Za-z]{0,2})(?![A-Za-z])")
+_INDEX_I = re.compile(r"_\s*\{\s*i\s*=")
 _DERIVATIVE = re.compile(
     r"\\frac\s*\{\s*d\s*(?P<over>\\?[A-Za-z]+)(?:\s*\([A-Za-z]\))?\s*\}\s*\{\s*d\s*[A-Za-z]\s*\}"
     r"|\\dot\s*\{\s*(?P<dotted>\\?[A-Za-z]+)\s*\}"
@@ -179,15 +180,13 @@ def for_math_verify(*texts: str) -> tuple[str, ...]:
 
     A capital letter that also occurs as a small one becomes a Greek letter that occurs nowhere. The constant of
     integration is exempt: ``C`` and ``c`` are told apart only within one expression. Derivatives by dot, prime or
-    quotient become one name. The imaginary unit is set off, so that ``2i`` and ``2 i`` read alike.
+    quotient become one name. The letter i, except as the index of a sum, becomes the imaginary unit.
     """
     prepared = []
     for text in texts:
         text = _DERIVATIVE.sub(lambda m: f"{m['over'] or m['dotted']}_{{p}} ", text)
         text = _PRIMES.sub(_primed_name, text)
-        segments = _COMMAND_OR_SUBSCRIPT.split(text)
-        segments[::2] = [_SHORT_RUN_WITH_I.sub(r"\1 i \2", segment) for segment in segments[::2]]
-        prepared.append("".join(segments))
+        prepared.append(text)
     together = " ".join(prepared)
     free = iter([name for name in _FREE_SYMBOLS if name.strip() not in together])
     for name in sorted(set(_UPPER.findall(together))):
@@ -199,7 +198,14 @@ def for_math_verify(*texts: str) -> tuple[str, ...]:
             if replacement is None:
                 raise Unparsable("response", "too many names that differ in case alone")
             prepared = [_rename(text, name, replacement) for text in prepared]
-    return tuple(prepared)
+    return tuple(prepared) if _INDEX_I.search(together) else tuple(map(_imaginary_unit, prepared))
+
+
+def _imaginary_unit(text: str) -> str:
+    """The letter i as the capital that math-verify takes for the imaginary unit."""
+    segments = _COMMAND_OR_SUBSCRIPT.split(text)
+    segments[::2] = [_SHORT_RUN_WITH_I.sub(r"\1 I \2", segment) for segment in segments[::2]]
+    return "".join(segments)
 
 
 def _primed_name(match: re.Match[str]) -> str:

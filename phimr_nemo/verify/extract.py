@@ -34,7 +34,8 @@ _BOX_JOIN = re.compile(
 _MARKERS = re.compile(
     r"\#{4}[ \t]*(?P<hash>[^\n]+)"
     r"|(?:^|\n)[ \t]*(?:\*\*)?(?:A|Answer|Final answer)(?:\*\*)?[ \t]*[:：](?P<line>[^\n]*\n?[^\n]*)"
-    r"|\b(?:final[ \t]+)?answer(?:[ \t]+for[ \t][^\n.:]{1,60}|[ \t]+to[ \t][^\n.:]{1,80})?[ \t]*(?:\*\*)?[ \t]*"
+    r"|答案[ \t]*(?:是|为|：|:)(?P<chinese>[^\n]*)"
+    r"|\b(?:final[ \t]+)?(?:answer|option|choice)(?:[ \t]+(?:for|to)[ \t][^\n.:]{1,80})?[ \t]*(?:\*\*)?[ \t]*"
     r"(?:is|are|=|:|：|should be|must be|would be)(?:\*\*)?(?P<phrase>[^\n]*\n?\s*[^\n]*)",
     re.IGNORECASE,
 )
@@ -43,13 +44,14 @@ _MATH = re.compile(
     r"|\\\((?P<paren>.{1,2000}?)\\\)|(?<![\\$])\$(?P<inline>[^$\n]{1,2000})\$(?![0-9])",
     re.DOTALL,
 )
-_SENTENCE_END = re.compile(r"(?<=[a-zA-Z0-9)}$%\]*])[.!?](?:\*\*)?(?=\s|$)|\n")
+_SENTENCE_END = re.compile(r"(?<=[a-zA-Z0-9)}$%\]*])[.!?](?:\*\*)?(?=\s|$)|\n|。")
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.^])[-−]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?%?"
     r"|(?<![0-9A-Za-z])[-−]?\.[0-9]+"
 )
-_FINISHED = re.compile(r"(?:[.!?*$\"'”’`]|\\[\])])\s*$")
+_FINISHED = re.compile(r"(?:[.!?。*$\"'”’`]|\\[\])])\s*$")
 _CONCLUDING_LINE = re.compile(r"(?:^|\n)[^\n]*\b(?:so|therefore|thus|hence|total)\b[^\n]*[0-9%]\s*$", re.IGNORECASE)
+_CHOICE_THEN_PROSE = re.compile(r"\(?([A-J])\)?(?:[.,;]\s|\s+(?:because|since|as|and not|not)\b)")
 _PROSE = re.compile(r"(?:[A-Za-z']{2,}\s+){2}")
 _LAST_CLAIM = re.compile(
     r"(?:=|≈|\b(?:is|are|be|equals|was|costs?|by|has|have)\b)(?:\s+(?:indeed|exactly|then|just))?"
@@ -224,6 +226,9 @@ def _trim_phrase(phrase: str) -> str:
     if bold:
         return _trim_phrase(bold.group(1))
     sentence = _SENTENCE_END.split(phrase, maxsplit=1)[0]
+    letter = _CHOICE_THEN_PROSE.match(sentence)
+    if letter:
+        return letter.group(1)
     if _PROSE.search(sentence) and _NUMBER.search(sentence):
         return _value_in_sentence(sentence)
     return sentence.replace("**", "").strip().rstrip(".,;")[:MAX_ANSWER_CHARS]

@@ -75,6 +75,7 @@ _SIMPLE: Final = (
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"(?<=[0-9A-Za-z)}\]])\s*\*\s*(?=[0-9A-Za-z(\\\[])"), r"\\cdot "),
     (re.compile(r"\^\s*(-\s*[0-9]+|[0-9]{2,})"), r"^{\1}"),
+    (re.compile(r"_\s*([0-9]+)"), r"_{\1}"),
     (re.compile(r"\^\s*\(([^()]{1,80})\)"), r"^{\1}"),
 )
 _FRACTION_FORMS: Final = (

@@ -123,6 +123,7 @@ _WORD_UNIT = re.compile(
     r"^(?P<core>.*[0-9})])\s*(?P<unit>[A-Za-z][A-Za-z ./]*(?:\^\{?[0-9]\}?|[²³])?(?:/[A-Za-z]+)?)$"
 )
 _DEGREE_TAIL = re.compile(r"\s*\^\\circ\s*(?:\\text\{[^{}]*\}|[CFK])?\s*$")
+_QUALIFIED = re.compile(r"\\text\{[^{}]*\b(?:or|more|less|fewer|least|most|than|not|between|to|if|when|where|for)\b")
 _SYMBOL_WORDS: Final = frozenset({"pi", "e", "i", "x", "y", "z", "n", "k"})
 
 
@@ -135,7 +136,7 @@ def split_quantity(text: str) -> Quantity:
     match = _DEGREE_TAIL.search(text)
     if match and match.start() > 0:
         return Quantity(text[: match.start()].strip(), unit="degree")
-    start = text.find(r"\text{")
+    start = -1 if _QUALIFIED.search(text) else text.find(r"\text{")
     while start > 0:
         if _UNIT_TAIL.fullmatch(text, start) and re.search(r"[0-9A-Za-z})]\s*$", text[:start]):
             return Quantity(text[:start].strip(), unit=text[start:])

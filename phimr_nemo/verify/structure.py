@@ -253,7 +253,8 @@ def _related(text: str, depth: int) -> Node | None:
         exact = [part for index, part in enumerate(parts) if index == 0 or operators[index - 1] == "="]
         rounded = next((parts[i + 1] for i, operator in enumerate(operators) if operator == r"\approx"), "")
         if len(exact) == 1:
-            return Equation(parts[0].strip(), parts[-1].strip(), parts[-1].strip())
+            value = parts[-1] if _VARIABLE.match(parts[0]) else parts[0]
+            return Equation(parts[0].strip(), value.strip(), parts[-1].strip())
         return Equation(parts[0].strip(), exact[-1].strip(), rounded.strip())
     return _interval(parts, operators, depth)
 
