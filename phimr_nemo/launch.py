@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from phimr_nemo.atomic import explain_os_errors
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.runs import CONFIG_FILE, RunDirectory
@@ -50,7 +53,8 @@ IMPORT_NOTES: Final = (
     "transformer_engine",
     "Apex",
 )
-ELASTIC_ARGUMENTS: Final = ("--standalone", "--nnodes=1", "--max-restarts=0")
+# A rendezvous of this launch alone, on a free port.
+ELASTIC_ARGUMENTS: Final = ("--nnodes=1", "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
 
 def run_stage(stage: str, config: Any) -> None:
@@ -73,7 +77,9 @@ def run_stage(stage: str, config: Any) -> None:
     try:
         if first_rank:
             run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts={})
-        facts = stage_function(stage)(config)
+        # Libraries that write checkpoints and logs know nothing of our messages.
+        with explain_os_errors(run.path):
+            facts = stage_function(stage)(config)
     except UserError:
         # Settings that were refused must not stand in the way of the corrected ones.
         if first_rank and is_new:
@@ -161,8 +167,15 @@ def _launch_ranks(stage: str, resolved: Path, processes: int) -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     arguments = parse_args(
-        [*ELASTIC_ARGUMENTS, f"--nproc-per-node={processes}", "-m", "phimr_nemo.launch", stage, str(resolved)]
+        [
+            *ELASTIC_ARGUMENTS,
+            f"--rdzv-id={uuid.uuid4()}",
+            f"--nproc-per-node={processes}",
+            *("-m", "phimr_nemo.launch", stage, str(resolved)),
+        ]
     )
+    # It reports a failed rank at length; the rank's own message says it better.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     elastic, command, command_arguments = config_from_args(arguments)
     try:
         elastic_launch(config=elastic, entrypoint=command)(*command_arguments)

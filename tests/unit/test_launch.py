@@ -1,0 +1,161 @@
+"""An output belongs to one configuration, a finished run is not run again, a refused one leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phimr_nemo.config import GenerateConfig, SFTConfig, load_config, to_yaml
+from phimr_nemo.errors import EXIT_USER, UserError
+from phimr_nemo.launch import _launch_ranks, check_same_run, main, run_stage
+from phimr_nemo.runs import CONFIG_FILE, RunDirectory
+from phimr_nemo.store import atomic_write_text, read_table
+
+PROBLEMS, ROLLOUTS, SHARD = 7, 2, 3
+
+
+def generate(output: Path, *overrides: str) -> GenerateConfig:
+    sizes = [f"problems.count={PROBLEMS}", f"rollouts_per_problem={ROLLOUTS}", f"shard_size={SHARD}"]
+    return load_config(GenerateConfig, Path("conf/generate/tiny.yaml"), [f"run.output={output}", *sizes, *overrides])
+
+
+def sft(output: Path, *overrides: str) -> SFTConfig:
+    return load_config(SFTConfig, Path("conf/sft/tiny.yaml"), [f"run.output={output}", *overrides])
+
+
+def files(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a directory with its time of writing and its content."""
+    return {
+        str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "before", "now"),
+    [
+        ("run.seed=5", "0", "5"),
+        ("optim.lr=0.5", "0.001", "0.5"),
+        ("base=elsewhere/hf", "'runs/midtrain/hf'", "'elsewhere/hf'"),
+        ("model.dtype=bf16", "'fp32'", "'bf16'"),
+        ("global_batch=64", "32", "64"),
+    ],
+)
+def test_another_setting_is_named_with_both_values(override: str, before: str, now: str, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    atomic_write_text(run.path / CONFIG_FILE, to_yaml(sft(run.path)))
+    check_same_run(run, sft(run.path))
+    with pytest.raises(UserError) as caught:
+        check_same_run(run, sft(run.path, override))
+    assert f"({override.partition('=')[0]}: {before} there, {now} now)" in caught.value.problem
+
+
+def test_settings_that_change_no_number_may_change(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    atomic_write_text(run.path / CONFIG_FILE, to_yaml(sft(run.path)))
+    free = ["run.log_every=99", "parallel.tensor=2", "parallel.sequence=true", "checkpoint.every=3", "micro_batch=8"]
+    check_same_run(run, sft(run.path, *free))
+    with pytest.raises(UserError, match=r"\(optim\.lr: [^;]*\)"):
+        check_same_run(run, sft(run.path, *free, "optim.lr=0.5"))
+
+
+def test_two_settings_are_both_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    atomic_write_text(run.path / CONFIG_FILE, to_yaml(generate(run.path)))
+    with pytest.raises(UserError) as caught:
+        check_same_run(run, generate(run.path, "teacher.mistake_rate=0.5", "problems.split=heldout"))
+    assert "teacher.mistake_rate: 0.25 there, 0.5 now" in caught.value.problem
+    assert "problems.split: 'train' there, 'heldout' now" in caught.value.problem
+    assert str(run.path) in caught.value.problem
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    config = generate(tmp_path / "run")
+    run_stage("generate", config)
+    rows = PROBLEMS * ROLLOUTS
+    facts = RunDirectory(config.run.output).closing_facts()
+    assert facts["rows"] == rows == read_table(config.run.output, "rollouts").num_rows
+    before = files(config.run.output)
+    assert {f"part-{i:05d}.parquet" for i in range(-(-PROBLEMS // SHARD))} <= before.keys()
+    run_stage("generate", config)
+    assert files(config.run.output) == before
+
+
+def test_the_run_directory_tells_what_made_it(tmp_path: Path) -> None:
+    config = generate(tmp_path / "run")
+    run_stage("generate", config)
+    assert load_config(GenerateConfig, config.run.output / CONFIG_FILE) == config
+    made = json.loads((config.run.output / "run.json").read_text())
+    assert (made["stage"], made["seed"]) == ("generate", 0)
+    assert {"python", "phimr-nemo", "git", "pyarrow"} <= made["versions"].keys()
+
+
+def test_shares_of_the_shards_make_what_one_process_makes(tmp_path: Path) -> None:
+    run_stage("generate", generate(tmp_path / "one"))
+    for index in (2, 0, 1):
+        assert not RunDirectory(tmp_path / "three").is_done
+        run_stage("generate", generate(tmp_path / "three", f"shard.index={index}", "shard.count=3"))
+    assert RunDirectory(tmp_path / "three").is_done
+    assert read_table(tmp_path / "three", "rollouts") == read_table(tmp_path / "one", "rollouts")
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """Recorded solutions of which the third row is malformed."""
+    row = json.dumps({"question": "1+1?", "answer": "2", "response": "2"})
+    path = tmp_path / "recorded.jsonl"
+    path.write_text(f'{row}\n{row}\n{{"question": \n{row}\n')
+    return path
+
+
+def test_a_refused_run_leaves_nothing_behind_and_the_corrected_one_runs(tmp_path: Path, recorded: Path) -> None:
+    output = tmp_path / "new" / "run"
+    overrides = ["problems=null", "teacher.kind=recorded"]
+    with pytest.raises(UserError, match="line 3"):
+        run_stage("generate", generate(output, *overrides, f"teacher.path={recorded}"))
+    assert not output.exists()
+    corrected = tmp_path / "corrected.jsonl"
+    corrected.write_text("".join(recorded.read_text().splitlines(keepends=True)[:2]))
+    run_stage("generate", generate(output, *overrides, f"teacher.path={corrected}"))
+    assert read_table(output, "rollouts").num_rows == 2
+
+
+def test_a_refused_run_touches_nothing_that_was_there(tmp_path: Path, recorded: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(UserError):
+        run_stage("generate", generate(output, "problems=null", "teacher.kind=recorded", f"teacher.path={recorded}"))
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_a_rank_hands_its_error_to_the_launcher(
+    tmp_path: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = generate(tmp_path / "run", "problems=null", "teacher.kind=recorded", f"teacher.path={recorded}")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert main(["generate", str(path)]) == EXIT_USER
+    assert capsys.readouterr().err == ""
+    assert "line 3" in (tmp_path / "error.json").read_text()
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    assert main(["generate", str(path)]) == EXIT_USER
+    assert capsys.readouterr().err.count("line 3") == 1
+
+
+def test_the_error_of_several_ranks_is_one_error(
+    tmp_path: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = generate(tmp_path / "run", "problems=null", "teacher.kind=recorded", f"teacher.path={recorded}")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    with pytest.raises(UserError) as caught:
+        _launch_ranks("generate", path, 2)
+    assert caught.value.problem.startswith(f"{recorded}, line 3 is not JSON")
+    assert caught.value.rule == "every row is a JSON object"
+    assert capfd.readouterr().err == ""
