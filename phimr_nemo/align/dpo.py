@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from phimr_nemo.align.checkpoint import CheckpointStore
 from phimr_nemo.align.compat import DPOTrainer, MegatronPretrainingBatchSampler
-from phimr_nemo.align.lifecycle import StopTimer, check_checkpointing, content_identity, export_and_stop, frozen_heap
+from phimr_nemo.align.lifecycle import StopTimer, check_checkpointing, content_identity, export, frozen_heap
 from phimr_nemo.align.metrics import DPOLog, metrics_writer
 from phimr_nemo.align.microbatch import MicroBatch, chunks_by_length, cut, trimmed_width, used_lengths
 from phimr_nemo.align.pairs import PairCollate, load_pairs, stored_reference
@@ -124,7 +124,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         "pairs": len(pairs),
         "pairs_too_long": pairs.dropped,
         "base_weights": identity["base weights"],
-        "hf": export_and_stop(run, policy, config.base),
+        "hf": export(run, policy, config.base),
         "seconds": time.monotonic() - started,
     }
 

@@ -15,7 +15,7 @@ from phimr_nemo.align.lifecycle import (
     StopTimer,
     check_checkpointing,
     content_identity,
-    export_and_stop,
+    export,
     frozen_heap,
 )
 from phimr_nemo.align.metrics import GRPOLog, metrics_writer
@@ -103,7 +103,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         "prompts_uneven": prompts.dropped_uneven,
         "prompts_too_long": prompts.dropped_long,
         "base_weights": identity["base weights"],
-        "hf": export_and_stop(run, policy, config.base),
+        "hf": export(run, policy, config.base),
         "seconds": time.monotonic() - started,
     }
 

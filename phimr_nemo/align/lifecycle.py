@@ -16,7 +16,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.hf import HFDirectory
 from phimr_nemo.runs import RunDirectory
 from phimr_nemo.store import input_hash
-from phimr_nemo.train.distributed import PreemptionGuard, export_hf, stop_process_group
+from phimr_nemo.train.distributed import PreemptionGuard, export_hf
 
 HF_DIRECTORY: Final = "hf"
 
@@ -78,8 +78,8 @@ def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:
     return {"base weights": box[0], "data": input_hash(data)}
 
 
-def export_and_stop(run: RunDirectory, policy: MegatronPolicy, base: Path) -> str:
-    """Write the trained model to `<run>/hf` and stop the process group (collective).
+def export(run: RunDirectory, policy: MegatronPolicy, base: Path) -> str:
+    """Write the trained model to `<run>/hf` (collective).
 
     Returns:
         The export's name in the run directory.
@@ -88,5 +88,4 @@ def export_and_stop(run: RunDirectory, policy: MegatronPolicy, base: Path) -> st
         UserError: the disk is full or the place cannot be written.
     """
     export_hf([policy.model], policy.architecture, base, run.path / HF_DIRECTORY)
-    stop_process_group()
     return HF_DIRECTORY

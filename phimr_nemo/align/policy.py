@@ -258,15 +258,17 @@ def _build(
 ) -> DistributedDataParallel:
     """This rank's part of the model with the base's weights, inside Megatron's DistributedDataParallel."""
     overrides: dict[str, Any] = {}
+    if parallel.pipeline > 1:
+        # Micro-batches are padded to their own longest row. Megatron refuses that together with its default way
+        # of routing tokens to experts, of which there are none here.
+        overrides |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
     if model.recompute:
-        overrides = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = transformer_config(
         base.architecture,
         parallel,
         dtype=DTYPES[model.dtype],
         calculate_per_token_loss=True,
-        # Micro-batches are padded to their own longest row.
-        variable_seq_lengths=parallel.pipeline > 1,
         finalize_model_grads_func=finalize_model_grads,
         **overrides,
     )

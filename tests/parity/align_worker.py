@@ -1,0 +1,114 @@
+"""What each rank does in the alignment stages' parity tests: run a stage, with a planted fault or a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from phimr_nemo.align import checkpoint, grpo_trainer, metrics, policy
+from phimr_nemo.align import dpo as dpo_stage
+from phimr_nemo.align import grpo as grpo_stage
+from phimr_nemo.config import DPOConfig, GRPOConfig, load_config
+from phimr_nemo.errors import Preempted
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a stage.
+
+    Attributes:
+        stage: "dpo" or "grpo".
+        config: YAML file.
+        overrides: `key=value` items.
+        fault: name of a planted fault, or None.
+        stop_after: the step after which rank 0 is told to stop, or None.
+    """
+
+    stage: str
+    config: Path
+    overrides: tuple[str, ...]
+    fault: str | None
+    stop_after: int | None
+
+
+class EvenLength:
+    """A grader that an untrained model can please: a response of an even number of characters is correct."""
+
+    def __init__(self, workers: int) -> None:
+        del workers
+
+    def __enter__(self) -> EvenLength:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def grade_many(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+        return [SimpleNamespace(verdict="wrong" if len(response) % 2 else "correct") for response, _ in pairs]
+
+
+@contextlib.contextmanager
+def planted(fault: str | None) -> Iterator[None]:
+    """Break one thing that parity depends on."""
+    if fault is None:
+        yield
+    elif fault == "embedding gradients not summed over stages":
+        name = "megatron.core.distributed.finalize_model_grads._allreduce_embedding_grads"
+        with mock.patch(name, return_value=None):
+            yield
+    elif fault == "mean over the micro-batch":
+        real = grpo_trainer.GRPOObjective.loss
+
+        def local_mean(self: Any, logprobs: Any, micro: Any) -> Any:
+            loss, count, sums = real(self, logprobs, micro)
+            return loss / count, count.clamp(max=1), sums
+
+        with mock.patch.object(grpo_trainer.GRPOObjective, "loss", local_mean):
+            yield
+    elif fault == "optimizer not restored":
+        real_load = policy.MegatronPolicy.load_state_dict
+
+        def forgetful(self: Any, state: Any) -> None:
+            with mock.patch.object(self.optimizer.megatron, "load_state_dict", return_value=None):
+                real_load(self, state)
+            self.optimizer.megatron.reload_model_params()
+
+        with mock.patch.object(checkpoint.MegatronPolicy, "load_state_dict", forgetful):
+            yield
+    else:
+        raise ValueError(fault)
+
+
+@contextlib.contextmanager
+def signalled(stop_after: int | None) -> Iterator[None]:
+    """Send this process SIGUSR1 while it logs step `stop_after`, as a scheduler might."""
+    real = metrics._Log._write
+
+    def write(self: Any, step: int, row: Any) -> None:
+        real(self, step, row)
+        if step == stop_after and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with mock.patch.object(metrics._Log, "_write", write):
+        yield
+
+
+def run_case(case: Case) -> None:
+    """Run a stage to its end, or to the stop that the case asks for."""
+    with planted(case.fault), signalled(case.stop_after), mock.patch.object(grpo_stage, "Grader", EvenLength):
+        try:
+            if case.stage == "dpo":
+                dpo_stage.run_dpo(load_config(DPOConfig, case.config, case.overrides))
+            else:
+                grpo_stage.run_grpo(load_config(GRPOConfig, case.config, case.overrides))
+        except Preempted:
+            assert case.stop_after is not None
+        else:
+            assert case.stop_after is None, "the run should have been stopped"
