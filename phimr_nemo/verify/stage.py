@@ -14,6 +14,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.store import (
     file_sha256,
     finish,
+    input_hash,
     is_complete,
     read_manifest,
     rows_to_table,
@@ -82,9 +83,10 @@ def verify_rollouts(
         UserError: the rollouts are absent, unfinished or damaged.
     """
     manifest = read_manifest(rollouts_dir, "rollouts")
-    if is_complete(out_dir, "verdicts") and read_manifest(out_dir, "verdicts").config == dict(config):
+    if is_complete(out_dir, "verdicts"):
         done = read_manifest(out_dir, "verdicts")
-        return {"rows": done.rows, **done.counts}
+        if done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}:
+            return {"rows": done.rows, **done.counts}
     shards = sorted(manifest.shards.items())
     with Grader(workers=workers, deadline_seconds=deadline_seconds) as grader:
         for index, (name, sha256) in enumerate(shards):
@@ -93,11 +95,22 @@ def verify_rollouts(
             table = _read_shard(rollouts_dir / name, sha256)
             if not _is_graded(out_dir, index, table):
                 write_shard(out_dir, index, _grade_shard(grader, table), kind="verdicts")
+    _check_no_stale(out_dir, len(shards))
     if not all(shard_is_complete(out_dir, index) for index in range(len(shards))):
         return None
     counts = _count(out_dir)
     written = finish(out_dir, kind="verdicts", config=config, inputs=[rollouts_dir], counts=counts)
     return {"rows": written.rows, **counts}
+
+
+def _check_no_stale(out_dir: Path, shards: int) -> None:
+    stale = [path.name for path in sorted(out_dir.glob("part-*.parquet"))[shards:]]
+    if stale:
+        raise UserError(
+            f"{out_dir} holds {stale}, but the rollouts have {shards} shards",
+            rule="a directory of verdicts has one shard for each shard of the rollouts",
+            remedy="remove the directory, or write to another one",
+        )
 
 
 def _read_shard(path: Path, sha256: str) -> pa.Table:

@@ -1,0 +1,79 @@
+"""Agreement with recorded labels, row by row: what differs has been looked at, and nothing else may differ.
+
+tests/golden/graded_rollouts_adjudication.json classifies every disagreement by a hash of (gold, extracted answer,
+verdict): "label" (the recorded label is wrong), "undecidable" (the gold answer was mangled by its source, such as a
+vector whose row separators are gone), "ours" (a person would have accepted it and the grader does not).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from phimr_nemo.data.synthetic import generate_problems
+from phimr_nemo.data.teacher import teacher_rollouts
+from phimr_nemo.store import content_id
+from phimr_nemo.verify import Grader, Verdict
+
+MIN_DECIDED_AGREEMENT = 0.995
+EXTRACTED_CHARS = 200
+"""The hashes are of this many characters of an extracted answer."""
+
+
+def grade_all(pairs: list[tuple[str, str]]) -> list[Verdict]:
+    with Grader(workers=2) as grader:
+        return grader.grade_many(pairs)
+
+
+def test_agreement_with_the_graded_rollouts(shared_data: Path, repository: Path) -> None:
+    with gzip.open(shared_data / "rollouts" / "graded_rollouts.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    golden = json.loads((repository / "tests" / "golden" / "graded_rollouts_adjudication.json").read_text("utf-8"))
+    adjudicated = {identity: name for name, identities in golden.items() for identity in identities}
+    counts: Counter[str] = Counter()
+    unknown = []
+    for row, verdict in zip(rows, grade_all([(row["response"], row["gold"]) for row in rows]), strict=True):
+        if (verdict.verdict == "correct") == row["correct"]:
+            continue
+        extracted = verdict.extracted[:EXTRACTED_CHARS]
+        name = adjudicated.get(content_id(row["gold"], extracted, verdict.verdict), "unknown")
+        counts[name] += 1
+        if name == "unknown":
+            unknown.append((row["gold"], extracted, verdict))
+    assert not unknown
+    decided = len(rows) - counts["undecidable"]
+    assert 1 - counts["ours"] / decided >= MIN_DECIDED_AGREEMENT
+    assert counts["label"] < len(rows) // 20
+
+
+def test_agreement_with_the_graded_gsm8k_solutions_is_complete(shared_data: Path) -> None:
+    pairs, labels = [], []
+    for line in (shared_data / "rollouts" / "gsm8k_model_solutions.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        for value in row.values():
+            if isinstance(value, dict):
+                pairs.append((value["solution"], row["ground_truth"]))
+                labels.append(value["is_correct"])
+    verdicts = [verdict.verdict == "correct" for verdict in grade_all(pairs)]
+    assert len(labels) == 5276
+    assert verdicts == labels
+
+
+def test_every_published_answer_equals_itself(shared_data: Path) -> None:
+    rows = [json.loads(line) for line in (shared_data / "problems" / "math500.jsonl").read_text("utf-8").splitlines()]
+    with gzip.open(shared_data / "problems" / "deepscaler_level_3.json.gz", "rt", encoding="utf-8") as handle:
+        answers = [str(row["answer"]) for row in json.load(handle)[:1000]]
+    pairs = [(row["solution"], row["answer"]) for row in rows] + [(rf"\boxed{{{a}}}", a) for a in answers]
+    assert Counter(verdict.verdict for verdict in grade_all(pairs)) == {"correct": len(pairs)}
+
+
+def test_the_programmatic_teacher_is_graded_as_it_meant() -> None:
+    """The project's own data: a teacher without mistakes is always correct, one that always errs never is."""
+    problems = generate_problems(5, 40, "train")
+    for mistake_rate, verdict in ((0.0, "correct"), (1.0, "wrong")):
+        rollouts = teacher_rollouts(problems, 1, 0, mistake_rate).to_pylist()
+        verdicts = grade_all([(row["response"], row["answer"]) for row in rollouts])
+        assert Counter(item.verdict for item in verdicts) == {verdict: 40}
