@@ -67,6 +67,8 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "deallocate_pipeline_outputs": True,
+        # There are no experts; but with the default Megatron refuses micro-batches of varying length.
+        "moe_token_dispatcher_type": "alltoall",
     }
 
 

@@ -1,15 +1,13 @@
 """CPU or CUDA: the one place that knows. `prepare()` is the first call of every worker.
 
-Megatron-Core and NeMo are written for CUDA: they name the device in factory calls, ask for its index, its
-streams, its random state. Where CUDA is available `prepare` changes nothing. Where it is not, it redirects those
-calls to the CPU, so that the same trainers run over gloo. Each redirection says who needs it.
+Megatron-Core and NeMo are written for CUDA: they name the device in factory calls and ask for its index and its
+random state. Where CUDA is available `prepare` changes nothing. Where it is not, it redirects those calls to the
+CPU, so that the same trainers run over gloo. Each redirection says who needs it; dropping any one breaks training.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any, Final
@@ -18,20 +16,9 @@ import torch
 
 CPU: Final = torch.device("cpu")
 
-# Factories that Megatron-Core and NeMo call with device="cuda" (optimizer, clip_grads, schedules, checkpointing).
-_FACTORIES: Final = (
-    "arange",
-    "empty",
-    "empty_like",
-    "eye",
-    "full",
-    "ones",
-    "ones_like",
-    "tensor",
-    "zeros",
-    "zeros_like",
-)
-_CUDA_TENSOR_TYPES: Final = ("FloatTensor", "HalfTensor", "BFloat16Tensor", "IntTensor", "LongTensor")
+# Factories that Megatron-Core calls with device="cuda" or pin_memory: optimizer, gradient clipping and buffers,
+# pipeline schedules, checkpoint exchange.
+_FACTORIES: Final = ("empty", "empty_like", "tensor", "zeros")
 
 
 def device() -> torch.device:
@@ -49,11 +36,7 @@ def prepare() -> None:
     """Make Megatron-Core and NeMo run on this machine; nothing to do with CUDA, idempotent without."""
     if torch.cuda.is_available():
         return
-    if importlib.util.find_spec("nemo") is not None:
-        # NeMo compiles functions with torch.jit when it is imported, and that accepts torch's own factories only.
-        importlib.import_module("nemo.collections.llm")
     _redirect_devices()
-    _redirect_streams()
     _redirect_random_state()
     _redirect_type_names()
     _redirect_nemo()
@@ -67,9 +50,8 @@ def _redirect_devices() -> None:
     """Tensors that are asked for on the GPU are made on the CPU."""
     # Used as device=torch.cuda.current_device() all over Megatron-Core and NeMo.
     torch.cuda.current_device = lambda: CPU
-    torch.cuda.set_device = lambda *_: None
+    # Megatron waits for the GPU after every exchange between pipeline stages.
     torch.cuda.synchronize = lambda *_: None
-    torch.cuda.empty_cache = lambda: None
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # mcore: tied embedding weights, RNG, checkpoint exchange; NeMo and DDP: the model itself.
@@ -87,26 +69,10 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
+    # NeMo compiles functions with torch.jit when it is imported; the compiler knows factories by identity.
+    builtins = torch.jit._builtins
+    builtins._register_builtin(made_on_cpu, builtins._find_builtin(factory))
     return made_on_cpu
-
-
-class _NoStream:
-    """Stands for a CUDA stream or event: on the CPU everything is in order already."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        return
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
-
-
-def _redirect_streams() -> None:
-    """Streams and profiler ranges that overlap communication on a GPU and mean nothing here."""
-    torch.cuda.Stream = _NoStream
-    torch.cuda.Event = _NoStream
-    torch.cuda.current_stream = lambda *_: _NoStream()
-    torch.cuda.default_stream = lambda *_: _NoStream()
-    torch.cuda.stream = lambda *_: contextlib.nullcontext()
 
 
 def _redirect_random_state() -> None:
@@ -130,8 +96,6 @@ def _redirect_type_names() -> None:
         return str(named_type(self)).replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = type_as_on_cuda
-    for name in _CUDA_TENSOR_TYPES:
-        setattr(torch.cuda, name, getattr(torch, name))
 
 
 def _redirect_nemo() -> None:
