@@ -153,10 +153,11 @@ def _rank(
         answer = pickle.dumps(outcome)
     except BaseException:  # noqa: BLE001  (whatever it was, the test shall see it)
         answer = pickle.dumps((False, traceback.format_exc()))
+    # Megatron's checkpoint writer leaves a manager process behind that would outlive this one, and the answer is
+    # what this process is waited for.
+    util._run_finalizers()
     pipe.send_bytes(answer)
     pipe.close()
-    # Megatron's checkpoint writer leaves a manager process behind that would outlive this one.
-    util._run_finalizers()
     # No other clean-up: gloo's would wait for ranks that are gone.
     os._exit(0)
 
