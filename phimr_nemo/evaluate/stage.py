@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from phimr_nemo.config import EvaluateConfig
@@ -12,7 +11,10 @@ from phimr_nemo.generate.stage import read_configured_problems
 
 
 def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Sample, grade and score.
+    """Sample, grade and score; everything that was found is in `results.json`.
+
+    Returns:
+        Questions, samples and pass@1.
 
     Raises:
         UserError: an unreadable model or problems file.
@@ -29,4 +31,4 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         max_batch=config.max_batch,
         prompt_template=config.prompt,
     )
-    return asdict(result)
+    return {"questions": result.questions, "samples": result.samples, "pass1": result.pass1}

@@ -52,7 +52,7 @@ def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
     def solve(part: pa.Table) -> pa.Table:
         return teacher_rollouts(part, config.rollouts_per_problem, config.run.seed, teacher.mistake_rate)
 
-    return _write(config, problems, solve, counts, inputs=[])
+    return _write(config, problems, solve, counts, inputs=_problem_files(config))
 
 
 def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, dict[str, int]]:
@@ -95,7 +95,11 @@ def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any
             rule="a recorded response belongs to a problem with the same question and answer",
             remedy="leave problems out to use every recorded question, or correct the columns",
         )
-    return _write(config, rollouts, lambda part: part, counts, inputs=[teacher.path])
+    return _write(config, rollouts, lambda part: part, counts, inputs=[teacher.path, *_problem_files(config)])
+
+
+def _problem_files(config: GenerateConfig) -> list[Path]:
+    return [config.problems.path] if isinstance(config.problems, FileProblems) else []
 
 
 def _write(
@@ -152,7 +156,8 @@ def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) 
             shard_size=config.shard_size,
             stage_seed=config.run.seed,
             shard_indices=shards[config.shard.index :: config.shard.count],
-            inputs=[teacher.path],
+            # The weights' hash names the teacher in every row; this is the rest of the model.
+            inputs=[teacher.path / "config.json", teacher.path / "tokenizer.json", *_problem_files(config)],
         )
     finally:
         sampler.close()
