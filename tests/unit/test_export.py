@@ -1,0 +1,180 @@
+"""The release: bit-equal weights, a directory that transformers loads, and a card of the runs' own facts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from phimr_nemo.config import BaseConfig, ExportConfig, SFTConfig, load_config, to_yaml
+from phimr_nemo.errors import UserError
+from phimr_nemo.evaluate.evaluate import RESULTS_FILE, Result, Score, write_result
+from phimr_nemo.evaluate.export import run_export
+from phimr_nemo.launch import run_stage
+from phimr_nemo.model.base import run_base
+from phimr_nemo.runs import RunDirectory
+
+SHAPE = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=4")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("model")
+    run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), [f"run.output={output}", *SHAPE]))
+    return output / "hf"
+
+
+def export_config(tmp_path: Path, model: Path, *overrides: str) -> ExportConfig:
+    fixed = [f"run.output={tmp_path / 'release'}", f"model={model}"]
+    return load_config(ExportConfig, Path("conf/export/tiny.yaml"), [*fixed, *overrides])
+
+
+def trained(path: Path, *, steps: int, lr: float, seed: int, finished: bool = True) -> Path:
+    """A run directory as SFT leaves it."""
+    run = RunDirectory(path)
+    overrides = [f"run.output={path}", f"run.seed={seed}", f"optim.lr={lr}", "sequence_length=96"]
+    settings = load_config(SFTConfig, Path("conf/sft/tiny.yaml"), overrides)
+    run.describe(stage="sft", config_yaml=to_yaml(settings), seed=seed, facts={})
+    if finished:
+        run.finish(steps=steps, hf="hf")
+    return path
+
+
+def evaluated(path: Path, *, correct: int, questions: int, stderr: float) -> Path:
+    """An evaluation directory with its results."""
+    path.mkdir()
+    share = correct / questions
+    result = Result(
+        questions=questions,
+        samples=3,
+        pass1=share,
+        stderr=stderr,
+        pass_at_k={1: share},
+        majority=share,
+        truncated=0.0,
+        stopped=1.0,
+        unparsable=0.0,
+        ungraded=0.0,
+        mean_tokens=5.0,
+        by_difficulty={"middle": Score(questions, share, stderr)},
+        per_question={},
+    )
+    write_result(path / RESULTS_FILE, result, {})
+    return path
+
+
+def card(tmp_path: Path) -> tuple[dict[str, Any], list[list[str]]]:
+    """A written card's metadata, and the cells of all its table rows."""
+    text = (tmp_path / "release" / "hf" / "README.md").read_text("utf-8")
+    _, metadata, body = text.split("---\n", 2)
+    rows = [line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("| ")]
+    return yaml.safe_load(metadata), rows
+
+
+def test_weights_and_tokenizer_are_the_trained_ones_to_the_bit(tmp_path: Path, model: Path) -> None:
+    config = export_config(tmp_path, model)
+    run_stage("export", config)
+    release = tmp_path / "release" / "hf"
+    before, after = load_file(model / "model.safetensors"), load_file(release / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    assert (release / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    facts = RunDirectory(tmp_path / "release").closing_facts()
+    assert facts["parameters"] == sum(tensor.numel() for tensor in before.values())
+
+
+def test_transformers_loads_the_release_without_its_code(tmp_path: Path, model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
+
+    run_stage("export", export_config(tmp_path, model))
+    release = tmp_path / "release" / "hf"
+    assert "auto_map" not in json.loads((release / "config.json").read_text())
+    assert not [path for path in release.iterdir() if path.suffix in (".py", ".bin", ".pt", ".pkl")]
+    loaded = AutoModelForCausalLM.from_pretrained(release, trust_remote_code=False)
+    assert type(loaded) is Phi3ForCausalLM
+    original = Phi3ForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(release)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "2+2?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, original(ids).logits)
+    assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_the_card_tells_what_was_trained_and_measured(tmp_path: Path, model: Path) -> None:
+    stages = {
+        "SFT": trained(tmp_path / "sft", steps=123, lr=2.5e-4, seed=7),
+        "DPO": trained(tmp_path / "dpo", steps=45, lr=1e-6, seed=8),
+    }
+    rows = {
+        "SFT": evaluated(tmp_path / "e1", correct=12, questions=16, stderr=0.0321),
+        "DPO": evaluated(tmp_path / "e2", correct=13, questions=16, stderr=0.0299),
+    }
+    config = export_config(
+        tmp_path,
+        model,
+        "licence=mit",
+        "base_model=some/base",
+        *(f"stages.{name}={path}" for name, path in stages.items()),
+        *(f"evaluations.{name}={path}" for name, path in rows.items()),
+    )
+    run_stage("export", config)
+    metadata, cells = card(tmp_path)
+    assert metadata["license"] == "mit"
+    assert metadata["base_model"] == "some/base"
+    assert metadata["library_name"] == "transformers"
+    trainings = [row[:5] for row in cells if len(row) == 6][2:]
+    assert trainings == [["SFT", "123", "96", "0.00025", "7"], ["DPO", "45", "96", "1e-06", "8"]]
+    measured = [row for row in cells if len(row) == 5][2:]
+    assert measured == [["SFT", "75.0", "3.2", "16", "3"], ["DPO", "81.2", "3.0", "16", "3"]]
+
+
+def test_one_question_has_no_standard_error(tmp_path: Path, model: Path) -> None:
+    path = evaluated(tmp_path / "e", correct=1, questions=1, stderr=math.nan)
+    run_stage("export", export_config(tmp_path, model, f"evaluations.one={path}"))
+    _, cells = card(tmp_path)
+    assert cells[-1][:3] == ["one", "100.0", "nan"]
+
+
+@pytest.mark.parametrize("what", ["stages", "evaluations"])
+def test_what_has_not_finished_is_not_reported(what: str, tmp_path: Path, model: Path) -> None:
+    path = trained(tmp_path / "half", steps=1, lr=1.0, seed=0, finished=False)
+    with pytest.raises(UserError) as caught:
+        run_stage("export", export_config(tmp_path, model, f"{what}.half={path}"))
+    assert f"'half' in {path} has not finished" in caught.value.problem
+    assert not (tmp_path / "release").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_model_is_not_released(value: float, tmp_path: Path, model: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[5] = value
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=name):
+        run_stage("export", export_config(tmp_path, broken))
+    assert not (tmp_path / "release").exists()
+
+
+def test_the_model_itself_is_returned_unchanged_by_a_second_run(tmp_path: Path, model: Path) -> None:
+    config = export_config(tmp_path, model)
+    run_stage("export", config)
+    written = (tmp_path / "release" / "hf" / "model.safetensors").stat().st_mtime_ns
+    run_stage("export", config)
+    assert (tmp_path / "release" / "hf" / "model.safetensors").stat().st_mtime_ns == written
+    # Called by itself it never overwrites a release.
+    with pytest.raises(UserError, match="exists already"):
+        run_export(config)
