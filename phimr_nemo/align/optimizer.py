@@ -53,10 +53,7 @@ class TrainerScheduler:
 def build_optimizer(
     config: OptimConfig, models: list[nn.Module], *, steps: int, dtype: torch.dtype
 ) -> tuple[TrainerOptimizer, TrainerScheduler]:
-    """AdamW over the models' parameters and a schedule for `steps` optimizer steps.
-
-    The rate of optimizer step k (from 0) is lr (k + 1) / w in the warm-up of w = warmup_fraction * steps
-    steps, so that no step is spent at a rate of 0; then it falls to `min_lr`, which step `steps` would have.
+    """AdamW over the models' parameters and a schedule (:func:`build_schedule`) for `steps` optimizer steps.
 
     Args:
         config: rates, betas, weight decay, clipping.
@@ -84,8 +81,22 @@ def build_optimizer(
         ),
         models,
     )
+    return TrainerOptimizer(optimizer), TrainerScheduler(build_schedule(config, optimizer, steps))
+
+
+def build_schedule(config: OptimConfig, optimizer: Any, steps: int) -> OptimizerParamScheduler:
+    """The learning rate of each optimizer step, set in the optimizer's parameter groups.
+
+    In the warm-up of w = warmup_fraction * steps steps, step k (from 0) has the rate lr (k + 1) / w, so that no step
+    is spent at a rate of 0; then it falls to `min_lr`, which step `steps` would have.
+
+    Args:
+        config: rates and form of the schedule.
+        optimizer: anything with `param_groups`.
+        steps: optimizer steps of the whole run.
+    """
     warmup = round(config.warmup_fraction * steps)
-    scheduler = OptimizerParamScheduler(
+    return OptimizerParamScheduler(
         optimizer,
         # Megatron's line from init_lr at step 0 to lr at step warmup - 1 is then lr (k + 1) / warmup.
         init_lr=config.lr / max(warmup, 1),
@@ -99,7 +110,6 @@ def build_optimizer(
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )
-    return TrainerOptimizer(optimizer), TrainerScheduler(scheduler)
 
 
 def _check(config: OptimConfig) -> None:

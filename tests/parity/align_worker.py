@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ class Case:
     Attributes:
         stage: "dpo" or "grpo".
         config: YAML file.
+        grader: name in GRADERS.
         overrides: `key=value` items.
         fault: name of a planted fault, or None.
         stop_after: the step after which rank 0 is told to stop, or None.
@@ -33,25 +34,37 @@ class Case:
 
     stage: str
     config: Path
+    grader: str
     overrides: tuple[str, ...]
     fault: str | None
     stop_after: int | None
 
 
-class EvenLength:
-    """A grader that an untrained model can please: a response of an even number of characters is correct."""
+SHORT_RESPONSE = 25
+"""Characters; a good third of an untrained model's responses are shorter."""
 
-    def __init__(self, workers: int) -> None:
-        del workers
+# What an untrained model can please.
+GRADERS: dict[str, Callable[[str], bool]] = {
+    "even length": lambda response: len(response) % 2 == 0,
+    "short": lambda response: len(response) < SHORT_RESPONSE,
+    "never": lambda _: False,
+}
 
-    def __enter__(self) -> EvenLength:
+
+class ToyGrader:
+    """In the place of `verify.Grader`."""
+
+    def __init__(self, is_correct: Callable[[str], bool]) -> None:
+        self._is_correct = is_correct
+
+    def __enter__(self) -> ToyGrader:
         return self
 
     def __exit__(self, *_: object) -> None:
         return
 
     def grade_many(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
-        return [SimpleNamespace(verdict="wrong" if len(response) % 2 else "correct") for response, _ in pairs]
+        return [SimpleNamespace(verdict="correct" if self._is_correct(text) else "wrong") for text, _ in pairs]
 
 
 @contextlib.contextmanager
@@ -102,7 +115,8 @@ def signalled(stop_after: int | None) -> Iterator[None]:
 
 def run_case(case: Case) -> None:
     """Run a stage to its end, or to the stop that the case asks for."""
-    with planted(case.fault), signalled(case.stop_after), mock.patch.object(grpo_stage, "Grader", EvenLength):
+    toy = mock.patch.object(grpo_stage, "Grader", return_value=ToyGrader(GRADERS[case.grader]))
+    with planted(case.fault), signalled(case.stop_after), toy:
         try:
             if case.stage == "dpo":
                 dpo_stage.run_dpo(load_config(DPOConfig, case.config, case.overrides))

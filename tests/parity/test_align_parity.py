@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from align_worker import Case, run_case
-from distributed import run_distributed
+from distributed import RanksFailed, run_distributed
 
 from phimr_nemo.config import BaseConfig, load_config
 from phimr_nemo.model.base import run_base
@@ -54,15 +54,21 @@ def make_inputs(root: Path) -> None:
 
 
 def make_case(
-    root: Path, name: str, stage: str, *layout: str, fault: str | None = None, stop: int | None = None
+    root: Path,
+    name: str,
+    stage: str,
+    *extra: str,
+    grader: str = "even length",
+    fault: str | None = None,
+    stop: int | None = None,
 ) -> Case:
-    overrides = [f"run.output={root / name}", f"base={root / 'base' / 'hf'}", "checkpoint.every=100", *layout]
+    overrides = [f"run.output={root / name}", f"base={root / 'base' / 'hf'}", "checkpoint.every=100"]
     if stage == "dpo":
         overrides += [f"pairs={root / 'pairs'}", "global_batch=8", "micro_batch=2", "optim.lr=1e-3"]
     else:
         overrides += [f"prompts={root / 'prompts'}", "steps=4", "prompts_per_step=6", "group_size=4"]
         overrides += ["micro_batch=5", "max_new_tokens=12", "optim.lr=1e-3", "inner_batches=2", "kl=0.05"]
-    return Case(stage, CONF / stage / "tiny.yaml", tuple(overrides), fault, stop)
+    return Case(stage, CONF / stage / "tiny.yaml", grader, (*overrides, *extra), fault, stop)
 
 
 TP2, PP2, DP2 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.data=2"
@@ -102,9 +108,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def curve(run: Path) -> list[dict[str, float]]:
+def curve(run: Path, steps: int = STEPS) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
     # Policy and reference are equal at first, so which side of a pair is ahead is rounding.
     rows[0].pop("accuracy", None)
     return [{name: value for name, value in row.items() if name not in NOT_COMPARED} for row in rows]
@@ -186,3 +192,43 @@ def test_grpo_moves_the_policy_away_from_its_reference(runs: Path) -> None:
     assert all(
         0.0 < row["pass_rate"] < 1.0 and row["reward"] == pytest.approx(2 * row["pass_rate"] - 1) for row in rows
     )
+
+
+def test_grpo_learns_what_is_rewarded(runs: Path) -> None:
+    """Rewarded for short responses, the policy writes them: both numbers are means over 48 responses a round."""
+    settings = ("steps=20", "prompts_per_step=12", "inner_batches=1", "kl=0", "micro_batch=48", "optim.lr=5e-3")
+    case = make_case(runs, "grpo-learns", "grpo", *settings, "temperature.end=1.0", grader="short")
+    run_distributed(run_case, 1, case)
+    rates = [row["pass_rate"] for row in curve(runs / "grpo-learns", steps=20)]
+    assert sum(rates[-4:]) / 4 > sum(rates[:4]) / 4 + 0.3
+
+
+def test_rounds_without_a_positive_leave_the_model_alone(runs: Path) -> None:
+    run_distributed(run_case, 2, make_case(runs, "grpo-never", "grpo", DP2, grader="never"))
+    for row in curve(runs / "grpo-never"):
+        assert (row["kept"], row["zero_gradient_groups"], row["pass_rate"]) == (0.0, 1.0, 0.0)
+    assert weights_differ_by(runs / "grpo-never", runs / "base") == 0.0
+
+
+def test_dpo_refuses_another_reference_for_a_begun_run(runs: Path) -> None:
+    run_distributed(run_case, 1, make_case(runs, "dpo-swapped", "dpo", stop=STOP))
+    other = f"base={runs / 'dpo' / 'hf'}"
+    with pytest.raises(RanksFailed, match="was computed for another reference"):
+        run_distributed(run_case, 1, make_case(runs, "dpo-swapped", "dpo", other))
+
+
+def test_grpo_refuses_to_resume_from_another_base(runs: Path) -> None:
+    run_distributed(run_case, 1, make_case(runs, "grpo-swapped", "grpo", stop=STOP))
+    other = f"base={runs / 'dpo' / 'hf'}"
+    with pytest.raises(RanksFailed, match="belongs to another run"):
+        run_distributed(run_case, 1, make_case(runs, "grpo-swapped", "grpo", other))
+
+
+def test_only_the_newest_checkpoints_stay(runs: Path) -> None:
+    settings = ("checkpoint.every=1", "checkpoint.keep=2")
+    run_distributed(run_case, 1, make_case(runs, "dpo-keep", "dpo", *settings))
+    assert sorted(path.name for path in (runs / "dpo-keep" / "checkpoints").iterdir()) == [
+        "step-00000003",
+        "step-00000004",
+    ]
+    assert curve(runs / "dpo-keep") == curve(runs / "dpo")

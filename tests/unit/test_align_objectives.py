@@ -1,0 +1,211 @@
+"""Losses over micro-batches add up to the loss over the whole batch; the schedule; refusals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from phimr_nemo.align.dpo import DPOObjective
+from phimr_nemo.align.grpo import _check_batches
+from phimr_nemo.align.grpo_trainer import GRPOObjective
+from phimr_nemo.align.lifecycle import check_checkpointing
+from phimr_nemo.align.optimizer import build_schedule
+from phimr_nemo.config import CheckpointConfig, GRPOConfig, OptimConfig, ParallelConfig, load_config
+from phimr_nemo.errors import UserError
+from phimr_nemo.losses import IGNORED_LABEL, dapo_loss, dpo_loss
+from phimr_nemo.train.distributed import PreemptionGuard, start_process_group
+
+PAD = 0
+
+
+def random_rows(lengths: list[int], seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [n, longest]; the first third of each row is a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.full((len(lengths), max(lengths)), PAD)
+    labels = torch.full_like(tokens, IGNORED_LABEL)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = torch.randint(1, 50, (length,), generator=generator)
+        labels[row, length // 3 : length] = torch.randint(1, 50, (length - length // 3,), generator=generator)
+    return tokens, labels
+
+
+def model(tokens: Tensor, labels: Tensor) -> Tensor:
+    """Stands for the model: log-probabilities that depend on token and label, 0 where there is no label."""
+    return torch.where(labels == IGNORED_LABEL, 0.0, -0.01 * tokens - 0.002 * labels)
+
+
+def added_up(objective: Any, batch: dict[str, Tensor]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for micro in objective.micro_batches(batch):
+        loss, count, sums = objective.loss(model(micro.tokens, micro.labels), micro)
+        for name, value in {"loss": loss, "count": count, **sums}.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return totals
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_dpo_micro_batches_keep_pairs_together(micro_batch: int, multiple: int) -> None:
+    chosen, chosen_labels = random_rows([7, 3, 12, 5, 9], 0)
+    rejected, rejected_labels = random_rows([4, 12, 6, 8, 3], 1)
+    reference = torch.linspace(-2.0, -1.0, 10)
+    batch = {
+        "chosen": chosen,
+        "chosen_labels": chosen_labels,
+        "rejected": rejected,
+        "rejected_labels": rejected_labels,
+        "ref_policy_log_probs_chosen": reference[:5],
+        "ref_policy_log_probs_rejected": reference[5:],
+    }
+    objective = DPOObjective(0.3, micro_batch=micro_batch, multiple=multiple, pad_id=PAD)
+    totals = added_up(objective, batch)
+    whole, metrics = dpo_loss(
+        model(chosen, chosen_labels).sum(1),
+        model(rejected, rejected_labels).sum(1),
+        reference[:5],
+        reference[5:],
+        0.3,
+    )
+    assert totals["count"] == 5
+    assert totals["loss"] == pytest.approx(float(whole), rel=1e-5)
+    assert totals["margin"] == pytest.approx(float(metrics["margin"]), rel=1e-4)
+    assert objective.summary(totals)["loss"] == pytest.approx(float(whole) / 5, rel=1e-5)
+
+
+def grpo_config(repository: Path, *overrides: str) -> GRPOConfig:
+    return load_config(GRPOConfig, repository / "conf" / "grpo" / "tiny.yaml", overrides)
+
+
+def grpo_batch() -> dict[str, Tensor]:
+    tokens, labels = random_rows([6, 1, 11, 4, 1, 9], 3)
+    labels[[1, 4]] = IGNORED_LABEL  # rows that only fill up
+    generator = torch.Generator().manual_seed(5)
+    noise = 0.3 * torch.randn(labels.shape, generator=generator)
+    return {
+        "response_tokens": tokens,
+        "labels": labels,
+        "advantages": torch.tensor([1.0, 9.0, -1.0, 0.5, 9.0, -0.7]),
+        "sampler_logprobs": model(tokens, labels) + 0.001,
+        "old_logprobs": model(tokens, labels) + noise,
+        "reference_logprobs": model(tokens, labels) - noise,
+    }
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 64])
+def test_grpo_micro_batches_leave_out_only_empty_rows(repository: Path, micro_batch: int) -> None:
+    objective = GRPOObjective(grpo_config(repository, f"micro_batch={micro_batch}", "kl=0.1"), multiple=1, pad_id=PAD)
+    batch = grpo_batch()
+    totals = added_up(objective, batch)
+    whole = dapo_loss(
+        model(batch["response_tokens"], batch["labels"]),
+        batch["old_logprobs"],
+        batch["advantages"],
+        batch["labels"] != IGNORED_LABEL,
+        clip_low=0.2,
+        clip_high=0.28,
+        ref_logprobs=batch["reference_logprobs"],
+        kl_coefficient=0.1,
+    )
+    assert totals["count"] == int((batch["labels"] != IGNORED_LABEL).sum())
+    assert totals["loss"] == pytest.approx(float(whole.loss_sum), rel=1e-5)
+    assert totals["clipped_low"] + totals["clipped_high"] > 0
+    assert totals["kl_to_reference"] == pytest.approx(float(whole.metrics["kl_to_reference"]), rel=1e-5)
+
+
+def test_the_gap_is_between_sampler_and_the_policy_before_the_update(repository: Path) -> None:
+    """Without old log-probabilities the current ones are the old ones: here 0.001 nats from the sampler's."""
+    objective = GRPOObjective(grpo_config(repository), multiple=1, pad_id=PAD)
+    batch = grpo_batch()
+    del batch["old_logprobs"], batch["reference_logprobs"]
+    summary = objective.summary(added_up(objective, batch))
+    assert summary["logprob_gap"] == pytest.approx(0.001, rel=1e-3)
+    assert summary["ratio"] == pytest.approx(1.0)
+    assert summary["kl_to_old"] == 0.0
+
+
+def test_a_rank_without_rows_still_takes_part(repository: Path) -> None:
+    objective = GRPOObjective(grpo_config(repository), multiple=1, pad_id=PAD)
+    batch = {name: value[[1, 4]] for name, value in grpo_batch().items()}
+    assert len(objective.micro_batches(batch)) == 1
+    totals = added_up(objective, batch)
+    assert (totals["count"], totals["loss"]) == (0.0, 0.0)
+    assert objective.summary(totals)["loss"] == 0.0
+
+
+def rates(steps: int, **changes: Any) -> list[float]:
+    values: dict[str, Any] = {
+        "lr": 1.0,
+        "min_lr": 0.1,
+        "warmup_fraction": 0.0,
+        "schedule": "cosine",
+        "weight_decay": 0.0,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "clip_grad": 1.0,
+        "distributed": False,
+    }
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+    schedule = build_schedule(OptimConfig(**{**values, **changes}), optimizer, steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        schedule.step(increment=1)
+    return found
+
+
+def test_the_rate_rises_from_the_first_step_on() -> None:
+    """Four of eight steps of warm-up: 1/4, 2/4, 3/4, 4/4; constant after it."""
+    assert rates(8, warmup_fraction=0.5, schedule="constant") == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
+
+
+def test_the_rate_falls_along_a_cosine() -> None:
+    expected = [0.1 + 0.9 * (1 + math.cos(math.pi * k / 10)) / 2 for k in range(10)]
+    assert rates(10) == pytest.approx(expected)
+
+
+def test_one_step_has_the_full_rate() -> None:
+    assert rates(1, warmup_fraction=0.1) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("group_size=1", "group_size=1"),
+        ("inner_batches=0", "inner_batches=0"),
+        ("inner_batches=7", "inner_batches=7"),
+        ("max_new_tokens=256", "max_new_tokens=256"),
+    ],
+)
+def test_impossible_rounds_are_refused(repository: Path, override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        _check_batches(grpo_config(repository, override))
+
+
+def test_a_run_without_checkpoints_is_refused() -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.every=0"):
+        check_checkpointing(CheckpointConfig(every=0))
+
+
+def test_a_layout_for_other_processes_is_refused_before_anything_starts() -> None:
+    with pytest.raises(UserError, match=r"1 processes were started for parallel\.tensor=2"):
+        start_process_group(ParallelConfig(tensor=2), seed=0)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_remembered_and_the_old_handler_returns(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with PreemptionGuard() as guard:
+        assert not guard.requested
+        os.kill(os.getpid(), number)
+        assert guard.requested
+    assert signal.getsignal(number) is before

@@ -1,0 +1,144 @@
+"""Rollouts as numbers and as rows; prompts with the remedies that act on them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from phimr_nemo.align.rollouts import (
+    Prompt,
+    Rollout,
+    graded_rollouts,
+    groups_of,
+    load_prompts,
+    rollout_metrics,
+    rollout_requests,
+    training_rows,
+)
+from phimr_nemo.config import GRPOConfig, load_config
+from phimr_nemo.data.chat import render_prompt
+from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate.sampler import Completion
+from phimr_nemo.losses import IGNORED_LABEL
+from phimr_nemo.store import finish, rows_to_table, write_shard
+
+PROMPTS = (Prompt("a", "3", (10, 11, 12), False), Prompt("b", "4", (20, 21), True))
+
+
+def rollout(
+    slot: int, sample: int, prompt: int, *tokens: int, correct: bool = False, cut_off: bool = False
+) -> Rollout:
+    logprobs = tuple(-0.1 * token for token in tokens)
+    return Rollout(slot, sample, prompt, tokens, logprobs, is_truncated=cut_off, is_correct=correct)
+
+
+def test_metrics_of_two_groups() -> None:
+    """Group 5: lengths 2 and 4, mean 3, standard deviation 1, spread 1/3; rewards differ. Group 7: equal rewards."""
+    rollouts = [
+        rollout(5, 0, 0, 1, 2, correct=True),
+        rollout(5, 1, 0, 1, 2, 3, 4, cut_off=True),
+        rollout(7, 0, 1, 5),
+        rollout(7, 1, 1, 5),
+    ]
+    metrics = rollout_metrics(rollouts, [1.0, -1.0, -1.0, -1.0])
+    assert metrics["reward"] == pytest.approx(-0.5)
+    assert metrics["pass_rate"] == pytest.approx(0.25)
+    assert metrics["zero_gradient_groups"] == pytest.approx(0.5)
+    assert metrics["response_length"] == pytest.approx(2.0)
+    assert metrics["length_spread"] == pytest.approx((1 / 3 + 0.0) / 2)
+    assert metrics["truncated"] == pytest.approx(0.25)
+    # (0.1 + 0.2) + (0.1 + 0.2 + 0.3 + 0.4) + 0.5 + 0.5 nats over 8 tokens
+    assert metrics["entropy"] == pytest.approx(2.3 / 8)
+
+
+def test_groups_follow_slots_not_prompts() -> None:
+    """An oversampled prompt may stand in two slots of a round: these are two groups."""
+    rollouts = [rollout(8, 0, 1, 1), rollout(3, 0, 1, 1), rollout(8, 1, 1, 1), rollout(3, 1, 1, 1)]
+    assert groups_of(rollouts) == [[1, 3], [0, 2]]
+
+
+def test_rows_put_every_response_token_behind_its_predecessor() -> None:
+    chosen = [rollout(0, 0, 0, 30, 31, 32), None, rollout(1, 0, 1, 40)]
+    rows = training_rows(chosen, PROMPTS, {0: 1.5, 2: -0.5}, pad_id=99)
+    no = IGNORED_LABEL
+    assert rows["response_tokens"].tolist() == [[10, 11, 12, 30, 31], [99] * 5, [20, 21, 99, 99, 99]]
+    assert rows["labels"].tolist() == [[no, no, 30, 31, 32], [no] * 5, [no, 40, no, no, no]]
+    expected = [[0, 0, -3.0, -3.1, -3.2], [0] * 5, [0, -4.0, 0, 0, 0]]
+    for ours, theirs in zip(rows["sampler_logprobs"].tolist(), expected, strict=True):
+        assert ours == pytest.approx(theirs)
+    assert rows["advantages"].tolist() == [1.5, 0.0, -0.5]
+
+
+def test_rows_of_nothing_are_empty_rows() -> None:
+    rows = training_rows([None, None], PROMPTS, {}, pad_id=0)
+    assert rows["labels"].tolist() == [[IGNORED_LABEL], [IGNORED_LABEL]]
+
+
+def test_requests_are_whole_groups_with_seeds_of_their_own() -> None:
+    requests = rollout_requests({4: PROMPTS[0], 9: PROMPTS[0]}, 3, "0", "7")
+    assert [request.id for request in requests] == ["4/0", "4/1", "4/2", "9/0", "9/1", "9/2"]
+    assert len({request.seed for request in requests}) == 6
+    assert requests[0] == rollout_requests({4: PROMPTS[0]}, 3, "0", "7")[0]
+    assert requests[0].seed != rollout_requests({4: PROMPTS[0]}, 3, "0", "8")[0].seed
+
+
+def test_completions_and_verdicts_become_rollouts() -> None:
+    completions = [Completion("4/0", (1, 2), (-1.0, -2.0), "stop"), Completion("4/1", (3,), (-3.0,), "length")]
+    verdicts = [SimpleNamespace(verdict="correct"), SimpleNamespace(verdict="timeout")]
+    first, second = graded_rollouts(completions, verdicts, {4: 1})
+    assert first == Rollout(4, 0, 1, (1, 2), (-1.0, -2.0), is_truncated=False, is_correct=True)
+    assert second == Rollout(4, 1, 1, (3,), (-3.0,), is_truncated=True, is_correct=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return build_tokenizer(synthetic_corpus())
+
+
+def written_prompts(path: Path, questions: list[str], spreads: list[float], hard: list[bool]) -> Path:
+    rows = [
+        {
+            "id": f"p{i}",
+            "problem_id": f"p{i}",
+            "question": question,
+            "answer": str(i),
+            "pass_rate": 0.5,
+            "mean_length": 9.0,
+            "length_spread": spreads[i],
+            "hard": hard[i],
+        }
+        for i, question in enumerate(questions)
+    ]
+    write_shard(path, 0, rows_to_table(rows, "prompts"), kind="prompts")
+    finish(path, kind="prompts", config={})
+    return path
+
+
+def grpo_config(repository: Path, *overrides: str) -> Any:
+    return load_config(GRPOConfig, repository / "conf" / "grpo" / "tiny.yaml", overrides)
+
+
+def test_prompts_are_filtered_by_spread_and_length_and_hard_ones_repeated(
+    tmp_path: Path, repository: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    questions = ["What is 1 + 1?", "What is 2 + 2?", "What is 3 + 3? " * 40, "What is 4 + 4?"]
+    path = written_prompts(tmp_path / "prompts", questions, [0.2, 0.9, 0.1, 0.4], [True, True, False, False])
+    prompts = load_prompts(path, tokenizer, grpo_config(repository, "rebalance.oversample_hard=3"))
+    assert [prompt.id for prompt in prompts.prompts] == ["p0", "p3"]
+    assert prompts.prompts[1] == Prompt("p3", "3", tuple(render_prompt(tokenizer, questions[3])), False)
+    assert list(prompts.epoch) == [0, 0, 0, 1]
+    assert (prompts.dropped_uneven, prompts.dropped_long) == (1, 1)
+
+
+def test_no_usable_prompt_is_an_error_that_counts(
+    tmp_path: Path, repository: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = written_prompts(tmp_path / "prompts", ["What is 1 + 1?"], [math.inf], [False])
+    with pytest.raises(UserError, match=r"none of the 1 prompts .* 1 with a length spread"):
+        load_prompts(path, tokenizer, grpo_config(repository))
