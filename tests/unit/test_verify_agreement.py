@@ -71,7 +71,7 @@ def test_every_published_answer_equals_itself(shared_data: Path) -> None:
 
 
 def test_the_programmatic_teacher_is_graded_as_it_meant() -> None:
-    """The project's own data: a teacher without mistakes is always correct; one that always errs is wrong or gives no answer."""
+    """The project's own teacher: without mistakes always correct; with a mistake each time wrong or no answer."""
     problems = generate_problems(5, 40, "train")
     names = []
     for mistake_rate in (0.0, 1.0):
