@@ -87,6 +87,10 @@ class StopOnSignal(pl.Callback):
     def __init__(self, guard: PreemptionGuard) -> None:
         self.guard = guard
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Lightning answers SIGTERM by raising in the middle of things; here the step is finished and saved."""
+        self.guard.install()
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,

@@ -132,8 +132,14 @@ class PreemptionGuard:
 
     def __enter__(self) -> PreemptionGuard:
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._remember)
+            self._previous[number] = signal.getsignal(number)
+        self.install()
         return self
+
+    def install(self) -> None:
+        """Take the signals over (again): a trainer may have put its own handlers in front."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
