@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,18 +18,12 @@ from phimr_nemo.generate.backends import open_local
 from phimr_nemo.generate.rollouts import QUESTION, sample_rollouts
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store import (
-    finish,
-    is_complete,
-    iter_shards,
     read_manifest,
     read_table,
-    rows_to_table,
-    shard_is_complete,
     write_json,
-    write_shard,
 )
-from phimr_nemo.verify import Grader
-from phimr_nemo.verify.verdict import GRADER_VERSION
+from phimr_nemo.verify import GRADER_VERSION
+from phimr_nemo.verify.stage import verify_rollouts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -154,42 +147,11 @@ def evaluate_model(
         )
     finally:
         sampler.close()
-    grade_rollouts(rollouts_dir, out_dir / "verdicts", workers=workers)
+    verify_rollouts(rollouts_dir, out_dir / "verdicts", workers=workers, config={"evaluates": str(rollouts_dir)})
     result = summarise(read_table(out_dir / "verdicts", "verdicts", SCORED_COLUMNS))
     settings = dict(read_manifest(rollouts_dir, "rollouts").config)
     write_result(out_dir / RESULTS_FILE, result, {**settings, "model": str(model_dir)})
     return result
-
-
-def grade_rollouts(rollouts: Path, verdicts: Path, *, workers: int) -> None:
-    """Grade a finished directory of rollouts, shard by shard; finished shards of an earlier run are kept.
-
-    Args:
-        rollouts: record directory of kind "rollouts".
-        verdicts: record directory of kind "verdicts" to write.
-        workers: grader processes.
-    """
-    import pyarrow.parquet as pq
-
-    if is_complete(verdicts, "verdicts"):
-        return
-    with Grader(workers=workers) as grader:
-        for index, shard in enumerate(iter_shards(rollouts, "rollouts")):
-            if shard_is_complete(verdicts, index):
-                continue
-            rows = shard.to_pylist()
-            graded = grader.grade_many([(row["response"], row["answer"]) for row in rows])
-            for row, verdict in zip(rows, graded, strict=True):
-                row.update(
-                    verdict=verdict.verdict,
-                    extracted=verdict.extracted,
-                    reason=verdict.reason,
-                    grader=GRADER_VERSION,
-                )
-            write_shard(verdicts, index, rows_to_table(rows, "verdicts"), kind="verdicts")
-    shards = sorted(verdicts.glob("part-*.parquet"))
-    names = [v for path in shards for v in pq.read_table(path, columns=["verdict"])["verdict"].to_pylist()]
-    finish(verdicts, kind="verdicts", config={"workers": workers}, inputs=[rollouts], counts=Counter(names))
 
 
 def summarise(verdicts: pa.Table) -> Result:

@@ -21,7 +21,6 @@ from phimr_nemo.evaluate.evaluate import (
     SCORED_COLUMNS,
     Result,
     evaluate_model,
-    grade_rollouts,
     read_result,
     summarise,
     write_result,
@@ -231,7 +230,7 @@ def test_grading_continues_with_the_shards_that_are_missing(
     for name in ("manifest.json", "part-00002.json"):
         (verdicts / name).unlink()
     kept = (verdicts / "part-00001.parquet").stat().st_mtime_ns
-    grade_rollouts(tmp_path / "out" / "rollouts", verdicts, workers=1)
+    run(model_dir, problems, tmp_path / "out")
     assert read_table(verdicts, "verdicts") == whole
     assert read_manifest(verdicts, "verdicts").counts == counts
     assert (verdicts / "part-00001.parquet").stat().st_mtime_ns == kept
