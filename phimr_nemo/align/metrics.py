@@ -23,7 +23,8 @@ DPO_NAMES: Final = (
     "lr",
     "step_time",
 )
-_NOT_UPDATE_NAMES: Final = frozenset({"optim_step", "count"})
+_NOT_UPDATE_NAMES: Final = frozenset({"optim_step"})
+_NOT_ROLLOUT_NAMES: Final = frozenset({"rollout_size", "epoch"})
 _SECONDS: Final = {
     "sample": "sample_seconds",
     "reward": "reward_seconds",
@@ -76,18 +77,16 @@ class GRPOLog(_Log):
         super().__init__(writer, optimizer, every)
         self._rollouts: dict[str, float] = {}
         self._updates: list[dict[str, float]] = []
-        self.last: dict[str, float] = {}
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int, prefix: str) -> None:
         """Collect; the timers come last and end the round's line. Updates of a round are averaged."""
         if prefix == "train_rollouts/":
-            self._rollouts = {name: float(value) for name, value in metrics.items()}
+            self._rollouts = {name: float(value) for name, value in metrics.items() if name not in _NOT_ROLLOUT_NAMES}
         elif prefix == "train_optim/":
             update = {name: float(value) for name, value in metrics.items() if name not in _NOT_UPDATE_NAMES}
             self._updates.append(update | {"grad_norm": self._optimizer.grad_norm})
         elif prefix == "timers/":
-            self.last = {**self._rollouts, **_mean(self._updates), **_seconds(metrics)}
-            self._write(step + 1, self.last)
+            self._write(step + 1, {**self._rollouts, **_mean(self._updates), **_seconds(metrics)})
             self._updates = []
 
 

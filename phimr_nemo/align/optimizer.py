@@ -81,6 +81,10 @@ def build_optimizer(
         ),
         models,
     )
+    # Its moments exist from the start: a run may be saved before its first update, and a checkpoint without them
+    # could not be loaded.
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)
     return TrainerOptimizer(optimizer), TrainerScheduler(build_schedule(config, optimizer, steps))
 
 

@@ -204,6 +204,8 @@ def test_grpo_learns_what_is_rewarded(runs: Path) -> None:
 
 
 def test_rounds_without_a_positive_leave_the_model_alone(runs: Path) -> None:
+    """Also when such a run is stopped: its checkpoint is from before the first update."""
+    run_distributed(run_case, 2, make_case(runs, "grpo-never", "grpo", DP2, grader="never", stop=STOP))
     run_distributed(run_case, 2, make_case(runs, "grpo-never", "grpo", DP2, grader="never"))
     for row in curve(runs / "grpo-never"):
         assert (row["kept"], row["zero_gradient_groups"], row["pass_rate"]) == (0.0, 1.0, 0.0)
