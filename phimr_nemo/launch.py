@@ -17,8 +17,9 @@ from typing import Any, Final
 from phimr_nemo.atomic import explain_os_errors
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.preflight import record_inputs
 from phimr_nemo.runs import CONFIG_FILE, RunDirectory
-from phimr_nemo.store import atomic_write_text
+from phimr_nemo.store import atomic_write_text, input_hash
 
 # Stage -> "module:function" taking the stage's config and returning the facts that close the run.
 FUNCTIONS: Final[Mapping[str, str]] = {
@@ -76,7 +77,8 @@ def run_stage(stage: str, config: Any) -> None:
     is_new = not (run.path / CONFIG_FILE).is_file()
     try:
         if first_rank:
-            run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts={})
+            inputs = {str(path): input_hash(path) for path, _ in record_inputs(stage, config)}
+            run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts={"inputs": inputs})
         # Libraries that write checkpoints and logs know nothing of our messages.
         with explain_os_errors(run.path):
             facts = stage_function(stage)(config)

@@ -18,7 +18,7 @@ from typing import Final
 from phimr_nemo.config import QuickstartConfig, load_config
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.records import Kind
-from phimr_nemo.runs import METRICS_FILE, RunDirectory
+from phimr_nemo.runs import METRICS_FILE, RunDirectory, read_metrics
 from phimr_nemo.store import is_complete, read_manifest
 
 # The step whose model a row of the paper's table of stages evaluates, and the row's name, in the paper's order.
@@ -205,7 +205,12 @@ def _plot_run(root: Path, out: Path) -> None:
     """Loss, reward and data-funnel plots of one seed, of the steps that have run."""
     from phimr_nemo.evaluate.plots import plot_funnel, plot_losses, plot_reward_and_length, read_curve
 
-    losses = {name: read_curve(root / name, "loss") for name in TRAINED if (root / name / METRICS_FILE).is_file()}
+    # Reinforcement learning logs no loss when no group ever had both right and wrong responses.
+    losses = {
+        name: read_curve(root / name, "loss")
+        for name in TRAINED
+        if any("loss" in row for row in read_metrics(root / name))
+    }
     if losses:
         plot_losses(losses, out / f"{root.name}-loss.png")
     if (root / "grpo" / METRICS_FILE).is_file():
