@@ -36,6 +36,8 @@ from phimr_nemo.records import Kind
 from phimr_nemo.runs import RunDirectory, read_metrics
 from phimr_nemo.store import read_manifest, read_table
 
+pytestmark = pytest.mark.slow
+
 PROBLEMS, OWN_PROBLEMS, HELD_OUT, SAMPLES = 60, 16, 6, 2
 TRAINED = {
     "midtrain": small.MIDTRAIN_STEPS,
