@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.atomic import explain_os_errors
+from phimr_nemo.atomic import NO_SPACE, explain_os_errors
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.preflight import record_inputs
@@ -54,6 +55,8 @@ IMPORT_NOTES: Final = (
     "transformer_engine",
     "Apex",
 )
+# What torch's archive writer says when the disk took less than was written; the reason is lost in its C++.
+SHORT_WRITE: Final = ". unexpected pos "
 # A rendezvous of this launch alone, on a free port.
 ELASTIC_ARGUMENTS: Final = ("--nnodes=1", "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
@@ -81,7 +84,7 @@ def run_stage(stage: str, config: Any) -> None:
             run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts={"inputs": inputs})
         # Libraries that write checkpoints and logs know nothing of our messages.
         with explain_os_errors(run.path):
-            facts = stage_function(stage)(config)
+            facts = _with_os_errors(stage_function(stage), config)
     except UserError:
         # Settings that were refused must not stand in the way of the corrected ones.
         if first_rank and is_new:
@@ -89,6 +92,21 @@ def run_stage(stage: str, config: Any) -> None:
         raise
     if first_rank and facts is not None:
         run.finish(**facts)
+
+
+def _with_os_errors(function: Callable[[Any], Mapping[str, Any] | None], config: Any) -> Mapping[str, Any] | None:
+    """Call a stage; a full disk that a library wrapped into an error of its own comes out as the OSError it was."""
+    try:
+        return function(config)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in NO_SPACE:
+                raise cause from error
+            cause = cause.__cause__ or cause.__context__
+        if SHORT_WRITE in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:

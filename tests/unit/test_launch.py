@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -159,3 +160,34 @@ def test_the_error_of_several_ranks_is_one_error(
     assert caught.value.problem.startswith(f"{recorded}, line 3 is not JSON")
     assert caught.value.rule == "every row is a JSON object"
     assert capfd.readouterr().err == ""
+
+
+def no_space(code: int) -> RuntimeError:
+    """An error as Megatron's checkpoint writer raises it: the disk's own inside."""
+    error = RuntimeError("Worker failure")
+    error.__cause__ = OSError(code, "the disk")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (no_space(errno.ENOSPC), UserError),
+        (no_space(errno.EDQUOT), UserError),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), UserError),
+        (no_space(errno.EIO), RuntimeError),
+        (RuntimeError("shapes do not match"), RuntimeError),
+        (OSError(errno.ENOSPC, "the disk"), UserError),
+    ],
+)
+def test_a_full_disk_inside_a_library_is_one_message(
+    error: Exception, expected: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(config: GenerateConfig) -> None:
+        raise error
+
+    monkeypatch.setattr("phimr_nemo.launch.stage_function", lambda _: stage)
+    with pytest.raises(expected) as caught:
+        run_stage("generate", generate(tmp_path / "run"))
+    assert type(caught.value) is expected
+    assert (expected is UserError) == ("no space left" in str(caught.value))
