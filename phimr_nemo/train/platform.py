@@ -2,7 +2,7 @@
 
 Megatron-Core and NeMo are written for CUDA: they name the device in factory calls and ask for its index and its
 random state. Where CUDA is available `prepare` changes nothing. Where it is not, it redirects those calls to the
-CPU, so that the same trainers run over gloo. Each redirection says who needs it; dropping any one breaks training.
+CPU, so that the same trainers run over gloo. Each redirection says who needs it.
 """
 
 from __future__ import annotations
