@@ -18,6 +18,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.hf import HFDirectory
 from phimr_nemo.model.megatron import PhiGPTModel
+from phimr_nemo.model.shards import write_pieces
 from phimr_nemo.model.table import Pieces, Placement, checkpoint_tensors, pieces, placement_of, tensor_shapes
 
 __all__ = ["export_tensors", "load_tensors", "tensor_shapes", "write_pieces"]
@@ -95,15 +96,6 @@ def _assemble(part: Tensor, placement: Placement, arch: Architecture) -> Tensor:
     for rank, gathered in enumerate(parts):
         write_pieces(full, gathered, pieces(placement, arch, rank, size))
     return full
-
-
-def write_pieces(full: Tensor, part: Tensor, where: Pieces) -> None:
-    """Write a rank's part into the full tensor, the inverse of reading and concatenating the pieces."""
-    at = 0
-    for start, stop in where.ranges:
-        length = stop - start
-        full.narrow(where.axis, start, length).copy_(part.narrow(where.axis, at, length))
-        at += length
 
 
 def _owning_stages(held: Mapping[str, Tensor]) -> dict[str, tuple[int, torch.dtype]]:

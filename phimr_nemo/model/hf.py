@@ -182,21 +182,36 @@ def write_hf_directory(
         UserError: the target is in the way, the disk is full, the tokenizer is missing or too large for the
             vocabulary, or the tensors are not the architecture's.
     """
-    added_tokens = read_added_tokens(tokenizer_from, arch)
+    # Before the weights are touched.
+    read_added_tokens(tokenizer_from, arch)
     with atomic_directory(Path(path)) as directory:
         dtype = write_weights(directory, arch, tensors, max_shard_bytes)
-        _write_json(
-            directory / CONFIG_FILE,
-            {**arch.to_hf_config(), "torch_dtype": str(dtype).removeprefix("torch.")},
-        )
-        _write_json(directory / GENERATION_FILE, generation_config(arch, added_tokens))
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, directory / name)
+        write_model_files(directory, arch, tokenizer_from, dtype)
         for name, text in (extra_files or {}).items():
             (directory / name).write_text(text, encoding="utf-8")
         # What was written is read back by the library that everybody else reads it with.
         HFDirectory(directory)
+
+
+def write_model_files(directory: Path, arch: Architecture, tokenizer_from: Path, dtype: torch.dtype | None) -> None:
+    """Write what a model directory holds besides its weights: config, generation config, tokenizer, chat template.
+
+    Args:
+        directory: where to; it exists.
+        arch: the model.
+        tokenizer_from: a directory with the tokenizer's files.
+        dtype: of the weights, for config.json; None leaves it unsaid.
+
+    Raises:
+        UserError: the tokenizer is missing or does not fit the model.
+    """
+    stated = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
+    _write_json(directory / CONFIG_FILE, {**arch.to_hf_config(), **stated})
+    added_tokens = read_added_tokens(tokenizer_from, arch)
+    _write_json(directory / GENERATION_FILE, generation_config(arch, added_tokens))
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, directory / name)
 
 
 def generation_config(arch: Architecture, added_tokens: Mapping[str, int]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.model.table import Pieces, tensor_shapes
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
@@ -128,3 +128,12 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes as they stand in a file, without a copy where it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return memoryview(flat.view(torch.uint8).numpy())
+
+
+def write_pieces(full: Tensor, part: Tensor, where: Pieces) -> None:
+    """Write a rank's part into the full tensor, the inverse of reading and concatenating the pieces."""
+    at = 0
+    for start, stop in where.ranges:
+        length = stop - start
+        full.narrow(where.axis, start, length).copy_(part.narrow(where.axis, at, length))
+        at += length

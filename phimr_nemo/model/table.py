@@ -119,6 +119,21 @@ class Placement:
     split: Split
 
 
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor in a Megatron distributed checkpoint, where every layer's tensors of a kind form one.
+
+    Attributes:
+        placement: the tensor and how it is divided. Query, key and value rows lie in Megatron's order.
+        key: the name in the checkpoint.
+        layer: the place along the checkpoint tensor's first axis; None for tensors outside the layers.
+    """
+
+    placement: Placement
+    key: str
+    layer: int | None
+
+
 def checkpoint_tensors(arch: Architecture) -> Iterator[Placement]:
     """Every tensor of a Hugging Face checkpoint of this model, in the order of the layers."""
     yield _placement(EMBEDDING_RULE, arch, 0)
@@ -128,6 +143,19 @@ def checkpoint_tensors(arch: Architecture) -> Iterator[Placement]:
     yield _placement(NORM_RULE, arch, 0)
     if not arch.tie_word_embeddings:
         yield _placement(HEAD_RULE, arch, 0)
+
+
+def saved_tensors(arch: Architecture) -> Iterator[SavedTensor]:
+    """Every tensor of a Megatron distributed checkpoint of this model, in the order of the layers."""
+    yield SavedTensor(_placement(EMBEDDING_RULE, arch, 0), EMBEDDING_RULE.megatron[0], None)
+    for layer in range(arch.num_hidden_layers):
+        for rule in LAYER_RULES:
+            # Megatron's own layers save under the names of Transformer Engine's, so that either reads the other.
+            key = rule.megatron[-1].replace(".{layer}.", ".")
+            yield SavedTensor(_placement(rule, arch, layer), key, layer)
+    yield SavedTensor(_placement(NORM_RULE, arch, 0), NORM_RULE.megatron[0], None)
+    if not arch.tie_word_embeddings:
+        yield SavedTensor(_placement(HEAD_RULE, arch, 0), HEAD_RULE.megatron[0], None)
 
 
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:

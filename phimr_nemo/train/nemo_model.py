@@ -1,27 +1,46 @@
 """The model in the form NeMo 2.0 trains: a GPTConfig that builds our GPTModel and starts it from a Hugging Face
-directory, and the data and forward steps that go with our batches."""
+directory, the data and forward steps that go with our batches, and the connectors between NeMo checkpoints and
+Hugging Face directories (`llm.import_ckpt`, `llm.export_ckpt`)."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.lightning import io
+from nemo.lightning.io.pl import TrainerContext
 from torch import Tensor, nn
 
 from phimr_nemo.config import LongRopePolicy, ModelConfig, ParallelConfig
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.checkpoints import (
+    NEMO_CONTEXT,
+    NEMO_TOKENIZER,
+    NEMO_WEIGHTS,
+    Checkpoint,
+    open_checkpoint,
+    write_hf,
+)
 from phimr_nemo.model.convert import load_tensors
-from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.model.distcheckpoint import write_dist_checkpoint
+from phimr_nemo.model.hf import HFDirectory, write_model_files
 from phimr_nemo.model.megatron import PhiGPTModel, build_model, transformer_fields
+from phimr_nemo.model.table import NORM_RULE
+from phimr_nemo.store import atomic_directory
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NEMO_PREFIX: Final = "module."
+"""Before Megatron's names in NeMo's checkpoints."""
 
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Tensor]:
@@ -108,13 +127,13 @@ class Phi4MiniConfig(llm.GPTConfig):
 
 
 class Phi4MiniModel(llm.GPTModel):
-    """NeMo's GPTModel over :class:`Phi4MiniConfig`."""
+    """NeMo's GPTModel over :class:`Phi4MiniConfig`, with connectors to and from Hugging Face directories."""
 
 
 def phi4mini_config(
     base: Path, model: ModelConfig, parallel: ParallelConfig, *, max_length: int, seed: int
 ) -> Phi4MiniConfig:
-    """NeMo's configuration of the model in a Hugging Face directory.
+    """NeMo's configuration of the model in a Hugging Face directory, which starts from the weights there.
 
     Args:
         base: the directory to start from.
@@ -127,6 +146,24 @@ def phi4mini_config(
         UserError: no such directory, or the layout cannot hold the model.
     """
     architecture = Architecture.from_directory(base)
+    config = architecture_config(architecture, model, parallel, max_length=max_length, seed=seed)
+    # Not an argument: NeMo saves those, and a checkpoint brings weights of its own.
+    config.hf_directory = str(base)
+    return config
+
+
+def architecture_config(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, *, max_length: int, seed: int
+) -> Phi4MiniConfig:
+    """NeMo's configuration of a model whose weights are random or come from a NeMo checkpoint.
+
+    Args:
+        architecture: the model.
+        model, parallel, max_length, seed: as for :func:`phi4mini_config`.
+
+    Raises:
+        UserError: the layout cannot hold the model.
+    """
     fields: dict[str, Any] = transformer_fields(architecture, parallel, dtype=DTYPES[model.dtype])
     if model.recompute:
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -143,6 +180,87 @@ def phi4mini_config(
         architecture=architecture,
         max_length=max_length,
         longrope=model.longrope,
-        hf_directory=str(base),
         seed=seed,
     )
+
+
+def write_nemo(target: Path, checkpoint: Checkpoint, layout: ParallelConfig) -> None:
+    """Write a NeMo 2.0 checkpoint of a layout, whole or not at all, holding one tensor at a time.
+
+    Args:
+        target: where to; must not exist or be empty.
+        checkpoint: weights and tokenizer.
+        layout: `tensor` and `pipeline` of the ranks whose files are written.
+
+    Raises:
+        UserError: the target is in the way, the disk is full, the layout cannot hold the model, or the weights are
+            damaged or neither float32 nor bfloat16.
+    """
+    with atomic_directory(target) as directory:
+        _write_context(directory / NEMO_CONTEXT, checkpoint)
+        (directory / NEMO_WEIGHTS).mkdir()
+        write_dist_checkpoint(directory / NEMO_WEIGHTS, checkpoint.source, layout, prefix=NEMO_PREFIX)
+
+
+def _write_context(directory: Path, checkpoint: Checkpoint) -> None:
+    """What NeMo rebuilds model, tokenizer and trainer from."""
+    arch = checkpoint.source.architecture
+    dtype = checkpoint.source.read(NORM_RULE.hf).dtype
+    config = architecture_config(
+        arch,
+        ModelConfig(dtype="bf16" if dtype == torch.bfloat16 else "fp32"),
+        ParallelConfig(),
+        max_length=min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings),
+        seed=0,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        # NeMo copies the tokenizer's whole directory, and would take the weights along.
+        files = Path(scratch) / NEMO_TOKENIZER
+        files.mkdir()
+        write_model_files(files, arch, checkpoint.tokenizer, dtype)
+        model = Phi4MiniModel(config, tokenizer=AutoTokenizer(str(files)))
+        trainer = nl.Trainer(accelerator="cpu", devices=1, strategy=nl.MegatronStrategy(), logger=False)
+        TrainerContext(model=model, trainer=trainer, extra={}).io_dump(directory, yaml_attrs=["model"])
+
+
+@io.model_importer(Phi4MiniModel, "hf")
+class HFPhi4MiniImporter(io.ModelConnector["Phi3ForCausalLM", Phi4MiniModel]):  # type: ignore[name-defined]
+    """`llm.import_ckpt(model, source="hf://DIRECTORY")`: a local Hugging Face directory -> a NeMo checkpoint.
+
+    The checkpoint's model is the directory's, for sequences of every length that it supports; fine-tune it with a
+    configuration of your own (:func:`phi4mini_config`), whose `max_length` decides the LongRoPE regime.
+    """
+
+    def __call__(self, output_path: Path | None = None, overwrite: bool = False, **options: Any) -> Path:
+        """Convert unless it was done before; where the NeMo checkpoint is."""
+        self._imported: Path = super().__call__(output_path, overwrite, **options)
+        return self._imported
+
+    def apply(self, output_path: Path) -> Path:
+        """Convert.
+
+        Raises:
+            UserError: as :func:`write_nemo`, or no Hugging Face directory of this family.
+        """
+        checkpoint = open_checkpoint(Path(str(self)))
+        write_nemo(Path(output_path), checkpoint, ParallelConfig())
+        return output_path
+
+    @property
+    def tokenizer(self) -> AutoTokenizer:
+        """The tokenizer that was imported; NeMo gives it to the model that it was called with."""
+        return AutoTokenizer(str(self._imported / NEMO_CONTEXT / NEMO_TOKENIZER))
+
+
+@io.model_exporter(Phi4MiniModel, "hf")
+class HFPhi4MiniExporter(io.ModelConnector[Phi4MiniModel, "Phi3ForCausalLM"]):  # type: ignore[name-defined]
+    """`llm.export_ckpt(path, target="hf")`: a NeMo checkpoint -> a Hugging Face directory."""
+
+    def apply(self, output_path: Path) -> Path:
+        """Convert.
+
+        Raises:
+            UserError: the target is in the way, the disk is full, or the checkpoint is damaged.
+        """
+        write_hf(Path(output_path), open_checkpoint(Path(str(self))))
+        return output_path
