@@ -114,6 +114,9 @@ def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
     module, name = FUNCTIONS[stage].split(":")
     for note in IMPORT_NOTES:
         warnings.filterwarnings("ignore", message=f".*{note}")
+    # For the processes that a stage starts: they import torch as well.
+    os.environ.setdefault("PYTHONWARNINGS", f"ignore:{IMPORT_NOTES[0]}")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     return getattr(importlib.import_module(module), name)
 
 

@@ -30,7 +30,17 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 SILENT_LOGGERS: Final = ("megatron.core.rerun_state_machine",)
 """They warn about a feature that is off."""
 
-NOISY_LOGGERS: Final = ("nemo_logger", "megatron", "megatron.core", "nemo", "nv_one_logger", "lightning.pytorch")
+NOISY_LOGGERS: Final = (
+    "nemo_logger",
+    "megatron",
+    "megatron.core",
+    "nemo",
+    "nv_one_logger",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "pytorch_lightning",
+    "lightning_fabric",
+)
 
 
 def start_process_group(parallel: ParallelConfig, seed: int) -> None:

@@ -102,7 +102,7 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
     newest = newest_checkpoint(run.checkpoints)
     with PreemptionGuard() as guard:
         monitor = RunMonitor(run, title=stage, every=config.run.log_every)
-        trainer = _trainer(config, data, steps, [monitor, StopOnSignal(guard)])
+        trainer = _trainer(config, data, steps, [monitor, StopOnSignal(guard), checkpoint])
         llm.train(
             model=model,
             data=data,
@@ -111,7 +111,6 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
                 log_dir=str(run.path),
                 name="nemo",
                 use_datetime_version=False,
-                ckpt=checkpoint,
                 log_global_rank_0_only=True,
             ),
             resume=None if newest is None else nl.AutoResume(resume_from_path=str(newest)),
