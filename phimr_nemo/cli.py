@@ -147,6 +147,28 @@ def report(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face directory, Megatron or NeMo 2.0 checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of a Megatron or NeMo target.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages of a Megatron or NeMo target.")] = 1,
+    to: Annotated[
+        str | None, typer.Option(help="hf, megatron or nemo; default megatron from Hugging Face, else hf.")
+    ] = None,
+    hf: Annotated[
+        Path | None, typer.Option(help="Directory of config.json and tokenizer, if SOURCE does not carry them.")
+    ] = None,
+) -> None:
+    """Convert weights between Hugging Face, Megatron (any layout) and NeMo 2.0, one tensor at a time."""
+    from phimr_nemo.config import ParallelConfig
+    from phimr_nemo.train.conversion import convert as convert_checkpoint
+
+    with _continuable():
+        kind = convert_checkpoint(source, target, kind=to, layout=ParallelConfig(tensor=tp, pipeline=pp), hf=hf)
+    typer.echo(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
+
+
+@app.command()
 def doctor() -> None:
     """What this machine has and lacks against the tested versions, and what falls back to what."""
     from phimr_nemo.doctor import diagnose, exit_code, print_report

@@ -254,12 +254,19 @@ def _parts(source: WeightSource, tensor: SavedTensor, rank: int, size: int) -> I
     else:
         blocks = [(rank * where.length if placement.split != "whole" else 0, where.ranges)]
     for start, ranges in blocks:
-        part = source.read_pieces(placement.name, where.axis, ranges).contiguous()
+        part = _compact(source.read_pieces(placement.name, where.axis, ranges))
         offsets = tuple(start if axis == where.axis else 0 for axis in range(part.dim()))
         if tensor.layer is None:
             yield offsets, part
         else:
             yield (tensor.layer, *offsets), part[None]
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own: saving a view would save all that it looks at."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _append(file: IO[bytes], name: str, value: Tensor | list[None]) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from phimr_nemo.config import STAGES
 
 BLOCKED = ("torch", "transformers", "nemo", "nemo_run", "megatron", "nemo_aligner", "lightning", "vllm", "datasets")
-COMMANDS = (*STAGES, "quickstart", "report", "doctor")
+COMMANDS = (*STAGES, "quickstart", "report", "convert", "doctor")
 
 
 def phimr(*arguments: str, cwd: Path, light: bool = True) -> subprocess.CompletedProcess[str]:
@@ -52,6 +52,7 @@ def test_help_of_every_command(command: str, tmp_path: Path) -> None:
         ("sft", "without-an-equals-sign"),
         ("verify", "one-argument"),
         ("quickstart", "--seeds", "one"),
+        ("convert", "source", "target", "--tp", "0"),
     ],
 )
 def test_a_mistake_is_one_clear_error_with_exit_code_2(arguments: tuple[str, ...], tmp_path: Path) -> None:

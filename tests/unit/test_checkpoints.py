@@ -1,0 +1,351 @@
+"""Conversion between the three kinds of checkpoint: the way there and back is the identity, damage is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from phimr_nemo.config import ParallelConfig
+from phimr_nemo.errors import UserError
+from phimr_nemo.model import distcheckpoint
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.checkpoints import Kind, open_checkpoint, recognise
+from phimr_nemo.model.hf import write_hf_directory
+from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.train.conversion import convert
+
+END, END_OF_TEXT, TOKENS = 3, 0, 4
+BASE = Architecture.from_preset(
+    yaml.safe_load((Path(__file__).parents[2] / "conf/model/tiny.yaml").read_text()),
+    vocab_size=32,
+    bos_token_id=END_OF_TEXT,
+    eos_token_id=END_OF_TEXT,
+    pad_token_id=END_OF_TEXT,
+)
+
+
+def make_hf(directory: Path, arch: Architecture, dtype: torch.dtype = torch.float32) -> Path:
+    """A Hugging Face directory of random weights with a tokenizer of a few tokens."""
+    tokenizer = directory / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    content = {
+        "model": {"vocab": {"a": 1, "b": 2}},
+        "added_tokens": [{"content": "<|endoftext|>", "id": END_OF_TEXT}, {"content": "<|end|>", "id": END}],
+    }
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ x }}"}))
+    generator = torch.Generator().manual_seed(0)
+    tensors = ((n, torch.randn(s, generator=generator).to(dtype)) for n, s in tensor_shapes(arch).items())
+    write_hf_directory(directory / "hf", arch, tensors, tokenizer_from=tokenizer)
+    return directory / "hf"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
+
+
+def to_megatron(source: Path, target: Path, tensor: int = 1, pipeline: int = 1, hf: Path | None = None) -> Path:
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    assert convert(source, target, kind="megatron", layout=layout, hf=hf) == "megatron"
+    return target
+
+
+def to_hf(source: Path, target: Path, hf: Path | None = None) -> Path:
+    assert convert(source, target, kind="hf", layout=ParallelConfig(), hf=hf) == "hf"
+    return target
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hf(tmp_path_factory.mktemp("model"), BASE)
+
+
+@pytest.fixture(scope="module")
+def megatron(hf: Path) -> Path:
+    return to_megatron(hf, hf.parent / "megatron", 2, 2)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[Architecture, ParallelConfig, ParallelConfig]:
+    """A random architecture and two layouts that can hold it."""
+    sizes = draw(st.sampled_from([(1, 2), (1, 3), (2, 4), (2, 2), (4, 4)]))
+    groups = max(sizes) * draw(st.integers(1, 2))
+    heads = groups * draw(st.integers(1, 3))
+    layers = draw(st.sampled_from([1, 2, 4, 6]))
+    arch = dataclasses.replace(
+        BASE,
+        vocab_size=max(sizes) * draw(st.integers(TOKENS, 9)),
+        hidden_size=heads * draw(st.sampled_from([2, 4])),
+        intermediate_size=max(sizes) * draw(st.integers(1, 5)),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        partial_rotary_factor=1.0,
+        short_factor=None,
+        long_factor=None,
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    stages = [n for n in (1, 2, 3, 4, 6) if layers % n == 0]
+    first, second = (ParallelConfig(tensor=size, pipeline=draw(st.sampled_from(stages))) for size in sizes)
+    return arch, first, second
+
+
+@settings(deadline=None, max_examples=10)
+@given(case=models(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_to_megatron_and_back_is_the_identity(
+    tmp_path_factory: pytest.TempPathFactory,
+    case: tuple[Architecture, ParallelConfig, ParallelConfig],
+    dtype: torch.dtype,
+) -> None:
+    arch, first, second = case
+    work = tmp_path_factory.mktemp("identity")
+    source = make_hf(work, arch, dtype)
+    one = to_megatron(source, work / "one", first.tensor, first.pipeline)
+    two = to_megatron(one, work / "two", second.tensor, second.pipeline)
+    for layout, directory in ((first, one), (second, two)):
+        assert len(list(directory.glob("*.distcp"))) == layout.world_size
+        back = to_hf(directory, work / f"from_{directory.name}")
+        assert contents(back) == contents(source)
+    # Written from Hugging Face or from another layout: the same data.
+    direct = to_megatron(source, work / "direct", second.tensor, second.pipeline)
+    assert contents(direct) == contents(two)
+    shutil.rmtree(work)
+
+
+def test_a_swapped_piece_is_seen(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: the ranks' parts are saved in each other's places."""
+    parts = distcheckpoint._parts
+    monkeypatch.setattr(distcheckpoint, "_parts", lambda s, t, r, n: _relabelled(parts, s, t, r, n))
+    wrong = to_megatron(hf, tmp_path / "wrong", 2, 1)
+    assert contents(to_hf(wrong, tmp_path / "back"))["model.safetensors"] != contents(hf)["model.safetensors"]
+
+
+def _relabelled(
+    parts: Callable[..., Iterator[tuple[tuple[int, ...], Tensor]]],
+    source: object,
+    tensor: object,
+    rank: int,
+    size: int,
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    mine, other = (list(parts(source, tensor, r, size)) for r in (rank, 1 - rank))
+    if not other or len(mine) == 0:
+        yield from mine
+        return
+    for (offsets, _), (_, part) in zip(mine, other, strict=True):
+        yield offsets, part
+
+
+def test_kinds_are_recognised(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    assert recognise(hf) == "hf"
+    assert recognise(megatron) == "megatron"
+    nemo = tmp_path / "nemo"
+    shutil.copytree(megatron, nemo / "weights")
+    assert recognise(nemo) == "nemo"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mp_rank_00").mkdir()
+    for path, named in [
+        (tmp_path / "other", "mp_rank_00"),
+        (tmp_path / "nowhere", "no directory"),
+        (hf / "config.json", "no directory"),
+    ]:
+        with pytest.raises(UserError, match=named):
+            recognise(path)
+
+
+def test_the_target_follows_from_the_source(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    layout = ParallelConfig()
+    assert convert(hf, tmp_path / "a", kind=None, layout=layout, hf=None) == "megatron"
+    assert convert(megatron, tmp_path / "b", kind=None, layout=layout, hf=None) == "hf"
+    assert [recognise(tmp_path / name) for name in "ab"] == ["megatron", "hf"]
+
+
+def test_mistakes_are_told_before_anything_is_written(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = contents(tmp_path)
+    kind: Kind
+    for kind in ("hf", "megatron"):
+        with pytest.raises(UserError, match="exists already"):
+            convert(hf, tmp_path / "full", kind=kind, layout=ParallelConfig(), hf=None)
+    with pytest.raises(UserError, match="'onnx'"):
+        convert(hf, tmp_path / "new", kind="onnx", layout=ParallelConfig(), hf=None)
+    for layout, named in [(ParallelConfig(tensor=4), "6 attention heads"), (ParallelConfig(pipeline=3), "4 layers")]:
+        with pytest.raises(UserError, match=named):
+            convert(hf, tmp_path / "new", kind="megatron", layout=layout, hf=None)
+    assert contents(tmp_path) == before
+
+
+def test_a_bare_checkpoint_takes_its_model_from_elsewhere(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    """As Megatron itself writes one: no config.json, no tokenizer."""
+    bare = tmp_path / "bare"
+    shutil.copytree(megatron, bare, ignore=lambda _, names: {"hf"} & set(names))
+    with pytest.raises(UserError, match="--hf"):
+        to_hf(bare, tmp_path / "out")
+    assert contents(to_hf(bare, tmp_path / "out", hf)) == contents(hf)
+    taller = make_hf(tmp_path / "taller", dataclasses.replace(BASE, num_hidden_layers=6))
+    with pytest.raises(UserError, match=r"shape \[4, "):
+        to_hf(bare, tmp_path / "never", taller)
+    untied = make_hf(tmp_path / "untied", dataclasses.replace(BASE, tie_word_embeddings=False))
+    with pytest.raises(UserError, match=r"lacks the tensor output_layer\.weight"):
+        to_hf(bare, tmp_path / "never", untied)
+
+
+class Payload:
+    """What a hostile index does when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.mkdir, (str(self.proof),)
+
+
+def hostile_index(directory: Path) -> None:
+    index = pickle.loads((directory / ".metadata").read_bytes())
+    index.planner_data = Payload(directory / "proof")
+    (directory / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def test_code_in_an_index_is_not_run(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(megatron, copy)
+    hostile_index(copy)
+    assert contents(to_hf(copy, tmp_path / "out")) == contents(hf)
+    assert not (copy / "proof").exists()
+    # The payload works: an ordinary reader runs it.
+    pickle.loads((copy / ".metadata").read_bytes())
+    assert (copy / "proof").exists()
+    (copy / ".metadata").write_bytes(pickle.dumps(Payload(copy / "second")))
+    with pytest.raises(UserError, match="no index"):
+        open_checkpoint(copy)
+    assert not (copy / "second").exists()
+
+
+def truncate(directory: Path) -> None:
+    file = directory / "__1_0.distcp"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def scramble(directory: Path) -> None:
+    """Bytes that are no saved tensor, at the right length."""
+    file = directory / "__1_0.distcp"
+    file.write_bytes(b"\0" * file.stat().st_size)
+
+
+def change_index(change: Callable[[dict[object, object]], None]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        index = pickle.loads((directory / ".metadata").read_bytes())
+        change(index)
+        (directory / ".metadata").write_bytes(pickle.dumps(index))
+
+    return damage
+
+
+def drop_chunk(index: object) -> None:
+    index.state_dict_metadata["decoder.layers.mlp.linear_fc1.weight"].chunks.pop()  # type: ignore[attr-defined]
+
+
+def point_elsewhere(index: object) -> None:
+    for info in index.storage_data.values():  # type: ignore[attr-defined]
+        info.relative_path = "../secret"
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (truncate, "truncated"),
+        (scramble, "cannot be read"),
+        (lambda d: (d / "__3_0.distcp").unlink(), "missing"),
+        (lambda d: (d / ".metadata").unlink(), "metadata"),
+        (lambda d: (d / ".metadata").write_bytes(b"\x80\x04nonsense"), "cannot be read"),
+        (lambda d: (d / "metadata.json").write_text("{"), "metadata.json"),
+        (lambda d: (d / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "zarr"),
+        (lambda d: (d / "hf" / "config.json").unlink(), "--hf"),
+        (lambda d: (d / "hf" / "tokenizer.json").unlink(), "tokenizer"),
+        (change_index(drop_chunk), "do not add up"),
+        (change_index(point_elsewhere), "no plain data"),
+    ],
+)
+def test_damage_is_refused_and_leaves_nothing(
+    damage: Callable[[Path], None], named: str, megatron: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(megatron, copy)
+    damage(copy)
+    with pytest.raises(UserError) as caught:
+        to_hf(copy, tmp_path / "out")
+    assert named in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_hf(tmp_path / "model", BASE)
+    append = distcheckpoint._append
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            distcheckpoint,
+            "_append",
+            lambda file, name, value: append(file, name, value * torch.nan if isinstance(value, Tensor) else value),
+        )
+        bad = to_megatron(source, tmp_path / "bad")
+    with pytest.raises(UserError, match="NaN"):
+        to_hf(bad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from phimr_nemo.config import ParallelConfig
+from phimr_nemo.model import distcheckpoint
+from phimr_nemo.train.conversion import convert
+append, calls = distcheckpoint._append, []
+def dying(*arguments):
+    calls.append(None)
+    if len(calls) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return append(*arguments)
+distcheckpoint._append = dying
+convert(Path(sys.argv[1]), Path(sys.argv[2]), kind="megatron", layout=ParallelConfig(tensor=2), hf=None)
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_complete_and_a_rerun_completes(hf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "megatron"
+    done = subprocess.run([sys.executable, "-c", DYING, str(hf), str(target)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists()
+    left = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert all(path.name.startswith(".") and not (path / "metadata.json").exists() for path in left)
+    assert contents(to_hf(to_megatron(hf, target, 2), tmp_path / "out")) == contents(hf)
+
+
+def test_the_command(hf: Path, tmp_path: Path) -> None:
+    def phimr(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "phimr_nemo.cli", "convert", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    target = str(tmp_path / "megatron")
+    done = phimr(str(hf), target, "--tp", "2", "--pp", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{target}: megatron, tensor 2 x pipeline 4\n"
+    assert contents(to_hf(Path(target), tmp_path / "out")) == contents(hf)
+    again = phimr(str(hf), target)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    assert "Traceback" not in again.stderr
