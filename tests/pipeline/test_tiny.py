@@ -73,6 +73,9 @@ class Run:
     def model(self, name: str) -> Path:
         return self.root / name / "hf"
 
+    def config(self, name: str) -> Any:
+        return small.resolved(next(step for step in self.steps if step.name == name))[1]
+
 
 def plan(root: Path) -> list[Step]:
     sizes = [f"train_problems={PROBLEMS}", f"rl_problems={OWN_PROBLEMS}"]
@@ -162,8 +165,7 @@ def test_manifests_form_a_chain_of_hashes(name: str, kind: Kind, inputs: list[st
 )
 def test_training_runs_name_the_data_they_read(stage: str, key: str, run: Run) -> None:
     made = json.loads((run.root / stage / "run.json").read_text())
-    config = small.resolved(next(step for step in run.steps if step.name == stage))[1]
-    source = getattr(config, key)
+    source = getattr(run.config(stage), key)
     assert made["inputs"] == {str(source): small.sha256(source / "manifest.json")}
 
 
@@ -177,7 +179,7 @@ def rows_of(directory: Path, kind: Kind) -> list[dict[str, Any]]:
 
 def test_the_teacher_is_right_and_wrong_and_every_rollout_is_graded(run: Run) -> None:
     rollouts, verdicts = rows_of(run.root / "rollouts", "rollouts"), rows_of(run.root / "verdicts", "verdicts")
-    assert len(rollouts) == 2 * PROBLEMS
+    assert len(rollouts) == PROBLEMS * run.config("rollouts").rollouts_per_problem
     assert [{key: row[key] for key in rollouts[0]} for row in verdicts] == rollouts
     names = {row["verdict"] for row in verdicts}
     assert {"correct", "wrong"} <= names <= {"correct", "wrong", "unparsable"}
@@ -192,14 +194,17 @@ def test_mid_training_takes_every_right_rollout_once_and_sft_a_harder_part(run: 
         for row in rows_of(run.root / "verdicts", "verdicts")
         if row["verdict"] == "correct"
     }
+    tiers = run.config("curated").sft.difficulties
     for name in ("midtrain", "sft"):
         rows = rows_of(run.root / "curated" / name, "conversations")
         chosen = [(row["problem_id"], row["response"]) for row in rows]
         assert len(chosen) == len(set(chosen))
         if name == "midtrain":
+            # At least as many a problem are kept as the teacher gave.
+            assert run.config("curated").midtrain.max_per_problem >= run.config("rollouts").rollouts_per_problem
             assert set(chosen) == right.keys()
         else:
-            hard = {key for key, difficulty in right.items() if difficulty in ("middle", "high_school")}
+            hard = {key for key, difficulty in right.items() if difficulty in tiers}
             assert set(chosen) <= hard
             assert {problem for problem, _ in chosen} == {problem for problem, _ in hard}
 
