@@ -115,3 +115,20 @@ def _optimizer(learning_rate: float) -> Any:
             use_distributed_optimizer=False,
         )
     )
+
+
+def convert_and_export(hf: Path, work: Path) -> None:
+    """Hugging Face -> `work/megatron` -> `work/nemo` -> `work/hf`; NeMo makes `work/exported` of `work/nemo`."""
+    from nemo.collections import llm
+
+    from phimr_nemo.config import ParallelConfig
+    from phimr_nemo.train.conversion import convert
+
+    _leave_group()
+    for kind, source, layout in [
+        ("megatron", hf, ParallelConfig(tensor=2, pipeline=4)),
+        ("nemo", work / "megatron", ParallelConfig(tensor=2, pipeline=2)),
+        ("hf", work / "nemo", ParallelConfig()),
+    ]:
+        convert(source, work / kind, kind=kind, layout=layout, hf=None)
+    llm.export_ckpt(path=work / "nemo", target="hf", output_path=work / "exported")

@@ -44,6 +44,14 @@ def test_import_and_export_are_the_identity(base: Path, tmp_path: Path) -> None:
     assert {file.suffix for file in context} == {".json", ".yaml"}
 
 
+def test_converted_checkpoints_are_nemos(base: Path, tmp_path: Path) -> None:
+    """Hugging Face -> Megatron -> NeMo in two layouts; NeMo exports it, and `convert` reads it without NeMo."""
+    run_distributed(nemo_worker.convert_and_export, 1, base, tmp_path)
+    wanted = {file.name: file.read_bytes() for file in base.iterdir()}
+    for name in ("hf", "exported"):
+        assert {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} == wanted
+
+
 def test_finetune_starts_from_the_imported_weights_and_changes_them(base: Path, tmp_path: Path) -> None:
     """In two steps of Adam each weight moves by at most two learning rates, and in every tensor one does."""
     import transformers
