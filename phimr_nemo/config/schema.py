@@ -99,7 +99,7 @@ class CheckpointConfig:
     """Native checkpoints, which serve resume only.
 
     Attributes:
-        every: steps between checkpoints; also written at the end and when the run is told to stop.
+        every: steps between checkpoints; another is written when the run is told to stop.
         keep: how many of the newest are kept.
     """
 
