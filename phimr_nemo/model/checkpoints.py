@@ -22,6 +22,7 @@ from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
 from phimr_nemo.model.distcheckpoint import DistCheckpoint, WeightSource, write_dist_checkpoint
 from phimr_nemo.model.distindex import FORMAT_FILE
 from phimr_nemo.model.hf import HFDirectory, write_hf_directory, write_model_files
+from phimr_nemo.model.shards import read_ahead
 from phimr_nemo.store import atomic_directory
 
 Kind = Literal["hf", "megatron", "nemo"]
@@ -50,7 +51,7 @@ class Checkpoint:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor), in the order of the layers, one at a time."""
-        return ((name, self.source.read(name)) for name in self.source.names())
+        return read_ahead((name, self.source.read(name)) for name in self.source.names())
 
 
 def recognise(path: Path) -> Kind:

@@ -28,6 +28,7 @@ from phimr_nemo.model.distindex import (
     INDEX_FILE,
     Chunk,
     Shape,
+    Window,
     check_entry,
     check_format,
     chunks_of,
@@ -37,11 +38,13 @@ from phimr_nemo.model.distindex import (
     read_index,
 )
 from phimr_nemo.model.layout import check_layout
-from phimr_nemo.model.shards import is_finite, write_pieces
+from phimr_nemo.model.shards import is_finite, raw_bytes, read_ahead, write_pieces
 from phimr_nemo.model.table import EMBEDDING_RULE, SavedTensor, pieces, saved_tensors, tensor_shapes
 
 COMMON_FILE: Final = "common.pt"
 DATA_SUFFIX: Final = ".distcp"
+# Of the one storage in what torch.save writes.
+DATA_RECORD: Final = "data/0"
 # What Megatron-Core 0.13 writes into metadata.json.
 FORMAT: Final[Mapping[str, Any]] = {
     "sharded_backend": BACKEND,
@@ -189,13 +192,12 @@ def write_dist_checkpoint(
     for stage in range(layout.pipeline):
         for rank in range(layout.tensor):
             name = f"__{stage * layout.tensor + rank}_0{DATA_SUFFIX}"
-            with (directory / name).open("wb") as file:
-                for tensor in _stage_tensors(arch, stage, layout.pipeline):
-                    for offsets, part in _parts(source, tensor, rank, layout.tensor):
-                        index = dcp.MetadataIndex(prefix + tensor.key, torch.Size(offsets))
-                        storage[index] = _append(file, name, part)
-                        chunks[tensor.key].append(dcp.ChunkStorageMetadata(torch.Size(offsets), part.shape))
-                        dtypes[tensor.key] = part.dtype
+            with (directory / name).open("w+b") as file:
+                for tensor, offsets, part in read_ahead(_rank_parts(source, stage, rank, layout)):
+                    index = dcp.MetadataIndex(prefix + tensor.key, torch.Size(offsets))
+                    storage[index] = _append(file, name, part)
+                    chunks[tensor.key].append(dcp.ChunkStorageMetadata(torch.Size(offsets), part.shape))
+                    dtypes[tensor.key] = part.dtype
                 for state in _stage_states(arch, stage, layout.pipeline) if rank == 0 else ():
                     storage[dcp.MetadataIndex(prefix + state)] = _append(file, name, NO_STATE)
                     entries[prefix + state] = dcp.BytesStorageMetadata()
@@ -240,6 +242,15 @@ def _stage_states(arch: Architecture, stage: int, stages: int) -> Iterator[str]:
         yield f"{FINAL_STATE}._extra_state/shard_0_1"
 
 
+def _rank_parts(
+    source: WeightSource, stage: int, rank: int, layout: ParallelConfig
+) -> Iterator[tuple[SavedTensor, Shape, Tensor]]:
+    """Everything that one rank saves: (tensor, offsets in the saved tensor, block)."""
+    for tensor in _stage_tensors(source.architecture, stage, layout.pipeline):
+        for offsets, part in _parts(source, tensor, rank, layout.tensor):
+            yield tensor, offsets, part
+
+
 def _parts(source: WeightSource, tensor: SavedTensor, rank: int, size: int) -> Iterator[tuple[Shape, Tensor]]:
     """The chunks of a tensor that a tensor-parallel rank saves: (offsets in the saved tensor, block)."""
     placement = tensor.placement
@@ -272,5 +283,15 @@ def _compact(tensor: Tensor) -> Tensor:
 def _append(file: IO[bytes], name: str, value: Tensor | list[None]) -> Any:
     """Save a value at the end of a data file; says where it lies."""
     start = file.tell()
-    torch.save(value, file)
-    return filesystem._StorageInfo(name, start, file.tell() - start)
+    if not isinstance(value, Tensor):
+        torch.save(value, file)
+        return filesystem._StorageInfo(name, start, file.tell() - start)
+    # torch.save copies the data and computes a checksum that nobody reads; so it leaves the place empty.
+    with torch.serialization.skip_data():
+        torch.save(value, file)
+    end = file.tell()
+    archive = torch._C.PyTorchFileReader(Window(file, start, end - start))
+    file.seek(start + archive.get_record_offset(DATA_RECORD))
+    file.write(raw_bytes(value))
+    file.seek(end)
+    return filesystem._StorageInfo(name, start, end - start)

@@ -228,26 +228,31 @@ def overlap(one: Chunk, other: Chunk) -> list[tuple[int, int]] | None:
     return common if all(start < stop for start, stop in common) else None
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A range of a file as a file, so that a chunk is loaded without a copy of its bytes."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
 
     def readable(self) -> bool:
+        """Yes."""
         return True
 
     def seekable(self) -> bool:
+        """Yes."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move within the range."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         return self._at
 
     def tell(self) -> int:
+        """Where in the range the next read begins."""
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        """Read up to the end of the range."""
         self._file.seek(self._start + self._at)
         room = memoryview(buffer)[: max(0, self._length - self._at)]
         count = self._file.readinto(room)  # type: ignore[attr-defined]
@@ -262,8 +267,8 @@ def read_chunk(chunk: Chunk, dtype: torch.dtype) -> Tensor:
         UserError: its bytes are no tensor of this size and dtype.
     """
     try:
-        with chunk.file.open("rb", buffering=0) as file:
-            tensor = torch.load(_Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
+        with chunk.file.open("rb") as file:
+            tensor = torch.load(Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise _damaged(chunk.file.parent, f"{chunk.file.name} cannot be read at {chunk.start}: {error}") from error
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.numel() != torch.Size(chunk.sizes).numel():

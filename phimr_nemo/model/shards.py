@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,18 @@ DTYPES: Final[Mapping[torch.dtype, str]] = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
+
+
+Item = TypeVar("Item")
+
+
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made in a thread while the one before is used: reading goes on while writing."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        pending = reader.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = reader.submit(next, items, None)
+            yield item
 
 
 def is_finite(tensor: Tensor) -> bool:

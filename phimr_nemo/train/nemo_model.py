@@ -22,6 +22,7 @@ from nemo.lightning.io.pl import TrainerContext
 from torch import Tensor, nn
 
 from phimr_nemo.config import LongRopePolicy, ModelConfig, ParallelConfig
+from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.checkpoints import (
     NEMO_CONTEXT,
@@ -218,9 +219,20 @@ def _write_context(directory: Path, checkpoint: Checkpoint) -> None:
         files = Path(scratch) / NEMO_TOKENIZER
         files.mkdir()
         write_model_files(files, arch, checkpoint.tokenizer, dtype)
-        model = Phi4MiniModel(config, tokenizer=AutoTokenizer(str(files)))
+        model = Phi4MiniModel(config, tokenizer=_tokenizer(files))
         trainer = nl.Trainer(accelerator="cpu", devices=1, strategy=nl.MegatronStrategy(), logger=False)
         TrainerContext(model=model, trainer=trainer, extra={}).io_dump(directory, yaml_attrs=["model"])
+
+
+def _tokenizer(files: Path) -> AutoTokenizer:
+    try:
+        return AutoTokenizer(str(files))
+    except ValueError as error:
+        raise UserError(
+            f"NeMo cannot load the tokenizer: {error}",
+            rule="a NeMo checkpoint carries a tokenizer that transformers.AutoTokenizer loads",
+            remedy="complete tokenizer.json and tokenizer_config.json of the source",
+        ) from error
 
 
 @io.model_importer(Phi4MiniModel, "hf")
@@ -249,7 +261,7 @@ class HFPhi4MiniImporter(io.ModelConnector["Phi3ForCausalLM", Phi4MiniModel]):  
     @property
     def tokenizer(self) -> AutoTokenizer:
         """The tokenizer that was imported; NeMo gives it to the model that it was called with."""
-        return AutoTokenizer(str(self._imported / NEMO_CONTEXT / NEMO_TOKENIZER))
+        return _tokenizer(self._imported / NEMO_CONTEXT / NEMO_TOKENIZER)
 
 
 @io.model_exporter(Phi4MiniModel, "hf")

@@ -335,6 +335,29 @@ def test_a_killed_conversion_leaves_nothing_complete_and_a_rerun_completes(hf: P
     assert contents(to_hf(to_megatron(hf, target, 2), tmp_path / "out")) == contents(hf)
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from phimr_nemo.config import ParallelConfig
+from phimr_nemo.errors import UserError
+from phimr_nemo.train.conversion import convert
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+try:
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), kind="megatron", layout=ParallelConfig(), hf=None)
+except UserError as error:
+    print(error.problem)
+"""
+
+
+@pytest.mark.parametrize("limit", [8192, 200_000], ids=["in the first tensor", "in a later one"])
+def test_a_disk_that_fills_up(limit: int, hf: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk's: the kernel refuses the write in the same place."""
+    command = [sys.executable, "-c", FULL, str(hf), str(tmp_path / "megatron"), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "no space left" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command(hf: Path, tmp_path: Path) -> None:
     def phimr(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "phimr_nemo.cli", "convert", *arguments]
