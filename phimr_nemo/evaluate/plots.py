@@ -26,7 +26,6 @@ NARROWEST_INCHES: Final = 5.0
 BAR_WIDTH: Final = 0.62
 BAR_COLOR: Final = "#4c78a8"
 LINE_COLOR: Final = "#4c78a8"
-REJECTED_COLOR: Final = "#d9d9d9"
 TEXT_COLOR: Final = "#333333"
 GRID_COLOR: Final = "#e6e6e6"
 HEADROOM: Final = 1.15
@@ -94,18 +93,16 @@ def plot_reward_and_length(reward: Curve, length: Curve, path: Path) -> None:
 
 
 def plot_funnel(counts: Mapping[str, int], path: Path) -> None:
-    """How many records are left after each data step, from first to last, with their share of the most."""
+    """How many records there are after each data step, from first to last."""
     names, values = list(counts), list(counts.values())
     height = max(HEIGHT_INCHES / 2, 1.0 + INCHES_PER_STEP * len(names))
     figure = Figure(figsize=(1.5 * NARROWEST_INCHES, height))
     axes = figure.subplots()
-    most = max(1, *values)
-    axes.barh(range(len(names)), [most] * len(names), BAR_WIDTH, color=REJECTED_COLOR)
     axes.barh(range(len(names)), values, BAR_WIDTH, color=BAR_COLOR)
     for index, value in enumerate(values):
         axes.annotate(
-            f"{value:,} ({100 * value / most:.1f} %)",
-            (most, index),
+            f"{value:,}",
+            (value, index),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
@@ -114,7 +111,7 @@ def plot_funnel(counts: Mapping[str, int], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xticks([])
-    axes.set_title("Records left after each data step", fontsize=10)
+    axes.set_title("Records after each data step", fontsize=10)
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)

@@ -152,7 +152,7 @@ def test_bars_are_as_high_as_the_accuracies(tmp_path: Path) -> None:
     assert sum(plateaus) > 0.9 * (columns > 10).sum(), "and nothing else in their color"
 
 
-def test_the_funnel_shows_shares(tmp_path: Path) -> None:
+def test_the_funnel_bars_are_to_scale(tmp_path: Path) -> None:
     plot_funnel({"rollouts": 1000, "correct": 500, "kept": 125}, tmp_path / "funnel.png")
     widths = colored(tmp_path / "funnel.png").sum(axis=1)
     seen = sorted({int(w) for w in widths[widths > 10]})
