@@ -40,7 +40,8 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; de
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved config and derived numbers.")]
 
 
-def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool) -> None:
+def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool) -> Any:
+    """Run a stage, or with `dry_run` describe it; its resolved configuration."""
     from phimr_nemo.config import STAGES, load_config, to_yaml
     from phimr_nemo.launch import launch
     from phimr_nemo.preflight import derived_numbers, preflight
@@ -51,10 +52,11 @@ def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry
         typer.echo(to_yaml(resolved), nl=False)
         for name, value in derived_numbers(stage, resolved).items():
             typer.echo(f"# {name}: {value}")
-        return
+        return resolved
     preflight(stage, resolved)
     with _continuable():
         launch(stage, resolved)
+    return resolved
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -66,7 +68,30 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 for _stage in STAGE_HELP:
-    app.command(_stage)(_stage_command(_stage))
+    if _stage != "export":
+        app.command(_stage)(_stage_command(_stage))
+
+
+@app.command(help=STAGE_HELP["export"])
+def export(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    dry_run: DryRun = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Upload the release; the token is HF_TOKEN or the saved one."),
+    ] = None,
+    public: Annotated[bool, typer.Option(help="A repository that the upload makes is public.")] = False,
+) -> None:
+    """Write the release, unless that was done before, and upload it if asked to."""
+    from phimr_nemo.evaluate.hub import check_hub, push
+
+    if push_to_hub is not None and not dry_run:
+        check_hub(push_to_hub)
+    resolved = _run_stage("export", overrides, config, dry_run)
+    if push_to_hub is not None and not dry_run:
+        with _continuable():
+            typer.echo(push(resolved.run.output / "hf", push_to_hub, private=not public))
 
 
 @app.command()
@@ -150,8 +175,8 @@ def report(
 def convert(
     source: Annotated[Path, typer.Argument(help="A Hugging Face directory, Megatron or NeMo 2.0 checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of a Megatron or NeMo target.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages of a Megatron or NeMo target.")] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks of a Megatron or NeMo target.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages of a Megatron or NeMo target.")] = 1,
     to: Annotated[
         str | None, typer.Option(help="hf, megatron or nemo; default megatron from Hugging Face, else hf.")
     ] = None,
@@ -160,6 +185,9 @@ def convert(
     ] = None,
 ) -> None:
     """Convert weights between Hugging Face, Megatron (any layout) and NeMo 2.0, one tensor at a time."""
+    for name, count in (("--tp", tp), ("--pp", pp)):
+        if count < 1:
+            raise UserError(f"{name} {count}", rule="at least 1", remedy=f"for example {name} 2")
     from phimr_nemo.config import ParallelConfig
     from phimr_nemo.train.conversion import convert as convert_checkpoint
 
