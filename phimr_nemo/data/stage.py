@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from tqdm import tqdm
 
 from phimr_nemo.atomic import write_json
 from phimr_nemo.config import CurateConfig, PackConfig, to_dict
@@ -58,7 +59,7 @@ def run_curate(config: CurateConfig) -> dict[str, Any]:
         )
     missing = [name for name, (kind, _) in sets.items() if not is_complete(config.run.output / name, kind)]
     verdicts = read_table(config.verdicts, "verdicts") if missing else None
-    for name in missing:
+    for name in tqdm(missing, desc="curate", unit="set"):
         kind, curate = sets[name]
         _write_set(config, name, kind, curate(verdicts))
     return {name: read_manifest(config.run.output / name, kind).rows for name, (kind, _) in sets.items()}
@@ -126,7 +127,6 @@ def run_pack(config: PackConfig) -> dict[str, Any]:
     Raises:
         UserError: the conversations are not finished, the tokenizer is unfit, or no conversation fits a row.
     """
-    from tqdm import tqdm
 
     output = config.run.output
     if not is_complete(output, "rows"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from phimr_nemo.config import ExportConfig
 from phimr_nemo.errors import UserError
@@ -28,7 +29,7 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     write_hf_directory(
         config.run.output / "hf",
         source.architecture,
-        ((name, source.read(name)) for name in source.names()),
+        ((name, source.read(name)) for name in tqdm(source.names(), desc="export", unit="tensor")),
         tokenizer_from=config.model,
         extra_files={"README.md": card},
     )

@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tqdm import tqdm
+
 from phimr_nemo.atomic import atomic_file
 from phimr_nemo.config import VerifyConfig, to_dict
 from phimr_nemo.errors import UserError
@@ -88,13 +90,17 @@ def verify_rollouts(
         if done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}:
             return {"rows": done.rows, **done.counts}
     shards = sorted(manifest.shards.items())
-    with Grader(workers=workers, deadline_seconds=deadline_seconds) as grader:
+    with (
+        Grader(workers=workers, deadline_seconds=deadline_seconds) as grader,
+        tqdm(total=manifest.rows, desc="verify", unit="answer") as bar,
+    ):
         for index, (name, sha256) in enumerate(shards):
             if index % shard_count != shard_index:
                 continue
             table = _read_shard(rollouts_dir / name, sha256)
             if not _is_graded(out_dir, index, table):
                 write_shard(out_dir, index, _grade_shard(grader, table), kind="verdicts")
+            bar.update(table.num_rows)
     _check_no_stale(out_dir, len(shards))
     if not all(shard_is_complete(out_dir, index) for index in range(len(shards))):
         return None
