@@ -177,7 +177,8 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     from phimr_nemo.evaluate.plots import plot_accuracy
     from phimr_nemo.evaluate.report import entry, table_markdown, write_table
 
-    roots = [root for run in runs for root in sorted(run.glob("seed-*"), key=_seed_of)]
+    # The plots of an earlier report lie beside the seeds' directories.
+    roots = [root for run in runs for root in sorted(filter(Path.is_dir, run.glob("seed-*")), key=_seed_of)]
     entries = [
         entry(row, _seed_of(root), read_result(root / f"evaluate-{name}" / RESULTS_FILE))
         for name, row in ROWS
