@@ -36,6 +36,8 @@ def make_inputs(root: Path) -> None:
         "num_hidden_layers=2",
         "num_attention_heads=4",
         "initializer_range=0.1",
+        "original_max_position_embeddings=256",
+        "max_position_embeddings=8192",
     ]
     run_base(load_config(BaseConfig, CONF / "base" / "tiny.yaml", overrides))
     generator = random.Random(0)
@@ -64,7 +66,7 @@ def make_case(
 ) -> Case:
     overrides = [f"run.output={root / name}", f"base={root / 'base' / 'hf'}", "checkpoint.every=100"]
     if stage == "dpo":
-        overrides += [f"pairs={root / 'pairs'}", "global_batch=8", "micro_batch=2", "optim.lr=1e-3"]
+        overrides += [f"pairs={root / 'pairs'}", "global_batch=8", "micro_batch=2", "optim.lr=1e-3", "beta=0.1"]
     else:
         overrides += [f"prompts={root / 'prompts'}", "steps=4", "prompts_per_step=6", "group_size=4"]
         overrides += ["micro_batch=5", "max_new_tokens=12", "optim.lr=1e-3", "inner_batches=2", "kl=0.05"]

@@ -34,11 +34,9 @@ LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-3
 WEIGHT_TOLERANCE = 1e-3
 SHAPE = (
-    "hidden_size=64",
-    "intermediate_size=128",
-    "num_attention_heads=4",
-    "num_key_value_heads=2",
-    "vocab_size=384",
+    *("hidden_size=64", "intermediate_size=128", "num_attention_heads=4", "num_key_value_heads=2", "vocab_size=384"),
+    # Every sequence is shorter, so transformers takes the short factors as well.
+    *("original_max_position_embeddings=256", "max_position_embeddings=8192"),
 )
 LAYOUTS = {
     "TP2": ("parallel.tensor=2",),
