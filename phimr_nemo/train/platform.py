@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU: Final = torch.device("cpu")
 
@@ -52,6 +53,8 @@ def _redirect_devices() -> None:
     torch.cuda.current_device = lambda: CPU
     # Megatron waits for the GPU after every exchange between pipeline stages.
     torch.cuda.synchronize = lambda *_: None
+    # `with torch.device(...)` knows factories by identity and collects them once: torch's own, before they are wrapped.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # mcore: tied embedding weights, RNG, checkpoint exchange; NeMo and DDP: the model itself.
