@@ -53,7 +53,7 @@ def _redirect_devices() -> None:
     torch.cuda.current_device = lambda: CPU
     # Megatron waits for the GPU after every exchange between pipeline stages.
     torch.cuda.synchronize = lambda *_: None
-    # `with torch.device(...)` knows factories by identity and collects them once: torch's own, before they are wrapped.
+    # `with torch.device(...)` knows factories by identity and collects them once: torch's own, before the wrapping.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
