@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from phimr_nemo.config.schema import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
+from phimr_nemo.config.alignment import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
 from phimr_nemo.errors import UserError
 
 

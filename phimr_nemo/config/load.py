@@ -105,7 +105,7 @@ def parse_config(schema: type[T], values: Mapping[str, Any]) -> T:
         problems = [_explain(item, schema, values) for item in error.errors()]
         raise UserError(
             "; ".join(problems),
-            rule=f"the keys and types of {schema.__name__} (phimr_nemo/config/schema.py)",
+            rule=f"the keys and types of {schema.__name__} ({schema.__module__})",
             remedy="correct the named keys in the YAML file or on the command line (key.sub=value)",
         ) from error
 

@@ -15,7 +15,7 @@ from phimr_nemo.align.stabilisers import (
     rebalanced_group,
     uniform_prompts,
 )
-from phimr_nemo.config.schema import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
+from phimr_nemo.config.alignment import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
 from phimr_nemo.errors import UserError
 
 PAPER = TemperatureConfig(start=1.0, end=0.6, fraction=0.5)

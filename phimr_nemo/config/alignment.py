@@ -1,0 +1,123 @@
+"""Settings of stages 3 and 4: rollout DPO and GRPO."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+
+from phimr_nemo.config.common import (
+    CheckpointConfig,
+    ModelConfig,
+    NonNegative,
+    OptimConfig,
+    ParallelConfig,
+    Positive,
+    RunConfig,
+    Share,
+    config,
+)
+
+
+@config
+class DPOConfig:
+    """Stage 3: rollout DPO.
+
+    Attributes:
+        pairs: `pairs` record directory.
+        beta: strength of the implied KL penalty.
+        micro_batch, global_batch: in pairs.
+    """
+
+    run: RunConfig
+    base: Path
+    pairs: Path
+    sequence_length: Positive
+    beta: float
+    epochs: Positive
+    micro_batch: Positive
+    global_batch: Positive
+    model: ModelConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig
+    max_steps: NonNegative = 0
+
+
+@config
+class TemperatureConfig:
+    """Temperature annealing: linear from `start` to `end` over `fraction` of the steps, then `end`."""
+
+    start: float
+    end: float
+    fraction: Share
+
+
+@config
+class RebalanceConfig:
+    """Reward rebalancing: all positives, equally many random negatives; drop prompts that are too easy.
+
+    Attributes:
+        enabled: False keeps every rollout of every group.
+        drop_above: prompts whose group accuracy is above this are dropped.
+        oversample_hard: how many times a hard prompt appears in an epoch of prompts.
+    """
+
+    enabled: bool
+    drop_above: Share
+    oversample_hard: Positive
+
+
+@config
+class PromptOptimizationConfig:
+    """Prompt optimisation: keep prompts whose responses are uniform in length.
+
+    Attributes:
+        enabled: False keeps every prompt.
+        max_length_spread: largest coefficient of variation of the response lengths.
+    """
+
+    enabled: bool
+    max_length_spread: float
+
+
+@config
+class GRPOConfig:
+    """Stage 4: GRPO with a verifiable reward.
+
+    Attributes:
+        prompts: `prompts` record directory.
+        sequence_length: longest prompt + response.
+        max_new_tokens: longest response.
+        steps: optimisation rounds.
+        prompts_per_step, group_size: a round samples their product.
+        clip_low, clip_high: the surrogate's ratio stays in [1 - clip_low, 1 + clip_high].
+        kl: weight of the k3 KL penalty to the starting model; 0 = off.
+        inner_batches: optimizer steps a round.
+        micro_batch: in sequences.
+        reward_correct, reward_wrong: +1 and -1 in the paper.
+        verify_workers: grader processes on each data-parallel rank.
+    """
+
+    run: RunConfig
+    base: Path
+    prompts: Path
+    sequence_length: Positive
+    max_new_tokens: Positive
+    steps: Positive
+    prompts_per_step: Positive
+    group_size: Positive
+    clip_low: float
+    clip_high: float
+    kl: float
+    inner_batches: Positive
+    micro_batch: Positive
+    reward_correct: float
+    reward_wrong: float
+    verify_workers: Positive
+    temperature: TemperatureConfig
+    rebalance: RebalanceConfig
+    prompt_optimization: PromptOptimizationConfig
+    model: ModelConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig
