@@ -191,11 +191,11 @@ def state_bytes(parameters: int, parallel: ParallelConfig, dtype: str, distribut
     """Bytes of weights, gradients and optimizer state on one GPU, activations not counted.
 
     Weights in `dtype`; gradients in fp32; two fp32 Adam moments, and fp32 master weights beside bf16 ones;
-    the optimizer's part is shared by the data-parallel ranks when it is distributed (ZeRO-1).
+    the optimizer's part is shared by the data- and context-parallel ranks when it is distributed (ZeRO-1).
     """
     share = parameters / (parallel.tensor * parallel.pipeline)
     optimizer = ADAM_MOMENTS * FP32_BYTES + (FP32_BYTES if dtype == "bf16" else 0)
-    spread = parallel.data if distributed else 1
+    spread = parallel.data * parallel.context if distributed else 1
     return share * (BYTES_PER_NUMBER[dtype] + FP32_BYTES + optimizer / spread)
 
 

@@ -49,17 +49,26 @@ class ShardConfig:
 
 @config
 class ParallelConfig:
-    """The parallel layout. The world size is tensor x pipeline x data."""
+    """The parallel layout. The world size is tensor x pipeline x context x data.
+
+    Attributes:
+        tensor: processes that share every matrix.
+        pipeline: processes that share the layers.
+        data: replicas of the model, each with its part of the batch.
+        sequence: whether the tensor ranks share the tokens between the matrices as well.
+        context: processes that share the tokens of every sequence.
+    """
 
     tensor: Positive = 1
     pipeline: Positive = 1
     data: Positive = 1
     sequence: bool = False
+    context: Positive = 1
 
     @property
     def world_size(self) -> int:
         """Processes that the layout needs."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
 
 @config

@@ -1,7 +1,8 @@
 """The model's own small modules: what Transformer Engine gives on a GPU, in plain PyTorch.
 
 ``SdpaAttention`` is exact causal attention with grouped key/value heads. Packed rows are computed document by
-document, in buckets of similar length, so that no [tokens, tokens] mask exists and no document sees another.
+document, in buckets of similar length, so that no [tokens, tokens] mask exists and no document sees another. Under
+context parallelism each rank has a part of the queries and brings all keys and values together.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from phimr_nemo.model.context_parallel import ContextPlan, plan_context
 
 MIN_BUCKET_FILL: Final = 0.75
 """Shortest over longest document of a bucket: bounds padding to 1/3 of the tokens for few enough calls."""
@@ -78,11 +83,29 @@ class DocumentBuckets:
     scatter: Tensor
 
 
+@dataclass(frozen=True)
+class ContextBuckets:
+    """The same for one rank of a context group: its own queries against the keys and values of all ranks.
+
+    Attributes:
+        queries: layout of this rank's tokens; each document's are padded by repeating its last one.
+        keys: layout of all ranks' tokens, which are numbered rank after rank.
+        positions: int64 [padded queries of all buckets], each query's position in its document.
+    """
+
+    queries: DocumentBuckets
+    keys: DocumentBuckets
+    positions: Tensor
+
+
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Megatron's packed-sequence parameters with the layout for ``SdpaAttention``, made once for all layers."""
+    """Megatron's packed-sequence parameters with the layout for ``SdpaAttention``, made once for all layers.
 
-    buckets: DocumentBuckets | None = field(default=None)
+    Without boundaries (``cu_seqlens_q``), so that Megatron rotates the row in one piece: angles come per token.
+    """
+
+    buckets: DocumentBuckets | ContextBuckets | None = field(default=None)
 
 
 def bucket_documents(lengths: Sequence[int]) -> list[list[int]]:
@@ -113,18 +136,41 @@ def plan_documents(lengths: Tensor) -> DocumentBuckets:
     Args:
         lengths: int [documents], positive, in the order of the row.
     """
+    return _lay_out(lengths, bucket_documents(lengths.tolist()))
+
+
+def plan_context_documents(plan: ContextPlan, rank: int) -> ContextBuckets:
+    """Lay out the documents of a packed row for one rank of a context group.
+
+    Args:
+        plan: how the ranks share the row.
+        rank: this one.
+    """
+    groups = bucket_documents(plan.lengths.tolist())
+    queries = _lay_out(plan.lengths // len(plan.tokens), groups)
+    row = _lay_out(plan.lengths, groups)
+    keys = DocumentBuckets(
+        shapes=row.shapes,
+        gather=plan.in_order[row.gather],
+        scatter=torch.empty_like(row.scatter).index_copy_(0, plan.in_order, row.scatter),
+    )
+    return ContextBuckets(queries, keys, plan.positions[rank][queries.gather])
+
+
+def _lay_out(lengths: Tensor, groups: Sequence[Sequence[int]]) -> DocumentBuckets:
+    """Lay out the documents of a row in the given groups, each led by its longest document."""
     sizes = lengths.tolist()
     starts = (torch.cumsum(lengths, 0) - lengths).to("cpu", torch.int64)
     shapes: list[tuple[int, int]] = []
     gather: list[Tensor] = []
     scatter = torch.empty(sum(sizes), dtype=torch.int64)
     base = 0
-    for members in bucket_documents(sizes):
+    for members in groups:
         width = sizes[members[0]]
         offsets = torch.arange(width)
         member_lengths = torch.tensor([sizes[index] for index in members])
         clamped = torch.minimum(offsets[None, :], member_lengths[:, None] - 1)
-        source = starts[members][:, None] + clamped
+        source = starts[list(members)][:, None] + clamped
         places = base + torch.arange(source.numel()).view_as(source)
         is_token = offsets[None, :] < member_lengths[:, None]
         scatter[source[is_token]] = places[is_token]
@@ -198,32 +244,79 @@ class SdpaAttention(MegatronModule):
             [s, b, heads * head_dim]; packed: [t, heads * head_dim].
         """
         del attention_mask, attn_mask_type, attention_bias  # causal; PhiGPTModel refuses any other mask
-        if packed_seq_params is None:
-            batch_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            return self._causal(*batch_first).permute(2, 0, 1, 3).flatten(2)
-        if not isinstance(packed_seq_params, PackedDocuments) or packed_seq_params.buckets is None:
-            raise TypeError("packed rows reach SdpaAttention through PhiGPTModel, which lays out the documents")
-        return self._packed(query, key, value, packed_seq_params.buckets)
+        if packed_seq_params is not None:
+            if not isinstance(packed_seq_params, PackedDocuments) or packed_seq_params.buckets is None:
+                raise TypeError("packed rows reach SdpaAttention through PhiGPTModel, which lays out the documents")
+            buckets = packed_seq_params.buckets
+            if isinstance(buckets, ContextBuckets):
+                return self._packed_in_context(query, key, value, buckets)
+            return self._packed(query, key, value, buckets)
+        mask = None
+        if self.config.context_parallel_size > 1:
+            key, value, mask = _whole_context(key, value)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        return self._causal(query, key, value, mask).permute(2, 0, 1, 3).flatten(2)
 
-    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, heads, s, head_dim] of each -> [b, heads, s, head_dim]."""
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[b, heads, s, head_dim] of each -> [b, heads, s, head_dim]; a mask where queries are not keys in order."""
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, buckets: DocumentBuckets) -> Tensor:
-        sizes = [documents * width for documents, width in buckets.shapes]
-        parts = [_ToBuckets.apply(x, buckets).split(sizes) for x in (query, key, value)]
-        outputs: list[Tensor] = []
-        for index, (documents, width) in enumerate(buckets.shapes):
-            heads_first = (
-                part[index].view(documents, width, *part[index].shape[1:]).transpose(1, 2) for part in parts
-            )
-            outputs.append(self._causal(*heads_first).transpose(1, 2).reshape(documents * width, -1))
+        parts = [_split_buckets(x, buckets) for x in (query, key, value)]
+        outputs = [_tokens_first(self._causal(*bucket)) for bucket in zip(*parts, strict=True)]
         return _FromBuckets.apply(torch.cat(outputs), buckets)
+
+    def _packed_in_context(self, query: Tensor, key: Tensor, value: Tensor, buckets: ContextBuckets) -> Tensor:
+        queries = _split_buckets(query, buckets.queries)
+        both = _gather_heads(key, value)
+        keys, values = (_split_buckets(x, buckets.keys) for x in both.chunk(2, dim=-1))
+        positions = buckets.positions.split([documents * width for documents, width in buckets.queries.shapes])
+        outputs: list[Tensor] = []
+        for index, (documents, width) in enumerate(buckets.keys.shapes):
+            mask = _is_visible(positions[index].view(documents, 1, -1), width)
+            outputs.append(_tokens_first(self._causal(queries[index], keys[index], values[index], mask)))
+        return _FromBuckets.apply(torch.cat(outputs), buckets.queries)
+
+
+def _split_buckets(tokens: Tensor, buckets: DocumentBuckets) -> list[Tensor]:
+    """[t, heads, head_dim] -> of each bucket [documents, heads, width, head_dim]."""
+    sizes = [documents * width for documents, width in buckets.shapes]
+    parts = _ToBuckets.apply(tokens, buckets).split(sizes)
+    return [
+        part.view(documents, width, *part.shape[1:]).transpose(1, 2)
+        for part, (documents, width) in zip(parts, buckets.shapes, strict=True)
+    ]
+
+
+def _tokens_first(bucket: Tensor) -> Tensor:
+    """[documents, heads, width, head_dim] -> [documents * width, heads * head_dim]."""
+    return bucket.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _is_visible(positions: Tensor, keys: int) -> Tensor:
+    """[..., queries] positions -> bool [..., queries, keys]: keys up to the query's own position."""
+    return torch.arange(keys, device=positions.device) <= positions[..., None]
+
+
+def _gather_heads(key: Tensor, value: Tensor) -> Tensor:
+    """[local, ..., head_dim] each -> [all ranks' tokens, ..., 2 head_dim], rank after rank, in one exchange."""
+    group = parallel_state.get_context_parallel_group()
+    return gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=group)
+
+
+def _whole_context(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's keys and values [s / ranks, b, heads, head_dim] -> all in order, and bool [s / ranks, s]."""
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    length = key.shape[0] * ranks
+    plan = plan_context(torch.tensor([length], device=key.device), ranks)
+    keys, values = _gather_heads(key, value).index_select(0, plan.in_order).chunk(2, dim=-1)
+    return keys, values, _is_visible(plan.positions[rank], length)

@@ -55,6 +55,7 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
         "init_method_std": arch.initializer_range,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -101,7 +102,7 @@ def check_config(arch: Architecture, config: TransformerConfig) -> None:
     """Refuse a config that was made for another model.
 
     Raises:
-        UserError: a field that disagrees with the architecture, or context parallelism.
+        UserError: a field that disagrees with the architecture.
     """
     expected = {
         "num_layers": arch.num_hidden_layers,
@@ -126,9 +127,3 @@ def check_config(arch: Architecture, config: TransformerConfig) -> None:
                 rule=f"the architecture says {name}={value!r}",
                 remedy="make the config with transformer_config or transformer_fields",
             )
-    if config.context_parallel_size > 1:
-        raise UserError(
-            f"context_parallel_size={config.context_parallel_size}",
-            rule="this model does not split one sequence over processes",
-            remedy="set context_parallel_size to 1; use tensor and sequence parallelism for long sequences",
-        )

@@ -103,10 +103,21 @@ class LongRotaryEmbedding(nn.Module):
 
     def for_length(self, length: int, device: torch.device) -> Tensor:
         """Angles of one sequence (or of rows of one length): float32 [length, 1, 1, rotary_dim]."""
-        positions = torch.arange(length, device=device, dtype=torch.float32)
+        return self.for_positions(torch.arange(length, device=device), length)
+
+    def for_positions(self, positions: Tensor, length: int) -> Tensor:
+        """Angles of some positions of a sequence.
+
+        Args:
+            positions: int [n].
+            length: of the sequence (tokens); it decides the regime under ``per_sequence``.
+
+        Returns:
+            float32 [n, 1, 1, rotary_dim].
+        """
         is_long = length > self.original_length
         frequencies = self.long_frequencies if is_long else self.short_frequencies
-        return _angles(torch.outer(positions, frequencies.to(device)))
+        return _angles(torch.outer(positions.float(), frequencies.to(positions.device)))[:, None, None]
 
     def for_documents(self, lengths: Tensor) -> Tensor:
         """Angles of a packed row whose documents each start at position 0.
@@ -115,22 +126,31 @@ class LongRotaryEmbedding(nn.Module):
             lengths: int [documents], their lengths in order (tokens).
 
         Returns:
-            float32 [sum(lengths), 1, 1, rotary_dim].
+            float32 [sum(lengths), 1, rotary_dim].
         """
         starts = torch.cumsum(lengths, 0) - lengths
         tokens = int(lengths.sum())
         positions = torch.arange(tokens, device=lengths.device) - torch.repeat_interleave(
             starts, lengths, output_size=tokens
         )
-        is_long = torch.repeat_interleave(lengths > self.original_length, lengths, output_size=tokens)
-        frequencies = torch.where(
-            is_long[:, None],
-            self.long_frequencies.to(lengths.device),
-            self.short_frequencies.to(lengths.device),
-        )
-        return _angles(positions.float()[:, None] * frequencies)
+        return self.for_tokens(positions, torch.repeat_interleave(lengths, lengths, output_size=tokens))
+
+    def for_tokens(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Angles of tokens of several documents.
+
+        Args:
+            positions: int [t], each token's position in its document.
+            lengths: int [t], the length of its document (tokens).
+
+        Returns:
+            float32 [t, 1, rotary_dim].
+        """
+        device = positions.device
+        is_long = (lengths > self.original_length)[:, None]
+        frequencies = torch.where(is_long, self.long_frequencies.to(device), self.short_frequencies.to(device))
+        return _angles(positions.float()[:, None] * frequencies)[:, None]
 
 
 def _angles(half: Tensor) -> Tensor:
-    """[t, rotary_dim / 2] -> [t, 1, 1, rotary_dim]: both halves of the rotated dimensions turn alike."""
-    return torch.cat((half, half), dim=-1)[:, None, None, :]
+    """[t, rotary_dim / 2] -> [t, rotary_dim]: both halves of the rotated dimensions turn alike."""
+    return torch.cat((half, half), dim=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from megatron.core import parallel_state
@@ -18,8 +18,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.losses.logprobs import token_logprobs
-from phimr_nemo.model.attention import PackedDocuments, RMSNorm, RotaryScale, SdpaAttention, plan_documents
+from phimr_nemo.losses.logprobs import IGNORED_LABEL, token_logprobs
+from phimr_nemo.model.attention import (
+    PackedDocuments,
+    RMSNorm,
+    RotaryScale,
+    SdpaAttention,
+    plan_context_documents,
+    plan_documents,
+)
 from phimr_nemo.model.configuration import (
     check_config,
     check_layout,
@@ -27,10 +34,14 @@ from phimr_nemo.model.configuration import (
     transformer_config,
     transformer_fields,
 )
+from phimr_nemo.model.context_parallel import ContextPlan, gather_tokens, plan_context, take_tokens
 from phimr_nemo.model.longrope import LongRopePolicy, LongRotaryEmbedding, uses_long_factors
 
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
+
+PADDING_TOKEN: Final = 0
+"""Any word: nothing sees it, and its own output is thrown away."""
 
 __all__ = ["PhiGPTModel", "build_model", "check_layout", "transformer_config", "transformer_fields"]
 
@@ -57,9 +68,10 @@ def build_model(
         vp_stage: virtual pipeline stage, if any.
 
     Raises:
-        UserError: config and architecture disagree, or sequences longer than the model supports.
+        UserError: config and architecture or process groups disagree, or sequences longer than the model supports.
     """
     check_config(arch, config)
+    _check_context(config)
     _check_length(arch, max_length)
     return PhiGPTModel(
         arch,
@@ -70,6 +82,16 @@ def build_model(
         post_process=post_process,
         vp_stage=vp_stage,
     )
+
+
+def _check_context(config: TransformerConfig) -> None:
+    started = parallel_state.get_context_parallel_world_size()
+    if config.context_parallel_size != started:
+        raise UserError(
+            f"context_parallel_size={config.context_parallel_size} with context groups of {started}",
+            rule="Megatron's groups were started for the model's layout",
+            remedy="call initialize_model_parallel with the same context_parallel_size",
+        )
 
 
 def _check_length(arch: Architecture, max_length: int) -> None:
@@ -108,7 +130,13 @@ def _layer_specs(arch: Architecture, config: TransformerConfig, vp_stage: int | 
 
 
 class PhiGPTModel(GPTModel):
-    """Megatron's GPTModel with LongRoPE and log-probabilities that never hold all logits at once."""
+    """Megatron's GPTModel with LongRoPE and log-probabilities that never hold all logits at once.
+
+    Context parallelism stays inside: every rank of a context group is given the same whole rows, computes its part of
+    their tokens, and returns the whole result. Gradients come out as if the ranks of the group were data-parallel
+    replicas with the same data: right where Megatron divides by the number of tokens or of ranks of the data- and
+    context-parallel group (losses of three parts); a loss of two parts it multiplies by the group's size on top.
+    """
 
     def __init__(
         self,
@@ -176,10 +204,16 @@ class PhiGPTModel(GPTModel):
                 rule="attention is causal over every row, or over every document of a packed row",
                 remedy="pass attention_mask=None; pad on the right, mark documents with packed_seq_params",
             )
-        if packed_seq_params is not None:
-            packed_seq_params, angles = self._packed_angles(input_ids, packed_seq_params)
+        lengths = None if packed_seq_params is None else _document_lengths(input_ids, packed_seq_params)
+        plan = self._plan(input_ids, lengths)
+        if lengths is None:
+            angles = self._angles(input_ids, plan)
         else:
-            angles = self.rotary_pos_emb.for_length(input_ids.shape[1], input_ids.device)
+            packed_seq_params, angles = self._packed(lengths, plan)
+        if plan is not None:
+            mine = plan.tokens[parallel_state.get_context_parallel_rank()]
+            input_ids = take_tokens(input_ids, mine, PADDING_TOKEN)
+            labels = None if labels is None else take_tokens(labels, mine, IGNORED_LABEL)
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=embedded,
@@ -189,6 +223,15 @@ class PhiGPTModel(GPTModel):
         )
         if not self.post_process:
             return hidden
+        output = self._output(hidden, labels, temperature, runtime_gather_output)
+        if plan is not None:
+            output = gather_tokens(output, plan.places, parallel_state.get_context_parallel_group())
+        return output.transpose(0, 1).contiguous()
+
+    def _output(
+        self, hidden: Tensor, labels: Tensor | None, temperature: float, runtime_gather_output: bool | None
+    ) -> Tensor:
+        """Logits [s, b, vocabulary / tp], or negative log-probabilities of the labels [s, b]."""
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -196,8 +239,8 @@ class PhiGPTModel(GPTModel):
         )
         if labels is None:
             logits, _bias = self.output_layer(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
-            return logits.transpose(0, 1).contiguous()
-        logprobs = token_logprobs(
+            return logits
+        return -token_logprobs(
             hidden,
             weight,
             labels.transpose(0, 1),
@@ -205,45 +248,37 @@ class PhiGPTModel(GPTModel):
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=self.config.sequence_parallel,
         )
-        return -logprobs.transpose(0, 1).contiguous()
 
-    def _packed_angles(self, input_ids: Tensor, packed: PackedSeqParams) -> tuple[PackedSeqParams, Tensor]:
-        """Check the boundaries of a packed row and prepare them for this model's attention."""
-        boundaries = packed.cu_seqlens_q.to(torch.int64)
-        lengths = boundaries[1:] - boundaries[:-1]
-        tokens = input_ids.shape[1]
-        if (
-            input_ids.shape[0] != 1
-            or packed.qkv_format != "thd"
-            or lengths.numel() == 0
-            or int(boundaries[0]) != 0
-            or int(boundaries[-1]) != tokens
-            or int(lengths.min()) < 1
-        ):
-            raise UserError(
-                f"packed boundaries {boundaries.tolist()} ({packed.qkv_format}) for ids {tuple(input_ids.shape)}",
-                rule="one row [1, t] in 'thd' form whose boundaries rise from 0 to t",
-                remedy="make padding at the end of a row a document of its own; join several rows into one",
-            )
+    def _plan(self, input_ids: Tensor, lengths: Tensor | None) -> ContextPlan | None:
+        """How the context group shares the row (or every row of the batch alike); None without such a group."""
+        config = self.config
+        if config.context_parallel_size == 1:
+            return None
+        if lengths is None:
+            lengths = torch.tensor([input_ids.shape[1]], device=input_ids.device)
+        tensor_ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        return plan_context(lengths, config.context_parallel_size, tensor_ranks)
+
+    def _angles(self, input_ids: Tensor, plan: ContextPlan | None) -> Tensor:
+        """Rotary angles of this rank's tokens, the same in every row of the batch."""
+        length = input_ids.shape[1]
+        if plan is None:
+            return self.rotary_pos_emb.for_length(length, input_ids.device)
+        return self.rotary_pos_emb.for_positions(plan.positions[parallel_state.get_context_parallel_rank()], length)
+
+    def _packed(self, lengths: Tensor, plan: ContextPlan | None) -> tuple[PackedSeqParams, Tensor]:
+        """The documents of a packed row as this model's attention wants them, and the rotary angles."""
         if has_transformer_engine():
-            return packed, self._fused_packed_angles(lengths)
-        return (
-            # Angles come per token, so Megatron shall rotate the row in one piece.
-            PackedDocuments(
-                qkv_format="thd",
-                cu_seqlens_q=packed.cu_seqlens_q,
-                cu_seqlens_kv=packed.cu_seqlens_q,
-                cu_seqlens_q_padded=torch.tensor([0, tokens]),
-                cu_seqlens_kv_padded=torch.tensor([0, tokens]),
-                max_seqlen_q=tokens,
-                max_seqlen_kv=tokens,
-                buckets=plan_documents(lengths),
-            ),
-            self.rotary_pos_emb.for_documents(lengths),
-        )
+            return self._fused_packed(lengths, lengths if plan is None else plan.lengths)
+        if plan is None:
+            documents = PackedDocuments(qkv_format="thd", buckets=plan_documents(lengths))
+            return documents, self.rotary_pos_emb.for_documents(lengths)
+        rank = parallel_state.get_context_parallel_rank()
+        documents = PackedDocuments(qkv_format="thd", buckets=plan_context_documents(plan, rank))
+        return documents, self.rotary_pos_emb.for_tokens(plan.positions[rank], lengths[plan.documents[rank]])
 
-    def _fused_packed_angles(self, lengths: Tensor) -> Tensor:
-        """One table for all documents, as Transformer Engine's rotation wants it.
+    def _fused_packed(self, lengths: Tensor, padded: Tensor) -> tuple[PackedSeqParams, Tensor]:
+        """Boundaries of the whole row (not of this rank's part), and one table of angles for all documents.
 
         Raises:
             UserError: documents of both LongRoPE regimes in one row.
@@ -257,4 +292,42 @@ class PhiGPTModel(GPTModel):
                 rule="on a GPU one packed row has one set of rotary frequencies",
                 remedy="use the policy 'long_when_max_length_exceeds_original'",
             )
-        return self.rotary_pos_emb.for_length(longest, lengths.device)
+        boundaries = torch.cat((padded.new_zeros(1), padded.cumsum(0))).to(torch.int32)
+        table = int(padded.max())
+        documents = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            # Transformer Engine asks for these under context parallelism. The padding is part of the documents:
+            # nothing sees it under causal attention.
+            cu_seqlens_q_padded=boundaries,
+            cu_seqlens_kv_padded=boundaries,
+            max_seqlen_q=table,
+            max_seqlen_kv=table,
+        )
+        return documents, self.rotary_pos_emb.for_positions(torch.arange(table, device=lengths.device), longest)
+
+
+def _document_lengths(input_ids: Tensor, packed: PackedSeqParams) -> Tensor:
+    """Int64 [documents], the lengths of a packed row's documents (tokens).
+
+    Raises:
+        UserError: boundaries that do not fit the row.
+    """
+    boundaries = packed.cu_seqlens_q.to(torch.int64)
+    lengths = boundaries[1:] - boundaries[:-1]
+    tokens = input_ids.shape[1]
+    if (
+        input_ids.shape[0] != 1
+        or packed.qkv_format != "thd"
+        or lengths.numel() == 0
+        or int(boundaries[0]) != 0
+        or int(boundaries[-1]) != tokens
+        or int(lengths.min()) < 1
+    ):
+        raise UserError(
+            f"packed boundaries {boundaries.tolist()} ({packed.qkv_format}) for ids {tuple(input_ids.shape)}",
+            rule="one row [1, t] in 'thd' form whose boundaries rise from 0 to t",
+            remedy="make padding at the end of a row a document of its own; join several rows into one",
+        )
+    return lengths

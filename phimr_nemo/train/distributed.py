@@ -68,7 +68,9 @@ def start_process_group(parallel: ParallelConfig, seed: int) -> None:
     if _is_other_layout(parallel):
         parallel_state.destroy_model_parallel()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
+        parallel_state.initialize_model_parallel(
+            parallel.tensor, parallel.pipeline, context_parallel_size=parallel.context
+        )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
 
@@ -86,10 +88,10 @@ def stop_process_group() -> None:
 def _check_world(parallel: ParallelConfig, world: int) -> None:
     if world == parallel.world_size:
         return
-    layout = f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline} x data={parallel.data}"
+    layout = " x ".join(f"{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline", "context", "data"))
     raise UserError(
-        f"{world} processes were started for {layout}",
-        rule=f"the layout needs tensor x pipeline x data = {parallel.world_size} processes",
+        f"{world} processes were started for parallel.{layout}",
+        rule=f"the layout needs tensor x pipeline x context x data = {parallel.world_size} processes",
         remedy=f"start {parallel.world_size} processes, or set parallel.data so that the product is {world}",
     )
 
@@ -114,8 +116,9 @@ def _is_other_layout(parallel: ParallelConfig) -> bool:
     current = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
     )
-    return current != (parallel.tensor, parallel.pipeline)
+    return current != (parallel.tensor, parallel.pipeline, parallel.context)
 
 
 def quiet_libraries() -> None:

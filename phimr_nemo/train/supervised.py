@@ -177,6 +177,7 @@ def _trainer(config: SupervisedConfig, data: SupervisedDataModule, steps: int, c
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         pipeline_dtype=dtype,
         process_group_backend=platform.backend(),

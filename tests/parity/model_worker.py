@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ ARCHITECTURE = Architecture(
     pad_token_id=95,
     initializer_range=0.1,
 )
-ROWS, LENGTH = 4, 24  # longer than the original 16: the long regime
+# Longer than the original 16: the long regime. No multiple of 4, so that context parallelism has to pad.
+ROWS, LENGTH = 4, 22
 DOCUMENTS = (5, 24, 1, 17, 9, 40)  # of one packed row, on both sides of the original length
 CHANGED_DOCUMENT = 1
 TEMPERATURE = 0.7
@@ -129,13 +131,20 @@ def build(
 ) -> PhiGPTModel:
     """This rank's part of the model with the checkpoint's weights in it."""
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+        parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, context_parallel_size=layout.context)
         model_parallel_cuda_manual_seed(1)
     source = HFDirectory(Path(directory))
     chosen = source.architecture if arch is None else arch
     model = build_model(
         chosen,
-        transformer_config(chosen, layout, dtype=dtype, **overrides),
+        transformer_config(
+            chosen,
+            layout,
+            dtype=dtype,
+            calculate_per_token_loss=True,
+            variable_seq_lengths=layout.pipeline > 1,
+            **overrides,
+        ),
         max_length=chosen.max_position_embeddings,
         longrope_policy=policy,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -155,13 +164,14 @@ def forward(model: PhiGPTModel, inputs: dict[str, Any]) -> Tensor | None:
     return out[0] if "labels" in inputs else gather_from_tensor_model_parallel_region(out[0])
 
 
-def _collect(output: Tensor, **_: Any) -> Tensor:
+def _collect(inputs: dict[str, Any], output: Tensor, **_: Any) -> Tensor:
     return output
 
 
 def run(model: Any, inputs: list[dict[str, Any]], head: Callable[..., Any], *, forward_only: bool) -> list[Any]:
     def step(data: Iterator[dict[str, Any]], stage: Any) -> tuple[Tensor, Callable[..., Any]]:
-        return stage(**next(data)), head
+        micro = next(data)
+        return stage(**micro), functools.partial(head, micro)
 
     shape = inputs[0]["input_ids"].shape
     return list(
@@ -191,11 +201,10 @@ def gradients(model: PhiGPTModel, layout: ParallelConfig) -> dict[str, Tensor]:
     ids, labels = batch()
     mine = range(parallel_state.get_data_parallel_rank(), ROWS, layout.data)
     micro = [{"input_ids": ids[row, None], "labels": labels[row, None]} for row in mine]
-    # The schedule averages over micro-batches and DDP over ranks; the loss is a sum over the whole batch.
-    scale = len(micro) * layout.data / int((labels >= 0).sum())
 
-    def head(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return output.sum() * scale, {}
+    def head(inputs: dict[str, Any], output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        # As in every stage: sums here, and Megatron divides by the global count.
+        return output.sum(), (inputs["labels"] >= 0).sum().to(torch.int), {}
 
     run(wrapped, micro, head, forward_only=False)
     with torch.no_grad():

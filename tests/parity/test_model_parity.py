@@ -34,7 +34,14 @@ LAYOUTS = {
     "pp4": ParallelConfig(pipeline=4),
     "dp2": ParallelConfig(data=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
+    "cp2": ParallelConfig(context=2),
+    "cp4": ParallelConfig(context=4),
+    "cp2_dp2": ParallelConfig(context=2, data=2),
+    "cp2_tp2": ParallelConfig(context=2, tensor=2),
+    "cp2_tp2_sp": ParallelConfig(context=2, tensor=2, sequence=True),
+    "cp2_pp2": ParallelConfig(context=2, pipeline=2),
 }
+PACKED = ["one", "tp2", "tp2_sp", "pp2", "cp2", "cp4", "cp2_tp2_sp", "cp2_pp2"]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +112,7 @@ def test_export_returns_the_weights_bit_for_bit(
     assert all(torch.equal(weights[name], reference["weights"][name]) for name in weights)
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "tp2_sp", "pp2"])
+@pytest.mark.parametrize("layout", PACKED)
 def test_packed_equals_each_document_alone_in_transformers(
     layout: str, measured: Callable[[str], worker.Results], reference: worker.Results
 ) -> None:
@@ -115,7 +122,7 @@ def test_packed_equals_each_document_alone_in_transformers(
         assert gap(part, alone) <= LOGITS
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "tp2_sp", "pp2"])
+@pytest.mark.parametrize("layout", PACKED)
 def test_no_document_sees_another_bit_for_bit(layout: str, measured: Callable[[str], worker.Results]) -> None:
     result = measured(layout)
     before = result["packed"][0].split(worker.DOCUMENTS)

@@ -81,7 +81,10 @@ def test_packed_angles_are_those_of_each_document_alone(phi4mini: Architecture, 
     rotary = LongRotaryEmbedding(phi4mini, 2 * ORIGINAL, policy)
     found = rotary.for_documents(torch.tensor(lengths))
     alone = [rotary.for_length(n, torch.device("cpu")) for n in lengths]
-    assert torch.equal(found, torch.cat(alone))
+    assert torch.equal(found, torch.cat(alone)[:, 0])
+    # Any choice of positions has the angles of the whole.
+    some = torch.tensor([5, 0, ORIGINAL + 1])
+    assert torch.equal(rotary.for_positions(some, lengths[1]), alone[1][some])
     # And each of them is position x frequency, in both halves.
     inverse = inverse_frequencies(phi4mini, 2 * ORIGINAL, policy, lengths[1])
     assert torch.equal(alone[1][7, 0, 0], torch.cat((7.0 * inverse, 7.0 * inverse)))

@@ -278,16 +278,19 @@ def megatron_state_bytes(parameters: int, dtype: torch.dtype, ranks: int, share:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize(("tensor", "pipeline", "data"), [(1, 1, 1), (2, 1, 1), (2, 2, 4), (1, 3, 8)])
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "context", "data"), [(1, 1, 1, 1), (2, 1, 1, 1), (2, 2, 1, 4), (1, 3, 1, 8), (2, 1, 2, 4)]
+)
 def test_bytes_of_weights_gradients_and_optimizer(
-    dtype: str, distributed: bool, tensor: int, pipeline: int, data: int
+    dtype: str, distributed: bool, tensor: int, pipeline: int, context: int, data: int
 ) -> None:
     parameters = 96_000
-    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, data=data)
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, data=data)
+    assert layout.world_size == tensor * pipeline * context * data
     expected = megatron_state_bytes(
         parameters,
         torch.bfloat16 if dtype == "bf16" else torch.float32,
-        data if distributed else 1,
+        data * context if distributed else 1,  # Megatron shards over the data- and context-parallel group
         tensor * pipeline,
     )
     assert state_bytes(parameters, layout, dtype, distributed) == expected
