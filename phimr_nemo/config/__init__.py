@@ -11,6 +11,7 @@ from phimr_nemo.config.common import (
     ShardConfig,
 )
 from phimr_nemo.config.curation import CurateConfig, PackConfig
+from phimr_nemo.config.endpoint import AskConfig, EndpointConfig, Prices
 from phimr_nemo.config.evaluation import EvaluateConfig, ExportConfig
 from phimr_nemo.config.generation import (
     FileProblems,
@@ -23,17 +24,30 @@ from phimr_nemo.config.generation import (
     VerifyConfig,
 )
 from phimr_nemo.config.load import find_config, load_config, parse_config, to_dict, to_yaml
+from phimr_nemo.config.preparation import (
+    AnnotationConfig,
+    DecontaminationConfig,
+    EvaluationSetConfig,
+    NearDuplicatesConfig,
+    PrepareConfig,
+    SourceConfig,
+)
 from phimr_nemo.config.stages import STAGES
 from phimr_nemo.config.supervised import MidtrainConfig, SFTConfig, SupervisedConfig
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
 __all__ = [
     "STAGES",
+    "AnnotationConfig",
+    "AskConfig",
     "BaseConfig",
     "CheckpointConfig",
     "CurateConfig",
     "DPOConfig",
+    "DecontaminationConfig",
+    "EndpointConfig",
     "EvaluateConfig",
+    "EvaluationSetConfig",
     "ExportConfig",
     "FileProblems",
     "GRPOConfig",
@@ -42,9 +56,12 @@ __all__ = [
     "MidtrainConfig",
     "ModelConfig",
     "ModelTeacher",
+    "NearDuplicatesConfig",
     "OptimConfig",
     "PackConfig",
     "ParallelConfig",
+    "PrepareConfig",
+    "Prices",
     "Problems",
     "ProgrammaticTeacher",
     "QuickstartConfig",
@@ -53,6 +70,7 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "ShardConfig",
+    "SourceConfig",
     "SupervisedConfig",
     "SyntheticProblems",
     "TemperatureConfig",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 TIERS = (
-    {"", "errors", "records", "atomic", "store", "runs", "config"},
+    {"", "errors", "records", "atomic", "store", "runs", "config", "endpoint"},
     {"losses", "data", "verify", "model"},
     {"generate"},
     {"align", "train", "evaluate"},
@@ -27,6 +27,7 @@ LIGHT = (
     "phimr_nemo.store",
     "phimr_nemo.runs",
     "phimr_nemo.config",
+    "phimr_nemo.endpoint",
     "phimr_nemo.verify",
     "phimr_nemo.preflight",
     "phimr_nemo.doctor",
