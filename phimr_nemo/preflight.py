@@ -26,7 +26,7 @@ from phimr_nemo.config import (
 )
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.layout import check_layout
+from phimr_nemo.model.layout import check_layout, check_length
 from phimr_nemo.records import Kind
 from phimr_nemo.store import is_complete, read_manifest
 
@@ -53,7 +53,7 @@ def preflight(stage: str, config: Any) -> None:
             )
     if isinstance(config, GenerateConfig):
         _check_teacher(config)
-    if isinstance(config, GenerateConfig | VerifyConfig):
+    if isinstance(config, GenerateConfig | VerifyConfig | PackConfig):
         check_shard(config.shard)
     if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
         architecture = Architecture.from_directory(config.base)
@@ -67,7 +67,7 @@ def record_inputs(stage: str, config: Any) -> list[tuple[Path, Kind]]:
     if isinstance(config, VerifyConfig):
         return [(config.rollouts, "rollouts")]
     if isinstance(config, CurateConfig):
-        return [(config.verdicts, "verdicts")]
+        return [(path, "verdicts") for path in config.verdict_directories]
     if isinstance(config, PackConfig):
         return [(config.conversations, "conversations")]
     if isinstance(config, SupervisedConfig):
@@ -123,20 +123,6 @@ def check_shard(shard: ShardConfig) -> None:
             f"shard.index={shard.index} with shard.count={shard.count}",
             rule="shard.index counts from 0 and is below shard.count",
             remedy=f"use 0 to {shard.count - 1}, or raise shard.count",
-        )
-
-
-def check_length(architecture: Architecture, length: int) -> None:
-    """Refuse sequences longer than the model's context.
-
-    Raises:
-        UserError: `length` tokens do not fit.
-    """
-    if length > architecture.max_position_embeddings:
-        raise UserError(
-            f"sequence_length={length}",
-            rule=f"the base model's context is {architecture.max_position_embeddings} tokens",
-            remedy="lower sequence_length or use a base with a longer context",
         )
 
 

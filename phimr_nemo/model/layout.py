@@ -1,4 +1,4 @@
-"""Which parallel layouts can hold a model. Needs no torch, so that a layout is refused before anything starts."""
+"""Which parallel layouts and lengths a model can have. Needs no torch: what is impossible is refused at the start."""
 
 from __future__ import annotations
 
@@ -41,6 +41,29 @@ def check_layout(arch: Architecture, layout: ParallelConfig) -> None:
             "parallel.sequence=true with parallel.tensor=1",
             rule="sequence parallelism splits over the tensor-parallel group",
             remedy="set parallel.tensor >= 2 or parallel.sequence=false",
+        )
+
+
+def check_length(arch: Architecture, length: int) -> None:
+    """Refuse sequences that the model does not support.
+
+    A sliding window is full attention up to its own length; Phi-3-mini-4k has one of 2,047 tokens, the longer models
+    of the family have none that matters.
+
+    Raises:
+        UserError: `length` (tokens) is beyond the model's context or its sliding window.
+    """
+    if not 1 <= length <= arch.max_position_embeddings:
+        raise UserError(
+            f"sequence_length={length}",
+            rule=f"between 1 and the model's context of {arch.max_position_embeddings} tokens",
+            remedy="lower sequence_length or use a base with a longer context",
+        )
+    if arch.sliding_window is not None and length > arch.sliding_window:
+        raise UserError(
+            f"sequence_length={length} with a sliding window of {arch.sliding_window} tokens",
+            rule="attention is full, which equals a sliding window only up to the window's length",
+            remedy=f"set sequence_length to at most {arch.sliding_window}, or use a base without such a window",
         )
 
 

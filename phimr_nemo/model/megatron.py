@@ -35,6 +35,7 @@ from phimr_nemo.model.configuration import (
     transformer_fields,
 )
 from phimr_nemo.model.context_parallel import ContextPlan, gather_tokens, plan_context, take_tokens
+from phimr_nemo.model.layout import check_length
 from phimr_nemo.model.longrope import LongRopePolicy, LongRotaryEmbedding, uses_long_factors
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def build_model(
     """
     check_config(arch, config)
     _check_context(config)
-    _check_length(arch, max_length)
+    check_length(arch, max_length)
     return PhiGPTModel(
         arch,
         config,
@@ -91,21 +92,6 @@ def _check_context(config: TransformerConfig) -> None:
             f"context_parallel_size={config.context_parallel_size} with context groups of {started}",
             rule="Megatron's groups were started for the model's layout",
             remedy="call initialize_model_parallel with the same context_parallel_size",
-        )
-
-
-def _check_length(arch: Architecture, max_length: int) -> None:
-    if not 1 <= max_length <= arch.max_position_embeddings:
-        raise UserError(
-            f"maximum length {max_length}",
-            rule=f"1 <= length <= max_position_embeddings = {arch.max_position_embeddings}",
-            remedy="shorten the sequences or choose a model with a longer context",
-        )
-    if arch.sliding_window is not None and max_length > arch.sliding_window:
-        raise UserError(
-            f"maximum length {max_length} with a sliding window of {arch.sliding_window} tokens",
-            rule="attention is full, which equals a sliding window only up to the window's length",
-            remedy=f"use sequences of at most {arch.sliding_window} tokens",
         )
 
 
@@ -269,7 +255,7 @@ class PhiGPTModel(GPTModel):
     def _packed(self, lengths: Tensor, plan: ContextPlan | None) -> tuple[PackedSeqParams, Tensor]:
         """The documents of a packed row as this model's attention wants them, and the rotary angles."""
         if has_transformer_engine():
-            return self._fused_packed(lengths, lengths if plan is None else plan.lengths)
+            return self._fused_packed(lengths, plan)
         if plan is None:
             documents = PackedDocuments(qkv_format="thd", buckets=plan_documents(lengths))
             return documents, self.rotary_pos_emb.for_documents(lengths)
@@ -277,7 +263,7 @@ class PhiGPTModel(GPTModel):
         documents = PackedDocuments(qkv_format="thd", buckets=plan_context_documents(plan, rank))
         return documents, self.rotary_pos_emb.for_tokens(plan.positions[rank], lengths[plan.documents[rank]])
 
-    def _fused_packed(self, lengths: Tensor, padded: Tensor) -> tuple[PackedSeqParams, Tensor]:
+    def _fused_packed(self, lengths: Tensor, plan: ContextPlan | None) -> tuple[PackedSeqParams, Tensor]:
         """Boundaries of the whole row (not of this rank's part), and one table of angles for all documents.
 
         Raises:
@@ -292,16 +278,18 @@ class PhiGPTModel(GPTModel):
                 rule="on a GPU one packed row has one set of rotary frequencies",
                 remedy="use the policy 'long_when_max_length_exceeds_original'",
             )
+        padded = lengths if plan is None else plan.lengths
         boundaries = torch.cat((padded.new_zeros(1), padded.cumsum(0))).to(torch.int32)
         table = int(padded.max())
+        # Transformer Engine asks for these under context parallelism. Padding counts as part of its document: it
+        # stands at the end, where causal attention lets nothing see it.
+        with_padding = None if plan is None else boundaries
         documents = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=boundaries,
             cu_seqlens_kv=boundaries,
-            # Transformer Engine asks for these under context parallelism. The padding is part of the documents:
-            # nothing sees it under causal attention.
-            cu_seqlens_q_padded=boundaries,
-            cu_seqlens_kv_padded=boundaries,
+            cu_seqlens_q_padded=with_padding,
+            cu_seqlens_kv_padded=with_padding,
             max_seqlen_q=table,
             max_seqlen_kv=table,
         )
