@@ -75,7 +75,7 @@ class Completion:
         token_ids: the response's tokens; the last is the stop token when `finish_reason` is "stop".
         logprobs: natural log-probability of each token under softmax(logits / temperature) over the *whole*
             vocabulary, also when top_p < 1 (this is what the trainer computes, so the two can be compared);
-            at temperature 0 it is that of softmax(logits).
+            at temperature 0 it is that of softmax(logits). Empty from an engine that only writes text.
         finish_reason: "stop" at a stop token, "length" at the limit.
     """
 
@@ -85,13 +85,8 @@ class Completion:
     finish_reason: FinishReason
 
 
-class Sampler(Protocol):
-    """An engine that samples responses from the current weights."""
-
-    @property
-    def version(self) -> int:
-        """The version of the weights in use."""
-        ...
+class Engine(Protocol):
+    """Samples responses."""
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Sample one completion for each request, in the requests' order.
@@ -101,14 +96,23 @@ class Sampler(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Free what the engine holds; it cannot be used afterwards."""
+        ...
+
+
+class Sampler(Engine, Protocol):
+    """An engine whose weights can be replaced between calls."""
+
+    @property
+    def version(self) -> int:
+        """The version of the weights in use."""
+        ...
+
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace all weights by these tensors (Hugging Face names); the old stay if the set is wrong.
 
         Raises:
             UserError: a tensor is missing, unknown, repeated or of another shape.
         """
-        ...
-
-    def close(self) -> None:
-        """Free what the engine holds; it cannot be used afterwards."""
         ...

@@ -1,0 +1,201 @@
+"""Which rollouts of which problems, shard by shard: ids, seeds and prompts that follow from content alone.
+
+A shard holds the rollouts of `shard_size` successive problems and is the unit of retry, so a rerun repeats nothing,
+a retry duplicates nothing, and shards may be made by different processes in any order. `settings.json` keeps a
+directory from mixing the rollouts of two configurations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from phimr_nemo.errors import UserError
+from phimr_nemo.records import FinishReason
+from phimr_nemo.store import content_id, content_seed, write_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SETTINGS_FILE: Final = "settings.json"
+QUESTION: Final = "{question}"
+"""Where a prompt template holds the question; by itself the template that adds nothing."""
+TOKENS_UNKNOWN: Final = -1
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A rollout before there is a response.
+
+    Attributes:
+        id, seed: follow from the problem, the teacher, the stage's seed and the number of the sample.
+        sample_index: the number of the sample among those of its problem.
+        prompt: the user's turn.
+        problem: the row of kind "problems".
+    """
+
+    id: str
+    seed: int
+    sample_index: int
+    prompt: str
+    problem: Mapping[str, Any]
+
+    def row(self, response: str, *, teacher: str, finish_reason: FinishReason, tokens: int) -> dict[str, Any]:
+        """The rollout as a row of kind "rollouts"; `tokens` of the response, `TOKENS_UNKNOWN` if nobody counted."""
+        return {
+            "id": self.id,
+            "problem_id": self.problem["id"],
+            "question": self.problem["question"],
+            "answer": self.problem["answer"],
+            "response": response,
+            "teacher": teacher,
+            "sample_index": self.sample_index,
+            "seed": self.seed,
+            "finish_reason": finish_reason,
+            "tokens": tokens,
+            "domain": self.problem["domain"],
+            "difficulty": self.problem["difficulty"],
+            "metadata": self.problem["metadata"],
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All rollouts of a step.
+
+    Attributes:
+        problems: a table of kind "problems" with distinct ids.
+        rollouts_per_problem: responses to each problem.
+        shard_size: problems a shard.
+        teacher: names the sampled model; a part of ids and seeds.
+        stage_seed: another one gives other responses.
+        prompt_template: the user's turn, with `{question}` in it once.
+
+    Raises:
+        UserError: there are no problems, ids repeat, a number is not positive, or the template holds no question.
+    """
+
+    problems: pa.Table
+    rollouts_per_problem: int
+    shard_size: int
+    teacher: str
+    stage_seed: int
+    prompt_template: str = QUESTION
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("rollouts_per_problem", self.rollouts_per_problem),
+            ("shard_size", self.shard_size),
+        ):
+            if value < 1:
+                raise UserError(f"{name} is {value}", rule=f"{name} is at least 1", remedy="correct it")
+        check_template(self.prompt_template)
+        _check_problems(self.problems)
+
+    @property
+    def shards(self) -> range:
+        """The numbers of the shards."""
+        return range(-(-self.problems.num_rows // self.shard_size))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the rollouts of one directory have in common, as far as the plan knows it."""
+        return {
+            "problems": content_id(*self.problems.column("id").to_pylist()),
+            "rollouts_per_problem": self.rollouts_per_problem,
+            "teacher": self.teacher,
+            "shard_size": self.shard_size,
+            "stage_seed": self.stage_seed,
+            "prompt_template": self.prompt_template,
+        }
+
+    def count(self, index: int) -> int:
+        """How many rollouts shard `index` has."""
+        start = index * self.shard_size
+        return min(self.shard_size, self.problems.num_rows - start) * self.rollouts_per_problem
+
+    def shard(self, index: int) -> list[Planned]:
+        """The rollouts of shard `index`, those of one problem together, in the problems' order."""
+        before, after = self.prompt_template.split(QUESTION)
+        planned = []
+        for problem in self.problems.slice(index * self.shard_size, self.shard_size).to_pylist():
+            for sample_index in range(self.rollouts_per_problem):
+                parts = (problem["id"], self.teacher, str(self.stage_seed), str(sample_index))
+                prompt = before + problem["question"] + after
+                planned.append(
+                    Planned(content_id("rollout", *parts), content_seed(*parts), sample_index, prompt, problem)
+                )
+        return planned
+
+
+def check_template(prompt_template: str) -> None:
+    """Refuse a prompt template that does not hold the question once.
+
+    Raises:
+        UserError: it does not.
+    """
+    if prompt_template.count(QUESTION) != 1:
+        raise UserError(
+            f"prompt template {prompt_template!r}",
+            rule=f"a prompt template holds {QUESTION} once",
+            remedy=f"put {QUESTION} where the question belongs",
+        )
+
+
+def _check_problems(problems: pa.Table) -> None:
+    if problems.num_rows == 0:
+        raise UserError(
+            "there are no problems to sample",
+            rule="generation needs at least one problem",
+            remedy="look at the problems file and at its limit",
+        )
+    ids = problems.column("id").to_pylist()
+    if len(set(ids)) < len(ids):
+        repeated = next(identity for identity in ids if ids.count(identity) > 1)
+        raise UserError(
+            f"problem id {repeated!r} occurs {ids.count(repeated)} times",
+            rule="each problem occurs once: seeds derive from ids, so a repeated one repeats its responses",
+            remedy="remove the duplicates and ask for more rollouts_per_problem instead",
+        )
+
+
+def keep_settings(out_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings, or compare with those that the directory was begun with.
+
+    Raises:
+        UserError: they differ.
+    """
+    path = out_dir / SETTINGS_FILE
+    if not path.is_file():
+        write_json(path, dict(settings))
+        return
+    earlier = json.loads(path.read_text("utf-8"))
+    changed = sorted(name for name in settings if earlier.get(name) != settings[name])
+    if changed:
+        values = ", ".join(f"{name} {earlier.get(name)!r} -> {settings[name]!r}" for name in changed)
+        raise UserError(
+            f"{out_dir} was begun with other settings: {values}",
+            rule="the rollouts of one directory share one configuration",
+            remedy="choose another output directory, or remove this one",
+        )
+
+
+def rollout_counts(out_dir: Path) -> dict[str, int]:
+    """Rollouts by finish reason and their tokens, over all shards; where nobody counted tokens, how many rollouts."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    counts = {"rollouts": 0, "stop": 0, "length": 0, "tokens": 0}
+    unknown = 0
+    for path in sorted(out_dir.glob("part-*.parquet")):
+        shard = pq.read_table(path, columns=["finish_reason", "tokens"])
+        known = shard.filter(pc.not_equal(shard.column("tokens"), TOKENS_UNKNOWN))
+        counts["rollouts"] += shard.num_rows
+        counts["tokens"] += pc.sum(known.column("tokens")).as_py() or 0
+        unknown += shard.num_rows - known.num_rows
+        for reason in shard.column("finish_reason").to_pylist():
+            counts[reason] += 1
+    return {**counts, **({"of_unknown_tokens": unknown} if unknown else {})}
