@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -17,11 +18,15 @@ from megatron.core.distributed import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from phimr_nemo.config import ParallelConfig
+from phimr_nemo.model import attention, context_parallel, megatron
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.attention import RotaryScale
 from phimr_nemo.model.configuration import transformer_config
@@ -46,7 +51,7 @@ ARCHITECTURE = Architecture(
     rms_norm_eps=1e-5,
     tie_word_embeddings=True,
     max_position_embeddings=64,
-    original_max_position_embeddings=16,
+    original_max_position_embeddings=18,
     short_factor=(1.0, 1.0, 1.0),
     long_factor=(1.0, 2.5, 7.0),
     sliding_window=None,
@@ -55,9 +60,11 @@ ARCHITECTURE = Architecture(
     pad_token_id=95,
     initializer_range=0.1,
 )
-# Longer than the original 16: the long regime. No multiple of 4, so that context parallelism has to pad.
+UNTIED = dataclasses.replace(ARCHITECTURE, tie_word_embeddings=False)
+# Longer than the original 18: the long regime. No multiple of 4, so that context parallelism has to pad.
 ROWS, LENGTH = 4, 22
-DOCUMENTS = (5, 24, 1, 17, 9, 40)  # of one packed row, on both sides of the original length
+# Of one packed row, on both sides of the original length; padded for context parallelism, 17 is on the other side.
+DOCUMENTS = (5, 24, 1, 17, 9, 40)
 CHANGED_DOCUMENT = 1
 TEMPERATURE = 0.7
 WORDS = 95
@@ -311,33 +318,78 @@ def measure_stale_head(directory: str, layout: ParallelConfig) -> Tensor | None:
     return forward(model, {"input_ids": batch()[0]})
 
 
-def measure_precision(directory: str) -> Results:
-    """bfloat16 logits, and gradients with everything recomputed, in one process."""
-    one = ParallelConfig()
-    low = build(directory, one, dtype=torch.bfloat16).bfloat16()
-    recomputed = build(
-        directory, one, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-    )
-    return {
-        "bfloat16": forward(low, {"input_ids": batch()[0]}),
-        "stored": gradients(build(directory, one), one),
-        "recomputed": gradients(recomputed, one),
-    }
+def measure_context_faults(directory: str, layout: ParallelConfig) -> Results:
+    """Results of models with one planted fault each in how the context group shares the tokens."""
+    model = build(directory, layout)
+    per_sequence = build(directory, layout, policy="per_sequence")
+    ids, _ = batch()
+    row = {"input_ids": torch.cat(documents())[None], "packed_seq_params": packed(DOCUMENTS)}
+    plan, plan_buckets = context_parallel.plan_context, attention.plan_context_documents
+    right_packed = PhiGPTModel._packed
+
+    def in_order(*args: Any) -> context_parallel.ContextPlan:
+        zigzag = plan(*args)
+        everywhere = torch.arange(len(zigzag.in_order))
+        parts = {
+            name: getattr(zigzag, name).reshape(-1)[zigzag.in_order].view_as(zigzag.tokens)
+            for name in ("tokens", "positions", "documents")
+        }
+        is_token = parts["tokens"].reshape(-1) != context_parallel.NO_TOKEN
+        return dataclasses.replace(zigzag, **parts, in_order=everywhere, places=everywhere[is_token])
+
+    def rank_order(zigzag: context_parallel.ContextPlan, rank: int) -> attention.ContextBuckets:
+        return plan_buckets(dataclasses.replace(zigzag, in_order=torch.arange(len(zigzag.in_order))), rank)
+
+    def own_part(local: Tensor, places: Tensor, group: Any) -> Tensor:
+        gathered = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=False, group=group)
+        return gathered.index_select(0, places)
+
+    results: Results = {}
+    with mock.patch.object(megatron, "plan_context", in_order):
+        results["chunks_in_order"] = forward(model, {"input_ids": ids})
+    with mock.patch.object(
+        PhiGPTModel, "_angles", lambda self, ids, _: self.rotary_pos_emb.for_length(12, ids.device)
+    ):
+        results["positions_of_the_part"] = forward(model, {"input_ids": ids})
+    with mock.patch.object(megatron, "plan_context_documents", rank_order):
+        results["packed_keys_in_rank_order"] = forward(model, row)
+    with mock.patch.object(PhiGPTModel, "_packed", lambda self, _, plan: right_packed(self, plan.lengths, plan)):
+        results["regime_of_the_padding"] = forward(per_sequence, row)
+    with mock.patch.object(megatron, "gather_tokens", own_part):
+        results["gradient_of_the_own_part"] = gradients(model, layout)
+    return results
 
 
-def compare_lengths(directory: str, lengths: tuple[int, ...]) -> dict[int, tuple[float, float]]:
+def measure_recompute(directory: str, layout: ParallelConfig) -> list[str]:
+    """Names of the gradients that are not the same to the last bit when everything is recomputed."""
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    stored = gradients(build(directory, layout), layout)
+    recomputed = gradients(build(directory, layout, **recompute), layout)
+    return [name for name, gradient in stored.items() if not torch.equal(gradient, recomputed[name])]
+
+
+def measure_bfloat16(directory: str, layout: ParallelConfig) -> Results:
+    """Logits of the model in bfloat16, and of one with a planted fault."""
+    inputs = {"input_ids": batch()[0]}
+    model = build(directory, layout, dtype=torch.bfloat16).bfloat16()
+    result = {"logits": forward(model, inputs)}
+    return {**result, "no_attention_factor": forward(_drop_attention_factor(model), inputs)}
+
+
+def compare_lengths(
+    directory: str, lengths: tuple[int, ...], layout: ParallelConfig
+) -> dict[int, tuple[float, float]]:
     """Per length, max |difference| to transformers under ``per_sequence`` and under ``always_short``."""
     from transformers import Phi3ForCausalLM
 
     reference = Phi3ForCausalLM.from_pretrained(directory, torch_dtype=torch.float32)
-    one = ParallelConfig()
     found: dict[int, tuple[float, float]] = {}
     for length in lengths:
         ids = torch.randint(reference.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(5))
         with torch.no_grad():
             wanted = reference(ids).logits
         errors = [
-            float((forward(build(directory, one, policy=policy), {"input_ids": ids}) - wanted).abs().max())
+            float((forward(build(directory, layout, policy=policy), {"input_ids": ids}) - wanted).abs().max())
             for policy in ("per_sequence", "always_short")
         ]
         found[length] = (errors[0], errors[1])

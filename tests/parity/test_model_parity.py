@@ -17,6 +17,7 @@ from distributed import run_distributed
 from torch import Tensor
 
 from phimr_nemo.config import ParallelConfig
+from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 
 LOGITS = 1e-5
@@ -164,22 +165,100 @@ def test_planted_fault_norm_gradients_not_summed_under_sequence_parallelism(
     assert "norm" in name
 
 
-def test_recompute_changes_nothing_and_bfloat16_stays_in_its_rounding(
-    checkpoint: str, reference: worker.Results
+@pytest.fixture(scope="module")
+def context_faults(checkpoint: str, reference: worker.Results) -> worker.Results:
+    return run_distributed(worker.measure_context_faults, 2, checkpoint, LAYOUTS["cp2"])[0]
+
+
+@pytest.mark.parametrize("fault", ["chunks_in_order", "positions_of_the_part"])
+def test_planted_fault_in_the_share_of_a_context_rank(
+    fault: str, context_faults: worker.Results, reference: worker.Results
 ) -> None:
-    result = run_distributed(worker.measure_precision, 1, checkpoint)[0]
-    for name, gradient in result["stored"].items():
-        assert torch.equal(gradient, result["recomputed"][name]), name
+    assert gap(context_faults[fault], reference["logits"]) > FAULT
+
+
+def test_planted_fault_in_packed_rows_of_a_context_group(
+    context_faults: worker.Results, measured: Callable[[str], worker.Results], reference: worker.Results
+) -> None:
+    assert gap(context_faults["packed_keys_in_rank_order"], measured("one")["packed"]) > FAULT
+    parts = context_faults["regime_of_the_padding"][0].split(worker.DOCUMENTS)
+    wrong = [gap(part, alone) > LOGITS for part, alone in zip(parts, reference["documents"], strict=True)]
+    # Of 17 tokens, padded to 20; the original length is 18.
+    assert wrong == [length == 17 for length in worker.DOCUMENTS]
+
+
+def test_planted_fault_gradient_of_the_own_part_alone(
+    context_faults: worker.Results, reference: worker.Results
+) -> None:
+    worst, _ = worst_gradient(context_faults["gradient_of_the_own_part"], reference["gradients"])
+    assert worst == pytest.approx(0.5, abs=GRADIENT)  # half of it, with two ranks
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "cp2"])
+def test_recompute_changes_no_bit_of_a_gradient(layout: str, checkpoint: str, reference: worker.Results) -> None:
+    chosen = LAYOUTS[layout]
+    assert run_distributed(worker.measure_recompute, chosen.world_size, checkpoint, chosen)[0] == []
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "cp2"])
+def test_bfloat16_stays_in_its_rounding(layout: str, checkpoint: str, reference: worker.Results) -> None:
     # Every rounding to 8 significant bits is a relative error of at most 2^-9, about 0.6 of that in the mean
     # square. Per layer some 12 roundings reach the residual stream; independent, they add as a square root.
     roundings = 12 * worker.ARCHITECTURE.num_hidden_layers
     expected = math.sqrt(roundings) * 2**-9 * 0.6
-    error = (result["bfloat16"].float() - reference["logits"]).square().mean().sqrt()
-    relative = float(error / reference["logits"].square().mean().sqrt())
-    assert expected / 10 < relative < 3 * expected
+    chosen = LAYOUTS[layout]
+    result = run_distributed(worker.measure_bfloat16, chosen.world_size, checkpoint, chosen)[0]
+    assert expected / 10 < relative_error(result["logits"], reference["logits"]) < 3 * expected
+    assert relative_error(result["no_attention_factor"], reference["logits"]) > 10 * expected
 
 
-def test_both_regimes_at_the_real_factors_around_4096(tmp_path: Path, repository: Path) -> None:
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference over that of the wanted."""
+    return float((found.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_pp2", "cp2"])
+def test_untied_head_equals_transformers(layout: str, tmp_path: Path) -> None:
+    directory, chosen = str(tmp_path / "hf"), LAYOUTS[layout]
+    wanted = run_distributed(worker.hugging_face, 1, directory, worker.UNTIED)[0]
+    found = last_stage(run_distributed(worker.measure, chosen.world_size, directory, chosen))
+    assert gap(found["logits"], wanted["logits"]) <= LOGITS
+    worst, name = worst_gradient(found["gradients"], wanted["gradients"])
+    assert worst <= GRADIENT, name
+    # One matrix for both ends would have the sum of two gradients.
+    ends = ("lm_head.weight", "model.embed_tokens.weight")
+    assert not torch.equal(*(found["gradients"][name] for name in ends))
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "cp2"])
+def test_both_regimes_around_the_original_length(layout: str, checkpoint: str, reference: worker.Results) -> None:
+    original, chosen = worker.ARCHITECTURE.original_max_position_embeddings, LAYOUTS[layout]
+    # Two apart: sequence parallelism without context parallelism wants even lengths.
+    lengths = (original, original + 2)
+    errors = run_distributed(worker.compare_lengths, chosen.world_size, checkpoint, lengths, chosen)[0]
+    assert errors[original][0] <= LOGITS
+    assert errors[original + 2][0] <= LOGITS
+    # The twin: short factors are right up to the boundary and wrong beyond it.
+    assert errors[original][1] <= LOGITS
+    assert errors[original + 2][1] > FAULT
+
+
+def test_key_value_heads_that_the_tensor_ranks_cannot_share_are_refused() -> None:
+    """Megatron 0.13 has no replication of key/value heads: it refuses as well, with a bare ValueError."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from phimr_nemo.model.configuration import transformer_config, transformer_fields
+
+    arch, eight = worker.ARCHITECTURE, ParallelConfig(tensor=8)  # 8 heads in 4 groups, on 8 ranks
+    with pytest.raises(UserError, match="4 key/value heads"):
+        transformer_config(arch, eight, dtype=torch.float32)
+    fields = transformer_fields(arch, ParallelConfig(), dtype=torch.float32)
+    with pytest.raises(ValueError, match="num_query_groups"):
+        TransformerConfig(**{**fields, "tensor_model_parallel_size": 8})
+
+
+@pytest.mark.parametrize("layout", ["one", "cp2"])
+def test_both_regimes_at_the_real_factors_around_4096(layout: str, tmp_path: Path, repository: Path) -> None:
     yaml = pytest.importorskip("yaml")
     values = yaml.safe_load((repository / "conf/model/phi4mini.yaml").read_text())
     small = Architecture.from_preset(
@@ -198,7 +277,8 @@ def test_both_regimes_at_the_real_factors_around_4096(tmp_path: Path, repository
     assert small.head_dim == 128  # as in Phi-4-mini, so the 48 factors are the real ones
     directory = str(tmp_path / "hf")
     run_distributed(worker.hugging_face, 1, directory, small)
-    errors = run_distributed(worker.compare_lengths, 1, directory, (4096, 4097))[0]
+    chosen = LAYOUTS[layout]
+    errors = run_distributed(worker.compare_lengths, chosen.world_size, directory, (4096, 4097), chosen)[0]
     assert errors[4096][0] <= LOGITS
     assert errors[4097][0] <= LOGITS
     # The twin: short factors are right up to the boundary and wrong beyond it.

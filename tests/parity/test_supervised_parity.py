@@ -43,6 +43,8 @@ LAYOUTS = {
     "PP2": ("parallel.pipeline=2",),
     "DP2": ("parallel.data=2",),
     "TP2 with sequence parallelism": ("parallel.tensor=2", "parallel.sequence=true"),
+    "CP2": ("parallel.context=2",),
+    "CP2 with the distributed optimizer": ("parallel.context=2", "optim.distributed=true"),
 }
 
 Curve = list[tuple[float, float]]
@@ -205,9 +207,12 @@ def test_stopped_and_continued_equals_undisturbed_bit_for_bit(
     assert differences(expected, tmp_path / "run") == (0.0, 0.0, 0.0)
 
 
-def test_continues_in_another_layout(reference: tuple[str, Path], inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "second"), [("TP2", "PP2"), ("CP2", "TP2")])
+def test_continues_in_another_layout(
+    first: str, second: str, reference: tuple[str, Path], inputs: Path, tmp_path: Path
+) -> None:
     stage, expected = reference
-    run_distributed(train_and_stop, 2, stage, overrides(stage, inputs, tmp_path / "run", LAYOUTS["TP2"]))
-    run_distributed(train, 2, stage, overrides(stage, inputs, tmp_path / "run", LAYOUTS["PP2"]))
+    run_distributed(train_and_stop, 2, stage, overrides(stage, inputs, tmp_path / "run", LAYOUTS[first]))
+    run_distributed(train, 2, stage, overrides(stage, inputs, tmp_path / "run", LAYOUTS[second]))
     assert len(curve(tmp_path / "run")) == STEPS
     assert differences(expected, tmp_path / "run")[0] < LOSS_TOLERANCE
