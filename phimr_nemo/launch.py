@@ -42,6 +42,7 @@ FREE_TO_CHANGE: Final = (
     "parallel.",
     "checkpoint.",
     "micro_batch",
+    "packed",
     "shard.",
     "workers",
     "verify_workers",

@@ -3,75 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from omegaconf import OmegaConf
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from phimr_nemo.align.checkpoint import CheckpointStore
 from phimr_nemo.align.compat import DPOTrainer, MegatronPretrainingBatchSampler
 from phimr_nemo.align.lifecycle import StopTimer, check_checkpointing, content_identity, export, frozen_heap
 from phimr_nemo.align.metrics import DPOLog, metrics_writer
-from phimr_nemo.align.microbatch import MicroBatch, chunks_by_length, cut, trimmed_width, used_lengths
-from phimr_nemo.align.pairs import PairCollate, load_pairs, stored_reference
-from phimr_nemo.align.policy import LossSums, MegatronPolicy
+from phimr_nemo.align.pairs import PairCollate, load_pairs
+from phimr_nemo.align.plots import plot_dpo
+from phimr_nemo.align.policy import MegatronPolicy
+from phimr_nemo.align.preference import DPOObjective
+from phimr_nemo.align.reference import reference_identity, stored_reference
 from phimr_nemo.config import DPOConfig
+from phimr_nemo.config.alignment import StoredReference
 from phimr_nemo.data.batches import EpochOrder
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.errors import Preempted, UserError
-from phimr_nemo.losses import IGNORED_LABEL, dpo_loss
 from phimr_nemo.model.hf import HFDirectory
 from phimr_nemo.runs import RunDirectory
 from phimr_nemo.store import read_manifest
 from phimr_nemo.train.distributed import PreemptionGuard, start_process_group
-
-
-class DPOObjective:
-    """Sigmoid DPO (paper, stage 3): the mean of -log sigma(beta (r_w - r_l)) over the pairs of the global batch.
-
-    Args:
-        beta: strength of the tie to the reference.
-        micro_batch: pairs a micro-batch.
-        multiple: sequence lengths are multiples of this.
-        pad_id: token of the padding.
-    """
-
-    def __init__(self, beta: float, *, micro_batch: int, multiple: int, pad_id: int) -> None:
-        self._beta, self._size, self._multiple, self._pad_id = beta, micro_batch, multiple, pad_id
-
-    def micro_batches(self, batch: Mapping[str, Tensor]) -> list[MicroBatch]:
-        """Pairs of like length together; each micro-batch holds the chosen sides, then the rejected ones."""
-        width = batch["chosen"].shape[1]
-        longer = torch.maximum(used_lengths(batch["chosen_labels"]), used_lengths(batch["rejected_labels"]))
-        micros = []
-        for pairs in chunks_by_length(longer, self._size):
-            columns = trimmed_width(longer[pairs], width, self._multiple)
-            tokens = torch.cat([batch["chosen"][pairs], batch["rejected"][pairs]])
-            labels = torch.cat([batch["chosen_labels"][pairs], batch["rejected_labels"][pairs]])
-            reference = torch.cat(
-                [batch["ref_policy_log_probs_chosen"][pairs], batch["ref_policy_log_probs_rejected"][pairs]]
-            )
-            micros.append(
-                MicroBatch(
-                    cut(tokens, columns, self._pad_id), cut(labels, columns, IGNORED_LABEL), {"reference": reference}
-                )
-            )
-        return micros
-
-    def loss(self, logprobs: Tensor, micro: MicroBatch) -> LossSums:
-        """Loss and metrics summed over the micro-batch's pairs."""
-        chosen, rejected = logprobs.sum(dim=1).chunk(2)
-        reference_chosen, reference_rejected = micro.extras["reference"].to(logprobs.device).chunk(2)
-        loss, metrics = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, self._beta)
-        return loss, metrics.pop("pairs"), metrics
-
-    def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Means over the pairs."""
-        return {name: value / sums["count"] for name, value in sums.items() if name != "count"}
 
 
 def run_dpo(config: DPOConfig) -> dict[str, Any]:
@@ -91,7 +47,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     check_checkpointing(config.checkpoint)
     base = HFDirectory(config.base)
     pad_id = base.architecture.pad_token_id
-    pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length)
+    pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
     order = EpochOrder(len(pairs), config.epochs, config.run.seed)
     steps = _steps(config, len(order))
 
@@ -100,16 +56,29 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     with PreemptionGuard() as guard:
         policy = _policy(config, base, steps)
         identity = content_identity(base, config.pairs)
-        reference = stored_reference(run.path, policy, pairs, pad_id, identity)
+        if isinstance(config.reference, StoredReference):
+            computed = reference_identity(config, identity, pairs)
+            reference = stored_reference(run.path, config.reference.path, policy, pairs, pad_id, computed)
+        else:
+            # The policy is still the base here; a checkpoint is loaded after this.
+            reference = None
+            policy.keep_reference()
         checkpoints = CheckpointStore(run.checkpoints, policy, keep=config.checkpoint.keep, identity=identity)
         counters = checkpoints.restore()
         with metrics_writer(run.path, counters["step"]) as writer:
+            log = DPOLog(writer, policy.optimizer, config.run.log_every)
             trainer = _trainer(
                 config,
                 policy,
                 _loader(config, order, counters["consumed_samples"]),
-                collate_fn=PairCollate(pairs, reference, pad_id),
-                logger=DPOLog(writer, policy.optimizer, config.run.log_every),
+                collate_fn=PairCollate(
+                    pairs,
+                    reference,
+                    pad_id,
+                    rank=parallel_state.get_data_parallel_rank(),
+                    ranks=parallel_state.get_data_parallel_world_size(),
+                ),
+                logger=log,
                 ckpt_callback=checkpoints,
                 run_timer=StopTimer(guard),
                 steps=steps,
@@ -119,10 +88,14 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
                 trainer.fit()
     if trainer.step < steps:
         raise Preempted(f"dpo stopped at step {trainer.step} of {steps}; run the same command to continue")
+    if dist.get_rank() == 0:
+        plot_dpo(run.path)
     return {
         "steps": steps,
         "pairs": len(pairs),
-        "pairs_too_long": pairs.dropped,
+        "pairs_too_long": pairs.too_long,
+        "pairs_truncated": pairs.truncated,
+        "collapsed_at_step": log.collapsed_at,
         "base_weights": identity["base weights"],
         "hf": export(run, policy, config.base),
         "seconds": time.monotonic() - started,
@@ -131,8 +104,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
 
 def _policy(config: DPOConfig, base: HFDirectory, steps: int) -> MegatronPolicy:
     objective = DPOObjective(
-        config.beta,
-        micro_batch=config.micro_batch,
+        config,
         multiple=config.parallel.tensor if config.parallel.sequence else 1,
         pad_id=base.architecture.pad_token_id,
     )
@@ -150,14 +122,14 @@ def _policy(config: DPOConfig, base: HFDirectory, steps: int) -> MegatronPolicy:
 
 
 def _loader(config: DPOConfig, order: EpochOrder, consumed: int) -> DataLoader[int]:
-    """Batches of pair numbers; a data-parallel rank gets every n-th of the global batch, whatever the layout."""
+    """Global batches of pair numbers; the collate function takes the data-parallel rank's share of each."""
     sampler = MegatronPretrainingBatchSampler(
         total_samples=len(order),
         consumed_samples=consumed,
         micro_batch_size=config.micro_batch,
         global_batch_size=config.global_batch,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=0,
+        data_parallel_size=1,
         drop_last=True,
     )
     # The trainer collates by itself, outside the loader.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,11 +21,13 @@ class MicroBatch:
         tokens: int64 [b, s].
         labels: int64 [b, s], the wanted token at each place, -100 where none.
         extras: what the loss needs besides, by name.
+        documents: tokens of each document of a packed row [1, s]; they sum to s. Empty for padded rows.
     """
 
     tokens: Tensor
     labels: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    documents: tuple[int, ...] = ()
 
 
 def used_lengths(labels: Tensor) -> Tensor:
@@ -71,6 +74,65 @@ def cut(rows: Tensor, width: int, fill: int) -> Tensor:
     if rows.shape[1] >= width:
         return rows[:, :width].contiguous()
     return torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=fill)
+
+
+def packed_row(
+    tokens: Tensor, labels: Tensor, lengths: Sequence[int], *, multiple: int, pad_id: int
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Sequences laid end to end in one row, each a document of its own; padding at the end is one more.
+
+    Args:
+        tokens: int64 [n, s], padded on the right.
+        labels: int64 [n, s], -100 where none.
+        lengths: places of each sequence that the row takes, 1 to s.
+        multiple: the row's length is a multiple of this.
+        pad_id: token of the padding.
+
+    Returns:
+        Tokens [1, t], labels [1, t], and the documents' lengths, which sum to t.
+    """
+    padding = -sum(lengths) % multiple
+    ids = [tokens[row, :length] for row, length in enumerate(lengths)]
+    wanted = [labels[row, :length] for row, length in enumerate(lengths)]
+    ids.append(torch.full((padding,), pad_id, dtype=tokens.dtype))
+    wanted.append(torch.full((padding,), IGNORED_LABEL, dtype=labels.dtype))
+    documents = (*lengths, padding) if padding else tuple(lengths)
+    return torch.cat(ids)[None], torch.cat(wanted)[None], documents
+
+
+def sequence_sums(values: Tensor, micro: MicroBatch) -> Tensor:
+    """Sum of a micro-batch's values [b, s] over each of its sequences: rows, or the documents of a packed row.
+
+    Args:
+        values: one number a token.
+        micro: where they belong.
+
+    Returns:
+        [b] or [documents], in order.
+    """
+    if not micro.documents:
+        return values.sum(dim=1)
+    # One sum a document, always in the same order: a scattered sum would not repeat itself on a GPU.
+    return torch.stack([part.sum() for part in values[0].split(micro.documents)])
+
+
+def balanced_shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Deal rows to data-parallel ranks, longest first, each to the rank with the fewest tokens so far.
+
+    Args:
+        lengths: tokens of each row, at least one; there are no fewer rows than ranks.
+        ranks: data-parallel size.
+
+    Returns:
+        [ranks] lists of row numbers, rising, none empty; one rank has all rows as they are.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        tokens, rank = loads[0]
+        shares[rank].append(row)
+        heapq.heapreplace(loads, (tokens + lengths[row], rank))
+    return [sorted(share) for share in shares]
 
 
 def deal_rows(rows: int, parts: int, ranks: int, seed: int) -> list[list[list[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,8 +35,13 @@ class TrainerOptimizer:
         self.megatron.zero_grad()
 
     def step(self, closure: None = None) -> None:  # noqa: ARG002  DPOTrainer passes closure=None
-        """Clip, update, and remember the norm before clipping."""
+        """Clip, update, and remember the norm before clipping.
+
+        Raises:
+            UserError: the norm is not finite. The weights are lost then; the newest checkpoint is not.
+        """
         _updated, norm, _zeros = self.megatron.step()
+        check_finite("the gradient norm", float(norm))
         self.grad_norm = float(norm)
 
 
@@ -114,6 +120,20 @@ def build_schedule(config: OptimConfig, optimizer: Any, steps: int) -> Optimizer
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )
+
+
+def check_finite(name: str, value: float) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        UserError: the value is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise UserError(
+            f"{name} is {value}",
+            rule="training goes on only with finite numbers",
+            remedy="lower optim.lr or optim.clip_grad; the newest checkpoint is from before this step",
+        )
 
 
 def _check(config: OptimConfig) -> None:

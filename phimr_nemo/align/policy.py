@@ -7,6 +7,7 @@ gradient (Megatron's `calculate_per_token_loss`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,13 +17,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from phimr_nemo.align.compat import AlignableGenerativeInterface
-from phimr_nemo.align.microbatch import MicroBatch, chunks_by_length, cut, trimmed_width, used_lengths
-from phimr_nemo.align.optimizer import build_optimizer
+from phimr_nemo.align.microbatch import (
+    MicroBatch,
+    chunks_by_length,
+    cut,
+    sequence_sums,
+    trimmed_width,
+    used_lengths,
+)
+from phimr_nemo.align.optimizer import build_optimizer, check_finite
 from phimr_nemo.config import ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model import Architecture, build_model, transformer_config
@@ -121,7 +130,14 @@ class MegatronPolicy(AlignableGenerativeInterface):
             tokens = micro.tokens.to(platform.device())
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             labels = micro.labels.to(tokens.device)
-            output = model(tokens, positions, None, labels=labels, temperature=self.temperature)
+            output = model(
+                tokens,
+                positions,
+                None,
+                labels=labels,
+                packed_seq_params=packed_parameters(micro.documents) if micro.documents else None,
+                temperature=self.temperature,
+            )
             return output, partial(_on_last_stage, head, micro)
 
         results: list[Any] = get_forward_backward_func()(
@@ -183,7 +199,10 @@ class MegatronPolicy(AlignableGenerativeInterface):
             return loss, count.to(torch.int), logged
 
         results = self._forward(self.objective.micro_batches(batch), head, forward_only=forward_only)
-        summary = self.objective.summary(_global_sums(results))
+        sums = _global_sums(results)
+        # Before Megatron's optimizer sees it: every rank has the same sums, so all of them stop here.
+        check_finite("the loss", sums["loss"])
+        summary = self.objective.summary(sums)
         return summary.pop("loss"), summary
 
     # ---- NeMo-Aligner: Inferrable and AlignableGenerativeInterface -----------------------------------------
@@ -207,8 +226,25 @@ class MegatronPolicy(AlignableGenerativeInterface):
         """Nothing to put away."""
 
     def get_ref_policy_logprobs(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """DPO's reference log-probabilities [2 b], chosen then rejected: computed before training, stored."""
-        return torch.cat([batch["reference_chosen"], batch["reference_rejected"]])
+        """DPO's reference log-probabilities [2 b], chosen then rejected.
+
+        The batch brings the stored ones as `reference` [2, b]; without them they are computed here, with the weights
+        of :meth:`keep_reference` and in the micro-batches of the training step.
+        """
+        if "reference" in batch:
+            return batch["reference"].flatten()
+        micros = self.objective.micro_batches(batch)
+        self.prepare_for_inference()
+        with torch.no_grad(), self.as_reference():
+            sums = self._forward(
+                micros, lambda micro, logprobs: sequence_sums(logprobs, micro).cpu(), forward_only=True, collect=True
+            )
+        self.finish_inference()
+        reference = torch.zeros(2, len(batch["chosen"]))
+        for micro, values in zip(micros, sums, strict=False):  # only last pipeline stages have sums
+            pairs = micro.extras["pairs"]
+            reference[:, pairs] = values[: 2 * len(pairs)].view(2, -1)
+        return broadcast_from_last_stage(reference).flatten()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights under their Hugging Face names, whole, on every rank (collective)."""
@@ -223,17 +259,19 @@ class MegatronPolicy(AlignableGenerativeInterface):
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Inside, the model has the weights of :meth:`keep_reference`."""
-        current = [parameter.detach().clone() for parameter in self.model.parameters()]
-        self._assign(self._reference)
+        self._exchange()
         try:
             yield
         finally:
-            self._assign(current)
+            self._exchange()
 
     @torch.no_grad()
-    def _assign(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.model.parameters(), values, strict=True):
-            parameter.copy_(value)
+    def _exchange(self) -> None:
+        """Swap weights and reference, one parameter at a time: a third copy of the model is never there."""
+        for parameter, other in zip(self.model.parameters(), self._reference, strict=True):
+            current = parameter.clone()
+            parameter.copy_(other)
+            other.copy_(current)
 
     # ---- native checkpoints --------------------------------------------------------------------------------
 
@@ -282,9 +320,25 @@ def _build(
     ).to(platform.device())
     load_tensors([chunk], base.architecture, base)
     options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed, check_for_nan_in_grad=True
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optim.distributed,
+        # Loss and gradient norm are checked instead, on all ranks alike and with a message.
+        check_for_nan_in_grad=False,
     )
     return DistributedDataParallel(config, options, chunk)
+
+
+def packed_parameters(documents: Sequence[int]) -> PackedSeqParams:
+    """Megatron's description of a packed row from the lengths of its documents."""
+    boundaries = torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32, device=platform.device())
+    longest = max(documents)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def _on_last_stage(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from phimr_nemo.config.common import (
     CheckpointConfig,
@@ -17,6 +20,57 @@ from phimr_nemo.config.common import (
     config,
 )
 
+AboveZero = Annotated[float, Field(gt=0.0)]
+
+
+@config
+class PlainLoss:
+    """A preference loss that `beta` alone describes (see :mod:`phimr_nemo.losses.dpo`)."""
+
+    kind: Literal["dpo", "ipo", "length_normalized_dpo", "length_normalized_ipo"]
+
+
+@config
+class SmoothedLoss:
+    """DPO on pairs of which the share `label_smoothing` may be labelled the wrong way round."""
+
+    kind: Literal["label_smoothed_dpo"]
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)]
+
+
+@config
+class RPOLoss:
+    """DPO and `nll_weight` times the chosen response's negative log-likelihood a token."""
+
+    kind: Literal["rpo"]
+    nll_weight: AboveZero
+
+
+PreferenceLoss = Annotated[PlainLoss | SmoothedLoss | RPOLoss, Field(discriminator="kind")]
+
+
+@config
+class StoredReference:
+    """Reference log-probabilities computed once, before the first step: training holds one model.
+
+    Attributes:
+        path: a file that an earlier run with the same base and pairs has written; None = this run's own.
+    """
+
+    kind: Literal["stored"]
+    path: Path | None = None
+
+
+@config
+class OnlineReference:
+    """Reference log-probabilities computed in every step by a second copy of the weights."""
+
+    kind: Literal["online"]
+
+
+DPOReference = Annotated[StoredReference | OnlineReference, Field(discriminator="kind")]
+Overlong = Literal["drop", "truncate", "error"]
+
 
 @config
 class DPOConfig:
@@ -24,15 +78,25 @@ class DPOConfig:
 
     Attributes:
         pairs: `pairs` record directory.
+        sequence_length: longest question with one of its responses, in tokens.
+        overlong: what happens to a pair with a longer side: left out, cut off at its end, or refused.
         beta: strength of the implied KL penalty.
+        loss: which preference loss.
+        reference: where the reference log-probabilities come from.
         micro_batch, global_batch: in pairs.
+        packed: several pairs end to end in one row of up to 2 x micro_batch x sequence_length tokens, the
+            memory of a padded micro-batch; the same pairs a step and the same gradient as unpacked.
     """
 
     run: RunConfig
     base: Path
     pairs: Path
     sequence_length: Positive
-    beta: float
+    overlong: Overlong
+    beta: AboveZero
+    loss: PreferenceLoss
+    reference: DPOReference
+    packed: bool
     epochs: Positive
     micro_batch: Positive
     global_batch: Positive

@@ -13,14 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from phimr_nemo.align.dpo import DPOObjective
 from phimr_nemo.align.grpo import _check_batches
 from phimr_nemo.align.grpo_trainer import GRPOObjective
 from phimr_nemo.align.lifecycle import check_checkpointing
-from phimr_nemo.align.optimizer import build_schedule
+from phimr_nemo.align.optimizer import TrainerOptimizer, build_schedule
 from phimr_nemo.config import CheckpointConfig, GRPOConfig, OptimConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.losses import IGNORED_LABEL, dapo_loss, dpo_loss
+from phimr_nemo.losses import IGNORED_LABEL, dapo_loss
 from phimr_nemo.train.distributed import PreemptionGuard, start_process_group
 
 PAD = 0
@@ -49,35 +48,6 @@ def added_up(objective: Any, batch: dict[str, Tensor]) -> dict[str, float]:
         for name, value in {"loss": loss, "count": count, **sums}.items():
             totals[name] = totals.get(name, 0.0) + float(value)
     return totals
-
-
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
-@pytest.mark.parametrize("multiple", [1, 4])
-def test_dpo_micro_batches_keep_pairs_together(micro_batch: int, multiple: int) -> None:
-    chosen, chosen_labels = random_rows([7, 3, 12, 5, 9], 0)
-    rejected, rejected_labels = random_rows([4, 12, 6, 8, 3], 1)
-    reference = torch.linspace(-2.0, -1.0, 10)
-    batch = {
-        "chosen": chosen,
-        "chosen_labels": chosen_labels,
-        "rejected": rejected,
-        "rejected_labels": rejected_labels,
-        "ref_policy_log_probs_chosen": reference[:5],
-        "ref_policy_log_probs_rejected": reference[5:],
-    }
-    objective = DPOObjective(0.3, micro_batch=micro_batch, multiple=multiple, pad_id=PAD)
-    totals = added_up(objective, batch)
-    whole, metrics = dpo_loss(
-        model(chosen, chosen_labels).sum(1),
-        model(rejected, rejected_labels).sum(1),
-        reference[:5],
-        reference[5:],
-        0.3,
-    )
-    assert totals["count"] == 5
-    assert totals["loss"] == pytest.approx(float(whole), rel=1e-5)
-    assert totals["margin"] == pytest.approx(float(metrics["margin"]), rel=1e-4)
-    assert objective.summary(totals)["loss"] == pytest.approx(float(whole) / 5, rel=1e-5)
 
 
 def grpo_config(repository: Path, *overrides: str) -> GRPOConfig:
@@ -199,6 +169,13 @@ def test_a_layout_for_other_processes_is_refused_before_anything_starts() -> Non
     with pytest.raises(UserError, match=r"1 processes were started for parallel\.tensor=2"):
         start_process_group(ParallelConfig(tensor=2), seed=0)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_the_run(norm: float) -> None:
+    optimizer = TrainerOptimizer(SimpleNamespace(step=lambda: (True, norm, None)))
+    with pytest.raises(UserError, match=r"gradient norm is (nan|inf)[\s\S]*optim\.lr"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
