@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
 
 app = typer.Typer(
     name="phimr",
@@ -19,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Reports on record directories, and their checks.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 STAGE_HELP: Final = {
     "base": "Make a tiny randomly initialised model of the Phi-4-mini architecture with its tokenizer.",
@@ -171,6 +172,26 @@ def report(
     write_report(runs, out)
 
 
+@data_app.command("check")
+def data_check(
+    directories: Annotated[list[Path], typer.Argument(help="Record or run directories.")],
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Let the steps that made damaged shards make them, and only them, again.")
+    ] = False,
+) -> None:
+    """Compare every shard with its checksum; name what is truncated, changed or half-written. Exit code 2 if any."""
+    from phimr_nemo.data.check import check_directory, forget_damaged
+
+    found = [damage for root in directories for damage in check_directory(root)]
+    for damage in found:
+        state = f"damaged: {', '.join(damage.shards)}" if damage.shards else "sound"
+        typer.echo(f"{damage.directory}: {damage.count} shards, {state}")
+        if redo:
+            forget_damaged(damage)
+    if not redo and any(damage.shards for damage in found):
+        raise typer.Exit(EXIT_USER)
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A Hugging Face directory, Megatron or NeMo 2.0 checkpoint.")],
@@ -217,14 +238,8 @@ def _continuable() -> Iterator[None]:
 
 def main() -> None:
     """Entry point: errors of the user become one clear message and exit code 2, preemption 3."""
-    try:
+    with exit_with_message():
         app()
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_USER)
-    except Preempted as stopped:
-        typer.echo(str(stopped), err=True)
-        sys.exit(EXIT_PREEMPTED)
 
 
 if __name__ == "__main__":

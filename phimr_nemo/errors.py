@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Final
 
 EXIT_DONE: Final = 0
@@ -37,3 +40,16 @@ def _rebuild_user_error(problem: str, rule: str, remedy: str) -> UserError:
 
 class Preempted(Exception):
     """The run was asked to stop, has saved its state, and continues when it is started again."""
+
+
+@contextlib.contextmanager
+def exit_with_message() -> Iterator[None]:
+    """Around a program: the user's mistake becomes one clear message and exit code 2, a preemption 3."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER)
+    except Preempted as stopped:
+        print(str(stopped), file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)

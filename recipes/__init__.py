@@ -6,7 +6,6 @@ also under torchrun or sbatch), or give it to any NeMo-Run executor.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ import nemo_run as run
 import typer
 
 from phimr_nemo.config import STAGES, load_config
-from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.errors import exit_with_message
 from phimr_nemo.launch import launch
 from phimr_nemo.preflight import preflight
 
@@ -58,11 +57,5 @@ def main(recipe: Callable[[str, Sequence[str]], run.Partial], default: str) -> N
     command.__doc__ = recipe.__doc__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
-    try:
+    with exit_with_message():
         app()
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_USER)
-    except Preempted as stopped:
-        typer.echo(str(stopped), err=True)
-        sys.exit(EXIT_PREEMPTED)
