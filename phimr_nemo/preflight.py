@@ -9,6 +9,7 @@ from typing import Any, Final
 from phimr_nemo.config import (
     CurateConfig,
     DPOConfig,
+    EndpointTeacher,
     EvaluateConfig,
     ExportConfig,
     FileProblems,
@@ -23,8 +24,11 @@ from phimr_nemo.config import (
     SupervisedConfig,
     SyntheticProblems,
     VerifyConfig,
+    VLLMTeacher,
 )
+from phimr_nemo.endpoint.settings import check_endpoint
 from phimr_nemo.errors import UserError
+from phimr_nemo.generate.plan import check_template
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout, check_length
 from phimr_nemo.records import Kind
@@ -53,6 +57,8 @@ def preflight(stage: str, config: Any) -> None:
             )
     if isinstance(config, GenerateConfig):
         _check_teacher(config)
+    if isinstance(config, VerifyConfig) and config.judge is not None:
+        check_endpoint(config.judge.ask.endpoint)
     if isinstance(config, GenerateConfig | VerifyConfig | PackConfig):
         check_shard(config.shard)
     if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
@@ -84,7 +90,9 @@ def file_inputs(config: Any) -> list[Path]:
     paths: list[Path] = []
     if isinstance(config, GenerateConfig | EvaluateConfig) and isinstance(config.problems, FileProblems):
         paths.append(config.problems.path)
-    if isinstance(config, GenerateConfig) and isinstance(config.teacher, RecordedTeacher | ModelTeacher):
+    if isinstance(config, GenerateConfig) and isinstance(
+        config.teacher, RecordedTeacher | ModelTeacher | VLLMTeacher
+    ):
         paths.append(config.teacher.path)
     if isinstance(config, EvaluateConfig | ExportConfig):
         paths.append(config.model)
@@ -110,6 +118,10 @@ def _check_teacher(config: GenerateConfig) -> None:
             rule="the programmatic teacher solves the project's own synthetic problems only",
             remedy="use teacher.kind=model or teacher.kind=recorded for problems from a file",
         )
+    if isinstance(config.teacher, EndpointTeacher):
+        check_endpoint(config.teacher.endpoint)
+    if isinstance(config.teacher, EndpointTeacher | VLLMTeacher):
+        check_template(config.teacher.prompt)
 
 
 def check_shard(shard: ShardConfig) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "atomic_file",
     "atomic_write_bytes",
     "atomic_write_text",
+    "check_shard",
     "conform",
     "content_id",
     "content_seed",
@@ -46,6 +47,7 @@ __all__ = [
     "read_manifest",
     "read_table",
     "rows_to_table",
+    "shard_facts",
     "shard_is_complete",
     "write_json",
     "write_shard",
@@ -58,6 +60,7 @@ SIDECAR_KEYS: Final = ("kind", "rows", "sha256", "schema_version")
 PARQUET_COMPRESSION: Final = "zstd"
 CONTENT_ID_BYTES: Final = 8
 HASH_CHUNK_BYTES: Final = 1 << 20
+REDO: Final = "run `phimr data check {} --redo`, then the step that made it: only this shard is made again"
 
 
 @dataclass(frozen=True)
@@ -351,14 +354,38 @@ def iter_shards(directory: Path, kind: Kind, columns: Sequence[str] | None = Non
     shards = read_manifest(directory, kind).shards
     for name, sha256 in sorted(shards.items(), key=lambda item: (len(item[0]), item[0])):
         path = directory / name
-        if not path.is_file() or file_sha256(path) != sha256:
-            raise UserError(
-                f"shard {path} is {'damaged' if path.is_file() else 'missing'}",
-                rule="a shard's sha256 equals the one in the manifest",
-                remedy=f"delete {directory / MANIFEST} and {path.with_suffix('.json').name}, then run the "
-                "step that made it again: only this shard is redone",
-            )
+        check_shard(path, sha256)
         yield pq.read_table(path, columns=list(columns) if columns is not None else None)
+
+
+def check_shard(path: Path, sha256: str) -> None:
+    """Compare a shard with its checksum.
+
+    Raises:
+        UserError: the shard is missing or damaged; it is named.
+    """
+    if not path.is_file() or file_sha256(path) != sha256:
+        raise UserError(
+            f"shard {path} is {'damaged' if path.is_file() else 'missing'}",
+            rule="a shard's sha256 equals the one in the manifest",
+            remedy=REDO.format(path.parent),
+        )
+
+
+def shard_facts(path: Path) -> dict[str, Any]:
+    """What the sidecar of a shard says of it: kind, rows, sha256, schema_version.
+
+    Raises:
+        UserError: the sidecar is missing or damaged.
+    """
+    sidecar = path.with_suffix(".json")
+    if not sidecar.is_file():
+        raise UserError(
+            f"{sidecar} is missing",
+            rule="every shard has a sidecar with its rows and its checksum",
+            remedy=REDO.format(path.parent),
+        )
+    return _read_facts(sidecar, SIDECAR_KEYS)
 
 
 def read_table(directory: Path, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:

@@ -2,55 +2,102 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from phimr_nemo.config.common import Positive, RunConfig, Share, config
+from pydantic import Field
+
+from phimr_nemo.config.common import Positive, RunConfig, ShardConfig, Share, config
 from phimr_nemo.records import Difficulty
 
 
 @config
 class MidtrainSet:
-    """The full verified set."""
+    """The full verified set.
+
+    Attributes:
+        max_per_problem: responses to one problem at most.
+    """
 
     max_per_problem: Positive
 
 
 @config
 class SFTSet:
-    """The harder high-quality subset."""
+    """The harder, cleaner, balanced subset.
+
+    Attributes:
+        difficulties: tiers to keep; problems of unknown difficulty are kept too.
+        max_per_problem: responses to one problem at most, the longest.
+        max_repetition: drop responses that repeat a larger share of themselves.
+        one_boxed_answer: drop responses that do not box exactly one answer after their thinking.
+        size: rows to keep, balanced over difficulty and length; None = all.
+    """
 
     difficulties: tuple[Difficulty, ...]
     max_per_problem: Positive
+    max_repetition: Share
+    one_boxed_answer: bool
+    size: Positive | None = None
 
 
 @config
 class PairSet:
-    """Preference pairs from rollouts of one question."""
+    """Preference pairs from rollouts of one question.
+
+    Attributes:
+        mode: the nearest pairs, or random ones.
+        nearness: what is near, see :mod:`phimr_nemo.data.pairs`.
+        max_per_problem: pairs of one problem at most.
+        max_length_ratio: no pair of which one is more than this many times as long as the other; None = any.
+    """
 
     mode: Literal["near_miss", "random"]
+    nearness: Literal["common_steps", "common_beginning"]
     max_per_problem: Positive
+    max_length_ratio: Annotated[float, Field(ge=1.0)] | None = None
 
 
 @config
 class PromptSet:
-    """Prompts for reinforcement learning."""
+    """Prompts for reinforcement learning.
+
+    Attributes:
+        min_pass, max_pass: the share of right responses lies strictly between them.
+        hard_below: prompts with a lower share are marked as hard, for oversampling.
+        min_samples: graded responses that a prompt must have, over all sampling rounds.
+        max_length_spread: coefficient of variation of the response lengths at most; None = any.
+    """
 
     min_pass: float
     max_pass: float
     hard_below: Share
+    min_samples: Positive
+    max_length_spread: Annotated[float, Field(ge=0.0)] | None = None
 
 
 @config
 class CurateConfig:
-    """Verdicts -> training sets, each in its own directory of the output; a set that is None is not made."""
+    """Verdicts -> training sets, each in its own directory of the output; a set that is None is not made.
+
+    Attributes:
+        verdicts: one directory, or several: sampling rounds, sources that bring their own solutions.
+        workers: processes.
+    """
 
     run: RunConfig
-    verdicts: Path
+    verdicts: Path | tuple[Path, ...]
+    workers: Positive
     midtrain: MidtrainSet | None = None
     sft: SFTSet | None = None
     pairs: PairSet | None = None
     prompts: PromptSet | None = None
+
+    @property
+    def verdict_directories(self) -> tuple[Path, ...]:
+        """All directories of verdicts."""
+        return self.verdicts if isinstance(self.verdicts, tuple) else (self.verdicts,)
 
 
 @config
@@ -60,9 +107,13 @@ class PackConfig:
     Attributes:
         tokenizer: directory with the tokenizer.
         sequence_length: tokens a row.
+        workers: processes that tokenise; with 1 the tokenizer's own threads use all cores.
+        shard: this process's share of the conversations' shards.
     """
 
     run: RunConfig
     conversations: Path
     tokenizer: Path
     sequence_length: Positive
+    workers: Positive
+    shard: ShardConfig = field(default_factory=ShardConfig)

@@ -1,165 +1,251 @@
-"""From verdicts to training sets: pure functions that return a table and the count of every drop by reason.
+"""The rules of curation: pure functions from narrow columns to the fate of every rollout.
 
-Mid-training takes every verified response, SFT a harder part of them, DPO pairs a right with a wrong
-response to one question, reinforcement learning takes prompts that are neither too easy nor too hard and
-answered at uniform length (arXiv 2504.21233, sections 3 and 4).
+Mid-training takes every verified response, SFT a harder, cleaner and balanced part of them, DPO pairs a right with
+a wrong response to one question, reinforcement learning takes prompts that are neither too easy nor too hard and
+answered at uniform length (arXiv 2504.21233, sections 3 and 4). A fate is :attr:`Fate.KEPT` or the one reason why
+not, so what is kept and what is dropped always sum to what came in. Ties are broken by content, so no fate depends
+on the order of the shards.
 """
 
 from __future__ import annotations
 
-import random
-import re
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
+from phimr_nemo.data.narrow import CORRECT, UNKNOWN_DIFFICULTY, VERDICTS, Narrow
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import Difficulty
-from phimr_nemo.store import content_id, content_seed, rows_to_table
+from phimr_nemo.records import DIFFICULTIES, Difficulty
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-PairMode = Literal["near_miss", "random"]
-Rollout = dict[str, Any]
-Drops = dict[str, int]
-
-# Of 800 real graded responses 1.4 % of the right and 16.5 % of the wrong ones repeat more than this share of
-# their runs of ten words.
-REPETITION_WORDS: Final = 10
-MAX_REPETITION: Final = 0.2
-# A grader that gave up says nothing about the response.
-UNGRADED: Final = ("timeout", "error")
-# What the added tokens of Phi-family tokenizers look like.
-SPECIAL_TOKEN: Final = re.compile(r"<\|/?\w+\|>")
+Fates = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.int64]
 
 
-def midtrain_conversations(verdicts: pa.Table, *, max_per_problem: int | None = None) -> tuple[pa.Table, Drops]:
+class Fate(IntEnum):
+    """What becomes of a rollout, or of a problem where prompts are chosen."""
+
+    KEPT = 0
+    WRONG = 1
+    UNPARSABLE = 2
+    TIMEOUT = 3
+    ERROR = 4
+    CUT_OFF = 5
+    SPECIAL_TOKEN = 6
+    DUPLICATE = 7
+    OVER_LIMIT = 8
+    OTHER_DIFFICULTY = 9
+    REPETITIVE = 10
+    NOT_ONE_BOX = 11
+    BALANCE = 12
+    UNGRADED = 13
+    BLANK = 14
+    NO_RIGHT = 15
+    NO_WRONG = 16
+    TOO_MANY = 17
+    UNLIKE_LENGTHS = 18
+    NO_PARTNER = 19
+    TOO_EASY = 20
+    TOO_HARD = 21
+    FEW_SAMPLES = 22
+    UNEVEN = 23
+
+    @property
+    def reason(self) -> str:
+        """In words, for manifests and reports."""
+        return REASONS[self]
+
+
+MAX_CANDIDATES: Final = 32
+"""Right, and wrong, responses of one question that are compared with each other: the work is their product."""
+REASONS: Final[dict[Fate, str]] = {
+    Fate.KEPT: "kept",
+    Fate.WRONG: "verdict wrong",
+    Fate.UNPARSABLE: "verdict unparsable",
+    Fate.TIMEOUT: "verdict timeout",
+    Fate.ERROR: "verdict error",
+    Fate.CUT_OFF: "cut off",
+    Fate.SPECIAL_TOKEN: "special token in text",
+    Fate.DUPLICATE: "duplicate response",
+    Fate.OVER_LIMIT: "over max_per_problem",
+    Fate.OTHER_DIFFICULTY: "other difficulty",
+    Fate.REPETITIVE: "repetitive",
+    Fate.NOT_ONE_BOX: "not exactly one boxed answer",
+    Fate.BALANCE: "balance of difficulty and length",
+    Fate.UNGRADED: "ungraded",
+    Fate.BLANK: "empty response",
+    Fate.NO_RIGHT: "problem without right response",
+    Fate.NO_WRONG: "problem without wrong response",
+    Fate.TOO_MANY: f"more than {MAX_CANDIDATES} candidates",
+    Fate.UNLIKE_LENGTHS: "no partner of like length",
+    Fate.NO_PARTNER: "no partner left",
+    Fate.TOO_EASY: "prompt too easy",
+    Fate.TOO_HARD: "prompt too hard",
+    Fate.FEW_SAMPLES: "prompt with too few graded responses",
+    Fate.UNEVEN: "prompt of uneven length",
+}
+OF_VERDICT: Final = np.array([Fate.KEPT, Fate.WRONG, Fate.UNPARSABLE, Fate.TIMEOUT, Fate.ERROR], np.uint8)
+"""The fate that each verdict alone decides, in the order of :data:`phimr_nemo.data.narrow.VERDICTS`."""
+LENGTH_EDGES: Final = (1024, 2048, 4096, 8192, 16384)
+"""Tokens at which the length classes of the SFT balance part: powers of two up to the paper's 16 K."""
+CHARACTERS_PER_TOKEN: Final = 3.3
+"""Of mathematical English under Phi-4-mini's tokenizer, for responses whose tokens are unknown."""
+
+
+def midtrain_fates(narrow: Narrow, *, max_per_problem: int) -> Fates:
     """The full verified set: right, finished responses, each text once a problem.
 
     Args:
-        verdicts: a table of kind "verdicts".
-        max_per_problem: keep at most this many responses to one problem, the first ones; None = all.
+        narrow: all rollouts of some problems.
+        max_per_problem: keep at most this many responses to one problem, those sampled first.
 
     Returns:
-        A table of kind "conversations" in the order of `verdicts`, and dropped responses by reason.
+        [rows].
     """
-    drops: Counter[str] = Counter()
-    kept = _first_per_problem(_verified(_rows(verdicts), drops), max_per_problem, drops)
-    return _conversations(kept), dict(drops)
+    fates = _verified(narrow)
+    _limit(narrow, fates, [narrow["sample"]], max_per_problem)
+    return fates
 
 
-def sft_conversations(
-    verdicts: pa.Table,
+def sft_fates(
+    narrow: Narrow,
     *,
     difficulties: Collection[Difficulty],
-    max_per_problem: int | None = None,
-    max_repetition: float = MAX_REPETITION,
-) -> tuple[pa.Table, Drops]:
+    max_per_problem: int,
+    max_repetition: float,
+    one_boxed_answer: bool,
+) -> Fates:
     """A harder, cleaner part of the verified set: of each problem the most worked-out responses.
 
     A problem of unknown difficulty is kept: nothing says that it is easy.
 
     Args:
-        verdicts: a table of kind "verdicts".
+        narrow: all rollouts of some problems, quality measured.
         difficulties: the tiers to keep.
-        max_per_problem: keep at most this many responses to one problem, the longest ones; None = all.
-        max_repetition: drop responses that repeat a larger share of themselves (see :func:`repetition`).
+        max_per_problem: keep at most this many responses to one problem, the longest ones.
+        max_repetition: drop responses that repeat a larger share of themselves.
+        one_boxed_answer: drop responses that do not box exactly one answer after their thinking.
 
     Returns:
-        A table of kind "conversations", and dropped responses by reason.
+        [rows].
     """
-    drops: Counter[str] = Counter()
-    hard: list[Rollout] = []
-    for row in _verified(_rows(verdicts), drops):
-        if row["difficulty"] is not None and row["difficulty"] not in difficulties:
-            drops["other difficulty"] += 1
-        elif repetition(row["response"]) > max_repetition:
-            drops["repetitive"] += 1
-        else:
-            hard.append(row)
-    # Stable: of equally long responses the earlier one comes first.
-    longest_first = sorted(hard, key=lambda row: -len(row["response"]))
-    kept = {row["id"] for row in _first_per_problem(longest_first, max_per_problem, drops)}
-    return _conversations([row for row in hard if row["id"] in kept]), dict(drops)
+    fates = _verified(narrow)
+    wanted = [UNKNOWN_DIFFICULTY, *(DIFFICULTIES.index(name) for name in difficulties)]
+    _drop(fates, ~np.isin(narrow["difficulty"], wanted), Fate.OTHER_DIFFICULTY)
+    _drop(fates, narrow["repetition"] > max_repetition, Fate.REPETITIVE)
+    if one_boxed_answer:
+        _drop(fates, narrow["boxes"] != 1, Fate.NOT_ONE_BOX)
+    _limit(narrow, fates, [-narrow["characters"], narrow["sample"]], max_per_problem)
+    return fates
 
 
-def preference_pairs(
-    verdicts: pa.Table,
-    *,
-    max_per_problem: int,
-    mode: PairMode,
-    seed: int,
-    max_length_ratio: float | None = None,
-) -> tuple[pa.Table, Drops]:
-    """Pairs of a right (chosen) and a wrong (rejected) response to one question; no response is used twice.
+def balance_cells(narrow: Narrow) -> npt.NDArray[np.uint8]:
+    """The cell of each rollout in the SFT balance: its difficulty x its length class (see :data:`LENGTH_EDGES`)."""
+    known = narrow["tokens"] >= 0
+    tokens = np.where(known, narrow["tokens"], narrow["characters"] / CHARACTERS_PER_TOKEN)
+    classes = np.searchsorted(LENGTH_EDGES, tokens, side="left")
+    return (narrow["difficulty"] * (len(LENGTH_EDGES) + 1) + classes).astype(np.uint8)
+
+
+def balanced(cells: npt.NDArray[np.uint8], order: npt.NDArray[np.uint64], size: int) -> Mask:
+    """Which rollouts to keep so that `size` are left and no cell is larger than it must be.
+
+    The rule is max-min fairness: every cell keeps min(its rollouts, level), with the highest level at which the sum
+    does not exceed `size`; what is then missing goes, one each, to the fullest cells. So rare cells (graduate
+    problems, very long solutions) are kept whole, and the common ones share the rest equally. Within a cell those
+    with the smallest `order` stay.
 
     Args:
-        verdicts: a table of kind "verdicts".
-        max_per_problem: pairs of one problem at most.
-        mode: "near_miss" prefers pairs that agree longest before they part (see :func:`agreement`), "random"
-            draws them.
-        seed: of the draws; another mode ignores it.
-        max_length_ratio: leave out pairs of which one is more than this many times as long (characters) as
-            the other; None = any.
+        cells: of each candidate, [candidates].
+        order: distinct numbers that do not depend on the shards, such as hashes, [candidates].
+        size: how many to keep; all when there are no more.
 
     Returns:
-        A table of kind "pairs", and dropped responses and problems by reason.
+        [candidates], with min(size, candidates) true.
     """
-    drops: Counter[str] = Counter()
-    pairs: list[Rollout] = []
-    for problem_id, rows in _by_problem(_rows(verdicts)).items():
-        chosen = _first_per_problem(_verified(rows, Counter()), None, drops)
-        rejected = _rejected(rows, drops)
-        if not chosen or not rejected:
-            drops["problem without right response" if not chosen else "problem without wrong response"] += 1
-            continue
-        if mode == "near_miss":
-            ordered = _nearest_first(chosen, rejected)
-        else:
-            ordered = _drawn(chosen, rejected, content_seed("pairs", str(seed), problem_id))
-        fitting = [pair for pair in ordered if _comparable(*pair, max_length_ratio)]
-        drops["pair of unlike lengths"] += len(ordered) - len(fitting)
-        disjoint = _disjoint(fitting)
-        drops["over max_per_problem"] += max(0, len(disjoint) - max_per_problem)
-        for right, wrong in disjoint[:max_per_problem]:
-            pairs.append(
-                {
-                    "id": content_id("pair", mode, right["id"], wrong["id"]),
-                    "problem_id": problem_id,
-                    "question": right["question"],
-                    "chosen": right["response"],
-                    "rejected": wrong["response"],
-                    "mode": mode,
-                }
-            )
-    return rows_to_table(pairs, "pairs"), _without_zeros(drops)
+    counts = np.bincount(cells)
+    quota = _level(counts, size)
+    by_cell = np.lexsort((order, cells))
+    ranks = np.empty(len(cells), np.int64)
+    ranks[by_cell] = _ranks(cells[by_cell])
+    return np.asarray(ranks < quota[cells])
 
 
-def rl_prompts(
-    verdicts: pa.Table,
-    *,
-    min_pass: float,
-    max_pass: float,
-    hard_below: float,
-    max_length_spread: float | None = None,
-) -> tuple[pa.Table, Drops]:
-    """Prompts worth reinforcement learning, from several rollouts of each by the model that is to learn.
+def _level(counts: Indices, size: int) -> Indices:
+    """What each cell keeps."""
+    left, quota = min(size, int(counts.sum())), np.zeros_like(counts)
+    open_cells = np.argsort(counts, kind="stable")
+    for place, cell in enumerate(open_cells):
+        share, rest = divmod(left, len(open_cells) - place)
+        if counts[cell] > share:
+            quota[open_cells[place:]] = share
+            quota[open_cells[len(open_cells) - rest :]] += 1
+            break
+        quota[cell] = counts[cell]
+        left -= int(counts[cell])
+    return quota
 
-    Length spread is the coefficient of variation of the response lengths: population standard deviation over
-    mean. Lengths are tokens, or characters where a table does not know its tokens.
+
+def pair_fates(narrow: Narrow) -> Fates:
+    """Which rollouts may be paired: right or wrong responses to a problem that has both.
+
+    Wrong means "wrong" or "unparsable", finished or cut off; a grader that gave up says nothing about a response.
+
+    Returns:
+        [rows]; KEPT are candidates, at most :data:`MAX_CANDIDATES` right and as many wrong ones of a problem.
+    """
+    fates = np.zeros(len(narrow), np.uint8)
+    right = narrow["verdict"] == CORRECT
+    _drop(fates, np.isin(narrow["verdict"], [VERDICTS.index("timeout"), VERDICTS.index("error")]), Fate.UNGRADED)
+    _drop(fates, right & ~narrow["stopped"], Fate.CUT_OFF)
+    _drop(fates, narrow["blank"], Fate.BLANK)
+    _drop(fates, narrow["forged_question"] | narrow["forged_response"], Fate.SPECIAL_TOKEN)
+    for side in (right, ~right):
+        others = np.where(side, fates, Fate.UNGRADED).astype(np.uint8)
+        _limit(narrow, others, [narrow["sample"]], MAX_CANDIDATES, over=Fate.TOO_MANY)
+        fates[side] = others[side]
+    kept = fates == Fate.KEPT
+    _drop(fates, ~np.isin(narrow["problem"], narrow["problem"][kept & right]), Fate.NO_RIGHT)
+    _drop(fates, ~np.isin(narrow["problem"], narrow["problem"][kept & ~right]), Fate.NO_WRONG)
+    return fates
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Problems as candidates for reinforcement learning; every array is [problems].
+
+    Attributes:
+        row: the first rollout of the problem.
+        fates: of the problem.
+        pass_rate: right over graded responses; NaN without any.
+        mean_length: of the graded responses, in tokens, or in characters where not all tokens are known.
+        length_spread: their coefficient of variation: population standard deviation over mean.
+        ungraded: rollouts that count for nothing.
+    """
+
+    row: Indices
+    fates: Fates
+    pass_rate: npt.NDArray[np.float64]
+    mean_length: npt.NDArray[np.float64]
+    length_spread: npt.NDArray[np.float64]
+    ungraded: int
+
+
+def prompts(
+    narrow: Narrow, *, min_pass: float, max_pass: float, min_samples: int, max_length_spread: float | None
+) -> Prompts:
+    """Problems worth reinforcement learning, from several rollouts of each by the model that is to learn.
 
     Args:
-        verdicts: a table of kind "verdicts".
-        min_pass: keep prompts whose share of right responses is above this (exclusive).
+        narrow: all rollouts of some problems, over all sampling rounds.
+        min_pass: keep problems whose share of right responses is above this (exclusive).
         max_pass: ... and below this (exclusive).
-        hard_below: mark prompts with a lower pass rate as hard.
-        max_length_spread: keep prompts with at most this spread; None = any (prompt optimisation off).
-
-    Returns:
-        A table of kind "prompts", and dropped responses and prompts by reason.
+        min_samples: keep problems with at least this many graded responses.
+        max_length_spread: keep problems with at most this spread; None = any (prompt optimisation off).
 
     Raises:
         UserError: the bounds leave no pass rate.
@@ -170,162 +256,68 @@ def rl_prompts(
             rule="a pass rate lies strictly between min_pass and max_pass",
             remedy="use 0 and 1 for every prompt that is sometimes right and sometimes wrong",
         )
-    rows = _rows(verdicts)
-    know_tokens = all(row["tokens"] >= 0 for row in rows)
-    drops: Counter[str] = Counter()
-    prompts: list[Rollout] = []
-    for problem_id, group in _by_problem(rows).items():
-        graded = [row for row in group if row["verdict"] not in UNGRADED]
-        drops["ungraded"] += len(group) - len(graded)
-        if not graded:
-            drops["prompt without graded response"] += 1
-            continue
-        pass_rate = sum(row["verdict"] == "correct" for row in graded) / len(graded)
-        lengths = np.array([row["tokens"] if know_tokens else len(row["response"]) for row in graded], dtype=float)
-        spread = float(lengths.std() / lengths.mean()) if lengths.any() else 0.0
-        if pass_rate <= min_pass:
-            drops["prompt too hard"] += 1
-        elif pass_rate >= max_pass:
-            drops["prompt too easy"] += 1
-        elif max_length_spread is not None and spread > max_length_spread:
-            drops["prompt of uneven length"] += 1
-        elif spells_special_token(group[0]["question"]):
-            drops["special token in text"] += 1
-        else:
-            prompts.append(
-                {
-                    "id": content_id("prompt", problem_id),
-                    "problem_id": problem_id,
-                    "question": group[0]["question"],
-                    "answer": group[0]["answer"],
-                    "pass_rate": pass_rate,
-                    "mean_length": float(lengths.mean()),
-                    "length_spread": spread,
-                    "hard": pass_rate < hard_below,
-                }
-            )
-    return rows_to_table(prompts, "prompts"), _without_zeros(drops)
+    _, first, problem = np.unique(narrow["problem"], return_index=True, return_inverse=True)
+    graded = ~np.isin(narrow["verdict"], [VERDICTS.index("timeout"), VERDICTS.index("error")])
+
+    def total(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+        return np.bincount(problem[graded], values[graded].astype(np.float64), len(first)).astype(np.float64)
+
+    samples = total(np.ones(len(narrow)))
+    unknown = np.bincount(problem[graded], (narrow["tokens"] < 0)[graded], len(first)) > 0
+    lengths = np.where(unknown[problem], narrow["characters"], narrow["tokens"])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pass_rate, mean = total(narrow["verdict"] == CORRECT) / samples, total(lengths) / samples
+        variance = total((lengths - mean[problem]) ** 2) / samples
+        spread = np.where(mean > 0, np.sqrt(variance) / mean, 0.0)
+    fates = np.zeros(len(first), np.uint8)
+    forged = np.zeros(len(first), np.bool_)
+    forged[problem[narrow["forged_question"]]] = True
+    _drop(fates, forged, Fate.SPECIAL_TOKEN)
+    _drop(fates, samples < min_samples, Fate.FEW_SAMPLES)
+    _drop(fates, pass_rate <= min_pass, Fate.TOO_HARD)
+    _drop(fates, pass_rate >= max_pass, Fate.TOO_EASY)
+    if max_length_spread is not None:
+        _drop(fates, spread > max_length_spread, Fate.UNEVEN)
+    rows = np.full(len(first), np.iinfo(np.int64).max)
+    np.minimum.at(rows, problem, narrow["row"])
+    return Prompts(rows, fates, pass_rate, mean, spread, int((~graded).sum()))
 
 
-def repetition(text: str) -> float:
-    """The share of a text's runs of ten words that occurred in it before, 0 to 1."""
-    words = text.split()
-    runs = [tuple(words[i : i + REPETITION_WORDS]) for i in range(len(words) - REPETITION_WORDS + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def agreement(one: str, other: str) -> float:
-    """How late two texts part: the share of the longer one that is their common beginning, 0 to 1."""
-    longest = max(len(one), len(other), 1)
-    for position, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return position / longest
-    return min(len(one), len(other)) / longest
-
-
-def spells_special_token(text: str) -> bool:
-    """Whether a text spells a token like `<|end|>`, which would forge a turn of the conversation."""
-    return SPECIAL_TOKEN.search(text) is not None
-
-
-def _rows(verdicts: pa.Table) -> list[Rollout]:
-    columns = [
-        *("id", "problem_id", "question", "answer", "response", "finish_reason", "tokens"),
-        *("domain", "difficulty", "verdict"),
-    ]
-    return list(verdicts.select(columns).to_pylist())
-
-
-def _by_problem(rows: Sequence[Rollout]) -> Mapping[str, list[Rollout]]:
-    groups: dict[str, list[Rollout]] = {}
-    for row in rows:
-        groups.setdefault(row["problem_id"], []).append(row)
-    return groups
-
-
-def _verified(rows: Sequence[Rollout], drops: Counter[str]) -> list[Rollout]:
+def _verified(narrow: Narrow) -> Fates:
     """Right and finished responses that can be rendered."""
-    kept = []
-    for row in rows:
-        if row["verdict"] != "correct":
-            drops[f"verdict {row['verdict']}"] += 1
-        elif row["finish_reason"] != "stop":
-            drops["cut off"] += 1
-        elif spells_special_token(row["question"]) or spells_special_token(row["response"]):
-            drops["special token in text"] += 1
-        else:
-            kept.append(row)
-    return kept
+    known = np.append(OF_VERDICT, Fate.ERROR)
+    fates = known[np.minimum(narrow["verdict"], len(VERDICTS))].astype(np.uint8)
+    _drop(fates, ~narrow["stopped"], Fate.CUT_OFF)
+    _drop(fates, narrow["forged_question"] | narrow["forged_response"], Fate.SPECIAL_TOKEN)
+    return fates
 
 
-def _rejected(rows: Sequence[Rollout], drops: Counter[str]) -> list[Rollout]:
-    """Wrong responses, each text once."""
-    texts: set[str] = set()
-    kept = []
-    for row in rows:
-        if row["verdict"] in UNGRADED:
-            drops["ungraded"] += 1
-        elif row["verdict"] != "correct" and not row["response"].strip():
-            drops["empty response"] += 1
-        elif row["verdict"] != "correct" and spells_special_token(row["response"]):
-            drops["special token in text"] += 1
-        elif row["verdict"] != "correct" and row["response"] not in texts:
-            texts.add(row["response"])
-            kept.append(row)
-    return kept
+def _drop(fates: Fates, mask: Mask, fate: Fate) -> None:
+    """Give a fate to those of `mask` that had none."""
+    fates[mask & (fates == Fate.KEPT)] = fate
 
 
-def _first_per_problem(rows: Sequence[Rollout], most: int | None, drops: Counter[str]) -> list[Rollout]:
-    """Each response text once a problem, and at most `most` of a problem, in order."""
-    texts: dict[str, set[str]] = {}
-    kept = []
-    for row in rows:
-        seen = texts.setdefault(row["problem_id"], set())
-        if row["response"] in seen:
-            drops["duplicate response"] += 1
-        elif most is not None and len(seen) >= most:
-            drops["over max_per_problem"] += 1
-        else:
-            seen.add(row["response"])
-            kept.append(row)
-    return kept
+def _limit(
+    narrow: Narrow, fates: Fates, keys: Sequence[npt.NDArray[np.generic]], most: int, over: Fate = Fate.OVER_LIMIT
+) -> None:
+    """Keep each text once a problem and at most `most` of a problem, in ascending order of `keys`."""
+    for fate, groups, limit in (
+        (Fate.DUPLICATE, [narrow["problem"], narrow["response"]], 1),
+        (over, [narrow["problem"]], most),
+    ):
+        open_rows = np.flatnonzero(fates == Fate.KEPT)
+        ordered = [narrow["rollout"], *reversed(keys), *reversed(groups)]
+        order = open_rows[np.lexsort([key[open_rows] for key in ordered])]
+        ranks = _ranks(*(group[order] for group in groups))
+        fates[order[ranks >= limit]] = fate
 
 
-def _conversations(rows: Sequence[Rollout]) -> pa.Table:
-    names = ("problem_id", "question", "response", "domain", "difficulty")
-    records = [{"id": content_id("conversation", row["id"]), **{name: row[name] for name in names}} for row in rows]
-    return rows_to_table(records, "conversations")
-
-
-def _nearest_first(chosen: Sequence[Rollout], rejected: Sequence[Rollout]) -> list[tuple[Rollout, Rollout]]:
-    pairs = [(right, wrong) for right in chosen for wrong in rejected]
-    return sorted(
-        pairs, key=lambda pair: (-agreement(pair[0]["response"], pair[1]["response"]), pair[0]["id"], pair[1]["id"])
-    )
-
-
-def _drawn(chosen: Sequence[Rollout], rejected: Sequence[Rollout], seed: int) -> list[tuple[Rollout, Rollout]]:
-    pairs = [(right, wrong) for right in chosen for wrong in rejected]
-    return random.Random(seed).sample(pairs, len(pairs))
-
-
-def _disjoint(pairs: Sequence[tuple[Rollout, Rollout]]) -> list[tuple[Rollout, Rollout]]:
-    """Pairs in order, without those that use a response again."""
-    used: set[str] = set()
-    kept = []
-    for right, wrong in pairs:
-        if right["id"] not in used and wrong["id"] not in used:
-            used.update((right["id"], wrong["id"]))
-            kept.append((right, wrong))
-    return kept
-
-
-def _comparable(right: Rollout, wrong: Rollout, max_length_ratio: float | None) -> bool:
-    if max_length_ratio is None:
-        return True
-    shorter, longer = sorted((len(right["response"]), len(wrong["response"])))
-    return longer <= max_length_ratio * shorter
-
-
-def _without_zeros(drops: Counter[str]) -> Drops:
-    return {reason: count for reason, count in drops.items() if count}
+def _ranks(*sorted_groups: npt.NDArray[np.generic]) -> Indices:
+    """The place of each row in its group, counted from 0; rows of one group follow each other."""
+    count = len(sorted_groups[0])
+    starts = np.zeros(count, np.bool_)
+    starts[:1] = True
+    for group in sorted_groups:
+        starts[1:] |= group[1:] != group[:-1]
+    begin = np.maximum.accumulate(np.where(starts, np.arange(count), 0))
+    return np.asarray(np.arange(count) - begin, np.int64)

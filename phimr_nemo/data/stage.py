@@ -3,46 +3,61 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from tqdm import tqdm
 
 from phimr_nemo.atomic import write_json
 from phimr_nemo.config import CurateConfig, PackConfig, to_dict
 from phimr_nemo.data.chat import holds_special_token, load_tokenizer, render_conversations
-from phimr_nemo.data.curate import Drops, midtrain_conversations, preference_pairs, rl_prompts, sft_conversations
+from phimr_nemo.data.decide import Decisions, decide
+from phimr_nemo.data.narrow import VERDICTS
 from phimr_nemo.data.packing import Document, pack_rows
+from phimr_nemo.data.parallel import in_processes
+from phimr_nemo.data.sets import (
+    DROPPED,
+    INPUT,
+    begin,
+    counts_of,
+    kind_of,
+    write_conversations,
+    write_pairs,
+    write_prompts,
+)
+from phimr_nemo.data.shape import SHAPE_FILE, shape_where
+from phimr_nemo.data.survey import Shard, shards_of, survey
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import Kind
 from phimr_nemo.store import (
+    check_shard,
     finish,
+    input_hash,
     is_complete,
-    iter_shards,
     read_manifest,
-    read_table,
     shard_is_complete,
     write_shard,
 )
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import pyarrow.parquet as pq
     from transformers import PreTrainedTokenizerBase
 
-CURATED_SHARD_ROWS: Final = 50_000
-TOKENIZE_BATCH: Final = 1000
-
-Curate = Callable[["pa.Table"], tuple["pa.Table", Drops]]
+TOKENIZE_BATCH: Final = 64
+"""Conversations; long ones have 20 K tokens, and the tokenizer needs about a hundred bytes for each token."""
+SETS: Final = ("midtrain", "sft", "pairs", "prompts")
+SURVEY: Final = "survey"
 
 
 def run_curate(config: CurateConfig) -> dict[str, Any]:
     """Write each training set that the configuration names to its own directory of the output.
 
-    A set that is there already is left as it is.
+    Decisions are made on narrow columns, text is read shard by shard: memory does not grow with the text. A set
+    that is there already, made from these verdicts, is left as it is.
 
     Returns:
         Rows of each set.
@@ -50,121 +65,154 @@ def run_curate(config: CurateConfig) -> dict[str, Any]:
     Raises:
         UserError: the verdicts are not finished, no set is named, or a set would be empty (its drops are shown).
     """
-    sets = _sets(config)
-    if not sets:
+    named = [name for name in SETS if getattr(config, name) is not None]
+    if not named:
         raise UserError(
             "neither midtrain, sft, pairs nor prompts is configured",
             rule="curate makes at least one training set",
             remedy="set, e.g., midtrain.max_per_problem=8",
         )
-    missing = [name for name, (kind, _) in sets.items() if not is_complete(config.run.output / name, kind)]
-    verdicts = read_table(config.verdicts, "verdicts") if missing else None
-    for name in tqdm(missing, desc="curate", unit="set"):
-        kind, curate = sets[name]
-        _write_set(config, name, kind, curate(verdicts))
-    return {name: read_manifest(config.run.output / name, kind).rows for name, (kind, _) in sets.items()}
+    output, inputs = config.run.output, config.verdict_directories
+    shards = shards_of(inputs)
+    missing = [name for name in named if not _is_made(config, name)]
+    if missing:
+        surveyed = survey(shards, output / SURVEY, quality=config.sft is not None, workers=config.workers)
+        decisions = decide(config, surveyed)
+        by_verdict = {
+            name: shape_where(decisions.verdict, code, decisions.difficulty, decisions.bins).tolist()
+            for code, name in enumerate(VERDICTS)
+        }
+        write_json(output / SHAPE_FILE, by_verdict)
+        for name in missing:
+            _make_set(config, name, shards, decisions)
+    return {name: read_manifest(output / name, kind_of(name)).rows for name in named}
 
 
-def _sets(config: CurateConfig) -> dict[str, tuple[Kind, Curate]]:
-    """Name -> record kind and function of each set that is configured."""
-    sets: dict[str, tuple[Kind, Curate]] = {}
-    if config.midtrain is not None:
-        curate = partial(midtrain_conversations, max_per_problem=config.midtrain.max_per_problem)
-        sets["midtrain"] = ("conversations", curate)
-    if config.sft is not None:
-        sets["sft"] = (
-            "conversations",
-            partial(
-                sft_conversations,
-                difficulties=config.sft.difficulties,
-                max_per_problem=config.sft.max_per_problem,
-            ),
-        )
-    if config.pairs is not None:
-        sets["pairs"] = (
-            "pairs",
-            partial(
-                preference_pairs,
-                max_per_problem=config.pairs.max_per_problem,
-                mode=config.pairs.mode,
-                seed=config.run.seed,
-            ),
-        )
-    if config.prompts is not None:
-        sets["prompts"] = (
-            "prompts",
-            partial(
-                rl_prompts,
-                min_pass=config.prompts.min_pass,
-                max_pass=config.prompts.max_pass,
-                hard_below=config.prompts.hard_below,
-            ),
-        )
-    return sets
+def _made_of(config: CurateConfig, name: str) -> dict[str, Any]:
+    """What decides the content of a set."""
+    inputs = {str(path): input_hash(path) for path in config.verdict_directories}
+    return json.loads(json.dumps({"inputs": inputs, "set": asdict(getattr(config, name)), "seed": config.run.seed}))
 
 
-def _write_set(config: CurateConfig, name: str, kind: Kind, curated: tuple[pa.Table, Drops]) -> None:
-    table, drops = curated
-    if not table.num_rows:
+def _is_made(config: CurateConfig, name: str) -> bool:
+    directory, kind = config.run.output / name, kind_of(name)
+    if not is_complete(directory, kind):
+        return False
+    return dict(read_manifest(directory, kind).inputs) == _made_of(config, name)["inputs"]
+
+
+def _make_set(config: CurateConfig, name: str, shards: Sequence[Shard], decisions: Decisions) -> None:
+    directory = config.run.output / name
+    counts = counts_of(name, decisions)
+    _refuse_empty(config, name, counts)
+    begin(directory, _made_of(config, name))
+    if name == "pairs" and config.pairs is not None:
+        unpaired = write_pairs(directory, shards, decisions, config.pairs, config.run.seed, config.workers)
+        counts = dict(Counter(counts) + Counter(unpaired))
+        _refuse_empty(config, name, counts)
+    elif name == "prompts" and config.prompts is not None:
+        write_prompts(directory, shards, decisions, config.prompts.hard_below, config.workers)
+    else:
+        write_conversations(directory, shards, name, decisions, config.workers)
+    inputs = config.verdict_directories
+    finish(directory, kind=kind_of(name), config=to_dict(config), inputs=inputs, counts=counts)
+
+
+def _refuse_empty(config: CurateConfig, name: str, counts: Mapping[str, int]) -> None:
+    drops = {key.removeprefix(DROPPED): count for key, count in counts.items() if key.startswith(DROPPED)}
+    if sum(drops.values()) == counts[INPUT[name]]:
+        paths = [str(path) for path in config.verdict_directories]
         raise UserError(
-            f"the {name} set of {config.verdicts} would be empty; dropped: {drops or 'nothing, there was no row'}",
+            f"the {name} set of {paths} would be empty; dropped: {drops}",
             rule="a training set has at least one row",
             remedy=f"loosen {name}.*, or bring more or better rollouts",
         )
-    directory = config.run.output / name
-    for index, start in enumerate(range(0, table.num_rows, CURATED_SHARD_ROWS)):
-        write_shard(directory, index, table.slice(start, CURATED_SHARD_ROWS), kind=kind)
-    counts = {f"dropped: {reason}": count for reason, count in drops.items()}
-    finish(directory, kind=kind, config=to_dict(config), inputs=[config.verdicts], counts=counts)
 
 
-def run_pack(config: PackConfig) -> dict[str, Any]:
+def run_pack(config: PackConfig) -> dict[str, Any] | None:
     """Tokenise conversations and pack them, one shard of rows from each shard of conversations.
 
+    A shard of rows that is there already is kept when it was made of the same conversations.
+
     Returns:
-        Rows, documents, tokens, the share of row space left empty, and what was dropped.
+        Rows, documents, tokens, the share of row space left empty, and what was dropped; None when other
+        processes still have shards to write.
 
     Raises:
         UserError: the conversations are not finished, the tokenizer is unfit, or no conversation fits a row.
     """
-
     output = config.run.output
-    if not is_complete(output, "rows"):
-        tokenizer = load_tokenizer(config.tokenizer)
-        shards = len(read_manifest(config.conversations, "conversations").shards)
-        columns = ["question", "response"]
-        tables = iter_shards(config.conversations, "conversations", columns)
-        for index, table in enumerate(tqdm(tables, desc="pack", unit="shard", total=shards)):
-            if shard_is_complete(output, index):
-                continue
-            documents, counts = tokenize(tokenizer, table, config.sequence_length)
-            # Counts first: a complete shard always has them, also when the run is resumed.
-            write_json(_counts_path(output, index), counts)
-            write_shard(output, index, pack_rows(documents, config.sequence_length), kind="rows")
+    named = read_manifest(config.conversations, "conversations").shards
+    inputs = [config.conversations, config.tokenizer / "tokenizer.json"]
+    hashes = {str(path): input_hash(path) for path in inputs}
+    if not is_complete(output, "rows") or dict(read_manifest(output, "rows").inputs) != hashes:
+        load_tokenizer(config.tokenizer)
+        ordered = sorted(named, key=lambda name: (len(name), name))
+        work = [(index, config.conversations / name, named[name]) for index, name in enumerate(ordered)]
+        mine = work[config.shard.index :: config.shard.count]
+        in_processes(partial(_pack_shard, config), mine, config.workers, title="pack")
+        if not all(_is_packed(output, index, sha256) for index, _, sha256 in work):
+            return None
         totals: Counter[str] = Counter()
-        for index in range(shards):
-            totals.update(json.loads(_counts_path(output, index).read_text("utf-8")))
+        for index, _, _ in work:
+            totals.update(_read_counts(output, index)["counts"])
         if not totals["documents"]:
             raise UserError(
                 f"no conversation of {config.conversations} can be packed: {dict(totals)}",
                 rule=f"a conversation has at most sequence_length={config.sequence_length} tokens",
                 remedy="raise sequence_length, or curate shorter conversations",
             )
-        inputs = [config.conversations, config.tokenizer / "tokenizer.json"]
         finish(output, kind="rows", config=to_dict(config), inputs=inputs, counts=totals)
     manifest = read_manifest(output, "rows")
     space = manifest.rows * config.sequence_length
     return {"rows": manifest.rows, **manifest.counts, "empty share": 1 - manifest.counts["tokens"] / space}
 
 
+def _pack_shard(config: PackConfig, work: tuple[int, Path, str]) -> None:
+    import pyarrow.parquet as pq
+
+    index, path, sha256 = work
+    output = config.run.output
+    if _is_packed(output, index, sha256):
+        return
+    if config.workers > 1:
+        # A process a core: the tokenizer's own threads would only contend.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    check_shard(path, sha256)
+    with pq.ParquetFile(path) as conversations:
+        documents, counts = tokenize(_tokenizer(config.tokenizer), conversations, config.sequence_length)
+    # Counts first: a complete shard always has them, also when the run is resumed.
+    write_json(_counts_path(output, index), {"counts": counts, "conversations": sha256})
+    write_shard(output, index, pack_rows(documents, config.sequence_length), kind="rows")
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(directory)
+
+
+def _is_packed(directory: Path, index: int, sha256: str) -> bool:
+    """Whether a shard of rows is there that was made of the conversations with this checksum."""
+    return shard_is_complete(directory, index) and _read_counts(directory, index).get("conversations") == sha256
+
+
+def _read_counts(directory: Path, index: int) -> dict[str, Any]:
+    """The counts of a shard of rows; nothing when they are absent or damaged, so that it is made again."""
+    try:
+        counts = json.loads(_counts_path(directory, index).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return counts if isinstance(counts, dict) else {}
+
+
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, conversations: pa.Table, capacity: int
+    tokenizer: PreTrainedTokenizerBase, conversations: pq.ParquetFile, capacity: int
 ) -> tuple[list[Document], dict[str, int]]:
     """Token ids and loss masks of conversations.
 
     Args:
         tokenizer: a Phi tokenizer.
-        conversations: a table with the columns question and response.
+        conversations: a parquet file with the columns question and response.
         capacity: longer conversations are dropped.
 
     Returns:
@@ -173,7 +221,7 @@ def tokenize(
     """
     counts: Counter[str] = Counter()
     documents: list[Document] = []
-    for batch in conversations.to_batches(max_chunksize=TOKENIZE_BATCH):
+    for batch in conversations.iter_batches(TOKENIZE_BATCH, columns=["question", "response"]):
         clean = []
         for row in batch.to_pylist():
             if holds_special_token(tokenizer, row["question"]) or holds_special_token(tokenizer, row["response"]):

@@ -17,7 +17,7 @@ import small
 import torch
 
 from phimr_nemo.data.chat import load_tokenizer, render_prompt, stop_token_ids
-from phimr_nemo.data.curate import MAX_REPETITION, repetition
+from phimr_nemo.data.repetition import REPETITIVE_ABOVE, repetition
 from phimr_nemo.pipeline import Step
 from phimr_nemo.records import Kind
 from phimr_nemo.runs import RunDirectory, read_metrics
@@ -110,9 +110,9 @@ def plan(root: Path, recorded: Path, test: Path, rows: int, length: int) -> list
     sets = root / "curated"
     teacher = ("problems=null", "teacher.kind=recorded", f"teacher.path={recorded}", f"teacher.limit={rows}")
     sets_of_this_test = (
-        *(f"midtrain.max_per_problem={MOST}", "sft.max_per_problem=1"),
-        *("pairs.mode=near_miss", "pairs.max_per_problem=2"),
-        *("prompts.min_pass=0", "prompts.max_pass=1", "prompts.hard_below=0.5"),
+        *(f"midtrain.max_per_problem={MOST}", "sft.max_per_problem=1", f"sft.max_repetition={REPETITIVE_ABOVE}"),
+        *("pairs.mode=near_miss", "pairs.nearness=common_steps", "pairs.max_per_problem=2"),
+        *("prompts.min_pass=0", "prompts.max_pass=1", "prompts.hard_below=0.5", "prompts.min_samples=2"),
     )
     longest = f"sequence_length={length}"
     problems = ("problems.kind=file", f"problems.path={test}", f"problems.limit={ASKED}", "samples=1")
@@ -179,7 +179,7 @@ def test_sft_keeps_problems_of_unknown_difficulty(run: Run) -> None:
     """GSM8K says nothing of difficulty: of each problem the longest right response that does not repeat itself."""
     longest: dict[str, int] = {}
     for row in graded(run):
-        if row["verdict"] == "correct" and repetition(row["response"]) <= MAX_REPETITION:
+        if row["verdict"] == "correct" and repetition(row["response"]) <= REPETITIVE_ABOVE:
             longest[row["problem_id"]] = max(longest.get(row["problem_id"], 0), len(row["response"]))
     rows = rows_of(run.root / "curated" / "sft", "conversations")
     assert {row["difficulty"] for row in rows} == {None}

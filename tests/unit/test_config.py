@@ -271,7 +271,13 @@ CONFIGS = [
         {
             "run": {"output": "2024", "seed": 0},
             "verdicts": "1e5",
-            "sft": {"difficulties": ["middle", "graduate"], "max_per_problem": 1},
+            "workers": 1,
+            "sft": {
+                "difficulties": ["middle", "graduate"],
+                "max_per_problem": 1,
+                "max_repetition": 0.5,
+                "one_boxed_answer": True,
+            },
         },
     ),
     parse_config(

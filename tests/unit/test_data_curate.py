@@ -1,41 +1,55 @@
-"""Curation: what is kept and why the rest is not, counted."""
+"""Curation: the fate of every rollout against rules written down again row by row, and never one lost."""
 
 from __future__ import annotations
 
 import itertools
+import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phimr_nemo.data.curate import (
-    agreement,
-    midtrain_conversations,
-    preference_pairs,
-    repetition,
-    rl_prompts,
-    sft_conversations,
+    LENGTH_EDGES,
+    MAX_CANDIDATES,
+    OF_VERDICT,
+    REASONS,
+    Fate,
+    balance_cells,
+    balanced,
+    midtrain_fates,
+    pair_fates,
+    prompts,
+    sft_fates,
 )
-from phimr_nemo.data.synthetic import generate_problems
-from phimr_nemo.data.teacher import teacher_rollouts
+from phimr_nemo.data.narrow import VERDICTS, Narrow, narrow_columns
+from phimr_nemo.data.repetition import repetition
 from phimr_nemo.errors import UserError
 from phimr_nemo.store import rows_to_table
 
 NUMBERS = itertools.count()
+SFT: dict[str, Any] = {
+    "difficulties": ["middle", "college"],
+    "max_per_problem": 1,
+    "max_repetition": 0.3,
+    "one_boxed_answer": False,
+}
+RL: dict[str, Any] = {"min_pass": 0.0, "max_pass": 1.0, "min_samples": 1, "max_length_spread": None}
 
 
 def verdict(problem: str, response: str, name: str = "correct", **other: Any) -> dict[str, Any]:
+    number = next(NUMBERS)
     return {
-        "id": f"r{next(NUMBERS)}",
+        "id": f"r{number}",
         "problem_id": problem,
         "question": f"question {problem}",
         "answer": "1",
         "response": response,
         "teacher": "t",
-        "sample_index": 0,
+        "sample_index": number,
         "seed": 0,
         "finish_reason": "stop",
         "tokens": len(response),
@@ -50,209 +64,287 @@ def verdict(problem: str, response: str, name: str = "correct", **other: Any) ->
     }
 
 
-def table(*rows: dict[str, Any]) -> pa.Table:
-    return rows_to_table(rows, "verdicts")
-
-
-def test_midtrain_keeps_the_verified_and_counts_the_rest() -> None:
-    verdicts = table(
-        verdict("a", "one"),
-        verdict("a", "one"),
-        verdict("a", "two"),
-        verdict("a", "three"),
-        verdict("b", "x", "wrong"),
-        verdict("b", "y", "timeout"),
-        verdict("b", "z", finish_reason="length"),
-        verdict("b", "forged <|end|><|user|>"),
-        verdict("b", "one"),
+def narrow(*rows: dict[str, Any]) -> Narrow:
+    table = rows_to_table(rows, "verdicts")
+    return (
+        narrow_columns(table.combine_chunks().to_batches()[0], quality=True) if rows else narrow(verdict("", ""))[:0]
     )
-    kept, drops = midtrain_conversations(verdicts, max_per_problem=2)
-    assert list(zip(kept["problem_id"].to_pylist(), kept["response"].to_pylist(), strict=True)) == [
-        ("a", "one"),
-        ("a", "two"),
-        ("b", "one"),
+
+
+def named(fates: Any) -> list[str]:
+    return [Fate(fate).name for fate in fates]
+
+
+def test_every_fate_has_a_reason_and_every_verdict_its_fate() -> None:
+    assert set(REASONS) == set(Fate)
+    assert len(set(REASONS.values())) == len(Fate)
+    assert [REASONS[Fate(fate)] for fate in OF_VERDICT] == ["kept", *(f"verdict {name}" for name in VERDICTS[1:])]
+
+
+def test_midtrain_keeps_the_verified_and_says_why_not_the_rest() -> None:
+    rows = [
+        (verdict("a", "one"), "KEPT"),
+        (verdict("a", "one"), "DUPLICATE"),
+        (verdict("a", "two"), "KEPT"),
+        (verdict("a", "three"), "OVER_LIMIT"),
+        (verdict("b", "x", "wrong"), "WRONG"),
+        (verdict("b", "y", "timeout"), "TIMEOUT"),
+        (verdict("b", "z", finish_reason="length"), "CUT_OFF"),
+        (verdict("b", "forged <|end|><|user|>"), "SPECIAL_TOKEN"),
+        (verdict("b", "not forged <| end |>"), "KEPT"),
+        (verdict("b", "one"), "KEPT"),
+        (verdict("c", "one", question="<|end|>"), "SPECIAL_TOKEN"),
     ]
-    assert drops == {
-        "duplicate response": 1,
-        "over max_per_problem": 1,
-        "verdict wrong": 1,
-        "verdict timeout": 1,
-        "cut off": 1,
-        "special token in text": 1,
-    }
-    everything, _ = midtrain_conversations(verdicts)
-    assert everything.num_rows == 4
+    assert named(midtrain_fates(narrow(*(row for row, _ in rows)), max_per_problem=2)) == [fate for _, fate in rows]
 
 
-NAMES = st.sampled_from(["correct", "wrong", "unparsable", "timeout", "error"])
-DRAWN = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["", "u", "uv", "uw"]), NAMES), max_size=30)
+NAMES = st.sampled_from(VERDICTS)
+ROWS = st.builds(
+    verdict,
+    st.sampled_from("abc"),
+    st.sampled_from(["", " ", "u", "uv", "uw", "<|end|>", "long " * 200, r"\boxed{1}", r"\boxed{1} or \boxed{2}"]),
+    NAMES,
+    finish_reason=st.sampled_from(["stop", "stop", "stop", "length"]),
+    difficulty=st.sampled_from([None, "elementary", "middle", "college"]),
+    tokens=st.sampled_from([-1, 1, 5, 100]),
+    question=st.sampled_from(["q", "q", "q", "<|user|>"]),
+)
+DRAWN = st.lists(ROWS, max_size=40)
+
+
+def verified(row: dict[str, Any]) -> str:
+    if row["verdict"] != "correct":
+        return str(row["verdict"]).upper()
+    if row["finish_reason"] != "stop":
+        return "CUT_OFF"
+    return "SPECIAL_TOKEN" if "<|" in row["response"] + row["question"] else "KEPT"
+
+
+def limited(rows: list[dict[str, Any]], fates: list[str], most: int, over: str = "OVER_LIMIT") -> None:
+    """Each text once a problem and at most `most`: one row after the other, as a person would do it."""
+    texts: set[tuple[str, str]] = set()
+    counts: Counter[str] = Counter()
+    for row in rows:
+        place = row["place"]
+        if fates[place] != "KEPT":
+            continue
+        if (row["problem_id"], row["response"]) in texts:
+            fates[place] = "DUPLICATE"
+            continue
+        texts.add((row["problem_id"], row["response"]))
+        counts[row["problem_id"]] += 1
+        if counts[row["problem_id"]] > most:
+            fates[place] = over
+
+
+def placed(drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "place": place} for place, row in enumerate(drawn)]
 
 
 @settings(deadline=None)
 @given(DRAWN, st.integers(1, 3))
-def test_no_response_is_lost_uncounted(drawn: list[tuple[str, str, str]], most: int) -> None:
-    verdicts = table(*(verdict(problem, text, name) for problem, text, name in drawn))
-    for kept, drops in (
-        midtrain_conversations(verdicts, max_per_problem=most),
-        sft_conversations(verdicts, difficulties=["middle"], max_per_problem=most),
-    ):
-        assert kept.num_rows + sum(drops.values()) == len(drawn)
-        right = {(problem, text) for problem, text, name in drawn if name == "correct"}
-        pairs = list(zip(kept["problem_id"].to_pylist(), kept["response"].to_pylist(), strict=True))
-        assert len(set(pairs)) == len(pairs)
-        assert set(pairs) <= right
-        for problem in "abc":
-            of_problem = sum(p == problem for p, _ in right)
-            assert sum(p == problem for p, _ in pairs) == min(most, of_problem)
+def test_midtrain_against_the_rule_row_by_row(drawn: list[dict[str, Any]], most: int) -> None:
+    expected = [verified(row) for row in drawn]
+    limited(sorted(placed(drawn), key=lambda row: row["sample_index"]), expected, most)
+    assert named(midtrain_fates(narrow(*drawn), max_per_problem=most)) == expected
+
+
+@settings(deadline=None)
+@given(DRAWN, st.integers(1, 3), st.booleans())
+def test_sft_against_the_rule_row_by_row(drawn: list[dict[str, Any]], most: int, one_box: bool) -> None:
+    expected = []
+    for row in drawn:
+        fate = verified(row)
+        if fate == "KEPT" and row["difficulty"] not in (None, "middle", "college"):
+            fate = "OTHER_DIFFICULTY"
+        if fate == "KEPT" and repetition(row["response"]) > 0.3:
+            fate = "REPETITIVE"
+        if fate == "KEPT" and one_box and row["response"].count("boxed") != 1:
+            fate = "NOT_ONE_BOX"
+        expected.append(fate)
+    limited(sorted(placed(drawn), key=lambda row: (-len(row["response"]), row["sample_index"])), expected, most)
+    options = {**SFT, "max_per_problem": most, "one_boxed_answer": one_box}
+    assert named(sft_fates(narrow(*drawn), **options)) == expected
 
 
 def test_sft_takes_the_longest_clean_hard_ones() -> None:
     loop = " ".join(["and so on it goes again and again until the end"] * 20)
-    verdicts = table(
-        verdict("a", "short"),
-        verdict("a", "much longer"),
-        verdict("b", "easy", difficulty="elementary"),
-        verdict("c", "unknown difficulty", difficulty=None),
-        verdict("d", loop),
-    )
-    kept, drops = sft_conversations(verdicts, difficulties=["middle", "college"], max_per_problem=1)
-    assert kept["response"].to_pylist() == ["much longer", "unknown difficulty"]
-    assert drops == {"over max_per_problem": 1, "other difficulty": 1, "repetitive": 1}
-    assert repetition(loop) > 0.9
-    # Words 1..12: three runs of ten, all different; repeated once: 15 runs, of which the last 3 occurred.
-    once = " ".join(str(i) for i in range(12))
-    assert repetition(once) == 0
-    assert repetition(f"{once} {once}") == pytest.approx(3 / 15)
-
-
-def test_near_miss_pairs_part_last() -> None:
-    verdicts = table(
-        verdict("a", "2+2=4, so 4"),
-        verdict("a", "hm, 4"),
-        verdict("a", "2+2=4, so 5", "wrong"),
-        verdict("a", "hm, what", "unparsable"),
-        verdict("a", "no idea", "wrong"),
-        verdict("b", "only right"),
-        verdict("c", "only wrong", "wrong"),
-        verdict("d", "right"),
-        verdict("d", "hung", "timeout"),
-    )
-    pairs, drops = preference_pairs(verdicts, max_per_problem=2, mode="near_miss", seed=0)
-    assert list(zip(pairs["chosen"].to_pylist(), pairs["rejected"].to_pylist(), strict=True)) == [
-        ("2+2=4, so 4", "2+2=4, so 5"),
-        ("hm, 4", "hm, what"),
+    rows = [
+        (verdict("a", "short"), "OVER_LIMIT"),
+        (verdict("a", "much longer"), "KEPT"),
+        (verdict("b", "easy", difficulty="elementary"), "OTHER_DIFFICULTY"),
+        (verdict("c", "unknown difficulty", difficulty=None), "KEPT"),
+        (verdict("d", loop), "REPETITIVE"),
     ]
-    assert drops == {"problem without wrong response": 2, "problem without right response": 1, "ungraded": 1}
-    assert agreement("abcd", "abxyz") == 2 / 5
-    assert agreement("abc", "abc") == 1
-    assert agreement("", "") == 0
+    assert repetition(loop) > 0.9
+    assert named(sft_fates(narrow(*(row for row, _ in rows)), **SFT)) == [fate for _, fate in rows]
+
+
+@pytest.mark.parametrize(
+    ("response", "kept"),
+    [
+        (r"so \boxed{4}", True),
+        (r"<think>maybe \boxed{3}</think> so \boxed{4}", True),
+        (r"so \boxed{4}, as I said: \boxed{4}", True),
+        (r"so \boxed{4} or \boxed{5}", False),
+        ("so 4", False),
+        (r"<think>so \boxed{4}", False),
+    ],
+)
+def test_one_boxed_answer_counts_after_the_thinking(response: str, kept: bool) -> None:
+    (fate,) = sft_fates(narrow(verdict("a", response)), **{**SFT, "one_boxed_answer": True})
+    assert fate == (Fate.KEPT if kept else Fate.NOT_ONE_BOX)
 
 
 @settings(deadline=None)
-@given(DRAWN, st.integers(1, 3), st.sampled_from(["near_miss", "random"]), st.integers(0, 5))
-def test_pairs_hold_a_right_and_a_wrong_response_of_one_problem(
-    drawn: list[tuple[str, str, str]], most: int, mode: Any, seed: int
-) -> None:
-    rows = [verdict(problem, text, name) for problem, text, name in drawn]
-    pairs, _ = preference_pairs(table(*rows), max_per_problem=most, mode=mode, seed=seed)
-    assert pairs.equals(preference_pairs(table(*rows), max_per_problem=most, mode=mode, seed=seed)[0])
-    found = pairs.to_pylist()
-    assert len({pair["id"] for pair in found}) == len(found)
-    for problem in "abc":
-        right = {r["response"] for r in rows if r["problem_id"] == problem and r["verdict"] == "correct"}
-        wrong = {
-            r["response"]
-            for r in rows
-            if r["problem_id"] == problem and r["verdict"] in ("wrong", "unparsable") and r["response"]
-        }
-        mine = [pair for pair in found if pair["problem_id"] == problem]
-        assert len(mine) == min(most, len(right), len(wrong))
-        assert {pair["chosen"] for pair in mine} <= right
-        assert {pair["rejected"] for pair in mine} <= wrong
-        assert len({pair["chosen"] for pair in mine}) == len({pair["rejected"] for pair in mine}) == len(mine)
+@given(DRAWN)
+def test_pair_candidates_against_the_rule_row_by_row(drawn: list[dict[str, Any]]) -> None:
+    expected = []
+    for row in drawn:
+        if row["verdict"] in ("timeout", "error"):
+            expected.append("UNGRADED")
+        elif row["verdict"] == "correct" and row["finish_reason"] != "stop":
+            expected.append("CUT_OFF")
+        elif not row["response"].strip():
+            expected.append("BLANK")
+        else:
+            expected.append("SPECIAL_TOKEN" if "<|" in row["response"] + row["question"] else "KEPT")
+    rows = placed(drawn)
+    for right in (True, False):
+        limited([row for row in rows if (row["verdict"] == "correct") == right], expected, MAX_CANDIDATES, "TOO_MANY")
+    kept = [row for row in rows if expected[row["place"]] == "KEPT"]
+    sides = {
+        right: {r["problem_id"] for r in kept if (r["verdict"] == "correct") == right} for right in (True, False)
+    }
+    for row in kept:
+        if row["problem_id"] not in sides[True]:
+            expected[row["place"]] = "NO_RIGHT"
+        elif row["problem_id"] not in sides[False]:
+            expected[row["place"]] = "NO_WRONG"
+    assert named(pair_fates(narrow(*drawn))) == expected
 
 
-def test_random_pairs_depend_on_the_seed_and_lengths_can_be_matched() -> None:
-    rows = [verdict("a", f"right {i}") for i in range(6)] + [verdict("a", f"wrong {i}", "wrong") for i in range(6)]
-    chosen = [
-        preference_pairs(table(*rows), max_per_problem=1, mode="random", seed=seed)[0]["chosen"][0].as_py()
-        for seed in range(12)
+def test_the_work_of_one_question_is_bounded() -> None:
+    rows = [verdict("a", f"{i}", name) for i in range(MAX_CANDIDATES + 5) for name in ("correct", "wrong")]
+    assert Counter(named(pair_fates(narrow(*rows)))) == {"KEPT": 2 * MAX_CANDIDATES, "TOO_MANY": 10}
+
+
+@settings(deadline=None)
+@given(DRAWN, st.randoms())
+def test_fates_do_not_depend_on_the_order_of_rollouts(drawn: list[dict[str, Any]], rng: random.Random) -> None:
+    # Equal sample numbers too, as when several directories are joined: content breaks the tie.
+    rows = [{**row, "sample_index": row["sample_index"] % 3} for row in drawn]
+    shuffled = rng.sample(rows, len(rows))
+    for rule in (
+        lambda n: midtrain_fates(n, max_per_problem=1),
+        lambda n: sft_fates(n, **SFT),
+        pair_fates,
+    ):
+        one, other = (
+            {row["id"]: fate for row, fate in zip(order, named(rule(narrow(*order))), strict=True)}
+            for order in (rows, shuffled)
+        )
+        assert one == other
+
+
+CELLS = st.lists(st.integers(0, 5), max_size=60)
+
+
+@settings(deadline=None)
+@given(CELLS, st.integers(0, 70), st.randoms())
+def test_balance_is_max_min_fair(cells: list[int], size: int, rng: random.Random) -> None:
+    order = rng.sample(range(1000), len(cells))
+    kept = balanced(np.array(cells, np.uint8), np.array(order, np.uint64), size).tolist()
+    assert sum(kept) == min(size, len(cells))
+    counts, left = Counter(cells), Counter(cell for cell, keep in zip(cells, kept, strict=True) if keep)
+    # Fair: a cell that lost something is at most one smaller than any other is.
+    for cell in counts:
+        if left[cell] < counts[cell]:
+            assert left[cell] >= max(left.values(), default=0) - 1
+    # Within a cell those with the smallest order stay.
+    for cell in counts:
+        mine = sorted((o, keep) for o, c, keep in zip(order, cells, kept, strict=True) if c == cell)
+        assert [keep for _, keep in mine] == [True] * left[cell] + [False] * (counts[cell] - left[cell])
+
+
+def test_balance_keeps_rare_cells_whole() -> None:
+    cells = np.array([0] * 100 + [1] * 3 + [2] * 50, np.uint8)
+    kept = balanced(cells, np.arange(len(cells), dtype=np.uint64), 44)
+    # 3 whole, and 41 left for two: 20, and the fullest gets the one over.
+    assert np.bincount(cells[kept]).tolist() == [21, 3, 20]
+
+
+def test_cells_are_difficulty_by_length_class() -> None:
+    rows = [
+        verdict("a", "", tokens=LENGTH_EDGES[0], difficulty="elementary"),
+        verdict("b", "", tokens=LENGTH_EDGES[0] + 1, difficulty="elementary"),
+        verdict("c", "", tokens=10**6, difficulty="graduate"),
+        verdict("d", "x" * 4000, tokens=-1, difficulty=None),
     ]
-    assert len(set(chosen)) > 1
-    verdicts = table(verdict("a", "x" * 10), verdict("a", "y" * 21, "wrong"), verdict("a", "z" * 20, "wrong"))
-    pairs, drops = preference_pairs(verdicts, max_per_problem=5, mode="near_miss", seed=0, max_length_ratio=2.0)
-    assert pairs["rejected"].to_pylist() == ["z" * 20]
-    assert drops == {"pair of unlike lengths": 1}
+    classes = len(LENGTH_EDGES) + 1
+    # 4,000 characters are about 1,212 tokens: the second class.
+    assert balance_cells(narrow(*rows)).tolist() == [0, 1, 4 * classes + classes - 1, 5 * classes + 1]
+
+
+def group(problem: str, right: int, wrong: int, lengths: list[int]) -> list[dict[str, Any]]:
+    names = ["correct"] * right + ["wrong"] * wrong
+    return [verdict(problem, f"{i}", name, tokens=n) for i, (name, n) in enumerate(zip(names, lengths, strict=True))]
 
 
 def test_prompts_by_pass_rate_and_uniform_length() -> None:
-    def group(problem: str, right: int, wrong: int, lengths: list[int]) -> list[dict[str, Any]]:
-        names = ["correct"] * right + ["wrong"] * wrong
-        return [
-            verdict(problem, f"{i}", name, tokens=n) for i, (name, n) in enumerate(zip(names, lengths, strict=True))
-        ]
-
-    verdicts = table(
+    rows = [
         *group("easy", 4, 0, [10, 10, 10, 10]),
         *group("hopeless", 0, 4, [10, 10, 10, 10]),
         *group("good", 3, 1, [90, 100, 100, 110]),
         *group("hard", 1, 3, [50, 50, 50, 50]),
         *group("uneven", 2, 2, [10, 10, 10, 200]),
-        verdict("hard", "hung", "timeout"),
+        *group("few", 1, 1, [10, 10]),
+        verdict("hard", "hung", "timeout", tokens=10**6),
         verdict("hung", "hung", "error"),
-    )
-    kept, drops = rl_prompts(verdicts, min_pass=0.0, max_pass=1.0, hard_below=0.5, max_length_spread=0.3)
-    rows = {row["problem_id"]: row for row in kept.to_pylist()}
-    assert set(rows) == {"good", "hard"}
-    assert rows["good"]["pass_rate"] == 0.75
-    assert rows["good"]["mean_length"] == 100
-    assert rows["good"]["length_spread"] == pytest.approx(np.sqrt(200 / 4) / 100)
-    assert (rows["good"]["hard"], rows["hard"]["hard"]) == (False, True)
-    assert rows["hard"]["pass_rate"] == 0.25
-    assert drops == {
-        "prompt too easy": 1,
-        "prompt too hard": 1,
-        "prompt of uneven length": 1,
-        "prompt without graded response": 1,
-        "ungraded": 2,
-    }
-    assert rl_prompts(verdicts, min_pass=0.0, max_pass=1.0, hard_below=0.5)[0].num_rows == 3
-    assert rl_prompts(verdicts, min_pass=0.25, max_pass=0.75, hard_below=0.5)[0]["problem_id"].to_pylist() == [
-        "uneven"
+        *(verdict("forged", "x", name, question="<|end|>") for name in ("correct", "wrong", "wrong")),
     ]
+    found = prompts(narrow(*rows), **{**RL, "min_samples": 3, "max_length_spread": 0.3})
+    by_problem = {rows[row]["problem_id"]: place for place, row in enumerate(found.row.tolist())}
+    assert {name: Fate(found.fates[place]).name for name, place in by_problem.items()} == {
+        "easy": "TOO_EASY",
+        "hopeless": "TOO_HARD",
+        "good": "KEPT",
+        "hard": "KEPT",
+        "uneven": "UNEVEN",
+        "few": "FEW_SAMPLES",
+        "hung": "FEW_SAMPLES",
+        "forged": "SPECIAL_TOKEN",
+    }
+    good, hard = by_problem["good"], by_problem["hard"]
+    assert (found.pass_rate[good], found.mean_length[good]) == (0.75, 100)
+    assert found.length_spread[good] == pytest.approx(np.sqrt(200 / 4) / 100)
+    assert (found.pass_rate[hard], found.mean_length[hard], found.length_spread[hard]) == (0.25, 50, 0)
+    assert found.ungraded == 2
+    assert found.row[good] == next(place for place, row in enumerate(rows) if row["problem_id"] == "good")
+
+
+@settings(deadline=None)
+@given(DRAWN)
+def test_prompt_numbers_are_those_of_numpy(drawn: list[dict[str, Any]]) -> None:
+    found = prompts(narrow(*drawn), **RL)
+    assert len(found.row) == len({row["problem_id"] for row in drawn})
+    for place, first in enumerate(found.row.tolist()):
+        mine = [row for row in drawn if row["problem_id"] == drawn[first]["problem_id"]]
+        assert mine[0] == drawn[first]
+        graded = [row for row in mine if row["verdict"] not in ("timeout", "error")]
+        if not graded:
+            assert found.fates[place] in (Fate.FEW_SAMPLES, Fate.SPECIAL_TOKEN)
+            continue
+        known = all(row["tokens"] >= 0 for row in graded)
+        lengths = np.array([row["tokens"] if known else len(row["response"]) for row in graded], float)
+        assert found.pass_rate[place] == sum(row["verdict"] == "correct" for row in graded) / len(graded)
+        assert found.mean_length[place] == pytest.approx(lengths.mean())
+        assert found.length_spread[place] == pytest.approx(lengths.std() / lengths.mean() if lengths.any() else 0.0)
+
+
+def test_bounds_without_a_pass_rate_between_are_refused() -> None:
     with pytest.raises(UserError, match=r"min_pass=0\.5 max_pass=0\.5"):
-        rl_prompts(verdicts, min_pass=0.5, max_pass=0.5, hard_below=0.5)
-
-
-def test_lengths_are_characters_where_tokens_are_unknown() -> None:
-    verdicts = table(verdict("a", "1234", tokens=-1), verdict("a", "12", "wrong", tokens=-1))
-    (row,) = rl_prompts(verdicts, min_pass=0.0, max_pass=1.0, hard_below=0.5)[0].to_pylist()
-    assert row["mean_length"] == 3
-    assert row["length_spread"] == pytest.approx(1 / 3)
-
-
-def test_the_teachers_rollouts_go_through() -> None:
-    """The generated problems' own path: what the teacher marked wrong never reaches a conversation."""
-    rollouts = teacher_rollouts(generate_problems(0, 200, "train"), 4, 0, 0.4).to_pylist()
-    graded = table(
-        *(
-            {
-                **row,
-                "verdict": "correct" if f"\\boxed{{{row['answer']}}}" in row["response"] else "wrong",
-                "extracted": "",
-                "reason": "",
-                "grader": "test",
-            }
-            for row in rollouts
-        )
-    )
-    answers = {row["problem_id"]: row["answer"] for row in rollouts}
-    conversations, _ = midtrain_conversations(graded)
-    assert conversations.num_rows > 200
-    for row in conversations.to_pylist():
-        assert row["response"].endswith(f"\\boxed{{{answers[row['problem_id']]}}}.")
-    pairs, _ = preference_pairs(graded, max_per_problem=1, mode="near_miss", seed=0)
-    assert pairs.num_rows > 100
-    for row in pairs.to_pylist():
-        box = f"\\boxed{{{answers[row['problem_id']]}}}"
-        assert (box in row["chosen"], box in row["rejected"]) == (True, False)
+        prompts(narrow(verdict("a", "x")), **{**RL, "min_pass": 0.5, "max_pass": 0.5})
+    rows = group("uneven", 2, 2, [10, 10, 10, 200])
+    strict = prompts(narrow(*rows), **{**RL, "min_pass": 0.25, "max_pass": 0.5})
+    assert named(strict.fates) == ["TOO_EASY"]

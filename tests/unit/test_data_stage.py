@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phimr_nemo.config import CurateConfig, PackConfig, load_config
 from phimr_nemo.data.chat import render_conversation
+from phimr_nemo.data.check import check_directory, forget_damaged
 from phimr_nemo.data.stage import run_curate, run_pack
 from phimr_nemo.data.synthetic import generate_problems
 from phimr_nemo.data.teacher import teacher_rollouts
 from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import finish, read_manifest, read_table, rows_to_table, write_shard
+from phimr_nemo.records import Kind
+from phimr_nemo.store import content_id, finish, read_manifest, read_table, rows_to_table, write_shard
+
+KIND_OF: dict[str, Kind] = {
+    "midtrain": "conversations",
+    "sft": "conversations",
+    "pairs": "pairs",
+    "prompts": "prompts",
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,7 @@ def verdicts(tmp_path: Path) -> Path:
 
 
 def curate_config(repository: Path, verdicts: Path, output: Path, *overrides: str) -> CurateConfig:
-    own = [f"verdicts={verdicts}", f"run.output={output}", *overrides]
+    own = [f"verdicts={verdicts}", f"run.output={output}", "workers=1", *overrides]
     return load_config(CurateConfig, repository / "conf" / "curate" / "paper.yaml", own)
 
 
@@ -62,20 +73,178 @@ def pack_config(repository: Path, conversations: Path, tokenizer: Path, output: 
 
 
 def test_curate_writes_every_set_and_repeats_nothing(repository: Path, verdicts: Path, tmp_path: Path) -> None:
-    config = curate_config(repository, verdicts, tmp_path / "curated")
+    config = curate_config(repository, verdicts, tmp_path / "curated", "prompts.max_length_spread=null")
     facts = run_curate(config)
     assert set(facts) == {"midtrain", "sft", "pairs", "prompts"}
     rows = read_table(verdicts, "verdicts").to_pylist()
     right = {(row["problem_id"], row["response"]) for row in rows if row["verdict"] == "correct"}
     kept = read_table(tmp_path / "curated" / "midtrain", "conversations").to_pylist()
     assert {(row["problem_id"], row["response"]) for row in kept} == right
-    counts = read_manifest(tmp_path / "curated" / "midtrain", "conversations").counts
-    assert sum(counts.values()) + len(kept) == len(rows)
+    assert [row["id"] for row in kept] == [
+        content_id("conversation", row["id"]) for row in rows if content_id("conversation", row["id"]) in ids_of(kept)
+    ]
     sft = read_table(tmp_path / "curated" / "sft", "conversations")
     assert set(sft["difficulty"].to_pylist()) == {"high_school", "college"}
+    marks: dict[str, list[bool]] = {row["problem_id"]: [] for row in rows}
+    for row in rows:
+        marks[row["problem_id"]].append(row["verdict"] == "correct")
+    prompts = read_table(tmp_path / "curated" / "prompts", "prompts").to_pylist()
+    rates = {name: sum(mark) / len(mark) for name, mark in marks.items() if 0 < sum(mark) < len(mark)}
+    assert {row["problem_id"]: row["pass_rate"] for row in prompts} == rates
+    assert all(row["hard"] == (row["pass_rate"] < 0.5) for row in prompts)
+    # The order is that of the problems in the verdicts.
+    assert [row["problem_id"] for row in prompts] == [name for name in marks if name in rates]
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "curated").rglob("*.*")}
     assert run_curate(config) == facts
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "curated").rglob("*.*")} == files
+
+
+def ids_of(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["id"] for row in rows}
+
+
+def test_what_is_kept_and_dropped_sums_to_what_came_in(repository: Path, verdicts: Path, tmp_path: Path) -> None:
+    config = curate_config(repository, verdicts, tmp_path / "curated", "sft.size=20", "pairs.max_per_problem=1")
+    facts = run_curate(config)
+    rollouts = read_table(verdicts, "verdicts")
+    problems = len(set(rollouts["problem_id"].to_pylist()))
+    for name, came_in, of_a_row in (
+        ("midtrain", rollouts.num_rows, 1),
+        ("sft", rollouts.num_rows, 1),
+        ("pairs", rollouts.num_rows, 2),
+        ("prompts", problems, 1),
+    ):
+        counts = read_manifest(tmp_path / "curated" / name, KIND_OF[name]).counts
+        dropped = sum(count for reason, count in counts.items() if reason.startswith("dropped: "))
+        assert facts[name] * of_a_row + dropped == came_in
+        assert counts["input: problems" if name == "prompts" else "input: rollouts"] == came_in
+    assert facts["sft"] == 20
+    shapes = json.loads((tmp_path / "curated" / "midtrain" / "shape.json").read_text("utf-8"))
+    assert sum(map(sum, shapes["kept"])) == facts["midtrain"]
+    of_pairs = json.loads((tmp_path / "curated" / "pairs" / "shape.json").read_text("utf-8"))
+    assert sum(of_pairs["chosen"]) == sum(of_pairs["rejected"]) == facts["pairs"]
+
+
+def sets_of(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    return {name: read_table(directory / name, kind).to_pylist() for name, kind in KIND_OF.items()}
+
+
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets and shards of a few rows, so that every table here has many."""
+    monkeypatch.setattr("phimr_nemo.data.survey.BUCKET_ROWS", 50)
+    monkeypatch.setattr("phimr_nemo.data.survey.READ_ROWS", 7)
+    monkeypatch.setattr("phimr_nemo.data.narrow.BATCH_ROWS", 7)
+    monkeypatch.setattr("phimr_nemo.data.sets.MAX_SHARD_ROWS", 11)
+    monkeypatch.setattr("phimr_nemo.data.sets.MAX_SHARD_BYTES", 1500)
+
+
+def test_buckets_shards_and_workers_change_nothing(
+    repository: Path, verdicts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_curate(curate_config(repository, verdicts, tmp_path / "whole"))
+    run_curate(curate_config(repository, verdicts, tmp_path / "processes", "workers=2"))
+    small_shards(monkeypatch)
+    run_curate(curate_config(repository, verdicts, tmp_path / "cut"))
+    whole = sets_of(tmp_path / "whole")
+    assert sets_of(tmp_path / "processes") == whole
+    assert sets_of(tmp_path / "cut") == whole
+    assert len(read_manifest(tmp_path / "cut" / "pairs", "pairs").shards) > 5
+
+
+@pytest.mark.parametrize("mode", ["near_miss", "random"])
+def test_the_order_of_rollouts_changes_no_set(repository: Path, verdicts: Path, tmp_path: Path, mode: str) -> None:
+    """Rollouts of a problem scattered over shards and directories, as several sampling rounds leave them."""
+    rows = read_table(verdicts, "verdicts").to_pylist()
+    random.Random(0).shuffle(rows)
+    for name, part in (("one", rows[:200]), ("two", rows[200:])):
+        for index in range(2):
+            shard = rows_to_table(part[index::2], "verdicts")
+            write_shard(tmp_path / name, index, shard, kind="verdicts")
+        finish(tmp_path / name, kind="verdicts", config={})
+    joined = f"verdicts=[{tmp_path / 'one'},{tmp_path / 'two'}]"
+    run_curate(curate_config(repository, verdicts, tmp_path / "whole", f"pairs.mode={mode}"))
+    run_curate(curate_config(repository, verdicts, tmp_path / "scattered", f"pairs.mode={mode}", joined))
+    whole, scattered = sets_of(tmp_path / "whole"), sets_of(tmp_path / "scattered")
+    for name in whole:
+        by_id = [sorted(rows, key=lambda row: row["id"]) for rows in (whole[name], scattered[name])]
+        assert [row["id"] for row in by_id[0]] == [row["id"] for row in by_id[1]]
+        assert [{**row, "length_spread": 0} for row in by_id[0]] == [{**row, "length_spread": 0} for row in by_id[1]]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "half"])
+@pytest.mark.parametrize("name", ["midtrain", "sft", "pairs", "prompts"])
+def test_only_the_damaged_shard_of_a_set_is_made_again(
+    name: str, damage: str, repository: Path, verdicts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_shards(monkeypatch)
+    config = curate_config(repository, verdicts, tmp_path / "curated")
+    facts = run_curate(config)
+    before = sets_of(tmp_path / "curated")
+    directory = tmp_path / "curated" / name
+    assert len(list(directory.glob("part-*.parquet"))) > 2
+    spoil(directory / "part-00001.parquet", damage)
+    with pytest.raises(UserError, match=r"(?s)part-00001\.parquet.*phimr data check"):
+        sets_of(tmp_path / "curated")
+    kept = mtimes(tmp_path / "curated", "part-*.parquet", but=directory / "part-00001.parquet")
+    redo(directory)
+    assert run_curate(config) == facts
+    assert sets_of(tmp_path / "curated") == before
+    assert mtimes(tmp_path / "curated", "part-*.parquet", but=directory / "part-00001.parquet") == kept
+
+
+def spoil(path: Path, damage: str) -> None:
+    data = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    elif damage == "half":
+        # The file stands, the sidecar was never written.
+        path.write_bytes(data[:-1])
+        path.with_suffix(".json").unlink()
+    else:
+        path.unlink()
+
+
+def mtimes(directory: Path, pattern: str, *, but: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in directory.rglob(pattern) if path != but}
+
+
+def redo(directory: Path) -> None:
+    (found,) = check_directory(directory)
+    assert found.shards == ["part-00001.parquet"]
+    forget_damaged(found)
+
+
+def test_a_damaged_survey_is_made_again_and_a_damaged_verdict_named(
+    repository: Path, verdicts: Path, tmp_path: Path
+) -> None:
+    config = curate_config(repository, verdicts, tmp_path / "curated")
+    facts = run_curate(config)
+    narrow = tmp_path / "curated" / "survey" / "narrow-00000.npy"
+    whole = narrow.read_bytes()
+    for data in (whole[:-1], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
+        narrow.write_bytes(data)
+        (tmp_path / "curated" / "sft" / "manifest.json").unlink()
+        assert run_curate(config) == facts
+        assert narrow.read_bytes() == whole
+    spoil(verdicts / "part-00001.parquet", "flip")
+    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged"):
+        run_curate(curate_config(repository, verdicts, tmp_path / "other"))
+
+
+def test_a_set_of_other_verdicts_is_made_again(repository: Path, verdicts: Path, tmp_path: Path) -> None:
+    config = curate_config(repository, verdicts, tmp_path / "curated")
+    before = run_curate(config)
+    rows = read_table(verdicts, "verdicts").to_pylist()
+    for row in rows[:100]:
+        row["verdict"] = "wrong"
+    write_shard(verdicts, 0, rows_to_table(rows[:240], "verdicts"), kind="verdicts")
+    finish(verdicts, kind="verdicts", config={"again": True})
+    after = run_curate(config)
+    assert after["midtrain"] < before["midtrain"]
+    run_curate(curate_config(repository, verdicts, tmp_path / "new"))
+    assert sets_of(tmp_path / "curated") == sets_of(tmp_path / "new")
 
 
 def test_curate_refuses_an_empty_set_and_unfinished_input(repository: Path, verdicts: Path, tmp_path: Path) -> None:
@@ -100,6 +269,7 @@ def test_pack_holds_every_conversation_once(
     capacity = 90
     config = pack_config(repository, conversations, tokenizer_directory, tmp_path / "rows", capacity)
     facts = run_pack(config)
+    assert facts is not None
     tokenizer = load_tokenizer(tokenizer_directory)
     rendered = [
         render_conversation(tokenizer, row["question"], row["response"])

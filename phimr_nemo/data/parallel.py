@@ -1,0 +1,42 @@
+"""One function over many items, in this process or in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, *, title: str
+) -> list[Result]:
+    """`[function(item) for item in items]`, with a progress bar.
+
+    Args:
+        function: a function of a module (it goes to other processes by name).
+        items: one call each.
+        workers: processes; with 1 the calls happen here.
+        title: of the progress bar.
+
+    Returns:
+        The results in the order of the items.
+
+    Raises:
+        Exception: the first that a call raised; calls that have not begun are then not made.
+    """
+    if workers == 1 or len(items) < 2:
+        return [function(item) for item in tqdm(items, desc=title, unit="shard")]
+    # Not forked: a forked child of a process with threads (Arrow's, the tokenizer's) may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+        try:
+            return list(tqdm(pool.map(function, items), desc=title, unit="shard", total=len(items)))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
