@@ -1,0 +1,329 @@
+"""What one rank of a training run holds, part by part: closed forms of the model as Megatron-Core runs it.
+
+The weights' side follows from Megatron's mixed precision: weights in the model's format, gradients added up in fp32,
+AdamW's two moments and, beside bf16 weights, master weights in fp32, the latter three shared by the data- and
+context-parallel ranks under the distributed optimizer (ZeRO-1, Rajbhandari et al. 2020, arXiv 1910.02054).
+
+The activations' side lists the tensors that autograd keeps (Korthikanti et al. 2022, arXiv 2205.05198, section 4,
+did so for another layer), for the two sets of kernels that the model runs on. `pytorch` (CPU) is held against
+measurement by `tests/parity/test_plan_parity.py`; `transformer_engine` (GPU) follows from the modules' sources and is
+not measured yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from phimr_nemo.config import ParallelConfig
+from phimr_nemo.model.architecture import Architecture
+
+Kernels = Literal["pytorch", "transformer_engine"]
+Recompute = Literal["none", "selective", "full"]
+
+BYTES_PER_NUMBER: Final = {"fp32": 4, "bf16": 2}
+FP32_BYTES: Final = 4
+INT64_BYTES: Final = 8
+ADAM_MOMENTS: Final = 2
+LOGITS_CHUNK: Final = 1024
+"""`phimr_nemo.losses.logprobs.DEFAULT_CHUNK_SIZE`, which cannot be imported without torch (a test compares them)."""
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes a rank holds all the time."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The largest micro-batch of a run.
+
+    Attributes:
+        sequences: rows; packed rows are joined into one.
+        length: tokens of a row.
+        packed: several documents a row.
+    """
+
+    sequences: int
+    length: int
+    packed: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return self.sequences * self.length
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank at the worst moment of a step.
+
+    Attributes:
+        stage: pipeline stage, from 0.
+        in_flight: micro-batches whose activations it holds at once.
+        state: weights, gradients, optimizer.
+        activations: kept for the backward passes of the micro-batches in flight.
+        head: the part of them that final norm and labels keep, gone before the layers' backward passes.
+        recomputed: activations of the one layer whose forward pass was done again.
+        on_the_way: gradients in a layer's backward pass, and one that waits for the tied embedding's.
+        output: of the output layer's backward pass: a chunk of logits and the weight's gradient in fp32.
+        embedding: gradients of the embedding at the end of a backward pass.
+        pipeline: what neighbouring stages send.
+    """
+
+    stage: int
+    in_flight: int
+    state: StateMemory
+    activations: float
+    head: float
+    recomputed: float
+    on_the_way: float
+    output: float
+    embedding: float
+    pipeline: float
+
+    @property
+    def kept(self) -> float:
+        """Most bytes that autograd keeps at one time."""
+        return self.activations + max(0.0, self.recomputed - self.head)
+
+    @property
+    def backward(self) -> float:
+        """Bytes beside the activations in the widest phase of the backward pass: output layer, layers, embedding.
+
+        What an earlier phase no longer needs is taken off: `head` for the layers, one micro-batch for the embedding.
+        """
+        layers = self.recomputed + self.on_the_way - self.head
+        return max(self.output, layers, self.embedding - self.activations / self.in_flight)
+
+    @property
+    def moving(self) -> float:
+        """Bytes that come and go in a step."""
+        return self.activations + self.pipeline + self.backward
+
+    @property
+    def total(self) -> float:
+        """Bytes in all, without the framework's own."""
+        return self.state.total + self.moving
+
+
+def layer_parameters(arch: Architecture, tensor: int) -> float:
+    """Numbers of one layer on one tensor-parallel rank: linear layers are shared, norms are not."""
+    heads = arch.num_attention_heads + 2 * arch.num_key_value_heads
+    linear = arch.hidden_size * arch.head_dim * (heads + arch.num_attention_heads)
+    linear += 3 * arch.hidden_size * arch.intermediate_size
+    return linear / tensor + 2 * arch.hidden_size
+
+
+def stage_parameters(arch: Architecture, parallel: ParallelConfig, stage: int) -> float:
+    """Numbers on one rank of a pipeline stage.
+
+    Tied embeddings stand on the first and on the last stage (Megatron keeps them equal); on one stage they are one.
+    """
+    vocabulary = arch.vocab_size * arch.hidden_size / parallel.tensor
+    is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+    numbers = arch.num_hidden_layers / parallel.pipeline * layer_parameters(arch, parallel.tensor)
+    if is_first:
+        numbers += vocabulary
+    if is_last:
+        numbers += arch.hidden_size
+        if not (is_first and arch.tie_word_embeddings):
+            numbers += vocabulary
+    return numbers
+
+
+def state_memory(parameters: float, parallel: ParallelConfig, dtype: str, *, distributed: bool) -> StateMemory:
+    """Bytes of a rank's weights, gradients and optimizer state.
+
+    Args:
+        parameters: numbers on the rank.
+        parallel: the layout.
+        dtype: of the weights.
+        distributed: the optimizer's state is shared by the data- and context-parallel ranks.
+    """
+    numbers = ADAM_MOMENTS + (1 if dtype == "bf16" else 0)
+    spread = parallel.data * parallel.context if distributed else 1
+    return StateMemory(
+        weights=parameters * BYTES_PER_NUMBER[dtype],
+        gradients=parameters * FP32_BYTES,
+        optimizer=parameters * numbers * FP32_BYTES / spread,
+    )
+
+
+def largest_state(arch: Architecture, parallel: ParallelConfig, dtype: str, *, distributed: bool) -> StateMemory:
+    """:func:`state_memory` of the pipeline stage that holds most."""
+    parameters = max(stage_parameters(arch, parallel, stage) for stage in range(parallel.pipeline))
+    return state_memory(parameters, parallel, dtype, distributed=distributed)
+
+
+def norm_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, kernels: Kernels) -> float:
+    """Bytes a token that a norm and the linear layer behind it keep.
+
+    Both keep one fp32 number a token and the norm's output. PyTorch's also keeps its input in fp32 and the normalised
+    values before they are multiplied by the weight; Transformer Engine's keeps its input.
+    """
+    size, hidden = BYTES_PER_NUMBER[dtype], arch.hidden_size
+    kept = 2 * size * hidden + FP32_BYTES
+    if kernels == "pytorch":
+        kept += FP32_BYTES * hidden
+    return kept / (parallel.tensor if parallel.sequence else 1)
+
+
+def layer_bytes(
+    arch: Architecture, parallel: ParallelConfig, dtype: str, kernels: Kernels, recompute: Recompute, packed: bool
+) -> float:
+    """Bytes a token that one layer keeps for its backward pass.
+
+    Attention keeps queries and keys after their rotation, the projection's output (as long as the values are a view
+    of it) and its own result; the softmax is a number a head (Dao 2023, arXiv 2307.08691). Recomputing the attention
+    core (`selective`) therefore frees that number only. `full` keeps the layer's input.
+    """
+    size = BYTES_PER_NUMBER[dtype]
+    if recompute == "full":
+        return size * arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
+    queries = arch.num_attention_heads * arch.head_dim
+    keys = arch.num_key_value_heads * arch.head_dim
+    if kernels == "pytorch" and packed:
+        # Copied into buckets of documents and back, values too; then the projection's own output is free.
+        attention = 3 * queries + 2 * keys
+    else:
+        attention = 3 * queries + 3 * keys
+    statistics = 0 if recompute == "selective" else FP32_BYTES * arch.num_attention_heads
+    # Gate and value; PyTorch also keeps the activated gate. Both keep their product, the second matrix's input.
+    feed_forward = (4 if kernels == "pytorch" else 3) * arch.intermediate_size
+    rotary = 4 * size * arch.rotary_dim if kernels == "pytorch" else 0
+    shared = size * (attention + feed_forward) + statistics
+    return 2 * norm_bytes(arch, parallel, dtype, kernels) + shared / parallel.tensor + rotary
+
+
+def head_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, kernels: Kernels) -> float:
+    """Bytes a token that the final norm keeps and, of its label, the place, the word and the log-sum-exp."""
+    return norm_bytes(arch, parallel, dtype, kernels) + 2 * INT64_BYTES + FP32_BYTES
+
+
+def kept_bytes(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    dtype: str,
+    kernels: Kernels,
+    recompute: Recompute,
+    *,
+    packed: bool,
+    stage: int,
+) -> float:
+    """Bytes a token that a pipeline stage keeps for the backward pass of one micro-batch."""
+    layers = arch.num_hidden_layers / parallel.pipeline
+    kept = layers * layer_bytes(arch, parallel, dtype, kernels, recompute, packed)
+    if stage == 0:
+        kept += INT64_BYTES
+    if stage == parallel.pipeline - 1:
+        kept += head_bytes(arch, parallel, dtype, kernels)
+    return kept
+
+
+def output_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, tokens: float) -> float:
+    """Bytes of the output layer's backward pass in chunks (see :mod:`phimr_nemo.losses.logprobs`).
+
+    A chunk's logits in fp32 and, for bf16, once more in bf16; the weight's gradient in fp32 and, for bf16, a chunk's
+    part of it in bf16. Hidden states and their gradients for all tokens.
+    """
+    size = BYTES_PER_NUMBER[dtype]
+    chunk = min(LOGITS_CHUNK, tokens)
+    hidden = arch.hidden_size
+    if dtype == "fp32":
+        a_word = FP32_BYTES * (chunk + hidden)
+    else:
+        logits = chunk * (FP32_BYTES + size) + FP32_BYTES * hidden
+        gradients = chunk * size + hidden * (FP32_BYTES + size)
+        a_word = max(logits, gradients)
+    return arch.vocab_size / parallel.tensor * a_word + 2 * size * tokens * hidden
+
+
+def rank_memory(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    dtype: str,
+    kernels: Kernels,
+    recompute: Recompute,
+    batch: MicroBatch,
+    *,
+    micro_batches: int,
+    distributed: bool,
+    stage: int,
+) -> RankMemory:
+    """Bytes on a rank of one pipeline stage at the worst moment of a step.
+
+    Args:
+        arch: the model.
+        parallel: the layout.
+        dtype: of weights and activations.
+        kernels: what computes the layers.
+        recompute: which activations are computed again in the backward pass.
+        batch: the largest micro-batch.
+        micro_batches: of a step, on each data-parallel rank.
+        distributed: see :func:`state_memory`.
+        stage: pipeline stage, from 0.
+    """
+    size = BYTES_PER_NUMBER[dtype]
+    tokens = batch.tokens / parallel.context
+    in_flight = min(micro_batches, parallel.pipeline - stage)
+    is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+    kept = kept_bytes(arch, parallel, dtype, kernels, recompute, packed=batch.packed, stage=stage)
+    again = layer_bytes(arch, parallel, dtype, kernels, "none", batch.packed) if recompute == "full" else 0.0
+    # The feed-forward part is the widest: gradients of gate and value, and of the layer's input and output.
+    gradients = size * (2 * arch.intermediate_size / parallel.tensor + 2 * arch.hidden_size)
+    vocabulary = size * arch.vocab_size * arch.hidden_size / parallel.tensor
+    # With tied weights on one stage, autograd holds the output layer's gradient until the embedding's is there.
+    waiting = vocabulary if is_first and is_last and arch.tie_word_embeddings else 0.0
+    sent = size * tokens * arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
+    return RankMemory(
+        stage=stage,
+        in_flight=in_flight,
+        state=state_memory(stage_parameters(arch, parallel, stage), parallel, dtype, distributed=distributed),
+        activations=in_flight * tokens * kept,
+        head=tokens * head_bytes(arch, parallel, dtype, kernels) if is_last else 0.0,
+        recomputed=tokens * again,
+        on_the_way=tokens * gradients + waiting,
+        output=output_bytes(arch, parallel, dtype, tokens) if is_last else 0.0,
+        embedding=vocabulary + 2 * waiting if is_first else 0.0,
+        # The inputs of the micro-batches in flight, and a gradient each way.
+        pipeline=sent * (in_flight * (not is_first) + 2) if parallel.pipeline > 1 else 0.0,
+    )
+
+
+def largest_rank(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    dtype: str,
+    kernels: Kernels,
+    recompute: Recompute,
+    batch: MicroBatch,
+    *,
+    micro_batches: int,
+    distributed: bool,
+) -> RankMemory:
+    """:func:`rank_memory` of the pipeline stage that needs most."""
+    stages = (
+        rank_memory(
+            arch,
+            parallel,
+            dtype,
+            kernels,
+            recompute,
+            batch,
+            micro_batches=micro_batches,
+            distributed=distributed,
+            stage=stage,
+        )
+        for stage in range(parallel.pipeline)
+    )
+    return max(stages, key=lambda rank: rank.total)

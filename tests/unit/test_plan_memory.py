@@ -1,0 +1,94 @@
+"""The planner's memory formulas: whole numbers that other code states too, and what splitting must do to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from phimr_nemo.config import ParallelConfig
+from phimr_nemo.losses import logprobs
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.plan import memory
+from phimr_nemo.plan.memory import MicroBatch, largest_rank, rank_memory, stage_parameters, state_memory
+
+PHI4_MINI = Architecture.from_preset(yaml.safe_load(Path("conf/model/phi4mini.yaml").read_text("utf-8")))
+ROW = MicroBatch(sequences=1, length=16_384, packed=True)
+
+
+def test_the_chunk_is_the_loss_s() -> None:
+    assert memory.LOGITS_CHUNK == logprobs.DEFAULT_CHUNK_SIZE
+
+
+def test_one_rank_holds_every_parameter_once() -> None:
+    assert stage_parameters(PHI4_MINI, ParallelConfig(), 0) == PHI4_MINI.num_parameters == 3_836_021_760
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2), (2, 4), (4, 1), (8, 8)])
+def test_stages_add_up_to_the_model_with_its_copies(tensor: int, pipeline: int) -> None:
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    total = tensor * sum(stage_parameters(PHI4_MINI, layout, stage) for stage in range(pipeline))
+    norms = (2 * PHI4_MINI.num_hidden_layers + 1) * PHI4_MINI.hidden_size
+    second_embedding = PHI4_MINI.vocab_size * PHI4_MINI.hidden_size if pipeline > 1 else 0
+    assert total == PHI4_MINI.num_parameters + (tensor - 1) * norms + second_embedding
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("bf16", 2 + 4 + 12), ("fp32", 4 + 4 + 8)])
+def test_bytes_a_parameter_of_mixed_precision_adam(dtype: str, bytes_each: int) -> None:
+    assert state_memory(1000, ParallelConfig(), dtype, distributed=True).total == 1000 * bytes_each
+
+
+def test_the_optimizer_is_shared_over_data_and_context() -> None:
+    layout = ParallelConfig(data=4, context=2)
+    shared = state_memory(1000, layout, "bf16", distributed=True)
+    whole = state_memory(1000, layout, "bf16", distributed=False)
+    assert shared.optimizer * 8 == whole.optimizer
+    assert (shared.weights, shared.gradients) == (whole.weights, whole.gradients)
+
+
+def test_early_stages_hold_more_micro_batches() -> None:
+    layout = ParallelConfig(pipeline=4)
+    ranks = [
+        rank_memory(
+            PHI4_MINI,
+            layout,
+            "bf16",
+            "transformer_engine",
+            "none",
+            ROW,
+            micro_batches=8,
+            distributed=True,
+            stage=stage,
+        )
+        for stage in range(4)
+    ]
+    assert [rank.in_flight for rank in ranks] == [4, 3, 2, 1]
+    assert [rank.output > 0 for rank in ranks] == [False, False, False, True]
+
+
+def kept(layout: ParallelConfig, recompute: memory.Recompute) -> float:
+    return largest_rank(
+        PHI4_MINI, layout, "bf16", "transformer_engine", recompute, ROW, micro_batches=1, distributed=True
+    ).activations
+
+
+def test_full_recomputation_keeps_one_input_a_layer() -> None:
+    hidden_states = PHI4_MINI.num_hidden_layers + 2  # each layer's input; the final norm's input and output
+    numbers = 4 + 8 + 20  # its statistic, the word's id, and what the label's log-probability keeps
+    assert kept(ParallelConfig(), "full") == ROW.length * (2 * PHI4_MINI.hidden_size * hidden_states + numbers)
+    # Fused attention keeps no scores, so computing its core again frees one number a head and token.
+    freed = kept(ParallelConfig(), "none") - kept(ParallelConfig(), "selective")
+    assert freed == 4 * PHI4_MINI.num_attention_heads * PHI4_MINI.num_hidden_layers * ROW.length
+
+
+def test_sequence_and_context_parallelism_divide_the_activations() -> None:
+    one = kept(ParallelConfig(), "none")
+    assert kept(ParallelConfig(context=4), "none") == pytest.approx(one / 4)
+    assert kept(ParallelConfig(tensor=4, sequence=True), "none") == pytest.approx(one / 4, rel=1e-3)
+    assert kept(ParallelConfig(tensor=4), "none") > 1.3 * one / 4
+
+
+def test_the_output_layer_never_holds_all_logits() -> None:
+    all_logits = 4 * PHI4_MINI.vocab_size * ROW.length
+    assert memory.output_bytes(PHI4_MINI, ParallelConfig(), "bf16", ROW.length) < 0.35 * all_logits
