@@ -48,6 +48,25 @@ FREE_TO_CHANGE: Final = (
     "verify_workers",
     "max_batch",
     "teacher.max_batch",
+    "teacher.max_missing",
+    # Another server with the same model gives the same responses.
+    "teacher.endpoint.base_urls",
+    "teacher.endpoint.api_key_env",
+    "teacher.endpoint.concurrency",
+    "teacher.endpoint.idle_seconds",
+    "teacher.endpoint.total_seconds",
+    "teacher.endpoint.attempts",
+    "teacher.endpoint.backoff_seconds",
+    "teacher.endpoint.prices",
+    "judge.ask.endpoint.base_urls",
+    "judge.ask.endpoint.api_key_env",
+    "judge.ask.endpoint.concurrency",
+    "judge.ask.endpoint.idle_seconds",
+    "judge.ask.endpoint.total_seconds",
+    "judge.ask.endpoint.attempts",
+    "judge.ask.endpoint.backoff_seconds",
+    "judge.ask.endpoint.prices",
+    "judge.ask.max_",
 )
 # What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
 IMPORT_NOTES: Final = (

@@ -14,14 +14,17 @@ from phimr_nemo.config.curation import CurateConfig, PackConfig
 from phimr_nemo.config.endpoint import AskConfig, EndpointConfig, Prices
 from phimr_nemo.config.evaluation import EvaluateConfig, ExportConfig
 from phimr_nemo.config.generation import (
+    EndpointTeacher,
     FileProblems,
     GenerateConfig,
+    JudgeConfig,
     ModelTeacher,
     Problems,
     ProgrammaticTeacher,
     RecordedTeacher,
     SyntheticProblems,
     VerifyConfig,
+    VLLMTeacher,
 )
 from phimr_nemo.config.load import find_config, load_config, parse_config, to_dict, to_yaml
 from phimr_nemo.config.preparation import (
@@ -33,7 +36,18 @@ from phimr_nemo.config.preparation import (
     SourceConfig,
 )
 from phimr_nemo.config.stages import STAGES
-from phimr_nemo.config.supervised import MidtrainConfig, SFTConfig, SupervisedConfig
+from phimr_nemo.config.supervised import (
+    EarlyStoppingConfig,
+    GuardConfig,
+    MidtrainConfig,
+    OverlapConfig,
+    SFTConfig,
+    SupervisedCheckpointConfig,
+    SupervisedConfig,
+    TrackingConfig,
+    TrainingEvaluationConfig,
+    WandbConfig,
+)
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
 __all__ = [
@@ -45,19 +59,24 @@ __all__ = [
     "CurateConfig",
     "DPOConfig",
     "DecontaminationConfig",
+    "EarlyStoppingConfig",
     "EndpointConfig",
+    "EndpointTeacher",
     "EvaluateConfig",
     "EvaluationSetConfig",
     "ExportConfig",
     "FileProblems",
     "GRPOConfig",
     "GenerateConfig",
+    "GuardConfig",
+    "JudgeConfig",
     "LongRopePolicy",
     "MidtrainConfig",
     "ModelConfig",
     "ModelTeacher",
     "NearDuplicatesConfig",
     "OptimConfig",
+    "OverlapConfig",
     "PackConfig",
     "ParallelConfig",
     "PrepareConfig",
@@ -71,10 +90,15 @@ __all__ = [
     "SFTConfig",
     "ShardConfig",
     "SourceConfig",
+    "SupervisedCheckpointConfig",
     "SupervisedConfig",
     "SyntheticProblems",
     "TemperatureConfig",
+    "TrackingConfig",
+    "TrainingEvaluationConfig",
+    "VLLMTeacher",
     "VerifyConfig",
+    "WandbConfig",
     "find_config",
     "load_config",
     "parse_config",

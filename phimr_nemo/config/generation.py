@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import NonNegative, Positive, RunConfig, ShardConfig, Share, config
+from phimr_nemo.config.common import (
+    Dtype,
+    LongRopePolicy,
+    NonNegative,
+    Positive,
+    RunConfig,
+    ShardConfig,
+    Share,
+    config,
+)
+from phimr_nemo.config.endpoint import AskConfig, EndpointConfig
 
 
 @config
@@ -85,7 +95,57 @@ class ModelTeacher:
     max_batch: Positive = 256
 
 
-Teacher = Annotated[ProgrammaticTeacher | RecordedTeacher | ModelTeacher, Field(discriminator="kind")]
+@config
+class EndpointTeacher:
+    """A model behind an OpenAI-compatible endpoint: served by vLLM, SGLang or trtllm-serve, or an API.
+
+    Attributes:
+        max_new_tokens: of a response, reasoning included.
+        prompt: the user's turn, with `{question}` in it once.
+        system: the system's turn; None leaves it out.
+        max_missing: the share of a shard's responses that may be missing for good (refused or failed).
+    """
+
+    kind: Literal["endpoint"]
+    endpoint: EndpointConfig
+    temperature: float
+    top_p: Share
+    max_new_tokens: Positive
+    prompt: str
+    system: str | None = None
+    max_missing: Share = 0.0
+
+
+@config
+class VLLMTeacher:
+    """A model in a Hugging Face directory, sampled by vLLM in this process.
+
+    Attributes:
+        prompt: the user's turn, with `{question}` in it once.
+        max_batch: sequences computed together.
+        tensor: GPUs that share the model.
+        memory_share: of each GPU's memory, for weights and KV cache; on a CPU, VLLM_CPU_KVCACHE_SPACE counts.
+        longrope: how a model with LongRoPE was trained; vLLM picks one set of factors for all lengths.
+        eager: no CUDA graphs and no compilation.
+    """
+
+    kind: Literal["vllm"]
+    path: Path
+    temperature: float
+    top_p: Share
+    max_new_tokens: Positive
+    prompt: str
+    max_batch: Positive
+    dtype: Dtype
+    tensor: Positive = 1
+    memory_share: Share
+    longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
+    eager: bool = False
+
+
+Teacher = Annotated[
+    ProgrammaticTeacher | RecordedTeacher | ModelTeacher | EndpointTeacher | VLLMTeacher, Field(discriminator="kind")
+]
 
 
 @config
@@ -107,16 +167,33 @@ class GenerateConfig:
 
 
 @config
+class JudgeConfig:
+    """The second opinion on answers that the grader does not accept.
+
+    Attributes:
+        ask: the judging model and the budget for it.
+        verdicts: which of the grader's verdicts it looks at.
+        overrules: whether an answer that it accepts becomes correct; otherwise its opinion is only recorded.
+    """
+
+    ask: AskConfig
+    verdicts: tuple[Literal["wrong", "unparsable"], ...]
+    overrules: bool
+
+
+@config
 class VerifyConfig:
     """Rollouts -> verdicts.
 
     Attributes:
         workers: grader processes.
         deadline_seconds: an answer that takes longer is a timeout.
+        judge: a small model that looks again at answers called wrong; None = off.
     """
 
     run: RunConfig
     rollouts: Path
     workers: Positive
     deadline_seconds: float
+    judge: JudgeConfig | None = None
     shard: ShardConfig = field(default_factory=ShardConfig)

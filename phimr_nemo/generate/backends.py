@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from phimr_nemo.config import LongRopePolicy
     from phimr_nemo.generate.local import LocalSampler
+    from phimr_nemo.model.hf import HFDirectory
 
 
 def open_local(
@@ -41,21 +42,51 @@ def open_local(
     Raises:
         UserError: an unreadable model or tokenizer.
     """
-    import torch
-
-    from phimr_nemo.generate.local import LocalSampler
     from phimr_nemo.model.hf import HFDirectory
 
     source = HFDirectory(model)
-    tokenizer = load_tokenizer(model)
-    longest = max(map(len, render_prompts(tokenizer, list(user_turns))), default=0)
-    sampler = LocalSampler(
-        source.architecture,
-        ((name, source.read(name)) for name in source.names()),
-        stop_token_ids=stop_token_ids(tokenizer),
-        max_batch=max_batch,
-        longrope_policy=longrope,
+    longest = max(map(len, render_prompts(load_tokenizer(model), list(user_turns))), default=0)
+    sampler = local_sampler(
+        source,
         max_length=longest + max_new_tokens,
-        dtype=dtype or torch.float32,
+        max_batch=max_batch,
+        longrope=longrope,
+        dtype=dtype,
     )
     return sampler, source.weights_hash()
+
+
+def local_sampler(
+    source: HFDirectory,
+    *,
+    max_length: int,
+    max_batch: int,
+    longrope: LongRopePolicy = "long_when_max_length_exceeds_original",
+    dtype: torch.dtype | None = None,
+) -> LocalSampler:
+    """A sampler in this process, on its GPU where there is one.
+
+    Args:
+        source: the Hugging Face directory.
+        max_length: prompt and response together; decides LongRoPE's factors.
+        max_batch: sequences computed together.
+        longrope: the training run's policy.
+        dtype: to compute in; float32 when None.
+
+    Raises:
+        UserError: an unreadable model or tokenizer.
+    """
+    import torch
+
+    from phimr_nemo.generate.local import LocalSampler
+
+    return LocalSampler(
+        source.architecture,
+        ((name, source.read(name)) for name in source.names()),
+        stop_token_ids=stop_token_ids(load_tokenizer(source.path)),
+        max_batch=max_batch,
+        longrope_policy=longrope,
+        max_length=max_length,
+        dtype=dtype or torch.float32,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )

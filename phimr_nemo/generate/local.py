@@ -171,6 +171,29 @@ class LocalSampler:
             )
         return [completion for completion in completions if completion is not None]
 
+    @torch.inference_mode()
+    def stream(self, request: Request, params: SamplingParams) -> Iterator[int]:
+        """Yield the tokens of one request as they are drawn: those that `sample` gives it, one by one.
+
+        Raises:
+            UserError: as `sample`.
+        """
+        decoder = self._decoder
+        if decoder is None:
+            raise RuntimeError("the sampler is closed")
+        self._check(request)
+        budget = min(params.max_new_tokens, self._max_length - len(request.prompt_ids))
+        limit = len(request.prompt_ids) + budget
+        cache = KVCache(self._arch, rows=1, capacity=FIRST_CAPACITY, limit=limit, like=decoder.weights.embedding)
+        state = _Rows.allocate(1, budget, self._device)
+        logits = _admit(state, cache, list(_computed_prompts(decoder, [request], 1)), 0, [request], [budget])
+        while True:
+            finished, _ = self._choose(state, logits, 1, params)
+            yield int(state.tokens[0, state.generated[0] - 1])
+            if bool(finished[0]):
+                return
+            logits = self._feed(decoder, cache, state, 1)
+
     def _check(self, request: Request) -> None:
         length = len(request.prompt_ids)
         if not 0 < length < self._max_length:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimr_nemo.config import (
+    EndpointTeacher,
     FileProblems,
     GenerateConfig,
     ModelTeacher,
     Problems,
     ProgrammaticTeacher,
     RecordedTeacher,
+    VLLMTeacher,
     to_dict,
 )
 from phimr_nemo.data.problems import load_problems
@@ -19,7 +21,7 @@ from phimr_nemo.data.recorded import load_recorded_rollouts
 from phimr_nemo.data.synthetic import generate_problems
 from phimr_nemo.data.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import Manifest, finish, read_manifest, shard_is_complete, write_shard
+from phimr_nemo.store import Manifest, conform, finish, read_manifest, shard_is_complete, write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +49,10 @@ def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
     problems, counts = read_configured_problems(config.problems, config.run.seed)
     if isinstance(config.teacher, ModelTeacher):
         return _sampled(config, config.teacher, problems)
+    if isinstance(config.teacher, EndpointTeacher):
+        return _requested(config, config.teacher, problems)
+    if isinstance(config.teacher, VLLMTeacher):
+        return _sampled_by_vllm(config, config.teacher, problems)
     teacher: ProgrammaticTeacher = config.teacher
 
     def solve(part: pa.Table) -> pa.Table:
@@ -161,4 +167,53 @@ def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) 
         )
     finally:
         sampler.close()
+    return closing_facts(read_manifest(config.run.output, "rollouts")) if complete else None
+
+
+def _requested(config: GenerateConfig, teacher: EndpointTeacher, problems: pa.Table) -> dict[str, Any] | None:
+    from phimr_nemo.generate.plan import Plan
+    from phimr_nemo.generate.remote import request_rollouts
+
+    plan = Plan(
+        problems=conform(problems, "problems"),
+        rollouts_per_problem=config.rollouts_per_problem,
+        shard_size=config.shard_size,
+        teacher=teacher.endpoint.model,
+        stage_seed=config.run.seed,
+        prompt_template=teacher.prompt,
+    )
+    complete = request_rollouts(
+        plan,
+        teacher,
+        config.run.output,
+        shard_indices=plan.shards[config.shard.index :: config.shard.count],
+        inputs=_problem_files(config),
+    )
+    return closing_facts(read_manifest(config.run.output, "rollouts")) if complete else None
+
+
+def _sampled_by_vllm(config: GenerateConfig, teacher: VLLMTeacher, problems: pa.Table) -> dict[str, Any] | None:
+    from phimr_nemo.generate.rollouts import sample_rollouts
+    from phimr_nemo.generate.sampler import SamplingParams
+    from phimr_nemo.generate.vllm import open_vllm
+
+    shards = range(-(-problems.num_rows // config.shard_size))
+    engine, tokenizer, name = open_vllm(teacher, problems.column("question").to_pylist())
+    try:
+        complete = sample_rollouts(
+            problems,
+            engine,
+            tokenizer,
+            config.run.output,
+            rollouts_per_problem=config.rollouts_per_problem,
+            params=SamplingParams(teacher.temperature, teacher.top_p, teacher.max_new_tokens),
+            teacher_name=name,
+            shard_size=config.shard_size,
+            stage_seed=config.run.seed,
+            prompt_template=teacher.prompt,
+            shard_indices=shards[config.shard.index :: config.shard.count],
+            inputs=[teacher.path / "config.json", teacher.path / "tokenizer.json", *_problem_files(config)],
+        )
+    finally:
+        engine.close()
     return closing_facts(read_manifest(config.run.output, "rollouts")) if complete else None
