@@ -45,6 +45,7 @@ __all__ = [
     "is_complete",
     "iter_shards",
     "read_manifest",
+    "read_shard",
     "read_table",
     "rows_to_table",
     "shard_facts",
@@ -356,6 +357,13 @@ def iter_shards(directory: Path, kind: Kind, columns: Sequence[str] | None = Non
         path = directory / name
         check_shard(path, sha256)
         yield pq.read_table(path, columns=list(columns) if columns is not None else None)
+
+
+def read_shard(directory: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Shard `index` of a record directory, finished or not; call :func:`shard_is_complete` first."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(_shard_path(directory, index), columns=list(columns) if columns is not None else None)
 
 
 def check_shard(path: Path, sha256: str) -> None:
