@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
@@ -215,6 +215,55 @@ def convert(
     with _continuable():
         kind = convert_checkpoint(source, target, kind=to, layout=ParallelConfig(tensor=tp, pipeline=pp), hf=hf)
     typer.echo(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
+
+
+ModelDirectory = Annotated[Path, typer.Argument(help="A Hugging Face directory: an export, or any stage's hf/.")]
+Temperature = Annotated[float, typer.Option(help="0 = greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus mass.")]
+NewTokens = Annotated[int, typer.Option(help="Longest reply, in tokens.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Longest conversation in tokens; above LongRoPE's original length long factors.")
+]
+SeedOption = Annotated[int, typer.Option(help="The same seed and words give the same reply.")]
+DtypeOption = Annotated[Literal["fp32", "bf16"], typer.Option(help="What to compute in.")]
+
+
+@app.command()
+def chat(
+    model: ModelDirectory,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    max_new_tokens: NewTokens = 32768,
+    max_length: MaxLength = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "fp32",
+) -> None:
+    """Talk to a model in the terminal; its thinking is dimmed."""
+    from phimr_nemo import terminal
+    from phimr_nemo.generate.sampler import SamplingParams
+
+    params = SamplingParams(temperature, top_p, max_new_tokens)
+    terminal.chat(model, params, seed=seed, max_length=max_length, dtype=dtype)
+
+
+@app.command()
+def sample(
+    model: ModelDirectory,
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    count: Annotated[int, typer.Option("-n", min=1, help="Replies.")] = 1,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    max_new_tokens: NewTokens = 32768,
+    max_length: MaxLength = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "fp32",
+) -> None:
+    """Print a model's replies to one question."""
+    from phimr_nemo import terminal
+    from phimr_nemo.generate.sampler import SamplingParams
+
+    params = SamplingParams(temperature, top_p, max_new_tokens)
+    terminal.sample(model, question, params, count=count, seed=seed, max_length=max_length, dtype=dtype)
 
 
 @app.command()

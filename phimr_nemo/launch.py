@@ -132,12 +132,16 @@ def _with_os_errors(function: Callable[[Any], Mapping[str, Any] | None], config:
 def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
     """The function behind a stage; it returns the closing facts, or None when other shards are still to come."""
     module, name = FUNCTIONS[stage].split(":")
+    silence_import_notes()
+    return getattr(importlib.import_module(module), name)
+
+
+def silence_import_notes() -> None:
+    """Keep `IMPORT_NOTES` from the terminal, in this process and in those that it starts."""
     for note in IMPORT_NOTES:
         warnings.filterwarnings("ignore", message=f".*{note}")
-    # For the processes that a stage starts: they import torch as well.
     os.environ.setdefault("PYTHONWARNINGS", f"ignore:{IMPORT_NOTES[0]}")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    return getattr(importlib.import_module(module), name)
 
 
 def check_same_run(run: RunDirectory, config: Any) -> None:

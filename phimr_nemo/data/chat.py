@@ -6,7 +6,7 @@ transformers users see the same prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -114,6 +114,21 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int
     return render_prompts(tokenizer, [question])[0]
 
 
+def render_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """The prompt ids of a conversation so far, up to and including `<|assistant|>`.
+
+    Args:
+        tokenizer: a Phi tokenizer (see :func:`load_tokenizer`).
+        turns: messages with `role` ("system", "user" or "assistant") and `content`.
+
+    Raises:
+        UserError: a turn spells an added token.
+    """
+    for turn in turns:
+        _refuse_special_tokens(tokenizer, turn["content"])
+    return list(tokenizer(_conversation_text(tokenizer, turns), add_special_tokens=False)["input_ids"])
+
+
 def render_conversations(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], responses: Sequence[str]
 ) -> list[tuple[list[int], list[int]]]:
@@ -164,8 +179,11 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
 
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    turns = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return _conversation_text(tokenizer, [{"role": "user", "content": question}])
+
+
+def _conversation_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> str:
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
 
 
 def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:

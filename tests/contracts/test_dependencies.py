@@ -17,7 +17,7 @@ TIERS = (
     {"losses", "data", "verify", "model"},
     {"generate"},
     {"align", "train", "evaluate"},
-    {"cli", "pipeline", "launch", "preflight", "doctor", "recipes"},
+    {"cli", "terminal", "pipeline", "launch", "preflight", "doctor", "recipes"},
 )
 LIGHT = (
     "phimr_nemo",
