@@ -101,7 +101,7 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str])
     """
     for question in questions:
         _refuse_special_tokens(tokenizer, question)
-    texts = [_prompt_text(tokenizer, question) for question in questions]
+    texts = [prompt_text(tokenizer, question) for question in questions]
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
 
 
@@ -149,7 +149,7 @@ def render_conversations(
     for text in (*questions, *responses):
         _refuse_special_tokens(tokenizer, text)
     texts = [
-        _prompt_text(tokenizer, question) + response + END
+        prompt_text(tokenizer, question) + response + END
         for question, response in zip(questions, responses, strict=True)
     ]
     if not texts:
@@ -178,7 +178,8 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """The prompt of a question as text, up to and including `<|assistant|>`."""
     return _conversation_text(tokenizer, [{"role": "user", "content": question}])
 
 

@@ -7,18 +7,16 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-import numpy as np
-
-from phimr_nemo.atomic import write_json
+from phimr_nemo.atomic import atomic_write_text, write_json
 from phimr_nemo.config import CurateConfig, PackConfig, to_dict
-from phimr_nemo.data.chat import holds_special_token, load_tokenizer, render_conversations
+from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.decide import Decisions, decide
 from phimr_nemo.data.narrow import VERDICTS
-from phimr_nemo.data.packing import Document, pack_rows
+from phimr_nemo.data.packing import pack_rows
 from phimr_nemo.data.parallel import in_processes
 from phimr_nemo.data.sets import (
     DROPPED,
@@ -32,6 +30,7 @@ from phimr_nemo.data.sets import (
 )
 from phimr_nemo.data.shape import SHAPE_FILE, shape_where
 from phimr_nemo.data.survey import Shard, shards_of, survey
+from phimr_nemo.data.tokenize import Frame, fast_tokenizer, prompt_frame, tokenize
 from phimr_nemo.errors import UserError
 from phimr_nemo.store import (
     check_shard,
@@ -43,12 +42,7 @@ from phimr_nemo.store import (
     write_shard,
 )
 
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
-    from transformers import PreTrainedTokenizerBase
-
-TOKENIZE_BATCH: Final = 64
-"""Conversations; long ones have 20 K tokens, and the tokenizer needs about a hundred bytes for each token."""
+TOKENIZER_FILE: Final = "tokenizer.json"
 SETS: Final = ("midtrain", "sft", "pairs", "prompts")
 SURVEY: Final = "survey"
 
@@ -146,11 +140,13 @@ def run_pack(config: PackConfig) -> dict[str, Any] | None:
     inputs = [config.conversations, config.tokenizer / "tokenizer.json"]
     hashes = {str(path): input_hash(path) for path in inputs}
     if not is_complete(output, "rows") or dict(read_manifest(output, "rows").inputs) != hashes:
-        load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer)
+        frame = prompt_frame(tokenizer)
+        atomic_write_text(output / TOKENIZER_FILE, tokenizer.backend_tokenizer.to_str())
         ordered = sorted(named, key=lambda name: (len(name), name))
         work = [(index, config.conversations / name, named[name]) for index, name in enumerate(ordered)]
         mine = work[config.shard.index :: config.shard.count]
-        in_processes(partial(_pack_shard, config), mine, config.workers, title="pack")
+        in_processes(partial(_pack_shard, config, frame), mine, config.workers, title="pack")
         if not all(_is_packed(output, index, sha256) for index, _, sha256 in work):
             return None
         totals: Counter[str] = Counter()
@@ -168,7 +164,7 @@ def run_pack(config: PackConfig) -> dict[str, Any] | None:
     return {"rows": manifest.rows, **manifest.counts, "empty share": 1 - manifest.counts["tokens"] / space}
 
 
-def _pack_shard(config: PackConfig, work: tuple[int, Path, str]) -> None:
+def _pack_shard(config: PackConfig, frame: Frame, work: tuple[int, Path, str]) -> None:
     import pyarrow.parquet as pq
 
     index, path, sha256 = work
@@ -180,15 +176,11 @@ def _pack_shard(config: PackConfig, work: tuple[int, Path, str]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     check_shard(path, sha256)
     with pq.ParquetFile(path) as conversations:
-        documents, counts = tokenize(_tokenizer(config.tokenizer), conversations, config.sequence_length)
+        tokenizer = fast_tokenizer(output / TOKENIZER_FILE)
+        documents, counts = tokenize(tokenizer, frame, conversations, config.sequence_length)
     # Counts first: a complete shard always has them, also when the run is resumed.
     write_json(_counts_path(output, index), {"counts": counts, "conversations": sha256})
     write_shard(output, index, pack_rows(documents, config.sequence_length), kind="rows")
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(directory)
 
 
 def _is_packed(directory: Path, index: int, sha256: str) -> bool:
@@ -203,40 +195,6 @@ def _read_counts(directory: Path, index: int) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return counts if isinstance(counts, dict) else {}
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, conversations: pq.ParquetFile, capacity: int
-) -> tuple[list[Document], dict[str, int]]:
-    """Token ids and loss masks of conversations.
-
-    Args:
-        tokenizer: a Phi tokenizer.
-        conversations: a parquet file with the columns question and response.
-        capacity: longer conversations are dropped.
-
-    Returns:
-        `(input_ids int32, loss_mask uint8)` of each conversation that is kept, and the counts "documents",
-        "tokens" and drops by reason.
-    """
-    counts: Counter[str] = Counter()
-    documents: list[Document] = []
-    for batch in conversations.iter_batches(TOKENIZE_BATCH, columns=["question", "response"]):
-        clean = []
-        for row in batch.to_pylist():
-            if holds_special_token(tokenizer, row["question"]) or holds_special_token(tokenizer, row["response"]):
-                counts["dropped: special token in text"] += 1
-            else:
-                clean.append(row)
-        questions, responses = [row["question"] for row in clean], [row["response"] for row in clean]
-        for ids, mask in render_conversations(tokenizer, questions, responses):
-            if len(ids) > capacity:
-                counts["dropped: longer than a row"] += 1
-                continue
-            documents.append((np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=np.uint8)))
-            counts["documents"] += 1
-            counts["tokens"] += len(ids)
-    return documents, dict(counts)
 
 
 def _counts_path(directory: Path, index: int) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from phimr_nemo.config import CurateConfig, PackConfig, load_config
+from phimr_nemo.config import CurateConfig, PackConfig, ShardConfig, load_config
 from phimr_nemo.data.chat import render_conversation
 from phimr_nemo.data.check import check_directory, forget_damaged
 from phimr_nemo.data.stage import run_curate, run_pack
@@ -321,3 +321,53 @@ def test_pack_refuses_rows_too_short_for_everything(
     config = pack_config(repository, tmp_path / "curated" / "midtrain", tokenizer_directory, tmp_path / "rows", 8)
     with pytest.raises(UserError, match=r"no conversation of .* can be packed"):
         run_pack(config)
+
+
+def many_conversations(verdicts: Path, directory: Path) -> Path:
+    table = read_table(verdicts, "verdicts").select(
+        ["id", "problem_id", "question", "response", "domain", "difficulty"]
+    )
+    for index in range(5):
+        write_shard(directory, index, table.slice(index * 96, 96), kind="conversations")
+    finish(directory, kind="conversations", config={})
+    return directory
+
+
+def parts(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("part-*.parquet"))}
+
+
+def test_processes_and_array_tasks_pack_the_same_rows(
+    repository: Path, verdicts: Path, tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    source = many_conversations(verdicts, tmp_path / "conversations")
+    one = pack_config(repository, source, tokenizer_directory, tmp_path / "one", 256)
+    facts = run_pack(one)
+    two = dataclasses.replace(one, run=dataclasses.replace(one.run, output=tmp_path / "two"), workers=2)
+    assert run_pack(two) == facts
+    tasks = [
+        dataclasses.replace(
+            one, run=dataclasses.replace(one.run, output=tmp_path / "tasks"), shard=ShardConfig(index=index, count=3)
+        )
+        for index in range(3)
+    ]
+    # In any order; whoever finds everything there closes the directory.
+    assert [run_pack(tasks[index]) for index in (2, 0)] == [None, None]
+    assert run_pack(tasks[1]) == facts
+    assert parts(tmp_path / "one") == parts(tmp_path / "two") == parts(tmp_path / "tasks")
+
+
+def test_rows_of_other_conversations_are_packed_again(
+    repository: Path, verdicts: Path, tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    source = many_conversations(verdicts, tmp_path / "conversations")
+    config = pack_config(repository, source, tokenizer_directory, tmp_path / "rows", 256)
+    run_pack(config)
+    before = mtimes(tmp_path / "rows", "part-*.parquet", but=Path())
+    write_shard(source, 3, read_table(source, "conversations").slice(0, 10), kind="conversations")
+    finish(source, kind="conversations", config={})
+    facts = run_pack(config)
+    assert facts is not None
+    assert facts["documents"] == 4 * 96 + 10
+    after = mtimes(tmp_path / "rows", "part-*.parquet", but=Path())
+    assert [path.name for path in before if before[path] != after[path]] == ["part-00003.parquet"]
