@@ -10,12 +10,14 @@ import pytest
 import yaml
 
 from phimr_nemo.config import STAGES, QuickstartConfig, load_config, parse_config, to_dict, to_yaml
+from phimr_nemo.config.alignment import DPONegativesConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS: dict[str, type] = {**STAGES, "quickstart": QuickstartConfig}
-OTHERS = ("model", "cluster")
+OTHERS = ("model", "cluster", "ablations")
+ABLATIONS: dict[str, type] = {"dpo_negatives": DPONegativesConfig}
 LEFT_TO_THE_USER = "???"
 
 
@@ -67,6 +69,12 @@ def test_a_misspelt_key_is_refused_with_a_suggestion(path: Path) -> None:
     answers = [f"{key}=given/by/user" for key in open_keys(yaml.safe_load(path.read_text("utf-8")))]
     with pytest.raises(UserError, match=r"run\.sed.*run\.seed"):
         load_config(schema, path, [*answers, "run.sed=1"])
+
+
+@pytest.mark.parametrize("path", files("ablations"), ids=named)
+def test_ablation_preset_loads(path: Path) -> None:
+    config = load_config(ABLATIONS[path.stem], path)
+    assert parse_config(ABLATIONS[path.stem], to_dict(config)) == config
 
 
 @pytest.mark.parametrize("path", files("model"), ids=named)
