@@ -174,7 +174,7 @@ def _plot(differences: dict[str, list[tuple[float, float]]], seeds: Sequence[int
     )
     axes.invert_yaxis()
     axes.set_xlabel("difference of pass@1, paired by question (points; bars: one standard error)", fontsize=8)
-    axes.legend(fontsize=7, frameon=False, loc="best")
+    axes.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(seeds) + 1)
     figure.tight_layout()
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

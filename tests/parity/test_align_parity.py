@@ -73,7 +73,9 @@ def make_case(
     return Case(stage, CONF / stage / "tiny.yaml", grader, (*overrides, *extra), fault, stop)
 
 
-TP2, PP2, DP2 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.data=2"
+TP2, PP2, DP2, CP2 = (f"parallel.{part}=2" for part in ("tensor", "pipeline", "data", "context"))
+PACKED, ONLINE = "packed=true", "reference.kind=online"
+PACKED_LAYOUTS = {"tp2": (TP2,), "sp2": (TP2, "parallel.sequence=true"), "pp2": (PP2,), "dp2": (DP2,), "cp2": (CP2,)}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_case(root, "dpo-sp2", "dpo", TP2, "parallel.sequence=true"),
         make_case(root, "dpo-pp2", "dpo", PP2),
         make_case(root, "dpo-dp2", "dpo", DP2),
+        make_case(root, "dpo-cp2", "dpo", CP2),
+        make_case(root, "dpo-zero2", "dpo", DP2, "optim.distributed=false"),
+        *(make_case(root, f"dpo-packed-{name}", "dpo", PACKED, *layout) for name, layout in PACKED_LAYOUTS.items()),
+        make_case(root, "dpo-online-pp2", "dpo", PP2, ONLINE, PACKED),
         make_case(root, "dpo-pp2-fault", "dpo", PP2, fault="embedding gradients not summed over stages"),
         make_case(root, "dpo-moved", "dpo", TP2, stop=STOP),
         make_case(root, "grpo-tp2", "grpo", TP2),
@@ -98,6 +104,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_case(root, "dpo-moved", "dpo"),
         make_case(root, "dpo-resumed", "dpo", stop=STOP),
         make_case(root, "dpo-resumed", "dpo"),
+        make_case(root, "dpo-packed", "dpo", PACKED),
+        make_case(root, "dpo-packed-resumed", "dpo", PACKED, stop=STOP),
+        make_case(root, "dpo-packed-resumed", "dpo", PACKED),
+        make_case(root, "dpo-online", "dpo", ONLINE),
+        make_case(root, "dpo-online-resumed", "dpo", ONLINE, stop=STOP),
+        make_case(root, "dpo-online-resumed", "dpo", ONLINE),
         make_case(root, "dpo-forgetful", "dpo", stop=STOP),
         make_case(root, "dpo-forgetful", "dpo", fault="optimizer not restored"),
         make_case(root, "grpo", "grpo"),
@@ -115,6 +127,7 @@ def curve(run: Path, steps: int = STEPS) -> list[dict[str, float]]:
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     # Policy and reference are equal at first, so which side of a pair is ahead is rounding.
     rows[0].pop("accuracy", None)
+    rows[0].pop("length_margin_correlation", None)
     return [{name: value for name, value in row.items() if name not in NOT_COMPARED} for row in rows]
 
 
@@ -124,7 +137,9 @@ def largest_difference(first: Path, second: Path) -> float:
     for ours, theirs in zip(curve(first), curve(second), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - ROUNDING:
-            differences.append(abs(ours[name] - theirs[name]) / max(1.0, abs(theirs[name])))
+            # Log-ratios are differences of log-probabilities and as exact as these.
+            size = theirs["chosen_logprob"] if name == "kl_to_reference" and "margin" in theirs else theirs[name]
+            differences.append(abs(ours[name] - theirs[name]) / max(1.0, abs(size)))
     return max(differences)
 
 
@@ -133,9 +148,32 @@ def weights_differ_by(first: Path, second: Path) -> float:
     return max(float((ours.read(name) - theirs.read(name)).abs().max()) for name in ours.names())
 
 
-@pytest.mark.parametrize("layout", ["tp2", "sp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "sp2", "pp2", "dp2", "cp2", "zero2"])
 def test_dpo_in_another_layout_equals_one_process(runs: Path, layout: str) -> None:
     assert largest_difference(runs / f"dpo-{layout}", runs / "dpo") < CURVE_TOLERANCE
+
+
+@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+def test_packed_dpo_in_another_layout_equals_one_padded_process(runs: Path, layout: str) -> None:
+    """The same pairs in every step: whole curves are the same, whatever shares a row."""
+    assert largest_difference(runs / f"dpo-packed-{layout}", runs / "dpo") < CURVE_TOLERANCE
+
+
+def test_packed_dpo_is_padded_dpo(runs: Path) -> None:
+    assert largest_difference(runs / "dpo-packed", runs / "dpo") < CURVE_TOLERANCE
+    assert weights_differ_by(runs / "dpo-packed", runs / "dpo") < CURVE_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["dpo-online", "dpo-online-pp2"])
+def test_an_online_reference_is_the_stored_one(runs: Path, name: str) -> None:
+    assert largest_difference(runs / name, runs / "dpo") < CURVE_TOLERANCE
+    assert not (runs / name / "reference.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["dpo-packed", "dpo-online"])
+def test_packed_and_online_runs_resume_exactly(runs: Path, name: str) -> None:
+    assert curve(runs / f"{name}-resumed") == curve(runs / name)
+    assert weights_differ_by(runs / f"{name}-resumed", runs / name) == 0.0
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
@@ -177,7 +215,7 @@ def test_the_export_is_the_trained_model_in_every_layout(runs: Path) -> None:
         float((HFDirectory(runs / "dpo" / "hf").read(name) - base.read(name)).abs().max()) for name in base.names()
     )
     assert moved > 1e-3
-    for layout in ("tp2", "pp2", "dp2"):
+    for layout in ("tp2", "pp2", "dp2", "cp2", "packed-tp2"):
         assert weights_differ_by(runs / f"dpo-{layout}", runs / "dpo") < 1e-2 * moved
 
 
@@ -219,6 +257,38 @@ def test_dpo_refuses_another_reference_for_a_begun_run(runs: Path) -> None:
     other = f"base={runs / 'dpo' / 'hf'}"
     with pytest.raises(RanksFailed, match="was computed for another reference"):
         run_distributed(run_case, 1, make_case(runs, "dpo-swapped", "dpo", other))
+
+
+def test_dpo_reads_the_reference_of_another_run(runs: Path) -> None:
+    """A second run on the same base and pairs need not compute it, whatever else is different."""
+    given = f"reference.path={runs / 'dpo' / 'reference.safetensors'}"
+    run_distributed(run_case, 1, make_case(runs, "dpo-given", "dpo", given, PACKED))
+    assert largest_difference(runs / "dpo-given", runs / "dpo") < CURVE_TOLERANCE
+    assert not (runs / "dpo-given" / "reference.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("reference.path={root}/absent.safetensors", "absent.safetensors does not exist"),
+        ("base={root}/dpo/hf", "computed for another reference .base weights"),
+        ("sequence_length=64", "computed for another reference .computation"),
+        ("overlong=truncate", "sequence_length=40"),
+    ],
+)
+def test_dpo_refuses_a_reference_that_is_not_its_own(runs: Path, change: str, message: str) -> None:
+    settings = [f"reference.path={runs / 'dpo' / 'reference.safetensors'}", change.format(root=runs)]
+    if change == "overlong=truncate":
+        settings.append("sequence_length=40")
+    with pytest.raises(RanksFailed, match=message):
+        run_distributed(run_case, 1, make_case(runs, "dpo-foreign", "dpo", *settings))
+
+
+def test_a_diverging_run_stops_with_its_reason(runs: Path) -> None:
+    """Steps of 1e20 leave nothing finite; on both pipeline stages the run ends with one message."""
+    case = make_case(runs, "dpo-diverged", "dpo", PP2, "optim.lr=1e20", "optim.warmup_fraction=0", "loss.kind=ipo")
+    with pytest.raises(RanksFailed, match=r"(the loss|the gradient norm) is (nan|inf)"):
+        run_distributed(run_case, 2, case)
 
 
 def test_grpo_refuses_to_resume_from_another_base(runs: Path) -> None:
