@@ -31,6 +31,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import check_template
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout, check_length
+from phimr_nemo.model.regime import regime_name, warn_of_other_regime
 from phimr_nemo.records import Kind
 from phimr_nemo.store import is_complete, read_manifest
 
@@ -65,6 +66,7 @@ def preflight(stage: str, config: Any) -> None:
         architecture = Architecture.from_directory(config.base)
         check_layout(architecture, config.parallel)
         check_length(architecture, config.sequence_length)
+        warn_of_other_regime(architecture, config.base, config.sequence_length, config.model.longrope)
         check_batches(config)
 
 
@@ -177,6 +179,7 @@ def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
         check_layout(architecture, config.parallel)
         check_length(architecture, config.sequence_length)
         numbers["parameters"] = f"{architecture.num_parameters:,}"
+        numbers["LongRoPE factors"] = regime_name(architecture, config.sequence_length, config.model.longrope)
         size = state_bytes(architecture.num_parameters, config.parallel, config.model.dtype, config.optim.distributed)
         numbers["weights, gradients, optimizer a GPU"] = f"{size / GIBIBYTE:.3f} GiB"
     else:

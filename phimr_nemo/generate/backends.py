@@ -43,9 +43,11 @@ def open_local(
         UserError: an unreadable model or tokenizer.
     """
     from phimr_nemo.model.hf import HFDirectory
+    from phimr_nemo.model.regime import warn_of_other_regime
 
     source = HFDirectory(model)
     longest = max(map(len, render_prompts(load_tokenizer(model), list(user_turns))), default=0)
+    warn_of_other_regime(source.architecture, model, longest + max_new_tokens, longrope)
     sampler = local_sampler(
         source,
         max_length=longest + max_new_tokens,

@@ -17,51 +17,18 @@ which no trainer can reproduce; the default policy has no such boundary.)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from phimr_nemo.config import LongRopePolicy
-from phimr_nemo.errors import UserError
+from phimr_nemo.model.regime import uses_long_factors
 
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
 
 __all__ = ["LongRopePolicy", "LongRotaryEmbedding", "inverse_frequencies", "uses_long_factors"]
-
-
-def uses_long_factors(
-    arch: Architecture, max_length: int, policy: LongRopePolicy, sequence_length: int | None = None
-) -> bool:
-    """Whether the long factors apply.
-
-    Args:
-        arch: the model.
-        max_length: the longest sequence of the run, prompt and response (tokens).
-        policy: see the module's docstring.
-        sequence_length: the sequence at hand (tokens); needed by ``per_sequence`` alone.
-
-    Raises:
-        UserError: an unknown policy, or ``per_sequence`` without a sequence length.
-    """
-    if policy == "always_short":
-        return False
-    if policy == "long_when_max_length_exceeds_original":
-        return max_length > arch.original_max_position_embeddings
-    if policy == "per_sequence":
-        if sequence_length is None:
-            raise UserError(
-                "LongRoPE policy 'per_sequence' without the length of the sequence",
-                rule="per_sequence chooses the factors by each sequence's own length",
-                remedy="pass sequence_length, or use 'long_when_max_length_exceeds_original'",
-            )
-        return sequence_length > arch.original_max_position_embeddings
-    raise UserError(
-        f"LongRoPE policy {policy!r}",
-        rule=f"one of {', '.join(get_args(LongRopePolicy))}",
-        remedy="set model.longrope_policy to one of them",
-    )
 
 
 def inverse_frequencies(
