@@ -23,6 +23,7 @@ app.add_typer(data_app, name="data")
 
 STAGE_HELP: Final = {
     "base": "Make a tiny randomly initialised model of the Phi-4-mini architecture with its tokenizer.",
+    "prepare": "Sources -> problems, and rollouts from sources with trajectories: dedup, decontamination, labels.",
     "generate": "Problems -> rollouts: synthetic or your own problems, a programmatic, recorded or model teacher.",
     "curate": "Verdicts -> mid-training set, SFT subset, preference pairs, RL prompts.",
     "pack": "Conversations -> packed rows of one length.",
@@ -264,6 +265,43 @@ def sample(
 
     params = SamplingParams(temperature, top_p, max_new_tokens)
     terminal.sample(model, question, params, count=count, seed=seed, max_length=max_length, dtype=dtype)
+
+
+@app.command()
+def status(
+    root: Annotated[Path, typer.Argument(help="Directory with runs in it.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of the table.")] = False,
+    prometheus: Annotated[
+        Path | None, typer.Option(help="Also write a text file for node_exporter's textfile collector.")
+    ] = None,
+) -> None:
+    """Where every run below a directory stands: stage, step, ETA, speed, loss or reward, restarts, queue state."""
+    from rich.console import Console
+
+    from phimr_nemo import status as runs
+
+    found = runs.status(root)
+    if as_json:
+        typer.echo(runs.status_json(found))
+    else:
+        Console(highlight=False).print(runs.status_table(found, root))
+    if prometheus is not None:
+        runs.write_prometheus(prometheus, found)
+
+
+@app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="stage=NAME [KEY=VALUE]...", help="gpus, gpu, model, ... and the stage's own keys."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the stage: plan the layout that it has.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Memory, step time and days of a stage in every layout, or the cost of a data set, before a GPU is touched."""
+    from phimr_nemo.plan.command import run_plan
+
+    run_plan(overrides or [], config, as_json=as_json)
 
 
 @app.command()

@@ -18,8 +18,10 @@ from phimr_nemo.config import (
     ModelTeacher,
     PackConfig,
     ParallelConfig,
+    PrepareConfig,
     ProgrammaticTeacher,
     RecordedTeacher,
+    RecordProblems,
     ShardConfig,
     SupervisedConfig,
     SyntheticProblems,
@@ -58,6 +60,8 @@ def preflight(stage: str, config: Any) -> None:
             )
     if isinstance(config, GenerateConfig):
         _check_teacher(config)
+    if isinstance(config, PrepareConfig):
+        check_sources(config)
     if isinstance(config, VerifyConfig) and config.judge is not None:
         check_endpoint(config.judge.ask.endpoint)
     if isinstance(config, GenerateConfig | VerifyConfig | PackConfig):
@@ -72,6 +76,8 @@ def preflight(stage: str, config: Any) -> None:
 
 def record_inputs(stage: str, config: Any) -> list[tuple[Path, Kind]]:
     """The record directories that a stage reads, with their kinds."""
+    if isinstance(config, GenerateConfig | EvaluateConfig) and isinstance(config.problems, RecordProblems):
+        return [(config.problems.path, "problems")]
     if isinstance(config, VerifyConfig):
         return [(config.rollouts, "rollouts")]
     if isinstance(config, CurateConfig):
@@ -96,6 +102,9 @@ def file_inputs(config: Any) -> list[Path]:
         config.teacher, RecordedTeacher | ModelTeacher | VLLMTeacher
     ):
         paths.append(config.teacher.path)
+    if isinstance(config, PrepareConfig):
+        paths += [Path(source.path) for source in config.sources if not source.hub]
+        paths += [one.path for one in config.decontamination.sets] if config.decontamination else []
     if isinstance(config, EvaluateConfig | ExportConfig):
         paths.append(config.model)
     if isinstance(config, ExportConfig):
@@ -124,6 +133,32 @@ def _check_teacher(config: GenerateConfig) -> None:
         check_endpoint(config.teacher.endpoint)
     if isinstance(config.teacher, EndpointTeacher | VLLMTeacher):
         check_template(config.teacher.prompt)
+
+
+def check_sources(config: PrepareConfig) -> None:
+    """Refuse settings of sources that cannot work before anything is read.
+
+    Raises:
+        UserError: two sources have one name, columns are named for a preset, or the annotator cannot be asked.
+    """
+    names = [source.name for source in config.sources]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(
+            f"sources {repeated} occur more than once",
+            rule="every source has its own name: it stands in the records and in the counts",
+            remedy="rename one of them",
+        )
+    for source in config.sources:
+        given = [name for name in ("question", "answer", "solution", "response") if getattr(source, name) is not None]
+        if source.preset is not None and given:
+            raise UserError(
+                f"source {source.name}: preset={source.preset} and the columns {given}",
+                rule="a preset knows its columns; columns are named where there is no preset",
+                remedy="leave out the one or the other",
+            )
+    if config.annotation is not None and config.annotation.ask is not None:
+        check_endpoint(config.annotation.ask.endpoint)
 
 
 def check_shard(shard: ShardConfig) -> None:
@@ -206,17 +241,25 @@ def _batch_numbers(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig
         return {
             "responses a step": f"{sequences:,}",
             "tokens a step, at most": f"{sequences * config.sequence_length:,}",
-            "steps": f"{config.steps:,}",
+            "steps": f"{planned_steps(stage, config):,}",
         }
     sequences = config.global_batch * (2 if isinstance(config, DPOConfig) else 1)
     numbers = {
         "tokens a step" + ("" if stage == "midtrain" else ", at most"): f"{sequences * config.sequence_length:,}"
     }
-    for path, kind in record_inputs(stage, config):
-        if not is_complete(path, kind):
-            numbers["steps"] = f"unknown: {path} is not finished yet"
-            continue
-        rows = read_manifest(path, kind).rows - getattr(config, "validation_rows", 0)
-        steps = rows * config.epochs // config.global_batch
-        numbers["steps"] = f"{min(steps, config.max_steps) if config.max_steps else steps:,}"
-    return numbers
+    steps = planned_steps(stage, config)
+    if steps is None:
+        unfinished = [str(path) for path, kind in record_inputs(stage, config) if not is_complete(path, kind)]
+        return numbers | {"steps": f"unknown: {', '.join(unfinished)} is not finished yet"}
+    return numbers | {"steps": f"{steps:,}"}
+
+
+def planned_steps(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -> int | None:
+    """Optimizer steps (GRPO: rounds) that a training stage will take; None while its data is unfinished."""
+    if isinstance(config, GRPOConfig):
+        return config.steps
+    if not all(is_complete(path, kind) for path, kind in record_inputs(stage, config)):
+        return None
+    rows = sum(read_manifest(path, kind).rows for path, kind in record_inputs(stage, config))
+    steps = (rows - getattr(config, "validation_rows", 0)) * config.epochs // config.global_batch
+    return min(steps, config.max_steps) if config.max_steps else steps

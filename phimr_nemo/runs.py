@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -81,8 +82,9 @@ class RunDirectory:
         return (self.path / DONE_FILE).is_file()
 
     def describe(self, *, stage: str, config_yaml: str, seed: int, facts: Mapping[str, Any]) -> None:
-        """Write config.yaml and run.json (command line, versions, git sha, seed, machine, extra facts)."""
+        """Write config.yaml and run.json (command line, versions, git sha, seed, machine, starts, extra facts)."""
         atomic_write_text(self.path / CONFIG_FILE, config_yaml)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write_json(
             self.path / RUN_FILE,
             {
@@ -91,10 +93,16 @@ class RunDirectory:
                 "command": sys.argv,
                 "versions": code_versions(),
                 "machine": {"processor": platform.machine(), "system": platform.platform()},
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "starts": [*self._starts(), now],
+                "slurm_job": os.environ.get("SLURM_JOB_ID"),
                 **facts,
             },
         )
+
+    def _starts(self) -> list[str]:
+        """When this run was started before."""
+        path = self.path / RUN_FILE
+        return list(json.loads(path.read_text("utf-8")).get("starts", [])) if path.is_file() else []
 
     def withdraw(self) -> None:
         """Undo :meth:`describe` for a stage that refused its input; a directory that holds more stays as it is."""

@@ -16,8 +16,8 @@ TIERS = (
     {"", "errors", "records", "atomic", "store", "runs", "config", "endpoint"},
     {"losses", "data", "verify", "model"},
     {"generate"},
-    {"align", "train", "evaluate"},
-    {"cli", "terminal", "pipeline", "launch", "preflight", "doctor", "recipes"},
+    {"align", "train", "evaluate", "plan"},
+    {"cli", "terminal", "status", "pipeline", "launch", "preflight", "doctor", "recipes"},
 )
 LIGHT = (
     "phimr_nemo",
@@ -30,6 +30,7 @@ LIGHT = (
     "phimr_nemo.endpoint",
     "phimr_nemo.verify",
     "phimr_nemo.preflight",
+    "phimr_nemo.plan.command",
     "phimr_nemo.doctor",
     "phimr_nemo.cli",
 )
