@@ -85,14 +85,14 @@ class Asker:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What this object did (asked, cached, failed, over_budget, retries), and what its journal cost.
+        """What this object did (asked, cached, failed, refused, over_budget, retries), and what its journal cost.
 
         Tokens as far as the server counts them; `cost_cents` only where prices are given.
         """
         prices = self._config.endpoint.prices
         spent = {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._completion_tokens}
         cost_cents = {} if prices is None else {"cost_cents": cents(prices, **spent)}
-        names = ("asked", "cached", "failed", "over_budget", "retries")
+        names = ("asked", "cached", "failed", "refused", "over_budget", "retries")
         return {**{name: self._counts[name] for name in names}, **spent, **cost_cents}
 
     def ask(self, prompts: Sequence[Prompt], *, desc: str = "ask") -> list[str | None]:
@@ -103,8 +103,8 @@ class Asker:
             desc: the progress bar's name.
 
         Returns:
-            A reply for each prompt, in order. It is untrusted text. None where the request failed for good or
-            the budget is spent; such a question is asked again by the next call.
+            A reply for each prompt, in order. It is untrusted text. None where the request failed for good, is
+            refused, or the budget is spent; such a question is asked again by the next call.
 
         Raises:
             UserError: the endpoint refuses the key, the model, the path, or everything it is asked.
@@ -163,8 +163,8 @@ class Asker:
         )
         try:
             reply = await client.complete(request)
-        except RequestFailed:
-            self._counts["failed"] += 1
+        except RequestFailed as error:
+            self._counts["refused" if error.refused else "failed"] += 1
             return
         record = _record(key, reply)
         self._journal.append(record)

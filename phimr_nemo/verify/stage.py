@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tqdm import tqdm
 
 from phimr_nemo.atomic import atomic_file
-from phimr_nemo.config import VerifyConfig, to_dict
+from phimr_nemo.config import JudgeConfig, VerifyConfig, to_dict
 from phimr_nemo.errors import UserError
 from phimr_nemo.store import (
     file_sha256,
@@ -25,12 +26,14 @@ from phimr_nemo.store import (
 )
 from phimr_nemo.verify.answer import DEADLINE_SECONDS, Grader
 from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_rows, write_row
+from phimr_nemo.verify.judge import Judge, judged_grader, write_report
 from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS: Final = 1024
+JUDGE_DIRECTORY: Final = "judge"
 VERDICT_COLUMNS: Final = ("id", "verdict", "grader")
 
 
@@ -49,6 +52,7 @@ def run_verify(config: VerifyConfig) -> dict[str, Any] | None:
         workers=config.workers,
         config=to_dict(config),
         deadline_seconds=config.deadline_seconds,
+        judge=config.judge,
         shard_index=config.shard.index,
         shard_count=config.shard.count,
     )
@@ -61,6 +65,7 @@ def verify_rollouts(
     workers: int,
     config: Mapping[str, Any],
     deadline_seconds: float = DEADLINE_SECONDS,
+    judge: JudgeConfig | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> dict[str, Any] | None:
@@ -75,14 +80,16 @@ def verify_rollouts(
         workers: grader processes.
         config: what the manifest records as the configuration.
         deadline_seconds: wall time for one answer.
+        judge: the second opinion on answers that the grader does not accept; None for none.
         shard_index: this process does shards `shard_index`, `shard_index + shard_count`, ...
         shard_count: how many processes share the work.
 
     Returns:
-        Rows and counts by verdict, or None when other processes still have shards to write.
+        Rows and counts by verdict (and by the judge's opinion), or None when other processes still have shards
+        to write.
 
     Raises:
-        UserError: the rollouts are absent, unfinished or damaged.
+        UserError: the rollouts are absent, unfinished or damaged, or the judge's endpoint fails.
     """
     manifest = read_manifest(rollouts_dir, "rollouts")
     if is_complete(out_dir, "verdicts"):
@@ -90,21 +97,30 @@ def verify_rollouts(
         if done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}:
             return {"rows": done.rows, **done.counts}
     shards = sorted(manifest.shards.items())
+    name_of_grader = GRADER_VERSION if judge is None else judged_grader(GRADER_VERSION, judge)
     with (
         Grader(workers=workers, deadline_seconds=deadline_seconds) as grader,
+        contextlib.nullcontext()
+        if judge is None
+        else Judge(judge, out_dir / JUDGE_DIRECTORY, shard_index) as judging,
         tqdm(total=manifest.rows, desc="verify", unit="answer") as bar,
     ):
         for index, (name, sha256) in enumerate(shards):
             if index % shard_count != shard_index:
                 continue
             table = _read_shard(rollouts_dir / name, sha256)
-            if not _is_graded(out_dir, index, table):
-                write_shard(out_dir, index, _grade_shard(grader, table), kind="verdicts")
+            if not _is_graded(out_dir, index, table, name_of_grader):
+                verdicts = _grade_shard(grader, table)
+                if judging is not None:
+                    verdicts = _named(judging.review(verdicts), name_of_grader)
+                write_shard(out_dir, index, verdicts, kind="verdicts")
             bar.update(table.num_rows)
     _check_no_stale(out_dir, len(shards))
     if not all(shard_is_complete(out_dir, index) for index in range(len(shards))):
         return None
     counts = _count(out_dir)
+    if judge is not None:
+        counts |= write_report(out_dir, out_dir / JUDGE_DIRECTORY)
     written = finish(out_dir, kind="verdicts", config=config, inputs=[rollouts_dir], counts=counts)
     return {"rows": written.rows, **counts}
 
@@ -132,15 +148,15 @@ def _read_shard(path: Path, sha256: str) -> pa.Table:
     return pq.read_table(path)
 
 
-def _is_graded(out_dir: Path, index: int, rollouts: pa.Table) -> bool:
-    """Whether a shard of verdicts is there that this version of the grader made from these rollouts."""
+def _is_graded(out_dir: Path, index: int, rollouts: pa.Table, grader: str) -> bool:
+    """Whether a shard of verdicts is there that this grader made from these rollouts."""
     import pyarrow.parquet as pq
 
     if not shard_is_complete(out_dir, index):
         return False
     table = pq.read_table(out_dir / f"part-{index:05d}.parquet", columns=list(VERDICT_COLUMNS))
     same_rows = table.column("id").to_pylist() == rollouts.column("id").to_pylist()
-    return same_rows and set(table.column("grader").to_pylist()) <= {GRADER_VERSION}
+    return same_rows and set(table.column("grader").to_pylist()) <= {grader}
 
 
 def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
@@ -149,6 +165,13 @@ def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
     for row, verdict in zip(rows, verdicts, strict=True):
         row.update(verdict=verdict.verdict, extracted=verdict.extracted, reason=verdict.reason, grader=GRADER_VERSION)
     return rows_to_table(rows, "verdicts")
+
+
+def _named(verdicts: pa.Table, grader: str) -> pa.Table:
+    import pyarrow as pa
+
+    place = verdicts.schema.get_field_index("grader")
+    return verdicts.set_column(place, verdicts.schema.field(place), pa.array([grader] * verdicts.num_rows))
 
 
 def _count(out_dir: Path) -> dict[str, int]:

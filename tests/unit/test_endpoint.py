@@ -401,7 +401,7 @@ def test_a_question_is_asked_once_ever(tmp_path: Path) -> None:
             assert asker.ask(prompts("b", "c")) == ["YES b", "YES c"]
             # 3 requests of 11 tokens and replies of 2 words each.
             spent = {"prompt_tokens": 33, "completion_tokens": 6, "cost_cents": 7}  # (33*1000 + 6*5000)/1e6 = 0.063
-            first = {"asked": 3, "cached": 1, "failed": 0, "over_budget": 0, "retries": 0}
+            first = {"asked": 3, "cached": 1, "failed": 0, "refused": 0, "over_budget": 0, "retries": 0}
             assert asker.counts == {**first, **spent}
         # Another run, another process of the same directory, and another question or setting.
         with Asker(asking(server.url), journal) as asker:

@@ -1,0 +1,160 @@
+"""vLLM in the process of `phimr generate`: greedy responses are the built-in engine's; LongRoPE's trap is shut."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phimr_nemo.config import BaseConfig, GenerateConfig, LongRopePolicy, load_config
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate.stage import run_generate
+from phimr_nemo.generate.vllm import check_longrope, weights_hash
+from phimr_nemo.model.base import run_base
+from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.store import read_manifest, read_table
+
+NEW_TOKENS, COUNT, SAMPLES = 24, 6, 2
+# vLLM's attention on CPU wants heads of 32 dimensions or more.
+SHAPE = ("hidden_size=128", "intermediate_size=96", "num_hidden_layers=2", "num_attention_heads=4")
+# Large enough that a random model does not repeat its last token.
+WEIGHTS = "initializer_range=0.2"
+
+
+def base_model(out: Path, *changes: str) -> Path:
+    run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), [f"run.output={out}", *SHAPE, WEIGHTS, *changes]))
+    return out / "hf"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    rows = [{"question": f"What is {'1' * (1 + 5 * i)}+1?", "answer": str(i + 1)} for i in range(COUNT)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def settings(out: Path, model: Path, problems: Path, **changes: Any) -> list[str]:
+    values = {
+        "run.output": out,
+        "problems.path": problems,
+        "teacher.path": model,
+        "teacher.temperature": 0.0,
+        "teacher.top_p": 1.0,
+        "teacher.max_new_tokens": NEW_TOKENS,
+        "teacher.prompt": "'{question}'",
+        "teacher.dtype": "fp32",
+        "teacher.max_batch": 4,
+        "teacher.eager": True,
+        "rollouts_per_problem": SAMPLES,
+        "shard_size": 4,
+        **changes,
+    }
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def generate(python: Path, variables: dict[str, str], repository: Path, arguments: list[str]) -> str:
+    command = [str(python), "-m", "phimr_nemo.cli", "generate", "--config", "conf/generate/vllm.yaml", *arguments]
+    done = subprocess.run(
+        command, cwd=repository, env=variables, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def built_in(out: Path, model: Path, problems: Path) -> list[dict[str, Any]]:
+    """The greedy rollouts of the engine that the project brings."""
+    local = [
+        *(f"run.output={out}", "problems.kind=file", f"problems.path={problems}", "shard_size=4"),
+        *("teacher.kind=model", f"teacher.path={model}", "teacher.temperature=0", "teacher.top_p=1"),
+        *(f"teacher.max_new_tokens={NEW_TOKENS}", f"rollouts_per_problem={SAMPLES}"),
+    ]
+    run_generate(load_config(GenerateConfig, Path("conf/generate/tiny.yaml"), local))
+    return read_table(out, "rollouts").to_pylist()
+
+
+@pytest.mark.parametrize("original", [1024, 16], ids=["short factors", "long factors"])
+def test_greedy_responses_are_those_of_the_built_in_engine(
+    original: int,
+    problems: Path,
+    tmp_path: Path,
+    repository: Path,
+    vllm_python: Path,
+    vllm_variables: dict[str, str],
+) -> None:
+    model = base_model(tmp_path / "base", f"original_max_position_embeddings={original}")
+    generate(vllm_python, vllm_variables, repository, settings(tmp_path / "vllm", model, problems))
+    found = read_table(tmp_path / "vllm", "rollouts").to_pylist()
+    # Ids and seeds too: they follow from the weights, not from the engine.
+    assert found == built_in(tmp_path / "local", model, problems)
+    assert len({row["response"] for row in found}) > 1
+    counts = read_manifest(tmp_path / "vllm", "rollouts").counts
+    assert counts["tokens"] == sum(row["tokens"] for row in found)
+
+
+def test_the_other_factors_would_be_seen(problems: Path, tmp_path: Path) -> None:
+    """The twin of the test above: equal weights in the other regime give other responses."""
+    responses = []
+    for original in (1024, 16):
+        model = base_model(tmp_path / f"base-{original}", f"original_max_position_embeddings={original}")
+        responses.append([row["response"] for row in built_in(tmp_path / f"out-{original}", model, problems)])
+    assert responses[0] != responses[1]
+
+
+def test_seeds_decide_the_responses(
+    model: Path,
+    problems: Path,
+    tmp_path: Path,
+    repository: Path,
+    vllm_python: Path,
+    vllm_variables: dict[str, str],
+) -> None:
+    rows = []
+    for name, shard_size in (("a", 4), ("b", 6)):
+        changes = {"teacher.temperature": 1.0, "shard_size": shard_size}
+        generate(vllm_python, vllm_variables, repository, settings(tmp_path / name, model, problems, **changes))
+        rows.append(read_table(tmp_path / name, "rollouts").to_pylist())
+    assert rows[0] == rows[1]
+    assert len({row["response"] for row in rows[0]}) > COUNT
+
+
+def test_without_vllm_the_remedy_is_named(model: Path, problems: Path, tmp_path: Path) -> None:
+    assert "vllm" not in sys.modules
+    arguments = settings(tmp_path / "out", model, problems)
+    config = load_config(GenerateConfig, Path("conf/generate/vllm.yaml"), arguments)
+    with pytest.raises(UserError, match="setup-vllm"):
+        run_generate(config)
+
+
+def test_the_trap_of_longrope_is_shut(model: Path) -> None:
+    architecture = HFDirectory(model).architecture
+    original = architecture.original_max_position_embeddings
+    assert architecture.long_factor is not None
+    default: LongRopePolicy = "long_when_max_length_exceeds_original"
+    check_longrope(model, default, original + 1)
+    for policy in ("per_sequence", "always_short"):
+        check_longrope(model, policy, original)
+        with pytest.raises(UserError, match=policy):
+            check_longrope(model, policy, original + 1)
+
+
+def test_weights_of_other_families_have_a_hash_of_their_files(model: Path, tmp_path: Path) -> None:
+    assert weights_hash(model) == HFDirectory(model).weights_hash()
+    hashes = set()
+    for content in (b"a", b"b"):
+        (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+        (tmp_path / "model.safetensors").write_bytes(content)
+        hashes |= {weights_hash(tmp_path), weights_hash(tmp_path)}
+    assert len(hashes) == 2
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        weights_hash(tmp_path)
