@@ -25,6 +25,7 @@ from phimr_nemo.store import atomic_write_text, input_hash
 # Stage -> "module:function" taking the stage's config and returning the facts that close the run.
 FUNCTIONS: Final[Mapping[str, str]] = {
     "base": "phimr_nemo.model.base:run_base",
+    "prepare": "phimr_nemo.data.prepare:run_prepare",
     "generate": "phimr_nemo.generate.stage:run_generate",
     "verify": "phimr_nemo.verify.stage:run_verify",
     "curate": "phimr_nemo.data.stage:run_curate",

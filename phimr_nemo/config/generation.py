@@ -53,7 +53,21 @@ class FileProblems:
     limit: NonNegative = 0
 
 
-Problems = Annotated[SyntheticProblems | FileProblems, Field(discriminator="kind")]
+@config
+class RecordProblems:
+    """Problems that the stage `prepare` made.
+
+    Attributes:
+        path: a record directory of problems.
+        limit: only the first ones; 0 = all.
+    """
+
+    kind: Literal["records"]
+    path: Path
+    limit: NonNegative = 0
+
+
+Problems = Annotated[SyntheticProblems | FileProblems | RecordProblems, Field(discriminator="kind")]
 
 
 @config

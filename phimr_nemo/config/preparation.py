@@ -68,12 +68,10 @@ class NearDuplicatesConfig:
     Attributes:
         threshold: estimated Jaccard similarity of token 3-grams from which two questions are one.
         permutations: MinHash permutations; a multiple of 5.
-        same_answer: merge only questions whose answers are the same text after normalisation.
     """
 
     threshold: Share
     permutations: Annotated[int, Field(ge=5, multiple_of=5)]
-    same_answer: bool
 
 
 @config

@@ -6,11 +6,13 @@ from phimr_nemo.config.alignment import DPOConfig, GRPOConfig
 from phimr_nemo.config.curation import CurateConfig, PackConfig
 from phimr_nemo.config.evaluation import EvaluateConfig, ExportConfig
 from phimr_nemo.config.generation import GenerateConfig, VerifyConfig
+from phimr_nemo.config.preparation import PrepareConfig
 from phimr_nemo.config.supervised import MidtrainConfig, SFTConfig
 from phimr_nemo.config.tiny import BaseConfig
 
 STAGES: dict[str, type] = {
     "base": BaseConfig,
+    "prepare": PrepareConfig,
     "generate": GenerateConfig,
     "verify": VerifyConfig,
     "curate": CurateConfig,

@@ -193,7 +193,7 @@ def problem_of(row: Row, columns: Columns, *, where: str, source: str) -> Row:
     Raises:
         IncompleteRow: the row has no question or no answer.
     """
-    question = _question_text(lookup(row, columns.question))
+    question = question_text(lookup(row, columns.question))
     if not question:
         raise _incomplete(where, "question", columns.question)
     answer, solution = _answer_and_solution(row, columns)
@@ -294,7 +294,7 @@ def last_boxed(text: str) -> str | None:
 def _answer_and_solution(row: Row, columns: Columns) -> tuple[str, str | None]:
     raw_solution = lookup(row, columns.solution) if columns.solution else None
     solution = str(raw_solution) if isinstance(raw_solution, str) and raw_solution.strip() else None
-    answer = _answer_text(lookup(row, columns.answer)) if columns.answer else ""
+    answer = answer_text(lookup(row, columns.answer)) if columns.answer else ""
     split = split_final_line(answer) if columns.answer else split_final_line(solution or "")
     if split is not None:
         worked, answer = split
@@ -304,7 +304,7 @@ def _answer_and_solution(row: Row, columns: Columns) -> tuple[str, str | None]:
     return answer, solution
 
 
-def _question_text(value: Any) -> str:
+def question_text(value: Any) -> str:
     """A question; of a list of chat messages the last one of the user."""
     if isinstance(value, list):
         turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "user"]
@@ -319,10 +319,10 @@ _TEXT_OF: Final[dict[type, Callable[[Any], str]]] = {
 }
 
 
-def _answer_text(value: Any) -> str:
+def answer_text(value: Any) -> str:
     """An answer as text: 142.0 is "142", a list of one element is the element."""
     if isinstance(value, list):
-        return ", ".join(_answer_text(item) for item in value)
+        return ", ".join(answer_text(item) for item in value)
     convert = _TEXT_OF.get(type(value))
     return convert(value) if convert else ""
 

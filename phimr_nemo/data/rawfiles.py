@@ -41,8 +41,34 @@ def format_of(path: Path) -> str:
     return ending
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def files_in(directory: Path) -> list[Path]:
+    """The files of rows in a directory and below it, by name; others (README.md, .gitattributes) are passed over.
+
+    Raises:
+        UserError: there are none.
+    """
+    endings = (".json", ".jsonl", ".ndjson", ".parquet")
+    files = []
+    for path in sorted(directory.rglob("*")):
+        name = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+        hidden = any(part.startswith((".", "_")) for part in path.relative_to(directory).parts)
+        if path.is_file() and name.suffix.lower() in endings and not hidden:
+            files.append(path)
+    if not files:
+        raise UserError(
+            f"{directory} holds no files of rows",
+            rule="a directory of shards holds .parquet, .json or .jsonl files (.gz, .zst)",
+            remedy="correct the path",
+        )
+    return files
+
+
+def read_rows(path: Path, *, array_column: str | None = None) -> Iterator[tuple[str, Row]]:
     """Each row of a file with its place in it.
+
+    Args:
+        path: JSON, JSONL (.gz, .zst) or parquet.
+        array_column: take rows that are JSON arrays, as the only column of this name.
 
     Raises:
         UserError: the file is missing, empty, damaged or of an unknown format, or a row is malformed
@@ -58,6 +84,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     rows = 0
     try:
         for place, row in _rows_of_parquet(path) if ending == ".parquet" else _rows_of_text(path, ending):
+            if array_column is not None and isinstance(row, list):
+                row = {array_column: row}
             if not isinstance(row, dict):
                 raise _malformed(path, place, f"is a JSON {type(row).__name__}, not an object")
             rows += 1

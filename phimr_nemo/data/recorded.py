@@ -26,6 +26,7 @@ from phimr_nemo.data.problems import (
     problem_of,
 )
 from phimr_nemo.data.rawfiles import Row, read_rows
+from phimr_nemo.records import FinishReason
 from phimr_nemo.store import content_id, content_seed, rows_to_table
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ TOKENS_UNKNOWN: Final = -1
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class Recorded:
     """One recorded response of one teacher with the source's own labels."""
 
     teacher: str
     response: str
-    finish_reason: str
+    finish_reason: FinishReason
     labels: Row
 
 
@@ -109,13 +110,13 @@ def load_recorded_rollouts(
         where = f"{path}, {place}"
         if columns is None:
             columns = find_columns(path, row, question=question, answer=answer)
-            if not list(_responses(row, response, teacher, where)):
+            if not list(responses_of(row, response, teacher, where)):
                 wanted = response or f"one of {list(RESPONSE_COLUMNS)}, or one object a model with one of these"
                 raise missing_column(path, f"a response column ({wanted})", row)
         read += 1
         try:
             problem = problem_of(row, columns, where=where, source=path.name)
-            found = list(_responses(row, response, teacher, where))
+            found = list(responses_of(row, response, teacher, where))
             if not found:
                 raise _no_response(where, "no response")
         except IncompleteRow as error:
@@ -137,7 +138,7 @@ def _no_response(where: str, problem: str) -> IncompleteRow:
     )
 
 
-def _rollout(problem: Row, recorded: _Recorded, sample_index: int) -> Row:
+def _rollout(problem: Row, recorded: Recorded, sample_index: int) -> Row:
     return {
         "id": content_id("rollout", problem["id"], recorded.teacher, "recorded", str(sample_index)),
         "problem_id": problem["id"],
@@ -155,7 +156,7 @@ def _rollout(problem: Row, recorded: _Recorded, sample_index: int) -> Row:
     }
 
 
-def _responses(row: Row, response: str | None, teacher: str | None, where: str) -> Iterator[_Recorded]:
+def responses_of(row: Row, response: str | None, teacher: str | None, where: str) -> Iterator[Recorded]:
     """The responses in one row, whatever the layout."""
     column = response if response is not None and lookup(row, response) is not None else None
     if response is None:
@@ -174,14 +175,14 @@ def _responses(row: Row, response: str | None, teacher: str | None, where: str) 
                 yield _recorded(key, lookup(nested, inner), nested, where)
 
 
-def _recorded(teacher: str, response: Any, row: Row, where: str) -> _Recorded:
+def _recorded(teacher: str, response: Any, row: Row, where: str) -> Recorded:
     if not isinstance(response, str):
         raise _no_response(where, f"a response of type {type(response).__name__}")
     thinking_column = first_present(row, THINKING_COLUMNS)
     thinking = lookup(row, thinking_column) if thinking_column else None
     if isinstance(thinking, str) and thinking.strip():
         response = f"<think>\n{thinking.strip()}\n</think>\n{response}"
-    return _Recorded(
+    return Recorded(
         teacher=teacher,
         response=response,
         finish_reason="length" if lookup(row, "finish_reason") == "length" else "stop",

@@ -13,6 +13,7 @@ from phimr_nemo.config import (
     Problems,
     ProgrammaticTeacher,
     RecordedTeacher,
+    RecordProblems,
     VLLMTeacher,
     to_dict,
 )
@@ -21,7 +22,7 @@ from phimr_nemo.data.recorded import load_recorded_rollouts
 from phimr_nemo.data.synthetic import generate_problems
 from phimr_nemo.data.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import Manifest, conform, finish, read_manifest, shard_is_complete, write_shard
+from phimr_nemo.store import Manifest, conform, finish, read_manifest, read_table, shard_is_complete, write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,8 +66,12 @@ def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, d
     """The problems that a config names, and counts of what was read and dropped.
 
     Raises:
-        UserError: the file is missing, empty or malformed.
+        UserError: the file is missing, empty or malformed, or the record directory is not finished.
     """
+    if isinstance(problems, RecordProblems):
+        table = read_table(problems.path, "problems")
+        table = table.slice(0, problems.limit or None)
+        return table, {"read": table.num_rows}
     if isinstance(problems, FileProblems):
         return load_problems(
             problems.path,
@@ -105,7 +110,7 @@ def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any
 
 
 def _problem_files(config: GenerateConfig) -> list[Path]:
-    return [config.problems.path] if isinstance(config.problems, FileProblems) else []
+    return [config.problems.path] if isinstance(config.problems, FileProblems | RecordProblems) else []
 
 
 def _write(

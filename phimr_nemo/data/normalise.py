@@ -1,0 +1,82 @@
+r"""Two forms of a question: the one that is stored, and the one that is compared.
+
+Stored text is only cleaned (NFC, line ends, invisible characters): NFKC would turn x² into x2 and ½ into 1/2 for
+the model to read. Compared text is NFKC, lower case, without LaTeX's spacing and dollar signs, as tokens with one
+space between them, so that `\dfrac{1}{2}\,x` and `\frac12 x` of two sources are one question.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Final
+
+NUMBER_MASK: Final = "#"
+
+# Zero-width characters, soft hyphens, direction marks and byte order marks: nobody sees them.
+_INVISIBLE: Final = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_LINE_END: Final = re.compile(r"\r\n?|[\u2028\u2029]")
+_TRAILING: Final = re.compile(r"[ \t\u00a0]+(?=\n|\Z)")
+_BLANK_LINES: Final = re.compile(r"\n{3,}")
+
+# Commands that only move or size what they stand before.
+_LATEX_LAYOUT: Final = re.compile(
+    r"\\(?:left|right|displaystyle|textstyle|limits|nolimits|qquad|quad|bigl|bigr|Bigl|Bigr|big|Big|hfill|noindent)"
+    r"(?![A-Za-z])|\\[,;:! ()\[\]]|(?<!\\)~|(?<!\\)\$"
+)
+_FRACTIONS: Final = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+_THOUSANDS: Final = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))")
+_SINGLE_IN_BRACES: Final = re.compile(r"\{\s*([A-Za-z0-9])\s*\}")
+# A LaTeX command, a number, a word of an alphabet, or one other sign (a Chinese character is a sign).
+_TOKEN: Final = re.compile(r"\\[a-z]+|\d+(?:\.\d+)?|[^\W\d_\u2e80-\u9fff\uac00-\ud7af]+|[^\s]")
+_LAST_SIGNS: Final = frozenset(".?!:;。？！")
+# fmt: off
+_NUMBER_WORDS: Final = frozenset((
+    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty", "fifty",
+    "sixty", "seventy", "eighty", "ninety", "hundred", "thousand",
+))
+# fmt: on
+
+
+def clean(text: str) -> str:
+    """A question or answer as it is stored: NFC, newlines, no invisible or control characters, no stray spaces."""
+    text = unicodedata.normalize("NFC", storable(text))
+    text = _CONTROL.sub("", _INVISIBLE.sub("", _LINE_END.sub("\n", text)))
+    return _BLANK_LINES.sub("\n\n", _TRAILING.sub("", text)).strip()
+
+
+def storable(text: str) -> str:
+    """A text as it is, but for halves of surrogate pairs, which no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def comparison_tokens(text: str) -> list[str]:
+    """The tokens by which questions are compared; final punctuation does not count.
+
+    The result does not depend on letter case, on Unicode's compatibility forms, on spaces (LaTeX's among them), on
+    dollar signs and `\\left`, on `\\dfrac` for `\\frac`, on braces around one letter or digit, or on thousands
+    separators.
+    """
+    text = _FRACTIONS.sub(r"\\frac", _LATEX_LAYOUT.sub(" ", unicodedata.normalize("NFKC", text)))
+    text = _SINGLE_IN_BRACES.sub(r" \1 ", _THOUSANDS.sub("", text))
+    tokens: list[str] = _TOKEN.findall(text.casefold())
+    while tokens and tokens[-1] in _LAST_SIGNS:
+        tokens.pop()
+    return tokens
+
+
+def comparison_key(text: str) -> str:
+    """The compared form as one text: equal for questions that differ only in what does not count."""
+    return " ".join(comparison_tokens(text))
+
+
+def mask_numbers(tokens: list[str]) -> list[str]:
+    """The tokens with `NUMBER_MASK` for every number, in digits or English words."""
+    return [NUMBER_MASK if token[0].isdigit() or token in _NUMBER_WORDS else token for token in tokens]
+
+
+def numbers(tokens: list[str]) -> list[str]:
+    """The numbers among the tokens, in digits, in order of size as text."""
+    return sorted(token for token in tokens if token[0].isdigit())
