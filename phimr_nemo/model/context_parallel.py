@@ -45,32 +45,32 @@ class ContextPlan:
     places: Tensor
 
 
-def padded_lengths(lengths: Tensor, ranks: int, tensor_ranks: int = 1) -> Tensor:
+def padded_lengths(lengths: Tensor, ranks: int, multiple: int = 1) -> Tensor:
     """Lengths that the ranks can share.
 
     Args:
         lengths: int [documents], positive (tokens).
         ranks: of the context group.
-        tensor_ranks: tensor-parallel ranks that share a context rank's tokens (sequence parallelism), else 1.
+        multiple: what the number of each rank's tokens is to be a multiple of.
 
     Returns:
-        int64 [documents]: each the next multiple of 2 `ranks`; the last one such that `tensor_ranks` divides what
-        each rank has.
+        int64 [documents]: each the next multiple of 2 `ranks`; the last one such that `multiple` divides what each
+        rank has.
     """
-    multiple = CHUNKS_A_RANK * ranks
-    padded = -(-lengths.to(torch.int64) // multiple) * multiple
-    padded[-1] += -padded.sum() % (ranks * math.lcm(CHUNKS_A_RANK, tensor_ranks))
+    chunks = CHUNKS_A_RANK * ranks
+    padded = -(-lengths.to(torch.int64) // chunks) * chunks
+    padded[-1] += -padded.sum() % (ranks * math.lcm(CHUNKS_A_RANK, multiple))
     return padded
 
 
-def plan_context(lengths: Tensor, ranks: int, tensor_ranks: int = 1) -> ContextPlan:
+def plan_context(lengths: Tensor, ranks: int, multiple: int = 1) -> ContextPlan:
     """Share the documents of a row (or one sequence) among the ranks of a context group.
 
     Args:
-        lengths, ranks, tensor_ranks: as for :func:`padded_lengths`.
+        lengths, ranks, multiple: as for :func:`padded_lengths`.
     """
     lengths = lengths.to(torch.int64)
-    padded = padded_lengths(lengths, ranks, tensor_ranks)
+    padded = padded_lengths(lengths, ranks, multiple)
     total = int(padded.sum())
     device = lengths.device
 

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 PADDING_TOKEN: Final = 0
 """Any word: nothing sees it, and its own output is thrown away."""
 
+FP8_TOKENS: Final = 16
+"""Matrix products in FP8 take tokens in multiples of this."""
+
 __all__ = ["PhiGPTModel", "build_model", "check_layout", "transformer_config", "transformer_fields"]
 
 
@@ -242,8 +245,10 @@ class PhiGPTModel(GPTModel):
             return None
         if lengths is None:
             lengths = torch.tensor([input_ids.shape[1]], device=input_ids.device)
-        tensor_ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        return plan_context(lengths, config.context_parallel_size, tensor_ranks)
+        multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        if config.fp8:
+            multiple *= FP8_TOKENS
+        return plan_context(lengths, config.context_parallel_size, multiple)
 
     def _angles(self, input_ids: Tensor, plan: ContextPlan | None) -> Tensor:
         """Rotary angles of this rank's tokens, the same in every row of the batch."""

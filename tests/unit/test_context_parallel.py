@@ -32,23 +32,23 @@ def brute_force(lengths: list[int], padded: list[int], ranks: int) -> list[list[
 
 @settings(max_examples=200, deadline=None)
 @given(rows, st.sampled_from(RANKS), st.sampled_from((1, 2, 4)))
-def test_padding_is_the_least_that_the_ranks_can_share(lengths: list[int], ranks: int, tensor_ranks: int) -> None:
-    padded = padded_lengths(torch.tensor(lengths), ranks, tensor_ranks).tolist()
+def test_padding_is_the_least_that_the_ranks_can_share(lengths: list[int], ranks: int, divisor: int) -> None:
+    padded = padded_lengths(torch.tensor(lengths), ranks, divisor).tolist()
     multiple = 2 * ranks
     least = [next(n for n in range(length, length + multiple) if n % multiple == 0) for length in lengths]
     assert padded[:-1] == least[:-1]
     total = sum(padded)
     assert padded[-1] % multiple == 0
-    assert (total // ranks) % tensor_ranks == 0
+    assert (total // ranks) % divisor == 0
     # No smaller last document would do.
     smaller = range(least[-1], padded[-1], multiple)
-    assert all(((sum(least[:-1]) + last) // ranks) % tensor_ranks for last in smaller)
+    assert all(((sum(least[:-1]) + last) // ranks) % divisor for last in smaller)
 
 
 @settings(max_examples=200, deadline=None)
 @given(rows, st.sampled_from(RANKS), st.sampled_from((1, 2)))
-def test_the_plan_is_the_brute_force_one(lengths: list[int], ranks: int, tensor_ranks: int) -> None:
-    plan = plan_context(torch.tensor(lengths), ranks, tensor_ranks)
+def test_the_plan_is_the_brute_force_one(lengths: list[int], ranks: int, divisor: int) -> None:
+    plan = plan_context(torch.tensor(lengths), ranks, divisor)
     shares = brute_force(lengths, plan.lengths.tolist(), ranks)
     for rank, share in enumerate(shares):
         assert plan.tokens[rank].tolist() == [token for token, _, _ in share]
