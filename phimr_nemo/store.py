@@ -13,7 +13,6 @@ the disk and renamed, so a killed process leaves either the old state or the new
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text, write_json
+from phimr_nemo.content import content_id, content_seed, file_sha256
 from phimr_nemo.errors import UserError
 from phimr_nemo.records import KINDS, SCHEMA_VERSION, Kind, schemas
 
@@ -59,8 +59,6 @@ SHARD_NAME: Final = re.compile(r"part-(\d{5,9})\.parquet")
 MAX_SHOWN: Final = 200
 SIDECAR_KEYS: Final = ("kind", "rows", "sha256", "schema_version")
 PARQUET_COMPRESSION: Final = "zstd"
-CONTENT_ID_BYTES: Final = 8
-HASH_CHUNK_BYTES: Final = 1 << 20
 REDO: Final = "run `phimr data check {} --redo`, then the step that made it: only this shard is made again"
 
 
@@ -86,30 +84,6 @@ class Manifest:
     counts: Mapping[str, int]
     versions: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
-
-
-def content_id(*parts: str) -> str:
-    """A 16-digit hexadecimal id that depends on the parts alone, so that a rerun makes the same ids."""
-    digest = hashlib.blake2b(digest_size=CONTENT_ID_BYTES)
-    for part in parts:
-        encoded = part.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little"))
-        digest.update(encoded)
-    return digest.hexdigest()
-
-
-def content_seed(*parts: str) -> int:
-    """A non-negative 63-bit seed that depends on the parts alone."""
-    return int(content_id(*parts), 16) >> 1
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, read in bounded memory."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _shard_path(directory: Path, index: int) -> Path:
