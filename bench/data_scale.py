@@ -7,7 +7,8 @@ Each step is the command a user would type, in a process of its own; its memory 
 of that process and its children, read every 50 ms. Rollouts are eight a problem, 10,000 a shard, with integer answers
 (cheap to verify: what is measured is the engine, not sympy), a quarter of them wrong. A second block runs fewer
 rollouts of the length of real chains of thought (`--long-rows`, 12,000 characters), from which 10 million are
-extrapolated: work per row is constant, so hours = rows x seconds per row / tasks.
+extrapolated: work per row is constant, so hours = rows x CPU seconds a row / (tasks x cores). CPU seconds are those
+of all processes of a step; on a machine that other work shares they say more than the wall clock.
 
 With `--work` a run that was stopped continues: sizes that are measured are not run again. The tokenizer is the tiny
 model's unless `--tokenizer` names the directory of another. There is no peer for the whole chain; the ratio is peak
@@ -50,6 +51,7 @@ MEBIBYTE = 2**20
 SECONDS_AN_HOUR = 3600
 DIFFICULTIES = ("elementary", "middle", "high_school", "college", "graduate", None)
 STEPS = ("verify", "curate", "pack")
+HEADER = "|      rows | step   |  seconds |    rows/s | CPU secs | rows/CPU s | peak MiB |\n" + 7 * "|---" + "|"
 QUICK = {"rows": "2000,6000", "long_rows": 200}
 TEMPLATES = (
     "Let the value be {a}; then {a} + {b} = {c}.",
@@ -65,6 +67,7 @@ class Measured:
     """One step at one size."""
 
     seconds: float
+    cpu_seconds: float
     peak_mib: float
 
 
@@ -133,14 +136,17 @@ def measure(arguments: list[str]) -> Measured:
     with tempfile.TemporaryFile() as log, subprocess.Popen(arguments, stdout=log, stderr=log) as process:
         peak = Peak(process.pid)
         peak.start()
-        code = process.wait()
+        # The usage of the command and of all the processes that it has waited for.
+        _, status, usage = os.wait4(process.pid, 0)
+        code = process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - started
         peak.stop()
         if code:
             log.seek(0)
             sys.stderr.buffer.write(log.read()[-2000:])
             raise RuntimeError(f"exit code {code}: {' '.join(arguments)}")
-    return Measured(round(seconds, 2), round(peak.highest / MEBIBYTE, 1))
+    cpu = usage.ru_utime + usage.ru_stime
+    return Measured(round(seconds, 2), round(cpu, 2), round(peak.highest / MEBIBYTE, 1))
 
 
 class Peak(threading.Thread):
@@ -180,8 +186,12 @@ def run_size(root: Path, rows: int, characters: int, tokenizer: Path, workers: i
             shutil.rmtree(root / step, ignore_errors=True)
             found[step] = measure(command(step, root, tokenizer, workers, rows))
             record.write_text(json.dumps({name: vars(value) for name, value in found.items()}), "utf-8")
-        seconds, peak = found[step].seconds, found[step].peak_mib
-        print(f"| {rows:9,} | {step:6} | {seconds:8.1f} | {rows / seconds:9,.0f} | {peak:8,.0f} |", flush=True)
+        seconds, cpu, peak = found[step].seconds, found[step].cpu_seconds, found[step].peak_mib
+        print(
+            f"| {rows:9,} | {step:6} | {seconds:8.1f} | {rows / seconds:9,.0f} | {cpu:8.1f} | {rows / cpu:10,.0f} "
+            f"| {peak:8,.0f} |",
+            flush=True,
+        )
     return found
 
 
@@ -191,12 +201,11 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, object]:
         tokenizer = work / "tokenizer"
         build_tokenizer(synthetic_corpus()).save_pretrained(tokenizer)
     sizes = [int(rows) for rows in options.rows.split(",")]
-    header = "|      rows | step   |  seconds |    rows/s | peak MiB |\n|---|---|---|---|---|"
-    print(f"{options.workers} workers, responses of about {options.characters} characters\n{header}")
+    print(f"{options.workers} workers, responses of about {options.characters} characters\n{HEADER}")
     short = {
         rows: run_size(work / f"rows-{rows}", rows, options.characters, tokenizer, options.workers) for rows in sizes
     }
-    print(f"\nresponses of about {LONG_CHARACTERS:,} characters, as real chains of thought\n{header}")
+    print(f"\nresponses of about {LONG_CHARACTERS:,} characters, as real chains of thought\n{HEADER}")
     root = work / f"long-{options.long_rows}"
     long = run_size(root, options.long_rows, LONG_CHARACTERS, tokenizer, options.workers)
     smallest, largest = short[sizes[0]], short[sizes[-1]]
@@ -206,7 +215,8 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, object]:
     hours = {}
     for step in STEPS:
         tasks = 1 if step == "curate" else options.tasks
-        hours[step] = round(TEN_MILLION / options.long_rows * long[step].seconds / tasks / SECONDS_AN_HOUR, 2)
+        cpu = TEN_MILLION / options.long_rows * long[step].cpu_seconds
+        hours[step] = round(cpu / (tasks * options.workers) / SECONDS_AN_HOUR, 2)
         print(f"| {step:6} | {tasks:3} array tasks | {hours[step]:7.2f} hours |")
     last = sizes[-1]
     return {
