@@ -17,7 +17,6 @@ from phimr_nemo.config import (
     GRPOConfig,
     ModelTeacher,
     PackConfig,
-    ParallelConfig,
     PrepareConfig,
     ProgrammaticTeacher,
     RecordedTeacher,
@@ -34,12 +33,10 @@ from phimr_nemo.generate.plan import check_template
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout, check_length
 from phimr_nemo.model.regime import regime_name, warn_of_other_regime
+from phimr_nemo.plan.memory import largest_state
 from phimr_nemo.records import Kind
 from phimr_nemo.store import is_complete, read_manifest
 
-BYTES_PER_NUMBER: Final = {"fp32": 4, "bf16": 2}
-FP32_BYTES: Final = 4
-ADAM_MOMENTS: Final = 2
 GIBIBYTE: Final = 2**30
 
 
@@ -215,24 +212,12 @@ def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
         check_length(architecture, config.sequence_length)
         numbers["parameters"] = f"{architecture.num_parameters:,}"
         numbers["LongRoPE factors"] = regime_name(architecture, config.sequence_length, config.model.longrope)
-        size = state_bytes(architecture.num_parameters, config.parallel, config.model.dtype, config.optim.distributed)
-        numbers["weights, gradients, optimizer a GPU"] = f"{size / GIBIBYTE:.3f} GiB"
+        state = largest_state(architecture, config.parallel, config.model.dtype, distributed=config.optim.distributed)
+        numbers["weights, gradients, optimizer a GPU"] = f"{state.total / GIBIBYTE:.3f} GiB"
     else:
         numbers["parameters"] = f"unknown: {config.base} does not exist yet"
     numbers |= _batch_numbers(stage, config)
     return numbers
-
-
-def state_bytes(parameters: int, parallel: ParallelConfig, dtype: str, distributed: bool) -> float:
-    """Bytes of weights, gradients and optimizer state on one GPU, activations not counted.
-
-    Weights in `dtype`; gradients in fp32; two fp32 Adam moments, and fp32 master weights beside bf16 ones;
-    the optimizer's part is shared by the data- and context-parallel ranks when it is distributed (ZeRO-1).
-    """
-    share = parameters / (parallel.tensor * parallel.pipeline)
-    optimizer = ADAM_MOMENTS * FP32_BYTES + (FP32_BYTES if dtype == "bf16" else 0)
-    spread = parallel.data * parallel.context if distributed else 1
-    return share * (BYTES_PER_NUMBER[dtype] + FP32_BYTES + optimizer / spread)
 
 
 def _batch_numbers(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -> Mapping[str, str]:

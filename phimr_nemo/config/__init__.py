@@ -28,6 +28,7 @@ from phimr_nemo.config.generation import (
     VLLMTeacher,
 )
 from phimr_nemo.config.load import find_config, load_config, parse_config, to_dict, to_yaml
+from phimr_nemo.config.planning import GenerationPlanConfig, TrainingPlanConfig
 from phimr_nemo.config.preparation import (
     AnnotationConfig,
     DecontaminationConfig,
@@ -69,6 +70,7 @@ __all__ = [
     "FileProblems",
     "GRPOConfig",
     "GenerateConfig",
+    "GenerationPlanConfig",
     "GuardConfig",
     "JudgeConfig",
     "LongRopePolicy",
@@ -98,6 +100,7 @@ __all__ = [
     "TemperatureConfig",
     "TrackingConfig",
     "TrainingEvaluationConfig",
+    "TrainingPlanConfig",
     "VLLMTeacher",
     "VerifyConfig",
     "WandbConfig",

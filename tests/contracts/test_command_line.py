@@ -12,7 +12,7 @@ import pytest
 from phimr_nemo.config import STAGES
 
 BLOCKED = ("torch", "transformers", "nemo", "nemo_run", "megatron", "nemo_aligner", "lightning", "vllm", "datasets")
-COMMANDS = (*STAGES, "quickstart", "report", "data", "convert", "doctor")
+COMMANDS = (*STAGES, "quickstart", "report", "data", "convert", "plan", "doctor")
 
 
 def phimr(*arguments: str, cwd: Path, light: bool = True) -> subprocess.CompletedProcess[str]:
@@ -53,6 +53,8 @@ def test_help_of_every_command(command: str, tmp_path: Path) -> None:
         ("verify", "one-argument"),
         ("quickstart", "--seeds", "one"),
         ("convert", "source", "target", "--tp", "0"),
+        ("plan", "stage=none"),
+        ("plan", "stage=sft", "gpu=abacus"),
     ],
 )
 def test_a_mistake_is_one_clear_error_with_exit_code_2(arguments: tuple[str, ...], tmp_path: Path) -> None:

@@ -9,14 +9,27 @@ from typing import Any
 import pytest
 import yaml
 
-from phimr_nemo.config import STAGES, QuickstartConfig, load_config, parse_config, to_dict, to_yaml
+from phimr_nemo.config import (
+    STAGES,
+    GenerationPlanConfig,
+    QuickstartConfig,
+    TrainingPlanConfig,
+    load_config,
+    parse_config,
+    to_dict,
+    to_yaml,
+)
 from phimr_nemo.config.alignment import DPONegativesConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS: dict[str, type] = {**STAGES, "quickstart": QuickstartConfig}
-OTHERS = ("model", "cluster", "ablations")
+PLANS: dict[str, type] = {
+    **dict.fromkeys(("midtrain", "sft", "dpo", "grpo"), TrainingPlanConfig),
+    "generate": GenerationPlanConfig,
+}
+OTHERS = ("model", "cluster", "plan", "ablations")
 ABLATIONS: dict[str, type] = {"dpo_negatives": DPONegativesConfig}
 LEFT_TO_THE_USER = "???"
 
@@ -85,6 +98,12 @@ def test_model_preset_is_an_architecture(path: Path) -> None:
     architecture = Architecture.from_preset(values, **filled)
     assert architecture.hidden_size == values["hidden_size"]
     assert Architecture.from_hf_config(architecture.to_hf_config()) == architecture
+
+
+@pytest.mark.parametrize("path", files("plan"), ids=named)
+def test_plan_preset_is_of_the_stage_that_it_is_named_for(path: Path) -> None:
+    config = load_config(PLANS[path.stem], path)
+    assert to_dict(config)["stage"] == path.stem
 
 
 @pytest.mark.parametrize("path", files("cluster"), ids=named)

@@ -12,7 +12,8 @@ import torch
 from phimr_nemo.config import STAGES, ParallelConfig, find_config, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.preflight import derived_numbers, preflight, state_bytes
+from phimr_nemo.plan.memory import state_memory
+from phimr_nemo.preflight import derived_numbers, preflight
 from phimr_nemo.records import Kind
 from phimr_nemo.store import finish, rows_to_table, write_shard
 
@@ -293,7 +294,8 @@ def test_bytes_of_weights_gradients_and_optimizer(
         data * context if distributed else 1,  # Megatron shards over the data- and context-parallel group
         tensor * pipeline,
     )
-    assert state_bytes(parameters, layout, dtype, distributed) == expected
+    share = parameters / (tensor * pipeline)
+    assert state_memory(share, layout, dtype, distributed=distributed).total == expected
 
 
 @pytest.mark.parametrize(("stage", "key", "kind"), INPUTS[3:6])

@@ -1,0 +1,65 @@
+"""Settings of the planner: what a stage's run consists of besides the stage's own configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from phimr_nemo.config.common import Positive, Share, config
+
+AboveZero = Annotated[float, Field(gt=0.0)]
+
+
+@config
+class TrainingPlanConfig:
+    """A training stage on a number of GPUs.
+
+    Attributes:
+        stage: whose `conf/<stage>/paper.yaml` is planned.
+        model: a preset of conf/model, or a Hugging Face directory.
+        gpu: a row of the hardware table.
+        gpus: how many.
+        samples: documents, conversations or pairs of the data set; None where the stage counts its steps (GRPO).
+        mean_tokens: of a document, conversation, one side of a pair, or a response with its prompt.
+        trained_share: of the responses of a GRPO step, those that are left for training; 1 elsewhere.
+        head_room: share of a GPU's memory that stays free.
+    """
+
+    stage: Literal["midtrain", "sft", "dpo", "grpo"]
+    model: str
+    gpu: str
+    gpus: Positive
+    samples: Positive | None = None
+    mean_tokens: Positive
+    trained_share: Share = 1.0
+    head_room: Share
+
+
+@config
+class GenerationPlanConfig:
+    """Rollouts of a teacher and their verification.
+
+    Attributes:
+        problems, rollouts: questions, and samples a question.
+        mean_tokens: of a rollout.
+        gpu: of the teacher, a row of the hardware table.
+        gpus: that generate at the same time.
+        tokens_a_gpu_second: what one of them generates.
+        answers_a_core_second: what a CPU core verifies.
+        cores: that verify at the same time.
+        bytes_a_token: of a rollout as text.
+        compression: bytes of the text over bytes in a record directory.
+    """
+
+    stage: Literal["generate"]
+    problems: Positive
+    rollouts: Positive
+    mean_tokens: Positive
+    gpu: str
+    gpus: Positive
+    tokens_a_gpu_second: AboveZero
+    answers_a_core_second: AboveZero
+    cores: Positive
+    bytes_a_token: AboveZero
+    compression: AboveZero

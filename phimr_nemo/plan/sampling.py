@@ -1,0 +1,77 @@
+"""How long a GPU takes to sample responses token by token, and what it holds for that.
+
+A decoding step reads every weight once and the keys and values of every sequence in it, so it is bound by the memory
+(Pope et al. 2022, arXiv 2211.05102, section 2). The efficiency is that of a tuned engine with CUDA graphs and paged
+keys and values; the built-in engine is not one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.flops import matmul_parameters
+from phimr_nemo.plan.hardware import DECODE_EFFICIENCY, Gpu, matmul_rate
+from phimr_nemo.plan.memory import BYTES_PER_NUMBER
+from phimr_nemo.plan.timing import OPERATIONS
+from phimr_nemo.plan.workload import EXPONENTIAL_SQUARES
+
+
+@dataclass(frozen=True)
+class SamplingTime:
+    """Sampling on one GPU.
+
+    Attributes:
+        seconds: for all its sequences.
+        tokens_a_second: of one GPU.
+        at_once: sequences whose keys and values fit.
+        cache_bytes: keys and values of that many sequences of mean length.
+    """
+
+    seconds: float
+    tokens_a_second: float
+    at_once: int
+    cache_bytes: float
+
+
+def cache_bytes_a_token(arch: Architecture, dtype: str) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * arch.num_hidden_layers * arch.num_key_value_heads * arch.head_dim * BYTES_PER_NUMBER[dtype]
+
+
+def sampling_time(
+    arch: Architecture, gpu: Gpu, dtype: str, *, sequences: int, mean_tokens: float, longest: int, free_bytes: float
+) -> SamplingTime | None:
+    """Seconds in which one GPU samples its share of a round.
+
+    Args:
+        arch: the model, whole on the GPU.
+        gpu: which.
+        dtype: of weights, keys and values.
+        sequences: to sample.
+        mean_tokens: of a sequence.
+        longest: tokens of the longest, which is sampled to its end whatever the others do.
+        free_bytes: for keys and values.
+
+    Returns:
+        None when not even the longest sequence's keys and values fit.
+    """
+    a_token = cache_bytes_a_token(arch, dtype)
+    if free_bytes < longest * a_token:
+        return None
+    at_once = min(sequences, int(free_bytes // (mean_tokens * a_token)))
+    tokens = sequences * mean_tokens
+    # New sequences take the places of finished ones; at the end the longest runs alone.
+    steps = max(float(longest), tokens / at_once)
+    weights = steps * arch.num_parameters * BYTES_PER_NUMBER[dtype]
+    # At each of its L steps a sequence reads what it has so far: L^2 / 2 tokens.
+    cache = sequences * EXPONENTIAL_SQUARES * mean_tokens**2 / 2 * a_token
+    seconds = (weights + cache) / (gpu.memory_bandwidth * DECODE_EFFICIENCY)
+    seconds = max(seconds, tokens * OPERATIONS * matmul_parameters(arch) / matmul_rate(gpu, "bf16"))
+    return SamplingTime(
+        seconds=seconds,
+        tokens_a_second=tokens / seconds,
+        at_once=at_once,
+        cache_bytes=math.ceil(at_once * mean_tokens) * a_token,
+    )

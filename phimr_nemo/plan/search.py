@@ -1,0 +1,335 @@
+"""All layouts of a training stage on a number of GPUs: impossible, too large, or ranked by speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from phimr_nemo.config import GRPOConfig, ParallelConfig, TrainingPlanConfig
+from phimr_nemo.errors import UserError
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.flops import model_flops
+from phimr_nemo.model.layout import check_layout
+from phimr_nemo.plan.hardware import FRAGMENTATION, FRAMEWORK_BYTES, Gpu, MatmulDtype, find_gpu
+from phimr_nemo.plan.memory import (
+    BYTES_PER_NUMBER,
+    RankMemory,
+    Recompute,
+    largest_rank,
+    layer_parameters,
+)
+from phimr_nemo.plan.sampling import SamplingTime, sampling_time
+from phimr_nemo.plan.timing import StepTime, Work, step_time
+from phimr_nemo.plan.workload import StageConfig, Workload, training_workload
+
+MICRO_BATCHES: Final = (1, 2, 4, 8)
+MAX_CONTEXT: Final = 16
+FP8_COPIES: Final = 2
+"""Bytes for each weight of the layers that FP8 keeps beside bf16: a cast and its transpose."""
+
+SECONDS_A_DAY: Final = 86_400
+EQUAL_SPEED: Final = 0.01
+"""Relative difference of step times that the model cannot tell apart."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of running a stage."""
+
+    parallel: ParallelConfig
+    micro_batch: int
+    recompute: Recompute
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU.
+
+    Attributes:
+        rank: what training holds.
+        reference: a second copy of the weights.
+        sampler: the sampler's weights, and keys and values of as many sequences as there is room for.
+        copies: weights in FP8.
+        fragmentation: what the allocator cannot use.
+        framework: CUDA, NCCL and library workspaces.
+    """
+
+    rank: RankMemory
+    reference: float
+    sampler: float
+    copies: float
+    fragmentation: float
+    framework: float
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        others = self.reference + self.sampler + self.copies + self.fragmentation + self.framework
+        return self.rank.total + others
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by part, without the empty ones; they add up to `total`."""
+        rank = self.rank
+        parts = {
+            "weights": rank.state.weights,
+            "gradients (fp32)": rank.state.gradients,
+            "optimizer": rank.state.optimizer,
+            "activations": rank.activations,
+            "widest backward phase": rank.backward,
+            "pipeline buffers": rank.pipeline,
+            "reference weights": self.reference,
+            "sampler": self.sampler,
+            "FP8 weights": self.copies,
+            "fragmentation": self.fragmentation,
+            "framework": self.framework,
+        }
+        return {name: size for name, size in parts.items() if size}
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A layout that fits, with its speed.
+
+    Attributes:
+        micro_batches: of a step on each data-parallel rank.
+        step: of training, one optimizer update.
+        updates: of them in a step.
+        sampling: of the step's rollouts on each GPU; None outside GRPO.
+        waiting: share of the training time that the mean data-parallel rank waits for the slowest.
+        seconds: of a whole step.
+        tokens_a_gpu_second: real tokens trained on.
+        mfu: model FLOPs of those tokens over the GPUs' bf16 peak.
+        days: of the run.
+    """
+
+    candidate: Candidate
+    memory: Memory
+    micro_batches: int
+    step: StepTime
+    updates: int
+    sampling: SamplingTime | None
+    waiting: float
+    seconds: float
+    tokens_a_gpu_second: float
+    mfu: float
+    days: float
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A layout that does not fit.
+
+    Attributes:
+        excess: bytes beyond what may be used.
+    """
+
+    candidate: Candidate
+    memory: Memory
+    excess: float
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Layouts of a stage.
+
+    Attributes:
+        usable: bytes of a GPU without the head-room.
+        fitting: fastest first.
+        refused: smallest excess first.
+        impossible: number of layouts that the model or the batch cannot be split into.
+    """
+
+    usable: float
+    workload: Workload
+    fitting: Sequence[Fitting]
+    refused: Sequence[Refused]
+    impossible: int
+
+
+def plan_training(
+    plan: TrainingPlanConfig, config: StageConfig, arch: Architecture, pinned: frozenset[str]
+) -> TrainingPlan:
+    """Look at every layout.
+
+    Args:
+        plan: GPUs, data, head-room.
+        config: the stage's configuration.
+        arch: the model.
+        pinned: keys of `config` that stay as they are: `parallel.tensor`, `micro_batch`, `model.recompute`, ...
+
+    Raises:
+        UserError: an unknown GPU, or no layout is possible at all.
+    """
+    gpu = find_gpu(plan.gpu)
+    workload = training_workload(plan, config)
+    usable = gpu.memory * (1 - plan.head_room)
+    fitting: list[Fitting] = []
+    refused: list[Refused] = []
+    impossible = 0
+    for candidate in candidates(config, plan.gpus, pinned):
+        if not _is_possible(arch, workload, candidate):
+            impossible += 1
+            continue
+        outcome = _judge(plan, config, arch, gpu, workload, usable, candidate)
+        if isinstance(outcome, Fitting):
+            fitting.append(outcome)
+        else:
+            refused.append(outcome)
+    if not fitting and not refused:
+        raise UserError(
+            f"none of {impossible} layouts of {plan.gpus} GPUs is possible",
+            rule="tensor x pipeline x context x data = gpus; they divide heads, layers and batch",
+            remedy="change gpus, the batch size or the keys that you fixed",
+        )
+    return TrainingPlan(
+        usable=usable,
+        workload=workload,
+        fitting=sorted(fitting, key=_rank),
+        refused=sorted(refused, key=lambda option: option.excess),
+        impossible=impossible,
+    )
+
+
+def _rank(option: Fitting) -> tuple[float, ...]:
+    """Fastest first; what is equal to a hundredth in the order of fewer splits and smaller micro-batches."""
+    parallel = option.candidate.parallel
+    speed = round(math.log(option.seconds) / math.log1p(EQUAL_SPEED))
+    splits = parallel.tensor * parallel.pipeline * parallel.context
+    return (speed, splits, option.candidate.micro_batch, option.seconds)
+
+
+def candidates(config: StageConfig, gpus: int, pinned: frozenset[str]) -> Iterator[Candidate]:
+    """Every combination of tensor, pipeline, context and data parallelism, micro-batch and recomputation.
+
+    Sequence parallelism goes with tensor parallelism: it moves as many bytes and keeps fewer.
+    """
+    fixed = config.parallel
+
+    def sizes(name: str, given: int, most: int) -> list[int]:
+        if f"parallel.{name}" in pinned:
+            return [given]
+        return [size for size in range(1, most + 1) if gpus % size == 0]
+
+    micro_batches = (config.micro_batch,) if "micro_batch" in pinned else MICRO_BATCHES
+    recomputes: tuple[Recompute, ...] = ("none", "full")
+    if "model.recompute" in pinned:
+        recomputes = ("full" if config.model.recompute else "none",)
+    for tensor in sizes("tensor", fixed.tensor, gpus):
+        for pipeline in sizes("pipeline", fixed.pipeline, gpus // tensor):
+            for context in sizes("context", fixed.context, min(MAX_CONTEXT, gpus // (tensor * pipeline))):
+                data, rest = divmod(gpus, tensor * pipeline * context)
+                if rest or ("parallel.data" in pinned and data != fixed.data):
+                    continue
+                sequence = fixed.sequence if "parallel.sequence" in pinned else tensor > 1
+                parallel = ParallelConfig(
+                    tensor=tensor, pipeline=pipeline, context=context, data=data, sequence=sequence
+                )
+                for micro_batch in micro_batches:
+                    for recompute in recomputes:
+                        yield Candidate(parallel, micro_batch, recompute)
+
+
+def _is_possible(arch: Architecture, workload: Workload, candidate: Candidate) -> bool:
+    try:
+        check_layout(arch, candidate.parallel)
+    except UserError:
+        return False
+    return workload.is_even(candidate.micro_batch, candidate.parallel.data)
+
+
+def _judge(
+    plan: TrainingPlanConfig,
+    config: StageConfig,
+    arch: Architecture,
+    gpu: Gpu,
+    workload: Workload,
+    usable: float,
+    candidate: Candidate,
+) -> Fitting | Refused:
+    parallel, dtype = candidate.parallel, config.model.dtype
+    count, tokens = workload.slowest_rank(candidate.micro_batch, parallel.data)
+    memory = _training_memory(config, arch, workload, candidate, count)
+    sampling = None
+    if isinstance(config, GRPOConfig):
+        weights = arch.num_parameters * BYTES_PER_NUMBER[dtype]
+        sampling = sampling_time(
+            arch,
+            gpu,
+            dtype,
+            sequences=max(1, config.prompts_per_step * config.group_size // plan.gpus),
+            mean_tokens=workload.mean_length,
+            longest=config.sequence_length,
+            # Training's activations are not there while the sampler works.
+            free_bytes=usable - (memory.total - memory.rank.moving - memory.fragmentation) - weights,
+        )
+        # What is needed at least: keys and values of one sequence of mean length beside the training step.
+        memory = dataclasses.replace(memory, sampler=weights)
+    if memory.total > usable or (isinstance(config, GRPOConfig) and sampling is None):
+        return Refused(candidate, memory, max(memory.total - usable, 0.0))
+    matmul: MatmulDtype = "fp8" if config.model.fp8 is not None else dtype
+    work = Work(
+        tokens=tokens,
+        attention_length=workload.attention_length,
+        micro_batches=count,
+        forward_only=workload.forward_only,
+        overlaps=workload.overlaps,
+    )
+    step = step_time(
+        arch,
+        parallel,
+        gpu,
+        dtype,
+        candidate.recompute,
+        work,
+        distributed=config.optim.distributed,
+        matmul=matmul,
+    )
+    # Every further update of a step costs its communication and its optimizer once more.
+    training = step.total + (workload.updates - 1) * (step.data + step.optimizer)
+    seconds = training + (sampling.seconds if sampling else 0.0)
+    # Attention's causal pairs: half of attention_length for every token.
+    flops = model_flops(arch, workload.tokens, workload.tokens * workload.attention_length / 2)
+    return Fitting(
+        candidate=candidate,
+        memory=memory,
+        micro_batches=count,
+        step=step,
+        updates=workload.updates,
+        sampling=sampling,
+        waiting=1 - workload.tokens / (tokens * count * parallel.data),
+        seconds=seconds,
+        tokens_a_gpu_second=workload.tokens / seconds / plan.gpus,
+        mfu=flops / (seconds * plan.gpus * gpu.peak["bf16"]),
+        days=seconds * workload.steps / SECONDS_A_DAY,
+    )
+
+
+def _training_memory(
+    config: StageConfig, arch: Architecture, workload: Workload, candidate: Candidate, count: int
+) -> Memory:
+    parallel, dtype = candidate.parallel, config.model.dtype
+    rank = largest_rank(
+        arch,
+        parallel,
+        dtype,
+        "transformer_engine",
+        candidate.recompute,
+        workload.largest(candidate.micro_batch),
+        micro_batches=count,
+        distributed=config.optim.distributed,
+    )
+    copies = 0.0
+    if config.model.fp8 is not None:
+        layers = arch.num_hidden_layers / parallel.pipeline
+        copies = FP8_COPIES * layers * layer_parameters(arch, parallel.tensor)
+    return Memory(
+        rank=rank,
+        reference=rank.state.weights if workload.reference else 0.0,
+        sampler=0.0,
+        copies=copies,
+        fragmentation=FRAGMENTATION * rank.moving,
+        framework=FRAMEWORK_BYTES,
+    )
