@@ -59,7 +59,7 @@ def comparison_tokens(text: str) -> list[str]:
     dollar signs and `\\left`, on `\\dfrac` for `\\frac`, on braces around one letter or digit, or on thousands
     separators.
     """
-    text = _FRACTIONS.sub(r"\\frac", _LATEX_LAYOUT.sub(" ", unicodedata.normalize("NFKC", text)))
+    text = _FRACTIONS.sub(r"\\frac", _LATEX_LAYOUT.sub(" ", unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))))
     text = _SINGLE_IN_BRACES.sub(r" \1 ", _THOUSANDS.sub("", text))
     tokens: list[str] = _TOKEN.findall(text.casefold())
     while tokens and tokens[-1] in _LAST_SIGNS:

@@ -1,0 +1,128 @@
+"""Planted copies and paraphrases are caught, unrelated and short questions are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phimr_nemo.config import EvaluationSetConfig
+from phimr_nemo.data.decontaminate import EvaluationIndex, Match, evaluation_questions
+from phimr_nemo.data.normalise import comparison_tokens
+from phimr_nemo.errors import UserError
+from phimr_nemo.store import finish, rows_to_table, write_shard
+
+WALK = (
+    "Every morning Aya goes for a $9$-kilometer-long walk and stops at a coffee shop afterwards. When she walks at "
+    "a constant speed of $s$ kilometers per hour, the walk takes her 4 hours, including $t$ minutes spent in the "
+    "coffee shop. Find the number of minutes the walk takes her."
+)
+PARAPHRASE = (
+    "Each morning, Aya goes for a $12$-kilometer-long walk and stops at a coffee shop afterwards. When she walks at "
+    "a constant speed of $v$ kilometers per hour, the walk takes her 5 hours, including $t$ minutes spent in the "
+    "coffee shop. What is the number of minutes the walk takes her?"
+)
+TAIL = "where $m$ and $n$ are relatively prime positive integers. Find $m+n$."
+SUM = "What is $7+2$?"
+EVALUATION = [
+    ("AIME24", WALK),
+    ("MATH-500", SUM),
+    *(
+        ("AIME25", f"The {word} of the ball is $\\frac{{m}}{{n}}$, {TAIL}")
+        for word in ("mass", "cost", "speed", "size", "age")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def index() -> EvaluationIndex:
+    return EvaluationIndex(EVALUATION, ngram=8, overlap=0.6)
+
+
+def match(index: EvaluationIndex, question: str) -> Match | None:
+    return index.match(question, comparison_tokens(question))
+
+
+def test_a_planted_copy_is_caught(index: EvaluationIndex) -> None:
+    copy = WALK.upper().replace("$9$", "\\(9\\)").replace("  ", " ") + " "
+    assert match(index, copy) == Match("exact", "AIME24", WALK, 1.0)
+    assert match(index, "what is 7 + 2") == Match("exact", "MATH-500", SUM, 1.0)
+
+
+def test_a_planted_paraphrase_with_other_numbers_is_caught(index: EvaluationIndex) -> None:
+    found = match(index, PARAPHRASE)
+    assert found is not None
+    assert (found.rule, found.set, found.question) == ("ngram", "AIME24", WALK)
+    assert 0.6 <= found.overlap < 1.0
+
+
+def test_a_copy_inside_a_longer_question_is_caught(index: EvaluationIndex) -> None:
+    found = match(index, f"Solve this one. {WALK} Then double it and tell a friend what you have found by doing so.")
+    assert found is not None
+    assert found.set == "AIME24"
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "What is $3+5$?",
+        "What is $7+3$?",
+        f"A die is thrown until a six comes. The chance of an even count is $\\frac{{m}}{{n}}$, {TAIL}",
+        "Every morning a baker makes 9 loaves. How many loaves does he make in 4 days?",
+        "$1+2+3+4+5+6+7+8+9+10+11+12$",
+        "",
+    ],
+)
+def test_unrelated_and_short_questions_are_not(index: EvaluationIndex, question: str) -> None:
+    assert match(index, question) is None
+
+
+def test_without_the_mask_the_paraphrase_of_a_number_rich_question_would_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    question = "Tom buys 3 pens, 4 books and 5 bags on day 6 of week 7 and pays 8 coins for 9 pens and 10 books now."
+    other = (
+        "Tom buys 13 pens, 14 books and 15 bags on day 16 of week 17 and pays 18 coins for 19 pens and 20 books now."
+    )
+    assert match(EvaluationIndex([("E", question)], ngram=8, overlap=0.6), other) is not None
+    monkeypatch.setattr("phimr_nemo.data.decontaminate.mask_numbers", lambda tokens: tokens)
+    assert match(EvaluationIndex([("E", question)], ngram=8, overlap=0.6), other) is None
+
+
+def test_drawings_do_not_count(index: EvaluationIndex) -> None:
+    drawing = "[asy] size(100); pair A, B, C; label(A, north); label(B, south); draw(A--B--C--cycle); dot(A); [/asy]"
+    with_drawing = EvaluationIndex([("E", f"Find the angle at $A$. {drawing}")], ngram=8, overlap=0.6)
+    assert match(with_drawing, f"How long is the side $BC$ in the figure shown? {drawing}") is None
+
+
+def test_questions_come_from_files_and_record_directories(tmp_path: Path) -> None:
+    rows = [{"Question": "One?", "Correct Answer": "1"}, {"Question": "Two?", "Correct Answer": "2"}]
+    path = tmp_path / "gpqa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert list(evaluation_questions(EvaluationSetConfig(name="GPQA", path=path))) == ["One?", "Two?"]
+    problem = dict.fromkeys(("solution", "domain", "difficulty")) | {
+        "id": "a", "source": "s", "question": "Three?", "answer": "3", "metadata": "{}",
+    }  # fmt: skip
+    write_shard(tmp_path / "records", 0, rows_to_table([problem], "problems"), kind="problems")
+    finish(tmp_path / "records", kind="problems", config={})
+    assert list(evaluation_questions(EvaluationSetConfig(name="R", path=tmp_path / "records"))) == ["Three?"]
+    with pytest.raises(UserError, match="Correct Answer"):
+        list(evaluation_questions(EvaluationSetConfig(name="GPQA", path=path, question="problem")))
+
+
+def test_real_training_sets_against_real_benchmarks(shared_data: Path) -> None:
+    """GSM8K's training set shares no question with AIME and MATH-500; DeepScaleR holds copies from MATH-500."""
+    sets = (("AIME24", "aime24.jsonl"), ("AIME25", "aime25.json"), ("MATH-500", "math500.jsonl"))
+    questions = [
+        (name, question)
+        for name, file in sets
+        for question in evaluation_questions(EvaluationSetConfig(name=name, path=shared_data / "problems" / file))
+    ]
+    index = EvaluationIndex(questions, ngram=8, overlap=0.6)
+    gsm8k = EvaluationSetConfig(name="", path=shared_data / "problems" / "gsm8k_train.jsonl")
+    assert [match(index, question) for question in evaluation_questions(gsm8k)] == [None] * 7473
+    hard = EvaluationSetConfig(name="", path=shared_data / "problems" / "deepscaler_level_3.json.gz")
+    found = [one for question in evaluation_questions(hard) if (one := match(index, question)) is not None]
+    assert [one.set for one in found if one.rule == "exact"] == ["MATH-500"] * 2
+    assert len(found) < 0.003 * 7961

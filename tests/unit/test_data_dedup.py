@@ -1,0 +1,154 @@
+"""Duplicates against a brute force, the choice of the kept row, and determinism."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from phimr_nemo.config import NearDuplicatesConfig
+from phimr_nemo.data.candidates import digest
+from phimr_nemo.data.dedup import (
+    EXACT,
+    EXACT_OTHER_ANSWER,
+    KEPT,
+    NEAR,
+    SHINGLE_TOKENS,
+    Duplicates,
+    Facts,
+    Signer,
+    find_duplicates,
+)
+from phimr_nemo.data.normalise import comparison_tokens, numbers
+
+PERMUTATIONS = 250
+NEAR_CONFIG = NearDuplicatesConfig(threshold=0.7, permutations=PERMUTATIONS)
+WORDS = (
+    "farmer",
+    "boat",
+    "triangle",
+    "circle",
+    "apples",
+    "tank",
+    "train",
+    "coin",
+    "ladder",
+    "prime",
+    "sum",
+    "area",
+    "speed",
+    "water",
+    "rope",
+    "garden",
+)
+
+
+def facts_of(questions: list[str], answers: list[str] | None = None, ranks: list[int] | None = None) -> Facts:
+    signer = Signer(PERMUTATIONS)
+    tokens = [comparison_tokens(question) for question in questions]
+    return Facts(
+        question=np.array([digest(" ".join(one)) for one in tokens], dtype=np.uint64),
+        numbers=np.array([digest(" ".join(numbers(one))) for one in tokens], dtype=np.uint64),
+        answer=np.array([digest(answer) for answer in answers or ["a"] * len(questions)], dtype=np.uint64),
+        rank=np.array(ranks or [0] * len(questions), dtype=np.int32),
+        signatures=np.stack([signer.sign(one) for one in tokens], axis=1),
+    )
+
+
+def decide(questions: list[str], answers: list[str] | None = None, ranks: list[int] | None = None) -> Duplicates:
+    return find_duplicates(facts_of(questions, answers, ranks), NEAR_CONFIG)
+
+
+def jaccard(one: str, other: str) -> float:
+    def shingles(text: str) -> set[tuple[str, ...]]:
+        tokens = comparison_tokens(text)
+        return {tuple(tokens[i : i + SHINGLE_TOKENS]) for i in range(max(1, len(tokens) - SHINGLE_TOKENS + 1))}
+
+    first, second = shingles(one), shingles(other)
+    return len(first & second) / len(first | second)
+
+
+BASE = "A farmer fills a tank with 30 litres of water and his boat carries 12 apples along the garden rope today."
+
+
+def test_exact_duplicates_differ_only_in_what_does_not_count() -> None:
+    found = decide(["Find $x^{2}$.", "What is 3?", "find x^2", "find  \\(x^2\\)"], ["4", "3", "4", "5"])
+    assert found.kept.tolist() == [0, 1, 0, 0]
+    assert found.reason.tolist() == [KEPT, KEPT, EXACT, EXACT_OTHER_ANSWER]
+
+
+def test_a_near_duplicate_needs_the_same_numbers_and_the_same_answer() -> None:
+    one_word = BASE.replace("garden", "yard")
+    assert jaccard(BASE, one_word) > 0.7
+    assert decide([BASE, one_word]).reason.tolist() == [KEPT, NEAR]
+    assert decide([BASE, BASE.replace("30", "31")]).reason.tolist() == [KEPT, KEPT]
+    assert decide([BASE, one_word], ["4", "5"]).reason.tolist() == [KEPT, KEPT]
+
+
+def test_the_most_informative_row_is_kept_then_the_earliest() -> None:
+    questions = [BASE, BASE.upper(), BASE.replace("garden", "yard"), BASE + " "]
+    assert decide(questions, ranks=[0, 3, 5, 3]).kept.tolist() == [2, 2, 2, 2]
+    assert decide(questions, ranks=[1, 1, 1, 1]).kept.tolist() == [0, 0, 0, 0]
+
+
+def test_no_chain_of_near_duplicates() -> None:
+    """b is near a and c is near b, but c is not near a: b is dropped for a, so c stays."""
+    a = " ".join(f"w{chr(97 + index)}" for index in range(26))
+    b = a.replace("wc", "xc")
+    c = b.replace("wr", "xr").replace("wx", "xx")
+    assert jaccard(a, b) > 0.75
+    assert jaccard(a, c) < 0.6
+    assert jaccard(b, c) > 0.55
+    found = find_duplicates(facts_of([a, b, c]), NearDuplicatesConfig(threshold=0.55, permutations=PERMUTATIONS))
+    assert found.kept[1] == 0
+    for index, kept in enumerate(found.kept.tolist()):
+        assert found.kept[kept] == kept
+        if index != kept:
+            assert jaccard([a, b, c][index], [a, b, c][kept]) > 0.4
+
+
+def mutated(rng: random.Random) -> list[str]:
+    questions: list[str] = []
+    for _ in range(60):
+        if questions and rng.random() < 0.5:
+            words = rng.choice(questions).split()
+            for _ in range(rng.randrange(4)):
+                words[rng.randrange(len(words))] = rng.choice(WORDS)
+        else:
+            words = [rng.choice(WORDS) for _ in range(40)]
+        questions.append(" ".join(words))
+    return questions
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_near_duplicates_equal_a_brute_force_away_from_the_threshold(seed: int) -> None:
+    questions = mutated(random.Random(seed))
+    found = decide(questions)
+    kept = [index for index in range(len(questions)) if found.reason[index] == KEPT]
+    # The estimate's standard deviation is below 0.03, so 0.12 to either side is sure.
+    for position, index in enumerate(kept):
+        assert all(jaccard(questions[index], questions[other]) < 0.82 for other in kept[:position])
+    for index in range(len(questions)):
+        if found.reason[index] == NEAR:
+            assert jaccard(questions[index], questions[found.kept[index]]) > 0.58
+            assert found.reason[found.kept[index]] == KEPT
+
+
+def test_the_brute_force_sees_a_planted_miss() -> None:
+    questions = mutated(random.Random(0))
+    assert max(jaccard(a, b) for i, a in enumerate(questions) for b in questions[:i]) > 0.82
+
+
+def test_signatures_estimate_jaccard_and_are_the_same_every_time() -> None:
+    signer = Signer(PERMUTATIONS)
+    other = BASE.replace("boat", "ship")
+    one, two = signer.sign(comparison_tokens(BASE)), Signer(PERMUTATIONS).sign(comparison_tokens(other))
+    assert (one == two).mean() == pytest.approx(jaccard(BASE, other), abs=0.1)
+    assert np.array_equal(one, Signer(PERMUTATIONS).sign(comparison_tokens(BASE)))
+    assert signer.sign(["x"]).shape == (PERMUTATIONS,)
+
+
+def test_without_near_duplicates_only_exact_ones_are_found() -> None:
+    questions = [BASE, BASE.replace("garden", "yard"), BASE]
+    assert find_duplicates(facts_of(questions), None).reason.tolist() == [KEPT, KEPT, EXACT]

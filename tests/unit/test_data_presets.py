@@ -1,0 +1,364 @@
+"""Each published set's reader, on rows in exactly the columns of the set (docs/data.md names their origin)."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from phimr_nemo.config.preparation import Preset as PresetName
+from phimr_nemo.data.item import Item, UnusableRow
+from phimr_nemo.data.labels import DOMAINS, domain_of
+from phimr_nemo.data.presets import PRESETS
+
+STRATOS = (
+    "<|begin_of_thought|>\n\nTwo and two.\n\n<|end_of_thought|>\n\n"
+    "<|begin_of_solution|>\n\nIt is $\\boxed{4}$.\n\n<|end_of_solution|>"
+)
+THOUGHT = "<think>\nTwo and two.\n</think>\n\nIt is $\\boxed{4}$."
+BOXED_PROMPT = "Return your final response within \\boxed{}. "
+DAPO_PROMPT = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_REMINDER = '\n\nRemember to put your answer on its own line after "Answer:".'
+NUMINA = {
+    "problem": "What is $2+2$?",
+    "solution": "It is $\\boxed{4}$.",
+    "answer": "4",
+    "problem_type": "Number Theory",
+    "question_type": "math-word-problem",
+    "problem_is_valid": "Yes",
+    "solution_is_valid": "Yes",
+    "source": "olympiads",
+    "synthetic": False,
+}
+OPENR1 = {
+    "problem": "What is $2+2$?",
+    "solution": "It is $\\boxed{4}$.",
+    "answer": "4",
+    "problem_type": "Algebra",
+    "question_type": "math-word-problem",
+    "source": "cn_k12",
+    "uuid": "a-b",
+    "is_reasoning_complete": [True, False],
+    "generations": ["<think>\nEasy.\n</think>\n\\boxed{4}", "<think>\nHm, "],
+    "correctness_math_verify": [True, False],
+    "correctness_llama": None,
+    "finish_reasons": ["stop", "length"],
+    "correctness_count": 1,
+    "messages": [{"content": "What is $2+2$?", "role": "user"}],
+}
+OPENTHOUGHTS = {
+    "problem": "Return your final response within \\boxed{}. What is $2+2$?",
+    "deepseek_reasoning": "Two and two.",
+    "deepseek_solution": "It is $\\boxed{4}$.",
+    "ground_truth_solution": "Add: $\\boxed{4}$",
+    "domain": "math",
+    "source": "olympiads",
+    "test_cases": None,
+    "starter_code": None,
+}
+SHAREGPT = {
+    "system": "Your role as an assistant involves thoroughly exploring questions",
+    "conversations": [
+        {"from": "user", "value": BOXED_PROMPT + "What is $2+2$?"},
+        {"from": "assistant", "value": STRATOS},
+    ],
+}
+OLYMPIAD = {
+    "id": 1606,
+    "question": "Find all $n$.",
+    "solution": ["First.", "Second."],
+    "final_answer": ["$2,3$"],
+    "context": None,
+    "image_1": None,
+    "modality": "Text-only",
+    "difficulty": "Competition",
+    "is_multiple_answer": True,
+    "unit": None,
+    "answer_type": "Numerical",
+    "error": None,
+    "question_type": "Open-ended",
+    "subfield": "Combinatorics",
+    "subject": "Math",
+    "language": "English",
+}
+AQUA = {
+    "question": "Two friends walk. How far?",
+    "options": ["A)21", "B)21.5", "C)22", "D)22.5", "E)23"],
+    "rationale": "1.15*20=23 km.\nThe answer is E.",
+    "correct": "E",
+}
+TAL = {
+    "dataset_name": "prime_math_competition_en_single_choice_8K_dev",
+    "dataset_version": "2023-07-07",
+    "qid": "244",
+    "queId": "8afc",
+    "competition_source_list": [],
+    "difficulty": "2",
+    "qtype": "single_choice",
+    "problem": "What is the smallest value of $X+Y$? ",
+    "answer_option_list": [
+        [{"aoVal": "A", "content": "$$3$$ "}],
+        [{"aoVal": "B", "content": "$$4$$ "}],
+    ],
+    "knowledge_point_routes": ["Overseas Competition->Knowledge Point->Number Theory Modules->Divisibility Rules"],
+    "answer_analysis": ["Since $1001$ is a multiple of $13$. "],
+    "answer_value": "B",
+}
+META_SOLUTION = "Since 2+2=4.\n#### 4\nThe answer is: 4"
+
+
+def read(preset: str, row: dict[str, Any]) -> Item:
+    assert PRESETS[preset].fits(row)
+    return PRESETS[preset].read(row)
+
+
+# preset, row -> question, answer, solution, domain, difficulty
+PLAIN: list[tuple[str, dict[str, Any], tuple[str, str, str | None, str | None, str | None]]] = [
+    ("numina_math", NUMINA, ("What is $2+2$?", "4", "It is $\\boxed{4}$.", "number_theory", "college")),
+    (
+        "numina_math",
+        {"source": "orca_math", "problem": "Q", "solution": "So \\boxed{\\frac{1}{2}}", "messages": []},
+        ("Q", "\\frac{1}{2}", "So \\boxed{\\frac{1}{2}}", None, "elementary"),
+    ),
+    (
+        "big_math",
+        {
+            "problem": "Q",
+            "answer": "7",
+            "source": "cn_k12",
+            "domain": ["Mathematics -> Applied Mathematics -> Probability"],
+            "llama8b_solve_rate": 0.25,
+        },
+        ("Q", "7", None, "probability", "high_school"),
+    ),
+    (
+        "omni_math",
+        {
+            "domain": ["Mathematics -> Geometry -> Plane Geometry -> Angles"],
+            "difficulty": 7.5,
+            "problem": "Q",
+            "solution": "S",
+            "answer": "7",
+            "source": "usamo",
+        },
+        ("Q", "7", "S", "geometry", "college"),
+    ),
+    ("olympiad_bench", OLYMPIAD, ("Find all $n$.", "2,3", "First.\n\nSecond.", "combinatorics", "college")),
+    (
+        "olympiad_bench",
+        OLYMPIAD | {"context": "Let $n$ be odd.", "final_answer": ["$2$", "$3$"]},
+        ("Let $n$ be odd.\n\nFind all $n$.", "2, 3", "First.\n\nSecond.", "combinatorics", "college"),
+    ),
+    (
+        "metamath_qa",
+        {"type": "GSM_Rephrased", "query": "Q", "original_question": "O", "response": META_SOLUTION},
+        ("Q", "4", META_SOLUTION, None, "elementary"),
+    ),
+    (
+        "math_instruct",
+        {"source": "data/CoT/aqua_rat.json", "output": "So it goes. The answer is D", "instruction": "Q"},
+        ("Q", "D", "So it goes. The answer is D", None, "high_school"),
+    ),
+    (
+        "math_instruct",
+        {"source": "data/CoT/MATH_train.json", "output": "Thus $\\boxed{12}$.", "instruction": "Q"},
+        ("Q", "12", "Thus $\\boxed{12}$.", None, None),
+    ),
+    (
+        "aqua_rat",
+        AQUA,
+        (
+            "Two friends walk. How far?\n(A) 21\n(B) 21.5\n(C) 22\n(D) 22.5\n(E) 23",
+            "E",
+            "1.15*20=23 km.\nThe answer is E.",
+            None,
+            "high_school",
+        ),
+    ),
+    (
+        "ape210k",
+        {
+            "id": "1191144",
+            "segmented_text": "一 共",
+            "original_text": "一共有多少？",
+            "ans": "1/2",
+            "equation": "x=1/2",
+        },
+        ("一共有多少？", "1/2", None, "arithmetic", "elementary"),
+    ),
+    (
+        "ape210k",
+        {"id": "1", "question": "Q", "question_chinese": "问", "chain": "", "result": "5", "equation": "x=5"},
+        ("Q", "5", None, "arithmetic", "elementary"),
+    ),
+    (
+        "tal_scq5k",
+        TAL,
+        (
+            "What is the smallest value of $X+Y$?\n(A) $$3$$\n(B) $$4$$",
+            "B",
+            "Since $1001$ is a multiple of $13$.",
+            "number_theory",
+            "middle",
+        ),
+    ),
+    (
+        "gsm8k",
+        {"question": "Q", "answer": "2+2=<<2+2=4>>4\n#### 1,004"},
+        ("Q", "1004", "2+2=<<2+2=4>>4", None, "elementary"),
+    ),
+    (
+        "math",
+        {
+            "problem": "Q",
+            "level": "Level 5",
+            "type": "Counting & Probability",
+            "solution": "So $\\boxed{\\frac{1}{2}}$.",
+        },
+        ("Q", "\\frac{1}{2}", "So $\\boxed{\\frac{1}{2}}$.", "probability", "high_school"),
+    ),
+    (
+        "math",
+        {"problem": "Q", "answer": "0", "difficulty": 1.0, "type": "Precalculus"},
+        ("Q", "0", None, "algebra", "elementary"),
+    ),
+    ("deepscaler", {"problem": "Q", "answer": "28", "solution": ""}, ("Q", "28", None, None, None)),
+    (
+        "deepscaler",
+        {"prompt": "Q", "answer": "28", "source": "deepscaler_difficulty", "id": 0},
+        ("Q", "28", None, None, None),
+    ),
+    (
+        "orz",
+        {"turns": [{"from": "human", "value": "Q"}, {"from": "assistant", "ground_truth": {"value": "142"}}]},
+        ("Q", "142", None, None, None),
+    ),
+    (
+        "dapo",
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"content": DAPO_PROMPT + "Q $x$?" + DAPO_REMINDER, "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": "9a9b"},
+        },
+        ("Q $x$?", "34", None, None, None),
+    ),
+]
+
+
+@pytest.mark.parametrize(("preset", "row", "expected"), PLAIN, ids=[f"{i}-{case[0]}" for i, case in enumerate(PLAIN)])
+def test_reads_the_published_columns(
+    preset: str, row: dict[str, Any], expected: tuple[str, str, str | None, str | None, str | None]
+) -> None:
+    item = read(preset, row)
+    assert (item.question, item.answer, item.solution, item.domain, item.difficulty) == expected
+    assert item.trajectories == ()
+
+
+def test_own_labels_stay_in_their_own_words() -> None:
+    assert read("big_math", PLAIN[2][1]).labels["llama8b_solve_rate"] == 0.25
+    assert read("omni_math", PLAIN[3][1]).labels["difficulty"] == 7.5
+    assert read("tal_scq5k", TAL).labels["difficulty"] == "2"
+    assert read("math", PLAIN[14][1]).labels == {"level": "Level 5", "type": "Counting & Probability"}
+    assert read("numina_math", NUMINA).labels["problem_type"] == "Number Theory"
+
+
+def test_openr1_keeps_every_generation_with_its_labels() -> None:
+    item = read("openr1_math", OPENR1)
+    assert (item.answer, item.domain, item.difficulty) == ("4", "algebra", "high_school")
+    assert [one.response for one in item.trajectories] == OPENR1["generations"]
+    assert [one.finish_reason for one in item.trajectories] == ["stop", "length"]
+    assert [one.teacher for one in item.trajectories] == ["deepseek-r1", "deepseek-r1"]
+    assert [dict(one.labels) for one in item.trajectories] == [
+        {"correctness_math_verify": True, "is_reasoning_complete": True},
+        {"correctness_math_verify": False, "is_reasoning_complete": False},
+    ]
+
+
+def test_openthoughts_in_its_three_editions() -> None:
+    math_edition = {
+        "source": "olympiads",
+        "problem": "What is $2+2$?",
+        "solution": "Add: $\\boxed{4}$",
+        "correct": True,
+    }
+    for row, answer_from in (
+        (OPENTHOUGHTS, None),
+        (math_edition | {"conversations": SHAREGPT["conversations"], "messages": []}, None),
+        (SHAREGPT, "trajectory"),
+    ):
+        item = read("openthoughts", row)
+        assert (item.question, item.answer) == ("What is $2+2$?", "4")
+        assert [one.response for one in item.trajectories] == [THOUGHT]
+        assert item.labels.get("answer_from") == answer_from
+
+
+def test_bespoke_stratos_answers_by_its_own_box() -> None:
+    item = read("bespoke_stratos", SHAREGPT)
+    assert (item.question, item.answer, item.labels) == ("What is $2+2$?", "4", {"answer_from": "trajectory"})
+    assert item.trajectories[0].response == THOUGHT
+
+
+@pytest.mark.parametrize(
+    ("preset", "row", "reason"),
+    [
+        ("numina_math", NUMINA | {"question_type": "proof"}, "a proof"),
+        ("numina_math", NUMINA | {"answer": "proof"}, "no answer"),
+        ("numina_math", NUMINA | {"problem_is_valid": "Incomplete"}, "problem_is_valid is not Yes"),
+        ("openr1_math", OPENR1 | {"answer": "notfound"}, "no answer"),
+        ("openthoughts", OPENTHOUGHTS | {"domain": "code"}, "not mathematics"),
+        (
+            "bespoke_stratos",
+            {"system": "", "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "f"}]},
+            "no answer",
+        ),
+        ("olympiad_bench", OLYMPIAD | {"modality": "Multimodal"}, "an image"),
+        ("olympiad_bench", OLYMPIAD | {"subject": "Physics"}, "not mathematics"),
+        ("metamath_qa", {"type": "MATH_AnsAug", "query": "Q", "response": "So it is."}, "no answer"),
+        (
+            "math_instruct",
+            {"source": "data/PoT/gsm.json", "output": "x = 1\nprint(x)", "instruction": "Q"},
+            "a program",
+        ),
+        ("gsm8k", {"question": "Q", "answer": "no end"}, "no answer"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_checked_is_refused_with_a_reason(preset: str, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnusableRow) as caught:
+        read(preset, row)
+    assert caught.value.reason == reason
+
+
+def test_a_row_of_other_columns_does_not_fit() -> None:
+    assert not PRESETS["gsm8k"].fits({"problem": "Q", "answer": "4"})
+    assert not PRESETS["openr1_math"].fits(NUMINA)
+    assert not PRESETS["dapo"].fits({"prompt": []})
+
+
+def test_every_preset_of_the_configuration_has_a_reader() -> None:
+    assert set(get_args(PresetName)) == set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("label", "domain"),
+    [
+        ("Intermediate Algebra", "algebra"),
+        ("Counting & Probability", "probability"),
+        ("Number Theory", "number_theory"),
+        ("Mathematics -> Calculus -> Differential Calculus", "calculus"),
+        (["Mathematics -> Precalculus -> Trigonometric Functions"], "algebra"),
+        ("Logic and Puzzles", "logic"),
+        ("number_theory", "number_theory"),
+        ("竞赛->知识点->数论模块->整除", "number_theory"),
+        ("Mathematics", None),
+        (None, None),
+        (3, None),
+    ],
+)
+def test_labels_of_domains(label: object, domain: str | None) -> None:
+    assert domain_of(label) == domain
+    assert domain is None or domain in DOMAINS
