@@ -86,6 +86,15 @@ def documents() -> list[Tensor]:
     return [torch.randint(WORDS, (n,), generator=generator) for n in DOCUMENTS]
 
 
+def document_labels() -> list[Tensor]:
+    """One label a token, those of each document's first token left out."""
+    generator = torch.Generator().manual_seed(6)
+    labels = [torch.randint(WORDS, (n,), generator=generator) for n in DOCUMENTS]
+    for part in labels:
+        part[0] = -100
+    return labels
+
+
 def packed(lengths: tuple[int, ...]) -> PackedSeqParams:
     boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     return PackedSeqParams(
@@ -111,14 +120,18 @@ def hugging_face(directory: str, arch: Architecture) -> Results:
     logits = model(ids).logits
     per_token = cross_entropy(logits, labels)
     (per_token.sum() / (labels >= 0).sum()).backward()
-    with torch.no_grad():
-        singles = [model(document[None]).logits[0] for document in documents()]
+    whole = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    singles = [model(document[None]).logits for document in documents()]
+    parts = [cross_entropy(one, part[None]) for one, part in zip(singles, document_labels(), strict=True)]
+    (torch.cat(parts, dim=1).sum() / (torch.cat(document_labels()) >= 0).sum()).backward()
     return {
         "logits": logits.detach(),
         "nll": per_token.detach(),
         "nll_warm": cross_entropy(logits.detach() / TEMPERATURE, labels),
-        "gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
-        "documents": singles,
+        "gradients": whole,
+        "documents": [one[0].detach() for one in singles],
+        "packed_gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
         "weights": {name: p.detach() for name, p in model.named_parameters()},
     }
 
@@ -200,14 +213,24 @@ def gradients(model: PhiGPTModel, layout: ParallelConfig) -> dict[str, Tensor]:
 
     Each data-parallel rank has its share of the rows, in micro-batches of one row.
     """
+    ids, labels = batch()
+    mine = range(parallel_state.get_data_parallel_rank(), ROWS, layout.data)
+    return backward(model, [{"input_ids": ids[row, None], "labels": labels[row, None]} for row in mine])
+
+
+def packed_gradients(model: PhiGPTModel) -> dict[str, Tensor]:
+    """The same of the packed row, for one data-parallel rank."""
+    row, labels = torch.cat(documents())[None], torch.cat(document_labels())[None]
+    return backward(model, [{"input_ids": row, "labels": labels, "packed_seq_params": packed(DOCUMENTS)}])
+
+
+def backward(model: PhiGPTModel, micro: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Gradients of the mean loss over all valid tokens; the model's weights are lost."""
     arch = model.architecture
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped.train()
     wrapped.zero_grad_buffer()
-    ids, labels = batch()
-    mine = range(parallel_state.get_data_parallel_rank(), ROWS, layout.data)
-    micro = [{"input_ids": ids[row, None], "labels": labels[row, None]} for row in mine]
 
     def head(inputs: dict[str, Any], output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         # As in every stage: sums here, and Megatron divides by the global count.
@@ -239,6 +262,7 @@ def measure(directory: str, layout: ParallelConfig) -> Results:
         "packed_as_one": forward(model, {"input_ids": row, "packed_seq_params": packed((sum(DOCUMENTS),))}),
         "packed_per_sequence": forward(per_sequence, {"input_ids": row, "packed_seq_params": packed(DOCUMENTS)}),
         "gradients": gradients(model, layout),
+        "packed_gradients": packed_gradients(per_sequence) if layout.data == 1 else {},
     }
 
 

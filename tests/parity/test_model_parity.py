@@ -124,6 +124,17 @@ def test_packed_equals_each_document_alone_in_transformers(
 
 
 @pytest.mark.parametrize("layout", PACKED)
+def test_every_gradient_of_a_packed_row_equals_each_document_alone(
+    layout: str, measured: Callable[[str], worker.Results], reference: worker.Results
+) -> None:
+    wanted = reference["packed_gradients"]
+    worst, name = worst_gradient(measured(layout)["packed_gradients"], wanted)
+    assert worst <= GRADIENT, name
+    # The twin: the gradients of other sequences are far away.
+    assert worst_gradient(reference["gradients"], wanted)[0] > FAULT
+
+
+@pytest.mark.parametrize("layout", PACKED)
 def test_no_document_sees_another_bit_for_bit(layout: str, measured: Callable[[str], worker.Results]) -> None:
     result = measured(layout)
     before = result["packed"][0].split(worker.DOCUMENTS)
