@@ -54,7 +54,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     run = RunDirectory(config.run.output)
     start_process_group(config.parallel, config.run.seed)
     with PreemptionGuard() as guard:
-        policy = _policy(config, base, steps)
+        policy = build_policy(config, base, steps)
         identity = content_identity(base, config.pairs)
         if isinstance(config.reference, StoredReference):
             computed = reference_identity(config, identity, pairs)
@@ -102,7 +102,8 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     }
 
 
-def _policy(config: DPOConfig, base: HFDirectory, steps: int) -> MegatronPolicy:
+def build_policy(config: DPOConfig, base: HFDirectory, steps: int) -> MegatronPolicy:
+    """The policy with the stage's objective, for `steps` optimizer steps; Megatron's groups are up already."""
     objective = DPOObjective(
         config,
         multiple=config.parallel.tensor if config.parallel.sequence else 1,

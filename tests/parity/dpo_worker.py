@@ -87,7 +87,7 @@ def one_step(path: Path, overrides: Sequence[str], fault: str | None) -> Step:
     base = HFDirectory(config.base)
     start_process_group(config.parallel, config.run.seed)
     pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
-    trained = dpo._policy(config, base, steps=1)
+    trained = dpo.build_policy(config, base, steps=1)
     pad = base.architecture.pad_token_id
     noise = torch.randn(2, len(pairs), generator=torch.Generator().manual_seed(0))
     collate = PairCollate(
