@@ -82,12 +82,10 @@ class EndpointClient:
         self._next_host = 0
         self._slots = asyncio.Semaphore(config.concurrency)
         self._answered = self._refused = 0
-        self._http = httpx.AsyncClient(
-            # A compressed reply could be larger than any bound on what is received.
-            headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})},
-            timeout=httpx.Timeout(config.idle_seconds, connect=min(CONNECT_SECONDS, config.idle_seconds), pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
-        )
+        self._certificates = httpx.create_ssl_context()
+        # One client a slot: a shared pool looks through all its connections at every request and every reply.
+        self._idle: list[httpx.AsyncClient] = []
+        self._clients: list[httpx.AsyncClient] = []
 
     async def __aenter__(self) -> EndpointClient:
         return self
@@ -95,7 +93,23 @@ class EndpointClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._http.aclose()
+        for client in self._clients:
+            await client.aclose()
+
+    def _open(self) -> httpx.AsyncClient:
+        client = httpx.AsyncClient(
+            # A compressed reply could be larger than any bound on what is received.
+            headers={
+                "Accept-Encoding": "identity",
+                **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+            },
+            timeout=httpx.Timeout(
+                self.config.idle_seconds, connect=min(CONNECT_SECONDS, self.config.idle_seconds), pool=None
+            ),
+            verify=self._certificates,
+        )
+        self._clients.append(client)
+        return client
 
     async def complete(self, request: ChatRequest) -> ChatReply:
         """Get one reply, however many attempts it takes up to the configured number.
@@ -113,17 +127,19 @@ class EndpointClient:
         )
         attempt = 0
         async with self._slots:
+            client = self._idle.pop() if self._idle else self._open()
             try:
                 async for attempt_context in retrying:
                     with attempt_context:
                         attempt += 1
-                        reply = await self._attempt(request)
+                        reply = await self._attempt(client, request)
             except Transient as error:
                 raise RequestFailed(error.reason, attempts=attempt) from error
             except RequestFailed as error:
                 self._refused += error.refused
                 raise RequestFailed(error.reason, attempts=attempt, refused=error.refused) from error
             finally:
+                self._idle.append(client)
                 self.counts["requests"] += 1
         self._answered += 1
         return dataclasses.replace(reply, attempts=attempt)
@@ -159,7 +175,7 @@ class EndpointClient:
         host.closed_until = max(host.closed_until, now + (error.retry_after or 0.0))
         host.rested_until = max(host.closed_until, now + seconds)
 
-    async def _attempt(self, request: ChatRequest) -> ChatReply:
+    async def _attempt(self, client: httpx.AsyncClient, request: ChatRequest) -> ChatReply:
         """One attempt, at the address whose turn it is.
 
         Raises:
@@ -169,7 +185,7 @@ class EndpointClient:
         host = self._choose_host()
         await self._wait_until_open(host)
         try:
-            reply = await asyncio.wait_for(self._send(host, request), self.config.total_seconds)
+            reply = await asyncio.wait_for(self._send(client, host, request), self.config.total_seconds)
         except (httpx.TransportError, asyncio.TimeoutError, TimeoutError, Transient) as error:
             transient = error if isinstance(error, Transient) else _explain(error)
             if transient.is_hosts_fault:
@@ -178,10 +194,10 @@ class EndpointClient:
         host.failures = 0
         return reply
 
-    async def _send(self, host: _Host, request: ChatRequest) -> ChatReply:
+    async def _send(self, client: httpx.AsyncClient, host: _Host, request: ChatRequest) -> ChatReply:
         """One attempt."""
         body = request.body(self.config)
-        async with self._http.stream("POST", host.url, json=body) as response:
+        async with client.stream("POST", host.url, json=body) as response:
             if response.status_code != httpx.codes.OK:
                 await self._refuse(host, response)
             if response.headers.get("content-encoding", "identity") != "identity":
