@@ -1,6 +1,6 @@
 """Synthetic rollouts through verify -> curate -> pack: rows a second and peak memory at growing sizes.
 
-    python bench/data_scale.py [--quick] [--rows 100000,300000,1000000] [--characters 600] [--workers 2]
+    python bench/data_scale.py [--quick] [--rows 100000,300000,1000000] [--characters 200] [--workers 2]
                                [--tokenizer DIR] [--work DIR] [--long-rows 20000] [--tasks 64]
 
 Each step is the command a user would type, in a process of its own; its memory is the sum of the resident set sizes
@@ -236,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a minute instead of half an hour")
     parser.add_argument("--rows", default="100000,300000,1000000", help="sizes, separated by commas")
-    parser.add_argument("--characters", type=int, default=600, help="median length of a response")
+    parser.add_argument("--characters", type=int, default=200, help="median length of a response")
     parser.add_argument("--long-rows", type=int, default=20_000, help="rollouts of real length")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=64, help="array tasks of the extrapolation")
