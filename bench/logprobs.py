@@ -19,15 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-MIB = 2**20
+from common import MIB, in_child, machine, print_result, status_bytes, versions
+
 FLOAT32_BYTES = 4
 FULL_LOGITS_COPIES = 3
 """Logits, their log_softmax, and the gradient of one of them live at the same time in the peer's backward."""
@@ -37,14 +34,6 @@ DESIGN_TARGET = 0.1
 AGREEMENT = 1e-4
 """Relative, on loss and gradient norms: float32 sums over a vocabulary in two orders."""
 QUICK = {"tokens": 1024, "vocabulary": 32_064, "hidden": 64, "chunk": 64}
-
-
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def measure(method: str, tokens: int, vocabulary: int, hidden_size: int, chunk: int) -> dict[str, float]:
@@ -85,13 +74,10 @@ def measure(method: str, tokens: int, vocabulary: int, hidden_size: int, chunk: 
 
 
 def measure_in_child(method: str, tokens: int, options: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", method, "--tokens", str(tokens)]
+    arguments = ["--child", method, "--tokens", str(tokens)]
     for name in ("vocabulary", "hidden", "chunk"):
-        command += [f"--{name}", str(getattr(options, name))]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        raise RuntimeError(f"measuring {method} at {tokens} tokens failed:\n{finished.stderr[-2000:]}")
-    result: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
+        arguments += [f"--{name}", str(getattr(options, name))]
+    result = in_child(__file__, arguments, environment={})
     print(
         f"| {method:8} | {tokens:7,} | {result['bytes'] / MIB:10,.0f} | {result['seconds']:8.2f} "
         f"| {result['loss']:.6f} |",
@@ -189,14 +175,7 @@ def main() -> None:
     result = compare(options)
     import torch
 
-    result["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
-    result["machine"] = {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-    }
-    print("RESULT " + json.dumps(result))
+    print_result({**result, "versions": versions("torch"), "machine": machine(threads=torch.get_num_threads())})
 
 
 if __name__ == "__main__":

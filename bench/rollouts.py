@@ -16,14 +16,12 @@ greedy tokens of both must be equal.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from typing import Any
 
 import torch
+from common import machine, print_result, versions
 
 from phimr_nemo.generate.local import LocalSampler
 from phimr_nemo.generate.sampler import Request, SamplingParams
@@ -205,21 +203,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
-    import transformers
-
+    device = options.device if options.device == "cpu" else torch.cuda.get_device_name()
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": {
-            "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
-            "dtype": options.dtype,
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "versions": versions("torch", "transformers"),
+        "machine": machine(device=device, dtype=options.dtype, threads=torch.get_num_threads()),
     }
 
 
@@ -237,7 +224,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         vars(options).update(QUICK)
-    print("RESULT " + json.dumps({**compare(options), **environment(options)}))
+    print_result({**compare(options), **environment(options)})
 
 
 if __name__ == "__main__":

@@ -12,22 +12,20 @@ math-verify loaded, which is the fastest form of it. math-verify called directly
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import multiprocessing
 import os
-import platform
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
+from common import machine, print_result, versions
 
 from phimr_nemo.verify import Grader
 from phimr_nemo.verify.answer import DEADLINE_SECONDS
@@ -218,11 +216,10 @@ def main() -> None:
         "ratio_direct": round(ours / results["math-verify, called directly"]["per_second"], 2),
         "rows": results,
         "hostile": hostile,
-        "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in ("math-verify", "sympy", "antlr4-python3-runtime")},
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "workers": options.workers},
+        "versions": versions("math-verify", "sympy", "antlr4-python3-runtime"),
+        "machine": machine(workers=options.workers),
     }
-    print("RESULT " + json.dumps(result))
+    print_result(result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,327 @@
+"""Training on chains of thought of varying length: tokens a second, ours packed against transformers and TRL.
+
+    python bench/train.py [--quick] [--documents 1200] [--longest 1024] [--repeats 2] [--device cuda --base DIR]
+
+TRL comes from a directory of its own (`pip install --no-deps --target DIR trl==0.24.0 accelerate`, then
+PYTHONPATH=DIR); where it is absent the others are measured.
+
+The same documents, tokenised alike, go once through
+
+- ours: `phimr pack` and the stage `midtrain` (NeMo's trainer over Megatron-Core), documents packed and kept apart;
+- transformers' Trainer, padded to the longest of the micro-batch, with and without its grouping by length;
+- TRL's SFTTrainer with packing. Without flash attention its packed documents see one another, so its rows are as full
+  as ours and its loss is not quite the same objective;
+
+on one base model with AdamW, the same learning rate, clipping, number of optimizer steps, and loss on the responses.
+Each side runs in a process of its own with one thread. Times are CPU seconds (on a GPU: wall seconds) from the end of
+the first step to the end of the last, everything in between included; tokens are those of the documents, without
+padding. The rounds alternate; the table shows medians. After training, every model's loss on documents kept out, as
+the mean over documents of the mean over the response's tokens, is computed by one function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from common import in_child, machine, print_result, versions
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRESETS = REPOSITORY / "conf"
+SEED = 0
+LEARNING_RATE = 1e-3
+CLIP = 1.0
+ROWS_A_STEP = 4
+PADDED_MICRO_BATCH = 4
+TOKENS_A_LINE = 14.0
+"""About what a line of the made-up solutions takes."""
+MEDIAN_SHARE = 0.25
+SIGMA = 0.8
+"""Lengths are lognormal: median a quarter of the longest, spread as of recorded right chains of thought."""
+FILL = 0.9
+"""Of the longest, at most: the prompt needs room."""
+HELD_OUT = 64
+MODEL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
+QUICK = {"documents": 160, "longest": 512, "repeats": 1}
+OPTIONS = ("documents", "longest", "device", "base", "dtype")
+SIDES = ("ours", "padded", "grouped", "trl")
+TITLES = {
+    "ours": "ours, packed",
+    "padded": "transformers Trainer, padded",
+    "grouped": "transformers Trainer, padded, grouped by length",
+    "trl": "TRL SFTTrainer, packed",
+}
+TARGET_PADDED = 1.5
+
+
+def made_up(count: int, longest: int, seed: int) -> list[dict[str, str]]:
+    """Questions, and calculations of random length as their responses."""
+    draw = random.Random(seed)
+
+    def line() -> str:
+        a, b = draw.randint(10, 99), draw.randint(10, 99)
+        return f"{a} + {b} = {a + b}."
+
+    def response() -> str:
+        tokens = min(draw.lognormvariate(math.log(MEDIAN_SHARE * longest), SIGMA), FILL * longest)
+        return "\n".join(line() for _ in range(max(1, int(tokens / TOKENS_A_LINE))))
+
+    return [{"question": f"Compute {draw.randint(100, 999)} + 1.", "response": response()} for _ in range(count)]
+
+
+def make_inputs(root: Path, options: argparse.Namespace) -> None:
+    """The base model, the conversations, and the packed rows that both our side and the number of steps need."""
+    from phimr_nemo.config import BaseConfig, PackConfig, load_config
+    from phimr_nemo.data.stage import run_pack
+    from phimr_nemo.model.base import run_base
+    from phimr_nemo.store import finish, rows_to_table, write_shard
+
+    if not options.base:
+        shape = [f"{name}={value}" for name, value in MODEL.items()]
+        run_base(load_config(BaseConfig, PRESETS / "base" / "tiny.yaml", [f"run.output={root / 'base'}", *shape]))
+    rows = [
+        {"id": f"c{n}", "problem_id": f"p{n}", "domain": None, "difficulty": None, **item}
+        for n, item in enumerate(made_up(options.documents, options.longest, SEED))
+    ]
+    write_shard(root / "conversations", 0, rows_to_table(rows, "conversations"), kind="conversations")
+    finish(root / "conversations", kind="conversations", config={})
+    settings = [f"run.output={root / 'rows'}", f"conversations={root / 'conversations'}"]
+    settings += [f"tokenizer={base_of(root, options)}", f"sequence_length={options.longest}"]
+    run_pack(load_config(PackConfig, PRESETS / "pack" / "tiny.yaml", settings))
+
+
+def base_of(root: Path, options: argparse.Namespace) -> Path:
+    return Path(options.base) if options.base else root / "base" / "hf"
+
+
+def optimizer_steps(root: Path) -> int:
+    from phimr_nemo.store import read_manifest
+
+    return read_manifest(root / "rows", "rows").rows // ROWS_A_STEP
+
+
+def clock(options: argparse.Namespace) -> float:
+    if options.device == "cpu":
+        return time.process_time()
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def train_ours(root: Path, out: Path, options: argparse.Namespace) -> list[float]:
+    """The stage; when its steps ended."""
+    from phimr_nemo.config import MidtrainConfig, load_config
+    from phimr_nemo.train.callbacks import RunMonitor
+    from phimr_nemo.train.supervised import run_midtrain
+
+    settings = [f"run.output={out}", f"base={base_of(root, options)}", f"data={root / 'rows'}"]
+    settings += [f"sequence_length={options.longest}", "micro_batch=1", f"global_batch={ROWS_A_STEP}", "epochs=1"]
+    settings += ["validation_rows=0", "run.log_every=1", "checkpoint.every=1000000", f"model.dtype={options.dtype}"]
+    settings += [f"optim.lr={LEARNING_RATE}", f"optim.min_lr={LEARNING_RATE}", "optim.schedule=constant"]
+    settings += ["optim.warmup_fraction=0", "optim.weight_decay=0", f"optim.clip_grad={CLIP}"]
+    ends: list[float] = []
+    real = RunMonitor.write
+
+    def timed(self: RunMonitor, step: int, metrics: Mapping[str, float]) -> None:
+        real(self, step, metrics)
+        ends.append(clock(options))
+
+    with mock.patch.object(RunMonitor, "write", timed):
+        run_midtrain(load_config(MidtrainConfig, PRESETS / "midtrain" / "tiny.yaml", settings))
+    return ends
+
+
+def documents(root: Path, options: argparse.Namespace) -> list[dict[str, list[int]]]:
+    """Ids and labels of the conversations, as `phimr pack` makes them."""
+    from phimr_nemo.data.chat import load_tokenizer, render_conversations
+    from phimr_nemo.store import read_table
+
+    table = read_table(root / "conversations", "conversations", ["question", "response"])
+    tokenizer = load_tokenizer(base_of(root, options))
+    rendered = render_conversations(tokenizer, table["question"].to_pylist(), table["response"].to_pylist())
+    return [
+        {"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask, strict=True)]}
+        for ids, mask in rendered
+    ]
+
+
+def train_peer(root: Path, out: Path, options: argparse.Namespace) -> list[float]:
+    """transformers' or TRL's trainer; when its steps ended."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(clock(options))
+
+    base, steps = base_of(root, options), optimizer_steps(root)
+    data = Dataset.from_list(documents(root, options))
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(base, torch_dtype=dtype).to(options.device)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    common = {
+        "output_dir": str(out / "trainer"),
+        "num_train_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": CLIP,
+        "use_cpu": options.device == "cpu",
+        "bf16": options.dtype == "bf16",
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": SEED,
+    }
+    if options.child == "trl":
+        from trl import SFTConfig, SFTTrainer
+
+        arguments = SFTConfig(
+            **common,
+            packing=True,
+            packing_strategy="wrapped",
+            max_length=options.longest,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=ROWS_A_STEP,
+        )
+        trainer = SFTTrainer(
+            model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
+        )
+    else:
+        from transformers import Trainer, TrainingArguments
+
+        accumulation = max(1, round(len(data) / (steps * PADDED_MICRO_BATCH)))
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                **common,
+                per_device_train_batch_size=PADDED_MICRO_BATCH,
+                gradient_accumulation_steps=accumulation,
+                group_by_length=options.child == "grouped",
+            ),
+            train_dataset=data,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            callbacks=[Clock()],
+        )
+    trainer.train()
+    model.save_pretrained(out / "hf")
+    return ends
+
+
+def held_out_loss(directory: Path, root: Path, options: argparse.Namespace) -> float:
+    """Mean over documents of the mean negative log-probability of the response's tokens (nats)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from phimr_nemo.data.chat import load_tokenizer, render_conversations
+
+    tokenizer = load_tokenizer(base_of(root, options))
+    items = made_up(HELD_OUT, options.longest, SEED + 1)
+    rendered = render_conversations(tokenizer, [i["question"] for i in items], [i["response"] for i in items])
+    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).to(options.device).eval()
+    losses = []
+    with torch.inference_mode():
+        for ids, mask in rendered:
+            tokens = torch.tensor([ids], device=options.device)
+            labels = tokens.masked_fill(torch.tensor([mask], device=options.device) == 0, -100)
+            losses.append(float(model(input_ids=tokens, labels=labels).loss))
+    return statistics.fmean(losses)
+
+
+def measure(root: Path, options: argparse.Namespace) -> dict[str, float]:
+    """One side, in this process."""
+    import torch
+
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    out = Path(tempfile.mkdtemp(dir=root))
+    ends = (train_ours if options.child == "ours" else train_peer)(root, out, options)
+    steps = len(ends)
+    tokens = sum(len(item["input_ids"]) for item in documents(root, options))
+    return {
+        "tokens_per_second": tokens * (steps - 1) / steps / (ends[-1] - ends[0]),
+        "steps": steps,
+        "tokens": tokens,
+        "held_out_loss": held_out_loss(out / "hf", root, options),
+    }
+
+
+def compare(options: argparse.Namespace, sides: tuple[str, ...], root: Path) -> dict[str, Any]:
+    """Print the table; the figures for the RESULT line."""
+    make_inputs(root, options)
+    arguments = [text for name in OPTIONS for text in (f"--{name}", str(getattr(options, name)))]
+    program = str(Path(__file__).resolve())
+    rounds = [
+        {side: in_child(program, ["--child", side, "--root", str(root), *arguments]) for side in sides}
+        for _ in range(options.repeats)
+    ]
+    rates = {side: statistics.median(found[side]["tokens_per_second"] for found in rounds) for side in sides}
+    print(f"{options.documents} documents, {rounds[0]['ours']['tokens']:,} tokens, rows of {options.longest}")
+    print("| trainer | tokens/s | of padded | steps | loss on documents kept out |\n|---|---:|---:|---:|---:|")
+    for side in sides:
+        found = rounds[0][side]
+        print(
+            f"| {TITLES[side]} | {rates[side]:,.0f} | {rates[side] / rates['padded']:.2f} | {found['steps']} "
+            f"| {found['held_out_loss']:.4f} |",
+            flush=True,
+        )
+    best = max(rates[side] for side in sides if side != "ours")
+    return {
+        "bench": "train",
+        "unit": "tokens/s",
+        "ours": round(rates["ours"], 1),
+        "peers": {side: round(rates[side], 1) for side in sides if side != "ours"},
+        "ratio": round(rates["ours"] / rates["padded"], 3),
+        "target": TARGET_PADDED,
+        "ratio_best_peer": round(rates["ours"] / best, 3),
+        "steps": {side: rounds[0][side]["steps"] for side in sides},
+        "held_out_loss": {side: round(rounds[0][side]["held_out_loss"], 4) for side in sides},
+        "sizes": {name: getattr(options, name) for name in OPTIONS},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="a minute instead of ten")
+    parser.add_argument("--documents", type=int, default=1200)
+    parser.add_argument("--longest", type=int, default=1024, help="tokens of a row, and of the longest document")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--base", default="", help="a Hugging Face directory instead of a small random model")
+    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.root, options)))
+        return
+    if options.quick:
+        parser.set_defaults(**QUICK)
+        options = parser.parse_args()
+    has_trl = importlib.util.find_spec("trl") is not None
+    if not has_trl:
+        print("TRL is not installed: not compared")
+    with tempfile.TemporaryDirectory() as scratch:
+        result = compare(options, SIDES if has_trl else SIDES[:-1], Path(scratch))
+    packages = ("torch", "megatron-core", "nemo-toolkit", "transformers", "trl", "accelerate")
+    print_result({**result, "versions": versions(*packages), "machine": machine(device=options.device, threads=1)})
+
+
+if __name__ == "__main__":
+    main()
