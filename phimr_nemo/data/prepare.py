@@ -70,8 +70,9 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     output = config.run.output
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
-    if not is_complete(output / PROBLEMS, "problems") or (output / CANDIDATES).is_dir():
+    if not is_complete(output / PROBLEMS, "problems"):
         _prepare(config)
+    if (output / CANDIDATES).is_dir():
         shutil.rmtree(output / CANDIDATES)
     if is_complete(output / ROLLOUTS, "rollouts"):
         wanted.append((ROLLOUTS, "rollouts"))
