@@ -385,11 +385,14 @@ def measure_context_faults(directory: str, layout: ParallelConfig) -> Results:
 
 
 def measure_recompute(directory: str, layout: ParallelConfig) -> list[str]:
-    """Names of the gradients that are not the same to the last bit when everything is recomputed."""
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    stored = gradients(build(directory, layout), layout)
-    recomputed = gradients(build(directory, layout, **recompute), layout)
-    return [name for name, gradient in stored.items() if not torch.equal(gradient, recomputed[name])]
+    """Names of the gradients that are not the same to the last bit when attention or everything is recomputed."""
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    stored = packed_gradients(build(directory, layout))
+    different = []
+    for recompute in ({"recompute_granularity": "selective"}, full):
+        recomputed = packed_gradients(build(directory, layout, **recompute))
+        different += [name for name, gradient in stored.items() if not torch.equal(gradient, recomputed[name])]
+    return different
 
 
 def measure_bfloat16(directory: str, layout: ParallelConfig) -> Results:
