@@ -11,10 +11,10 @@ step to warm up) minus the resident set before the model was built.
 
 Speed: NeMo-Aligner's DPOTrainer over our policy, with padded and with packed pairs, and TRL's DPOTrainer (padded; its
 padding-free mode needs flash attention), both with reference log-probabilities computed beforehand, on one model
-directory with the same tokens, AdamW, clipping, and pairs a micro-batch. Times are CPU seconds from the end of the
-second step to the end of the last, everything in between included: loading, collating, logging. The rounds alternate;
-the table shows medians. Lengths are long-tailed (lognormal, sigma 0.8, as of long chains of thought) or uniform
-(within 10 % of each other); both sides of a pair are drawn independently.
+directory with the same tokens (checked: equal reference log-probabilities), AdamW, clipping, and pairs a micro-batch.
+Times are CPU seconds from the end of the second step to the end of the last, everything in between included: loading,
+collating, logging. The rounds alternate; the table shows medians. Lengths are long-tailed (lognormal, sigma 0.8, as of
+long chains of thought) or uniform (within 10 % of each other); both sides of a pair are drawn independently.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ LONGTAIL_SIGMA = 0.8
 LONGTAIL_MEDIAN_SHARE = 0.25
 """Of the longest sequence."""
 LN_2_TOLERANCE = 1e-3
+AGREEMENT = 1e-5
+"""Relative, on the mean reference log-probability of a pair: the trainers compute the same tokens."""
 MEMORY_STEPS = 2
 MEMORY_MODEL = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
 QUICK = {"pairs": 64, "global_batch": 16, "repeats": 1, "longest": 256}
@@ -107,8 +109,11 @@ def our_config(root: Path, options: argparse.Namespace, base: str, *extra: str) 
 
 def run_ours(root: Path, options: argparse.Namespace) -> dict[str, float]:
     """The whole stage; seconds of its steps."""
+    from safetensors.torch import load_file
+
     from phimr_nemo.align import dpo
     from phimr_nemo.align.metrics import DPOLog
+    from phimr_nemo.align.reference import REFERENCE_FILE
 
     config = our_config(
         root,
@@ -129,7 +134,8 @@ def run_ours(root: Path, options: argparse.Namespace) -> dict[str, float]:
 
     with mock.patch.object(DPOLog, "log_metrics", timed):
         dpo.run_dpo(config)
-    return speed(ends, losses, options)
+    stored = load_file(config.run.output / REFERENCE_FILE)
+    return speed(ends, losses, options) | {"reference": float((stored["chosen"] + stored["rejected"]).mean())}
 
 
 def run_trl(root: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -191,7 +197,9 @@ def run_trl(root: Path, options: argparse.Namespace) -> dict[str, float]:
         model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
     )
     trainer.train()
-    return speed(ends, losses, options)
+    columns = (trainer.train_dataset[name] for name in ("ref_chosen_logps", "ref_rejected_logps"))
+    reference = statistics.fmean(chosen + rejected for chosen, rejected in zip(*columns, strict=True))
+    return speed(ends, losses, options) | {"reference": reference}
 
 
 def speed(ends: list[float], losses: list[float], options: argparse.Namespace) -> dict[str, float]:
@@ -293,6 +301,9 @@ def compare_speed(root: Path, options: argparse.Namespace, cases: tuple[str, ...
     result: dict[str, object] = {}
     for lengths in LENGTHS:
         rounds = [{case: in_child(case, root, options, lengths) for case in cases} for _ in range(options.repeats)]
+        sums = [found["reference"] for found in rounds[0].values()]
+        if max(sums) - min(sums) > AGREEMENT * abs(sums[0]):
+            raise RuntimeError(f"mean reference log-probabilities of a pair are {sums}: not the same tokens")
         rates = {case: statistics.median(found[case]["pairs_per_second"] for found in rounds) for case in cases}
         for case, rate in rates.items():
             share = f"{rate / rates['trl']:.2f}" if "trl" in rates else ""
