@@ -69,6 +69,7 @@ def preflight(stage: str, config: Any) -> None:
         check_length(architecture, config.sequence_length)
         warn_of_other_regime(architecture, config.base, config.sequence_length, config.model.longrope)
         check_batches(config)
+        check_options(config)
 
 
 def record_inputs(stage: str, config: Any) -> list[tuple[Path, Kind]]:
@@ -193,6 +194,50 @@ def check_batches(config: SupervisedConfig | DPOConfig | GRPOConfig) -> None:
             f"and parallel.data={config.parallel.data}",
             rule=f"global_batch is a multiple of micro_batch x parallel.data = {share}",
             remedy=f"use global_batch={max(1, round(config.global_batch / share)) * share}",
+        )
+
+
+def check_options(config: SupervisedConfig | DPOConfig | GRPOConfig) -> None:
+    """Refuse options that do not go together, or that a stage does not have.
+
+    Raises:
+        UserError: the option, its rule and what to do.
+    """
+    parallel, model = config.parallel, config.model
+    if not isinstance(config, SupervisedConfig):
+        if model.fp8 is not None or parallel.virtual > 1:
+            raise UserError(
+                f"model.fp8={model.fp8}, parallel.virtual={parallel.virtual} in an alignment stage",
+                rule="8-bit products and virtual pipelining are for mid-training and SFT",
+                remedy="leave both out",
+            )
+        return
+    if model.fp8 is not None and model.dtype != "bf16":
+        raise UserError(
+            f"model.fp8={model.fp8} with model.dtype={model.dtype}",
+            rule="8-bit products are a part of bf16 training",
+            remedy="set model.dtype=bf16, or leave model.fp8 out",
+        )
+    if config.overlap.param_gather and not (config.optim.distributed and config.overlap.grad_reduce):
+        raise UserError(
+            f"overlap.param_gather=true with optim.distributed={config.optim.distributed} and "
+            f"overlap.grad_reduce={config.overlap.grad_reduce}",
+            rule="the distributed optimizer gathers weights ahead, and only where gradients are reduced ahead",
+            remedy="set optim.distributed=true overlap.grad_reduce=true, or overlap.param_gather=false",
+        )
+    if config.overlap.tensor and not parallel.sequence:
+        raise UserError(
+            "overlap.tensor=true with parallel.sequence=false",
+            rule="tensor-parallel exchange is overlapped under sequence parallelism only",
+            remedy="set parallel.sequence=true, or overlap.tensor=false",
+        )
+    micro_batches = config.global_batch // (config.micro_batch * parallel.data)
+    if parallel.virtual > 1 and micro_batches % parallel.pipeline:
+        raise UserError(
+            f"{micro_batches} micro-batches a step with parallel.pipeline={parallel.pipeline} and "
+            f"parallel.virtual={parallel.virtual}",
+            rule="with virtual pipelining parallel.pipeline divides the micro-batches of a step",
+            remedy="change micro_batch, global_batch or parallel.data, or set parallel.virtual=1",
         )
 
 

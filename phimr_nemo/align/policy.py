@@ -35,6 +35,7 @@ from phimr_nemo.align.optimizer import build_optimizer, check_finite
 from phimr_nemo.config import ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model import Architecture, build_model, transformer_config
+from phimr_nemo.model.configuration import recompute_fields
 from phimr_nemo.model.convert import export_tensors, load_tensors
 from phimr_nemo.model.hf import HFDirectory
 from phimr_nemo.train import platform
@@ -300,8 +301,7 @@ def _build(
         # Micro-batches are padded to their own longest row. Megatron refuses that together with its default way
         # of routing tokens to experts, of which there are none here.
         overrides |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
-    if model.recompute:
-        overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    overrides |= recompute_fields(model.recompute)
     config = transformer_config(
         base.architecture,
         parallel,

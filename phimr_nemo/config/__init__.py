@@ -7,6 +7,7 @@ from phimr_nemo.config.common import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    Recompute,
     RunConfig,
     ShardConfig,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "ProgrammaticTeacher",
     "QuickstartConfig",
     "RebalanceConfig",
+    "Recompute",
     "RecordProblems",
     "RecordedTeacher",
     "RunConfig",

@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 Dtype = Literal["fp32", "bf16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
+Fp8Recipe = Literal["delayed", "current"]
+Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["cosine", "linear", "constant"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -57,6 +59,7 @@ class ParallelConfig:
         data: replicas of the model, each with its part of the batch.
         sequence: whether the tensor ranks share the tokens between the matrices as well.
         context: processes that share the tokens of every sequence.
+        virtual: parts of the model in each pipeline process, taken in turn so that it waits less.
     """
 
     tensor: Positive = 1
@@ -64,6 +67,7 @@ class ParallelConfig:
     data: Positive = 1
     sequence: bool = False
     context: Positive = 1
+    virtual: Positive = 1
 
     @property
     def world_size(self) -> int:
@@ -73,11 +77,19 @@ class ParallelConfig:
 
 @config
 class ModelConfig:
-    """How the model is computed; its shape comes from the base directory's config.json."""
+    """How the model is computed; its shape comes from the base directory's config.json.
+
+    Attributes:
+        dtype: of weights and activations.
+        fp8: 8-bit matrix products in Transformer Engine's hybrid format, by its recipe; None = none.
+        recompute: activations that are computed again in the backward pass instead of being kept: those of
+            attention only ("selective"), or of whole layers ("full").
+    """
 
     dtype: Dtype
+    fp8: Fp8Recipe | None = None
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
-    recompute: bool = False
+    recompute: Recompute = "none"
 
 
 @config

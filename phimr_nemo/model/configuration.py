@@ -14,7 +14,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.layout import check_layout
 
 if TYPE_CHECKING:
-    from phimr_nemo.config import ParallelConfig
+    from phimr_nemo.config import ParallelConfig, Recompute
     from phimr_nemo.model.architecture import Architecture
 
 
@@ -55,6 +55,7 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
         "init_method_std": arch.initializer_range,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
         "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence,
         "params_dtype": dtype,
@@ -71,6 +72,13 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
         # There are no experts; but with the default Megatron refuses micro-batches of varying length.
         "moe_token_dispatcher_type": "alltoall",
     }
+
+
+def recompute_fields(recompute: Recompute) -> dict[str, Any]:
+    """Values of Megatron's ``TransformerConfig`` for activations that are computed again instead of kept."""
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective"} if recompute == "selective" else {}
 
 
 def transformer_config(

@@ -16,7 +16,7 @@ def check_layout(arch: Architecture, layout: ParallelConfig) -> None:
 
     Raises:
         UserError: tensor does not divide heads, key/value heads, vocabulary or FFN; pipeline does not divide
-            layers; sequence parallelism without tensor parallelism.
+            layers, or pipeline x virtual does not; sequence parallelism without tensor parallelism.
     """
     for name, count in (
         ("attention heads", arch.num_attention_heads),
@@ -30,6 +30,14 @@ def check_layout(arch: Architecture, layout: ParallelConfig) -> None:
                 rule=f"parallel.tensor divides the {count} {name}",
                 remedy=f"choose parallel.tensor among the common divisors, e.g. {_common_divisors(arch)}",
             )
+    if layout.virtual > 1 and (layout.pipeline == 1 or arch.num_hidden_layers % (layout.pipeline * layout.virtual)):
+        raise UserError(
+            f"parallel.virtual={layout.virtual} with parallel.pipeline={layout.pipeline} "
+            f"and {arch.num_hidden_layers} layers",
+            rule="virtual pipelining splits the layers of a pipeline: pipeline >= 2, and pipeline x virtual divides "
+            "the number of layers",
+            remedy="choose other parallel.pipeline and parallel.virtual, or parallel.virtual=1",
+        )
     if arch.num_hidden_layers % layout.pipeline:
         raise UserError(
             f"parallel.pipeline={layout.pipeline} with {arch.num_hidden_layers} layers",

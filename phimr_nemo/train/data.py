@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from phimr_nemo.config import SupervisedConfig
-from phimr_nemo.data.batches import EpochOrder, Row, collate_packed, collate_padded
-from phimr_nemo.data.chat import render_conversation
+from phimr_nemo.data.batches import EpochOrder, Int64Array, Row, collate_packed, collate_padded
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import iter_shards
+from phimr_nemo.train.rowsource import Conversations, PackedRows, RowSource
+from phimr_nemo.train.throughput import counted
 
 
 class RowDataset(Dataset[Row]):
-    """Rows in the order of an :class:`EpochOrder`; sample number -> row."""
+    """Some rows of a source in the order of an :class:`EpochOrder`; sample number -> row.
 
-    def __init__(self, rows: list[Row], order: EpochOrder) -> None:
-        self.rows, self.order = rows, order
+    A sample's row is computed, never searched for: to skip to any sample costs nothing.
+
+    Args:
+        source: all rows.
+        rows: the numbers of those that belong here.
+        order: sample number -> place in `rows`.
+    """
+
+    def __init__(self, source: RowSource, rows: Int64Array, order: EpochOrder) -> None:
+        self.source, self.rows, self.order = source, rows, order
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, sample: int) -> Row:
-        return self.rows[self.order[sample]]
+        return self.source[self.row_number(sample)]
+
+    def row_number(self, sample: int) -> int:
+        """The number of a sample's row in the source."""
+        return int(self.rows[self.order[sample]])
 
 
 class SupervisedDataModule(pl.LightningDataModule):
     """Rows kept out for validation, the rest in seeded epochs; Megatron's sampler gives each rank its part.
 
     Args:
-        rows: all rows; the last `config.validation_rows` of a seeded permutation are the validation rows.
+        source: all rows; the last `config.validation_rows` of a seeded permutation are the validation rows.
         config: batch sizes, epochs and seed.
         collate: rows -> batch.
 
@@ -44,7 +58,7 @@ class SupervisedDataModule(pl.LightningDataModule):
         UserError: too few rows for one batch, or a validation set that is no whole number of batches.
     """
 
-    def __init__(self, rows: list[Row], config: SupervisedConfig, collate: Any) -> None:
+    def __init__(self, source: RowSource, config: SupervisedConfig, collate: Any) -> None:
         super().__init__()
         if config.validation_rows % config.global_batch:
             raise UserError(
@@ -52,27 +66,35 @@ class SupervisedDataModule(pl.LightningDataModule):
                 rule="the validation rows are a whole number of global batches (0 = no validation)",
                 remedy=f"use a multiple of {config.global_batch}",
             )
-        training = len(rows) - config.validation_rows
+        count = len(source)
+        training = count - config.validation_rows
         if training * config.epochs < config.global_batch:
             raise UserError(
-                f"{config.data} gives {len(rows)} rows, {config.validation_rows} of them for validation",
+                f"{config.data} gives {count} rows, {config.validation_rows} of them for validation",
                 rule=f"at least one global batch of {config.global_batch} rows is left for training",
                 remedy="bring more data, or lower global_batch or validation_rows",
             )
-        mixed = np.random.Generator(np.random.Philox(key=[config.run.seed, len(rows)])).permutation(len(rows))
-        order = EpochOrder(training, config.epochs, config.run.seed)
-        self.train = RowDataset([rows[i] for i in mixed[:training]], order)
-        held_out = [rows[i] for i in sorted(mixed[training:])]
-        self.validation = RowDataset(held_out, EpochOrder(max(len(held_out), 1), 1, config.run.seed))
+        # Every process looks at its part of the data before anything is trained.
+        source.check(config.sequence_length, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        mixed = np.random.Generator(np.random.Philox(key=[config.run.seed, count])).permutation(count)
+        self.train = RowDataset(source, mixed[:training], EpochOrder(training, config.epochs, config.run.seed))
+        held_out = np.sort(mixed[training:])
+        self.validation = RowDataset(source, held_out, EpochOrder(max(len(held_out), 1), 1, config.run.seed))
         self.steps = training * config.epochs // config.global_batch
         self.validation_steps = len(held_out) // config.global_batch
-        self.collate = collate
+        self.collate = counted(collate)
+        self.workers, self.global_batch = config.data_workers, config.global_batch
         self.data_sampler = MegatronDataSampler(
             seq_len=config.sequence_length,
             micro_batch_size=config.micro_batch,
             global_batch_size=config.global_batch,
             output_log=False,
         )
+
+    def batch_rows(self, step: int) -> list[dict[str, Any]]:
+        """What names the rows of a step's global batch (steps count from 1)."""
+        samples = range((step - 1) * self.global_batch, step * self.global_batch)
+        return [self.train.source.describe(self.train.row_number(sample)) for sample in samples]
 
     def train_dataloader(self) -> DataLoader[Row]:
         """Training micro-batches (Lightning's hook)."""
@@ -83,7 +105,12 @@ class SupervisedDataModule(pl.LightningDataModule):
         return self._loader(self.validation, "validation")
 
     def _loader(self, dataset: RowDataset, mode: str) -> DataLoader[Row]:
-        loader = DataLoader(dataset, num_workers=0, collate_fn=self.collate)
+        loader = DataLoader(
+            dataset,
+            num_workers=self.workers,
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+        )
         loader.mode = mode
         return loader
 
@@ -112,19 +139,8 @@ def packed_data(config: SupervisedConfig, pad_id: int) -> SupervisedDataModule:
     Raises:
         UserError: the directory is not finished, or holds rows longer than `sequence_length`.
     """
-    rows: list[Row] = []
-    for table in iter_shards(config.data, "rows"):
-        columns = [table.column(name) for name in ("input_ids", "loss_mask", "document_lengths")]
-        for ids, mask, lengths in zip(*columns, strict=True):
-            rows.append(
-                Row(
-                    np.asarray(ids.values, dtype=np.int32),
-                    np.asarray(mask.values, dtype=np.uint8),
-                    np.asarray(lengths.values, dtype=np.int32),
-                )
-            )
-    _check_lengths(rows, config)
-    return SupervisedDataModule(rows, config, partial(collate_packed, pad_id=pad_id, capacity=config.sequence_length))
+    collate = partial(collate_packed, pad_id=pad_id, capacity=config.sequence_length)
+    return SupervisedDataModule(PackedRows(config.data, config.loss_on), config, collate)
 
 
 def conversation_data(
@@ -135,29 +151,8 @@ def conversation_data(
     Raises:
         UserError: the directory is not finished, or holds conversations longer than `sequence_length`.
     """
-    rows: list[Row] = []
-    for table in iter_shards(config.data, "conversations", ["question", "response"]):
-        for item in table.to_pylist():
-            ids, mask = render_conversation(tokenizer, item["question"], item["response"])
-            rows.append(
-                Row(
-                    np.asarray(ids, dtype=np.int32),
-                    np.asarray(mask, dtype=np.uint8),
-                    np.asarray([len(ids)], dtype=np.int32),
-                )
-            )
-    _check_lengths(rows, config)
-    return SupervisedDataModule(rows, config, partial(collate_padded, pad_id=pad_id, multiple=multiple))
-
-
-def _check_lengths(rows: list[Row], config: SupervisedConfig) -> None:
-    longest = max((len(row.input_ids) for row in rows), default=0)
-    if longest > config.sequence_length:
-        raise UserError(
-            f"{config.data} holds a row of {longest} tokens",
-            rule=f"a row has at most sequence_length={config.sequence_length} tokens",
-            remedy="raise sequence_length, or curate and pack the data for this length",
-        )
+    collate = partial(collate_padded, pad_id=pad_id, multiple=multiple)
+    return SupervisedDataModule(Conversations(config.data, tokenizer, config.loss_on), config, collate)
 
 
 def require_parent(path: Path) -> None:

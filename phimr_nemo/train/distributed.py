@@ -8,14 +8,14 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.errors import UserError
@@ -171,11 +171,41 @@ class PreemptionGuard:
         return bool(flag.item())
 
 
+def exported(parallel: Any, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """The current weights under their Hugging Face names, whole, on every rank (collective).
+
+    Args:
+        parallel: NeMo's `strategy.megatron_parallel`.
+        arch: the model.
+    """
+    from phimr_nemo.model.convert import export_tensors
+
+    if parallel.ddp_config.use_distributed_optimizer and parallel.ddp_config.overlap_param_gather:
+        # The last update is gathered by the next forward pass, which may not come.
+        parallel.force_param_sync()
+    return export_tensors([unwrapped(chunk.module) for chunk in parallel], arch)
+
+
 def export_hf(models: Sequence[nn.Module], arch: Architecture, base: Path, target: Path) -> None:
     """Write the trained model as a Hugging Face directory. Collective; process 0 writes.
 
     Args:
         models: this process's model chunks, with or without Megatron's wrappers.
+        arch, base, target: as for :func:`write_hf_export`.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    from phimr_nemo.model.convert import export_tensors
+
+    write_hf_export(export_tensors([unwrapped(model) for model in models], arch), arch, base, target)
+
+
+def write_hf_export(tensors: Iterator[tuple[str, Tensor]], arch: Architecture, base: Path, target: Path) -> None:
+    """Write exported weights as a Hugging Face directory. Collective; process 0 writes.
+
+    Args:
+        tensors: what every rank iterates over.
         arch: the model.
         base: the directory whose tokenizer and chat template go with it.
         target: the new directory. One left there by a run that died right after its export is replaced.
@@ -183,10 +213,8 @@ def export_hf(models: Sequence[nn.Module], arch: Architecture, base: Path, targe
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    from phimr_nemo.model.convert import export_tensors
     from phimr_nemo.model.hf import write_hf_directory
 
-    tensors = export_tensors([unwrapped(model) for model in models], arch)
     if dist.get_rank() == 0:
         if target.exists():
             shutil.rmtree(target)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any, Final
 
+import lightning.pytorch as pl
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.lightning.pytorch.optim import (
     CosineAnnealingScheduler,
     LRSchedulerModule,
@@ -22,22 +23,28 @@ from nemo.lightning.pytorch.optim import (
 from phimr_nemo.config import MidtrainConfig, OptimConfig, SFTConfig, SupervisedConfig
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.errors import Preempted
+from phimr_nemo.evaluate.plots import plot_training
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.runs import RunDirectory
 from phimr_nemo.train import platform
 from phimr_nemo.train.callbacks import RunMonitor, StopOnSignal
+from phimr_nemo.train.checkpointing import CheckpointKeeper, resumable
 from phimr_nemo.train.data import (
     SupervisedDataModule,
     conversation_data,
     packed_data,
     require_parent,
 )
-from phimr_nemo.train.distributed import PreemptionGuard, export_hf, quiet_libraries
+from phimr_nemo.train.distributed import PreemptionGuard, exported, quiet_libraries, write_hf_export
+from phimr_nemo.train.guard import BatchGuard
 from phimr_nemo.train.nemo_model import DTYPES, Phi4MiniModel, phi4mini_config
+from phimr_nemo.train.pass1 import TrainingEvaluation
+from phimr_nemo.train.precision import precision_plugins
+from phimr_nemo.train.saturation import StopWhenSaturated
 
 # Sequence lengths that suit FP8 and sequence parallelism on the GPU.
 LENGTH_MULTIPLE: Final = 16
-UNFINISHED_SUFFIX: Final = "-unfinished"
+PICTURE: Final = "training.png"
 LINEAR_DECAY_POWER: Final = 1.0
 
 
@@ -77,6 +84,7 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
     steps = min(data.steps, config.max_steps) if config.max_steps else data.steps
     run = RunDirectory(config.run.output)
     started = time.monotonic()
+    architecture = Architecture.from_directory(config.base)
     model = Phi4MiniModel(
         phi4mini_config(
             config.base,
@@ -87,22 +95,24 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
         ),
         optim=_optimizer(config, steps),
     )
-    checkpoint = nl.ModelCheckpoint(
-        dirpath=run.checkpoints,
-        filename="{step}",
-        monitor="step",
-        mode="max",
-        save_top_k=config.checkpoint.keep,
-        save_last=False,
-        every_n_train_steps=config.checkpoint.every,
-        always_save_context=False,
-        save_context_on_train_end=False,
-        save_optim_on_train_end=True,
-    )
-    newest = newest_checkpoint(run.checkpoints)
-    with PreemptionGuard() as guard:
-        monitor = RunMonitor(run, title=stage, every=config.run.log_every)
-        trainer = _trainer(config, data, steps, [monitor, StopOnSignal(guard), checkpoint])
+    keeper = CheckpointKeeper(run.checkpoints, config.checkpoint)
+    newest = resumable(run.checkpoints)
+    guard = BatchGuard(run.path, config.guard, data.batch_rows)
+    monitor = RunMonitor(run, title=stage, config=config, architecture=architecture, rows=data.train.order.rows)
+    saturation = None if config.early_stopping is None else StopWhenSaturated(config.early_stopping)
+    callbacks: list[pl.Callback] = [monitor, guard]
+    if config.evaluation is not None:
+        callbacks.append(_evaluation(config, run, monitor))
+    if saturation is not None:
+        callbacks.append(saturation)
+    if config.overlap.tensor:
+        callbacks.append(MegatronCommOverlapCallback(tp_comm_overlap=True))
+    with PreemptionGuard() as preemption:
+        trainer = _trainer(config, data, steps, [*callbacks, StopOnSignal(preemption, keeper), keeper])
+        trainer.strategy.checkpoint_io = keeper.checkpoint_io()
+        if newest is not None:
+            # NeMo's AutoResume does this, for its own checkpoint callback.
+            trainer.ckpt_path = str(newest)
         llm.train(
             model=model,
             data=data,
@@ -113,28 +123,34 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
                 use_datetime_version=False,
                 log_global_rank_0_only=True,
             ),
-            resume=None if newest is None else nl.AutoResume(resume_from_path=str(newest)),
         )
-    if trainer.global_step < steps:
+    saturated = saturation is not None and saturation.is_saturated
+    if trainer.global_step < steps and not saturated:
         raise Preempted(f"{stage} stopped at step {trainer.global_step} of {steps}; run the same command to continue")
-    chunks = [chunk.module for chunk in trainer.strategy.megatron_parallel]
-    export_hf(chunks, Architecture.from_directory(config.base), config.base, run.path / "hf")
+    tensors = exported(trainer.strategy.megatron_parallel, architecture)
+    write_hf_export(tensors, architecture, config.base, run.path / "hf")
+    if trainer.global_rank == 0:
+        plot_training(run.path, run.path / PICTURE)
     return {
-        "steps": steps,
+        "steps": trainer.global_step,
+        "saturated": saturated,
+        "skipped_batches": guard.skipped,
         "seconds": time.monotonic() - started,
         "training_rows": data.train.order.rows,
         "hf": "hf",
     }
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete native checkpoint, or None. NeMo marks one that is being written with a file beside it."""
-    complete = [
-        path
-        for path in directory.glob("step=*")
-        if path.is_dir() and not path.with_name(path.name + UNFINISHED_SUFFIX).exists()
-    ]
-    return max(complete, key=lambda path: path.stat().st_mtime, default=None)
+def _evaluation(config: SupervisedConfig, run: RunDirectory, monitor: RunMonitor) -> TrainingEvaluation:
+    assert config.evaluation is not None
+    return TrainingEvaluation(
+        run.path,
+        config.evaluation,
+        base=config.base,
+        seed=config.run.seed,
+        longrope=config.model.longrope,
+        monitor=monitor,
+    )
 
 
 def _optimizer(config: SupervisedConfig, steps: int) -> nl.MegatronOptimizerModule:
@@ -170,13 +186,16 @@ def lr_schedule(optim: OptimConfig, steps: int) -> LRSchedulerModule:
     return WarmupPolicyScheduler(max_steps=steps, warmup_steps=warmup, min_lr=optim.min_lr)
 
 
-def _trainer(config: SupervisedConfig, data: SupervisedDataModule, steps: int, callbacks: list[object]) -> nl.Trainer:
+def _trainer(
+    config: SupervisedConfig, data: SupervisedDataModule, steps: int, callbacks: list[pl.Callback]
+) -> nl.Trainer:
     parallel, dtype = config.parallel, DTYPES[config.model.dtype]
     on_gpu = torch.cuda.is_available()
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         pipeline_dtype=dtype,
@@ -184,10 +203,10 @@ def _trainer(config: SupervisedConfig, data: SupervisedDataModule, steps: int, c
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=config.optim.distributed,
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=on_gpu and config.optim.distributed,
-            overlap_param_gather=on_gpu and config.optim.distributed,
+            overlap_grad_reduce=config.overlap.grad_reduce,
+            overlap_param_gather=config.overlap.param_gather,
         ),
-        ckpt_async_save=on_gpu,
+        ckpt_async_save=config.checkpoint.asynchronous,
         gradient_as_bucket_view=True,
         replace_progress_bar=False,
     )
@@ -198,7 +217,7 @@ def _trainer(config: SupervisedConfig, data: SupervisedDataModule, steps: int, c
         num_nodes=nodes,
         max_steps=steps,
         strategy=strategy,
-        plugins=[nl.MegatronMixedPrecision(precision="bf16-mixed")] if config.model.dtype == "bf16" else [],
+        plugins=precision_plugins(config.model),
         callbacks=callbacks,
         limit_val_batches=data.validation_steps if validate else 0,
         val_check_interval=config.validate_every if validate else None,
@@ -206,6 +225,7 @@ def _trainer(config: SupervisedConfig, data: SupervisedDataModule, steps: int, c
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
         enable_progress_bar=False,
+        enable_checkpointing=False,
         logger=False,
         use_distributed_sampler=False,
     )

@@ -74,5 +74,5 @@ def test_every_loss_is_the_same_packed(root: Path, loss: tuple[str, ...]) -> Non
 
 
 def test_recomputation_changes_nothing(root: Path, padded: Step) -> None:
-    packed = step(root, "packed=true", "model.recompute=true")
+    packed = step(root, "packed=true", "model.recompute=full")
     assert gradient_difference(packed, padded) < TOLERANCE

@@ -1,0 +1,68 @@
+"""Early stopping as a pure function of the validation curve."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from phimr_nemo.train.saturation import is_saturated
+
+FLOOR, FALL, RATE = 1.0, 2.0, 0.5
+
+
+def stops_at(losses: list[float], patience: int, min_delta: float) -> int | None:
+    """The first measurement (from 0) after which training ends."""
+    for count in range(1, len(losses) + 1):
+        if is_saturated(losses[:count], patience, min_delta):
+            return count - 1
+    return None
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5])
+@pytest.mark.parametrize("min_delta", [0.01, 0.1])
+def test_an_exponential_curve_stops_where_the_closed_form_says(patience: int, min_delta: float) -> None:
+    """l(n) = FLOOR + FALL e^(-RATE n) falls by FALL (1 - e^-RATE) e^(-RATE (n - 1)) at step n; progress is measured
+    from the last progress, so while every step is progress, it ends at the first n whose fall since the last
+    progress is small for `patience` measurements."""
+    losses = [FLOOR + FALL * math.exp(-RATE * n) for n in range(60)]
+    # l(k) is the last progress iff the limit FLOOR is within min_delta of it after `patience` steps more.
+    progress = [0]
+    for n in range(1, 60):
+        if losses[progress[-1]] - losses[n] > min_delta:
+            progress.append(n)
+        elif n - progress[-1] == patience:
+            break
+    assert stops_at(losses, patience, min_delta) == progress[-1] + patience
+
+
+def test_a_curve_that_keeps_falling_never_stops() -> None:
+    assert stops_at([10.0 - 0.2 * n for n in range(40)], 1, 0.1) is None
+
+
+def test_a_curve_that_rises_stops_after_patience() -> None:
+    assert stops_at([1.0, 2.0, 3.0, 4.0, 5.0], 3, 0.0) == 3
+
+
+def test_noise_within_min_delta_is_no_progress() -> None:
+    rng = np.random.default_rng(0)
+    losses = [1.0, *(1.0 - 0.009 * rng.random(20))]
+    assert stops_at([float(x) for x in losses], 4, 0.01) == 4
+
+
+def test_brute_force() -> None:
+    """Against the definition by recursion, on random curves."""
+
+    def since_progress(losses: list[float], min_delta: float) -> tuple[int, float]:
+        if len(losses) == 1:
+            return 0, losses[0]
+        count, best = since_progress(losses[:-1], min_delta)
+        return (0, losses[-1]) if best - losses[-1] > min_delta else (count + 1, best)
+
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        losses = [float(x) for x in rng.random(rng.integers(1, 9))]
+        patience, min_delta = int(rng.integers(1, 4)), float(rng.choice([0.0, 0.1, 0.3]))
+        assert is_saturated(losses, patience, min_delta) == (since_progress(losses, min_delta)[0] >= patience)
+    assert not is_saturated([], 1, 0.0)
