@@ -32,6 +32,7 @@ from phimr_nemo.model.checkpoints import (
     open_checkpoint,
     write_hf,
 )
+from phimr_nemo.model.configuration import recompute_fields
 from phimr_nemo.model.convert import load_tensors
 from phimr_nemo.model.distcheckpoint import write_dist_checkpoint
 from phimr_nemo.model.hf import HFDirectory, write_model_files
@@ -130,6 +131,14 @@ class Phi4MiniConfig(llm.GPTConfig):
 class Phi4MiniModel(llm.GPTModel):
     """NeMo's GPTModel over :class:`Phi4MiniConfig`, with connectors to and from Hugging Face directories."""
 
+    def reinit(self) -> Phi4MiniModel:
+        """The next virtual pipeline chunk (NeMo's hook).
+
+        NeMo would build it from the arguments of the first one, and lose what was set since: the weights to start
+        from, the layout and the number format.
+        """
+        return type(self)(self.config, optim=self.optim, tokenizer=self.tokenizer)
+
 
 def phi4mini_config(
     base: Path, model: ModelConfig, parallel: ParallelConfig, *, max_length: int, seed: int
@@ -166,10 +175,8 @@ def architecture_config(
         UserError: the layout cannot hold the model.
     """
     fields: dict[str, Any] = transformer_fields(architecture, parallel, dtype=DTYPES[model.dtype])
-    if model.recompute:
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return Phi4MiniConfig(
-        **fields,
+        **(fields | recompute_fields(model.recompute)),
         # The global mean over valid tokens, whatever the micro-batching: sums here, one division at the end.
         calculate_per_token_loss=True,
         # Micro-batches are padded to their own longest row.
