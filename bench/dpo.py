@@ -13,8 +13,8 @@ Speed: NeMo-Aligner's DPOTrainer over our policy, with padded and with packed pa
 padding-free mode needs flash attention), both with reference log-probabilities computed beforehand, on one model
 directory with the same tokens (checked: equal reference log-probabilities), AdamW, clipping, and pairs a micro-batch.
 Times are CPU seconds from the end of the second step to the end of the last, everything in between included: loading,
-collating, logging. The rounds alternate; the table shows medians. Lengths are long-tailed (lognormal, sigma 0.8, as of
-long chains of thought) or uniform (within 10 % of each other); both sides of a pair are drawn independently.
+collating, logging. The rounds alternate; the table shows medians. Lengths are long-tailed (lognormal, sigma 0.8, as
+of long chains of thought) or uniform (within 10 % of each other); both sides of a pair are drawn independently.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from phimr_nemo.config import (
     VerifyConfig,
     VLLMTeacher,
 )
+from phimr_nemo.config.alignment import StoredReference
 from phimr_nemo.endpoint.settings import check_endpoint
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import check_template
@@ -111,6 +112,8 @@ def file_inputs(config: Any) -> list[Path]:
         paths.append(config.tokenizer)
     if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
         paths.append(config.base)
+    if isinstance(config, DPOConfig) and isinstance(config.reference, StoredReference) and config.reference.path:
+        paths.append(config.reference.path)
     return paths
 
 

@@ -24,6 +24,7 @@ from phimr_nemo.align.preference import DPOObjective, pair_sums
 from phimr_nemo.config import DPOConfig, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses import IGNORED_LABEL, dpo_loss
+from phimr_nemo.preflight import file_inputs
 from phimr_nemo.runs import METRICS_FILE
 
 PAD = 0
@@ -229,6 +230,12 @@ def test_every_loss_can_be_configured(repository: Path, kind: str, extra: tuple[
 def test_settings_that_say_nothing_are_refused(repository: Path, overrides: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match=overrides[-1].split("=")[0].split(".")[0]):
         dpo_config(repository, *overrides)
+
+
+def test_a_given_reference_is_looked_for_before_anything_starts(repository: Path) -> None:
+    config = dpo_config(repository, "reference.path=some/reference.safetensors")
+    assert Path("some/reference.safetensors") in file_inputs(config)
+    assert file_inputs(dpo_config(repository)) == file_inputs(dpo_config(repository, "reference.kind=online"))
 
 
 @pytest.mark.parametrize("packed", ["false", "true"])
