@@ -173,6 +173,17 @@ def report(
     write_report(runs, out)
 
 
+@data_app.command("report")
+def data_report(
+    directories: Annotated[list[Path], typer.Argument(help="Outputs of data steps, or directories above them.")],
+    out: Annotated[Path, typer.Option(help="Where to write the page and the pictures.")] = Path("runs/data-report"),
+) -> None:
+    """Funnels with the reason of every drop, lengths, difficulty and pass rates: report.html and PNGs."""
+    from phimr_nemo.data.report import write_data_report
+
+    typer.echo(write_data_report(directories, out))
+
+
 @data_app.command("check")
 def data_check(
     directories: Annotated[list[Path], typer.Argument(help="Record or run directories.")],

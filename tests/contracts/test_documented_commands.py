@@ -135,6 +135,8 @@ def test_the_first_commands_are_documented(document: str, needed: tuple[str, ...
         "make no-such-target",
         "phimr sft --no-such-option",
         "phimr no-such-command",
+        "phimr data report --no-such-option",
+        "phimr data no-such-command",
         "phimr sft --config conf/sft/tiny.yaml no_such.key=1",
         "sbatch slurm/no-such-script.sh",
         "sbatch slurm/sft.sh no_such.key=1",
