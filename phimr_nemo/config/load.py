@@ -15,6 +15,9 @@ T = TypeVar("T")
 SUGGESTIONS: Final = 3
 SIMILAR_ENOUGH: Final = 0.5
 MISSING_VALUE: Final = "???"
+EXTENDS: Final = "extends"
+"""The key of a YAML file that names another one beside it, whose values it changes."""
+
 KIND: Final = "kind"
 """The key that tells which dataclass of a union a section fills."""
 
@@ -61,7 +64,7 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
             )
     source = None if path is None else find_config(path)
     try:
-        merged = OmegaConf.create() if source is None else OmegaConf.load(source)
+        merged = OmegaConf.create() if source is None else _read(source)
         _drop_other_kinds(merged, overrides)
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
@@ -78,6 +81,28 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
             remedy="look at the files in conf/ for examples",
         )
     return parse_config(schema, {str(key): value for key, value in values.items()})
+
+
+def _read(source: Path) -> Any:
+    """A YAML file, over the one that it extends.
+
+    Raises:
+        UserError: that one is not there, or extends another itself.
+    """
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.load(source)
+    if not OmegaConf.is_dict(values) or EXTENDS not in values:
+        return values
+    below = source.parent / str(values.pop(EXTENDS))
+    lower = OmegaConf.load(below) if below.is_file() else None
+    if lower is None or not OmegaConf.is_dict(lower) or EXTENDS in lower:
+        raise UserError(
+            f"{source} extends {below}",
+            rule="the file is a mapping, stands in the same directory and extends no other",
+            remedy=f"name one like it, for example {EXTENDS}: paper.yaml",
+        )
+    return OmegaConf.merge(lower, values)
 
 
 def _drop_other_kinds(values: Any, overrides: Sequence[str]) -> None:

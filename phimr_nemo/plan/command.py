@@ -24,7 +24,7 @@ from phimr_nemo.plan.report import (
 from phimr_nemo.plan.request import read_request
 from phimr_nemo.plan.search import plan_training
 
-WIDTH: Final = 118
+WIDTH: Final = 126
 
 
 def run_plan(arguments: Sequence[str], stage_config: Path | None, *, as_json: bool) -> None:

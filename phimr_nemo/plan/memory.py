@@ -69,7 +69,7 @@ class RankMemory:
 
     Attributes:
         stage: pipeline stage, from 0.
-        in_flight: micro-batches whose activations it holds at once.
+        in_flight: micro-batches whose activations it holds at once; a part of one counts as its share.
         state: weights, gradients, optimizer.
         activations: kept for the backward passes of the micro-batches in flight.
         head: the part of them that final norm and labels keep, gone before the layers' backward passes.
@@ -81,7 +81,7 @@ class RankMemory:
     """
 
     stage: int
-    in_flight: int
+    in_flight: float
     state: StateMemory
     activations: float
     head: float
@@ -248,6 +248,23 @@ def output_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, token
     return arch.vocab_size / parallel.tensor * a_word + 2 * size * tokens * hidden
 
 
+def micro_batches_in_flight(parallel: ParallelConfig, micro_batches: int, stage: int) -> float:
+    """Micro-batches that wait for their backward pass when a stage alternates forward and backward passes.
+
+    With virtual stages each waiting pass holds a part of the layers (Narayanan et al. 2021, arXiv 2104.04473,
+    section 2.2; warm-up of Megatron's interleaved schedule).
+
+    Args:
+        parallel: the layout.
+        micro_batches: of a step.
+        stage: pipeline stage, from 0.
+    """
+    if parallel.virtual == 1:
+        return min(micro_batches, parallel.pipeline - stage)
+    passes = 2 * (parallel.pipeline - stage - 1) + (parallel.virtual - 1) * parallel.pipeline + 1
+    return min(micro_batches * parallel.virtual, passes) / parallel.virtual
+
+
 def rank_memory(
     arch: Architecture,
     parallel: ParallelConfig,
@@ -275,7 +292,7 @@ def rank_memory(
     """
     size = BYTES_PER_NUMBER[dtype]
     tokens = batch.tokens / parallel.context
-    in_flight = min(micro_batches, parallel.pipeline - stage)
+    in_flight = micro_batches_in_flight(parallel, micro_batches, stage)
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     kept = kept_bytes(arch, parallel, dtype, kernels, recompute, packed=batch.packed, stage=stage)
     again = layer_bytes(arch, parallel, dtype, kernels, "none", batch.packed) if recompute == "full" else 0.0

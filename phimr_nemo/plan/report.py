@@ -52,7 +52,8 @@ def notes(request: TrainingRequest) -> list[str]:
 def describe(candidate: Candidate) -> str:
     """A layout in a few letters: TP2 PP1 CP1 DP16 SP."""
     parallel = candidate.parallel
-    sizes = f"TP{parallel.tensor} PP{parallel.pipeline} CP{parallel.context} DP{parallel.data}"
+    virtual = f"x{parallel.virtual}" if parallel.virtual > 1 else ""
+    sizes = f"TP{parallel.tensor} PP{parallel.pipeline}{virtual} CP{parallel.context} DP{parallel.data}"
     return sizes + (" SP" if parallel.sequence else "")
 
 
@@ -89,7 +90,7 @@ def print_training(request: TrainingRequest, plan: TrainingPlan, console: Consol
 
 def _print_ranking(request: TrainingRequest, plan: TrainingPlan, console: Console) -> None:
     chosen = request.plan
-    title = f"{chosen.stage} of {chosen.model} on {chosen.gpus} x {chosen.gpu}: {len(plan.fitting)} layouts fit"
+    title = f"{chosen.stage} of {chosen.model} on {chosen.gpus} x {chosen.gpu}: layouts that fit: {len(plan.fitting)}"
     table = Table(title=title, title_justify="left")
     names = ["#", "layout", "rows", "recompute", "GiB"]
     names += ["sample s", "train s"] if chosen.stage == "grpo" else ["step s"]
@@ -142,7 +143,7 @@ def _print_parts(best: Fitting, plan: TrainingPlan, console: Console) -> None:
 
 
 def _print_refused(plan: TrainingPlan, console: Console) -> None:
-    title = f"{len(plan.refused)} layouts do not fit {plan.usable / GIBIBYTE:.1f} GiB, among them"
+    title = f"layouts that do not fit {plan.usable / GIBIBYTE:.1f} GiB: {len(plan.refused)}, the nearest"
     table = Table(title=title, title_justify="left")
     for name in ("layout", "rows", "recompute", "GiB", "too much", "largest part"):
         table.add_column(name, justify="right" if name in ("rows", "GiB", "too much") else "left", no_wrap=True)
@@ -214,7 +215,7 @@ def training_values(request: TrainingRequest, plan: TrainingPlan) -> dict[str, A
         "head_room": chosen.head_room,
         "steps": plan.workload.steps,
         "tokens_a_step": plan.workload.tokens,
-        "attention_length": plan.workload.attention_length,
+        "attention_length": plan.workload.lengths.weighted,
         "fitting": [_fitting_values(option) for option in plan.fitting],
         "refused": [
             {

@@ -28,6 +28,7 @@ LAYOUT_KEYS: Final = frozenset(
         "parallel.context",
         "parallel.data",
         "parallel.sequence",
+        "parallel.virtual",
         "micro_batch",
         "model.recompute",
     }

@@ -15,7 +15,7 @@ from phimr_nemo.model.flops import matmul_parameters
 from phimr_nemo.plan.hardware import DECODE_EFFICIENCY, Gpu, matmul_rate
 from phimr_nemo.plan.memory import BYTES_PER_NUMBER
 from phimr_nemo.plan.timing import OPERATIONS
-from phimr_nemo.plan.workload import EXPONENTIAL_SQUARES
+from phimr_nemo.plan.workload import Lengths
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def cache_bytes_a_token(arch: Architecture, dtype: str) -> int:
 
 
 def sampling_time(
-    arch: Architecture, gpu: Gpu, dtype: str, *, sequences: int, mean_tokens: float, longest: int, free_bytes: float
+    arch: Architecture, gpu: Gpu, dtype: str, *, sequences: int, lengths: Lengths, free_bytes: float
 ) -> SamplingTime | None:
     """Seconds in which one GPU samples its share of a round.
 
@@ -50,28 +50,27 @@ def sampling_time(
         gpu: which.
         dtype: of weights, keys and values.
         sequences: to sample.
-        mean_tokens: of a sequence.
-        longest: tokens of the longest, which is sampled to its end whatever the others do.
+        lengths: of sequences; the longest is sampled to its end whatever the others do.
         free_bytes: for keys and values.
 
     Returns:
         None when not even the longest sequence's keys and values fit.
     """
     a_token = cache_bytes_a_token(arch, dtype)
-    if free_bytes < longest * a_token:
+    if free_bytes < lengths.limit * a_token:
         return None
-    at_once = min(sequences, int(free_bytes // (mean_tokens * a_token)))
-    tokens = sequences * mean_tokens
+    at_once = min(sequences, int(free_bytes // (lengths.mean * a_token)))
+    tokens = sequences * lengths.mean
     # New sequences take the places of finished ones; at the end the longest runs alone.
-    steps = max(float(longest), tokens / at_once)
+    steps = max(float(lengths.limit), tokens / at_once)
     weights = steps * arch.num_parameters * BYTES_PER_NUMBER[dtype]
     # At each of its L steps a sequence reads what it has so far: L^2 / 2 tokens.
-    cache = sequences * EXPONENTIAL_SQUARES * mean_tokens**2 / 2 * a_token
+    cache = tokens * lengths.weighted / 2 * a_token
     seconds = (weights + cache) / (gpu.memory_bandwidth * DECODE_EFFICIENCY)
     seconds = max(seconds, tokens * OPERATIONS * matmul_parameters(arch) / matmul_rate(gpu, "bf16"))
     return SamplingTime(
         seconds=seconds,
         tokens_a_second=tokens / seconds,
         at_once=at_once,
-        cache_bytes=math.ceil(at_once * mean_tokens) * a_token,
+        cache_bytes=math.ceil(at_once * lengths.mean) * a_token,
     )

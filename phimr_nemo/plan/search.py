@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from phimr_nemo.plan.workload import StageConfig, Workload, training_workload
 
 MICRO_BATCHES: Final = (1, 2, 4, 8)
 MAX_CONTEXT: Final = 16
+VIRTUAL: Final = (1, 2, 4)
 FP8_COPIES: Final = 2
 """Bytes for each weight of the layers that FP8 keeps beside bf16: a cast and its transpose."""
 
@@ -216,7 +218,7 @@ def candidates(config: StageConfig, gpus: int, pinned: frozenset[str]) -> Iterat
     micro_batches = (config.micro_batch,) if "micro_batch" in pinned else MICRO_BATCHES
     recomputes: tuple[Recompute, ...] = ("none", "full")
     if "model.recompute" in pinned:
-        recomputes = ("full" if config.model.recompute else "none",)
+        recomputes = (config.model.recompute,)
     for tensor in sizes("tensor", fixed.tensor, gpus):
         for pipeline in sizes("pipeline", fixed.pipeline, gpus // tensor):
             for context in sizes("context", fixed.context, min(MAX_CONTEXT, gpus // (tensor * pipeline))):
@@ -224,12 +226,19 @@ def candidates(config: StageConfig, gpus: int, pinned: frozenset[str]) -> Iterat
                 if rest or ("parallel.data" in pinned and data != fixed.data):
                     continue
                 sequence = fixed.sequence if "parallel.sequence" in pinned else tensor > 1
-                parallel = ParallelConfig(
-                    tensor=tensor, pipeline=pipeline, context=context, data=data, sequence=sequence
-                )
-                for micro_batch in micro_batches:
-                    for recompute in recomputes:
-                        yield Candidate(parallel, micro_batch, recompute)
+                virtuals = VIRTUAL if pipeline > 1 else (1,)
+                if "parallel.virtual" in pinned:
+                    virtuals = (fixed.virtual,)
+                for virtual, micro_batch, recompute in itertools.product(virtuals, micro_batches, recomputes):
+                    parallel = ParallelConfig(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        context=context,
+                        data=data,
+                        sequence=sequence,
+                        virtual=virtual,
+                    )
+                    yield Candidate(parallel, micro_batch, recompute)
 
 
 def _is_possible(arch: Architecture, workload: Workload, candidate: Candidate) -> bool:
@@ -237,7 +246,13 @@ def _is_possible(arch: Architecture, workload: Workload, candidate: Candidate) -
         check_layout(arch, candidate.parallel)
     except UserError:
         return False
-    return workload.is_even(candidate.micro_batch, candidate.parallel.data)
+    if not workload.is_even(candidate.micro_batch, candidate.parallel.data):
+        return False
+    if candidate.parallel.virtual == 1:
+        return True
+    # Megatron's interleaved schedule takes micro-batches in groups as large as the pipeline, the same on every rank.
+    per_rank, rest = divmod(workload.samples, candidate.parallel.data * candidate.micro_batch)
+    return workload.rows != "joined" and rest == 0 and per_rank % candidate.parallel.pipeline == 0
 
 
 def _judge(
@@ -260,8 +275,7 @@ def _judge(
             gpu,
             dtype,
             sequences=max(1, config.prompts_per_step * config.group_size // plan.gpus),
-            mean_tokens=workload.mean_length,
-            longest=config.sequence_length,
+            lengths=workload.lengths,
             # Training's activations are not there while the sampler works.
             free_bytes=usable - (memory.total - memory.rank.moving - memory.fragmentation) - weights,
         )
@@ -272,7 +286,7 @@ def _judge(
     matmul: MatmulDtype = "fp8" if config.model.fp8 is not None else dtype
     work = Work(
         tokens=tokens,
-        attention_length=workload.attention_length,
+        attention_length=workload.lengths.weighted,
         micro_batches=count,
         forward_only=workload.forward_only,
         overlaps=workload.overlaps,
@@ -290,8 +304,8 @@ def _judge(
     # Every further update of a step costs its communication and its optimizer once more.
     training = step.total + (workload.updates - 1) * (step.data + step.optimizer)
     seconds = training + (sampling.seconds if sampling else 0.0)
-    # Attention's causal pairs: half of attention_length for every token.
-    flops = model_flops(arch, workload.tokens, workload.tokens * workload.attention_length / 2)
+    # A token sees half of its document on average.
+    flops = model_flops(arch, workload.tokens, workload.tokens * workload.lengths.weighted / 2)
     return Fitting(
         candidate=candidate,
         memory=memory,

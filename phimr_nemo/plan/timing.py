@@ -170,7 +170,8 @@ def step_time(
     # All stages do the layers' work, the last one also the output's; a slot is as long as the slowest takes.
     slot = layers * layer_work + output + accumulation + neighbours
     mean_output = output / parallel.pipeline
-    bubble = (count + parallel.pipeline - 1) * slot - count * (slot - output + mean_output)
+    # Virtual stages fill and drain the pipeline in smaller parts (arXiv 2104.04473, section 2.2).
+    bubble = (parallel.pipeline - 1) / parallel.virtual * slot + count * (output - mean_output)
     forward_slot = layers * (one.total + one.tensor) + output / (passes + 1)
     forward = work.forward_only * (count + (parallel.pipeline - 1 if work.forward_only else 0)) * forward_slot
     spread = parallel.data * parallel.context if distributed else 1
@@ -256,7 +257,7 @@ def _output_seconds(arch: Architecture, parallel: ParallelConfig, gpu: Gpu, dtyp
 
 
 def _neighbour_seconds(arch: Architecture, parallel: ParallelConfig, gpu: Gpu, dtype: str, tokens: float) -> float:
-    """Seconds a micro-batch takes between pipeline stages, there and back."""
+    """Seconds a micro-batch takes between pipeline stages, there and back, once for each virtual stage."""
     if parallel.pipeline == 1:
         return 0.0
     numbers = tokens * arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
@@ -265,7 +266,7 @@ def _neighbour_seconds(arch: Architecture, parallel: ParallelConfig, gpu: Gpu, d
         bandwidth = gpu.node_bandwidth * NODE_EFFICIENCY
     else:
         bandwidth = gpu.network_bandwidth * NETWORK_EFFICIENCY
-    return 2 * BYTES_PER_NUMBER[dtype] * numbers / bandwidth
+    return 2 * parallel.virtual * BYTES_PER_NUMBER[dtype] * numbers / bandwidth
 
 
 def _data_seconds(

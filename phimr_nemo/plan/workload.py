@@ -20,8 +20,55 @@ Rows = Literal["full", "padded", "joined"]
 LENGTH_DRAWS: Final = 100
 """Simulated steps behind the mean of the slowest rank."""
 
-EXPONENTIAL_SQUARES: Final = 2
-"""Mean square of exponentially distributed lengths over the square of their mean."""
+SCALE_STEPS: Final = 60
+"""Halvings of the interval in which a scale is looked for: more than a double has bits."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Exponentially distributed lengths, those above `limit` cut to it (tokens): the planner's assumption.
+
+    Attributes:
+        scale: mean that they would have without the limit; infinite when all are `limit`.
+    """
+
+    scale: float
+    limit: int
+
+    @property
+    def mean(self) -> float:
+        """E[min(X, limit)]."""
+        if math.isinf(self.scale):
+            return float(self.limit)
+        return -self.scale * math.expm1(-self.limit / self.scale)
+
+    @property
+    def weighted(self) -> float:
+        """Sum of squares over sum: what attention's cost a token is proportional to."""
+        if math.isinf(self.scale):
+            return float(self.limit)
+        rest = math.exp(-self.limit / self.scale)
+        squares = 2 * self.scale**2 * (1 - rest) - 2 * self.scale * self.limit * rest
+        return squares / self.mean
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Random lengths, at least 1."""
+        if math.isinf(self.scale):
+            return np.full(shape, float(self.limit))
+        return rng.exponential(self.scale, size=shape).clip(1, self.limit)
+
+
+def lengths_with_mean(mean: float, limit: int) -> Lengths:
+    """Lengths whose mean, after the cut, is `mean` tokens; all are `limit` when that is not possible."""
+    if mean >= limit:
+        return Lengths(math.inf, limit)
+    low, high = mean, mean
+    while Lengths(high, limit).mean < mean:
+        high *= 2
+    for _ in range(SCALE_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if Lengths(middle, limit).mean < mean else (low, middle)
+    return Lengths(high, limit)
 
 
 @dataclass(frozen=True)
@@ -35,9 +82,8 @@ class Workload:
         whole: `dealt` falls into whole micro-batches on every rank.
         rows: how sequences become a micro-batch.
         length: tokens of the longest sequence, or of every row.
-        mean_length: tokens of a sequence, or of every row.
+        lengths: of documents; of sequences too unless they are full rows.
         tokens: real tokens of a step.
-        attention_length: sum of squared document lengths over sum of lengths (tokens).
         forward_only: passes without a backward pass for each with one.
         updates: optimizer updates of a step.
         steps: of the run.
@@ -51,9 +97,8 @@ class Workload:
     whole: bool
     rows: Rows
     length: int
-    mean_length: float
+    lengths: Lengths
     tokens: float
-    attention_length: float
     forward_only: float
     updates: int
     steps: float
@@ -86,7 +131,7 @@ class Workload:
         room = size * self.sides * self.length
         most = []
         for _ in range(LENGTH_DRAWS):
-            lengths = rng.exponential(self.mean_length, size=(ranks, count, size * self.sides)).clip(1, self.length)
+            lengths = self.lengths.draw(rng, (ranks, count, size * self.sides))
             computed = lengths.sum(axis=2) if self.rows == "joined" else lengths.max(axis=2) * size * self.sides
             most.append(float(computed.sum(axis=1).max()))
         tokens = sum(most) / len(most)
@@ -95,22 +140,16 @@ class Workload:
         return count, tokens / count
 
 
-def attention_length(mean_tokens: float, limit: int) -> float:
-    """Sum of squared lengths over sum of lengths of exponentially distributed documents of at most `limit` tokens."""
-    return min(EXPONENTIAL_SQUARES * mean_tokens, float(limit))
-
-
 def training_workload(plan: TrainingPlanConfig, config: StageConfig) -> Workload:
     """The run that a stage's configuration and the planner's assumptions describe."""
-    mean = float(min(plan.mean_tokens, config.sequence_length))
-    attention = attention_length(mean, config.sequence_length)
+    lengths = lengths_with_mean(plan.mean_tokens, config.sequence_length)
     if isinstance(config, MidtrainConfig):
-        return _supervised(plan, config, attention, config.sequence_length, "full")
+        return _supervised(plan, config, lengths, config.sequence_length, "full")
     if isinstance(config, SFTConfig):
-        return _supervised(plan, config, attention, mean, "padded")
+        return _supervised(plan, config, lengths, lengths.mean, "padded")
     if isinstance(config, DPOConfig):
-        return _preference(plan, config, attention, mean)
-    return _reinforcement(plan, config, attention, mean)
+        return _preference(plan, config, lengths)
+    return _reinforcement(plan, config, lengths)
 
 
 def _steps(planned: float, config: MidtrainConfig | SFTConfig | DPOConfig) -> float:
@@ -118,9 +157,9 @@ def _steps(planned: float, config: MidtrainConfig | SFTConfig | DPOConfig) -> fl
 
 
 def _supervised(
-    plan: TrainingPlanConfig, config: MidtrainConfig | SFTConfig, attention: float, mean: float, rows: Rows
+    plan: TrainingPlanConfig, config: MidtrainConfig | SFTConfig, lengths: Lengths, a_sample: float, rows: Rows
 ) -> Workload:
-    tokens = config.global_batch * mean
+    tokens = config.global_batch * a_sample
     return Workload(
         samples=config.global_batch,
         sides=1,
@@ -128,9 +167,8 @@ def _supervised(
         whole=True,
         rows=rows,
         length=config.sequence_length,
-        mean_length=mean,
+        lengths=lengths,
         tokens=tokens,
-        attention_length=attention,
         forward_only=0.0,
         updates=1,
         steps=_steps((plan.samples or 0) * plan.mean_tokens * config.epochs / tokens, config),
@@ -139,7 +177,7 @@ def _supervised(
     )
 
 
-def _preference(plan: TrainingPlanConfig, config: DPOConfig, attention: float, mean: float) -> Workload:
+def _preference(plan: TrainingPlanConfig, config: DPOConfig, lengths: Lengths) -> Workload:
     online = isinstance(config.reference, OnlineReference)
     return Workload(
         samples=config.global_batch,
@@ -148,9 +186,8 @@ def _preference(plan: TrainingPlanConfig, config: DPOConfig, attention: float, m
         whole=True,
         rows="joined" if config.packed else "padded",
         length=config.sequence_length,
-        mean_length=mean,
-        tokens=2 * config.global_batch * mean,
-        attention_length=attention,
+        lengths=lengths,
+        tokens=2 * config.global_batch * lengths.mean,
         # Stored reference log-probabilities cost one pass over the data, online ones a pass in every step.
         forward_only=1.0 if online else 1.0 / config.epochs,
         updates=1,
@@ -160,7 +197,7 @@ def _preference(plan: TrainingPlanConfig, config: DPOConfig, attention: float, m
     )
 
 
-def _reinforcement(plan: TrainingPlanConfig, config: GRPOConfig, attention: float, mean: float) -> Workload:
+def _reinforcement(plan: TrainingPlanConfig, config: GRPOConfig, lengths: Lengths) -> Workload:
     trained = max(1, round(config.prompts_per_step * config.group_size * plan.trained_share))
     return Workload(
         samples=trained,
@@ -169,9 +206,8 @@ def _reinforcement(plan: TrainingPlanConfig, config: GRPOConfig, attention: floa
         whole=False,
         rows="padded",
         length=config.sequence_length,
-        mean_length=mean,
-        tokens=trained * mean,
-        attention_length=attention,
+        lengths=lengths,
+        tokens=trained * lengths.mean,
         # The old policy's log-probabilities, and the reference's for a KL penalty.
         forward_only=1.0 + (config.kl > 0),
         updates=config.inner_batches,

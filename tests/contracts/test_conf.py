@@ -45,6 +45,13 @@ def open_keys(values: Any, prefix: str = "") -> list[str]:
     return [prefix[:-1]] if values == LEFT_TO_THE_USER else []
 
 
+def written(path: Path) -> dict[str, Any]:
+    """A file's values over those of the file that it extends."""
+    values: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
+    below = values.pop("extends", None)
+    return values if below is None else {**written(path.parent / below), **values}
+
+
 def named(path: Path) -> str:
     return str(path.relative_to(CONF))
 
@@ -58,7 +65,7 @@ def test_every_folder_is_known_and_every_stage_has_a_paper_preset() -> None:
 @pytest.mark.parametrize("path", files(*SCHEMAS), ids=named)
 def test_preset_loads_and_survives_a_round_trip(path: Path) -> None:
     schema = SCHEMAS[path.parent.name]
-    answers = [f"{key}=given/by/user" for key in open_keys(yaml.safe_load(path.read_text("utf-8")))]
+    answers = [f"{key}=given/by/user" for key in open_keys(written(path))]
     config = load_config(schema, path, answers)
     assert parse_config(schema, to_dict(config)) == config
     assert parse_config(schema, yaml.safe_load(to_yaml(config))) == config
@@ -66,7 +73,7 @@ def test_preset_loads_and_survives_a_round_trip(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files(*SCHEMAS), ids=named)
 def test_what_a_preset_leaves_open_is_asked_for(path: Path) -> None:
-    keys = open_keys(yaml.safe_load(path.read_text("utf-8")))
+    keys = open_keys(written(path))
     if not keys:
         load_config(SCHEMAS[path.parent.name], path)
         return
@@ -79,7 +86,7 @@ def test_what_a_preset_leaves_open_is_asked_for(path: Path) -> None:
 @pytest.mark.parametrize("path", files(*SCHEMAS), ids=named)
 def test_a_misspelt_key_is_refused_with_a_suggestion(path: Path) -> None:
     schema = SCHEMAS[path.parent.name]
-    answers = [f"{key}=given/by/user" for key in open_keys(yaml.safe_load(path.read_text("utf-8")))]
+    answers = [f"{key}=given/by/user" for key in open_keys(written(path))]
     with pytest.raises(UserError, match=r"run\.sed.*run\.seed"):
         load_config(schema, path, [*answers, "run.sed=1"])
 

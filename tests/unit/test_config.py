@@ -329,3 +329,19 @@ def test_loading_needs_no_torch(repository: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=repository, check=True)
     assert done.stdout.split(maxsplit=1) == ["1", "[]\n"]
+
+
+def test_a_file_changes_what_it_extends(verify_file: Path) -> None:
+    path = verify_file.with_name("more.yaml")
+    path.write_text(yaml.safe_dump({"extends": verify_file.name, "workers": 7, "run": {"seed": 9}}))
+    changed, below = load_config(VerifyConfig, path), load_config(VerifyConfig, verify_file)
+    assert changed == dataclasses.replace(below, workers=7, run=dataclasses.replace(below.run, seed=9))
+    assert load_config(VerifyConfig, path, ["workers=1"]).workers == 1
+
+
+@pytest.mark.parametrize("below", ["none.yaml", "more.yaml"])
+def test_a_file_extends_one_plain_file(below: str, verify_file: Path) -> None:
+    path = verify_file.with_name("more.yaml")
+    path.write_text(yaml.safe_dump({"extends": below}))
+    with pytest.raises(UserError, match=rf"more\.yaml extends .*{below}"):
+        load_config(VerifyConfig, path)
