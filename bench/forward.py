@@ -9,9 +9,9 @@ gradients. They must agree on the loss. Without recomputation, without an optimi
 - ours: the Megatron-Core model that every stage trains. With Transformer Engine its layers, without it our own.
 - peer: transformers' Phi3ForCausalLM with `scaled_dot_product_attention`.
 
-The sides take turns, twice. Times are medians of the repeats after a warm-up. Memory is the highest that was
-allocated on the GPU, or on the CPU the growth of the peak resident set (VmHWM) from the loaded model on: activations,
-gradients and logits.
+The sides take turns, twice. Times are medians of the repeats after a warm-up; on the CPU they are CPU seconds of all
+threads, which other work on the machine disturbs less. Memory is the highest that was allocated on the GPU, or on the
+CPU the growth of the peak resident set (VmHWM) from the loaded model on: activations, gradients and logits.
 """
 
 from __future__ import annotations
@@ -154,14 +154,15 @@ def measure(engine: str, directory: Path, options: argparse.Namespace) -> dict[s
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     before = 0 if on_gpu else peak_of_process()
+    clock = time.perf_counter if on_gpu else time.process_time
     loss, seconds = 0.0, []
     for _ in range(1 + options.repeats):
         wait(options.device)
-        started = time.perf_counter()
+        started = clock()
         value = loss_of(ids)
         value.backward()
         wait(options.device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
         loss = float(value.detach())
         del value
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process() - before
@@ -241,7 +242,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         raise RuntimeError(f"losses {ours['loss']} and {peer['loss']} differ: not the same model")
     return {
         "bench": "forward",
-        "unit": "tokens/s",
+        "unit": "tokens/s" if options.device == "cuda" else "tokens/CPU-second",
         "parameters": arch.num_parameters,
         "tokens": tokens,
         "fp8": options.fp8,
