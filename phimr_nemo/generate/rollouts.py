@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tqdm import tqdm
 
 from phimr_nemo.data.chat import decode_response, render_prompts
+from phimr_nemo.endpoint.wire import OPENING
 from phimr_nemo.generate.plan import QUESTION, Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import Completion, Engine, Request, SamplingParams
 from phimr_nemo.store import conform, finish, is_complete, rows_to_table, shard_is_complete, write_shard
@@ -17,6 +18,9 @@ from phimr_nemo.store import conform, finish, is_complete, rows_to_table, shard_
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
+
+OPENING_TOKENS: Final = 16
+"""More than any tokenizer needs for a think tag and a line break."""
 
 
 def sample_rollouts(
@@ -94,10 +98,11 @@ def _sample_shard(
     # The samples of one problem share its prompt, which is tokenised once.
     texts = list(dict.fromkeys(item.prompt for item in planned))
     prompts = dict(zip(texts, map(tuple, render_prompts(tokenizer, texts)), strict=True))
+    openings = {text: opening(tokenizer, prompts[text]) for text in texts}
     completions = sampler.sample([Request(item.id, prompts[item.prompt], item.seed) for item in planned], params)
     return [
         item.row(
-            _text(tokenizer, completion),
+            openings[item.prompt] + _text(tokenizer, completion),
             teacher=teacher,
             finish_reason=completion.finish_reason,
             tokens=len(completion.token_ids),
@@ -109,3 +114,9 @@ def _sample_shard(
 def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
     ids = completion.token_ids
     return decode_response(tokenizer, ids[:-1] if completion.finish_reason == "stop" else ids)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    """The think tag that some chat templates open at the end of the prompt: it belongs to the response."""
+    tail = tokenizer.decode(list(prompt_ids[-OPENING_TOKENS:]), clean_up_tokenization_spaces=False)
+    return f"{OPENING}\n" if tail.rstrip().endswith(OPENING) else ""

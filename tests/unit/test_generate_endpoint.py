@@ -17,7 +17,7 @@ import pytest
 from openai_server import Fault, OpenAIServer, Reply, user_text
 
 from phimr_nemo.config import GenerateConfig, load_config
-from phimr_nemo.errors import UserError
+from phimr_nemo.errors import EXIT_PREEMPTED, UserError
 from phimr_nemo.generate.stage import run_generate
 from phimr_nemo.launch import check_same_run, run_stage
 from phimr_nemo.preflight import preflight
@@ -295,3 +295,24 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_set(
     # What was under way when a process died is asked again, and nothing else.
     assert asked <= TOTAL + 4 * kills
     assert not list(out.glob("replies-*"))
+
+
+def test_ctrl_c_is_a_stop_that_the_same_command_continues(
+    problems: Path, expected: list[dict[str, Any]], tmp_path: Path, repository: Path
+) -> None:
+    out = tmp_path / "out"
+    with OpenAIServer(teacher, delay=lambda _: 0.02) as server:
+        process = start(out, problems, server.url, repository)
+        while len(server.bodies) < TOTAL // 2 and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        assert process.returncode == EXIT_PREEMPTED, errors
+        assert "Traceback" not in errors
+        stopped = len(server.bodies)
+        assert stopped < TOTAL
+        process = start(out, problems, server.url, repository)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert len(server.bodies) <= TOTAL + 4
+    assert read_table(out, "rollouts").to_pylist() == expected

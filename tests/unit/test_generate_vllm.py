@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from phimr_nemo.config import BaseConfig, GenerateConfig, LongRopePolicy, load_config
+from phimr_nemo.endpoint import ChatReply
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import run_generate
 from phimr_nemo.generate.vllm import check_longrope, weights_hash
@@ -19,6 +27,7 @@ from phimr_nemo.model.hf import HFDirectory
 from phimr_nemo.store import read_manifest, read_table
 
 NEW_TOKENS, COUNT, SAMPLES = 24, 6, 2
+SERVER_START_SECONDS, SERVER_STOP_SECONDS = 300, 20
 # vLLM's attention on CPU wants heads of 32 dimensions or more.
 SHAPE = ("hidden_size=128", "intermediate_size=96", "num_hidden_layers=2", "num_attention_heads=4")
 # Large enough that a random model does not repeat its last token.
@@ -125,6 +134,58 @@ def test_seeds_decide_the_responses(
         rows.append(read_table(tmp_path / name, "rollouts").to_pylist())
     assert rows[0] == rows[1]
     assert len({row["response"] for row in rows[0]}) > COUNT
+
+
+@contextlib.contextmanager
+def served(python: Path, variables: dict[str, str], model: Path, name: str, log: Path) -> Iterator[str]:
+    """vLLM's own server of a model; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--model", str(model), "--served-model-name", name, "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "256", "--max-num-seqs", "4"),
+    ]
+    with log.open("wb") as output:
+        # A group of its own: the server starts processes that would outlive it.
+        server = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(SERVER_START_SECONDS):
+            assert server.poll() is None, log.read_text()[-4000:]
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health").status_code == httpx.codes.OK:
+                    break
+            time.sleep(1.0)
+        yield f"{url}/v1"
+    finally:
+        server.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(SERVER_STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_a_served_model_gives_the_same(
+    model: Path, problems: Path, tmp_path: Path, vllm_python: Path, vllm_variables: dict[str, str]
+) -> None:
+    """The endpoint teacher against vLLM's real server, named as the built-in engine names the model."""
+    name = weights_hash(model)
+    with served(vllm_python, vllm_variables, model, name, tmp_path / "server.log") as url:
+        overrides = [
+            *(f"run.output={tmp_path / 'served'}", f"problems.path={problems}", "shard_size=4"),
+            *(f"teacher.endpoint.base_urls=[{url}]", f"teacher.endpoint.model={name}", "teacher.temperature=0"),
+            *("teacher.top_p=1", f"teacher.max_new_tokens={NEW_TOKENS}", "teacher.prompt='{question}'"),
+            *(f"rollouts_per_problem={SAMPLES}", "teacher.endpoint.concurrency=4"),
+        ]
+        run_generate(load_config(GenerateConfig, Path("conf/generate/paper.yaml"), overrides))
+    expected = built_in(tmp_path / "local", model, problems)
+    for row in expected:
+        # A random model may close a tag of its own accord; an endpoint's response gets the opening one back.
+        row["response"] = ChatReply(row["response"], "", row["finish_reason"], 0, 0).response
+    assert read_table(tmp_path / "served", "rollouts").to_pylist() == expected
 
 
 def test_without_vllm_the_remedy_is_named(model: Path, problems: Path, tmp_path: Path) -> None:

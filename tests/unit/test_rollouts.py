@@ -17,7 +17,7 @@ from phimr_nemo.data.synthetic import generate_problems
 from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local import LocalSampler
-from phimr_nemo.generate.rollouts import sample_rollouts
+from phimr_nemo.generate.rollouts import opening, sample_rollouts
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.table import checkpoint_tensors
@@ -273,3 +273,16 @@ def test_settings_tell_what_made_the_rollouts(
     assert manifest["config"]["params"] == {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 24}
     assert manifest["config"]["teacher"] == "tiny"
     assert list(manifest["inputs"]) == [str(source)]
+
+
+def test_a_think_tag_that_the_template_opens_belongs_to_the_response(
+    problems: pa.Table, sampler: CountingSampler, tmp_path: Path
+) -> None:
+    plain, opened = (build_tokenizer(synthetic_corpus(), vocab_size=270) for _ in range(2))
+    opened.chat_template += "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    assert opening(plain, render_prompt(plain, "1+1?")) == ""
+    assert run(problems, sampler, opened, tmp_path / "out")
+    for row in read_table(tmp_path / "out", "rollouts").to_pylist():
+        completion = sampler.completions[row["id"]]
+        body = completion.token_ids[: -1 if completion.finish_reason == "stop" else None]
+        assert row["response"] == "<think>\n" + opened.decode(body, skip_special_tokens=True)
