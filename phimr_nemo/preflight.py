@@ -254,6 +254,7 @@ def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
         return {}
     numbers = {"processes": str(config.parallel.world_size)}
     check_batches(config)
+    check_options(config)
     if config.base.is_dir():
         architecture = Architecture.from_directory(config.base)
         check_layout(architecture, config.parallel)

@@ -59,6 +59,8 @@ SHARD_NAME: Final = re.compile(r"part-(\d{5,9})\.parquet")
 MAX_SHOWN: Final = 200
 SIDECAR_KEYS: Final = ("kind", "rows", "sha256", "schema_version")
 PARQUET_COMPRESSION: Final = "zstd"
+ROW_GROUPS: Final[Mapping[Kind, int]] = {"rows": 64, "conversations": 256}
+"""Rows that are read together, of the kinds that training reads in random order: a few MB of long ones."""
 REDO: Final = "run `phimr data check {} --redo`, then the step that made it: only this shard is made again"
 
 
@@ -110,7 +112,7 @@ def write_shard(directory: Path, index: int, table: pa.Table, *, kind: Kind) -> 
     path = _shard_path(directory, index)
     records = conform(table, kind)
     with atomic_file(path) as temporary:
-        pq.write_table(records, temporary, compression=PARQUET_COMPRESSION)
+        pq.write_table(records, temporary, compression=PARQUET_COMPRESSION, row_group_size=ROW_GROUPS.get(kind))
     write_json(
         path.with_suffix(".json"),
         {
@@ -168,7 +170,7 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], kind: Kind) -> pa.Table:
 
 
 def shard_is_complete(directory: Path, index: int) -> bool:
-    """Whether shard `index` exists with a sidecar whose checksum agrees with the file."""
+    """Whether shard `index` exists, of this schema version, with a sidecar whose checksum agrees with the file."""
     path = _shard_path(directory, index)
     sidecar = path.with_suffix(".json")
     if not path.is_file() or not sidecar.is_file():
@@ -177,7 +179,7 @@ def shard_is_complete(directory: Path, index: int) -> bool:
         facts = _read_facts(sidecar, SIDECAR_KEYS)
     except UserError:
         return False  # a damaged sidecar completes nothing: the shard is made again
-    return bool(facts["sha256"] == file_sha256(path))
+    return bool(facts["schema_version"] == SCHEMA_VERSION and facts["sha256"] == file_sha256(path))
 
 
 def _read_facts(path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -301,7 +303,7 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
         raise UserError(
             f"{directory} has schema version {values['schema_version']}",
             rule=f"this version reads schema version {SCHEMA_VERSION}",
-            remedy="make the directory again with this version",
+            remedy="run the step that made it again, with this version and into another directory",
         )
     names = values["shards"]
     if not isinstance(names, dict) or not all(SHARD_NAME.fullmatch(name) for name in names):

@@ -1,0 +1,71 @@
+"""Rates from counted work, by their definitions."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from phimr_nemo.data.batches import Row, collate_packed, collate_padded
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.flops import model_flops
+from phimr_nemo.train.throughput import WORK, Work, counted, rates
+
+
+def row(*lengths: int) -> Row:
+    tokens = sum(lengths)
+    return Row(
+        np.arange(tokens, dtype=np.int32),
+        np.ones(tokens, dtype=np.uint8),
+        np.asarray(lengths, dtype=np.int32),
+    )
+
+
+ARCHITECTURE = Architecture(
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    partial_rotary_factor=1.0,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    max_position_embeddings=64,
+    original_max_position_embeddings=64,
+    short_factor=None,
+    long_factor=None,
+    sliding_window=None,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+    initializer_range=0.02,
+)
+
+
+def test_a_batch_says_its_document_tokens_and_causal_pairs() -> None:
+    packed = counted(partial(collate_packed, pad_id=0, capacity=16))([row(3, 5), row(7)])
+    pairs = sum(1 for n in (3, 5, 7) for query in range(n) for key in range(query + 1) if key <= query)
+    assert packed[WORK].tolist() == [15, pairs]
+    assert packed["tokens"].numel() == 32
+    padded = counted(partial(collate_padded, pad_id=0, multiple=8))([row(9), row(2)])
+    assert padded[WORK].tolist() == [11, 45 + 3]
+
+
+def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = ARCHITECTURE
+    work = Work(slots=1000.0, tokens=900.0, valid=600.0, pairs=5000.0)
+    found = rates(work, seconds=2.0, processes=5, arch=arch, fp8=False)
+    assert found["slots_per_second_per_gpu"] == 100.0
+    assert found["tokens_per_second_per_gpu"] == 90.0
+    assert found["valid_tokens_per_second_per_gpu"] == 60.0
+    flops = model_flops(arch, 900.0, 5000.0) / 10.0
+    assert found["model_tflops_per_gpu"] == pytest.approx(flops / 1e12)
+    assert "mfu" not in found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert rates(work, 2.0, 5, arch, fp8=False)["mfu"] == pytest.approx(flops / 989e12)
+    assert rates(work, 2.0, 5, arch, fp8=True)["mfu"] == pytest.approx(flops / (2 * 989e12))
