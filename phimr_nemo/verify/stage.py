@@ -15,7 +15,7 @@ from phimr_nemo.atomic import atomic_file
 from phimr_nemo.config import JudgeConfig, VerifyConfig, to_dict
 from phimr_nemo.errors import UserError
 from phimr_nemo.store import (
-    file_sha256,
+    check_shard,
     finish,
     input_hash,
     is_complete,
@@ -96,7 +96,7 @@ def verify_rollouts(
         done = read_manifest(out_dir, "verdicts")
         if done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}:
             return {"rows": done.rows, **done.counts}
-    shards = sorted(manifest.shards.items())
+    shards = sorted(manifest.shards.items(), key=lambda item: (len(item[0]), item[0]))
     name_of_grader = GRADER_VERSION if judge is None else judged_grader(GRADER_VERSION, judge)
     with (
         Grader(workers=workers, deadline_seconds=deadline_seconds) as grader,
@@ -138,13 +138,7 @@ def _check_no_stale(out_dir: Path, shards: int) -> None:
 def _read_shard(path: Path, sha256: str) -> pa.Table:
     import pyarrow.parquet as pq
 
-    if not path.is_file() or file_sha256(path) != sha256:
-        raise UserError(
-            f"shard {path} is {'damaged' if path.is_file() else 'missing'}",
-            rule="a shard's sha256 equals the one in the manifest",
-            remedy=f"delete {path.parent / 'manifest.json'} and {path.with_suffix('.json').name}, then run the step "
-            "that made it again: only this shard is redone",
-        )
+    check_shard(path, sha256)
     return pq.read_table(path)
 
 
