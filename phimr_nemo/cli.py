@@ -24,7 +24,7 @@ app.add_typer(data_app, name="data")
 STAGE_HELP: Final = {
     "base": "Make a tiny randomly initialised model of the Phi-4-mini architecture with its tokenizer.",
     "prepare": "Sources -> problems, and rollouts from sources with trajectories: dedup, decontamination, labels.",
-    "generate": "Problems -> rollouts: synthetic or your own problems, a programmatic, recorded or model teacher.",
+    "generate": "Problems -> rollouts: an endpoint, vLLM, a model, recorded responses or a programmatic teacher.",
     "curate": "Verdicts -> mid-training set, SFT subset, preference pairs, RL prompts.",
     "pack": "Conversations -> packed rows of one length.",
     "midtrain": "Stage 1: packed next-token prediction on the full verified set (NeMo 2.0).",
