@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Problems -> rollouts, one array task for each part of the shards.
 #   sbatch slurm/generate.sh [--config conf/generate/PRESET.yaml] [key=value ...]
+# The paper's preset asks servers that run elsewhere and needs no GPU. A teacher in the process (conf/generate/vllm.yaml):
+#   sbatch --gpus-per-node=8 slurm/generate.sh --config conf/generate/vllm.yaml teacher.tensor=8 ...
 #SBATCH --job-name=phimr-generate
-#SBATCH --array=0-63
+#SBATCH --array=0-15
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=2
+#SBATCH --mem=32G
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
