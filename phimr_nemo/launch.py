@@ -45,7 +45,7 @@ FREE_TO_CHANGE: Final = (
     "micro_batch",
     "overlap.",
     "guard.",
-    "evaluation",
+    "evaluation.",
     "tracking.",
     "data_workers",
     "packed",

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from phimr_nemo.config import SupervisedConfig, to_dict
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.runs import MetricsWriter, RunDirectory
+from phimr_nemo.runs import MetricsWriter, RunDirectory, read_metrics
 from phimr_nemo.train.checkpointing import CheckpointKeeper
 from phimr_nemo.train.distributed import PreemptionGuard
 from phimr_nemo.train.throughput import WorkCounter, peak_memory_gib, rates
@@ -51,6 +51,7 @@ class RunMonitor(pl.Callback):
         self._seconds = 0.0
         self._step_started = 0.0
         self._run_started, self._first_step = 0.0, 0
+        self._validated: set[int] = set()
         self._bar: tqdm[Any] | None = None
         self._writer: MetricsWriter | None = None
         self._tracker: WandbTracker | None = None
@@ -69,6 +70,7 @@ class RunMonitor(pl.Callback):
         self._run_started, self._first_step = time.monotonic(), step
         if trainer.global_rank != 0:
             return
+        self._validated = {row["step"] for row in read_metrics(self.run.path) if "val_loss" in row}
         self._writer = MetricsWriter(self.run.path, from_step=step + 1)
         if self.config.tracking.wandb is not None:
             self._tracker = WandbTracker(self.config.tracking.wandb, self.run.path, to_dict(self.config))
@@ -141,7 +143,9 @@ class RunMonitor(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Write the validation loss."""
         loss = trainer.callback_metrics.get("val_loss")
-        if isinstance(loss, Tensor):
+        # Lightning measures again at the step of the checkpoint that a run continues from.
+        again = trainer.global_step == self._first_step and self._first_step in self._validated
+        if isinstance(loss, Tensor) and not again:
             self.write(trainer.global_step, {"val_loss": float(loss)})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002

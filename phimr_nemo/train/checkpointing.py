@@ -129,6 +129,9 @@ def newest_whole(directory: Path) -> Path:
     box: list[Any] = [usable_checkpoints(directory) if rank == 0 else None]
     dist.broadcast_object_list(box)
     usable, notes = box[0]
+    if rank == 0:
+        for note in notes:
+            _LOGGER.warning("%s", note)
     for path in usable:
         damaged: list[Any] = [None] * world
         dist.all_gather_object(damaged, damaged_files(path, share=rank, shares=world))
@@ -139,7 +142,6 @@ def newest_whole(directory: Path) -> Path:
         if rank == 0:
             _LOGGER.warning("%s", notes[-1])
     refuse_all_damaged(directory, notes)
-    raise AssertionError("unreachable")
 
 
 def resumable(directory: Path) -> Path | None:
@@ -154,12 +156,6 @@ def resumable(directory: Path) -> Path | None:
     if any(is_sealed(path) for path in checkpoints(directory)):
         refuse_all_damaged(directory, notes)
     return None
-
-
-def warn_of_passed_over(directory: Path) -> None:
-    """Name each checkpoint that cannot be used."""
-    for note in usable_checkpoints(directory)[1]:
-        _LOGGER.warning("%s", note)
 
 
 def _prepared(state: dict[str, Any], place: Path, strategy: Any, results: Any) -> AsyncRequest:

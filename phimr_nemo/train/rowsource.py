@@ -216,13 +216,15 @@ class Conversations(RowSource):
         return {**super().describe(row), "id": self.table[row]["id"].as_py()}
 
     def check(self, limit: int, share: int, shares: int) -> None:
-        """Checksums, and the lengths of those that could be too long: a token has at least one byte."""
+        """Checksums, texts that spell a special token, and the lengths of those that could be too long: a token has
+        at least one byte."""
         self.table.check(share, shares)
         overhead = len(render_conversation(self._tokenizer, "", "")[0])
+        specials = tuple(self._tokenizer.get_added_vocab())
         for number in range(share, len(self), shares):
             record = self.table[number]
-            size = len(record["question"].as_py().encode()) + len(record["response"].as_py().encode())
-            if size + overhead > limit:
+            text = record["question"].as_py() + record["response"].as_py()
+            if len(text.encode()) + overhead > limit or any(token in text for token in specials):
                 tokens = len(self[number].input_ids)
                 if tokens > limit:
                     self._refuse(number, tokens, limit)

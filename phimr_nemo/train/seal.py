@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store import file_sha256, write_json
@@ -133,7 +133,7 @@ def usable_checkpoints(directory: Path) -> tuple[list[Path], list[str]]:
     return usable, notes
 
 
-def refuse_all_damaged(directory: Path, notes: list[str]) -> None:
+def refuse_all_damaged(directory: Path, notes: list[str]) -> NoReturn:
     """End a run that has finished checkpoints of which none can be read: it would silently start again.
 
     Raises:

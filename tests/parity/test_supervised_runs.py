@@ -22,7 +22,9 @@ from supervised_worker import (
 )
 
 from phimr_nemo.config import MidtrainConfig, load_config
+from phimr_nemo.errors import UserError
 from phimr_nemo.runs import RunDirectory, read_metrics
+from phimr_nemo.store import iter_shards
 from phimr_nemo.train.data import SupervisedDataModule, packed_data
 from phimr_nemo.train.seal import checkpoints, is_sealed
 
@@ -180,6 +182,8 @@ def test_training_ends_when_validation_saturates_also_when_it_was_interrupted(in
         facts = RunDirectory(run).closing_facts()
         # The first measurement, and patience = 4 more.
         assert (facts["steps"], facts["saturated"]) == (5, True)
+        measured = [row["step"] for row in read_metrics(run) if "val_loss" in row]
+        assert measured == [1, 2, 3, 4, 5]
         validation = {row["step"]: row["val_loss"] for row in read_metrics(run) if "val_loss" in row}
         best = min(validation, key=lambda step: validation[step])
         kept = {path.name for path in checkpoints(run / "checkpoints")}
@@ -283,3 +287,33 @@ def test_the_metrics_count_what_was_trained_on(reference: Path, inputs: Path, tm
 
 
 WANDB = ("tracking.wandb.project=test", "tracking.wandb.mode=offline")
+
+
+def test_the_prompt_is_left_out_of_the_loss_or_not(inputs: Path) -> None:
+    from phimr_nemo.data.batches import IGNORED_LABEL, next_token_labels
+    from phimr_nemo.data.chat import load_tokenizer, render_prompt
+    from phimr_nemo.train.rowsource import Conversations
+
+    tokenizer = load_tokenizer(inputs / "base" / "hf")
+    [table] = iter_shards(inputs / "sft", "conversations")
+    for loss_on in ("response", "all"):
+        source = Conversations(inputs / "sft", tokenizer, loss_on)
+        for number, item in enumerate(table.to_pylist()[:5]):
+            row = source[number]
+            prompt = render_prompt(tokenizer, item["question"])
+            assert row.input_ids[: len(prompt)].tolist() == prompt
+            predicted = np.flatnonzero(next_token_labels(row) != IGNORED_LABEL)
+            first = len(prompt) - 1 if loss_on == "response" else 0
+            assert predicted.tolist() == list(range(first, len(row.input_ids) - 1))
+            assert source.describe(number)["id"] == item["id"]
+
+
+def test_a_conversation_that_is_too_long_is_refused_before_training(inputs: Path) -> None:
+    from phimr_nemo.data.chat import load_tokenizer
+    from phimr_nemo.train.rowsource import Conversations
+
+    source = Conversations(inputs / "sft", load_tokenizer(inputs / "base" / "hf"), "response")
+    longest = max(len(source[number].input_ids) for number in range(len(source)))
+    source.check(longest, 0, 1)
+    with pytest.raises(UserError, match=f"{longest} tokens"):
+        source.check(longest - 1, 0, 1)
