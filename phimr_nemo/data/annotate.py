@@ -41,7 +41,7 @@ SYSTEM: Final = (
 )
 _FENCE: Final = re.compile(r"\A```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
 
-# Words that tell a domain. A question's domain is the one with the most hits, if it has more than any other.
+# Words that tell a domain, in a question in lower case. The domain is the one with more hits than any other.
 _DOMAIN_WORDS: Final[Mapping[Domain, str]] = {
     "number_theory": r"\bdivisib|\bdivisors?\b|\bprimes?\b|\bremainder|\bmodulo\b|\\p?mod\b|\bgcd\b|\blcm\b"
     r"|\bcoprime|\brelatively prime|\bgreatest common|\bleast common mult|\bdigits?\b|\bperfect (?:square|cube)"
@@ -51,7 +51,8 @@ _DOMAIN_WORDS: Final[Mapping[Domain, str]] = {
     r"|排列|组合|多少种",
     "probability": r"\bprobabilit|\bexpected (?:value|number)|\brandom|\bdice\b|\bdie\b|\bcoins?\b"
     r"|\bvariance\b|\bmedian of (?:the|these)|概率|随机",
-    "geometry": r"\btriangles?\b|\bcircles?\b|\bangles?\b|\bquadrilateral|\brectang|\bsquares? [A-Z$]|\bradius\b"
+    "geometry": r"\btriangles?\b|\bcircles?\b|\bangles?\b|\bquadrilateral|\brectang|\bsquare \$?[a-d]{4}\b"
+    r"|\bside length|\bradius\b"
     r"|\bdiameter|\bperimeter|\bpolygon|\btangent to|\bperpendicular|\bparallel|\bsphere|\bcylinder|\bcone\b"
     r"|\bpyramid|\btrapezoid|\\triangle|\\angle|\bhypotenuse|三角形|圆|面积|长方形|正方形|体积",
     "calculus": r"\\int(?![a-z])|\bderivative|\bintegra(?:l|te)|\blimit\b|\\lim(?![a-z])|\bdifferentia"
@@ -190,7 +191,7 @@ def parse_reply(reply: str) -> tuple[Domain, Difficulty] | None:
 
 def domain_by_rule(question: str) -> Domain | None:
     """The domain whose words occur most in a question; None without words, or where two domains are equal."""
-    text = question[:MAX_ASKED_CHARS]
-    hits = Counter({domain: len(re.findall(words, text, re.IGNORECASE)) for domain, words in _DOMAIN_WORDS.items()})
+    text = question[:MAX_ASKED_CHARS].lower()
+    hits = Counter({domain: len(re.findall(words, text)) for domain, words in _DOMAIN_WORDS.items()})
     (first, most), (_, next_most) = hits.most_common(2)
     return first if most > next_most else None
