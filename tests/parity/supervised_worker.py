@@ -40,6 +40,21 @@ def train_and_stop(stage: str, overrides: list[str], signal_name: str = "SIGTERM
     return False
 
 
+def train_and_listen(stage: str, overrides: list[str]) -> list[str]:
+    """Run a stage; what it warned of."""
+    import logging
+
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger("phimr_nemo").addHandler(Listener(logging.WARNING))
+    train(stage, overrides)
+    return said
+
+
 def train_and_die(stage: str, overrides: list[str], step: int) -> None:
     """Run a supervised stage that is killed after a step, without a chance to save."""
     import os

@@ -16,6 +16,7 @@ from supervised_worker import (
     STOP_AFTER,
     train,
     train_and_die,
+    train_and_listen,
     train_and_note_samples,
     train_and_stop,
     train_on_poison,
@@ -81,7 +82,7 @@ def test_sigusr1_and_an_asynchronous_save_lose_nothing(reference: Path, inputs: 
 
 
 def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(
-    reference: Path, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    reference: Path, inputs: Path, tmp_path: Path
 ) -> None:
     settings = ["checkpoint.every=2", "checkpoint.keep=2"]
     run_distributed(train_and_stop, 1, STAGE, overrides(STAGE, inputs, tmp_path / "run", settings))
@@ -91,8 +92,8 @@ def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    run_distributed(train, 1, STAGE, overrides(STAGE, inputs, tmp_path / "run", settings))
-    assert f"{newest} is damaged" in capfd.readouterr().err
+    [said] = run_distributed(train_and_listen, 1, STAGE, overrides(STAGE, inputs, tmp_path / "run", settings))
+    assert [message for message in said if f"{newest} is damaged" in message]
     assert differences(reference, tmp_path / "run") == (0.0, 0.0, 0.0)
 
 
