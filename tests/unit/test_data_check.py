@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from phimr_nemo.config import GenerateConfig, PackConfig, VerifyConfig, load_config
-from phimr_nemo.data.check import check_directory
+from phimr_nemo.data.check import check_directory, forget_damaged
 from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
 from phimr_nemo.launch import run_stage
@@ -114,3 +114,20 @@ def test_what_is_sound_and_what_is_no_record_directory(tmp_path: Path) -> None:
     (directory / "manifest.json").write_text("{", "utf-8")
     with pytest.raises(UserError, match="is damaged"):
         check_directory(tmp_path)
+
+
+def test_a_set_belongs_to_the_run_above_it(tmp_path: Path) -> None:
+    """Curated sets lie below their run, whose mark must go too, or the stage would take itself for done."""
+    directory = conversations(tmp_path / "curated" / "sft")
+    other = conversations(tmp_path / "curated" / "midtrain")
+    done = tmp_path / "curated" / "DONE"
+    done.write_text("{}", "utf-8")
+    (directory / "part-00001.parquet").write_bytes(b"PAR1")
+    for damage in check_directory(tmp_path):
+        assert damage.run == tmp_path / "curated"
+        forget_damaged(damage)
+    assert not done.exists()
+    assert sorted(path.name for path in directory.iterdir()) == [
+        *("part-00000.json", "part-00000.parquet", "part-00002.json", "part-00002.parquet"),
+    ]
+    assert (other / "manifest.json").is_file()
