@@ -77,8 +77,8 @@ class Annotations:
 
     def __init__(self, directories: list[Path], duplicates: Duplicates) -> None:
         columns = ["domain", "difficulty"]
-        rows = [row for _, table in candidate_shards(directories, columns) for row in _codes(table.to_pydict())]
-        self._codes = np.array(rows, dtype=np.uint8).reshape(-1, len(columns))
+        shards = candidate_shards(directories, columns)
+        self._codes = np.concatenate([np.array(_codes(table.to_pydict()), dtype=np.uint8) for _, table in shards])
         for index in np.flatnonzero(duplicates.reason != KEPT):
             kept = self._codes[duplicates.kept[index]]
             kept[:] = np.where(kept == 0, self._codes[index], kept)

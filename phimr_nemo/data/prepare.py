@@ -111,10 +111,10 @@ def _prepare(config: PrepareConfig) -> None:
 def _facts(directories: list[Path], permutations: int, signatures_path: Path) -> Facts:
     """What decides about duplicates, of all candidates; the signatures stay in a file."""
     columns = ["question_digest", "numbers_digest", "answer_digest", "rank"]
-    narrow = [table.to_pydict() for _, table in candidate_shards(directories, columns)]
+    narrow = [table for _, table in candidate_shards(directories, columns)]
 
     def gather(name: str, dtype: Any) -> npt.NDArray[Any]:
-        return np.concatenate([np.asarray(part[name], dtype=dtype) for part in narrow])
+        return np.concatenate([table.column(name).to_numpy().astype(dtype) for table in narrow])
 
     rank = gather("rank", np.int32)
     signatures = None
