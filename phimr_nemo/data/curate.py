@@ -250,12 +250,7 @@ def prompts(
     Raises:
         UserError: the bounds leave no pass rate.
     """
-    if not min_pass < max_pass:
-        raise UserError(
-            f"min_pass={min_pass} max_pass={max_pass}",
-            rule="a pass rate lies strictly between min_pass and max_pass",
-            remedy="use 0 and 1 for every prompt that is sometimes right and sometimes wrong",
-        )
+    check_pass_bounds(min_pass, max_pass)
     _, first, problem = np.unique(narrow["problem"], return_index=True, return_inverse=True)
     graded = ~np.isin(narrow["verdict"], [VERDICTS.index("timeout"), VERDICTS.index("error")])
 
@@ -281,6 +276,20 @@ def prompts(
     rows = np.full(len(first), np.iinfo(np.int64).max)
     np.minimum.at(rows, problem, narrow["row"])
     return Prompts(rows, fates, pass_rate, mean, spread, int((~graded).sum()))
+
+
+def check_pass_bounds(min_pass: float, max_pass: float) -> None:
+    """Refuse bounds between which no pass rate lies.
+
+    Raises:
+        UserError: `min_pass` is not below `max_pass`.
+    """
+    if not min_pass < max_pass:
+        raise UserError(
+            f"min_pass={min_pass} max_pass={max_pass}",
+            rule="a pass rate lies strictly between min_pass and max_pass",
+            remedy="use 0 and 1 for every prompt that is sometimes right and sometimes wrong",
+        )
 
 
 def _verified(narrow: Narrow) -> Fates:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from phimr_nemo.atomic import atomic_write_text, write_json
 from phimr_nemo.config import CurateConfig, PackConfig, to_dict
 from phimr_nemo.data.chat import load_tokenizer
+from phimr_nemo.data.curate import check_pass_bounds
 from phimr_nemo.data.decide import Decisions, decide
 from phimr_nemo.data.narrow import VERDICTS
 from phimr_nemo.data.packing import pack_rows
@@ -66,6 +67,8 @@ def run_curate(config: CurateConfig) -> dict[str, Any]:
             rule="curate makes at least one training set",
             remedy="set, e.g., midtrain.max_per_problem=8",
         )
+    if config.prompts is not None:
+        check_pass_bounds(config.prompts.min_pass, config.prompts.max_pass)
     output, inputs = config.run.output, config.verdict_directories
     shards = shards_of(inputs)
     missing = [name for name in named if not _is_made(config, name)]
