@@ -6,6 +6,7 @@
 #   PHIMR_CONSTRAINTS  pip constraints file (default: the tested CPU pins)
 #   SEEDS, OUT         of `make quickstart`
 #   PYTEST_ARGS        of `make test`
+#   GPU_PYTHON         of `make gpu`: an interpreter that has torch for CUDA, Megatron-Core and transformers
 
 VENV := .venv
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -14,6 +15,8 @@ PHIMR_CONSTRAINTS ?= requirements/constraints-cpu.txt
 SEEDS ?= 0
 OUT ?= runs/quickstart
 PYTEST_ARGS ?=
+GPU_PYTHON ?= python3
+GPU_NAME := import torch; print(torch.cuda.get_device_name().replace(" ", "-"))
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/setup.stamp
@@ -33,10 +36,10 @@ VLLM_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.pla
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm quickstart test lint format clean
+.PHONY: help setup setup-vllm quickstart test gpu lint format clean
 
 help:
-	@echo "make setup | setup-vllm | quickstart | test | lint | format | clean   (see README.md)"
+	@echo "make setup | setup-vllm | quickstart | test | gpu | lint | format | clean   (see README.md)"
 
 setup: $(STAMP)
 
@@ -77,6 +80,14 @@ quickstart: setup
 test: setup $(if $(VLLM_WHEELS),setup-vllm)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg \
 		$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# Tests and throughput on this machine's GPU, with its own python (a NeMo container's, say) and not `make setup`'s.
+gpu:
+	@name=$$($(GPU_PYTHON) -c '$(GPU_NAME)' 2>/dev/null) || { echo "$(GPU_PYTHON) finds no CUDA device"; exit 1; }; \
+	out=bench/results/$$(date +%F)-$$name.txt; bash -o pipefail -ec " \
+		$(GPU_PYTHON) -m pytest -q -rs tests/gpu | tee $$out; \
+		$(GPU_PYTHON) bench/forward.py | tee -a $$out; \
+		! $(GPU_PYTHON) -c 'import transformer_engine' 2>/dev/null || $(GPU_PYTHON) bench/forward.py --fp8 | tee -a $$out"
 
 lint: setup
 	$(BIN)/ruff format --check .
