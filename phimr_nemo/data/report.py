@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from phimr_nemo.data.shape import LENGTH_BINS, SHAPE_FILE, TIERS
 from phimr_nemo.errors import UserError
 from phimr_nemo.records import KINDS, Kind
 from phimr_nemo.store import MANIFEST, Manifest, file_sha256, read_manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PAGE: Final = "report.html"
 DROPPED: Final = "dropped: "
@@ -259,19 +262,18 @@ def pass_rates(step: Step) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool
     return np.concatenate(rates), np.concatenate(hard).astype(np.bool_)
 
 
-def _columns(step: Step, columns: list[str]) -> list[Any]:
-    """Narrow columns of every shard. Checksums are not compared: they would need all of the text."""
+def _columns(step: Step, columns: list[str]) -> Iterator[pa.Table]:
+    """Narrow columns of one shard after the other. Checksums are not compared: they would need all of the text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tables = []
     for name in step.manifest.shards:
         try:
-            tables.append(pq.read_table(step.path / name, columns=columns))
+            table = pq.read_table(step.path / name, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"shard {step.path / name} cannot be read: {error}",
                 rule="the shards that a manifest names are there and whole",
                 remedy=f"run `phimr data check {step.path}`",
             ) from error
-    return tables
+        yield table
