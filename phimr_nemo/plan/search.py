@@ -171,11 +171,15 @@ def plan_training(
     fitting: list[Fitting] = []
     refused: list[Refused] = []
     impossible = 0
+    slowest: dict[tuple[int, int], tuple[int, float]] = {}
     for candidate in candidates(config, plan.gpus, pinned):
         if not _is_possible(arch, workload, candidate):
             impossible += 1
             continue
-        outcome = _judge(plan, config, arch, gpu, workload, usable, candidate)
+        shared = (candidate.micro_batch, candidate.parallel.data)
+        if shared not in slowest:
+            slowest[shared] = workload.slowest_rank(*shared)
+        outcome = _judge(plan, config, arch, gpu, workload, usable, candidate, *slowest[shared])
         if isinstance(outcome, Fitting):
             fitting.append(outcome)
         else:
@@ -263,9 +267,10 @@ def _judge(
     workload: Workload,
     usable: float,
     candidate: Candidate,
+    count: int,
+    tokens: float,
 ) -> Fitting | Refused:
     parallel, dtype = candidate.parallel, config.model.dtype
-    count, tokens = workload.slowest_rank(candidate.micro_batch, parallel.data)
     memory = _training_memory(config, arch, workload, candidate, count)
     sampling = None
     if isinstance(config, GRPOConfig):

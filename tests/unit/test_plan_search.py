@@ -1,0 +1,172 @@
+"""Which layouts are found, refused and ranked; the ready-made ones; the command's output."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phimr_nemo.config import GenerationPlanConfig, load_config
+from phimr_nemo.errors import UserError
+from phimr_nemo.model.layout import check_layout
+from phimr_nemo.plan.command import run_plan
+from phimr_nemo.plan.generation import plan_generation
+from phimr_nemo.plan.hardware import GPUS
+from phimr_nemo.plan.request import LAYOUT_KEYS, TrainingRequest, read_request
+from phimr_nemo.plan.search import TrainingPlan, candidates, plan_training
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+STAGES = ("midtrain", "sft", "dpo", "grpo")
+READY_MADE = [path for stage in STAGES for path in sorted((CONF / stage).glob("phi4mini-*x*.yaml"))]
+NEAR_THE_BEST = 1.35
+"""A ready-made layout's time over the fastest's: near it, and simple."""
+
+
+def planned(*arguments: str, config: Path | None = None) -> tuple[TrainingRequest, TrainingPlan]:
+    request = read_request(arguments, config)
+    assert isinstance(request, TrainingRequest)
+    return request, plan_training(request.plan, request.config, request.arch, request.pinned)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str, as_json: bool = True) -> Any:
+    run_plan(arguments, None, as_json=as_json)
+    out = capsys.readouterr().out
+    return json.loads(out) if as_json else out
+
+
+def test_every_combination_is_looked_at_once() -> None:
+    request = read_request(["stage=midtrain", "gpus=8", "parallel.virtual=1"], None)
+    assert isinstance(request, TrainingRequest)
+    found = list(candidates(request.config, 8, request.pinned))
+    assert len(found) == len(set(found))
+    layouts = {(c.parallel.tensor, c.parallel.pipeline, c.parallel.context, c.parallel.data) for c in found}
+    brute_force = {
+        sizes for sizes in itertools.product(range(1, 9), repeat=4) if sizes[0] * sizes[1] * sizes[2] * sizes[3] == 8
+    }
+    assert layouts == brute_force
+    assert len(found) == len(layouts) * 4 * 2
+    assert all(c.parallel.world_size == 8 and c.parallel.sequence == (c.parallel.tensor > 1) for c in found)
+
+
+def test_fitting_layouts_are_possible_small_enough_and_in_order() -> None:
+    request, plan = planned("stage=midtrain", "gpus=16")
+    assert plan.usable == pytest.approx(0.9 * GPUS["h100-80g"].memory)
+    for option in plan.fitting:
+        check_layout(request.arch, option.candidate.parallel)
+        assert option.memory.total <= plan.usable
+        assert sum(option.memory.parts().values()) == pytest.approx(option.memory.total)
+        assert 128 % (option.candidate.micro_batch * option.candidate.parallel.data) == 0
+        tokens = option.tokens_a_gpu_second * 16 * option.seconds
+        assert tokens == pytest.approx(128 * 16_384)
+        assert 0 < option.mfu < 0.6
+    times = [option.seconds for option in plan.fitting]
+    assert all(later > 0.98 * earlier for earlier, later in itertools.pairwise(times))
+    for refused in plan.refused:
+        assert refused.memory.total - plan.usable == pytest.approx(refused.excess)
+        assert refused.excess > 0
+
+
+def test_fixed_keys_stay() -> None:
+    request, plan = planned("stage=sft", "gpus=8", "parallel.tensor=4", "micro_batch=2", "model.recompute=full")
+    assert request.pinned == {"parallel.tensor", "micro_batch", "model.recompute"}
+    for option in plan.fitting:
+        assert (option.candidate.parallel.tensor, option.candidate.micro_batch) == (4, 2)
+        assert option.candidate.recompute == "full"
+
+
+def test_fp8_is_faster_and_keeps_copies_of_the_weights() -> None:
+    fixed = ("stage=midtrain", "gpus=8", "parallel.tensor=1", "parallel.context=2", "micro_batch=1")
+    plain, fp8 = planned(*fixed)[1].fitting[0], planned(*fixed, "model.fp8=current")[1].fitting[0]
+    assert fp8.step.linear < 0.6 * plain.step.linear
+    layers = 3_836_021_760 - 200_064 * 3072 - 3072
+    assert fp8.memory.copies == 2 * layers
+    with pytest.raises(UserError, match="fp8"):
+        planned(*fixed, "model.fp8=current", "gpu=a100-80g")
+
+
+@pytest.mark.parametrize("path", READY_MADE, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_ready_made_layout_fits_with_head_room_and_is_near_the_fastest(path: Path) -> None:
+    stage, name = path.parent.name, path.stem
+    gpus, _, card = name.removeprefix("phi4mini-").partition("x")
+    makers = {"h100": ("h100-80g", "h200-141g"), "h200": ("h200-141g",)}[card]
+    for gpu in makers:
+        request, plan = planned(f"stage={stage}", f"gpu={gpu}", config=path)
+        assert request.pinned == LAYOUT_KEYS
+        assert request.plan.gpus == int(gpus)
+        (option,) = plan.fitting
+        assert option.memory.total <= 0.9 * GPUS[gpu].memory
+    _, every = planned(f"stage={stage}", f"gpus={gpus}", f"gpu={makers[0]}")
+    best = every.fitting[0].seconds
+    assert planned(f"stage={stage}", f"gpu={makers[0]}", config=path)[1].fitting[0].seconds < NEAR_THE_BEST * best
+
+
+def test_there_are_layouts_for_1_8_32_and_128_gpus_of_every_stage() -> None:
+    sizes = {(path.parent.name, int(path.stem.removeprefix("phi4mini-").partition("x")[0])) for path in READY_MADE}
+    assert sizes == set(itertools.product(STAGES, (1, 8, 32, 128)))
+
+
+def test_the_paper_s_run_is_named_beside_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    values = printed(capsys, "stage=midtrain", "gpus=128", "gpu=h100-80g")
+    ratio = values["fitting"][0]["tokens_a_gpu_second"] / (150e9 / (128 * 2 * 86_400))
+    assert f"{ratio:.2f} times" in values["paper"]
+    assert "6,782 tokens/s/GPU, 22.4% MFU" in values["paper"]
+    assert printed(capsys, "stage=midtrain", "gpus=64")["paper"] is None
+
+
+def test_what_is_not_measured_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    values = printed(capsys, "stage=grpo", "gpus=32", "gpu=a100-80g", "gpus=64")
+    assert values["is_extrapolated"] is True
+    text = " ".join(values["notes"])
+    for word in ("not measured", "assumption", "sampling: extrapolated", "attention efficiency"):
+        assert word in text
+    option = values["fitting"][0]
+    assert option["seconds"] == pytest.approx(option["sampling"]["seconds"] + sum(option["step_seconds"].values()))
+    table = printed(capsys, "stage=sft", "gpus=8", as_json=False)
+    for word in ("recompute", "gradients (fp32)", "extrapolated", "do not fit", "largest part", "waiting"):
+        assert word in table
+
+
+def test_generation_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(GenerationPlanConfig, Path("conf/plan/generate.yaml"), ["problems=1000", "rollouts=4"])
+    plan = plan_generation(config)
+    tokens = 4000 * config.mean_tokens
+    assert plan.gpu_hours * 3600 * config.tokens_a_gpu_second == pytest.approx(tokens)
+    assert plan.core_hours * 3600 * config.answers_a_core_second == pytest.approx(4000)
+    assert plan.stored_bytes * config.compression == pytest.approx(tokens * config.bytes_a_token)
+    assert plan.gpu_days * 24 * config.gpus == pytest.approx(plan.gpu_hours)
+    values = printed(capsys, "stage=generate", "problems=1000", "rollouts=4")
+    assert values["rollouts"] == 4000
+    assert values["is_extrapolated"] is True
+    table = printed(capsys, "stage=generate", as_json=False)
+    assert "12,800,000" in table
+    assert "answers/s/core, measured" in table
+
+
+def test_nothing_fits_is_an_error_that_names_the_part(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"needs \d+\.\d of 71\.7 GiB; largest part: optimizer") as caught:
+        run_plan(["stage=sft", "gpus=1"], None, as_json=False)
+    assert caught.value.remedy
+    assert "too much" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "no stage"),
+        (["stage=curate"], "stage=curate"),
+        (["stage=midtrain", "gpu=abacus"], "abacus"),
+        (["stage=midtrain", "model=phi9"], "phi9"),
+        (["stage=midtrain", "model=tiny"], "vocab_size"),
+        (["stage=midtrain", "gpus=0"], "gpus"),
+        (["stage=midtrain", "no_such=1"], "no_such"),
+        (["stage=generate", "no_such=1"], "no_such"),
+        (["stage=midtrain", "gpus=8", "parallel.tensor=3"], "none of"),
+        (["stage=midtrain", "gpus"], "gpus"),
+    ],
+)
+def test_a_mistake_is_named(arguments: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        run_plan(arguments, None, as_json=True)
