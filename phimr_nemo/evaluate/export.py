@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from phimr_nemo.config import ExportConfig
 from phimr_nemo.errors import UserError
@@ -22,17 +21,11 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     Raises:
         UserError: an unreadable model, a stage or evaluation that has not finished, or a full disk.
     """
-    from phimr_nemo.model.hf import HFDirectory, write_hf_directory
+    from phimr_nemo.model.hf import HFDirectory, copy_hf_directory
 
     source = HFDirectory(config.model)
     card = model_card(config, source.architecture.num_parameters)
-    write_hf_directory(
-        config.run.output / "hf",
-        source.architecture,
-        ((name, source.read(name)) for name in tqdm(source.names(), desc="export", unit="tensor")),
-        tokenizer_from=config.model,
-        extra_files={"README.md": card},
-    )
+    copy_hf_directory(config.run.output / "hf", source, tokenizer_from=config.model, extra_files={"README.md": card})
     return {"hf": "hf", "parameters": source.architecture.num_parameters, "weights": source.weights_hash()}
 
 

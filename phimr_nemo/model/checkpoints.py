@@ -8,21 +8,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import yaml
-from torch import Tensor
 
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
-from phimr_nemo.model.distcheckpoint import DistCheckpoint, WeightSource, write_dist_checkpoint
+from phimr_nemo.model.companions import write_model_files
+from phimr_nemo.model.distcheckpoint import DistCheckpoint, write_dist_checkpoint
 from phimr_nemo.model.distindex import FORMAT_FILE
-from phimr_nemo.model.hf import HFDirectory, write_hf_directory, write_model_files
-from phimr_nemo.model.shards import read_ahead
+from phimr_nemo.model.hf import HFDirectory, copy_hf_directory
+from phimr_nemo.model.rows import RowSource
 from phimr_nemo.store import atomic_directory
 
 Kind = Literal["hf", "megatron", "nemo"]
@@ -46,12 +45,8 @@ class Checkpoint:
     """
 
     kind: Kind
-    source: WeightSource
+    source: RowSource
     tokenizer: Path
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, tensor), in the order of the layers, one at a time."""
-        return read_ahead((name, self.source.read(name)) for name in self.source.names())
 
 
 def recognise(path: Path) -> Kind:
@@ -114,9 +109,7 @@ def write_hf(target: Path, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: the target is in the way, the disk is full, or the checkpoint is damaged or has no tokenizer.
     """
-    write_hf_directory(
-        target, checkpoint.source.architecture, checkpoint.tensors(), tokenizer_from=checkpoint.tokenizer
-    )
+    copy_hf_directory(target, checkpoint.source, tokenizer_from=checkpoint.tokenizer)
 
 
 def write_megatron(target: Path, checkpoint: Checkpoint, layout: ParallelConfig) -> None:

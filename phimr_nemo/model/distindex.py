@@ -26,6 +26,8 @@ FORMAT_FILE: Final = "metadata.json"
 INDEX_FILE: Final = ".metadata"
 BACKEND: Final = "torch_dist"
 OPTIMIZER_PREFIX: Final = "optimizer."
+# Of the one storage in what torch.save writes.
+DATA_RECORD: Final = "data/0"
 
 Shape = tuple[int, ...]
 
@@ -197,19 +199,20 @@ def chunks_of(path: Path, key: str, entry: Any, storage: Mapping[Any, Any]) -> l
     for chunk in entry.chunks:
         info = storage.get(dcp.MetadataIndex(key, chunk.offsets))
         if info is None or Path(str(info.relative_path)).name != info.relative_path or info.transform_descriptors:
-            raise _damaged(path, f"no plain data of {key} at {list(chunk.offsets)}")
+            raise damaged(path, f"no plain data of {key} at {list(chunk.offsets)}")
         file = path / info.relative_path
         if not file.is_file() or info.offset < 0 or info.offset + info.length > file.stat().st_size:
-            raise _damaged(path, f"{info.relative_path} is missing or truncated")
+            raise damaged(path, f"{info.relative_path} is missing or truncated")
         found.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
     whole = Chunk((0,) * len(entry.size), tuple(entry.size), path, 0, 0)
     inside = all(overlap(whole, chunk) == extent(chunk) for chunk in found)
     if not inside or sum(torch.Size(chunk.sizes).numel() for chunk in found) != entry.size.numel():
-        raise _damaged(path, f"the chunks of {key} do not add up to its shape {list(entry.size)}")
+        raise damaged(path, f"the chunks of {key} do not add up to its shape {list(entry.size)}")
     return found
 
 
-def _damaged(path: Path, found: str) -> UserError:
+def damaged(path: Path, found: str) -> UserError:
+    """The error of a checkpoint whose data is not what its index says."""
     return UserError(
         f"{path}: {found}",
         rule="every chunk in the index lies in a data file beside it",
@@ -260,17 +263,25 @@ class Window(io.RawIOBase):
         return int(count)
 
 
-def read_chunk(chunk: Chunk, dtype: torch.dtype) -> Tensor:
-    """The block of a chunk, shaped `chunk.sizes`.
+def data_start(chunk: Chunk, dtype: torch.dtype) -> int:
+    """Where in its file the numbers of a chunk begin, one row after the other, without reading them.
 
     Raises:
-        UserError: its bytes are no tensor of this size and dtype.
+        UserError: its bytes are no tensor of this size and dtype in that order.
     """
     try:
         with chunk.file.open("rb") as file:
-            tensor = torch.load(Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
+            saved = Window(file, chunk.start, chunk.length)
+            # On this device the description of a tensor is read and its numbers are not.
+            tensor = torch.load(saved, map_location="meta", weights_only=True)
+            saved.seek(0)
+            record = torch._C.PyTorchFileReader(saved).get_record_offset(DATA_RECORD)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise _damaged(chunk.file.parent, f"{chunk.file.name} cannot be read at {chunk.start}: {error}") from error
-    if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.numel() != torch.Size(chunk.sizes).numel():
-        raise _damaged(chunk.file.parent, f"{chunk.file.name} holds something else at {chunk.start}")
-    return tensor.detach().reshape(chunk.sizes)
+        raise damaged(chunk.file.parent, f"{chunk.file.name} cannot be read at {chunk.start}: {error}") from error
+    numel = torch.Size(chunk.sizes).numel()
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.numel() != numel:
+        raise damaged(chunk.file.parent, f"{chunk.file.name} holds something else at {chunk.start}")
+    begin = int(record) + tensor.storage_offset() * dtype.itemsize
+    if not tensor.is_contiguous() or begin + numel * dtype.itemsize > chunk.length:
+        raise damaged(chunk.file.parent, f"{chunk.file.name} holds a tensor in another order at {chunk.start}")
+    return chunk.start + begin

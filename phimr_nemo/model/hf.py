@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,23 +19,23 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
-from phimr_nemo.model.shards import DTYPES, INDEX_FILE, SINGLE_FILE, is_finite, raw_bytes, write_weights
+from phimr_nemo.model.companions import read_added_tokens, write_model_files
+from phimr_nemo.model.rows import (
+    RowSource,
+    block_buffer,
+    blocks,
+    common_dtype,
+    is_finite,
+    raw_bytes,
+    read_at,
+    read_block,
+    transfer,
+)
+from phimr_nemo.model.shards import DTYPES, INDEX_FILE, SINGLE_FILE, WeightFiles, tensor_places, write_weights
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store import atomic_directory
 
-GENERATION_FILE: Final = "generation_config.json"
-TOKENIZER_FILE: Final = "tokenizer.json"
-TOKENIZER_FILES: Final = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-END_OF_TURN: Final = "<|end|>"
 
 DEFAULT_SHARD_BYTES: Final = 4 * 2**30
 HASH_DIGEST_BYTES: Final = 16
@@ -63,6 +62,8 @@ class HFDirectory:
             )
         self.architecture = Architecture.from_directory(self.path)
         self._files = _weight_files(self.path)
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._places: dict[str, int] = {}
         self._check_tensors()
 
     def names(self) -> tuple[str, ...]:
@@ -107,13 +108,38 @@ class HFDirectory:
             )
         return tensor
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, as it is stored."""
+        return self._dtypes[name]
+
+    def place(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
+
+    def read_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Fill `rows` with the tensor's rows from `start` on, unchecked; see ``RowSource``.
+
+        Raises:
+            UserError: the file became unreadable.
+        """
+        row_bytes = rows.dtype.itemsize * torch.Size(rows.shape[1:]).numel()
+        file = self._files[name]
+        try:
+            read_at(file, self._places[name] + start * row_bytes, rows)
+        except (OSError, EOFError) as error:
+            raise _unreadable(file, error) from error
+
     def weights_hash(self) -> str:
         """A digest (32 hexadecimal digits) of all tensors' names, dtypes, shapes and bytes, however sharded."""
         digest = hashlib.blake2b(digest_size=HASH_DIGEST_BYTES)
-        for name in self.names():
-            tensor = self.read(name)
-            digest.update(f"{name}|{DTYPES[tensor.dtype]}|{tuple(tensor.shape)}|".encode())
-            digest.update(raw_bytes(tensor))
+        shapes = tensor_shapes(self.architecture)
+        largest = max(dtype.itemsize for dtype in self._dtypes.values())
+        buffer = block_buffer(self.architecture, largest)
+        for block in blocks(self.architecture, largest):
+            name, start, _ = block
+            if start == 0:
+                digest.update(f"{name}|{DTYPES[self._dtypes[name]]}|{shapes[name]}|".encode())
+            digest.update(raw_bytes(read_block(self, block, buffer)))
         return digest.hexdigest()
 
     def _check_tensors(self) -> None:
@@ -133,10 +159,12 @@ class HFDirectory:
             with _opened(file) as handle:
                 present = set(handle.keys())
                 for name in names:
-                    _check_tensor(handle, present, file, name, expected[name])
+                    self._dtypes[name] = _check_tensor(handle, present, file, name, expected[name])
+            self._places |= tensor_places(file)
 
 
-def _check_tensor(handle: Any, present: set[str], file: Path, name: str, shape: tuple[int, ...]) -> None:
+def _check_tensor(handle: Any, present: set[str], file: Path, name: str, shape: tuple[int, ...]) -> torch.dtype:
+    """What the header says of a tensor is what the architecture asks for; returns its dtype."""
     if name not in present:
         raise UserError(
             f"{file} lacks the tensor {name} that the index promises",
@@ -151,12 +179,14 @@ def _check_tensor(handle: Any, present: set[str], file: Path, name: str, shape: 
             rule=f"{CONFIG_FILE} asks for {list(shape)}",
             remedy="use the config.json that belongs to these weights",
         )
-    if header.get_dtype() not in DTYPES.values():
-        raise UserError(
-            f"tensor {name} in {file} has dtype {header.get_dtype()}",
-            rule=f"weights are {', '.join(DTYPES.values())}",
-            remedy="convert quantised weights to bfloat16 first",
-        )
+    for dtype, stored in DTYPES.items():
+        if header.get_dtype() == stored:
+            return dtype
+    raise UserError(
+        f"tensor {name} in {file} has dtype {header.get_dtype()}",
+        rule=f"weights are {', '.join(DTYPES.values())}",
+        remedy="convert quantised weights to bfloat16 first",
+    )
 
 
 def write_hf_directory(
@@ -182,82 +212,49 @@ def write_hf_directory(
         UserError: the target is in the way, the disk is full, the tokenizer is missing or too large for the
             vocabulary, or the tensors are not the architecture's.
     """
+    with _new_directory(path, arch, tokenizer_from, extra_files) as directory:
+        dtype = write_weights(directory, arch, tensors, max_shard_bytes)
+        write_model_files(directory, arch, tokenizer_from, dtype)
+
+
+def copy_hf_directory(
+    path: Path,
+    source: RowSource,
+    *,
+    tokenizer_from: Path,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write what ``write_hf_directory`` writes from weights that lie on a disk, block by block in several threads.
+
+    Args:
+        path: where to; must not exist or be empty.
+        source: the weights, in whatever form.
+        tokenizer_from, max_shard_bytes, extra_files: as for ``write_hf_directory``.
+
+    Raises:
+        UserError: as ``write_hf_directory``, or a tensor cannot be read.
+    """
+    arch = source.architecture
+    with _new_directory(path, arch, tokenizer_from, extra_files) as directory:
+        dtype = common_dtype(source)
+        write_model_files(directory, arch, tokenizer_from, dtype)
+        transfer(source, WeightFiles(directory, arch, dtype, max_shard_bytes))
+
+
+@contextmanager
+def _new_directory(
+    path: Path, arch: Architecture, tokenizer_from: Path, extra_files: Mapping[str, str] | None
+) -> Iterator[Path]:
+    """A directory to fill with a model, which gets its name when it is whole."""
     # Before the weights are touched.
     read_added_tokens(tokenizer_from, arch)
     with atomic_directory(Path(path)) as directory:
-        dtype = write_weights(directory, arch, tensors, max_shard_bytes)
-        write_model_files(directory, arch, tokenizer_from, dtype)
+        yield directory
         for name, text in (extra_files or {}).items():
             (directory / name).write_text(text, encoding="utf-8")
         # What was written is read back by the library that everybody else reads it with.
         HFDirectory(directory)
-
-
-def write_model_files(directory: Path, arch: Architecture, tokenizer_from: Path, dtype: torch.dtype | None) -> None:
-    """Write what a model directory holds besides its weights: config, generation config, tokenizer, chat template.
-
-    Args:
-        directory: where to; it exists.
-        arch: the model.
-        tokenizer_from: a directory with the tokenizer's files.
-        dtype: of the weights, for config.json; None leaves it unsaid.
-
-    Raises:
-        UserError: the tokenizer is missing or does not fit the model.
-    """
-    stated = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_json(directory / CONFIG_FILE, {**arch.to_hf_config(), **stated})
-    added_tokens = read_added_tokens(tokenizer_from, arch)
-    _write_json(directory / GENERATION_FILE, generation_config(arch, added_tokens))
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, directory / name)
-
-
-def generation_config(arch: Architecture, added_tokens: Mapping[str, int]) -> dict[str, Any]:
-    """End tokens for generation: [end of turn, end of text], as in Phi-4-mini's own generation_config.json."""
-    ends = [arch.eos_token_id]
-    end_of_turn = added_tokens.get(END_OF_TURN)
-    if end_of_turn is not None and end_of_turn not in ends:
-        ends.insert(0, end_of_turn)
-    return {
-        "_from_model_config": True,
-        "bos_token_id": arch.bos_token_id,
-        "eos_token_id": ends,
-        "pad_token_id": arch.pad_token_id,
-    }
-
-
-def read_added_tokens(directory: Path, arch: Architecture) -> dict[str, int]:
-    """The tokenizer's added tokens (text -> id), after comparing the tokenizer with the model.
-
-    Raises:
-        UserError: no tokenizer.json, not one that is understood, or ids outside the model's vocabulary.
-    """
-    file = Path(directory) / TOKENIZER_FILE
-    try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
-        added = {str(token["content"]): int(token["id"]) for token in loaded["added_tokens"]}
-        largest = max((*map(int, loaded["model"]["vocab"].values()), *added.values()))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{directory} has no {TOKENIZER_FILE}",
-            rule="a model directory brings its tokenizer",
-            remedy="give the directory of the base model as the tokenizer's source",
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} is not a tokenizer that is understood here: {error!r}",
-            rule="a fast tokenizer is a JSON file with model.vocab and added_tokens",
-            remedy="copy or download the tokenizer again",
-        ) from error
-    if largest >= arch.vocab_size:
-        raise UserError(
-            f"the tokenizer in {directory} has the id {largest}, the model a vocabulary of {arch.vocab_size}",
-            rule="every token id is below vocab_size",
-            remedy="use the tokenizer that belongs to the model",
-        )
-    return added
 
 
 def _weight_files(path: Path) -> dict[str, Path]:
@@ -317,15 +314,15 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(str(file), framework="pt", device="cpu") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} cannot be read as safetensors: {error}",
-            rule="the file is complete: its header's offsets match its size",
-            remedy="download or export it again; it is truncated or corrupted",
-        ) from error
+        raise _unreadable(file, error) from error
 
 
-def _write_json(file: Path, value: object) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{file} cannot be read as safetensors: {error}",
+        rule="the file is complete: its header's offsets match its size",
+        remedy="download or export it again; it is truncated or corrupted",
+    )
 
 
 def _some(names: Sequence[str]) -> str:

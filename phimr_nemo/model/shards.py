@@ -1,4 +1,4 @@
-"""Writing safetensors shards tensor by tensor: the header is known before the first byte of data.
+"""Writing safetensors shards row by row: every place in them is known before the first byte of data.
 
 The library writes a shard only from tensors that are all in memory, and then holds them twice.
 """
@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.rows import is_finite, require_space, write_at
 from phimr_nemo.model.table import Pieces, tensor_shapes
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
+LENGTH_BYTES: Final = 8
 _HEADER_ALIGNMENT: Final = 8
 
 # safetensors' names of the formats that weights come in.
@@ -31,21 +33,47 @@ DTYPES: Final[Mapping[torch.dtype, str]] = {
 }
 
 
-Item = TypeVar("Item")
+class WeightFiles:
+    """The shards of a checkpoint, laid out at their full size, into which rows are written in any order.
 
+    Args:
+        directory: where to; it exists.
+        arch: the model.
+        dtype: of all tensors.
+        max_shard_bytes: tensors are put into one file up to this size.
 
-def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, the next one made in a thread while the one before is used: reading goes on while writing."""
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = reader.submit(next, items, None)
-        while (item := pending.result()) is not None:
-            pending = reader.submit(next, items, None)
-            yield item
+    Raises:
+        UserError: the disk has no room for them.
+    """
 
+    def __init__(self, directory: Path, arch: Architecture, dtype: torch.dtype, max_shard_bytes: int) -> None:
+        shapes = tensor_shapes(arch)
+        require_space(directory, arch.num_parameters * dtype.itemsize)
+        shards = plan_shards(shapes, dtype.itemsize, max_shard_bytes)
+        self._places: dict[str, tuple[Path, int]] = {}
+        for number, names in enumerate(shards, start=1):
+            shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
+            file = directory / shard
+            for name, start in _lay_out(file, {name: shapes[name] for name in names}, dtype).items():
+                self._places[name] = (file, start)
+        if len(shards) > 1:
+            weight_map = {name: file.name for name, (file, _) in self._places.items()}
+            index = {"metadata": {"total_size": arch.num_parameters * dtype.itemsize}, "weight_map": weight_map}
+            (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite: one pass and no mask, as either makes the sum one."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Write rows of a tensor from `start` on.
+
+        Raises:
+            OSError: the disk is full or the file cannot be written.
+        """
+        file, begin = self._places[name]
+        row_bytes = rows.dtype.itemsize * torch.Size(rows.shape[1:]).numel()
+        descriptor = os.open(file, os.O_WRONLY)
+        try:
+            write_at(descriptor, begin + start * row_bytes, rows)
+        finally:
+            os.close(descriptor)
 
 
 def write_weights(
@@ -57,33 +85,24 @@ def write_weights(
         The tensors' dtype.
 
     Raises:
-        UserError: the stream is not the architecture's tensors in order, of one dtype and finite.
+        UserError: the stream is not the architecture's tensors in order, of one dtype and finite; or no room.
     """
     stream = iter(tensors)
     first = next(stream, None)
     if first is None or first[1].dtype not in DTYPES:
         raise _wrong_stream("none" if first is None else f"{first[0]} of {first[1].dtype}")
     dtype = first[1].dtype
+    files = WeightFiles(directory, arch, dtype, max_shard_bytes)
     stream = itertools.chain([first], stream)
-    shapes = tensor_shapes(arch)
-    shards = plan_shards(shapes, dtype.itemsize, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(shards, start=1):
-        shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-        with (directory / shard).open("wb") as file:
-            total += _write_header(file, {name: shapes[name] for name in names}, dtype)
-            for name in names:
-                given = next(stream, ("nothing", torch.empty(0)))
-                _check_given(given, name, shapes[name], dtype)
-                file.write(raw_bytes(given[1]))
-                weight_map[name] = shard
+    # Only the stream holds a tensor: a whole embedding need not be in memory twice.
+    del first
+    for name, shape in tensor_shapes(arch).items():
+        given = next(stream, ("nothing", torch.empty(0)))
+        _check_given(given, name, shape, dtype)
+        files.write_rows(name, 0, given[1])
     surplus = next(stream, None)
     if surplus is not None:
         raise _wrong_stream(f"{surplus[0]} after the last tensor")
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return dtype
 
 
@@ -101,19 +120,36 @@ def plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes:
     return shards
 
 
-def _write_header(file: IO[bytes], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    """The safetensors header: its length (8 bytes, little-endian) and JSON. Returns the bytes of data to come."""
+def _lay_out(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, int]:
+    """Make a shard with its header (length in 8 bytes, little-endian, and JSON) and empty data of full size.
+
+    Returns:
+        Per tensor, its first byte in the file.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
     at = 0
     for name, shape in shapes.items():
         end = at + dtype.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
+        places[name], at = at, end
     encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % _HEADER_ALIGNMENT)
-    file.write(len(encoded).to_bytes(8, "little"))
-    file.write(encoded)
-    return at
+    begin = LENGTH_BYTES + len(encoded)
+    with file.open("wb") as output:
+        output.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
+        output.write(encoded)
+        output.truncate(begin + at)
+    return {name: begin + start for name, start in places.items()}
+
+
+def tensor_places(file: Path) -> dict[str, int]:
+    """Per tensor, its first byte in a safetensors file whose header the library has found to be right."""
+    with file.open("rb") as source:
+        length = int.from_bytes(source.read(LENGTH_BYTES), "little")
+        header = json.loads(source.read(length))
+    begin = LENGTH_BYTES + length
+    return {name: begin + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _check_given(given: tuple[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -135,12 +171,6 @@ def _wrong_stream(found: str) -> UserError:
         rule="the tensors of the architecture, all of one floating dtype, in the order of the layers",
         remedy="pass what phimr_nemo.model.convert.export_tensors yields",
     )
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes as they stand in a file, without a copy where it is contiguous on the CPU."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def write_pieces(full: Tensor, part: Tensor, where: Pieces) -> None:

@@ -32,10 +32,11 @@ from phimr_nemo.model.checkpoints import (
     open_checkpoint,
     write_hf,
 )
+from phimr_nemo.model.companions import write_model_files
 from phimr_nemo.model.configuration import recompute_fields
 from phimr_nemo.model.convert import load_tensors
 from phimr_nemo.model.distcheckpoint import write_dist_checkpoint
-from phimr_nemo.model.hf import HFDirectory, write_model_files
+from phimr_nemo.model.hf import HFDirectory
 from phimr_nemo.model.megatron import PhiGPTModel, build_model, transformer_fields
 from phimr_nemo.model.table import NORM_RULE
 from phimr_nemo.store import atomic_directory
@@ -193,7 +194,7 @@ def architecture_config(
 
 
 def write_nemo(target: Path, checkpoint: Checkpoint, layout: ParallelConfig) -> None:
-    """Write a NeMo 2.0 checkpoint of a layout, whole or not at all, holding one tensor at a time.
+    """Write a NeMo 2.0 checkpoint of a layout, whole or not at all, in bounded memory.
 
     Args:
         target: where to; must not exist or be empty.
@@ -213,7 +214,7 @@ def write_nemo(target: Path, checkpoint: Checkpoint, layout: ParallelConfig) -> 
 def _write_context(directory: Path, checkpoint: Checkpoint) -> None:
     """What NeMo rebuilds model, tokenizer and trainer from."""
     arch = checkpoint.source.architecture
-    dtype = checkpoint.source.read(NORM_RULE.hf).dtype
+    dtype = checkpoint.source.dtype(NORM_RULE.hf)
     config = architecture_config(
         arch,
         ModelConfig(dtype="bf16" if dtype == torch.bfloat16 else "fp32"),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,15 +18,16 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.model import distcheckpoint
+from phimr_nemo.model import distcheckpoint, rows
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.checkpoints import Kind, open_checkpoint, recognise
 from phimr_nemo.model.hf import write_hf_directory
-from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.model.rows import write_at
+from phimr_nemo.model.table import SavedTensor, tensor_shapes
 from phimr_nemo.train.conversion import convert
 
 END, END_OF_TEXT, TOKENS = 3, 0, 4
@@ -130,24 +131,15 @@ def test_to_megatron_and_back_is_the_identity(
 def test_a_swapped_piece_is_seen(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: the ranks' parts are saved in each other's places."""
     parts = distcheckpoint._parts
-    monkeypatch.setattr(distcheckpoint, "_parts", lambda s, t, r, n: _relabelled(parts, s, t, r, n))
+
+    def swapped(arch: Architecture, tensor: SavedTensor, rank: int, size: int) -> Iterator[distcheckpoint.Part]:
+        mine, other = (list(parts(arch, tensor, r, size)) for r in (rank, 1 - rank))
+        for number, part in enumerate(mine):
+            yield dataclasses.replace(part, ranges=other[number].ranges) if other else part
+
+    monkeypatch.setattr(distcheckpoint, "_parts", swapped)
     wrong = to_megatron(hf, tmp_path / "wrong", 2, 1)
     assert contents(to_hf(wrong, tmp_path / "back"))["model.safetensors"] != contents(hf)["model.safetensors"]
-
-
-def _relabelled(
-    parts: Callable[..., Iterator[tuple[tuple[int, ...], Tensor]]],
-    source: object,
-    tensor: object,
-    rank: int,
-    size: int,
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    mine, other = (list(parts(source, tensor, r, size)) for r in (rank, 1 - rank))
-    if not other or len(mine) == 0:
-        yield from mine
-        return
-    for (offsets, _), (_, part) in zip(mine, other, strict=True):
-        yield offsets, part
 
 
 def test_kinds_are_recognised(hf: Path, megatron: Path, tmp_path: Path) -> None:
@@ -295,44 +287,135 @@ def test_damage_is_refused_and_leaves_nothing(
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_hf(tmp_path / "model", BASE)
-    append = distcheckpoint._append
     with monkeypatch.context() as patch:
-        patch.setattr(
-            distcheckpoint,
-            "_append",
-            lambda file, name, value: append(file, name, value * torch.nan if isinstance(value, Tensor) else value),
-        )
+        patch.setattr(distcheckpoint, "write_at", lambda d, start, data: write_at(d, start, data * torch.nan))
         bad = to_megatron(source, tmp_path / "bad")
     with pytest.raises(UserError, match="NaN"):
         to_hf(bad, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-DYING = """
-import os, signal, sys
+def test_a_nan_in_a_hugging_face_directory_is_refused(hf: Path, tmp_path: Path) -> None:
+    """In the last place of the last block, found by whichever thread has it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(hf, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][-1] = torch.nan
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    for kind in ("hf", "megatron"):
+        with pytest.raises(UserError, match=r"model\.norm\.weight .* NaN"):
+            convert(copy, tmp_path / "out", kind=kind, layout=ParallelConfig(), hf=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_tensors_of_several_dtypes_are_refused(hf: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(hf, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight .* torch\.bfloat16"):
+        to_megatron(copy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_blocks_of_any_size_give_the_same_files(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one row a block to blocks that hold every tensor whole."""
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 1)
+    small = to_megatron(hf, tmp_path / "small", 2, 2)
+    small_back = to_hf(small, tmp_path / "small_back")
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 2**30)
+    large = to_megatron(hf, tmp_path / "large", 2, 2)
+    assert contents(small) == contents(large)
+    assert contents(small_back) == contents(to_hf(large, tmp_path / "large_back")) == contents(hf)
+
+
+def test_a_chunk_in_another_order_is_refused(megatron: Path, tmp_path: Path) -> None:
+    """A saved tensor can be a transposed view; its bytes are then not its rows."""
+    copy = tmp_path / "copy"
+    shutil.copytree(megatron, copy)
+    index = pickle.loads((copy / ".metadata").read_bytes())
+    place = next(place for place in index.storage_data if place.fqn == "embedding.word_embeddings.weight")
+    saved = index.storage_data[place]
+    with (copy / saved.relative_path).open("r+b") as file:
+        file.seek(saved.offset)
+        tensor = torch.load(io.BytesIO(file.read(saved.length)), weights_only=True)
+        file.seek(0, os.SEEK_END)
+        saved.offset = file.tell()
+        torch.save(tensor.T.contiguous().T, file)
+        saved.length = file.tell() - saved.offset
+    (copy / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match="another order"):
+        open_checkpoint(copy)
+
+
+def test_no_room_is_told_before_the_work(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    for kind in ("hf", "megatron"):
+        with pytest.raises(UserError, match="no space left"):
+            convert(hf, tmp_path / "out", kind=kind, layout=ParallelConfig(), hf=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, random, signal, sys, time
 from pathlib import Path
+import torch
 from phimr_nemo.config import ParallelConfig
-from phimr_nemo.model import distcheckpoint
+from phimr_nemo.model import rows
 from phimr_nemo.train.conversion import convert
-append, calls = distcheckpoint._append, []
-def dying(*arguments):
-    calls.append(None)
-    if len(calls) == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return append(*arguments)
-distcheckpoint._append = dying
-convert(Path(sys.argv[1]), Path(sys.argv[2]), kind="megatron", layout=ParallelConfig(tensor=2), hf=None)
+
+source, target, kind, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+torch.set_num_threads(1)
+rows.BLOCK_BYTES = 2048
+moments = random.Random(0)
+
+def start(where):
+    child = os.fork()
+    if child == 0:
+        convert(source, where, kind=kind, layout=ParallelConfig(tensor=2), hf=None)
+        os._exit(0)
+    return child
+
+began = time.perf_counter()
+assert os.waitpid(start(target.with_name("whole")), 0)[1] == 0
+whole = time.perf_counter() - began
+died = 0
+for number in range(kills):
+    where = target.with_name(f"{target.name}{number}")
+    child = start(where)
+    time.sleep(whole * moments.random())
+    os.kill(child, signal.SIGKILL)
+    died += os.waitpid(child, 0)[1] == signal.SIGKILL
+    left = sorted(entry.name for entry in where.iterdir()) if where.exists() else None
+    print(number, left)
+print("died", died)
 """
 
 
-def test_a_killed_conversion_leaves_nothing_complete_and_a_rerun_completes(hf: Path, tmp_path: Path) -> None:
-    target = tmp_path / "megatron"
-    done = subprocess.run([sys.executable, "-c", DYING, str(hf), str(target)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not target.exists()
-    left = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert all(path.name.startswith(".") and not (path / "metadata.json").exists() for path in left)
-    assert contents(to_hf(to_megatron(hf, target, 2), tmp_path / "out")) == contents(hf)
+@pytest.mark.parametrize("kind", ["megatron", "hf"])
+def test_a_conversion_killed_at_any_moment_leaves_nothing_that_looks_complete(
+    kind: Kind, hf: Path, megatron: Path, tmp_path: Path
+) -> None:
+    """SIGKILL at random moments: the target is absent or whole, and the same command then completes it."""
+    kills = 20
+    source = hf if kind == "megatron" else megatron
+    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out"), kind, str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *states, died = done.stdout.splitlines()
+    assert int(died.split()[1]) > kills // 2, "most were killed before they were done"
+    wanted = contents(tmp_path / "whole")
+    for number in range(kills):
+        target = tmp_path / f"out{number}"
+        if not target.exists():
+            assert states[number] == f"{number} None"
+            convert(source, target, kind=kind, layout=ParallelConfig(tensor=2), hf=None)
+        assert contents(target) == wanted
+    # Whatever else is left has a hidden temporary name.
+    finished = {"whole", *(f"out{number}" for number in range(kills))}
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir() if path.name not in finished)
 
 
 FULL = """

@@ -270,7 +270,7 @@ def test_tokenizers_that_do_not_fit(arch: Architecture, tokenizer: Path, tmp_pat
 
 
 def test_phi4_minis_tokenizer_gives_its_own_generation_config(shared_data: Path) -> None:
-    from phimr_nemo.model.hf import generation_config, read_added_tokens
+    from phimr_nemo.model.companions import generation_config, read_added_tokens
 
     real = shared_data / "phi4-mini"
     arch = Architecture.from_directory(real)
