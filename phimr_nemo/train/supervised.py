@@ -22,9 +22,10 @@ from nemo.lightning.pytorch.optim import (
 
 from phimr_nemo.config import MidtrainConfig, OptimConfig, SFTConfig, SupervisedConfig
 from phimr_nemo.data.chat import load_tokenizer
-from phimr_nemo.errors import Preempted
+from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.evaluate.plots import plot_training
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.configuration import has_transformer_engine
 from phimr_nemo.runs import RunDirectory
 from phimr_nemo.train import platform
 from phimr_nemo.train.callbacks import RunMonitor, StopOnSignal
@@ -106,7 +107,7 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
     if saturation is not None:
         callbacks.append(saturation)
     if config.overlap.tensor:
-        callbacks.append(MegatronCommOverlapCallback(tp_comm_overlap=True))
+        callbacks.append(_tensor_overlap(config))
     with PreemptionGuard() as preemption:
         trainer = _trainer(config, data, steps, [*callbacks, StopOnSignal(preemption, keeper), keeper])
         trainer.strategy.checkpoint_io = keeper.checkpoint_io()
@@ -150,6 +151,25 @@ def _evaluation(config: SupervisedConfig, run: RunDirectory, monitor: RunMonitor
         seed=config.run.seed,
         longrope=config.model.longrope,
         monitor=monitor,
+    )
+
+
+def _tensor_overlap(config: SupervisedConfig) -> pl.Callback:
+    """Tensor-parallel exchange inside Transformer Engine's layers.
+
+    Raises:
+        UserError: Transformer Engine is not here, which NeMo would pass over.
+    """
+    if not has_transformer_engine():
+        raise UserError(
+            "overlap.tensor=true on this machine",
+            rule="tensor-parallel exchange is overlapped by Transformer Engine on GPUs",
+            remedy="set overlap.tensor=false (`phimr doctor` tells what is there)",
+        )
+    return MegatronCommOverlapCallback(
+        tp_comm_overlap=True,
+        overlap_grad_reduce=config.overlap.grad_reduce,
+        overlap_param_gather=config.overlap.param_gather,
     )
 
 
@@ -211,6 +231,8 @@ def _trainer(
         replace_progress_bar=False,
     )
     validate = data.validation_steps > 0 and config.validate_every <= steps
+    # Lightning counts what NeMo's steps take from the loader: micro-batches.
+    validation = data.validation_steps * config.global_batch // (config.micro_batch * parallel.data)
     return nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=parallel.world_size // nodes,
@@ -219,7 +241,7 @@ def _trainer(
         strategy=strategy,
         plugins=precision_plugins(config.model),
         callbacks=callbacks,
-        limit_val_batches=data.validation_steps if validate else 0,
+        limit_val_batches=validation if validate else 0,
         val_check_interval=config.validate_every if validate else None,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,

@@ -206,7 +206,7 @@ def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
     count, tokens = 3, 12
     evaluation = [
         *("evaluation.every=3", "evaluation.problems.kind=synthetic", f"evaluation.problems.count={count}"),
-        *("evaluation.problems.split=heldout", "evaluation.samples=2", "evaluation.prompt={question}"),
+        *("evaluation.problems.split=heldout", "evaluation.samples=2", "evaluation.prompt='{question}'"),
         *("evaluation.temperature=0.6", "evaluation.top_p=0.95", f"evaluation.max_new_tokens={tokens}"),
     ]
     run = tmp_path / "run"
@@ -318,3 +318,14 @@ def test_a_conversation_that_is_too_long_is_refused_before_training(inputs: Path
     source.check(longest, 0, 1)
     with pytest.raises(UserError, match=f"{longest} tokens"):
         source.check(longest - 1, 0, 1)
+
+
+def test_the_validation_loss_is_the_same_however_its_batches_are_cut(inputs: Path, tmp_path: Path) -> None:
+    """Two validation batches, as one micro-batch each, as four, and shared by two ranks."""
+    found = []
+    settings = ["validation_rows=8", "validate_every=1", "max_steps=1"]
+    for name, ranks, cut in (("1", 1, ["micro_batch=4"]), ("4", 1, []), ("dp", 2, [*DP2])):
+        run_distributed(train, ranks, STAGE, overrides(STAGE, inputs, tmp_path / name, [*settings, *cut]))
+        [value] = [row["val_loss"] for row in read_metrics(tmp_path / name) if "val_loss" in row]
+        found.append(value)
+    assert np.abs(np.array(found) / found[0] - 1).max() < MEAN_TOLERANCE

@@ -146,7 +146,7 @@ def test_a_continued_run_may_change_what_guards_and_reports(tmp_path: Path) -> N
     free = ["guard.on_nan=skip", "data_workers=3", "tracking.wandb.project=p", "tracking.wandb.mode=offline"]
     check_same_run(run, settings("midtrain", f"run.output={tmp_path}", *free, "overlap.grad_reduce=true"))
     evaluation = ["every=2", "problems.kind=synthetic", "problems.count=2", "problems.split=heldout", "samples=1"]
-    more = ["prompt={question}", "temperature=0.6", "top_p=0.9", "max_new_tokens=3"]
+    more = ["prompt='{question}'", "temperature=0.6", "top_p=0.9", "max_new_tokens=3"]
     added = [f"evaluation.{item}" for item in (*evaluation, *more)]
     check_same_run(run, settings("midtrain", f"run.output={tmp_path}", *added))
     with pytest.raises(UserError, match="loss_on"):
