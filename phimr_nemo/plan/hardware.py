@@ -124,8 +124,9 @@ NETWORK_EFFICIENCY: Final = 0.85
 """NCCL's bus bandwidth between nodes over the adapters': our assumption."""
 
 DECODE_EFFICIENCY: Final = 0.7
-"""Share of the HBM bandwidth that token-by-token sampling reaches with a tuned engine: our assumption. At 256
-sequences of 1 K it gives 12.2 K tokens/s for Llama-3.1-8B on an H100; published figures for vLLM are about 12.5 K."""
+"""Share of the HBM bandwidth that token-by-token sampling reaches with a tuned engine: our assumption. With 256
+sequences of 2,048 tokens it gives 11.9 K tokens/s for Llama-3.1-8B on an H100; figures published for vLLM are about
+12.5 K, at lengths that are not stated."""
 
 FRAMEWORK_BYTES: Final = 3 * GIBIBYTE
 """CUDA context, NCCL's buffers, cuBLAS's and cuDNN's workspaces: our assumption, not measured yet."""
