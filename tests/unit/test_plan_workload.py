@@ -127,7 +127,7 @@ def test_without_room_sequences_take_turns_or_do_not_fit() -> None:
 
 
 def test_the_decoding_speed_that_the_efficiency_is_explained_by() -> None:
-    """Llama-3.1-8B, 256 sequences of 2,048 tokens on an H100: the weights once a step, half of all tokens on average."""
+    """Llama-3.1-8B, 256 sequences of 2,048 tokens on an H100: weights once a step, half of the tokens on average."""
     arch = dataclasses.replace(
         find_model("phi4mini"),
         vocab_size=128_256,
