@@ -17,7 +17,7 @@ NUMBER_MASK: Final = "#"
 _INVISIBLE: Final = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _LINE_END: Final = re.compile(r"\r\n?|[\u2028\u2029]")
-_TRAILING: Final = re.compile(r"[ \t\u00a0]+(?=\n|\Z)")
+_SPACES: Final = " \t\u00a0"
 _BLANK_LINES: Final = re.compile(r"\n{3,}")
 
 # Commands that only move or size what they stand before.
@@ -44,7 +44,8 @@ def clean(text: str) -> str:
     """A question or answer as it is stored: NFC, newlines, no invisible or control characters, no stray spaces."""
     text = unicodedata.normalize("NFC", storable(text))
     text = _CONTROL.sub("", _INVISIBLE.sub("", _LINE_END.sub("\n", text)))
-    return _BLANK_LINES.sub("\n\n", _TRAILING.sub("", text)).strip()
+    lines = "\n".join(line.rstrip(_SPACES) for line in text.split("\n"))
+    return _BLANK_LINES.sub("\n\n", lines).strip()
 
 
 def storable(text: str) -> str:

@@ -42,7 +42,7 @@ MAX_METADATA_CHARS: Final = 1000
 MAX_INCOMPLETE_SHARE: Final = 0.01
 
 # GSM8K ends a worked answer with "#### 18", OpenAI's recorded solutions of it with "A: 18".
-_FINAL_LINE: Final = re.compile(r"(?:\A|\n)[ \t]*(?:####|A:)[ \t]*([^\n]+?)\s*\Z")
+_FINAL_LINE: Final = re.compile(r"[ \t]*(?:####|A:)[ \t]*(\S.*)")
 _THOUSANDS: Final = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _LEVEL: Final = re.compile(r"(?:Level )?(\d+(?:\.\d+)?)")
 # Upper bounds of a competition scale from 0 to 10, on which MATH's levels are 1 to 5, AIME 4 to 6 and the
@@ -264,13 +264,14 @@ def difficulty_of(level: object) -> Difficulty | None:
 
 def split_final_line(text: str) -> tuple[str, str] | None:
     """A worked answer that ends in `#### n` or `A: n`, as (worked part, n); None for other text."""
-    found = _FINAL_LINE.search(text)
+    worked, _, last_line = text.rstrip().rpartition("\n")
+    found = _FINAL_LINE.fullmatch(last_line)
     if found is None:
         return None
     number = found[1].strip()
     if _THOUSANDS.fullmatch(number):
         number = number.replace(",", "")
-    return text[: found.start()].strip(), number
+    return worked.strip(), number
 
 
 def last_boxed(text: str) -> str | None:

@@ -20,21 +20,19 @@ _NUMINA_NO_ANSWER: Final = frozenset(("", "proof", "notfound", "not found", "see
 _MATHEMATICS: Final = frozenset(("math", "maths", "mathematics"))
 _STRATOS_PROMPT: Final = re.compile(r"\AReturn your final response within \\boxed\{\}\.\s*")
 # The markers of Sky-T1's prompt, in which Bespoke-Stratos and OpenThoughts are written.
-_STRATOS_PARTS: Final = re.compile(
-    r"<\|begin_of_thought\|>\s*(.*?)\s*<\|end_of_thought\|>\s*"
-    r"<\|begin_of_solution\|>\s*(.*?)\s*(?:<\|end_of_solution\|>|\Z)",
-    re.DOTALL,
-)
+THOUGHT_MARKERS: Final = ("<|begin_of_thought|>", "<|end_of_thought|>")
+SOLUTION_MARKERS: Final = ("<|begin_of_solution|>", "<|end_of_solution|>")
+# Files are untrusted: patterns with a choice of where to end see no more than so many last characters.
+TAIL_CHARS: Final = 2_000
 _DAPO_PROMPT: Final = re.compile(
     r"\ASolve the following math problem step by step\..*?is the answer to the problem\.\s*", re.DOTALL
 )
-_DAPO_REMINDER: Final = re.compile(r'\s*Remember to put your answer on its own line after "Answer:"\.\s*\Z')
+DAPO_REMINDER: Final = 'Remember to put your answer on its own line after "Answer:".'
 _METAMATH_ANSWER: Final = re.compile(r"[Tt]he answer is:?\s*([^\n]+?)\.?\s*\Z")
 _INSTRUCT_ANSWER: Final = re.compile(r"[Tt]he (?:final |correct )?(?:answer|option) is:?\s*\(?([^\n]+?)\)?\.?\s*\Z")
 _PROGRAM: Final = re.compile(r"^(?:import |from \w+ import |def |print\()", re.MULTILINE)
-_IMAGE: Final = re.compile(r"<image_\d+>|!\[[^\]]*\]\(|\[asy\]\s*\[/asy\]")
-_OPTION_LETTER: Final = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
-_DOLLARS: Final = re.compile(r"\A\$+(.*?)\$+\Z", re.DOTALL)
+_IMAGE: Final = re.compile(r"<image_\d+>|!\[[^\]]{0,200}\]\(|\[asy\]\s*\[/asy\]")
+_OPTION_LETTER: Final = re.compile(r"\A\(?([A-Z])\s*[).:]\s*")
 
 
 def openr1_math(row: Row) -> Item:
@@ -150,7 +148,7 @@ def olympiad_bench(row: Row) -> Item:
 def metamath_qa(row: Row) -> Item:
     """MetaMathQA: rephrased GSM8K and MATH with GPT-3.5's solution, which ends in "The answer is: ..."."""
     response = _text(row["response"])
-    found = _METAMATH_ANSWER.search(response)
+    found = _METAMATH_ANSWER.search(response[-TAIL_CHARS:])
     if found is None:
         raise UnusableRow(NO_ANSWER)
     return Item(
@@ -167,7 +165,7 @@ def math_instruct(row: Row) -> Item:
     output, source = _text(row["output"]), str(row.get("source", ""))
     if "/PoT/" in source or _PROGRAM.search(output):
         raise UnusableRow("a program")
-    found = _INSTRUCT_ANSWER.search(output)
+    found = _INSTRUCT_ANSWER.search(output[-TAIL_CHARS:])
     answer = last_boxed(output) or (found[1].strip() if found else "")
     if not answer:
         split = split_final_line(output)
@@ -278,7 +276,7 @@ def dapo(row: Row) -> Item:
     reward = row.get("reward_model")
     answer = reward.get("ground_truth") if isinstance(reward, dict) else row.get("solution")
     return Item(
-        question=_DAPO_REMINDER.sub("", _DAPO_PROMPT.sub("", question)),
+        question=_DAPO_PROMPT.sub("", question).rstrip().removesuffix(DAPO_REMINDER).rstrip(),
         answer=_text(answer),
         labels=_labels(row, ("data_source", "ability")),
     )
@@ -313,8 +311,16 @@ def _turn(conversation: Any, role: str) -> str:
 
 def _stratos_response(text: str) -> str:
     """The response with think tags in place of the markers around thought and solution."""
-    found = _STRATOS_PARTS.search(text)
-    return f"<think>\n{found[1]}\n</think>\n\n{found[2]}" if found else text
+    thought, solution = _between(text, THOUGHT_MARKERS), _between(text, SOLUTION_MARKERS)
+    if thought is None or solution is None:
+        return text
+    return f"<think>\n{thought}\n</think>\n\n{solution}"
+
+
+def _between(text: str, markers: tuple[str, str]) -> str | None:
+    """What stands between two markers, the second of which may be missing; None without the first."""
+    _, first, rest = text.partition(markers[0])
+    return rest.partition(markers[1])[0].strip() if first else None
 
 
 def _answered_by(question: str, gold: str, trajectory: Trajectory, labels: Row) -> Item:
@@ -343,5 +349,4 @@ def _with_trajectories(item: Item, trajectories: Sequence[Trajectory]) -> Item:
 
 
 def _without_dollars(text: str) -> str:
-    found = _DOLLARS.match(text)
-    return found[1].strip() if found else text
+    return text.strip("$").strip() if text.startswith("$") and text.endswith("$") else text

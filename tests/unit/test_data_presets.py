@@ -9,6 +9,7 @@ import pytest
 from phimr_nemo.config.preparation import Preset as PresetName
 from phimr_nemo.data.item import Item, UnusableRow
 from phimr_nemo.data.labels import DOMAINS, domain_of
+from phimr_nemo.data.normalise import clean
 from phimr_nemo.data.presets import PRESETS
 
 STRATOS = (
@@ -362,3 +363,30 @@ def test_every_preset_of_the_configuration_has_a_reader() -> None:
 def test_labels_of_domains(label: object, domain: str | None) -> None:
     assert domain_of(label) == domain
     assert domain is None or domain in DOMAINS
+
+
+@pytest.mark.parametrize(
+    ("preset", "row"),
+    [
+        ("dapo", {"prompt": "a" + " " * 3_000_000 + "b", "reward_model": {"ground_truth": "1"}}),
+        ("bespoke_stratos", {"system": "", "conversations": [{"from": "gpt", "value": STRATOS * 9_000}]}),
+        ("metamath_qa", {"type": "", "query": "Q", "response": "The answer is " * 200_000}),
+        ("math_instruct", {"instruction": "Q", "output": "The answer is " + " " * 2_000_000 + "x\n"}),
+        ("gsm8k", {"question": "Q", "answer": "#### a" + " " * 2_000_000 + "b"}),
+        ("metamath_qa", {"type": "", "query": "Q", "response": "The answer is " + "$" * 1_900 + "x"}),
+        ("olympiad_bench", OLYMPIAD | {"question": "![" * 200_000, "final_answer": ["$" * 100_000 + "x"]}),
+        ("aqua_rat", AQUA | {"options": ["a" + " " * 1_000_000 + "b"]}),
+        ("orz", {"turns": [["from"], None, {"from": "human"}, {"ground_truth": {"value": {"a": 1}}}]}),
+        ("tal_scq5k", {"problem": 3, "answer_option_list": "x", "answer_value": None, "answer_analysis": {"a": 1}}),
+        ("aqua_rat", {"question": None, "options": {"a": 1}, "rationale": [], "correct": {}}),
+        ("openr1_math", OPENR1 | {"generations": [None, 3, ""], "finish_reasons": "stop"}),
+    ],
+)  # fmt: skip
+def test_hostile_rows_end_in_time_and_in_nothing_but_a_reason(preset: str, row: dict[str, Any]) -> None:
+    """Patterns that look back from every space would take hours on these."""
+    try:
+        item = PRESETS[preset].read(row)
+    except UnusableRow:
+        return
+    clean(item.question)
+    clean(item.answer)
