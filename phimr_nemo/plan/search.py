@@ -294,7 +294,8 @@ def _judge(
         attention_length=workload.lengths.weighted,
         micro_batches=count,
         forward_only=workload.forward_only,
-        overlaps=workload.overlaps,
+        hides_gradients=workload.hides_gradients,
+        hides_weights=workload.hides_weights,
     )
     step = step_time(
         arch,

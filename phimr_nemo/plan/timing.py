@@ -64,14 +64,15 @@ class Work:
         attention_length: sum of squared document lengths over sum of lengths (tokens).
         micro_batches: of the step.
         forward_only: passes without a backward pass for each with one (old or reference log-probabilities).
-        overlaps: gradients are reduced and weights gathered while others are computed.
+        hides_gradients, hides_weights: they are reduced and gathered while layers are computed.
     """
 
     tokens: float
     attention_length: float
     micro_batches: int
     forward_only: float = 0.0
-    overlaps: bool = True
+    hides_gradients: bool = True
+    hides_weights: bool = True
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,7 @@ def step_time(
         tensor=count * layers * tensor,
         context=count * layers * context,
         neighbours=count * neighbours,
-        data=_data_seconds(
-            parallel, gpu, dtype, parameters, layers * one.total, distributed=distributed, overlaps=work.overlaps
-        ),
+        data=_data_seconds(parallel, gpu, dtype, parameters, layers * one.total, work, distributed=distributed),
         bubble=bubble,
         optimizer=parameters / spread * OPTIMIZER_TRAFFIC / memory,
     )
@@ -275,9 +274,9 @@ def _data_seconds(
     dtype: str,
     parameters: float,
     forward: float,
+    work: Work,
     *,
     distributed: bool,
-    overlaps: bool,
 ) -> float:
     """Seconds of the gradients' reduction and the weights' gathering that the last and first micro-batch do not hide.
 
@@ -285,8 +284,8 @@ def _data_seconds(
         parallel, gpu, dtype: of the run.
         parameters: on a rank.
         forward: seconds of the forward pass of one micro-batch.
+        work: what is hidden.
         distributed: gradients are scattered and weights gathered; otherwise gradients are all-reduced.
-        overlaps: they travel while layers are computed.
     """
     size = parallel.data * parallel.context
     if size == 1:
@@ -297,6 +296,8 @@ def _data_seconds(
         reduction, gathering = 2 * FP32_BYTES * one_way, 0.0
     else:
         reduction, gathering = FP32_BYTES * one_way, BYTES_PER_NUMBER[dtype] * one_way
-    if not overlaps:
-        return reduction + gathering
-    return max(0.0, reduction - OVERLAP * BACKWARD * forward) + max(0.0, gathering - OVERLAP * forward)
+    if work.hides_gradients:
+        reduction = max(0.0, reduction - OVERLAP * BACKWARD * forward)
+    if work.hides_weights:
+        gathering = max(0.0, gathering - OVERLAP * forward)
+    return reduction + gathering

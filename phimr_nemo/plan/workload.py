@@ -88,7 +88,7 @@ class Workload:
         updates: optimizer updates of a step.
         steps: of the run.
         reference: a second copy of the weights is kept.
-        overlaps: gradients are reduced and weights gathered while others are computed.
+        hides_gradients, hides_weights: they are reduced and gathered while layers are computed.
     """
 
     samples: int
@@ -103,7 +103,8 @@ class Workload:
     updates: int
     steps: float
     reference: bool
-    overlaps: bool
+    hides_gradients: bool
+    hides_weights: bool
 
     def largest(self, size: int) -> MicroBatch:
         """The largest micro-batch of `size` samples."""
@@ -173,7 +174,8 @@ def _supervised(
         updates=1,
         steps=_steps((plan.samples or 0) * plan.mean_tokens * config.epochs / tokens, config),
         reference=False,
-        overlaps=True,
+        hides_gradients=config.overlap.grad_reduce,
+        hides_weights=config.overlap.param_gather,
     )
 
 
@@ -193,7 +195,8 @@ def _preference(plan: TrainingPlanConfig, config: DPOConfig, lengths: Lengths) -
         updates=1,
         steps=_steps((plan.samples or 0) * config.epochs / config.global_batch, config),
         reference=online,
-        overlaps=False,
+        hides_gradients=False,
+        hides_weights=False,
     )
 
 
@@ -213,5 +216,6 @@ def _reinforcement(plan: TrainingPlanConfig, config: GRPOConfig, lengths: Length
         updates=config.inner_batches,
         steps=config.steps,
         reference=config.kl > 0,
-        overlaps=False,
+        hides_gradients=False,
+        hides_weights=False,
     )

@@ -173,7 +173,9 @@ def test_waiting_micro_batches_are_megatron_s_warmup(
 
 def test_gradients_and_weights_travel_once_and_may_be_hidden() -> None:
     layout = ParallelConfig(data=128)
-    open_, hidden = phi_step(layout, 1, overlaps=False), phi_step(layout, 1)
+    open_ = phi_step(layout, 1, hides_gradients=False, hides_weights=False)
+    hidden = phi_step(layout, 1)
+    assert open_.data > phi_step(layout, 1, hides_weights=False).data > hidden.data
     # Eight adapters of 50 GB/s a node carry one ring.
     bandwidth = min(8 * 50e9 * 0.85, 450e9 * 0.8)
     expected = (4 + 2) * PHI4_MINI.num_parameters * 127 / 128 / bandwidth
