@@ -19,10 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from common import MIB, in_child, machine, print_result, status_bytes, versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +38,7 @@ PRESET = Path(__file__).parents[1] / "conf" / "model" / "phi4mini.yaml"
 SEED = 0
 TURNS = 2
 WEIGHT_SIZE = 0.02
-MIB = 2**20
+PACKAGES = ("torch", "transformers", "megatron-core", "transformer-engine")
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """In nats, of a loss of about ln(vocabulary): rounding of one side against the other's."""
 FP8_LOSS_TOLERANCE = 0.1
@@ -153,7 +151,7 @@ def measure(engine: str, directory: Path, options: argparse.Namespace) -> dict[s
     ).to(options.device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    before = 0 if on_gpu else peak_of_process()
+    before = 0 if on_gpu else status_bytes("VmHWM")
     clock = time.perf_counter if on_gpu else time.process_time
     loss, seconds = 0.0, []
     for _ in range(1 + options.repeats):
@@ -165,8 +163,8 @@ def measure(engine: str, directory: Path, options: argparse.Namespace) -> dict[s
         seconds.append(clock() - started)
         loss = float(value.detach())
         del value
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process() - before
-    return {"seconds": seconds[1:], "loss": loss, "peak_mib": peak / MIB, "versions": versions(engine)}
+    peak = torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM") - before
+    return {"seconds": seconds[1:], "loss": loss, "peak_mib": peak / MIB}
 
 
 def generator(torch: Any) -> Any:
@@ -180,34 +178,10 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_of_process() -> int:
-    """Bytes of the peak resident set (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status: memory on the CPU is measured on Linux only")
-
-
-def versions(engine: str) -> dict[str, str]:
-    import importlib.metadata
-
-    names = ["torch", "transformers"] if engine == "transformers" else ["megatron-core", "transformer-engine"]
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def in_child(engine: str, directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+def one_side(engine: str, directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One side in a fresh process."""
     settings = json.dumps({name: getattr(options, name) for name in (*ON_CPU, "fp8")})
-    command = [sys.executable, __file__, "--child", engine, str(directory), settings]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return in_child(__file__, ["--child", engine, str(directory), settings], environment={})
 
 
 def merged(turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -228,7 +202,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         directory = Path(scratch) / "hf"
         make_model(directory, arch, options.dtype)
-        turns = [{engine: in_child(engine, directory, options) for engine in ENGINES} for _ in range(TURNS)]
+        turns = [{engine: one_side(engine, directory, options) for engine in ENGINES} for _ in range(TURNS)]
     runs = {engine: merged([turn[engine] for turn in turns]) for engine in ENGINES}
     print("| engine | seconds a step | tokens/s | peak MiB | loss |\n|---|---:|---:|---:|---:|")
     for engine, run in runs.items():
@@ -252,14 +226,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "ours_peak_mib": round(ours["peak_mib"], 1),
         "peer_peak_mib": round(peer["peak_mib"], 1),
         "ratio_peak": round(ours["peak_mib"] / peer["peak_mib"], 3),
-        "versions": {"python": platform.python_version(), **peer["versions"], **ours["versions"]},
-        "machine": {
-            "device": device_name(options.device),
-            "dtype": options.dtype,
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        },
+        "versions": versions(*PACKAGES),
+        "machine": machine(
+            device=device_name(options.device),
+            dtype=options.dtype,
+            threads=os.environ.get("OMP_NUM_THREADS", "default"),
+        ),
     }
 
 
@@ -295,7 +267,7 @@ def main() -> None:
         for name, value in settings.items():
             if getattr(options, name) is None:
                 setattr(options, name, value)
-    print("RESULT " + json.dumps(compare(options)))
+    print_result(compare(options))
 
 
 if __name__ == "__main__":
