@@ -137,7 +137,10 @@ def _mark_near(facts: Facts, found: Duplicates, place: npt.NDArray[np.int64], ne
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         worse_of, better_of = np.array(pairs[start : start + PAIRS_AT_ONCE], dtype=np.int64).T
         similarity = (signatures[:, worse_of] == signatures[:, better_of]).mean(axis=0)
-        for index in np.flatnonzero(similarity >= near.threshold):
+        same = (facts.numbers[worse_of] == facts.numbers[better_of]) & (
+            facts.answer[worse_of] == facts.answer[better_of]
+        )
+        for index in np.flatnonzero(same & (similarity >= near.threshold)):
             better[int(worse_of[index])].append((int(better_of[index]), float(similarity[index])))
     for worse in sorted(better, key=lambda index: place[index]):
         kept = [(share, -place[index], index) for index, share in better[worse] if found.reason[index] == KEPT]
@@ -169,6 +172,6 @@ def _candidate_pairs(
 
 def _mix(key: npt.NDArray[np.uint64], value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Both in one 64-bit hash (multiplication and shift; what collides is compared in full afterwards)."""
-    mixed = (key ^ value) * _MULTIPLIER
-    mixed ^= mixed >> _SHIFT
-    return mixed * _MULTIPLIER
+    mixed = key * _MULTIPLIER
+    mixed = ((mixed ^ (mixed >> _SHIFT)) ^ value) * _MULTIPLIER
+    return mixed ^ (mixed >> _SHIFT)

@@ -86,6 +86,13 @@ def test_a_near_duplicate_needs_the_same_numbers_and_the_same_answer() -> None:
     assert decide([BASE, one_word], ["4", "5"]).reason.tolist() == [KEPT, KEPT]
 
 
+def test_a_question_whose_only_number_is_its_answer() -> None:
+    """Digests of number and answer are then equal; a hash in which they cancel would take 15 for 17."""
+    question = "Let a and b be nonnegative reals such that sin(ax + b) = sin 15x for all integers. Find the least a."
+    found = decide([question, question.replace("15", "17")], ["15", "17"])
+    assert found.reason.tolist() == [KEPT, KEPT]
+
+
 def test_the_most_informative_row_is_kept_then_the_earliest() -> None:
     questions = [BASE, BASE.upper(), BASE.replace("garden", "yard"), BASE + " "]
     assert decide(questions, ranks=[0, 3, 5, 3]).kept.tolist() == [2, 2, 2, 2]
