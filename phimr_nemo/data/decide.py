@@ -36,7 +36,7 @@ class Candidates:
     """
 
     rows: Indices
-    groups: Indices
+    groups: npt.NDArray[np.int32]
     right: npt.NDArray[np.bool_]
 
 
@@ -52,12 +52,12 @@ class ChosenPrompts:
 
 @dataclass
 class Decisions:
-    """What is to be written. `fates` and the arrays by row take 6 bytes a rollout, and one more a set.
+    """What is to be written. `fates` and the arrays by row take 11 bytes a rollout, and one more a set.
 
     Attributes:
         fates: of every rollout, for the sets of conversations and for pairs (whose kept ones are candidates).
         bytes, difficulty, bins, verdict: of every rollout.
-        candidates: for pairs.
+        first: the first rollout of the problem of every rollout, for pairs; else empty.
         prompts: the chosen ones.
         prompt_counts: problems by fate.
         problems: how many there are.
@@ -69,7 +69,7 @@ class Decisions:
     difficulty: Bytes
     bins: Bytes
     verdict: Bytes
-    candidates: Candidates | None = None
+    first: npt.NDArray[np.int32]
     prompts: ChosenPrompts | None = None
     prompt_counts: Indices = field(default_factory=lambda: np.zeros(len(Fate), np.int64))
     problems: int = 0
@@ -86,9 +86,9 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
         difficulty=np.zeros(rows, np.uint8),
         bins=np.zeros(rows, np.uint8),
         verdict=np.zeros(rows, np.uint8),
+        first=np.zeros(rows if config.pairs is not None else 0, np.int32),
     )
     clean: list[tuple[Indices, npt.NDArray[np.uint64], Bytes]] = []
-    candidates: list[Candidates] = []
     chosen: list[ChosenPrompts] = []
     for narrow in survey.buckets():
         place = narrow["row"]
@@ -108,15 +108,13 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
         if config.pairs is not None:
             fates = pair_fates(narrow)
             decisions.fates["pairs"][place] = fates
-            candidates.append(_candidates(narrow[fates == Fate.KEPT]))
+            decisions.first[place] = _first_of_problem(narrow)
         if config.prompts is not None:
             chosen.append(_prompts(narrow, config.prompts, decisions))
     if config.sft is not None and config.sft.size is not None:
         kept_rows, order, cells = (np.concatenate(parts) for parts in zip(*clean, strict=True))
         left = balanced(cells, order, config.sft.size)
         decisions.fates["sft"][kept_rows[~left]] = Fate.BALANCE
-    if config.pairs is not None:
-        decisions.candidates = _in_order(candidates)
     if config.prompts is not None:
         decisions.prompts = _first_come(chosen)
     return decisions
@@ -132,18 +130,22 @@ def _sft(narrow: Narrow, chosen: SFTSet) -> Fates:
     )
 
 
-def _candidates(kept: Narrow) -> Candidates:
-    _, problem = np.unique(kept["problem"], return_inverse=True)
-    first = np.full(len(kept), np.iinfo(np.int64).max)
-    np.minimum.at(first, problem, kept["row"])
-    return Candidates(kept["row"].copy(), first[problem], kept["verdict"] == CORRECT)
+def _first_of_problem(narrow: Narrow) -> npt.NDArray[np.int32]:
+    """The first rollout of each rollout's problem, [rows]."""
+    _, problem = np.unique(narrow["problem"], return_inverse=True)
+    first = np.full(len(narrow), np.iinfo(np.int32).max, np.int32)
+    np.minimum.at(first, problem, narrow["row"].astype(np.int32))
+    return np.asarray(first[problem])
 
 
-def _in_order(parts: list[Candidates]) -> Candidates:
-    rows, groups = (np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "groups"))
-    right = np.concatenate([part.right for part in parts])
-    order = np.lexsort((rows, groups))
-    return Candidates(rows[order], groups[order], right[order])
+def candidates(decisions: Decisions) -> Candidates:
+    """The rollouts that may be paired, problem by problem in the order of first rollouts."""
+    rows = np.flatnonzero(decisions.fates["pairs"] == Fate.KEPT)
+    groups = decisions.first[rows]
+    if (groups[1:] < groups[:-1]).any():
+        order = np.lexsort((rows, groups))
+        rows, groups = rows[order], groups[order]
+    return Candidates(rows, groups, decisions.verdict[rows] == CORRECT)
 
 
 def _prompts(narrow: Narrow, chosen: PromptSet, decisions: Decisions) -> ChosenPrompts:

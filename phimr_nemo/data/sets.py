@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from phimr_nemo.atomic import write_json
 from phimr_nemo.config.curation import PairSet
 from phimr_nemo.data.curate import Fate, Indices
-from phimr_nemo.data.decide import Candidates, ChosenPrompts, Decisions
+from phimr_nemo.data.decide import Candidates, ChosenPrompts, Decisions, candidates
 from phimr_nemo.data.narrow import runs
 from phimr_nemo.data.pairs import Response, pair_up
 from phimr_nemo.data.parallel import in_processes
@@ -29,6 +30,8 @@ from phimr_nemo.store import content_id, content_seed, rows_to_table, shard_is_c
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+Sizes = npt.NDArray[np.signedinteger[Any]]
 
 MAX_SHARD_ROWS: Final = 50_000
 MAX_SHARD_BYTES: Final = 1 << 26
@@ -55,7 +58,7 @@ def _plan_text(made_of: Mapping[str, Any]) -> str:
     return json.dumps(made_of, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def cut(sizes: Indices, groups: Indices | None = None) -> list[slice]:
+def cut(sizes: Sizes, groups: Sizes | None = None) -> list[slice]:
     """Where a sequence of rows is cut into shards: at most so many rows and bytes each, and at least one row.
 
     Args:
@@ -69,7 +72,7 @@ def cut(sizes: Indices, groups: Indices | None = None) -> list[slice]:
     ends = np.arange(1, len(sizes) + 1)
     if groups is not None:
         ends = np.append(np.flatnonzero(groups[1:] != groups[:-1]) + 1, len(sizes))
-    before = np.concatenate([[0], np.cumsum(sizes)])
+    before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     slices: list[slice] = []
     start = 0
     while start < len(sizes):
@@ -87,7 +90,7 @@ def write_conversations(
     """Write a set of conversations in the order of the verdicts."""
     fates = decisions.fates[name]
     rows = np.flatnonzero(fates == Fate.KEPT)
-    work = [(index, rows[part]) for index, part in enumerate(cut(decisions.bytes[rows].astype(np.int64)))]
+    work = [(index, rows[part]) for index, part in enumerate(cut(decisions.bytes[rows]))]
     in_processes(partial(_write_conversations, directory, shards), work, workers, title=name)
     kept = shape_where(fates, Fate.KEPT, decisions.difficulty, decisions.bins)
     write_json(directory / SHAPE_FILE, {"kept": kept.tolist()})
@@ -118,7 +121,7 @@ def write_prompts(
                 chosen.rows[part], chosen.pass_rate[part], chosen.mean_length[part], chosen.length_spread[part]
             ),
         )
-        for index, part in enumerate(cut(np.zeros(len(chosen.rows), np.int64)))
+        for index, part in enumerate(cut(np.zeros(len(chosen.rows), np.int32)))
     ]
     in_processes(partial(_write_prompts, directory, shards, hard_below), work, workers, title="prompts")
 
@@ -149,20 +152,19 @@ def write_pairs(
     directory: Path, shards: Sequence[Shard], decisions: Decisions, chosen: PairSet, seed: int, workers: int
 ) -> dict[str, int]:
     """Pair the candidates and write the pairs, in the order of first rollouts; those without a pair by reason."""
-    candidates = decisions.candidates
-    if candidates is None:
-        raise ValueError("no candidates were decided on")
-    sizes = decisions.bytes[candidates.rows].astype(np.int64)
+    found = candidates(decisions)
+    sizes = decisions.bytes[found.rows]
     work = [
-        (index, Candidates(candidates.rows[part], candidates.groups[part], candidates.right[part]))
-        for index, part in enumerate(cut(sizes, candidates.groups))
+        (index, Candidates(found.rows[part], found.groups[part], found.right[part]))
+        for index, part in enumerate(cut(sizes, found.groups))
     ]
-    found = in_processes(partial(_write_pairs, directory, shards, chosen, seed), work, workers, title="pairs")
+    written = in_processes(partial(_write_pairs, directory, shards, chosen, seed), work, workers, title="pairs")
     unpaired: Counter[str] = Counter()
-    for counts in found:
+    for counts in written:
         unpaired.update(counts["dropped"])
     write_json(
-        directory / SHAPE_FILE, {side: np.sum([counts[side] for counts in found], axis=0).tolist() for side in SIDES}
+        directory / SHAPE_FILE,
+        {side: np.sum([counts[side] for counts in written], axis=0).tolist() for side in SIDES},
     )
     return dict(unpaired)
 

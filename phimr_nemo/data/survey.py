@@ -27,6 +27,7 @@ SURVEY_VERSION: Final = 1
 """Another number whenever a narrow column changes meaning: surveys made before are made again."""
 BUCKET_ROWS: Final = 1 << 17
 READ_ROWS: Final = 1024
+MAX_ROLLOUTS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ def shards_of(directories: Sequence[Path]) -> list[Shard]:
             rows = shard_facts(directory / name)["rows"]
             shards.append(Shard(directory / name, named[name], start, rows))
             start += rows
-    if not start:
+    if not 0 < start <= MAX_ROLLOUTS:
         raise UserError(
-            f"{[str(path) for path in directories]} hold no verdict",
-            rule="curation needs at least one verdict",
-            remedy="look at the step that wrote them",
+            f"{[str(path) for path in directories]} hold {start or 'no'} verdicts",
+            rule=f"curation takes 1 to {MAX_ROLLOUTS:,} verdicts at once",
+            remedy="look at the step that wrote them, or curate them in parts",
         )
     return shards
 

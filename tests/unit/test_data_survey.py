@@ -104,7 +104,7 @@ def test_a_missing_sidecar_and_empty_verdicts_are_errors(verdicts: list[Path], t
         shards_of(verdicts)
     write_shard(tmp_path / "empty", 0, rows_to_table([], "verdicts"), kind="verdicts")
     finish(tmp_path / "empty", kind="verdicts", config={})
-    with pytest.raises(UserError, match="hold no verdict"):
+    with pytest.raises(UserError, match="hold no verdicts"):
         shards_of([tmp_path / "empty"])
 
 
