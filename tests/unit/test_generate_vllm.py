@@ -184,7 +184,8 @@ def test_a_served_model_gives_the_same(
     expected = built_in(tmp_path / "local", model, problems)
     for row in expected:
         # A random model may close a tag of its own accord; an endpoint's response gets the opening one back.
-        row["response"] = ChatReply(row["response"], "", row["finish_reason"], 0, 0).response
+        # Where the limit cuts a character, the server leaves its first bytes out of the stream.
+        row["response"] = ChatReply(row["response"].rstrip("\ufffd"), "", row["finish_reason"], 0, 0).response
     assert read_table(tmp_path / "served", "rollouts").to_pylist() == expected
 
 
