@@ -1,9 +1,9 @@
 """Hugging Face -> Megatron -> Hugging Face: seconds and peak memory against copying files and against transformers.
 
-    python bench/convert.py [--quick] [--layers 32] [--tp 2] [--pp 2] [--repeats 3] [--scratch DIR]
+    python bench/convert.py [--quick] [--layers 32] [--tp 2] [--pp 2] [--repeats 3] [--scratch DIR] [--source DIR]
 
 The model has Phi-4-mini's real architecture with random bfloat16 weights (3,836,021,760 parameters, 7.7 GB; three
-times that of free disk is needed). Measured, in turn:
+times that of free disk is needed); `--source` takes a model directory of yours instead. Measured, in turn:
 - a plain copy of the weight files,
 - `phimr convert` into a Megatron checkpoint of the layout, and back into a Hugging Face directory,
 - transformers: load the directory, save it again, as a conversion script does at best.
@@ -151,20 +151,26 @@ def child(arguments: list[str]) -> None:
 
 def compare(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     """Print the table and return the figures for the RESULT line."""
-    arch = architecture(options.layers, options.quick)
-    size = arch.num_parameters * 2
+    from phimr_nemo.model.architecture import Architecture
+
+    own: Path | None = options.source
+    arch = Architecture.from_directory(own) if own else architecture(options.layers, options.quick)
+    size = sum(file.stat().st_size for file in own.glob("*.safetensors")) if own else arch.num_parameters * 2
     free = shutil.disk_usage(scratch).free
     if free < DISK_COPIES * size:
         raise SystemExit(f"{scratch} has {free / 1e9:.1f} GB free, {DISK_COPIES * size / 1e9:.1f} GB are needed")
     print(f"{arch.num_parameters:,} parameters, {size / 1e9:.2f} GB, tensor {options.tp} x pipeline {options.pp}")
     source, megatron, output = (scratch / name for name in ("source", "megatron", "output"))
-    in_child("make", source, options.layers, options.quick)
+    if own:
+        source = own
+    else:
+        in_child("make", source, options.layers, options.quick)
     runs: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
-    for _ in range(options.repeats):
+    for repeat in range(options.repeats):
         for method in METHODS:
             paths = {"to_megatron": (source, megatron), "to_hf": (megatron, output)}.get(method, (source, output))
             runs[method].append(in_child(method, *paths, options.tp, options.pp))
-            if method == "to_hf" and not in_child("compare", source, output)["identical"]:
+            if method == "to_hf" and repeat == 0 and not in_child("compare", source, output)["identical"]:
                 raise RuntimeError("the way there and back changed a tensor")
             if method != "to_megatron":
                 shutil.rmtree(output)
@@ -184,6 +190,8 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
         "parameters": arch.num_parameters,
         "bytes": size,
         "layout": {"tensor": options.tp, "pipeline": options.pp},
+        "repeats": options.repeats,
+        "every_seconds": {name: [round(run["seconds"], 1) for run in found] for name, found in runs.items()},
         "ours_seconds": {name: round(seconds[name], 3) for name in ("to_megatron", "to_hf")},
         "peer": "file copy; transformers load + save",
         "peer_seconds": {name: round(seconds[name], 3) for name in ("copy", "transformers")},
@@ -205,6 +213,9 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="where the files go; default the system's temporary directory")
+    parser.add_argument(
+        "--source", type=Path, help="a model directory of Phi-4-mini's family; default random weights"
+    )
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
