@@ -17,6 +17,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import RESULTS_FILE, Result, Score, write_result
 from phimr_nemo.evaluate.export import run_export
 from phimr_nemo.launch import run_stage
+from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import run_base
 from phimr_nemo.runs import RunDirectory
 
@@ -108,6 +109,38 @@ def test_transformers_loads_the_release_without_its_code(tmp_path: Path, model: 
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, original(ids).logits)
     assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+# What TensorRT-LLM reads of a Phi3 config.json: tensorrt_llm/models/phi3/config.py and, for its PyTorch engine,
+# _torch/models/modeling_phi3.py and RopeParams.from_config. It needs a GPU, so it is not run here.
+TENSORRT_LLM_KEYS = (
+    *("architectures", "model_type", "torch_dtype", "vocab_size", "hidden_size", "intermediate_size", "hidden_act"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "attention_bias"),
+    *("tie_word_embeddings", "pad_token_id", "rope_theta", "partial_rotary_factor", "max_position_embeddings"),
+    *("original_max_position_embeddings", "rope_scaling"),
+)
+
+
+def test_the_config_has_what_tensorrt_llm_reads(tmp_path: Path, model: Path) -> None:
+    run_stage("export", export_config(tmp_path, model))
+    config = json.loads((tmp_path / "release" / "hf" / "config.json").read_text())
+    assert {key: config.get(key) for key in TENSORRT_LLM_KEYS if config.get(key) is None} == {}
+    assert config["architectures"] == ["Phi3ForCausalLM"]
+    assert config["torch_dtype"] == "float32"
+    head = config["hidden_size"] // config["num_attention_heads"]
+    pairs = int(head * config["partial_rotary_factor"]) // 2
+    scaling = config["rope_scaling"]
+    assert scaling["type"] == "longrope"
+    assert len(scaling["short_factor"]) == len(scaling["long_factor"]) == pairs
+
+
+def test_phi4_minis_own_config_says_the_same_to_tensorrt_llm(shared_data: Path) -> None:
+    real = json.loads((shared_data / "phi4-mini" / "config.json").read_text())
+    ours = Architecture.from_directory(shared_data / "phi4-mini").to_hf_config()
+    for key in TENSORRT_LLM_KEYS:
+        # Written with the weights, whose dtype it is.
+        if key != "torch_dtype":
+            assert ours[key] == real[key], key
 
 
 def test_the_card_tells_what_was_trained_and_measured(tmp_path: Path, model: Path) -> None:
