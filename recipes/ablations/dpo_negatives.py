@@ -27,6 +27,14 @@ TINY: Final = "conf/ablations/dpo_negatives.yaml"
 START: Final = "sft"
 START_ROW: Final = "SFT, where both begin"
 PLOT_FILE: Final = "ablation-dpo-negatives.png"
+PLOT_INCHES: Final = (7.5, 3.2)
+DPI: Final = 110
+SEED_OFFSET: Final = 0.16
+"""Between the lines of two seeds, in rows."""
+AXIS: Final = (
+    "difference of pass@1 in points, paired by question\n"
+    "(bars: one standard error; a seed's over questions, the mean's over seeds)"
+)
 NEEDED: Final = ("sft", "own-verdicts")
 
 
@@ -149,7 +157,7 @@ def _plot(differences: dict[str, list[tuple[float, float]]], seeds: Sequence[int
 
     from phimr_nemo.evaluate.statistics import mean_and_error
 
-    figure = Figure(figsize=(7.5, 3.2))
+    figure = Figure(figsize=PLOT_INCHES)
     axes = figure.subplots()
     axes.axvline(0.0, color="#999999", linewidth=1)
     for place, each in enumerate(differences.values()):
@@ -161,11 +169,11 @@ def _plot(differences: dict[str, list[tuple[float, float]]], seeds: Sequence[int
             fmt="D",
             color="#333333",
             capsize=5,
-            label=None if place else "mean, error over seeds",
+            label=None if place else "mean",
         )
         for number, (value, stderr) in enumerate(each):
-            label = None if place else f"seed {seeds[number]}, error over questions"
-            height = place + 0.16 * (number + 1)
+            label = None if place else f"seed {seeds[number]}"
+            height = place + SEED_OFFSET * (number + 1)
             axes.errorbar(
                 value, height, xerr=stderr, fmt="o", markersize=4, color=f"C{number}", alpha=0.8, label=label
             )
@@ -173,11 +181,11 @@ def _plot(differences: dict[str, list[tuple[float, float]]], seeds: Sequence[int
         range(len(differences)), [name.replace(" minus ", "\nminus ") for name in differences], fontsize=8
     )
     axes.invert_yaxis()
-    axes.set_xlabel("difference of pass@1, paired by question (points; bars: one standard error)", fontsize=8)
+    axes.set_xlabel(AXIS, fontsize=8)
     axes.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(seeds) + 1)
     figure.tight_layout()
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=DPI)
 
 
 def run_ablation(config: DPONegativesConfig) -> None:
