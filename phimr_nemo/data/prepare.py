@@ -24,7 +24,7 @@ from tqdm import tqdm
 from phimr_nemo.atomic import atomic_file
 from phimr_nemo.config import PrepareConfig, to_dict
 from phimr_nemo.data.annotate import Annotations, Annotator, count_labels
-from phimr_nemo.data.candidates import DROPS_FILE, SHOWN_CHARS, candidate_shards, collect
+from phimr_nemo.data.candidates import DROPS_FILE, SHOWN_CHARS, candidate_shards, collect, digest
 from phimr_nemo.data.decontaminate import read_index
 from phimr_nemo.data.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, NEAR, Duplicates, Facts, find_duplicates
 from phimr_nemo.data.recorded import TOKENS_UNKNOWN
@@ -91,8 +91,9 @@ def _prepare(config: PrepareConfig) -> None:
         for name, count in collect(source, directory, permutations=permutations, evaluation=evaluation).items():
             counts[name] += count
             counts[f"{source.name}: {name}"] += count
-    facts = _facts(directories, permutations, output / CANDIDATES / SIGNATURES)
-    duplicates = find_duplicates(facts, config.near_duplicates)
+    duplicates = find_duplicates(
+        _facts(directories, permutations, output / CANDIDATES / SIGNATURES), config.near_duplicates
+    )
     labels = Annotations(directories, duplicates)
     inputs = [Path(source.path) for source in config.sources if Path(source.path).is_file()]
     _write_problems(config, directories, duplicates, labels, counts)
@@ -208,20 +209,23 @@ def _rollouts(
         for index, _, row in _candidates(directories, ["id", "answer"])
         if index in stand_ins
     }
-    samples: Counter[tuple[int, str]] = Counter()
-    seen: dict[int, set[str]] = {}
+    # By a digest, not by (problem, teacher): a third of the memory, and there are millions.
+    samples: Counter[int] = Counter()
+    seen: set[int] = set()
     for index, _, row in _candidates(directories, ["id", "question", "answer", "trajectories"]):
         problem = kept[index]
         problem_id, answer = problems.get(problem, (row["id"], row["answer"]))
         domain, difficulty = labels.get(problem)
         for one in row["trajectories"]:
-            response_id = content_id(one["response"])
-            if response_id in seen.setdefault(problem, set()):
+            response_digest = digest(f"{problem} {one['response']}")
+            if response_digest in seen:
                 counts[f"dropped: {DUPLICATE_TRAJECTORY}"] += 1
                 continue
-            seen[problem].add(response_id)
-            teacher, sample = one["teacher"], samples[problem, one["teacher"]]
-            samples[problem, teacher] += 1
+            seen.add(response_digest)
+            teacher = one["teacher"]
+            key = digest(f"{problem} {teacher}")
+            sample = samples[key]
+            samples[key] += 1
             counts[one["finish_reason"]] += 1
             yield {
                 "id": content_id("rollout", problem_id, teacher, "recorded", str(sample)),
