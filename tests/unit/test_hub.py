@@ -161,7 +161,9 @@ def phimr_push(
 
 def run(endpoint: str, home: Path, token: str | None, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    # With everything that huggingface_hub can say, requests and their headers included.
+    said = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **said}
     if token is not None:
         environment["HF_TOKEN"] = token
     command = [sys.executable, *arguments]
@@ -185,6 +187,7 @@ def test_an_interrupted_upload_is_continued_and_arrives_whole(model: Path, hub: 
     # Each shard went over the line once.
     assert len(hub.sent) == len(set(hub.sent)) == len(shards)
     assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert "authorization" in second.stderr.lower(), "requests are in this log, so the token could be"
     for done in (first, second):
         assert TOKEN not in done.stdout + done.stderr
 
