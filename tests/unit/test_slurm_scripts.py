@@ -22,7 +22,7 @@ from phimr_nemo.config import STAGES
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "slurm"
 ARRAY_STAGES = ("generate", "verify")
-PLAIN_STAGES = (*ARRAY_STAGES, "curate", "pack", "evaluate", "export")
+PLAIN_STAGES = ("prepare", *ARRAY_STAGES, "curate", "pack", "evaluate", "export")
 DISTRIBUTED_STAGES = ("midtrain", "sft", "dpo", "grpo")
 STAGE_ORDER = (
     "generate",
