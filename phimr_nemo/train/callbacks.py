@@ -13,7 +13,7 @@ from tqdm import tqdm
 from phimr_nemo.config import SupervisedConfig, to_dict
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.runs import MetricsWriter, RunDirectory, read_metrics
-from phimr_nemo.train.checkpointing import CheckpointKeeper
+from phimr_nemo.train.checkpointing import CheckpointKeeper, validates_now
 from phimr_nemo.train.distributed import PreemptionGuard
 from phimr_nemo.train.throughput import WorkCounter, peak_memory_gib, rates
 from phimr_nemo.train.tracking import WandbTracker
@@ -194,7 +194,10 @@ class StopOnSignal(pl.Callback):
     ) -> None:
         """Save and stop."""
         if trainer.global_step < int(trainer.max_steps) and self.guard.stop_agreed():
-            self.keeper.save(trainer)
             trainer.should_stop = True
+            if validates_now(trainer):
+                # The checkpoint at the end of training, which follows, holds the measurement as well.
+                return
+            self.keeper.save(trainer)
             # Lightning validates before it stops; the grace time is for the checkpoint.
             trainer.limit_val_batches = 0

@@ -229,6 +229,12 @@ class _Drain:
             self._results.put(item)
 
 
+def validates_now(trainer: pl.Trainer) -> bool:
+    """Whether the validation loss is measured after this step: a run that continues here does not do it again."""
+    every = trainer.val_check_interval
+    return trainer.limit_val_batches > 0 and isinstance(every, int) and trainer.global_step % every == 0
+
+
 class CheckpointKeeper(pl.Callback):
     """Saves every so many steps, at the end, and when the validation loss is the best; deletes what is not kept.
 
@@ -278,12 +284,14 @@ class CheckpointKeeper(pl.Callback):
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Save when it is time."""
-        if trainer.global_step % self.config.every == 0:
+        if trainer.global_step % self.config.every == 0 and not validates_now(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Save the best."""
-        if not self.config.best or trainer.state.fn != "fit":
+        """Save when it is time, with what the callbacks learnt from the validation, and save the best."""
+        if trainer.global_step % self.config.every == 0:
+            self.save(trainer)
+        if not self.config.best:
             return
         loss = torch.as_tensor(trainer.callback_metrics["val_loss"]).to(platform.device(), torch.float64)
         dist.broadcast(loss, 0)
@@ -293,6 +301,10 @@ class CheckpointKeeper(pl.Callback):
         self._best = {"step": trainer.global_step, "val_loss": float(loss)}
         if dist.get_rank() == 0:
             write_json(self.directory / BEST_FILE, self._best)
+            best = self.directory / checkpoint_name(trainer.global_step)
+            # One that is still being written prunes when it is finished.
+            if is_sealed(best):
+                self._prune(best)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Save the last step, for a run that is stopped or dies in its export."""
