@@ -56,6 +56,10 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
+        # Batched, the messages of both directions between the same two ranks would be taken for each other: the
+        # interleaved schedule sends both ways at once, and two stages are each other's next and previous one.
+        "overlap_p2p_comm": layout.virtual > 1,
+        "batch_p2p_comm": layout.virtual == 1,
         "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence,
         "params_dtype": dtype,

@@ -114,6 +114,9 @@ class Phi4MiniConfig(llm.GPTConfig):
             raise ValueError("Phi4MiniConfig needs an architecture")
         # The embedding draws from them under sequence parallelism, and NeMo seeds them with CUDA only.
         model_parallel_cuda_manual_seed(self.seed)
+        if vp_stage is None and self.virtual_pipeline_model_parallel_size is not None:
+            # NeMo numbers the chunks after the first one.
+            vp_stage = 0
         stage = {"ignore_virtual": False, "vp_stage": vp_stage}
         model = build_model(
             self.architecture,
