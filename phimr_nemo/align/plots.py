@@ -8,8 +8,8 @@ from typing import Final
 
 from matplotlib.figure import Figure
 
+from phimr_nemo.picture import save_png, tidy
 from phimr_nemo.runs import read_metrics
-from phimr_nemo.store import atomic_file
 
 PLOT_FILE: Final = "dpo.png"
 COLUMNS: Final = 3
@@ -48,9 +48,9 @@ def plot_dpo(directory: Path) -> Path:
             axes.legend(fontsize=8, frameon=False)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
+        tidy(axes)
         axes.tick_params(labelsize=8)
     figure.tight_layout()
     path = directory / PLOT_FILE
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
+    save_png(figure, path, dpi=DPI)
     return path

@@ -9,10 +9,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from phimr_nemo.atomic import atomic_file
 from phimr_nemo.data.shape import LENGTH_BINS, TIERS, bin_start
+from phimr_nemo.picture import save_png, tidy
 
 Counts = npt.NDArray[np.int64]
 
@@ -24,7 +23,6 @@ FONT_POINTS: Final = 10
 MARGIN_INCHES: Final = 0.9
 BAR_WIDTH: Final = 0.7
 TEXT_COLOR: Final = "#2b2b2b"
-GRID_COLOR: Final = "#e6e6e6"
 HARD_COLOR: Final = "#e45756"
 # Distinguishable also for the colour-blind; the first is the colour of everything that stands alone.
 COLORS: Final = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#72b7b2", "#eeca3b")
@@ -62,7 +60,7 @@ def draw_funnel(counts: Mapping[str, int], path: Path) -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0)
-    _save(figure, path)
+    save_png(figure, path, dpi=DPI)
 
 
 def draw_lengths(series: Mapping[str, Counts], path: Path, *, stacked: bool) -> None:
@@ -99,8 +97,8 @@ def draw_lengths(series: Mapping[str, Counts], path: Path, *, stacked: bool) -> 
         axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.set_ylim(bottom=0)
     _legend(axes, list(series))
-    _tidy(axes)
-    _save(figure, path)
+    tidy(axes)
+    save_png(figure, path, dpi=DPI)
 
 
 def draw_difficulty(series: Mapping[str, Counts], path: Path) -> None:
@@ -122,7 +120,7 @@ def draw_difficulty(series: Mapping[str, Counts], path: Path) -> None:
     _legend(axes, TIERS)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    _save(figure, path)
+    save_png(figure, path, dpi=DPI)
 
 
 def draw_pass_rates(pass_rates: npt.NDArray[np.float64], hard: npt.NDArray[np.bool_], path: Path) -> None:
@@ -136,8 +134,8 @@ def draw_pass_rates(pass_rates: npt.NDArray[np.float64], hard: npt.NDArray[np.bo
     axes.set_ylabel("prompts")
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
     _legend(axes, ("hard", "other"))
-    _tidy(axes)
-    _save(figure, path)
+    tidy(axes)
+    save_png(figure, path, dpi=DPI)
 
 
 def short_name(name: str) -> str:
@@ -166,19 +164,3 @@ def _tokens(value: float) -> str:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _tidy(axes: Any) -> None:
-    axes.grid(axis="y", color=GRID_COLOR)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    for text in figure.findobj(Text):
-        if isinstance(text, Text):
-            # A name is text, never mathematics: it may hold dollar signs.
-            text.set_parse_math(False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)

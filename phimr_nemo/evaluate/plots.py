@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from matplotlib.figure import Figure
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.picture import save_png, tidy
 from phimr_nemo.runs import METRICS_FILE, read_metrics
-from phimr_nemo.store import atomic_file
 
 if TYPE_CHECKING:
     from phimr_nemo.evaluate.report import Row
@@ -27,7 +27,6 @@ BAR_WIDTH: Final = 0.62
 BAR_COLOR: Final = "#4c78a8"
 LINE_COLOR: Final = "#4c78a8"
 TEXT_COLOR: Final = "#333333"
-GRID_COLOR: Final = "#e6e6e6"
 HEADROOM: Final = 1.15
 TRAINING_PANELS: Final[Mapping[str, str]] = {
     "loss": "training loss",
@@ -86,8 +85,9 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     seeds = max((len(row.seeds) for row in rows), default=0)
     unit = f"across {seeds} seeds" if seeds > 1 else "clustered by question"
     axes.set_title(f"Accuracy per stage (bars: one standard error, {unit})", fontsize=10)
-    _tidy(axes)
-    _save(figure, path)
+    tidy(axes)
+    figure.tight_layout()
+    save_png(figure, path, dpi=DPI)
 
 
 def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
@@ -135,7 +135,8 @@ def plot_funnel(counts: Mapping[str, int], path: Path) -> None:
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
-    _save(figure, path)
+    figure.tight_layout()
+    save_png(figure, path, dpi=DPI)
 
 
 def _plot_panels(curves: Mapping[str, Curve], path: Path) -> None:
@@ -147,8 +148,9 @@ def _plot_panels(curves: Mapping[str, Curve], path: Path) -> None:
         axes.plot(curve.steps, curve.values, color=LINE_COLOR, linewidth=1.4, marker=marker)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
-        _tidy(axes)
-    _save(figure, path)
+        tidy(axes)
+    figure.tight_layout()
+    save_png(figure, path, dpi=DPI)
 
 
 def _shown_error(row: Row) -> float:
@@ -158,16 +160,3 @@ def _shown_error(row: Row) -> float:
 
 def _wrapped(name: str) -> str:
     return name.replace(" ", "\n")
-
-
-def _tidy(axes: Any) -> None:
-    axes.grid(axis="y", color=GRID_COLOR)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 TIERS = (
-    {"", "errors", "records", "atomic", "content", "store", "runs", "config", "endpoint"},
+    {"", "errors", "records", "atomic", "content", "picture", "store", "runs", "config", "endpoint"},
     {"losses", "data", "verify", "model"},
     {"generate"},
     {"align", "train", "evaluate", "plan"},
