@@ -51,8 +51,9 @@ LONGTAIL_MEDIAN_SHARE = 0.25
 LN_2_TOLERANCE = 1e-3
 AGREEMENT = 1e-5
 """Relative, on the mean reference log-probability of a pair: the trainers compute the same tokens."""
+MMAP_THRESHOLD = "65536"
 MEMORY_STEPS = 2
-MEMORY_MODEL = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+MEMORY_MODEL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 12}
 QUICK = {"pairs": 64, "global_batch": 16, "repeats": 1, "longest": 256}
 OURS = ("padded", "packed")
 MEMORY_CASES = ("sft", "stored", "online")
@@ -242,7 +243,9 @@ def run_memory(root: Path, options: argparse.Namespace) -> dict[str, float]:
         def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
             return {"loss": sums["loss"] / sums["count"]}
 
-    config = our_config(root, options, "large", f"pairs={root / 'longtail'}", f"run.output={root / 'unused'}")
+    # Short, one pair a micro-batch: with more tokens, activations hide what a second model adds.
+    paths = (f"pairs={root / 'uniform'}", f"run.output={root / 'unused'}")
+    config = our_config(root, options, "large", "micro_batch=1", *paths)
     start_process_group(config.parallel, SEED)
     base = HFDirectory(config.base)
     pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
@@ -273,6 +276,9 @@ def in_child(case: str, root: Path, options: argparse.Namespace, lengths: str = 
     for name in ("pairs", "micro-batch", "global-batch", "longest"):
         command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if case in MEMORY_CASES:
+        # Freed memory goes back at once, so that peaks are what is held and not what the allocator keeps.
+        environment["MALLOC_MMAP_THRESHOLD_"] = MMAP_THRESHOLD
     finished = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if finished.returncode != 0:
         raise RuntimeError(f"measuring {case} failed:\n{finished.stderr[-3000:]}")
@@ -341,8 +347,7 @@ def main() -> None:
         make_inputs(root, options)
         memory = compare_memory(root, options)
         rates = compare_speed(root, options, (*OURS, "trl") if has_trl else OURS)
-    packages = ("torch", "megatron-core", "nemo-aligner", "transformers", "trl")
-    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    packages = ["torch", "megatron-core", "nemo-aligner", "transformers", *(["trl"] if has_trl else [])]
     result = {
         "bench": "dpo",
         "sizes": {name: getattr(options, name) for name in ("pairs", "micro_batch", "global_batch", "longest")},
@@ -351,7 +356,7 @@ def main() -> None:
         "peer": "TRL DPOTrainer, padded, precompute_ref_log_probs" if has_trl else None,
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages if name in installed},
+            **{name: importlib.metadata.version(name) for name in packages},
         },
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
     }
