@@ -16,7 +16,9 @@ from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md")
+DOCS = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))
+FRONT = ("README.md", "recipes/README.md", "CONTRIBUTING.md")
+DOCUMENTS = (*FRONT, "bench/results/README.md", *DOCS)
 BLOCK = re.compile(r"^```(?:bash|sh|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 # Commands of the system that a README may use; what they do is not ours to check.
@@ -61,7 +63,7 @@ def check(command: str) -> None:
         done = run("make", "-n", "-o", "setup", *arguments)
         assert done.returncode == 0, done.stderr
         assert targets, f"{command}: no target"
-    elif program in ("phimr", ".venv/bin/phimr"):
+    elif program in ("phimr", ".venv/bin/phimr", ".venv-vllm/bin/phimr"):
         check_phimr(arguments)
     elif program == "sbatch" or program.startswith("slurm/"):
         check_slurm(words, settings)
@@ -117,7 +119,7 @@ def test_documented_command_parses(document: str, command: str) -> None:
     check(command)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", FRONT)
 def test_the_document_is_there_and_shows_commands(document: str) -> None:
     assert any(name == document for name, _ in ALL), f"{document} is absent or has no bash block"
 
