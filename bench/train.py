@@ -2,7 +2,7 @@
 
     python bench/train.py [--quick] [--documents 1200] [--longest 1024] [--repeats 2] [--device cuda --base DIR]
 
-TRL comes from a directory of its own (`pip install --no-deps --target DIR trl==0.24.0 accelerate`, then
+TRL comes from a directory of its own (`pip install --no-deps --target DIR trl==0.24.0`, then
 PYTHONPATH=DIR); where it is absent the others are measured.
 
 The same documents, tokenised alike, go once through

@@ -9,17 +9,17 @@ same sampling seeds, so that they are compared question by question. Finished st
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from phimr_nemo.atomic import atomic_file, atomic_write_text
+from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config import load_config
 from phimr_nemo.config.alignment import DPONegativesConfig
-from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.errors import UserError, exit_with_message
+from phimr_nemo.picture import save_png
 from phimr_nemo.pipeline import Step, run_step
 from phimr_nemo.runs import RunDirectory
 
@@ -184,8 +184,7 @@ def _plot(differences: dict[str, list[tuple[float, float]]], seeds: Sequence[int
     axes.set_xlabel(AXIS, fontsize=8)
     axes.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(seeds) + 1)
     figure.tight_layout()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
+    save_png(figure, path, dpi=DPI)
 
 
 def run_ablation(config: DPONegativesConfig) -> None:
@@ -207,14 +206,8 @@ def main(
     config: Annotated[str, typer.Option("--config")] = TINY,
 ) -> None:
     """Near-miss against random negatives in rollout DPO."""
-    try:
+    with exit_with_message():
         run_ablation(load_config(DPONegativesConfig, Path(config), overrides or []))
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_USER)
-    except Preempted as stopped:
-        typer.echo(str(stopped), err=True)
-        sys.exit(EXIT_PREEMPTED)
 
 
 if __name__ == "__main__":
