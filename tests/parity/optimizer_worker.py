@@ -58,12 +58,11 @@ class Training:
         mine = range(parallel_state.get_data_parallel_rank(), worker.ROWS, self.layout.data)
         micro = [{"input_ids": ids[row, None], "labels": labels[row, None]} for row in mine]
         valid = int((labels >= 0).sum())
-        scale = len(micro) * self.layout.data / valid
         seen: list[Tensor] = []
 
-        def head(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def head(inputs: dict[str, Tensor], output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             seen.append(output.detach().sum() / valid)
-            return output.sum() * scale, {}
+            return output.sum(), (inputs["labels"] >= 0).sum().int(), {}
 
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
