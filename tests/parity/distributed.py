@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 120.0
-RUN_SECONDS = 120.0
+START_SECONDS = 300.0
+RUN_SECONDS = 600.0
 GRACE_SECONDS = 1.0
 """After one rank failed, what the others get to fail by themselves: their tracebacks may tell more."""
 
