@@ -112,6 +112,8 @@ def measure(method: str, source: Path, target: Path, tp: int, pp: int) -> dict[s
         from phimr_nemo.config import ParallelConfig
         from phimr_nemo.train.conversion import convert
     drop_from_cache(source)
+    # What the run before left to be written or freed is not this one's.
+    os.sync()
     started = time.perf_counter()
     if method == "copy":
         shutil.copytree(source, target)
