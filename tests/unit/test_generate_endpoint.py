@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from phimr_nemo.store import read_manifest, read_table, shard_is_complete
 
 PROBLEMS, SAMPLES, SHARD_SIZE = 11, 3, 4
 TOTAL = PROBLEMS * SAMPLES
+LATE_SECONDS = 10.0
 
 
 def teacher(body: dict[str, Any]) -> Reply:
@@ -301,18 +304,26 @@ def test_ctrl_c_is_a_stop_that_the_same_command_continues(
     problems: Path, expected: list[dict[str, Any]], tmp_path: Path, repository: Path
 ) -> None:
     out = tmp_path / "out"
-    with OpenAIServer(teacher, delay=lambda _: 0.02) as server:
+    stopping = threading.Event()
+    asked = itertools.count()
+
+    def delay(_: dict[str, Any]) -> float:
+        # Until it is stopped, half of the answers come at once and the others late enough to be stopped before.
+        return LATE_SECONDS if next(asked) >= TOTAL // 2 and not stopping.is_set() else 0.02
+
+    with OpenAIServer(teacher, delay=delay) as server:
         process = start(out, problems, server.url, repository)
         while len(server.bodies) < TOTAL // 2 and process.poll() is None:
             time.sleep(0.001)
+        time.sleep(LATE_SECONDS / 10)  # the quick answers arrive
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
+        stopping.set()
         assert process.returncode == EXIT_PREEMPTED, errors
         assert "Traceback" not in errors
         stopped = len(server.bodies)
-        assert stopped < TOTAL
         process = start(out, problems, server.url, repository)
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-        assert len(server.bodies) <= TOTAL + 4
+        assert len(server.bodies) - stopped == TOTAL - TOTAL // 2
     assert read_table(out, "rollouts").to_pylist() == expected
