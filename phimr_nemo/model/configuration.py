@@ -72,7 +72,9 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
         "persist_layer_norm": fused,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        "deallocate_pipeline_outputs": True,
+        # The interleaved schedule frees an output while it is being sent. On a GPU the stream keeps its memory;
+        # without one the message would now and then be read from freed memory.
+        "deallocate_pipeline_outputs": on_gpu or layout.virtual == 1,
         # There are no experts; but with the default Megatron refuses micro-batches of varying length.
         "moe_token_dispatcher_type": "alltoall",
     }
