@@ -359,7 +359,7 @@ def test_no_room_is_told_before_the_work(hf: Path, tmp_path: Path, monkeypatch: 
 
 
 KILLED = """
-import os, random, signal, sys, time
+import itertools, os, random, signal, sys
 from pathlib import Path
 import torch
 from phimr_nemo.config import ParallelConfig
@@ -369,28 +369,33 @@ from phimr_nemo.train.conversion import convert
 source, target, kind, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 torch.set_num_threads(1)
 rows.BLOCK_BYTES = 2048
-moments = random.Random(0)
+calls = itertools.count(1)
+last = None
+
+def counted(call):
+    def counting(*arguments, **options):
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **options)
+    return counting
+
+for name in ("open", "pwrite", "fsync"):
+    setattr(os, name, counted(getattr(os, name)))
 
 def start(where):
     child = os.fork()
     if child == 0:
         convert(source, where, kind=kind, layout=ParallelConfig(tensor=2), hf=None)
+        where.with_name("calls").write_text(str(next(calls) - 1))
         os._exit(0)
-    return child
+    return os.waitpid(child, 0)[1]
 
-began = time.perf_counter()
-assert os.waitpid(start(target.with_name("whole")), 0)[1] == 0
-whole = time.perf_counter() - began
-died = 0
-for number in range(kills):
-    where = target.with_name(f"{target.name}{number}")
-    child = start(where)
-    time.sleep(whole * moments.random())
-    os.kill(child, signal.SIGKILL)
-    died += os.waitpid(child, 0)[1] == signal.SIGKILL
-    left = sorted(entry.name for entry in where.iterdir()) if where.exists() else None
-    print(number, left)
-print("died", died)
+assert start(target.with_name("whole")) == 0
+made = target.with_name("calls")
+moments = random.Random(0).sample(range(1, int(made.read_text()) + 1), kills)
+made.unlink()
+for number, last in enumerate(moments):
+    assert start(target.with_name(f"{target.name}{number}")) == signal.SIGKILL
 """
 
 
@@ -398,24 +403,22 @@ print("died", died)
 def test_a_conversion_killed_at_any_moment_leaves_nothing_that_looks_complete(
     kind: Kind, hf: Path, megatron: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL at random moments: the target is absent or whole, and the same command then completes it."""
+    """SIGKILL before random calls of the operating system: the target is absent or whole; a rerun completes it."""
     kills = 20
     source = hf if kind == "megatron" else megatron
     command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out"), kind, str(kills)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    *states, died = done.stdout.splitlines()
-    assert int(died.split()[1]) > kills // 2, "most were killed before they were done"
     wanted = contents(tmp_path / "whole")
-    for number in range(kills):
-        target = tmp_path / f"out{number}"
+    targets = [tmp_path / f"out{number}" for number in range(kills)]
+    assert not all(target.exists() for target in targets)
+    for target in targets:
         if not target.exists():
-            assert states[number] == f"{number} None"
             convert(source, target, kind=kind, layout=ParallelConfig(tensor=2), hf=None)
         assert contents(target) == wanted
     # Whatever else is left has a hidden temporary name.
-    finished = {"whole", *(f"out{number}" for number in range(kills))}
-    assert all(path.name.startswith(".") for path in tmp_path.iterdir() if path.name not in finished)
+    finished = {tmp_path / "whole", *targets}
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir() if path not in finished)
 
 
 FULL = """
