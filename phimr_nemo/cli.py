@@ -205,6 +205,22 @@ def data_check(
 
 
 @app.command()
+def adopt(
+    source: Annotated[Path, typer.Argument(help="A Phi-family Hugging Face directory with its tokenizer.")],
+    target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],
+    system_prompt: Annotated[
+        str | None, typer.Option(help="Before every conversation; default Phi-4-mini-reasoning's own.")
+    ] = None,
+) -> None:
+    """Make a base model ready for the recipe: a copy with the reasoning chat template, which every stage hands on."""
+    from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
+    from phimr_nemo.model.adopt import adopt as adopt_model
+
+    with _continuable():
+        adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A Hugging Face directory, Megatron or NeMo 2.0 checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],

@@ -1,0 +1,100 @@
+"""`phimr adopt`: the same weights, and prompts put together by hand, through to the release."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from phimr_nemo.config import BaseConfig, load_config
+from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT, load_tokenizer, render_prompt
+from phimr_nemo.errors import UserError
+from phimr_nemo.model.adopt import adopt
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.base import run_base
+from phimr_nemo.model.hf import HFDirectory, write_hf_directory
+from phimr_nemo.model.table import tensor_shapes
+
+QUESTION = "What is 37+48?"
+# As of Phi-4-mini-instruct: no system text of its own.
+INSTRUCT = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.fixture
+def instruct(tmp_path: Path) -> Path:
+    """A small model with the plain template, in both places where one may stand."""
+    shape = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")
+    run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), [f"run.output={tmp_path / 'base'}", *shape]))
+    directory = tmp_path / "base" / "hf"
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"chat_template": INSTRUCT}), "utf-8")
+    (directory / "chat_template.jinja").write_text(INSTRUCT, "utf-8")
+    return directory
+
+
+def by_hand(directory: Path, system: str) -> list[int]:
+    tokenizer = load_tokenizer(directory)
+    ids = tokenizer.get_vocab()
+
+    def plain(text: str) -> list[int]:
+        return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    opening = [ids["<|system|>"], *plain(system), ids["<|end|>"]]
+    return [*opening, ids["<|user|>"], *plain(QUESTION), ids["<|end|>"], ids["<|assistant|>"]]
+
+
+@pytest.mark.parametrize("system", [None, "You solve problems."])
+def test_prompts_are_the_reasoning_models_and_weights_stay(
+    instruct: Path, tmp_path: Path, system: str | None
+) -> None:
+    before = render_prompt(load_tokenizer(instruct), QUESTION)
+    target = tmp_path / "ready"
+    option = [] if system is None else [f"--system-prompt={system}"]
+    command = [sys.executable, "-m", "phimr_nemo.cli", "adopt", str(instruct), str(target), *option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    wanted = by_hand(target, REASONING_SYSTEM_PROMPT if system is None else system)
+    assert render_prompt(load_tokenizer(target), QUESTION) == wanted
+    assert before != wanted
+    old, new = HFDirectory(instruct), HFDirectory(target)
+    assert old.names() == new.names()
+    assert all(torch.equal(old.read(name), new.read(name)) for name in old.names())
+
+
+def test_the_real_tokenizer_token_for_token(shared_data: Path, tmp_path: Path) -> None:
+    """A tiny model under Phi-4-mini's own tokenizer, whose template is the instruct one."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    config = json.loads((shared_data / "phi4-mini" / "config.json").read_text("utf-8")) | small
+    rotary_pairs = int(small["hidden_size"] * config["partial_rotary_factor"]) // 2
+    factors = {"short_factor": [1.0] * rotary_pairs, "long_factor": [2.0] * rotary_pairs}
+    arch = Architecture.from_hf_config(config | {"rope_scaling": config["rope_scaling"] | factors})
+    weights = ((name, torch.zeros(shape)) for name, shape in tensor_shapes(arch).items())
+    write_hf_directory(tmp_path / "base", arch, weights, tokenizer_from=shared_data / "phi4-mini")
+    adopt(tmp_path / "base", tmp_path / "ready", system_prompt=REASONING_SYSTEM_PROMPT)
+    prompt = render_prompt(load_tokenizer(tmp_path / "ready"), QUESTION)
+    system, user, assistant, end = 200022, 200021, 200019, 200020  # the ids of Phi-4-mini's model card
+    assert [prompt[0], prompt[-1]] == [system, assistant]
+    assert [token for token in prompt if token >= 199999] == [system, end, user, end, assistant]
+    assert prompt == by_hand(tmp_path / "ready", "Your name is Phi, an AI math expert developed by Microsoft.")
+    assert json.loads((tmp_path / "ready" / "generation_config.json").read_text())["eos_token_id"] == [200020, 199999]
+
+
+def test_a_base_that_is_none_is_one_message(instruct: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no single quote"):
+        adopt(instruct, tmp_path / "ready", system_prompt="It's {{ 1 }}")
+    (instruct / "tokenizer_config.json").write_text("[", "utf-8")
+    with pytest.raises(UserError, match="tokenizer_config"):
+        adopt(instruct, tmp_path / "ready", system_prompt="ok")
+    shutil.rmtree(instruct)
+    with pytest.raises(UserError):
+        adopt(instruct, tmp_path / "ready", system_prompt="ok")
+    assert not (tmp_path / "ready").exists()
