@@ -263,7 +263,13 @@ def test_the_server_may_move_but_the_settings_of_sampling_may_not(problems: Path
 def start(out: Path, problems: Path, url: str, repository: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "phimr_nemo.cli", "generate", f"run.output={out}", *overrides(problems, url)]
     return subprocess.Popen(
-        command, cwd=repository, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        cwd=repository,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background job ignores Ctrl-C, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
