@@ -21,11 +21,7 @@ gets the same lengths; each result is checked (every document once, no row overf
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
-import json
-import os
-import platform
 import statistics
 import time
 import types
@@ -35,6 +31,7 @@ from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
+from common import machine, print_result, versions
 
 from phimr_nemo.data.packing import pack
 
@@ -180,14 +177,7 @@ def main() -> None:
         parser.set_defaults(**QUICK)
         options = parser.parse_args()
     result = compare(options)
-    packages = ("numpy", "pyarrow", "trl", "nemo-toolkit")
-    installed = {distribution.name for distribution in importlib.metadata.distributions()}
-    result["versions"] = {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages if name in installed or name == "numpy"},
-    }
-    result["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()}
-    print("RESULT " + json.dumps(result))
+    print_result({**result, "versions": versions("numpy", "pyarrow", "trl", "nemo-toolkit"), "machine": machine()})
 
 
 if __name__ == "__main__":
