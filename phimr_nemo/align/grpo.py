@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from phimr_nemo.align.checkpoint import CheckpointStore
 from phimr_nemo.align.compat import MegatronPretrainingBatchSampler
-from phimr_nemo.align.grpo_trainer import GRPOObjective, GRPOTrainer
+from phimr_nemo.align.grpo_trainer import GRPOTrainer
 from phimr_nemo.align.lifecycle import (
     StopTimer,
     check_checkpointing,
@@ -19,6 +19,7 @@ from phimr_nemo.align.lifecycle import (
     frozen_heap,
 )
 from phimr_nemo.align.metrics import GRPOLog, metrics_writer
+from phimr_nemo.align.objective import GRPOObjective
 from phimr_nemo.align.policy import DTYPES, MegatronPolicy
 from phimr_nemo.align.rollouts import load_prompts
 from phimr_nemo.align.stabilisers import check_temperature

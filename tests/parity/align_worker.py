@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from phimr_nemo.align import checkpoint, grpo_trainer, metrics, policy
+from phimr_nemo.align import checkpoint, metrics, objective, policy
 from phimr_nemo.align import dpo as dpo_stage
 from phimr_nemo.align import grpo as grpo_stage
 from phimr_nemo.config import DPOConfig, GRPOConfig, load_config
@@ -77,13 +77,13 @@ def planted(fault: str | None) -> Iterator[None]:
         with mock.patch(name, return_value=None):
             yield
     elif fault == "mean over the micro-batch":
-        real = grpo_trainer.GRPOObjective.loss
+        real = objective.GRPOObjective.loss
 
         def local_mean(self: Any, logprobs: Any, micro: Any) -> Any:
             loss, count, sums = real(self, logprobs, micro)
             return loss / count, count.clamp(max=1), sums
 
-        with mock.patch.object(grpo_trainer.GRPOObjective, "loss", local_mean):
+        with mock.patch.object(objective.GRPOObjective, "loss", local_mean):
             yield
     elif fault == "optimizer not restored":
         real_load = policy.MegatronPolicy.load_state_dict

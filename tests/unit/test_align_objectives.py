@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from phimr_nemo.align.grpo import _check_batches
-from phimr_nemo.align.grpo_trainer import GRPOObjective
 from phimr_nemo.align.lifecycle import check_checkpointing
+from phimr_nemo.align.objective import GRPOObjective
 from phimr_nemo.align.optimizer import TrainerOptimizer, build_schedule
 from phimr_nemo.config import CheckpointConfig, GRPOConfig, OptimConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
