@@ -92,7 +92,7 @@ class GRPOTrainer(ReinforceTrainer):
             numbers = [prompt_of[slot] for slot in mine for _ in range(self.config.group_size)]
             answers = [self.prompts.prompts[number].answer for number in numbers]
             verdicts = self.grader.grade_many(list(zip(texts, answers, strict=True)))
-        rollouts = gathered(graded_rollouts(completions, verdicts, prompt_of))
+        rollouts = gathered(graded_rollouts(completions, texts, verdicts, prompt_of))
         rewards = self._rewards(rollouts)
         metrics = {
             **rollout_metrics(rollouts, rewards.tolist()),

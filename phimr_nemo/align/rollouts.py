@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 from phimr_nemo.align.stabilisers import oversampled, uniform_prompts
 from phimr_nemo.config import GRPOConfig
 from phimr_nemo.data.chat import render_prompts
+from phimr_nemo.data.repetition import REPETITIVE_ABOVE, repetition
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request
 from phimr_nemo.losses import IGNORED_LABEL
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CORRECT = "correct"
+REPETITION_CHARS: Final = 8_000
+"""A loop is at the end of a response; more than its end would keep the GPUs waiting."""
+PASS_RATE_BINS: Final = ("none", "below_25", "below_50", "below_75", "below_100", "all")
+"""Of groups, by their share of right responses: none, up to a quarter, up to a half, up to three quarters, fewer than
+all, all."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Rollout:
         logprobs: the sampler's log-probability of each token at the round's temperature (nats).
         is_truncated: it ended at the length limit.
         is_correct: the grader's verdict.
+        repetition: share of the end of its text that repeats what stands earlier there.
     """
 
     slot: int
@@ -67,6 +74,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     is_truncated: bool
     is_correct: bool
+    repetition: float = 0.0
 
 
 class GradesAnswers(Protocol):
@@ -122,6 +130,7 @@ def rollout_requests(prompts: Mapping[int, Prompt], group_size: int, *seed: str)
 
 def graded_rollouts(
     completions: Iterable[Completion],
+    texts: Iterable[str],
     verdicts: Iterable[Any],
     prompt_of: Mapping[int, int],
 ) -> list[Rollout]:
@@ -129,11 +138,12 @@ def graded_rollouts(
 
     Args:
         completions: in the order of the requests.
+        texts: the response of each.
         verdicts: one for each.
         prompt_of: slot -> prompt number.
     """
     rollouts = []
-    for completion, verdict in zip(completions, verdicts, strict=True):
+    for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
         slot, sample = (int(part) for part in completion.request_id.split("/"))
         rollouts.append(
             Rollout(
@@ -144,6 +154,7 @@ def graded_rollouts(
                 completion.logprobs,
                 is_truncated=completion.finish_reason == "length",
                 is_correct=verdict.verdict == CORRECT,
+                repetition=repetition(text[-REPETITION_CHARS:]),
             )
         )
     return rollouts
@@ -164,26 +175,44 @@ def groups_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
     return [groups[slot] for slot in sorted(groups)]
 
 
+def pass_rate_bin(correct: int, size: int) -> int:
+    """Which of `PASS_RATE_BINS` a group belongs to.
+
+    Args:
+        correct: its right responses.
+        size: its responses.
+    """
+    if correct == size:
+        return len(PASS_RATE_BINS) - 1
+    return -(-4 * correct // size)
+
+
 def rollout_metrics(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, float]:
     """What a round's rollouts say.
 
     Returns:
         reward: mean; pass_rate: share of correct responses; zero_gradient_groups: share of groups whose rewards
-        are all equal; response_length: mean, tokens; length_spread: mean over groups of standard deviation over
-        mean of the response lengths; truncated: share that hit the length limit; entropy: mean of
-        -log-probability over all sampled tokens (nats), an unbiased estimate of the sampling distribution's.
+        are all equal; groups_<bin>: number of groups in each of `PASS_RATE_BINS`; response_length: mean, tokens;
+        length_spread: mean over groups of standard deviation over mean of the response lengths; truncated: share
+        that hit the length limit; repetition: mean share of a response's end that repeats itself; repetitive: share
+        of responses where that is above `REPETITIVE_ABOVE`; entropy: mean of -log-probability over all sampled
+        tokens (nats), an unbiased estimate of the sampling distribution's.
     """
     groups = groups_of(rollouts)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     equal = [len({rewards[i] for i in group}) == 1 for group in groups]
     spreads = [pstdev(lengths[i] for i in group) / fmean(lengths[i] for i in group) for group in groups]
+    bins = [pass_rate_bin(sum(rollouts[i].is_correct for i in group), len(group)) for group in groups]
     return {
         "reward": fmean(rewards),
         "pass_rate": fmean(rollout.is_correct for rollout in rollouts),
         "zero_gradient_groups": fmean(equal),
+        **{f"groups_{name}": float(bins.count(number)) for number, name in enumerate(PASS_RATE_BINS)},
         "response_length": fmean(lengths),
         "length_spread": fmean(spreads),
         "truncated": fmean(rollout.is_truncated for rollout in rollouts),
+        "repetition": fmean(rollout.repetition for rollout in rollouts),
+        "repetitive": fmean(rollout.repetition > REPETITIVE_ABOVE for rollout in rollouts),
         "entropy": -sum(sum(rollout.logprobs) for rollout in rollouts) / sum(lengths),
     }
 

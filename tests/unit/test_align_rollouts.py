@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from phimr_nemo.align.rollouts import (
+    PASS_RATE_BINS,
     Prompt,
     Rollout,
     graded_rollouts,
     groups_of,
     load_prompts,
+    pass_rate_bin,
     rollout_metrics,
     rollout_requests,
     training_rows,
@@ -41,8 +44,8 @@ def rollout(
 def test_metrics_of_two_groups() -> None:
     """Group 5: lengths 2 and 4, mean 3, standard deviation 1, spread 1/3; rewards differ. Group 7: equal rewards."""
     rollouts = [
-        rollout(5, 0, 0, 1, 2, correct=True),
-        rollout(5, 1, 0, 1, 2, 3, 4, cut_off=True),
+        replace(rollout(5, 0, 0, 1, 2, correct=True), repetition=0.2),
+        replace(rollout(5, 1, 0, 1, 2, 3, 4, cut_off=True), repetition=0.6),
         rollout(7, 0, 1, 5),
         rollout(7, 1, 1, 5),
     ]
@@ -53,8 +56,31 @@ def test_metrics_of_two_groups() -> None:
     assert metrics["response_length"] == pytest.approx(2.0)
     assert metrics["length_spread"] == pytest.approx((1 / 3 + 0.0) / 2)
     assert metrics["truncated"] == pytest.approx(0.25)
+    assert metrics["repetition"] == pytest.approx((0.2 + 0.6) / 4)
+    assert metrics["repetitive"] == pytest.approx(0.25)
+    # One group of a half, one of nothing.
+    assert {name: metrics[f"groups_{name}"] for name in PASS_RATE_BINS if metrics[f"groups_{name}"]} == {
+        "none": 1.0,
+        "below_50": 1.0,
+    }
     # (0.1 + 0.2) + (0.1 + 0.2 + 0.3 + 0.4) + 0.5 + 0.5 nats over 8 tokens
     assert metrics["entropy"] == pytest.approx(2.3 / 8)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 128])
+def test_every_group_is_in_the_bin_that_its_name_says(size: int) -> None:
+    upper = {
+        "none": 0.0,
+        "below_25": 0.25,
+        "below_50": 0.5,
+        "below_75": 0.75,
+        "below_100": 1 - 0.5 / size,
+        "all": 1.0,
+    }
+    assert tuple(upper) == PASS_RATE_BINS
+    for correct in range(size + 1):
+        expected = next(name for name, most in upper.items() if correct / size <= most)
+        assert PASS_RATE_BINS[pass_rate_bin(correct, size)] == expected
 
 
 def test_groups_follow_slots_not_prompts() -> None:
@@ -91,9 +117,12 @@ def test_requests_are_whole_groups_with_seeds_of_their_own() -> None:
 def test_completions_and_verdicts_become_rollouts() -> None:
     completions = [Completion("4/0", (1, 2), (-1.0, -2.0), "stop"), Completion("4/1", (3,), (-3.0,), "length")]
     verdicts = [SimpleNamespace(verdict="correct"), SimpleNamespace(verdict="timeout")]
-    first, second = graded_rollouts(completions, verdicts, {4: 1})
+    loop = " ".join(f"x{number}" for number in range(30))
+    texts = ["2 + 2 = 4", f"{loop} {loop} {loop} {loop}"]
+    first, second = graded_rollouts(completions, texts, verdicts, {4: 1})
     assert first == Rollout(4, 0, 1, (1, 2), (-1.0, -2.0), is_truncated=False, is_correct=True)
-    assert second == Rollout(4, 1, 1, (3,), (-3.0,), is_truncated=True, is_correct=False)
+    # Three of the four copies repeat the first.
+    assert second == Rollout(4, 1, 1, (3,), (-3.0,), is_truncated=True, is_correct=False, repetition=0.75)
 
 
 @pytest.fixture(scope="module")
