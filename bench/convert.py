@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from common import machine, print_result, versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,18 +228,9 @@ def main() -> None:
         options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         result = compare(options, Path(scratch))
-    import safetensors
-    import torch
-    import transformers
-
-    result["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-    result["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()}
-    print("RESULT " + json.dumps(result))
+    result["versions"] = versions("torch", "transformers", "safetensors")
+    result["machine"] = machine()
+    print_result(result)
 
 
 if __name__ == "__main__":

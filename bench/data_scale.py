@@ -18,10 +18,8 @@ memory at the largest over the smallest size.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -33,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from common import machine, print_result, versions
 
 from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.store import content_id, finish, is_complete, rows_to_table, shard_is_complete, write_shard
@@ -252,10 +251,9 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as directory:
             result = compare(options, Path(directory))
-    packages = ("numpy", "pyarrow", "tokenizers", "math-verify")
-    result["versions"] = {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in packages}}
-    result["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()}
-    print("RESULT " + json.dumps(result))
+    result["versions"] = versions("numpy", "pyarrow", "tokenizers", "math-verify")
+    result["machine"] = machine()
+    print_result(result)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,11 @@ of long chains of thought) or uniform (within 10 % of each other); both sides of
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import math
-import os
-import platform
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -37,8 +32,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from common import MIB, ONE_THREAD, in_child, machine, print_result, status_bytes, versions
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-MIB = 2**20
 SEED = 0
 BETA = 0.1
 LEARNING_RATE = 1e-5
@@ -212,14 +208,6 @@ def speed(ends: list[float], losses: list[float], options: argparse.Namespace) -
     return {"pairs_per_second": steps * options.global_batch / seconds, "steps": len(ends), "last_loss": losses[-1]}
 
 
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def run_memory(root: Path, options: argparse.Namespace) -> dict[str, float]:
     """Peak memory of a step of one global batch with the larger model."""
     import torch
@@ -271,26 +259,21 @@ def run_memory(root: Path, options: argparse.Namespace) -> dict[str, float]:
     return {"bytes": status_bytes("VmHWM") - before, "weights": weights}
 
 
-def in_child(case: str, root: Path, options: argparse.Namespace, lengths: str = "longtail") -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", case, "--root", str(root), "--lengths", lengths]
+def measured(case: str, root: Path, options: argparse.Namespace, lengths: str = "longtail") -> dict[str, float]:
+    """What one side's process measures."""
+    arguments = ["--child", case, "--root", str(root), "--lengths", lengths]
     for name in ("pairs", "micro-batch", "global-batch", "longest"):
-        command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    if case in MEMORY_CASES:
-        # Freed memory goes back at once, so that peaks are what is held and not what the allocator keeps.
-        environment["MALLOC_MMAP_THRESHOLD_"] = MMAP_THRESHOLD
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if finished.returncode != 0:
-        raise RuntimeError(f"measuring {case} failed:\n{finished.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
-    return result
+        arguments += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
+    # Freed memory goes back at once, so that peaks are what is held and not what the allocator keeps.
+    peaks = {"MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD} if case in MEMORY_CASES else {}
+    return in_child(__file__, arguments, {**ONE_THREAD, **peaks})
 
 
 def compare_memory(root: Path, options: argparse.Namespace) -> dict[str, object]:
     print("| step | peak MiB | of SFT's |\n|---|---:|---:|")
     peaks = {}
     for case in MEMORY_CASES:
-        found = in_child(case, root, options)
+        found = measured(case, root, options)
         peaks[case] = found["bytes"]
         print(f"| {case} | {found['bytes'] / MIB:,.0f} | {found['bytes'] / peaks['sft']:.3f} |", flush=True)
     print(f"weights alone: {found['weights'] / MIB:,.0f} MiB")
@@ -306,7 +289,7 @@ def compare_speed(root: Path, options: argparse.Namespace, cases: tuple[str, ...
     print("| lengths | trainer | pairs a CPU second | of TRL's |\n|---|---|---:|---:|")
     result: dict[str, object] = {}
     for lengths in LENGTHS:
-        rounds = [{case: in_child(case, root, options, lengths) for case in cases} for _ in range(options.repeats)]
+        rounds = [{case: measured(case, root, options, lengths) for case in cases} for _ in range(options.repeats)]
         sums = [found["reference"] for found in rounds[0].values()]
         if max(sums) - min(sums) > AGREEMENT * abs(sums[0]):
             raise RuntimeError(f"mean reference log-probabilities of a pair are {sums}: not the same tokens")
@@ -347,20 +330,16 @@ def main() -> None:
         make_inputs(root, options)
         memory = compare_memory(root, options)
         rates = compare_speed(root, options, (*OURS, "trl") if has_trl else OURS)
-    packages = ["torch", "megatron-core", "nemo-aligner", "transformers", *(["trl"] if has_trl else [])]
     result = {
         "bench": "dpo",
         "sizes": {name: getattr(options, name) for name in ("pairs", "micro_batch", "global_batch", "longest")},
         "memory": memory,
         "pairs_per_cpu_second": rates,
         "peer": "TRL DPOTrainer, padded, precompute_ref_log_probs" if has_trl else None,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
+        "versions": versions("torch", "megatron-core", "nemo-aligner", "transformers", "trl"),
+        "machine": machine(threads=1),
     }
-    print("RESULT " + json.dumps(result))
+    print_result(result)
 
 
 if __name__ == "__main__":
