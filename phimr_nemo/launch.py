@@ -52,6 +52,7 @@ FREE_TO_CHANGE: Final = (
     "shard.",
     "workers",
     "verify_workers",
+    "monitor.",
     "max_batch",
     "teacher.max_batch",
     "teacher.max_missing",

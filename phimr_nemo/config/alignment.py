@@ -164,6 +164,31 @@ class PromptOptimizationConfig:
 
 
 @config
+class MonitorConfig:
+    """What is watched while GRPO runs, and when a warning says that it collapses (:mod:`phimr_nemo.align.collapse`).
+
+    Attributes:
+        dashboard_every: steps between two versions of the picture `grpo.png`.
+        window: a rule looks at means over as many steps.
+        max_repetitive: largest healthy share of responses that mostly repeat themselves.
+        overlong_rise: by how much the share of cut-off responses may rise above the lowest that the run has had.
+        entropy_share: smallest healthy entropy, as a share of the highest that the run has had.
+        solved_pass_rate: from here on low entropy is no fault.
+        max_entropy: largest healthy entropy of a sampled token, in nats.
+        pass_rate_drop: by how much the pass rate may fall below the best that the run has had.
+    """
+
+    dashboard_every: Positive
+    window: Positive
+    max_repetitive: Share
+    overlong_rise: Share
+    entropy_share: Share
+    solved_pass_rate: Share
+    max_entropy: AboveZero
+    pass_rate_drop: Share
+
+
+@config
 class GRPOConfig:
     """Stage 4: GRPO with a verifiable reward.
 
@@ -200,6 +225,7 @@ class GRPOConfig:
     temperature: TemperatureConfig
     rebalance: RebalanceConfig
     prompt_optimization: PromptOptimizationConfig
+    monitor: MonitorConfig
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,0 +1,108 @@
+"""Whether a GRPO run is collapsing, from what it logs: loops, cut-off responses, entropy, accuracy.
+
+Every rule looks at means over the last `window` steps, so that one unlucky round is no alarm, and at the run's own past
+where a healthy value depends on model, prompts and length limit. A rule that needs the past compares with the best that
+the run has had, not with its start: a run may collapse after it has improved.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+from typing import Final
+
+from phimr_nemo.config.alignment import MonitorConfig
+
+WATCHED: Final = ("pass_rate", "repetitive", "truncated", "entropy")
+REMEDIES: Final[Mapping[str, str]] = {
+    "repetition": "the model loops: go back to a checkpoint from before, lower optim.lr or set kl above 0",
+    "overlong": "responses run into max_new_tokens: look at some; if they are good raise the limit, if they loop go back "
+    "to a checkpoint from before and lower optim.lr",
+    "entropy gone": "the model always says the same and no longer learns from it: raise the temperature or clip_high",
+    "entropy explosion": "the samples are close to noise: lower the temperature or optim.lr, go back to a checkpoint "
+    "from before",
+    "accuracy": "go back to a checkpoint from before and lower optim.lr, or set kl above 0",
+}
+"""Kind of collapse -> what to do."""
+
+
+class CollapseWatch:
+    """Reads the rows of a run in order.
+
+    Args:
+        config: window and thresholds.
+        past: rows of an interrupted run that continues; what they show is not reported again.
+
+    Attributes:
+        found: kind of collapse -> the first step at which it was seen.
+    """
+
+    def __init__(self, config: MonitorConfig, past: Iterable[Mapping[str, float]] = ()) -> None:
+        self._config = config
+        self._rows: deque[Mapping[str, float]] = deque(maxlen=config.window)
+        self._best_pass_rate = 0.0
+        self._lowest_truncated = 1.0
+        self._highest_entropy = 0.0
+        self.found: dict[str, int] = {}
+        for row in past:
+            self.observe(int(row["step"]), row)
+
+    def observe(self, step: int, row: Mapping[str, float]) -> list[str]:
+        """Take in one step.
+
+        Args:
+            step: its number.
+            row: its metrics; one that lacks what the rules need, as an older run's may, is passed over.
+
+        Returns:
+            A message for each kind of collapse that shows for the first time.
+        """
+        if not all(name in row for name in WATCHED):
+            return []
+        self._rows.append(row)
+        if len(self._rows) < self._config.window:
+            return []
+        means = {name: fmean(row[name] for row in self._rows) for name in WATCHED}
+        self._best_pass_rate = max(self._best_pass_rate, means["pass_rate"])
+        self._lowest_truncated = min(self._lowest_truncated, means["truncated"])
+        self._highest_entropy = max(self._highest_entropy, means["entropy"])
+        messages = []
+        for kind, reason in self._reasons(means).items():
+            if kind not in self.found:
+                self.found[kind] = step
+                messages.append(f"collapse ({kind}) at step {step}: {reason}; {REMEDIES[kind]}")
+        return messages
+
+    def _reasons(self, means: Mapping[str, float]) -> dict[str, str]:
+        """Kind of collapse -> what was seen and the threshold, for the kinds that the window's means show."""
+        config, window = self._config, f"over the last {self._config.window} steps"
+        reasons = {}
+        if means["repetitive"] > config.max_repetitive:
+            reasons["repetition"] = (
+                f"{means['repetitive']:.0%} of the responses {window} mostly repeat themselves "
+                f"(warning above {config.max_repetitive:.0%})"
+            )
+        if means["truncated"] > self._lowest_truncated + config.overlong_rise:
+            reasons["overlong"] = (
+                f"{means['truncated']:.0%} of the responses {window} hit the length limit, after {self._lowest_truncated:.0%} "
+                f"(warning from {config.overlong_rise:.0%} more)"
+            )
+        if (
+            means["entropy"] < config.entropy_share * self._highest_entropy
+            and means["pass_rate"] < config.solved_pass_rate
+        ):
+            reasons["entropy gone"] = (
+                f"{means['entropy']:.2g} nats a token {window}, after {self._highest_entropy:.2g} (warning below "
+                f"{config.entropy_share:.0%} of it), with a pass rate of {means['pass_rate']:.0%}"
+            )
+        if means["entropy"] > config.max_entropy:
+            reasons["entropy explosion"] = (
+                f"{means['entropy']:.2g} nats a token {window} (warning above {config.max_entropy:g})"
+            )
+        if means["pass_rate"] < self._best_pass_rate - config.pass_rate_drop:
+            reasons["accuracy"] = (
+                f"{means['pass_rate']:.0%} of the responses {window} are right, after {self._best_pass_rate:.0%} "
+                f"(warning from {config.pass_rate_drop:.0%} fewer)"
+            )
+        return reasons
