@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from phimr_nemo.atomic import keep_others_from_writing
 from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
 
 app = typer.Typer(
@@ -352,6 +353,7 @@ def _continuable() -> Iterator[None]:
 
 def main() -> None:
     """Entry point: errors of the user become one clear message and exit code 2, preemption 3."""
+    keep_others_from_writing()
     with exit_with_message():
         app()
 
