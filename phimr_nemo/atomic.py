@@ -6,8 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,11 @@ from phimr_nemo.errors import UserError
 
 NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+FILE_MODE: Final = 0o644
+DIRECTORY_MODE: Final = 0o755
+"""Before the umask. What a run leaves is never writable by others: they could change what the next step trusts."""
+
+OTHERS_MAY_WRITE: Final = 0o022
 IN_THE_WAY: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 
 
@@ -66,6 +72,15 @@ def _is_about(error: OSError, path: Path) -> bool:
     return bool(below) and (below[0] == target.name or below[0].startswith(f".{target.name}."))
 
 
+def keep_others_from_writing() -> None:
+    """Let no file that this process or its children make from now on be writable by group or others."""
+    os.umask(os.umask(OTHERS_MAY_WRITE) | OTHERS_MAY_WRITE)
+
+
+def _temporary_name(path: Path) -> str:
+    return f".{path.name}.{secrets.token_hex(8)}.tmp"
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -83,13 +98,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = path.parent / _temporary_name(path)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)  # what the umask leaves
         os.close(descriptor)
-        temporary = Path(name)
         try:
             yield temporary
             _fsync(temporary)
-            temporary.chmod(0o644)
+            temporary.chmod(mode)
             temporary.replace(path)
             _fsync(path.parent)
         finally:
@@ -135,12 +151,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         )
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = path.parent / _temporary_name(path)
+        temporary.mkdir(DIRECTORY_MODE)
         try:
             yield temporary
             for entry in (*temporary.rglob("*"), temporary):
                 _fsync(entry)
-            temporary.chmod(0o755)
+                if not entry.is_symlink():
+                    entry.chmod(stat.S_IMODE(entry.stat().st_mode) & ~OTHERS_MAY_WRITE)
             if path.exists():
                 path.rmdir()
             temporary.rename(path)

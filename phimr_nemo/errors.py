@@ -48,7 +48,9 @@ def exit_with_message() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from phimr_nemo.redact import redact  # it imports this module
+
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USER)
     except Preempted as stopped:
         print(str(stopped), file=sys.stderr)

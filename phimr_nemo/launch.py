@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.atomic import NO_SPACE, explain_os_errors
+from phimr_nemo.atomic import NO_SPACE, explain_os_errors, keep_others_from_writing
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.preflight import record_inputs
@@ -56,6 +56,11 @@ FREE_TO_CHANGE: Final = (
     "max_batch",
     "teacher.max_batch",
     "teacher.max_missing",
+    "engine.max_batch",
+    "engine.tensor",
+    "engine.memory_share",
+    "engine.eager",
+    "engine.max_missing",
     # Another server with the same model gives the same responses.
     "teacher.endpoint.base_urls",
     "teacher.endpoint.api_key_env",
@@ -65,6 +70,14 @@ FREE_TO_CHANGE: Final = (
     "teacher.endpoint.attempts",
     "teacher.endpoint.backoff_seconds",
     "teacher.endpoint.prices",
+    "engine.endpoint.base_urls",
+    "engine.endpoint.api_key_env",
+    "engine.endpoint.concurrency",
+    "engine.endpoint.idle_seconds",
+    "engine.endpoint.total_seconds",
+    "engine.endpoint.attempts",
+    "engine.endpoint.backoff_seconds",
+    "engine.endpoint.prices",
     "judge.ask.endpoint.base_urls",
     "judge.ask.endpoint.api_key_env",
     "judge.ask.endpoint.concurrency",
@@ -194,6 +207,7 @@ def launch(stage: str, config: Any) -> None:
         Preempted: the run was asked to stop and has saved its state.
         RuntimeError: a process failed; its own message stands above.
     """
+    keep_others_from_writing()
     parallel: ParallelConfig | None = getattr(config, "parallel", None)
     if parallel is None or parallel.world_size == 1 or "RANK" in os.environ:
         run_stage(stage, config)

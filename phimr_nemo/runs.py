@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from phimr_nemo import __version__
+from phimr_nemo.redact import redact
 from phimr_nemo.store import atomic_write_text, write_json
 
 RECORDED_PACKAGES: Final = (
@@ -90,7 +91,7 @@ class RunDirectory:
             {
                 "stage": stage,
                 "seed": seed,
-                "command": sys.argv,
+                "command": [redact(argument) for argument in sys.argv],
                 "versions": code_versions(),
                 "machine": {"processor": platform.machine(), "system": platform.platform()},
                 "starts": [*self._starts(), now],

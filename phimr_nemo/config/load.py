@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.redact import refuse_secrets
 
 T = TypeVar("T")
 
@@ -49,7 +50,8 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
         overrides: `key.sub=value` items, applied in order.
 
     Raises:
-        UserError: no such file, malformed YAML or override, unknown key, wrong type, missing value.
+        UserError: no such file, malformed YAML or override, unknown key, wrong type, missing value,
+            a secret among the values.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -80,6 +82,7 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
             rule="a config is a YAML mapping of keys to values",
             remedy="look at the files in conf/ for examples",
         )
+    refuse_secrets(values)
     return parse_config(schema, {str(key): value for key, value in values.items()})
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 TIERS = (
-    {"", "errors", "records", "atomic", "content", "picture", "store", "runs", "config", "endpoint"},
+    {"", "errors", "redact", "records", "atomic", "content", "picture", "store", "runs", "config", "endpoint"},
     {"losses", "data", "verify", "model"},
     {"generate"},
     {"align", "train", "evaluate", "plan"},
-    {"cli", "terminal", "status", "pipeline", "launch", "preflight", "doctor", "recipes"},
+    {"cli", "terminal", "status", "pipeline", "launch", "preflight", "doctor", "node", "recipes"},
 )
 LIGHT = (
     "phimr_nemo",
