@@ -21,6 +21,7 @@ from torch import Tensor
 
 from phimr_nemo.align.compat import ReinforceTrainer
 from phimr_nemo.align.microbatch import deal_rows
+from phimr_nemo.align.objective import advantages_of
 from phimr_nemo.align.rollouts import (
     GradesAnswers,
     PromptSet,
@@ -36,7 +37,7 @@ from phimr_nemo.align.stabilisers import annealed_temperature, rebalanced_group
 from phimr_nemo.config import GRPOConfig
 from phimr_nemo.data.chat import decode_response
 from phimr_nemo.generate.sampler import Completion, Sampler, SamplingParams
-from phimr_nemo.losses import IGNORED_LABEL, group_advantages
+from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.store import content_seed
 from phimr_nemo.train import platform
 
@@ -124,7 +125,7 @@ class GRPOTrainer(ReinforceTrainer):
         kept = self._kept(rollout_batch)
         chosen = [rollout_batch[i] for i in kept]
         groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)
-        advantages = group_advantages(self._rewards(chosen), groups).tolist()
+        advantages = advantages_of(self.config.loss)(self._rewards(chosen), groups).tolist()
         mine = self._dealt(len(kept))
         rows = training_rows(
             [None if number is None else chosen[number] for number in mine],
@@ -134,10 +135,10 @@ class GRPOTrainer(ReinforceTrainer):
         )
         with self.timer("logprobs"):
             if self.config.inner_batches > 1:
-                rows["old_logprobs"] = self.model.log_probs(rows["response_tokens"], rows["labels"])
+                rows["old_logprobs"] = self.model.batch_log_probs(rows)
             if self.config.kl > 0:
                 with self.model.as_reference():
-                    rows["reference_logprobs"] = self.model.log_probs(rows["response_tokens"], rows["labels"])
+                    rows["reference_logprobs"] = self.model.batch_log_probs(rows)
         return rows, {"kept": len(kept) / len(rollout_batch)}
 
     def _kept(self, rollouts: Sequence[Rollout]) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from phimr_nemo.losses import IGNORED_LABEL
 
@@ -114,6 +115,22 @@ def sequence_sums(values: Tensor, micro: MicroBatch) -> Tensor:
         return values.sum(dim=1)
     # One sum a document, always in the same order: a scattered sum would not repeat itself on a GPU.
     return torch.stack([part.sum() for part in values[0].split(micro.documents)])
+
+
+def by_sequence(values: Tensor, micro: MicroBatch, count: int) -> Tensor:
+    """A micro-batch's values with one row a sequence: as they are, or taken apart where they come packed.
+
+    Args:
+        values: [b, s] one number a token; differentiable.
+        micro: where they belong.
+        count: sequences; what a packed row has behind them is padding.
+
+    Returns:
+        [count, longest], 0 behind the end of a packed sequence.
+    """
+    if not micro.documents:
+        return values
+    return pad_sequence(list(values[0].split(micro.documents)[:count]), batch_first=True)
 
 
 def balanced_shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:

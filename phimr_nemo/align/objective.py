@@ -1,72 +1,150 @@
-"""What stage 4 optimises: a policy-gradient loss over the rows of a round, in micro-batches, and its metrics."""
+"""What stage 4 optimises: a policy-gradient loss over the rows of a round, padded or packed, and its metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from phimr_nemo.align.microbatch import MicroBatch, chunks_by_length, cut, trimmed_width, used_lengths
+from phimr_nemo.align.microbatch import (
+    MicroBatch,
+    by_sequence,
+    chunks_by_length,
+    cut,
+    packed_row,
+    trimmed_width,
+    used_lengths,
+)
 from phimr_nemo.align.policy import LossSums
 from phimr_nemo.config import GRPOConfig
-from phimr_nemo.losses import IGNORED_LABEL, dapo_loss
+from phimr_nemo.config.alignment import PolicyLossConfig, SamplerCorrection, TruncatedCorrection
+from phimr_nemo.data.packing import pack
+from phimr_nemo.losses import (
+    IGNORED_LABEL,
+    PolicyLoss,
+    centered_advantages,
+    dapo_loss,
+    dr_grpo_loss,
+    group_advantages,
+    grpo_loss,
+    gspo_loss,
+    truncated_importance_weights,
+)
 
-ROW_EXTRAS = ("advantages",)
 TOKEN_EXTRAS = ("sampler_logprobs", "old_logprobs", "reference_logprobs")
+
+Advantages = Callable[[Tensor, Tensor], Tensor]
+
+
+def policy_loss(config: GRPOConfig) -> Callable[..., PolicyLoss]:
+    """The configured function of :mod:`phimr_nemo.losses.grpo`, with its clip range and KL weight."""
+    functions: Mapping[str, Callable[..., PolicyLoss]] = {
+        "grpo": grpo_loss,
+        "dr_grpo": partial(dr_grpo_loss, max_new_tokens=config.max_new_tokens),
+        "dapo": dapo_loss,
+        "gspo": gspo_loss,
+    }
+    loss = config.loss
+    return partial(functions[loss.kind], clip_low=loss.clip_low, clip_high=loss.clip_high, kl_coefficient=config.kl)
+
+
+def advantages_of(loss: PolicyLossConfig) -> Advantages:
+    """What the loss takes as advantages: rewards [S] and groups [S] -> [S]."""
+    return centered_advantages if loss.kind == "dr_grpo" else group_advantages
+
+
+def importance_weights(correction: SamplerCorrection, trainer: Tensor, sampler: Tensor) -> Tensor | None:
+    """Weights [S, T] from log-probabilities [S, T] of the two engines, or None for no correction."""
+    if isinstance(correction, TruncatedCorrection):
+        return truncated_importance_weights(trainer, sampler, correction.cap)
+    return None
 
 
 class GRPOObjective:
-    """The clipped surrogate with the mean over all tokens of the optimizer step's global batch.
+    """A policy-gradient loss, divided once by its denominator over the optimizer step's global batch.
 
     Args:
-        config: clip range and KL weight.
+        config: loss, correction, micro-batch and packing.
         multiple: sequence lengths are multiples of this.
         pad_id: token of the padding.
     """
 
     def __init__(self, config: GRPOConfig, *, multiple: int, pad_id: int) -> None:
-        self._config, self._multiple, self._pad_id = config, multiple, pad_id
+        self._loss, self._correction = policy_loss(config), config.correction
+        self._packed, self._size = config.packed, config.micro_batch
+        self._capacity = config.micro_batch * config.sequence_length
+        self._multiple, self._pad_id = multiple, pad_id
 
     def micro_batches(self, batch: Mapping[str, Tensor]) -> list[MicroBatch]:
-        """Rows of like length together. Rows without labels are left out, but one stays if there are no others."""
+        """Rows of like length together in padded rows, or as many in a packed row as it holds.
+
+        Rows without labels are left out, but one stays if there are no others. `extras` have the numbers of the
+        micro-batch's rows in the batch, `rows` [n], and what the loss needs with one row a sequence.
+
+        Args:
+            batch: `response_tokens`, `labels` int64 [n, s], `advantages` float32 [n], `sampler_logprobs` and, where
+                they are known, `old_logprobs` and `reference_logprobs` float32 [n, s].
+        """
         lengths = used_lengths(batch["labels"])
         # Megatron's schedule wants a micro-batch even from a rank that has nothing to give.
         rows = torch.nonzero(lengths).squeeze(1) if bool(lengths.any()) else torch.zeros(1, dtype=torch.int64)
-        micros = []
-        for chunk in chunks_by_length(lengths[rows], self._config.micro_batch):
-            chosen = rows[chunk]
-            width = trimmed_width(lengths[chosen], batch["labels"].shape[1], self._multiple)
-            extras = {name: batch[name][chosen] for name in ROW_EXTRAS}
-            extras |= {name: cut(batch[name][chosen], width, 0) for name in TOKEN_EXTRAS if name in batch}
-            tokens = cut(batch["response_tokens"][chosen], width, self._pad_id)
-            micros.append(MicroBatch(tokens, cut(batch["labels"][chosen], width, IGNORED_LABEL), extras))
-        return micros
+        if self._packed:
+            parts = pack(lengths[rows].clamp(min=1).numpy(), self._capacity)
+            return [self._packed_micro_batch(batch, rows[torch.from_numpy(part)], lengths) for part in parts]
+        chunks = chunks_by_length(lengths[rows], self._size)
+        return [self._padded_micro_batch(batch, rows[chunk], lengths) for chunk in chunks]
+
+    def _padded_micro_batch(self, batch: Mapping[str, Tensor], rows: Tensor, lengths: Tensor) -> MicroBatch:
+        width = trimmed_width(lengths[rows], batch["labels"].shape[1], self._multiple)
+        tokens = cut(batch["response_tokens"][rows], width, self._pad_id)
+        return MicroBatch(tokens, cut(batch["labels"][rows], width, IGNORED_LABEL), _extras(batch, rows, width))
+
+    def _packed_micro_batch(self, batch: Mapping[str, Tensor], rows: Tensor, lengths: Tensor) -> MicroBatch:
+        used = lengths[rows].clamp(min=1).tolist()
+        tokens, labels, documents = packed_row(
+            batch["response_tokens"][rows],
+            batch["labels"][rows],
+            used,
+            multiple=self._multiple,
+            pad_id=self._pad_id,
+        )
+        return MicroBatch(tokens, labels, _extras(batch, rows, max(used)), documents)
 
     def loss(self, logprobs: Tensor, micro: MicroBatch) -> LossSums:
-        """Loss and metrics summed over the micro-batch's response tokens."""
+        """Loss and metrics summed over the micro-batch; what it is divided by depends on the loss."""
         extras = {name: value.to(logprobs.device) for name, value in micro.extras.items()}
-        mask = (micro.labels != IGNORED_LABEL).to(logprobs.device)
+        sequences = len(extras["rows"])
+        logprobs = by_sequence(logprobs, micro, sequences)
+        mask = by_sequence((micro.labels != IGNORED_LABEL).to(logprobs.device), micro, sequences)
         # Without a value from before the round's updates this is the first update: the ratio is 1.
-        old = extras.get("old_logprobs", logprobs.detach())
-        result = dapo_loss(
+        old, sampler = extras.get("old_logprobs", logprobs.detach()), extras["sampler_logprobs"]
+        weights = importance_weights(self._correction, old, sampler)
+        result = self._loss(
             logprobs,
             old,
             extras["advantages"],
             mask,
-            clip_low=self._config.clip_low,
-            clip_high=self._config.clip_high,
             ref_logprobs=extras.get("reference_logprobs"),
-            kl_coefficient=self._config.kl,
+            importance_weights=weights,
         )
-        gap = torch.where(mask, (old - extras["sampler_logprobs"]).abs(), 0.0).sum()
-        return result.loss_sum, result.denominator, {**result.metrics, "logprob_gap": gap}
+        sums = {**result.metrics, "logprob_gap": torch.where(mask, (old - sampler).abs(), 0.0).sum()}
+        if weights is not None:
+            sums["sampler_weight"] = torch.where(mask, weights, 0.0).sum()
+        return result.loss_sum, result.denominator, sums
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Means over the tokens."""
-        tokens = max(sums["count"], 1.0)
-        names = ("loss", "ratio", "clipped_low", "clipped_high", "kl_to_old", "logprob_gap")
-        means = {name: sums[name] / tokens for name in names}
+        """The loss over its denominator, and means over the tokens."""
+        tokens = max(sums["tokens"], 1.0)
+        names = ("ratio", "clipped_low", "clipped_high", "kl_to_old", "logprob_gap", "sampler_weight")
+        means = {"loss": sums["loss"] / max(sums["count"], 1.0)}
+        means |= {name: sums[name] / tokens for name in names if name in sums}
         if "kl_to_reference" in sums:
             means["kl"] = sums["kl_to_reference"] / tokens
-        return means | {"clipped": means["clipped_low"] + means["clipped_high"], "trained_tokens": sums["count"]}
+        return means | {"clipped": means["clipped_low"] + means["clipped_high"], "trained_tokens": sums["tokens"]}
+
+
+def _extras(batch: Mapping[str, Tensor], rows: Tensor, width: int) -> dict[str, Tensor]:
+    tokens = {name: cut(batch[name][rows], width, 0) for name in TOKEN_EXTRAS if name in batch}
+    return {"rows": rows, "advantages": batch["advantages"][rows], **tokens}

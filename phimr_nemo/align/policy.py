@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from phimr_nemo.align.compat import AlignableGenerativeInterface
 from phimr_nemo.align.microbatch import (
     MicroBatch,
+    by_sequence,
     chunks_by_length,
     cut,
     sequence_sums,
@@ -164,20 +165,32 @@ class MegatronPolicy(AlignableGenerativeInterface):
         Returns:
             float32 [n, s] on the CPU, 0 where there is no label; the same on all ranks of the replica.
         """
-        lengths = used_lengths(labels)
-        result = torch.zeros(labels.shape, dtype=torch.float32)
         if not len(tokens):
-            return result
-        chunks = chunks_by_length(lengths, self.micro_batch)
+            return torch.zeros(labels.shape, dtype=torch.float32)
+        lengths = used_lengths(labels)
         micros = []
-        for rows in chunks:
+        for rows in chunks_by_length(lengths, self.micro_batch):
             width = trimmed_width(lengths[rows], labels.shape[1], self.length_multiple)
-            micros.append(MicroBatch(cut(tokens[rows], width, 0), cut(labels[rows], width, IGNORED_LABEL)))
+            padded = cut(tokens[rows], width, 0), cut(labels[rows], width, IGNORED_LABEL)
+            micros.append(MicroBatch(*padded, {"rows": rows}))
+        return self._row_log_probs(micros, labels)
+
+    @torch.no_grad()
+    def batch_log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """As :meth:`log_probs`, for a batch with `labels`, in the micro-batches of the training step.
+
+        They bring the numbers of their sequences in the batch as `extras["rows"]`.
+        """
+        return self._row_log_probs(self.objective.micro_batches(batch), batch["labels"])
+
+    def _row_log_probs(self, micros: Sequence[MicroBatch], labels: Tensor) -> Tensor:
+        result = torch.zeros(labels.shape, dtype=torch.float32)
         outputs = self._forward(micros, lambda _, logprobs: logprobs.cpu(), forward_only=True, collect=True)
-        if outputs:
-            for rows, output in zip(chunks, outputs, strict=True):
-                width = min(output.shape[1], result.shape[1])
-                result[rows, :width] = output[:, :width]
+        for micro, output in zip(micros, outputs, strict=False):  # only last pipeline stages have outputs
+            rows = micro.extras["rows"]
+            values = by_sequence(output, micro, len(rows))
+            width = min(values.shape[1], result.shape[1])
+            result[rows, :width] = values[:, :width]
         return broadcast_from_last_stage(result)
 
     # ---- NeMo-Aligner: SupervisedInterface -----------------------------------------------------------------

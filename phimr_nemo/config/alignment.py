@@ -127,6 +127,39 @@ class DPONegativesConfig:
 
 
 @config
+class PolicyLossConfig:
+    """A policy-gradient loss (see :mod:`phimr_nemo.losses.grpo`); `dr_grpo` takes advantages that are only centred.
+
+    Attributes:
+        kind: how tokens and responses are weighed.
+        clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high]; it is a token's, with `gspo` a whole
+            response's, which wants a range some hundred times narrower.
+    """
+
+    kind: Literal["grpo", "dr_grpo", "dapo", "gspo"]
+    clip_low: Annotated[float, Field(ge=0.0, lt=1.0)]
+    clip_high: Annotated[float, Field(ge=0.0)]
+
+
+@config
+class NoCorrection:
+    """The sampler's log-probabilities are taken for the trainer's."""
+
+    kind: Literal["none"]
+
+
+@config
+class TruncatedCorrection:
+    """Truncated importance sampling: a token weighs min(trainer / sampler probability, `cap`)."""
+
+    kind: Literal["truncated"]
+    cap: AboveZero
+
+
+SamplerCorrection = Annotated[NoCorrection | TruncatedCorrection, Field(discriminator="kind")]
+
+
+@config
 class TemperatureConfig:
     """Temperature annealing: linear from `start` to `end` over `fraction` of the steps, then `end`."""
 
@@ -198,10 +231,13 @@ class GRPOConfig:
         max_new_tokens: longest response.
         steps: optimisation rounds.
         prompts_per_step, group_size: a round samples their product.
-        clip_low, clip_high: the surrogate's ratio stays in [1 - clip_low, 1 + clip_high].
+        loss: which policy-gradient loss.
+        correction: what is done about the difference between sampler and trainer.
         kl: weight of the k3 KL penalty to the starting model; 0 = off.
         inner_batches: optimizer steps a round.
         micro_batch: in sequences.
+        packed: sequences end to end in rows of up to micro_batch x sequence_length tokens, the memory of a padded
+            micro-batch; the same gradient as unpacked.
         reward_correct, reward_wrong: +1 and -1 in the paper.
         verify_workers: grader processes on each data-parallel rank.
     """
@@ -214,11 +250,12 @@ class GRPOConfig:
     steps: Positive
     prompts_per_step: Positive
     group_size: Positive
-    clip_low: float
-    clip_high: float
+    loss: PolicyLossConfig
+    correction: SamplerCorrection
     kl: float
     inner_batches: Positive
     micro_batch: Positive
+    packed: bool
     reward_correct: float
     reward_wrong: float
     verify_workers: Positive

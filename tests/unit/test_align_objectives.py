@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from phimr_nemo.align.grpo import _check_batches
 from phimr_nemo.align.lifecycle import check_checkpointing
-from phimr_nemo.align.objective import GRPOObjective
+from phimr_nemo.align.objective import GRPOObjective, advantages_of
 from phimr_nemo.align.optimizer import TrainerOptimizer, build_schedule
 from phimr_nemo.config import CheckpointConfig, GRPOConfig, OptimConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.losses import IGNORED_LABEL, dapo_loss
+from phimr_nemo.losses import IGNORED_LABEL, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
 from phimr_nemo.train.distributed import PreemptionGuard, start_process_group
 
 PAD = 0
@@ -63,31 +64,93 @@ def grpo_batch() -> dict[str, Tensor]:
         "response_tokens": tokens,
         "labels": labels,
         "advantages": torch.tensor([1.0, 9.0, -1.0, 0.5, 9.0, -0.7]),
-        "sampler_logprobs": model(tokens, labels) + 0.001,
+        "sampler_logprobs": model(tokens, labels) + 0.001 + 0.5 * noise,
         "old_logprobs": model(tokens, labels) + noise,
         "reference_logprobs": model(tokens, labels) - noise,
     }
 
 
+LOSSES: dict[str, Callable[..., PolicyLoss]] = {
+    "grpo": grpo_loss,
+    "dr_grpo": partial(dr_grpo_loss, max_new_tokens=96),
+    "dapo": dapo_loss,
+    "gspo": gspo_loss,
+}
+CAP = 1.05
+
+
+def loss_settings(kind: str) -> tuple[str, ...]:
+    return (f"loss.kind={kind}", "loss.clip_low=0.2", "loss.clip_high=0.28")
+
+
+CORRECTIONS = {"none": ("correction.kind=none",), "truncated": ("correction.kind=truncated", f"correction.cap={CAP}")}
+
+
+@pytest.mark.parametrize("packed", ["false", "true"])
 @pytest.mark.parametrize("micro_batch", [1, 3, 64])
-def test_grpo_micro_batches_leave_out_only_empty_rows(repository: Path, micro_batch: int) -> None:
-    objective = GRPOObjective(grpo_config(repository, f"micro_batch={micro_batch}", "kl=0.1"), multiple=1, pad_id=PAD)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_grpo_micro_batches_add_up_to_the_whole(
+    repository: Path, kind: str, correction: str, micro_batch: int, packed: str
+) -> None:
+    """To the configured loss of all rows at once. Rows that only fill up are in no micro-batch."""
+    settings = (f"micro_batch={micro_batch}", f"packed={packed}", "sequence_length=12", "kl=0.1")
+    config = grpo_config(repository, *settings, *loss_settings(kind), *CORRECTIONS[correction])
+    objective = GRPOObjective(config, multiple=1, pad_id=PAD)
     batch = grpo_batch()
     totals = added_up(objective, batch)
-    whole = dapo_loss(
+    weights = torch.exp(batch["old_logprobs"] - batch["sampler_logprobs"]).clamp(max=CAP)
+    mask = batch["labels"] != IGNORED_LABEL
+    whole = LOSSES[kind](
         model(batch["response_tokens"], batch["labels"]),
         batch["old_logprobs"],
         batch["advantages"],
-        batch["labels"] != IGNORED_LABEL,
+        mask,
         clip_low=0.2,
         clip_high=0.28,
         ref_logprobs=batch["reference_logprobs"],
         kl_coefficient=0.1,
+        importance_weights=weights if correction == "truncated" else None,
     )
-    assert totals["count"] == int((batch["labels"] != IGNORED_LABEL).sum())
+    assert totals["count"] == float(whole.denominator)
     assert totals["loss"] == pytest.approx(float(whole.loss_sum), rel=1e-5)
-    assert totals["clipped_low"] + totals["clipped_high"] > 0
+    assert totals["clipped_low"] + totals["clipped_high"] == float(
+        whole.metrics["clipped_low"] + whole.metrics["clipped_high"]
+    )
     assert totals["kl_to_reference"] == pytest.approx(float(whole.metrics["kl_to_reference"]), rel=1e-5)
+    summary = objective.summary(totals)
+    assert summary["loss"] == pytest.approx(float(whole.loss_sum / whole.denominator), rel=1e-5)
+    assert summary["trained_tokens"] == int(mask.sum())
+    if correction == "truncated":
+        assert summary["sampler_weight"] == pytest.approx(float(weights[mask].mean()), rel=1e-5)
+
+
+def test_packed_rows_hold_a_budget_of_tokens(repository: Path) -> None:
+    """Used lengths 6, 11, 4 and 9 in rows of 2 x 10 = 20 tokens: 11 + 9 and 6 + 4, instead of two padded pairs."""
+    settings = ("packed=true", "micro_batch=2", "sequence_length=10", "max_new_tokens=8")
+    micros = GRPOObjective(grpo_config(repository, *settings), multiple=1, pad_id=PAD).micro_batches(grpo_batch())
+    assert sorted(sorted(micro.documents) for micro in micros) == [[4, 6], [9, 11]]
+    assert sorted(row for micro in micros for row in micro.extras["rows"].tolist()) == [0, 2, 3, 5]
+
+
+def test_a_packed_row_is_filled_to_the_multiple_that_the_layout_wants(repository: Path) -> None:
+    """The padding is a document of its own and changes no sum."""
+    config = grpo_config(repository, "packed=true", "micro_batch=64")
+    (plain,) = GRPOObjective(config, multiple=1, pad_id=PAD).micro_batches(grpo_batch())
+    objective = GRPOObjective(config, multiple=8, pad_id=PAD)
+    (filled,) = objective.micro_batches(grpo_batch())
+    assert filled.documents == (*plain.documents, 2)
+    assert filled.tokens.shape == (1, 32)
+    expected = added_up(GRPOObjective(config, multiple=1, pad_id=PAD), grpo_batch())
+    assert added_up(objective, grpo_batch()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("dr_grpo", [0.5, -0.5]), ("dapo", [2**-0.5, -(2**-0.5)])])
+def test_the_loss_says_how_rewards_become_advantages(repository: Path, kind: str, expected: list[float]) -> None:
+    """Rewards 1 and 0: half apart from their mean; their sample deviation is the root of a half."""
+    function = advantages_of(grpo_config(repository, *loss_settings(kind)).loss)
+    found = function(torch.tensor([1.0, 0.0]), torch.tensor([3, 3]))
+    assert found.tolist() == pytest.approx(expected, abs=2e-4)
 
 
 def test_the_gap_is_between_sampler_and_the_policy_before_the_update(repository: Path) -> None:
@@ -95,14 +158,16 @@ def test_the_gap_is_between_sampler_and_the_policy_before_the_update(repository:
     objective = GRPOObjective(grpo_config(repository), multiple=1, pad_id=PAD)
     batch = grpo_batch()
     del batch["old_logprobs"], batch["reference_logprobs"]
+    batch["sampler_logprobs"] = model(batch["response_tokens"], batch["labels"]) + 0.001
     summary = objective.summary(added_up(objective, batch))
     assert summary["logprob_gap"] == pytest.approx(0.001, rel=1e-3)
     assert summary["ratio"] == pytest.approx(1.0)
     assert summary["kl_to_old"] == 0.0
 
 
-def test_a_rank_without_rows_still_takes_part(repository: Path) -> None:
-    objective = GRPOObjective(grpo_config(repository), multiple=1, pad_id=PAD)
+@pytest.mark.parametrize("packed", ["false", "true"])
+def test_a_rank_without_rows_still_takes_part(repository: Path, packed: str) -> None:
+    objective = GRPOObjective(grpo_config(repository, f"packed={packed}"), multiple=1, pad_id=PAD)
     batch = {name: value[[1, 4]] for name, value in grpo_batch().items()}
     assert len(objective.micro_batches(batch)) == 1
     totals = added_up(objective, batch)
