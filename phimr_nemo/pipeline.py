@@ -110,7 +110,7 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
         step("grpo", "grpo", f"base={model('dpo')}", f"prompts={root / 'preferences' / 'prompts'}"),
         step("sft-without-midtrain", "sft", f"base={model('base')}", f"data={root / 'curated' / 'sft'}"),
     ]
-    for name, _ in ROWS:
+    for name, row in ROWS:
         steps.append(
             step(
                 f"evaluate-{name}",
@@ -118,6 +118,7 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
                 f"model={model(name)}",
                 f"problems.count={config.heldout_problems}",
                 f"samples={config.evaluation_samples}",
+                f"row={row}",
             )
         )
     stages = (f"stages.{name}={root / name}" for name in TRAINED)

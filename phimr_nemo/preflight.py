@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import (
+    BenchmarkProblems,
     CurateConfig,
     DPOConfig,
+    EndpointSampling,
     EndpointTeacher,
     EvaluateConfig,
     ExportConfig,
@@ -30,6 +32,8 @@ from phimr_nemo.config import (
 from phimr_nemo.config.alignment import StoredReference
 from phimr_nemo.endpoint.settings import check_endpoint
 from phimr_nemo.errors import UserError
+from phimr_nemo.evaluate.benchmarks import check_benchmark
+from phimr_nemo.evaluate.sampling import own_model
 from phimr_nemo.generate.plan import check_template
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout, check_length
@@ -58,6 +62,8 @@ def preflight(stage: str, config: Any) -> None:
             )
     if isinstance(config, GenerateConfig):
         _check_teacher(config)
+    if isinstance(config, EvaluateConfig):
+        check_evaluation(config)
     if isinstance(config, PrepareConfig):
         check_sources(config)
     if isinstance(config, VerifyConfig) and config.judge is not None:
@@ -95,8 +101,10 @@ def record_inputs(stage: str, config: Any) -> list[tuple[Path, Kind]]:
 def file_inputs(config: Any) -> list[Path]:
     """The other files and directories that a stage reads."""
     paths: list[Path] = []
-    if isinstance(config, GenerateConfig | EvaluateConfig) and isinstance(config.problems, FileProblems):
-        paths.append(config.problems.path)
+    if isinstance(config, GenerateConfig | EvaluateConfig) and isinstance(
+        config.problems, FileProblems | BenchmarkProblems
+    ):
+        paths += [config.problems.path] if config.problems.path else []
     if isinstance(config, GenerateConfig) and isinstance(
         config.teacher, RecordedTeacher | ModelTeacher | VLLMTeacher
     ):
@@ -105,7 +113,7 @@ def file_inputs(config: Any) -> list[Path]:
         paths += [Path(source.path) for source in config.sources if not source.hub]
         paths += [one.path for one in config.decontamination.sets] if config.decontamination else []
     if isinstance(config, EvaluateConfig | ExportConfig):
-        paths.append(config.model)
+        paths += [config.model] if config.model else []
     if isinstance(config, ExportConfig):
         paths += [*config.stages.values(), *config.evaluations.values()]
     if isinstance(config, PackConfig):
@@ -134,6 +142,21 @@ def _check_teacher(config: GenerateConfig) -> None:
         check_endpoint(config.teacher.endpoint)
     if isinstance(config.teacher, EndpointTeacher | VLLMTeacher):
         check_template(config.teacher.prompt)
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Refuse an evaluation that cannot work before anything is read.
+
+    Raises:
+        UserError: a prompt without the question, an unknown benchmark or none to read, or no model to sample.
+    """
+    check_template(config.prompt)
+    if isinstance(config.problems, BenchmarkProblems):
+        check_benchmark(config.problems)
+    if isinstance(config.engine, EndpointSampling):
+        check_endpoint(config.engine.endpoint)
+    else:
+        own_model(config)
 
 
 def check_sources(config: PrepareConfig) -> None:

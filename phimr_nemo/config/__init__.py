@@ -13,7 +13,16 @@ from phimr_nemo.config.common import (
 )
 from phimr_nemo.config.curation import CurateConfig, PackConfig
 from phimr_nemo.config.endpoint import AskConfig, EndpointConfig, Prices
-from phimr_nemo.config.evaluation import EvaluateConfig, ExportConfig
+from phimr_nemo.config.evaluation import (
+    BenchmarkProblems,
+    EndpointSampling,
+    EvaluateConfig,
+    EvaluatedProblems,
+    ExportConfig,
+    LocalSampling,
+    Sampling,
+    VLLMSampling,
+)
 from phimr_nemo.config.generation import (
     EndpointTeacher,
     FileProblems,
@@ -54,18 +63,20 @@ from phimr_nemo.config.supervised import (
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
 __all__ = [
-    "STAGES",
     "AnnotationConfig",
     "AskConfig",
     "BaseConfig",
+    "BenchmarkProblems",
     "CheckpointConfig",
     "CurateConfig",
     "DPOConfig",
     "DecontaminationConfig",
     "EarlyStoppingConfig",
     "EndpointConfig",
+    "EndpointSampling",
     "EndpointTeacher",
     "EvaluateConfig",
+    "EvaluatedProblems",
     "EvaluationSetConfig",
     "ExportConfig",
     "FileProblems",
@@ -74,6 +85,7 @@ __all__ = [
     "GenerationPlanConfig",
     "GuardConfig",
     "JudgeConfig",
+    "LocalSampling",
     "LongRopePolicy",
     "MidtrainConfig",
     "ModelConfig",
@@ -94,6 +106,8 @@ __all__ = [
     "RecordedTeacher",
     "RunConfig",
     "SFTConfig",
+    "STAGES",
+    "Sampling",
     "ShardConfig",
     "SourceConfig",
     "SupervisedCheckpointConfig",
@@ -103,6 +117,7 @@ __all__ = [
     "TrackingConfig",
     "TrainingEvaluationConfig",
     "TrainingPlanConfig",
+    "VLLMSampling",
     "VLLMTeacher",
     "VerifyConfig",
     "WandbConfig",

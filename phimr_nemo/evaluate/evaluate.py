@@ -12,29 +12,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from phimr_nemo.data.chat import load_tokenizer
-from phimr_nemo.evaluate.statistics import majority_score, mean_and_clustered_error, pass_at_k
-from phimr_nemo.generate.backends import open_local
-from phimr_nemo.generate.rollouts import QUESTION, sample_rollouts
-from phimr_nemo.generate.sampler import SamplingParams
-from phimr_nemo.store import (
-    read_manifest,
-    read_table,
-    write_json,
-)
+import numpy as np
+
+from phimr_nemo.data.shape import LENGTH_BINS, length_bins
+from phimr_nemo.errors import UserError
+from phimr_nemo.evaluate.sampling import sample_responses
+from phimr_nemo.evaluate.statistics import majority_at_k, mean_and_clustered_error, pass_at_k
+from phimr_nemo.store import iter_shards, read_manifest, read_table, write_json
 from phimr_nemo.verify import GRADER_VERSION
 from phimr_nemo.verify.stage import verify_rollouts
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import torch
 
-    from phimr_nemo.config import LongRopePolicy
+    from phimr_nemo.config import EvaluateConfig
 
 RESULTS_FILE: Final = "results.json"
-SHARD_QUESTIONS: Final = 256
 NO_DIFFICULTY: Final = "unknown"
 SCORED_COLUMNS: Final = ("problem_id", "difficulty", "verdict", "extracted", "finish_reason", "tokens")
+QUANTILES: Final = (0.1, 0.5, 0.9, 0.99, 1.0)
+SHARES: Final = ("truncated", "stopped", "unparsable", "ungraded")
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,24 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Responses by length in tokens, of those whose tokens are known.
+
+    Attributes:
+        known: how many they are.
+        quantiles: share of responses -> length that so many do not exceed.
+        correct, wrong: mean length of correct and of all other responses; NaN where there are none.
+        bins: responses in each length class of :mod:`phimr_nemo.data.shape`.
+    """
+
+    known: int
+    quantiles: Mapping[float, float]
+    correct: float
+    wrong: float
+    bins: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Result:
     """What an evaluation found. Shares are of all responses.
 
@@ -67,9 +82,12 @@ class Result:
         stopped: share that ended by itself.
         unparsable: share without a final answer that could be read.
         ungraded: share on which the grader timed out or failed; they count as not correct.
-        mean_tokens: mean response length in tokens.
+        mean_tokens: mean response length in tokens; NaN where nobody counted them.
         by_difficulty: score within each difficulty.
         per_question: problem id -> accuracy, for paired comparisons.
+        majority_at_k: k -> maj@k of k responses drawn from those there are, for the same k as `pass_at_k`; None in
+            results of earlier versions.
+        lengths: of the responses; None in results of earlier versions, or where nobody counted tokens.
     """
 
     questions: int
@@ -85,73 +103,53 @@ class Result:
     mean_tokens: float
     by_difficulty: Mapping[str, Score]
     per_question: Mapping[str, float]
+    majority_at_k: Mapping[int, float] | None = None
+    lengths: Lengths | None = None
 
 
-def evaluate_model(
-    model_dir: Path,
-    problems: pa.Table,
-    *,
-    samples: int,
-    params: SamplingParams,
-    out_dir: Path,
-    workers: int,
-    seed: int = 0,
-    max_batch: int = 256,
-    prompt_template: str = QUESTION,
-    longrope: LongRopePolicy = "long_when_max_length_exceeds_original",
-    dtype: torch.dtype | None = None,
-) -> Result:
+def evaluate_model(config: EvaluateConfig, problems: pa.Table, facts: Mapping[str, Any]) -> Result:
     """Sample responses to problems, grade them and write `rollouts/`, `verdicts/` and `results.json`.
 
-    A finished evaluation in `out_dir` is read, an interrupted one continues; the weights' hash is part of its
-    settings, so a changed model is an error and never an old score.
+    An interrupted evaluation continues; the weights' hash is part of its settings, so a changed model is an error and
+    never an old score.
 
     Args:
-        model_dir: a Hugging Face directory.
+        config: the evaluation.
         problems: a table of kind "problems".
-        samples: responses to each.
-        params: how tokens are drawn.
-        out_dir: where everything goes.
-        workers: grader processes.
-        seed: of the sampling.
-        max_batch: sequences computed together.
-        prompt_template: the user's turn, with `{question}` in it once.
-        longrope: the training run's policy; the longest sequence is the longest prompt plus `max_new_tokens`.
-        dtype: what to compute in; float32 when None.
+        facts: go into the settings of `results.json`.
 
     Raises:
-        UserError: an unreadable model, bad problems, or a directory begun with other settings.
+        UserError: an unreadable model, bad problems, a directory begun with other settings, or a model that answers
+            nothing at all.
     """
-    rollouts_dir = out_dir / "rollouts"
-    turns = [prompt_template.replace(QUESTION, question) for question in problems["question"].to_pylist()]
-    sampler, weights_hash = open_local(
-        model_dir,
-        turns,
-        max_new_tokens=params.max_new_tokens,
-        max_batch=max_batch,
-        longrope=longrope,
-        dtype=dtype,
-    )
-    try:
-        sample_rollouts(
-            problems,
-            sampler,
-            load_tokenizer(model_dir),
-            rollouts_dir,
-            rollouts_per_problem=samples,
-            params=params,
-            teacher_name=weights_hash,
-            shard_size=SHARD_QUESTIONS,
-            stage_seed=seed,
-            prompt_template=prompt_template,
-        )
-    finally:
-        sampler.close()
-    verify_rollouts(rollouts_dir, out_dir / "verdicts", workers=workers, config={"evaluates": str(rollouts_dir)})
-    result = summarise(read_table(out_dir / "verdicts", "verdicts", SCORED_COLUMNS))
-    settings = dict(read_manifest(rollouts_dir, "rollouts").config)
-    write_result(out_dir / RESULTS_FILE, result, {**settings, "model": str(model_dir)})
+    rollouts_dir, verdicts_dir = config.run.output / "rollouts", config.run.output / "verdicts"
+    sample_responses(config, problems, rollouts_dir)
+    verify_rollouts(rollouts_dir, verdicts_dir, workers=config.workers, config={"evaluates": str(rollouts_dir)})
+    _check_not_silent(verdicts_dir)
+    result = summarise(read_table(verdicts_dir, "verdicts", SCORED_COLUMNS))
+    settings = {**read_manifest(rollouts_dir, "rollouts").config, "model": str(config.model), **facts}
+    write_result(config.run.output / RESULTS_FILE, result, settings)
     return result
+
+
+def _check_not_silent(verdicts_dir: Path) -> None:
+    import pyarrow.compute as pc
+
+    counts = read_manifest(verdicts_dir, "verdicts").counts
+    rows = sum(counts.values())
+    if counts.get("unparsable") != rows:
+        return
+    longest = max(
+        pc.max(pc.utf8_length(pc.utf8_trim_whitespace(shard["response"]))).as_py()
+        for shard in iter_shards(verdicts_dir, "verdicts", ["response"])
+    )
+    if longest == 0:
+        raise UserError(
+            f"all {rows} responses in {verdicts_dir} are empty",
+            rule="a model that is evaluated answers something: a score of zero would say nothing about it",
+            remedy="check that the directory's chat template and end tokens are the model's, or the server's model "
+            "(phimr sample DIR QUESTION shows a reply); then remove the output directory",
+        )
 
 
 def summarise(verdicts: pa.Table) -> Result:
@@ -174,8 +172,9 @@ def summarise(verdicts: pa.Table) -> Result:
     for question, group in by_question.items():
         difficulty = group[0]["difficulty"] or NO_DIFFICULTY
         groups.setdefault(difficulty, {})[question] = correct[question]
+    draws = _powers_of_two(samples)
     majority = [
-        majority_score([row["extracted"] for row in group], correct[question])
+        majority_at_k([row["extracted"] for row in group], correct[question], [*draws, len(group)])
         for question, group in by_question.items()
     ]
 
@@ -187,19 +186,38 @@ def summarise(verdicts: pa.Table) -> Result:
         samples=samples,
         pass1=overall.pass1,
         stderr=overall.stderr,
-        pass_at_k={
-            k: sum(pass_at_k(len(v), sum(v), k) for v in correct.values()) / len(correct)
-            for k in _powers_of_two(samples)
-        },
-        majority=sum(majority) / len(majority),
+        pass_at_k={k: sum(pass_at_k(len(v), sum(v), k) for v in correct.values()) / len(correct) for k in draws},
+        majority=sum(scores[len(group)] for scores, group in zip(majority, correct.values(), strict=True))
+        / len(majority),
         truncated=share("finish_reason", "length"),
         stopped=share("finish_reason", "stop"),
         unparsable=share("verdict", "unparsable"),
         ungraded=share("verdict", "timeout", "error"),
-        mean_tokens=sum(row["tokens"] for row in rows) / len(rows),
+        mean_tokens=_mean([row["tokens"] for row in rows if row["tokens"] >= 0]),
         by_difficulty={name: _score(group) for name, group in sorted(groups.items())},
         per_question={question: sum(values) / len(values) for question, values in correct.items()},
+        majority_at_k={k: sum(scores[k] for scores in majority) / len(majority) for k in draws},
+        lengths=_lengths(rows),
     )
+
+
+def _lengths(rows: Sequence[Mapping[str, Any]]) -> Lengths | None:
+    counted = [row for row in rows if row["tokens"] >= 0]
+    if not counted:
+        return None
+    tokens = np.array([row["tokens"] for row in counted])
+    bins = np.bincount(length_bins(tokens, tokens), minlength=LENGTH_BINS)
+    return Lengths(
+        known=len(counted),
+        quantiles={q: float(np.quantile(tokens, q, method="inverted_cdf")) for q in QUANTILES},
+        correct=_mean([row["tokens"] for row in counted if row["verdict"] == "correct"]),
+        wrong=_mean([row["tokens"] for row in counted if row["verdict"] != "correct"]),
+        bins=tuple(int(count) for count in bins),
+    )
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def _score(correct: Mapping[str, Sequence[bool]]) -> Score:
@@ -213,34 +231,89 @@ def _powers_of_two(limit: int) -> list[int]:
 
 def write_result(path: Path, result: Result, settings: Mapping[str, Any]) -> None:
     """Write `results.json`: the result's fields and its `settings`; NaN becomes null."""
-    values = asdict(result)
-    values["pass_at_k"] = {str(k): value for k, value in result.pass_at_k.items()}
-    write_json(path, _without_nan({**values, "settings": dict(settings), "grader": GRADER_VERSION}))
+    values = {**asdict(result), "settings": dict(settings), "grader": GRADER_VERSION}
+    write_json(path, _plain(values))
 
 
 def read_result(path: Path) -> Result:
-    """Read what :func:`write_result` wrote."""
-    values = json.loads(path.read_text("utf-8"))
+    """Read what :func:`write_result` wrote, also an earlier version of it.
 
-    def number(value: float | None) -> float:
-        return math.nan if value is None else value
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    return _result_of(_read(path), path)
 
-    return Result(
-        **{
-            **{name: values[name] for name in Result.__dataclass_fields__},
-            "stderr": number(values["stderr"]),
-            "pass_at_k": {int(k): value for k, value in values["pass_at_k"].items()},
-            "by_difficulty": {
-                name: Score(score["questions"], score["pass1"], number(score["stderr"]))
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """How the result in a `results.json` was made: model, problems, sampling, and the grader's version.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    values = _read(path)
+    return {**dict(values.get("settings") or {}), "grader": str(values.get("grader"))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(values, dict):
+        raise _damaged(path, "no JSON object")
+    return values
+
+
+def _result_of(values: Mapping[str, Any], path: Path) -> Result:
+    try:
+        majority, lengths = values.get("majority_at_k"), values.get("lengths")
+        return Result(
+            questions=int(values["questions"]),
+            samples=int(values["samples"]),
+            pass1=float(values["pass1"]),
+            stderr=_number(values["stderr"]),
+            pass_at_k={int(k): float(value) for k, value in values["pass_at_k"].items()},
+            majority=float(values["majority"]),
+            **{name: float(values[name]) for name in SHARES},
+            mean_tokens=_number(values["mean_tokens"]),
+            by_difficulty={
+                str(name): Score(int(score["questions"]), float(score["pass1"]), _number(score["stderr"]))
                 for name, score in values["by_difficulty"].items()
             },
-        }
+            per_question={str(question): float(value) for question, value in values["per_question"].items()},
+            majority_at_k=None if majority is None else {int(k): float(value) for k, value in majority.items()},
+            lengths=None
+            if lengths is None
+            else Lengths(
+                known=int(lengths["known"]),
+                quantiles={float(q): float(value) for q, value in lengths["quantiles"].items()},
+                correct=_number(lengths["correct"]),
+                wrong=_number(lengths["wrong"]),
+                bins=tuple(int(count) for count in lengths["bins"]),
+            ),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, repr(error)) from error
+
+
+def _damaged(path: Path, error: object) -> UserError:
+    return UserError(
+        f"{path} holds no result: {error}",
+        rule=f"an evaluation that has finished wrote {RESULTS_FILE}",
+        remedy="run `phimr evaluate` again with the same configuration: responses and verdicts are kept",
     )
 
 
-def _without_nan(value: Any) -> Any:
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON: keys are text, NaN is null."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return value

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 BOOTSTRAP_CHUNK: Final = 1_000
 
@@ -88,6 +89,56 @@ def majority_score(answers: Sequence[str], correct: Sequence[bool]) -> float:
     most = max(votes.values())
     winners = [vote for vote, count in votes.items() if count == most]
     return sum(is_correct for is_correct, _ in winners) / len(winners)
+
+
+def majority_at_k(answers: Sequence[str], correct: Sequence[bool], samples: Sequence[int]) -> dict[int, float]:
+    """maj@k: :func:`majority_score` of k samples drawn without replacement, in expectation and exactly.
+
+    With c correct votes and wrong answers of n_1, n_2, ... votes, the correct answer wins a draw of k with v votes
+    when no wrong one has more, and shares it with the t that have v as well::
+
+        maj@k = sum_v C(c, v) sum_t [x^(k - v) y^t] (1 + x)^silent prod_j P_j(x, y) / (t + 1) / C(n, k)
+        P_j(x, y) = sum_{i < v} C(n_j, i) x^i + y C(n_j, v) x^v
+
+    Args:
+        answers: the extracted answer of each of the n samples.
+        correct: whether it was graded correct.
+        samples: the values of k, each 1..n.
+
+    Returns:
+        k -> maj@k.
+
+    Raises:
+        ValueError: a k is not in 1..n.
+    """
+    total = len(answers)
+    if not all(1 <= k <= total for k in samples):
+        raise ValueError(f"maj@{list(samples)} of {total} samples")
+    right = sum(correct)
+    wrong = Counter(answer for answer, is_correct in zip(answers, correct, strict=True) if answer and not is_correct)
+    silent = total - right - wrong.total()
+    most = max(samples)
+    won = np.zeros(most + 1)
+    for votes in range(1, min(right, most) + 1):
+        ways = _ways_to_draw_no_more(list(wrong.values()), silent, votes, most)
+        shared = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(axis=0)
+        won[votes:] += math.comb(right, votes) * shared[: most + 1 - votes]
+    return {k: float(won[k] / math.comb(total, k)) for k in samples}
+
+
+def _ways_to_draw_no_more(counts: Sequence[int], silent: int, votes: int, most: int) -> npt.NDArray[np.float64]:
+    """In how many ways m wrong and silent samples are drawn with no answer above `votes`: [answers at `votes`, m]."""
+    ways = np.zeros((most // votes + 1, most + 1))
+    ways[0] = [math.comb(silent, drawn) for drawn in range(most + 1)]
+    for count in counts:
+        product = np.zeros_like(ways)
+        for drawn in range(min(count, votes - 1, most) + 1):
+            product[:, drawn:] += math.comb(count, drawn) * ways[:, : most + 1 - drawn]
+        if votes <= min(count, most):
+            # More than most // votes answers at `votes` do not fit into a draw.
+            product[1:, votes:] += math.comb(count, votes) * ways[:-1, : most + 1 - votes]
+        ways = product
+    return ways
 
 
 @dataclass(frozen=True)

@@ -264,6 +264,8 @@ CONFIGS = [
             "temperature": 1e-7,
             "top_p": 1,
             "max_new_tokens": 1,
+            "engine": {"kind": "local", "max_batch": 1, "dtype": "fp32"},
+            "shard_questions": 1,
         },
     ),
     parse_config(

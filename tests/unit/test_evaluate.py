@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from phimr_nemo.config import EvaluateConfig, parse_config
 from phimr_nemo.data.chat import render_conversation, stop_token_ids
 from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.benchmarks import BENCHMARKS, BOXED_PROMPT, PUBLISHED_PARAMS, read_benchmark
 from phimr_nemo.evaluate.evaluate import (
     SCORED_COLUMNS,
     Result,
@@ -25,7 +25,6 @@ from phimr_nemo.evaluate.evaluate import (
     summarise,
     write_result,
 )
-from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store import content_id, read_manifest, read_table, rows_to_table
 from phimr_nemo.verify import grade
 
@@ -167,9 +166,24 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def configured(model_dir: Path, out_dir: Path, **changes: Any) -> EvaluateConfig:
+    values: dict[str, Any] = {
+        "run": {"output": str(out_dir), "seed": 0},
+        "model": str(model_dir),
+        "problems": {"kind": "file", "path": "unused.jsonl"},
+        "samples": 2,
+        "prompt": "{question}",
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "max_new_tokens": 24,
+        "engine": {"kind": "local", "max_batch": 8, "dtype": "fp32"},
+        "shard_questions": 4,
+    }
+    return parse_config(EvaluateConfig, {**values, **changes})
+
+
 def run(model_dir: Path, problems: pa.Table, out_dir: Path, **changes: Any) -> Result:
-    arguments: dict[str, Any] = {"samples": 2, "params": SamplingParams(0.0, 1.0, 24), "workers": 1}
-    return evaluate_model(model_dir, problems, out_dir=out_dir, **{**arguments, **changes})
+    return evaluate_model(configured(model_dir, out_dir, **changes), problems, {"benchmark": "four"})
 
 
 def test_a_model_that_knows_half_the_answers_scores_half(model_dir: Path, problems: pa.Table, tmp_path: Path) -> None:
@@ -190,7 +204,7 @@ def test_a_model_that_knows_half_the_answers_scores_half(model_dir: Path, proble
 
 
 def test_short_answers_are_counted_as_truncated(model_dir: Path, problems: pa.Table, tmp_path: Path) -> None:
-    got = run(model_dir, problems, tmp_path / "out", params=SamplingParams(0.0, 1.0, 3))
+    got = run(model_dir, problems, tmp_path / "out", max_new_tokens=3)
     assert (got.pass1, got.truncated, got.mean_tokens) == (0.0, 1.0, 3.0)
 
 
@@ -202,7 +216,7 @@ def test_a_rerun_changes_nothing_and_other_settings_are_refused(
     assert _comparable(run(model_dir, problems, tmp_path / "out")) == _comparable(first)
     assert {p: p.read_bytes() for p in sorted((tmp_path / "out").rglob("*")) if p.is_file()} == files
     with pytest.raises(UserError, match="temperature"):
-        run(model_dir, problems, tmp_path / "out", params=SamplingParams(0.5, 1.0, 24))
+        run(model_dir, problems, tmp_path / "out", temperature=0.5)
 
 
 def test_a_changed_model_is_not_given_the_old_score(model_dir: Path, problems: pa.Table, tmp_path: Path) -> None:
@@ -221,16 +235,15 @@ def test_a_changed_model_is_not_given_the_old_score(model_dir: Path, problems: p
 
 
 def test_grading_continues_with_the_shards_that_are_missing(
-    model_dir: Path, problems: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, problems: pa.Table, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("phimr_nemo.evaluate.evaluate.SHARD_QUESTIONS", 1)
-    run(model_dir, problems, tmp_path / "out")
+    run(model_dir, problems, tmp_path / "out", shard_questions=1)
     verdicts = tmp_path / "out" / "verdicts"
     whole, counts = read_table(verdicts, "verdicts"), read_manifest(verdicts, "verdicts").counts
     for name in ("manifest.json", "part-00002.json"):
         (verdicts / name).unlink()
     kept = (verdicts / "part-00001.parquet").stat().st_mtime_ns
-    run(model_dir, problems, tmp_path / "out")
+    run(model_dir, problems, tmp_path / "out", shard_questions=1)
     assert read_table(verdicts, "verdicts") == whole
     assert read_manifest(verdicts, "verdicts").counts == counts
     assert (verdicts / "part-00001.parquet").stat().st_mtime_ns == kept
@@ -246,42 +259,3 @@ def test_stop_ids_are_the_tokenizers(model_dir: Path, problems: pa.Table, tmp_pa
         ids, mask = render_conversation(tokenizer, row["question"], row["response"])
         assert ids[-1] in stop_token_ids(tokenizer)
         assert row["tokens"] == sum(mask)
-
-
-def test_the_published_protocol() -> None:
-    assert (PUBLISHED_PARAMS.temperature, PUBLISHED_PARAMS.top_p) == (0.6, 0.95)
-    assert PUBLISHED_PARAMS.max_new_tokens == 32768
-    assert BENCHMARKS["AIME24"].samples == 64
-    assert BENCHMARKS["MATH-500"].samples == 8
-    assert BOXED_PROMPT.replace("{question}", "Q") == (
-        "Please reason step by step, and put your final answer within \\boxed{}. Q"
-    )
-
-
-def test_a_benchmark_must_be_whole(tmp_path: Path) -> None:
-    lines = [json.dumps({"problem": f"What is {i}+1?", "answer": i + 1}) for i in range(30)]
-    (tmp_path / "all.jsonl").write_text("\n".join(lines))
-    (tmp_path / "part.jsonl").write_text("\n".join(lines[:29]))
-    table = read_benchmark("AIME24", tmp_path / "all.jsonl")
-    assert table["answer"].to_pylist() == [str(i + 1) for i in range(30)]
-    with pytest.raises(UserError, match="29 questions"):
-        read_benchmark("AIME24", tmp_path / "part.jsonl")
-    with pytest.raises(UserError, match="unknown benchmark"):
-        read_benchmark("AIME42", tmp_path / "all.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("AIME24", "aime24.jsonl"),
-        ("AIME25", "aime25.json"),
-        ("AMC", "amc.json"),
-        ("MATH-500", "math500.jsonl"),
-        ("GSM8K", "gsm8k_test.jsonl"),
-    ],
-)
-def test_real_benchmark_files_are_read_whole(shared_data: Path, name: str, file: str) -> None:
-    table = read_benchmark(name, shared_data / "problems" / file)
-    assert table.num_rows == BENCHMARKS[name].questions
-    assert all(answer.strip() for answer in table["answer"].to_pylist())
-    assert len(set(table["id"].to_pylist())) == table.num_rows

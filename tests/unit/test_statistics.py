@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from phimr_nemo.evaluate.statistics import (
+    majority_at_k,
     majority_score,
     mean_and_clustered_error,
     mean_and_error,
@@ -147,3 +148,34 @@ def test_mean_and_error_over_seeds() -> None:
     assert math.isnan(mean_and_error([0.5])[1])
     with pytest.raises(ValueError, match="no values"):
         mean_and_error([])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_majority_at_k_equals_enumeration(seed: int) -> None:
+    """Every draw of k scored by itself; few kinds of answers, so that ties are frequent."""
+    rng = random.Random(seed)
+    answers = [rng.choice(["", "5", "6", "7"]) for _ in range(rng.randint(1, 9))]
+    correct = [answer == "5" or rng.random() < 0.1 for answer in answers]
+    sizes = list(range(1, len(answers) + 1))
+    got = majority_at_k(answers, correct, sizes)
+    for k in sizes:
+        draws = list(itertools.combinations(range(len(answers)), k))
+        each = [majority_score([answers[i] for i in draw], [correct[i] for i in draw]) for draw in draws]
+        assert got[k] == pytest.approx(sum(each) / len(each), abs=1e-12)
+
+
+def test_majority_of_many_samples_is_exact_at_both_ends() -> None:
+    """64 samples: maj@1 is the accuracy, maj@64 the vote of all."""
+    rng = random.Random(1)
+    answers = [str(rng.choice([1, 1, 2, 3, 4])) for _ in range(64)]
+    correct = [answer == "1" for answer in answers]
+    got = majority_at_k(answers, correct, [1, 16, 64])
+    assert got[1] == pytest.approx(sum(correct) / 64, rel=1e-12)
+    assert got[64] == pytest.approx(majority_score(answers, correct))
+    assert got[1] < got[16] <= 1.0
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_an_impossible_majority_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match="maj@"):
+        majority_at_k(["1", "2"], [True, False], [k])
