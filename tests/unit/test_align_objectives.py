@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from phimr_nemo.align.objective import GRPOObjective, advantages_of
 from phimr_nemo.align.optimizer import TrainerOptimizer, build_schedule
 from phimr_nemo.config import CheckpointConfig, GRPOConfig, OptimConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.losses import IGNORED_LABEL, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
+from phimr_nemo.losses import IGNORED_LABEL, PolicyLoss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
 from phimr_nemo.train.distributed import PreemptionGuard, start_process_group
 
 PAD = 0
