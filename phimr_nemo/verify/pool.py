@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import signal
 import socket
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,17 @@ _BOOT: Final = (
 )
 _ENVIRONMENT: Final = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"}
 """gmpy2 computes huge powers in one uninterruptible call; plain Python integers can be stopped."""
+
+_INHERITED: Final = re.compile(
+    r"(?i)(PATH|HOME|USER|LANG|LC_.*|TZ|TMPDIR|TEMP|PYTHON.*|LD_LIBRARY_PATH|DYLD_.*|VIRTUAL_ENV|CONDA_PREFIX|SYSTEMROOT"
+    r"|COVERAGE_.*|GLIBC_TUNABLES|MALLOC_.*)"
+)
+"""What Python needs to start. Tokens and keys of the parent's environment do not reach a worker."""
+
+
+def worker_environment(parent: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the grader's processes."""
+    return {name: value for name, value in parent.items() if _INHERITED.fullmatch(name)} | _ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ class Pool:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, **_ENVIRONMENT},
+                env=worker_environment(os.environ),
             )
         finally:
             theirs.close()

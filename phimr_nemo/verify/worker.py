@@ -6,9 +6,9 @@ started as a plain interpreter that imports this module alone. It speaks over a 
 ``spawn`` (with the worker's own socket attached) -> the worker's pid; ``reap <pid>`` -> ``done``. When its
 parent goes away, by any signal, it kills its workers and ends.
 
-Limits of a worker: address space, no core files, a soft limit of processor time per answer (an exception),
-and a processor-time limit that the kernel enforces should the exception not get through. The parent
-adds a deadline of wall time with SIGKILL. Messages are JSON, never pickles.
+Limits of a worker: no network, no other processes, no writing (:mod:`.confine`), address space, a soft limit of
+processor time per answer (an exception), and a processor-time limit that the kernel enforces should the exception not
+get through. The parent adds a deadline of wall time with SIGKILL. Messages are JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
+
+from phimr_nemo.verify.confine import confine
 
 RECURSION_LIMIT: Final = 3000
 SOFT_LIMIT_REPEAT_SECONDS: Final = 0.2
@@ -108,7 +110,7 @@ def _grade(job: dict[str, Any]) -> dict[str, Any]:
 def _work(connection: socket.socket, memory_bytes: int, soft_seconds: float) -> None:
     """A worker's life: one job after the other until its parent closes the socket."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    confine()
     signal.signal(signal.SIGPROF, _raise_soft_limit)
     sys.setrecursionlimit(RECURSION_LIMIT)
     for count in range(1, JOBS_PER_WORKER + 1):
