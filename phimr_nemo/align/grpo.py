@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from phimr_nemo.align.checkpoint import CheckpointStore
 from phimr_nemo.align.compat import MegatronPretrainingBatchSampler
-from phimr_nemo.align.grpo_trainer import GRPOTrainer
+from phimr_nemo.align.grpo_trainer import GRPOTrainer, RoundInterrupted
 from phimr_nemo.align.lifecycle import (
     StopTimer,
     check_checkpointing,
@@ -93,8 +93,11 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
                 run_timer=StopTimer(guard),
             )
             trainer.load_state_dict(counters)
-            with frozen_heap():
-                trainer.fit()
+            try:
+                with frozen_heap():
+                    trainer.fit()
+            except RoundInterrupted:
+                trainer.save()
         sampler.close()
     if trainer.step < config.steps:
         raise Preempted(f"grpo stopped at step {trainer.step} of {config.steps}; run the same command to continue")
@@ -143,8 +146,12 @@ def _sampler(config: GRPOConfig, policy: MegatronPolicy, stop_ids: tuple[int, ..
 
 
 def _slots(config: GRPOConfig, epoch: int, consumed_samples: int) -> DataLoader[int]:
-    """The stream of prompts in rounds: epochs of prompts, each in its own order, without a gap between them."""
-    rounds = config.steps * config.prompts_per_step
+    """The stream of prompts: epochs of prompts, each in its own order, without a gap between them.
+
+    It has all the prompts that the run may take, and begins with those of the next round.
+    """
+    refills = config.rebalance.refill_rounds if config.rebalance.enabled else 0
+    rounds = config.steps * config.prompts_per_step * (1 + refills)
     sampler = MegatronPretrainingBatchSampler(
         total_samples=rounds,
         consumed_samples=consumed_samples,

@@ -28,12 +28,13 @@ from phimr_nemo.align.rollouts import (
     Rollout,
     gathered,
     graded_rollouts,
-    groups_of,
     rollout_metrics,
     rollout_requests,
     training_rows,
+    verdicts_of,
 )
-from phimr_nemo.align.stabilisers import annealed_temperature, rebalanced_group
+from phimr_nemo.align.selection import selected
+from phimr_nemo.align.stabilisers import annealed_temperature, refill_size
 from phimr_nemo.config import GRPOConfig
 from phimr_nemo.data.chat import decode_response
 from phimr_nemo.generate.sampler import Completion, Sampler, SamplingParams
@@ -43,6 +44,10 @@ from phimr_nemo.train import platform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class RoundInterrupted(Exception):
+    """The run was told to stop while a round was sampled; resumed, it samples the same round again."""
 
 
 class GRPOTrainer(ReinforceTrainer):
@@ -79,30 +84,65 @@ class GRPOTrainer(ReinforceTrainer):
         consumed_samples: int,
         is_validation: bool,  # noqa: ARG002
     ) -> tuple[list[Rollout], dict[str, Any]]:
-        """Sample and grade a round; every process gets all of its rollouts."""
+        """Sample and grade a round, with what replaces dropped prompts; every process gets all of its rollouts.
+
+        Raises:
+            RoundInterrupted: the run was told to stop; nothing has been trained on yet.
+            UserError: the reward cannot be computed.
+        """
         loader = dataloader_builder(consumed_samples=consumed_samples)
         slots = next(iter(loader.batch_sampler))
-        # Whole groups to a process, so that each prompt is computed once; all processes sample.
-        mine = slots[dist.get_rank() :: dist.get_world_size()]
-        prompt_of = {slot: self.prompts.epoch[loader.dataset[slot]] for slot in mine}
         self.model.temperature = annealed_temperature(self.step, self.config.steps, self.config.temperature)
         with self.timer("sample"):
-            completions = self._sample(prompt_of)
-        texts = [decode_response(self.tokenizer, completion.token_ids) for completion in completions]
+            prompt_of, completions = self._sampled(loader.dataset, slots)
         with self.timer("reward"):
-            numbers = [prompt_of[slot] for slot in mine for _ in range(self.config.group_size)]
-            answers = [self.prompts.prompts[number].answer for number in numbers]
-            verdicts = self.grader.grade_many(list(zip(texts, answers, strict=True)))
-        rollouts = gathered(graded_rollouts(completions, texts, verdicts, prompt_of))
+            rollouts = self._graded(prompt_of, completions)
+        with self.timer("refill"):
+            refills, sampled = self._refill(loader.dataset, slots, rollouts)
+        self._check_stop()
         rewards = self._rewards(rollouts)
         metrics = {
             **rollout_metrics(rollouts, rewards.tolist()),
             "temperature": self.model.temperature,
+            "refills": refills,
             # What upstream adds to its count of consumed samples: the sampler counts prompts.
-            "rollout_size": len(slots),
+            "rollout_size": sampled,
             "table": {"prompt": "", "response": "", "reward": 0.0},
         }
         return rollouts, metrics
+
+    def _refill(self, dataset: Any, slots: Sequence[int], rollouts: list[Rollout]) -> tuple[int, int]:
+        """Sample in the place of dropped prompts, into `rollouts`; further rounds, and prompts sampled in all."""
+        wanted, first, sampled = self.config.prompts_per_step, slots[0], len(slots)
+        limit = self.config.rebalance.refill_rounds if self.config.rebalance.enabled else 0
+        for refills in range(limit):
+            self._check_stop()
+            size = refill_size(wanted, selected(rollouts, self.config, self.step).prompts, sampled, wanted)
+            if not size:
+                return refills, sampled
+            more = range(first + sampled, first + sampled + size)
+            rollouts.extend(self._graded(*self._sampled(dataset, more)))
+            sampled += size
+        return limit, sampled
+
+    def _check_stop(self) -> None:
+        if self.run_timer.is_finished():
+            raise RoundInterrupted(f"stopped in round {self.step}")
+
+    def _sampled(self, dataset: Any, slots: Sequence[int]) -> tuple[dict[int, int], list[Completion]]:
+        """This process's slots with their prompts' numbers, and their groups' responses."""
+        # Whole groups to a process, so that each prompt is computed once; all processes sample.
+        mine = slots[dist.get_rank() :: dist.get_world_size()]
+        prompt_of = {slot: self.prompts.epoch[dataset[slot]] for slot in mine}
+        return prompt_of, self._sample(prompt_of)
+
+    def _graded(self, prompt_of: Mapping[int, int], completions: Sequence[Completion]) -> list[Rollout]:
+        """All processes' responses with their verdicts (collective)."""
+        texts = [decode_response(self.tokenizer, completion.token_ids) for completion in completions]
+        slots = [int(completion.request_id.split("/")[0]) for completion in completions]
+        answers = [self.prompts.prompts[prompt_of[slot]].answer for slot in slots]
+        verdicts = verdicts_of(self.grader, texts, answers)
+        return gathered(graded_rollouts(completions, texts, verdicts, prompt_of))
 
     def _sample(self, prompt_of: Mapping[int, int]) -> list[Completion]:
         if self.sampler.version != self.step:
@@ -122,11 +162,11 @@ class GRPOTrainer(ReinforceTrainer):
 
     def generate_reinforce_data(self, rollout_batch: list[Rollout]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Choose the rows to train on, give them advantages, and lay out this rank's part of every update."""
-        kept = self._kept(rollout_batch)
-        chosen = [rollout_batch[i] for i in kept]
+        selection = selected(rollout_batch, self.config, self.step)
+        chosen = [rollout_batch[i] for i in selection.kept]
         groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)
         advantages = advantages_of(self.config.loss)(self._rewards(chosen), groups).tolist()
-        mine = self._dealt(len(kept))
+        mine = self._dealt(len(chosen))
         rows = training_rows(
             [None if number is None else chosen[number] for number in mine],
             self.prompts.prompts,
@@ -139,15 +179,7 @@ class GRPOTrainer(ReinforceTrainer):
             if self.config.kl > 0:
                 with self.model.as_reference():
                     rows["reference_logprobs"] = self.model.batch_log_probs(rows)
-        return rows, {"kept": len(kept) / len(rollout_batch)}
-
-    def _kept(self, rollouts: Sequence[Rollout]) -> list[int]:
-        kept: list[int] = []
-        for group in groups_of(rollouts):
-            seed = content_seed("rebalance", str(self.config.run.seed), str(self.step), str(rollouts[group[0]].slot))
-            chosen = rebalanced_group([rollouts[i].is_correct for i in group], self.config.rebalance, seed)
-            kept.extend(group[i] for i in chosen)
-        return kept
+        return rows, selection.metrics(len(rollout_batch))
 
     def _dealt(self, rows: int) -> list[int | None]:
         """Numbers of this rank's rows, update after update, each filled with None to the size that `fit` cuts."""

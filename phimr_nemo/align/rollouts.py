@@ -20,16 +20,21 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.store import content_seed, read_table
+from phimr_nemo.verify.extract import gold_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CORRECT = "correct"
+UNGRADED = "error"
 REPETITION_CHARS: Final = 8_000
 """A loop is at the end of a response; more than its end would keep the GPUs waiting."""
 PASS_RATE_BINS: Final = ("none", "below_25", "below_50", "below_75", "below_100", "all")
 """Of groups, by their share of right responses: none, up to a quarter, up to a half, up to three quarters, fewer than
 all, all."""
+PASS_RATE_NAMES: Final = tuple(f"groups_{name}" for name in PASS_RATE_BINS)
+PASS_RATE_MIDDLES: Final = (0.0, 0.125, 0.375, 0.625, 0.875, 1.0)
+"""What stands for a bin's groups in a histogram."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,11 @@ def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GR
     A prompt that leaves less than `max_new_tokens` of `sequence_length` to its response is dropped.
 
     Raises:
-        UserError: the directory is not finished, a question spells a special token, or no prompt is left.
+        UserError: the directory is not finished, a question spells a special token, a prompt has no answer to
+            grade by, or no prompt is left.
     """
     rows = read_table(directory, "prompts").to_pylist()
+    _check_answers(directory, rows)
     even = uniform_prompts([row["length_spread"] for row in rows], config.prompt_optimization)
     token_ids = render_prompts(tokenizer, [rows[i]["question"] for i in even])
     room = config.sequence_length - config.max_new_tokens
@@ -104,13 +111,65 @@ def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GR
     ]
     if not prompts:
         raise UserError(
-            f"none of the {len(rows)} prompts in {directory} is usable: {len(rows) - len(even)} with a length spread "
-            f"above {config.prompt_optimization.max_length_spread}, {len(even)} longer than {room} tokens",
+            f"none of the {len(rows)} prompts in {directory} is usable: prompt_optimization.max_length_spread="
+            f"{config.prompt_optimization.max_length_spread} drops {len(rows) - len(even)}; of the other {len(even)} "
+            f"all are longer than sequence_length - max_new_tokens = {room} tokens",
             rule="a prompt has a small enough length spread and leaves max_new_tokens of sequence_length",
-            remedy="raise prompt_optimization.max_length_spread or sequence_length, or curate more prompts",
+            remedy=_more_prompts(len(rows), len(even)),
         )
     epoch = oversampled([prompt.is_hard for prompt in prompts], config.rebalance)
     return PromptSet(prompts, epoch, len(rows) - len(even), len(even) - len(prompts))
+
+
+def _check_answers(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    missing = [row["id"] for row in rows if not gold_answer(row["answer"] or "")]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(rows)} prompts in {directory} have no answer; the first is {missing[0]!r}",
+            rule="a response is rewarded for the right answer, so each prompt has one",
+            remedy="remove these prompts, or add their answers and curate again",
+        )
+
+
+def _more_prompts(prompts: int, even: int) -> str:
+    if not prompts:
+        return "curate again: the counts of its manifest say which rule dropped the prompts"
+    return (
+        "raise sequence_length, or curate shorter prompts" if even else "raise prompt_optimization.max_length_spread"
+    )
+
+
+def verdicts_of(grader: GradesAnswers, responses: Sequence[str], answers: Sequence[str]) -> Sequence[Any]:
+    """Verdicts of a round's responses.
+
+    Raises:
+        UserError: the grader raises, answers for another number of responses, or can grade none of them. Taken for
+            wrong responses, these would be a round of rewards that say nothing.
+    """
+    rule = "the grader returns one verdict a response"
+    try:
+        verdicts = grader.grade_many(list(zip(responses, answers, strict=True)))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the reward of {len(responses)} responses raised {type(error).__name__}: {error}",
+            rule=rule,
+            remedy="look at the cause above; the run continues at its newest checkpoint with the same command",
+        ) from error
+    if len(verdicts) != len(responses):
+        raise UserError(
+            f"the reward gave {len(verdicts)} verdicts for {len(responses)} responses",
+            rule=rule,
+            remedy="correct the grader: a verdict that is missing would move all later ones to other responses",
+        )
+    if verdicts and all(verdict.verdict == UNGRADED for verdict in verdicts):
+        raise UserError(
+            f"none of {len(verdicts)} responses could be graded: {verdicts[0].reason}",
+            rule="a reward is the grader's judgement of a response",
+            remedy="run `phimr doctor` for the grader, and check the answers of the prompts",
+        )
+    return verdicts
 
 
 def rollout_requests(prompts: Mapping[int, Prompt], group_size: int, *seed: str) -> list[Request]:
@@ -207,7 +266,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> di
         "reward": fmean(rewards),
         "pass_rate": fmean(rollout.is_correct for rollout in rollouts),
         "zero_gradient_groups": fmean(equal),
-        **{f"groups_{name}": float(bins.count(number)) for number, name in enumerate(PASS_RATE_BINS)},
+        **{name: float(bins.count(number)) for number, name in enumerate(PASS_RATE_NAMES)},
         "response_length": fmean(lengths),
         "length_spread": fmean(spreads),
         "truncated": fmean(rollout.is_truncated for rollout in rollouts),

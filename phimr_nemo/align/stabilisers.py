@@ -1,18 +1,21 @@
 """The paper's three remedies against unstable RL (PAPER: Phi-4-Mini-Reasoning, section 3.4), as pure functions.
 
 1. Prompt optimisation: :func:`uniform_prompts`.
-2. Reward rebalancing: :func:`oversampled`, :func:`rebalanced_group`.
+2. Reward rebalancing: :func:`oversampled`, :func:`rebalanced_group`, :func:`refill_size`.
 3. Temperature annealing: :func:`annealed_temperature`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from phimr_nemo.config.alignment import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
 from phimr_nemo.errors import UserError
+
+GroupFate = Literal["kept", "easy", "impossible"]
 
 
 def annealed_temperature(step: int, steps: int, config: TemperatureConfig) -> float:
@@ -80,6 +83,41 @@ def oversampled(hard: Sequence[bool], config: RebalanceConfig) -> list[int]:
     return [i for i, is_hard in enumerate(hard) for _ in range(times if is_hard else 1)]
 
 
+def group_fate(correct: Sequence[bool], config: RebalanceConfig) -> GroupFate:
+    """Whether a prompt's group of responses is trained on, and if not, why.
+
+    Args:
+        correct: whether each response of the group is correct.
+        config: with `enabled` False every group is kept.
+
+    Returns:
+        "impossible" without a correct response and "easy" where the share of correct ones is above `drop_above` or
+        none is wrong: equal rewards give no gradient.
+    """
+    right = sum(correct)
+    if not config.enabled:
+        return "kept"
+    if not right:
+        return "impossible"
+    return "easy" if right == len(correct) or right > config.drop_above * len(correct) else "kept"
+
+
+def refill_size(wanted: int, found: int, sampled: int, largest: int) -> int:
+    """How many further prompts to sample: as many as will bring what is missing, should the yield stay what it was.
+
+    Args:
+        wanted: prompts to train on.
+        found: prompts so far that are trained on.
+        sampled: prompts sampled so far.
+        largest: prompts to sample at once at most.
+
+    Returns:
+        0 when nothing is missing, else 1 to `largest`.
+    """
+    missing = max(wanted - found, 0)
+    return min(-(-missing * sampled // found), largest) if found else min(missing * largest, largest)
+
+
 def rebalanced_group(correct: Sequence[bool], config: RebalanceConfig, seed: int) -> list[int]:
     """The responses of one prompt that are trained on: all positives and equally many random negatives.
 
@@ -89,15 +127,15 @@ def rebalanced_group(correct: Sequence[bool], config: RebalanceConfig, seed: int
         seed: of the choice of negatives.
 
     Returns:
-        Response numbers, ascending. None when the share of correct responses is above `drop_above`, or when one
-        side is empty: equal rewards give no gradient. Where negatives are fewer, all of them are kept.
+        Response numbers, ascending; none of a group whose :func:`group_fate` is not "kept". Where negatives are
+        fewer, all of them are kept.
     """
     if not config.enabled:
         return list(range(len(correct)))
+    if group_fate(correct, config) != "kept":
+        return []
     positives = [i for i, is_correct in enumerate(correct) if is_correct]
     negatives = [i for i, is_correct in enumerate(correct) if not is_correct]
-    if not positives or not negatives or len(positives) > config.drop_above * len(correct):
-        return []
     count = min(len(positives), len(negatives))
     generator = np.random.Generator(np.random.Philox(key=seed))
     chosen = generator.choice(len(negatives), size=count, replace=False)
