@@ -11,6 +11,7 @@ import typer
 
 from phimr_nemo.atomic import keep_others_from_writing
 from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
+from phimr_nemo.generate.serve import serve
 
 app = typer.Typer(
     name="phimr",
@@ -221,6 +222,22 @@ def adopt(
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
 
 
+@app.command("import")
+def import_model(
+    source: Annotated[
+        str, typer.Argument(help="A GGUF file of the Llama family with SmolLM2's kind of tokenizer; or smollm2-135m.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],
+    system_prompt: Annotated[str, typer.Option(help="Before every conversation; none by default.")] = "",
+) -> None:
+    """A small model from a GGUF file as an equivalent Phi3-family directory with the reasoning chat template."""
+    from phimr_nemo.model.gguf import import_gguf
+
+    with _continuable():
+        architecture = import_gguf(source, target, system_prompt=system_prompt)
+    typer.echo(f"{target}: {architecture.num_parameters:,} parameters")
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A Hugging Face directory, Megatron or NeMo 2.0 checkpoint.")],
@@ -293,6 +310,9 @@ def sample(
 
     params = SamplingParams(temperature, top_p, max_new_tokens)
     terminal.sample(model, question, params, count=count, seed=seed, max_length=max_length, dtype=dtype)
+
+
+app.command("serve")(serve)
 
 
 @app.command()

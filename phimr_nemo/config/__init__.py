@@ -47,6 +47,7 @@ from phimr_nemo.config.preparation import (
     PrepareConfig,
     SourceConfig,
 )
+from phimr_nemo.config.sampler import LocalRollouts, RolloutSampler, RolloutServers, Stale, VLLMRollouts
 from phimr_nemo.config.stages import STAGES
 from phimr_nemo.config.supervised import (
     EarlyStoppingConfig,
@@ -63,6 +64,7 @@ from phimr_nemo.config.supervised import (
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
 __all__ = [
+    "STAGES",
     "AnnotationConfig",
     "AskConfig",
     "BaseConfig",
@@ -85,6 +87,7 @@ __all__ = [
     "GenerationPlanConfig",
     "GuardConfig",
     "JudgeConfig",
+    "LocalRollouts",
     "LocalSampling",
     "LongRopePolicy",
     "MidtrainConfig",
@@ -104,12 +107,14 @@ __all__ = [
     "Recompute",
     "RecordProblems",
     "RecordedTeacher",
+    "RolloutSampler",
+    "RolloutServers",
     "RunConfig",
     "SFTConfig",
-    "STAGES",
     "Sampling",
     "ShardConfig",
     "SourceConfig",
+    "Stale",
     "SupervisedCheckpointConfig",
     "SupervisedConfig",
     "SyntheticProblems",
@@ -117,6 +122,7 @@ __all__ = [
     "TrackingConfig",
     "TrainingEvaluationConfig",
     "TrainingPlanConfig",
+    "VLLMRollouts",
     "VLLMSampling",
     "VLLMTeacher",
     "VerifyConfig",

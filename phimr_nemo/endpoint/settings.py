@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import Final, Protocol
 from urllib.parse import SplitResult, urlsplit
 
-from phimr_nemo.config import EndpointConfig
 from phimr_nemo.errors import UserError
 
 
-def check_endpoint(config: EndpointConfig) -> None:
+class Addressed(Protocol):
+    """The part of a configuration that says where servers are and which variable holds their key."""
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """The servers."""
+        ...
+
+    @property
+    def api_key_env(self) -> str | None:
+        """The variable; None where no key is needed."""
+        ...
+
+
+VARIABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def check_endpoint(config: Addressed) -> None:
     """Refuse an address or a key that cannot work.
 
     Raises:
@@ -46,7 +64,7 @@ def _no_address(problem: str) -> UserError:
     )
 
 
-def read_key(config: EndpointConfig) -> str | None:
+def read_key(config: Addressed) -> str | None:
     """The key from the environment; None for an endpoint without one.
 
     Raises:
@@ -54,6 +72,12 @@ def read_key(config: EndpointConfig) -> str | None:
     """
     if config.api_key_env is None:
         return None
+    if not VARIABLE_NAME.fullmatch(config.api_key_env):
+        raise UserError(
+            "api_key_env is not the name of an environment variable (it is not repeated here)",
+            rule="a name is made of letters, digits and underscores; the key itself never stands in a setting",
+            remedy="export ENDPOINT_KEY=..., and api_key_env=ENDPOINT_KEY",
+        )
     key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         raise UserError(

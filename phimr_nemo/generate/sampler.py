@@ -77,12 +77,27 @@ class Completion:
             vocabulary, also when top_p < 1 (this is what the trainer computes, so the two can be compared);
             at temperature 0 it is that of softmax(logits). Empty from an engine that only writes text.
         finish_reason: "stop" at a stop token, "length" at the limit.
+        version: of the weights that made it, of its oldest token if there were several; None from an engine that
+            does not say, whose responses come from the weights it has.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
+    version: int | None = None
+
+
+class Unfinished(Exception):
+    """Some requests have no response, because no engine with the right weights is left.
+
+    Args:
+        completed: the responses that there are.
+    """
+
+    def __init__(self, completed: list[Completion]) -> None:
+        super().__init__(f"only {len(completed)} responses were sampled")
+        self.completed = completed
 
 
 class Engine(Protocol):
@@ -93,6 +108,7 @@ class Engine(Protocol):
 
         Raises:
             UserError: a prompt is empty, holds an unknown token id, or leaves no room for a response.
+            Unfinished: engines outside this process were lost.
         """
         ...
 

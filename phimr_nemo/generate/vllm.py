@@ -1,4 +1,4 @@
-"""vLLM in this process, as an engine that writes text. The one file that imports vLLM.
+"""vLLM in this process: as an engine that writes text, and as a sampler whose weights can be replaced.
 
 vLLM lives in an environment of its own (`make setup-vllm`): its torch and transformers are not the trainers'.
 """
@@ -8,23 +8,153 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from phimr_nemo.config import LongRopePolicy, VLLMTeacher
+from phimr_nemo.config import LongRopePolicy, VLLMRollouts, VLLMTeacher
 from phimr_nemo.data.chat import END, END_OF_TEXT, render_prompts, stop_token_ids
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import QUESTION
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
+from phimr_nemo.generate.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
 from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
+from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store import file_sha256
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
 IN_PROCESS: Final = "VLLM_ENABLE_V1_MULTIPROCESSING"
+WEIGHTS_BACKEND: Final = "phimr_files"
+"""The name under which our engine for new weights is registered with vLLM."""
+WORKER_EXTENSION: Final = "phimr_nemo.generate.vllm_worker.Extension"
+
+
+class VLLMSampler:
+    """vLLM in the trainer's process, as a :class:`phimr_nemo.generate.sampler.Sampler`.
+
+    Args:
+        model: the run's base, whose weights it begins with.
+        options: how it is run.
+        dtype: what to compute in.
+        max_length: prompt and response together (tokens).
+        longrope: the run's policy.
+        stop_ids: end a response.
+
+    Raises:
+        UserError: vLLM is not installed here, does not follow the policy, or refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        options: VLLMRollouts,
+        *,
+        dtype: str,
+        max_length: int,
+        longrope: LongRopePolicy,
+        stop_ids: Sequence[int],
+    ) -> None:
+        os.environ.setdefault(IN_PROCESS, "0")
+        check_longrope(model, longrope, max_length)
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(
+                f"sampler.kind=vllm, but vLLM cannot be imported here ({error})",
+                rule="vLLM in the process needs an environment that has the trainer and vLLM",
+                remedy="serve the model from vLLM's own environment (`phimr serve`) and use sampler.kind=vllm_server",
+            ) from error
+        self._options, self._stop_ids, self._version = options, list(stop_ids), -1
+        self._arrivals = Arrivals(tensor_shapes(Architecture.from_directory(model)))
+        self._llm = LLM(
+            model=str(model),
+            trust_remote_code=False,
+            load_format="safetensors",
+            dtype=DTYPES[dtype],
+            max_model_len=max_length,
+            max_num_seqs=options.max_batch,
+            gpu_memory_utilization=options.memory_share,
+            enforce_eager=options.eager,
+            logprobs_mode=LOGPROBS,
+            worker_extension_cls=WORKER_EXTENSION,
+            weight_transfer_config={"backend": WEIGHTS_BACKEND},
+        )
+
+    @property
+    def version(self) -> int:
+        """The version of the weights in use."""
+        return self._version
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace all weights, bucket by bucket through shared memory.
+
+        Raises:
+            WrongWeights: they are not exactly the model's; the engine cannot be used until a whole set has come.
+        """
+        from safetensors.torch import save_file
+
+        self._version = -1
+        self._llm.collective_rpc(ABANDON)
+        self._arrivals.restart()
+        self._llm.start_weight_update()
+        for bucket in buckets(tensors, self._options.bucket_mb * MB):
+            self._arrivals.add({name: tuple(tensor.shape) for name, tensor in bucket.items()})
+            with tempfile.NamedTemporaryFile(suffix=BUCKET_SUFFIX, dir=shared_memory()) as file:
+                save_file(bucket, file.name)
+                self._llm.update_weights({"update_info": {"path": file.name}})
+        self._arrivals.check_complete()
+        self._llm.finish_weight_update()
+        self._llm.reset_prefix_cache()
+        self._version = version
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """Sample one completion for each request, in the requests' order.
+
+        Raises:
+            UserError: top_p below 1, where vLLM's log-probabilities are those of the nucleus alone.
+            RuntimeError: an update of the weights was not finished.
+        """
+        from vllm import SamplingParams as VLLMParams
+        from vllm import TokensPrompt
+
+        if self._version < 0:
+            raise RuntimeError("the engine has no complete weights of the trainer's")
+        if params.top_p < 1.0:
+            raise UserError(
+                f"top_p={params.top_p} with vLLM",
+                rule="log-probabilities are those of the distribution that is sampled from: the whole one",
+                remedy="use top_p=1",
+            )
+        settings = [
+            VLLMParams(
+                temperature=params.temperature,
+                max_tokens=params.max_new_tokens,
+                seed=request.seed,
+                stop_token_ids=self._stop_ids,
+                logprobs=0,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
+        outputs = self._llm.generate(prompts, settings, use_tqdm=False)
+        return [self._with_logprobs(*pair) for pair in zip(requests, outputs, strict=True)]
+
+    def _with_logprobs(self, request: Request, output: Any) -> Completion:
+        completion, sample = _completion(request, output), output.outputs[0]
+        logprobs = tuple(entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs, strict=True))
+        return replace(completion, logprobs=logprobs, version=self._version)
+
+    def close(self) -> None:
+        """Shut the engine down and free its memory."""
+        _close(self._llm)
+        del self._llm
 
 
 class VLLMEngine:
@@ -107,11 +237,15 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self._llm.llm_engine.engine_core.shutdown()
+        _close(self._llm)
         del self._llm
-        cleanup_dist_env_and_memory()
+
+
+def _close(llm: Any) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
 
 
 def _completion(request: Request, output: Any) -> Completion:
