@@ -176,3 +176,96 @@ class MidtrainConfig(SupervisedConfig):
 @config
 class SFTConfig(SupervisedConfig):
     """Stage 2: unpacked conversations, loss on the response only."""
+
+
+@config
+class StoppingConfig:
+    """The report on stopping: who ends an answer before the limit.
+
+    Attributes:
+        output: where the table goes.
+        quickstarts: outputs of finished quickstarts.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+
+
+@config
+class MidtrainScalingConfig:
+    """The ablation of the mid-training set's size.
+
+    Attributes:
+        output: where the arms, the table and the picture go.
+        quickstarts: outputs of finished quickstarts; they bring the base models and the whole set.
+        problems: the smaller sets: as many problems as the teacher is asked.
+        epochs: passes over each set; the quickstart's own over the whole set.
+        updates: also train every set for so many updates, whatever its size; None = do not.
+        heldout_documents: problems whose right responses measure the loss.
+        heldout_problems: questions of the evaluation; as many as the quickstart's.
+        evaluation_samples: answers a question; as many as the quickstart's.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+    problems: tuple[Positive, ...]
+    epochs: Positive
+    updates: Positive | None = None
+    heldout_documents: Positive
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+
+@config
+class MidtrainPackingConfig:
+    """The ablation of packing in mid-training.
+
+    Attributes:
+        output: where the unpacked arm, the table and the picture go.
+        quickstarts: outputs of finished quickstarts.
+        scaling: output of the ablation of the set's size; one of its arms is the packed one.
+        problems: which of its sets.
+        epochs: as there.
+        batch: conversations an update; as many as an update of packed rows holds on average.
+        lr, min_lr: of mid-training (conf/midtrain/tiny.yaml).
+        sequence_length: the same.
+        heldout_problems: questions of the evaluation; as many as there.
+        evaluation_samples: answers a question; as many as there.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+    scaling: Path
+    problems: Positive
+    epochs: Positive
+    batch: Positive
+    lr: float
+    min_lr: float
+    sequence_length: Positive
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+
+@config
+class DirectSFTConfig:
+    """The ablation of direct SFT on a small set.
+
+    Attributes:
+        output: where the arms, the table and the picture go.
+        quickstarts: outputs of finished quickstarts.
+        scaling: output of the ablation of the set's size: the small set and the lightly trained start.
+        small: problems behind the small set: the SFT subset of that size.
+        light: problems behind the mid-training of the lightly trained start.
+        epochs: passes over the small set.
+        heldout_problems: questions of the evaluation; as many as the quickstart's.
+        evaluation_samples: answers a question; as many as the quickstart's.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+    scaling: Path
+    small: Positive
+    light: Positive
+    epochs: Positive
+    heldout_problems: Positive
+    evaluation_samples: Positive

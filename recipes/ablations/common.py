@@ -16,7 +16,9 @@ from phimr_nemo.runs import RunDirectory
 
 Config = TypeVar("Config")
 Differences = Mapping[str, Sequence[tuple[float, float]]]
-"""What is compared -> each seed's mean difference and its standard error over questions, in per cent."""
+"""What is compared -> each seed's mean difference and its standard error (over questions, in per cent)."""
+Measures = Mapping[str, Mapping[str, Sequence[float]]]
+"""Row -> measure -> one value a seed, in the unit that is shown."""
 
 PLOT_WIDTH: Final = 7.5
 PLOT_MARGIN: Final = 1.1
@@ -26,6 +28,7 @@ DPI: Final = 110
 LONGEST_LEGEND: Final = 4
 SEED_OFFSET: Final = 0.16
 """Between the lines of two seeds, in rows."""
+POINTS: Final = "difference of pass@1, paired by question (points)"
 AXIS: Final = (
     "difference of pass@1 in points, paired by question\n"
     "(bars: one standard error; a seed's over questions, the mean's over seeds)"
@@ -114,25 +117,32 @@ def paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[flo
     return 100 * mean, 100 * error
 
 
-def differences_markdown(differences: Differences, seeds: Sequence[int]) -> str:
-    """One line a comparison: mean and standard error over seeds, and each seed's with its own."""
+def differences_markdown(
+    differences: Differences, seeds: Sequence[int], *, title: str = POINTS, digits: int = 1
+) -> str:
+    """One line a comparison: mean and standard error over seeds, and each seed's with its own.
+
+    Args:
+        differences: see the type.
+        seeds: of its values.
+        title: what is compared, with its unit.
+        digits: after the decimal point.
+    """
     from phimr_nemo.evaluate.statistics import mean_and_error
 
     lines = [
-        "| difference of pass@1, paired by question (points) | mean | stderr, seeds | "
-        + " | ".join(f"seed {seed} (stderr, questions)" for seed in seeds)
-        + " |",
+        f"| {title} | mean | stderr, seeds | " + " | ".join(f"seed {seed} (its stderr)" for seed in seeds) + " |",
         "|---|---:|---:|" + "---:|" * len(seeds),
     ]
     for name, each in differences.items():
         mean, error = mean_and_error([value for value, _ in each])
-        cells = " | ".join(f"{value:+.1f} ({stderr:.1f})" for value, stderr in each)
-        lines.append(f"| {name} | {mean:+.1f} | {error:.1f} | {cells} |")
+        cells = " | ".join(f"{value:+.{digits}f} ({stderr:.{digits}f})" for value, stderr in each)
+        lines.append(f"| {name} | {mean:+.{digits}f} | {error:.{digits}f} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def plot_differences(differences: Differences, seeds: Sequence[int], path: Path) -> None:
-    """Each seed's paired difference with its error over questions, and their mean with its error over seeds."""
+def plot_differences(differences: Differences, seeds: Sequence[int], path: Path, *, axis: str = AXIS) -> None:
+    """Each seed's paired difference with its own error, and their mean with its error over seeds."""
     from matplotlib.figure import Figure
 
     from phimr_nemo.evaluate.statistics import mean_and_error
@@ -161,11 +171,55 @@ def plot_differences(differences: Differences, seeds: Sequence[int], path: Path)
         range(len(differences)), [name.replace(" minus ", "\nminus ") for name in differences], fontsize=8
     )
     axes.invert_yaxis()
-    axes.set_xlabel(AXIS, fontsize=8)
+    axes.set_xlabel(axis, fontsize=8)
     columns = min(len(seeds) + 1, LONGEST_LEGEND)
     axes.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
     figure.tight_layout()
     save_png(figure, path, dpi=DPI)
+
+
+def measures_markdown(first: str, table: Measures, digits: Mapping[str, int], seeds: Sequence[int]) -> str:
+    """One line a row: every measure as mean ± standard error over seeds, and each seed's value.
+
+    Args:
+        first: title of the rows.
+        table: its measures may be absent in a row.
+        digits: measure -> digits after the decimal point; the columns in their order.
+        seeds: of the values.
+    """
+    from phimr_nemo.evaluate.statistics import mean_and_error
+
+    lines = [
+        f"Mean ± standard error over seeds {', '.join(map(str, seeds))}; in brackets each seed's.",
+        "",
+        f"| {first} | {' | '.join(digits)} |",
+        "|---|" + "---:|" * len(digits),
+    ]
+    for name, measures in table.items():
+        cells = []
+        for measure, places in digits.items():
+            each = measures.get(measure)
+            if each is None:
+                cells.append("-")
+                continue
+            mean, error = mean_and_error(each)
+            spread = f" ± {error:.{places}f}" if error > 0 else ""
+            values = ", ".join(f"{value:.{places}f}" for value in each)
+            cells.append(f"{mean:.{places}f}{spread} ({values})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def require_finished(root: Path, needed: Sequence[str], *, remedy: str) -> Path:
+    """`root`, when all the steps under it that are needed have finished.
+
+    Raises:
+        UserError: one has not.
+    """
+    unfinished = [name for name in needed if not RunDirectory(root / name).is_done]
+    if unfinished:
+        raise UserError(f"{root} has no finished {unfinished}", rule="the ablation builds on them", remedy=remedy)
+    return root
 
 
 def ablation_command(schema: type[Config], preset: str, action: Callable[[Config], Any]) -> typer.Typer:

@@ -19,7 +19,9 @@ from phimr_nemo.config import (
     to_dict,
     to_yaml,
 )
+from phimr_nemo.config.ablations import ForgettingConfig
 from phimr_nemo.config.alignment import DPONegativesConfig
+from phimr_nemo.config.supervised import DirectSFTConfig, MidtrainPackingConfig, MidtrainScalingConfig, StoppingConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 
@@ -30,7 +32,10 @@ PLANS: dict[str, type] = {
     "generate": GenerationPlanConfig,
 }
 OTHERS = ("model", "cluster", "plan", "ablations")
-ABLATIONS: dict[str, type] = {"dpo_negatives": DPONegativesConfig}
+ABLATIONS: dict[str, type] = {
+    "dpo_negatives": DPONegativesConfig,
+    "forgetting": ForgettingConfig,
+}
 LEFT_TO_THE_USER = "???"
 
 

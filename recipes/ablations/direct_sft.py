@@ -1,0 +1,129 @@
+"""Ablation: direct SFT on a small set of hard, verified conversations, with and without mid-training before it.
+
+    python -m recipes.ablations.direct_sft quickstarts=[runs/quickstart] \
+        scaling=runs/ablation-midtrain-scaling output=runs/ablation-direct-sft
+
+The paper finds that SFT of Phi-4-Mini on LIMO's or S1K's thousand examples alone makes it worse than it was. The tiny
+base model is random and cannot get worse, so the same small set is trained on from three starts: the random base, a
+model with light mid-training (a quarter of the set) that stands for a base with some ability, and the quickstart's
+mid-trained model. Each is compared with its own start, question by question.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from phimr_nemo.atomic import atomic_write_text
+from phimr_nemo.config.supervised import DirectSFTConfig
+from phimr_nemo.pipeline import Step
+from phimr_nemo.store import read_manifest, write_json
+from recipes.ablations.common import (
+    ablation_command,
+    differences_markdown,
+    evaluation_step,
+    measures_markdown,
+    paired,
+    plot_differences,
+    require_finished,
+    run_steps,
+    seed_directories,
+    stage_step,
+)
+from recipes.ablations.midtrain_scaling import FINISH, PASS1, STOPPED, Arm, directories
+
+TINY: Final = "conf/ablations/direct_sft.yaml"
+PLOT_FILE: Final = "ablation-direct-sft.png"
+NEEDED: Final = ("base", "midtrain", "evaluate-base", "evaluate-midtrain")
+STARTS: Final = {"base": "random base", "light": "light mid-training", "midtrain": "mid-training"}
+LENGTH: Final = "tokens an answer"
+EXAMPLES: Final = "examples"
+DIGITS: Final = {EXAMPLES: 0, PASS1: 1, STOPPED: 1, LENGTH: 1}
+
+
+def starts(config: DirectSFTConfig, seed: int, root: Path) -> dict[str, tuple[Path, Path]]:
+    """Each start's model and evaluation: its run directories.
+
+    Raises:
+        UserError: the light mid-training or the small set is not finished.
+    """
+    arm = Arm(str(config.light), "epochs")
+    needed = (f"curated-{config.small}", f"midtrain-{arm.name}", f"evaluate-{arm.name}")
+    source = require_finished(config.scaling / f"seed-{seed}", needed, remedy=FINISH)
+    return {
+        "base": (root / "base", root / "evaluate-base"),
+        "light": directories(source, root, arm),
+        "midtrain": (root / "midtrain", root / "evaluate-midtrain"),
+    }
+
+
+def _small_set(config: DirectSFTConfig, seed: int) -> Path:
+    return config.scaling / f"seed-{seed}" / f"curated-{config.small}" / "sft"
+
+
+def plan(config: DirectSFTConfig) -> list[Step]:
+    """Every command of the ablation, in order.
+
+    Raises:
+        UserError: a quickstart, or what the ablation of the set's size makes, is not finished.
+    """
+    steps = []
+    for seed, root in seed_directories(config.quickstarts, needed=NEEDED).items():
+        out = config.output / f"seed-{seed}"
+        data = (f"data={_small_set(config, seed)}", f"epochs={config.epochs}", "validation_rows=0")
+        for name, (model, _) in starts(config, seed, root).items():
+            arm = f"sft-{name}"
+            sizes = {"problems": config.heldout_problems, "samples": config.evaluation_samples}
+            steps += [
+                stage_step(out, seed, arm, "sft", f"base={model / 'hf'}", *data),
+                evaluation_step(out, seed, arm, out / arm / "hf", **sizes),
+            ]
+    return steps
+
+
+def report(config: DirectSFTConfig) -> str:
+    """Write the tables (markdown, JSON) and the picture; returns the tables in markdown.
+
+    Raises:
+        UserError: an arm is not finished.
+    """
+    from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
+
+    roots = seed_directories(config.quickstarts, needed=NEEDED)
+    table: dict[str, dict[str, list[float]]] = {}
+    differences: dict[str, list[tuple[float, float]]] = {}
+    for seed, root in roots.items():
+        out = config.output / f"seed-{seed}"
+        examples = read_manifest(_small_set(config, seed), "conversations").rows
+        for name, (_, evaluated) in starts(config, seed, root).items():
+            arm = f"evaluate-sft-{name}"
+            require_finished(out, [arm], remedy="run this ablation's steps")
+            before, after = read_result(evaluated / RESULTS_FILE), read_result(out / arm / RESULTS_FILE)
+            title = STARTS[name]
+            for row, result, count in ((title, before, 0), (f"{title} + small set", after, examples)):
+                found = {
+                    EXAMPLES: count,
+                    PASS1: 100 * result.pass1,
+                    STOPPED: 100 * result.stopped,
+                    LENGTH: result.mean_tokens,
+                }
+                for measure, value in found.items():
+                    table.setdefault(row, {}).setdefault(measure, []).append(value)
+            contrast = f"{title} + small set minus {title}"
+            differences.setdefault(contrast, []).append(paired(before.per_question, after.per_question))
+    seeds = list(roots)
+    write_json(config.output / "direct-sft.json", {"seeds": seeds, "table": table, "pass1_points": differences})
+    text = measures_markdown("model", table, DIGITS, seeds) + "\n" + differences_markdown(differences, seeds)
+    atomic_write_text(config.output / "table.md", text)
+    plot_differences(differences, seeds, config.output / PLOT_FILE)
+    return text
+
+
+def main(config: DirectSFTConfig) -> None:
+    """Direct SFT on a small set, from three starts."""
+    run_steps(plan(config))
+    print(report(config))
+
+
+if __name__ == "__main__":
+    ablation_command(DirectSFTConfig, TINY, main)()
