@@ -35,6 +35,10 @@ OTHERS = ("model", "cluster", "plan", "ablations")
 ABLATIONS: dict[str, type] = {
     "dpo_negatives": DPONegativesConfig,
     "forgetting": ForgettingConfig,
+    "stopping": StoppingConfig,
+    "midtrain_scaling": MidtrainScalingConfig,
+    "midtrain_packing": MidtrainPackingConfig,
+    "direct_sft": DirectSFTConfig,
 }
 LEFT_TO_THE_USER = "???"
 
