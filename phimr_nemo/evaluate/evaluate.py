@@ -133,23 +133,21 @@ def evaluate_model(config: EvaluateConfig, problems: pa.Table, facts: Mapping[st
 
 
 def _check_not_silent(verdicts_dir: Path) -> None:
-    import pyarrow.compute as pc
-
+    """Refuse responses that all ended before their first word."""
     counts = read_manifest(verdicts_dir, "verdicts").counts
     rows = sum(counts.values())
     if counts.get("unparsable") != rows:
         return
-    longest = max(
-        pc.max(pc.utf8_length(pc.utf8_trim_whitespace(shard["response"]))).as_py()
-        for shard in iter_shards(verdicts_dir, "verdicts", ["response"])
+    for shard in iter_shards(verdicts_dir, "verdicts", ["response", "finish_reason"]):
+        ended = zip(shard["response"].to_pylist(), shard["finish_reason"].to_pylist(), strict=True)
+        if any(response.strip() or reason != "stop" for response, reason in ended):
+            return
+    raise UserError(
+        f"all {rows} responses in {verdicts_dir} are empty",
+        rule="a model that is evaluated answers something: a score of zero would say nothing about it",
+        remedy="check that the directory's chat template and end tokens are the model's, or the server's model "
+        "(phimr sample DIR QUESTION shows a reply); then remove the output directory",
     )
-    if longest == 0:
-        raise UserError(
-            f"all {rows} responses in {verdicts_dir} are empty",
-            rule="a model that is evaluated answers something: a score of zero would say nothing about it",
-            remedy="check that the directory's chat template and end tokens are the model's, or the server's model "
-            "(phimr sample DIR QUESTION shows a reply); then remove the output directory",
-        )
 
 
 def summarise(verdicts: pa.Table) -> Result:

@@ -1,0 +1,207 @@
+"""`phimr evaluate` as a command: every engine, resuming, and bad input, which is one clear error each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from openai_server import OpenAIServer, Reply, user_text
+from safetensors.torch import load_file, save_file
+
+from phimr_nemo import cli
+from phimr_nemo.config import BaseConfig, load_config
+from phimr_nemo.evaluate.evaluate import read_result, read_settings
+from phimr_nemo.launch import run_stage
+from phimr_nemo.store import read_table
+
+SHAPE = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")
+COUNT = 3
+ENDPOINT = (
+    "engine.kind=endpoint",
+    "engine.endpoint.model=served",
+    "engine.endpoint.concurrency=2",
+    "engine.endpoint.idle_seconds=30",
+    "engine.endpoint.total_seconds=60",
+    "engine.endpoint.attempts=1",
+    "engine.endpoint.backoff_seconds=0.01",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("model")
+    overrides = [f"run.output={output}", "initializer_range=0.2", *SHAPE]
+    run_stage("base", load_config(BaseConfig, Path("conf/base/tiny.yaml"), overrides))
+    return output / "hf"
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"question": f"What is {n}+{n}?", "answer": str(2 * n)} for n in range(1, COUNT + 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, out: Path, *overrides: str) -> int:
+    """The exit code of the command, run in this process."""
+    fixed = (f"run.output={out}", "samples=2", "max_new_tokens=6", "workers=1")
+    arguments = ["phimr", "evaluate", "--config", "conf/evaluate/tiny.yaml", *fixed, *overrides]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *named: str) -> None:
+    """Exit code 2 and one message with the value, the rule and the remedy."""
+    message = capsys.readouterr().err
+    assert code == 2, message
+    assert [message.count(part) for part in ("error: ", "  rule:   ", "  remedy: ")] == [1, 1, 1]
+    assert "Traceback" not in message
+    for part in named:
+        assert part in message
+
+
+def own(path: Path) -> tuple[str, str]:
+    return ("problems.kind=file", f"problems.path={path}")
+
+
+def test_a_run_is_stored_and_a_second_one_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, problems: Path
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(monkeypatch, out, f"model={model}", *own(problems)) == 0
+    result, settings = read_result(out / "results.json"), read_settings(out / "results.json")
+    assert (result.questions, result.samples) == (COUNT, 2)
+    # The base model's run stands beside it; a file of one's own has its name.
+    assert (settings["row"], settings["benchmark"]) == ("base", "mine")
+    verdicts = read_table(out / "verdicts", "verdicts")
+    assert verdicts.num_rows == 2 * COUNT
+    assert result.lengths is not None
+    assert sum(result.lengths.bins) == result.lengths.known == 2 * COUNT
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert evaluate(monkeypatch, out, f"model={model}", *own(problems)) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == files
+
+
+def test_an_interrupted_run_continues_question_by_question_and_other_settings_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, problems: Path
+) -> None:
+    from phimr_nemo.generate.local import LocalSampler
+
+    out, command = tmp_path / "out", (f"model={model}", *own(problems), "shard_questions=1")
+    whole = LocalSampler.sample
+    asked: list[int] = []
+
+    def interrupted(self: LocalSampler, requests: Sequence[Any], params: Any) -> Any:
+        asked.append(len(requests))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(self, requests, params)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalSampler, "sample", interrupted)
+        assert evaluate(monkeypatch, out, *command) == 3
+    capsys.readouterr()
+    first = (out / "rollouts" / "part-00000.parquet").read_bytes()
+    for change, named in (
+        ("temperature=0.7", "temperature: 0.6 there, 0.7 now"),
+        ("samples=3", "samples: 2 there, 3 now"),
+        ("longrope=always_short", "longrope: 'long_when_max_length_exceeds_original' there, 'always_short' now"),
+        ("prompt='Do {question}'", "prompt: '{question}' there"),
+    ):
+        refused(capsys, evaluate(monkeypatch, out, *command, change), "other settings", named)
+    # What changes no response may change.
+    assert evaluate(monkeypatch, out, *command, "engine.max_batch=1", "workers=2") == 0
+    assert (out / "rollouts" / "part-00000.parquet").read_bytes() == first
+    assert asked == [2, 2]
+    undisturbed = tmp_path / "undisturbed"
+    assert evaluate(monkeypatch, undisturbed, *command) == 0
+    columns = ["id", "response", "finish_reason", "verdict"]
+    assert read_table(out / "verdicts", "verdicts", columns) == read_table(
+        undisturbed / "verdicts", "verdicts", columns
+    )
+
+
+def test_a_served_model_is_evaluated_without_its_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, problems: Path
+) -> None:
+    def teacher(body: dict[str, Any]) -> Reply:
+        number = int(user_text(body).split("+")[0].split()[-1])
+        return Reply(f"It is \\boxed{{{2 * number if number > 1 else 7}}}.")
+
+    out = tmp_path / "out"
+    with OpenAIServer(teacher) as server:
+        settings = (*ENDPOINT, f"engine.endpoint.base_urls=[{server.url}]", "model=null")
+        assert evaluate(monkeypatch, out, *settings, *own(problems)) == 0
+    result = read_result(out / "results.json")
+    assert sorted(result.per_question.values()) == [0.0, 1.0, 1.0]
+    assert read_settings(out / "results.json")["row"] == "served"
+
+
+def test_longrope_is_a_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, problems: Path) -> None:
+    """Beyond the original length the two policies use other factors, and only there."""
+    copy = tmp_path / "model" / "hf"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    pairs = len(config["rope_scaling"]["long_factor"])
+    config["rope_scaling"]["long_factor"] = [40.0] * pairs
+    config["original_max_position_embeddings"] = 16
+    (copy / "config.json").write_text(json.dumps(config))
+    responses = {}
+    for policy in ("long_when_max_length_exceeds_original", "always_short"):
+        out = tmp_path / policy
+        settings = (f"model={copy}", f"longrope={policy}", "temperature=0", "max_new_tokens=24")
+        assert evaluate(monkeypatch, out, *settings, *own(problems)) == 0
+        responses[policy] = read_table(out / "verdicts", "verdicts", ["response"]).column("response").to_pylist()
+    assert responses["always_short"] != responses["long_when_max_length_exceeds_original"]
+
+
+def test_bad_input_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, problems: Path
+) -> None:
+    out, given = tmp_path / "out", f"model={model}"
+    benchmark = ("problems.kind=benchmark", f"problems.path={problems}")
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    (bare / "tokenizer.json").unlink()
+    columns = tmp_path / "columns.jsonl"
+    columns.write_text('{"title": "a", "text": "b"}\n')
+    unanswered = tmp_path / "unanswered.jsonl"
+    unanswered.write_text('{"question": "a?", "answer": "1"}\n{"question": "b?", "answer": ""}\n')
+    cases: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+        ((given, *benchmark, "problems.name=AIME42"), ("unknown benchmark 'AIME42'", "AIME24")),
+        ((given, *benchmark, "problems.name=AIME24"), (f"{problems} holds {COUNT} questions", "AIME24 has 30")),
+        ((given, *own(columns)), (f"{columns} lacks a question column", "['text', 'title']")),
+        ((given, *own(unanswered)), (f"{unanswered}, line 2 has no answer",)),
+        ((given, *own(problems), "problems.answer=gold"), ("the answer column 'gold'",)),
+        ((given, *own(tmp_path / "none.jsonl")), ("none.jsonl does not exist",)),
+        ((f"model={bare}", *own(problems)), (f"{bare} holds no tokenizer.json",)),
+        ((f"model={tmp_path / 'no'}", *own(problems)), ("no does not exist",)),
+        (("model=null", *own(problems)), ("no model for engine.kind=local",)),
+        ((given, *own(problems), "prompt=hello"), ("prompt template 'hello'",)),
+        ((given, *own(problems), "engine.kind=magic"), ("engine=", "magic")),
+    ]
+    for overrides, named in cases:
+        refused(capsys, evaluate(monkeypatch, out, *overrides), *named)
+        assert not out.exists(), overrides
+
+
+def test_a_model_that_says_nothing_is_no_score_of_zero(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, problems: Path
+) -> None:
+    """Without weights all tokens are equal and greedy decoding takes the first one, which ends the response."""
+    silent = tmp_path / "silent"
+    shutil.copytree(model, silent)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, silent / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    code = evaluate(monkeypatch, out, f"model={silent}", *own(problems), "temperature=0")
+    refused(capsys, code, f"all {2 * COUNT} responses in {out / 'verdicts'} are empty", "phimr sample")
+    assert not (out / "results.json").exists()
