@@ -15,6 +15,7 @@ from phimr_nemo.data.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 TINY_VOCAB_SIZE: Final = 512
@@ -50,7 +51,6 @@ def build_tokenizer(
             too few to fill it.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     smallest = BYTE_ALPHABET_SIZE + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -81,14 +81,30 @@ def build_tokenizer(
             rule="every entry must be learnt from the texts",
             remedy="give more text or a smaller vocab_size",
         )
+    return chat_tokenizer(tokenizer, system_prompt, max_length=MAX_LENGTH)
+
+
+def chat_tokenizer(backend: Tokenizer, system_prompt: str, *, max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that holds the Phi chat tokens as added ones, with the reasoning template and its settings.
+
+    Args:
+        backend: the tokenizer itself.
+        system_prompt: the system text in the chat template.
+        max_length: the model's longest sequence, in tokens.
+
+    Raises:
+        UserError: a system prompt that Jinja would read.
+    """
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=backend,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         additional_special_tokens=[token for token in SPECIAL_TOKENS if token != END_OF_TEXT],
         chat_template=reasoning_template(system_prompt),
-        model_max_length=MAX_LENGTH,
+        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
 

