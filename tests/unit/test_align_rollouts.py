@@ -22,6 +22,7 @@ from phimr_nemo.align.rollouts import (
     rollout_metrics,
     rollout_requests,
     training_rows,
+    verdicts_of,
 )
 from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.data.chat import render_prompt
@@ -130,13 +131,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return build_tokenizer(synthetic_corpus())
 
 
-def written_prompts(path: Path, questions: list[str], spreads: list[float], hard: list[bool]) -> Path:
+def written_prompts(
+    path: Path, questions: list[str], spreads: list[float], hard: list[bool], answers: list[str] | None = None
+) -> Path:
     rows = [
         {
             "id": f"p{i}",
             "problem_id": f"p{i}",
             "question": question,
-            "answer": str(i),
+            "answer": str(i) if answers is None else answers[i],
             "pass_rate": 0.5,
             "mean_length": 9.0,
             "length_spread": spreads[i],
@@ -165,9 +168,73 @@ def test_prompts_are_filtered_by_spread_and_length_and_hard_ones_repeated(
     assert (prompts.dropped_uneven, prompts.dropped_long) == (1, 1)
 
 
-def test_no_usable_prompt_is_an_error_that_counts(
-    tmp_path: Path, repository: Path, tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize(
+    ("spreads", "message", "remedy"),
+    [
+        (
+            [math.inf, 0.9],
+            r"none of the 2 prompts .*max_length_spread=0\.5 drops 2; of the other 0",
+            "max_length_spread",
+        ),
+        ([math.inf, 0.1], r"drops 1; of the other 1 all are longer .* = 2 tokens", "raise sequence_length"),
+        ([], r"none of the 0 prompts .* drops 0", "curate again"),
+    ],
+)
+def test_no_usable_prompt_is_an_error_that_says_what_dropped_them(
+    tmp_path: Path,
+    repository: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    spreads: list[float],
+    message: str,
+    remedy: str,
 ) -> None:
-    path = written_prompts(tmp_path / "prompts", ["What is 1 + 1?"], [math.inf], [False])
-    with pytest.raises(UserError, match=r"none of the 1 prompts .* 1 with a length spread"):
+    questions = ["What is 1 + 1?", "What is 2 + 2?"][: len(spreads)]
+    path = written_prompts(tmp_path / "prompts", questions, spreads, [False] * len(spreads))
+    with pytest.raises(UserError, match=message) as caught:
+        load_prompts(path, tokenizer, grpo_config(repository, "sequence_length=98"))
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", ["", "  "])
+def test_a_prompt_without_an_answer_is_refused(
+    tmp_path: Path, repository: Path, tokenizer: PreTrainedTokenizerBase, answer: str
+) -> None:
+    """Nothing could ever be right: it would only cost samples."""
+    path = written_prompts(tmp_path / "prompts", ["What is 1 + 1?"] * 3, [0.1] * 3, [False] * 3, ["2", answer, "2"])
+    with pytest.raises(UserError, match=r"1 of 3 prompts in .* have no answer; the first is 'p1'"):
         load_prompts(path, tokenizer, grpo_config(repository))
+
+
+class Grader:
+    """Returns what it was given, or raises it."""
+
+    def __init__(self, *verdicts: str, error: Exception | None = None) -> None:
+        self.verdicts = [SimpleNamespace(verdict=verdict, reason="the gold answer is empty") for verdict in verdicts]
+        self.error = error
+
+    def grade_many(self, pairs: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.verdicts
+
+
+@pytest.mark.parametrize(
+    ("grader", "message"),
+    [
+        (Grader(error=ZeroDivisionError("by zero")), "the reward of 2 responses raised ZeroDivisionError: by zero"),
+        (Grader(error=UserError("no math-verify", rule="r", remedy="m")), "no math-verify"),
+        (Grader("correct"), "1 verdicts for 2 responses"),
+        (Grader("error", "error"), "none of 2 responses could be graded: the gold answer is empty"),
+    ],
+)
+def test_a_reward_that_fails_is_one_clear_error(grader: Grader, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        verdicts_of(grader, ["a", "b"], ["1", "2"])
+
+
+def test_single_responses_that_cannot_be_graded_are_wrong_ones() -> None:
+    assert [v.verdict for v in verdicts_of(Grader("error", "correct"), ["a", "b"], ["1", "2"])] == [
+        "error",
+        "correct",
+    ]
+    assert list(verdicts_of(Grader(), [], [])) == []

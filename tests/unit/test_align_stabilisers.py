@@ -11,8 +11,10 @@ import pytest
 from phimr_nemo.align.stabilisers import (
     annealed_temperature,
     check_temperature,
+    group_fate,
     oversampled,
     rebalanced_group,
+    refill_size,
     uniform_prompts,
 )
 from phimr_nemo.config.alignment import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
@@ -56,7 +58,7 @@ def test_without_prompt_optimisation_all_stay() -> None:
 
 
 def rebalance(drop_above: float = 0.5, *, enabled: bool = True, hard: int = 2) -> RebalanceConfig:
-    return RebalanceConfig(enabled=enabled, drop_above=drop_above, oversample_hard=hard)
+    return RebalanceConfig(enabled=enabled, drop_above=drop_above, oversample_hard=hard, refill_rounds=0)
 
 
 def test_hard_prompts_are_repeated() -> None:
@@ -80,6 +82,33 @@ def test_every_group_of_six_keeps_what_the_paper_says() -> None:
         assert positives <= set(kept)
         assert len(kept) == len(set(kept)) == 2 * len(positives)
         assert kept == sorted(kept)
+
+
+def test_every_group_of_six_has_a_reason() -> None:
+    """By how many of 6 are right: none, up to half of them, more."""
+    expected = ["impossible", "kept", "kept", "kept", "easy", "easy", "easy"]
+    for correct in itertools.product([False, True], repeat=6):
+        assert group_fate(correct, rebalance(0.5)) == expected[sum(correct)]
+        assert group_fate(correct, rebalance(0.5, enabled=False)) == "kept"
+    assert group_fate([True] * 6, rebalance(1.0)) == "easy"
+
+
+def test_as_many_prompts_are_sampled_again_as_are_expected_to_fill_the_step() -> None:
+    """16 of 64 found: a quarter, so 48 missing ones take 192, of which at most 64 at once; 60 of 64: 4.3, so 5."""
+    assert refill_size(wanted=64, found=16, sampled=64, largest=64) == 64
+    assert refill_size(wanted=64, found=60, sampled=64, largest=64) == 5
+    assert refill_size(wanted=64, found=0, sampled=64, largest=64) == 64
+    assert refill_size(wanted=64, found=64, sampled=100, largest=64) == 0
+    assert refill_size(wanted=64, found=70, sampled=128, largest=64) == 0
+
+
+def test_what_is_sampled_again_suffices_at_the_same_yield() -> None:
+    for wanted, sampled in itertools.product(range(1, 12), range(1, 12)):
+        for found in range(1, sampled + 1):
+            size = refill_size(wanted, found, sampled, largest=10**6)
+            # One prompt fewer would not be enough.
+            assert found + size * found / sampled >= wanted or size == 0
+            assert size == 0 or found + (size - 1) * found / sampled < wanted
 
 
 def test_the_threshold_itself_is_kept() -> None:
