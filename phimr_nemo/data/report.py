@@ -6,7 +6,6 @@ lengths, pass rates), never from the text of responses.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from phimr_nemo.data.check import recorded_kind
 from phimr_nemo.data.report_page import TEMPLATE
 from phimr_nemo.data.shape import LENGTH_BINS, SHAPE_FILE, TIERS
 from phimr_nemo.errors import UserError
+from phimr_nemo.page import embedded_png, render
 from phimr_nemo.records import KINDS, Kind
 from phimr_nemo.store import MANIFEST, Manifest, file_sha256, read_manifest
 
@@ -116,17 +116,12 @@ def find_steps(roots: Sequence[Path]) -> list[Step]:
 
 def page(roots: Sequence[Path], steps: Sequence[Step], pictures: Sequence[Picture]) -> str:
     """The HTML page; every name and reason in it is escaped."""
-    from jinja2 import Environment
-
-    template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
     made = sorted({f"phimr-nemo {step.manifest.versions.get('phimr-nemo', 'unknown')}" for step in steps})
-    return template.render(
+    return render(
+        TEMPLATE,
         roots=[root.name or str(root) for root in roots],
         tiles=tiles(steps),
-        pictures=[
-            {"title": picture.title, "data": base64.b64encode(picture.path.read_bytes()).decode("ascii")}
-            for picture in pictures
-        ],
+        pictures=[{"title": picture.title, "data": embedded_png(picture.path)} for picture in pictures],
         steps=[_card(step) for step in steps],
         versions="Made by " + ", ".join(made) + ".",
     )

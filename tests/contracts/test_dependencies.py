@@ -13,7 +13,20 @@ from pathlib import Path
 import pytest
 
 TIERS = (
-    {"", "errors", "redact", "records", "atomic", "content", "picture", "store", "runs", "config", "endpoint"},
+    {
+        "",
+        "errors",
+        "redact",
+        "records",
+        "atomic",
+        "content",
+        "page",
+        "picture",
+        "store",
+        "runs",
+        "config",
+        "endpoint",
+    },
     {"losses", "data", "verify", "model"},
     {"generate"},
     {"align", "train", "evaluate", "plan"},

@@ -107,7 +107,7 @@ def test_olympiadbench_is_read_in_its_own_layout_and_in_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
-        benchmarks.BENCHMARKS,  # type: ignore[arg-type]
+        benchmarks.BENCHMARKS,
         "OlympiadBench",
         Benchmark("OlympiadBench", (2,), preset="olympiad_bench"),
     )
@@ -121,7 +121,7 @@ def test_olympiadbench_is_read_in_its_own_layout_and_in_another(
 
 
 def test_a_question_twice_counts_but_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "MATH-500", Benchmark("MATH-500", (3,)))  # type: ignore[arg-type]
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "MATH-500", Benchmark("MATH-500", (3,)))
     rows = [{"problem": "a?", "answer": "1"}, {"problem": "b?", "answer": "2"}, {"problem": "a?", "answer": "1"}]
     table, _ = read_benchmark(named("MATH-500", write_lines(tmp_path / "m.jsonl", rows)))
     assert table["question"].to_pylist() == ["a?", "b?"]
