@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -147,6 +147,12 @@ class MetricsWriter:
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, float(value), step)
+
+    def write_histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Add a distribution to TensorBoard; metrics.jsonl holds scalars only."""
+        import numpy as np
+
+        self._board.add_histogram(name, np.asarray(values, dtype=np.float64), step)
 
     def close(self) -> None:
         """Flush and close both files."""

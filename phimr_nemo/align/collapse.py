@@ -1,8 +1,8 @@
 """Whether a GRPO run is collapsing, from what it logs: loops, cut-off responses, entropy, accuracy.
 
-Every rule looks at means over the last `window` steps, so that one unlucky round is no alarm, and at the run's own past
-where a healthy value depends on model, prompts and length limit. A rule that needs the past compares with the best that
-the run has had, not with its start: a run may collapse after it has improved.
+Every rule looks at means over the last `window` steps, so that one unlucky round is no alarm, and at the run's own
+past where a healthy value depends on model, prompts and length limit. Such a rule compares with the best that the run
+has had, not with its start: a run may collapse after it has improved.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Final
 from phimr_nemo.config.alignment import MonitorConfig
 
 WATCHED: Final = ("pass_rate", "repetitive", "truncated", "entropy")
+RISING: Final = ("repetitive", "truncated")
 REMEDIES: Final[Mapping[str, str]] = {
     "repetition": "the model loops: go back to a checkpoint from before, lower optim.lr or set kl above 0",
-    "overlong": "responses run into max_new_tokens: look at some; if they are good raise the limit, if they loop go back "
-    "to a checkpoint from before and lower optim.lr",
-    "entropy gone": "the model always says the same and no longer learns from it: raise the temperature or clip_high",
+    "overlong": "responses run into max_new_tokens: look at some; if they are good raise the limit, if they loop go "
+    "back to a checkpoint from before and lower optim.lr",
+    "entropy gone": "the model always says the same and no longer learns from it: raise the temperature or "
+    "loss.clip_high",
     "entropy explosion": "the samples are close to noise: lower the temperature or optim.lr, go back to a checkpoint "
     "from before",
     "accuracy": "go back to a checkpoint from before and lower optim.lr, or set kl above 0",
@@ -42,7 +44,7 @@ class CollapseWatch:
         self._config = config
         self._rows: deque[Mapping[str, float]] = deque(maxlen=config.window)
         self._best_pass_rate = 0.0
-        self._lowest_truncated = 1.0
+        self._lowest = dict.fromkeys(RISING, 1.0)
         self._highest_entropy = 0.0
         self.found: dict[str, int] = {}
         for row in past:
@@ -65,7 +67,7 @@ class CollapseWatch:
             return []
         means = {name: fmean(row[name] for row in self._rows) for name in WATCHED}
         self._best_pass_rate = max(self._best_pass_rate, means["pass_rate"])
-        self._lowest_truncated = min(self._lowest_truncated, means["truncated"])
+        self._lowest = {name: min(lowest, means[name]) for name, lowest in self._lowest.items()}
         self._highest_entropy = max(self._highest_entropy, means["entropy"])
         messages = []
         for kind, reason in self._reasons(means).items():
@@ -78,15 +80,15 @@ class CollapseWatch:
         """Kind of collapse -> what was seen and the threshold, for the kinds that the window's means show."""
         config, window = self._config, f"over the last {self._config.window} steps"
         reasons = {}
-        if means["repetitive"] > config.max_repetitive:
+        if means["repetitive"] > self._lowest["repetitive"] + config.repetitive_rise:
             reasons["repetition"] = (
-                f"{means['repetitive']:.0%} of the responses {window} mostly repeat themselves "
-                f"(warning above {config.max_repetitive:.0%})"
+                f"{means['repetitive']:.0%} of the responses {window} mostly repeat themselves, after "
+                f"{self._lowest['repetitive']:.0%} (warning from {config.repetitive_rise:.0%} more)"
             )
-        if means["truncated"] > self._lowest_truncated + config.overlong_rise:
+        if means["truncated"] > self._lowest["truncated"] + config.overlong_rise:
             reasons["overlong"] = (
-                f"{means['truncated']:.0%} of the responses {window} hit the length limit, after {self._lowest_truncated:.0%} "
-                f"(warning from {config.overlong_rise:.0%} more)"
+                f"{means['truncated']:.0%} of the responses {window} hit the length limit, after "
+                f"{self._lowest['truncated']:.0%} (warning from {config.overlong_rise:.0%} more)"
             )
         if (
             means["entropy"] < config.entropy_share * self._highest_entropy

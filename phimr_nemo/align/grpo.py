@@ -74,7 +74,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         counters = checkpoints.restore()
         sampler = _sampler(config, policy, stop_token_ids(tokenizer))
         with metrics_writer(run.path, counters["step"]) as writer:
-            log = GRPOLog(writer, policy.optimizer, config.run.log_every)
+            log = GRPOLog(writer, policy.optimizer, config.run.log_every, config.monitor, run.path)
             trainer = GRPOTrainer(
                 config=config,
                 prompts=prompts,
@@ -96,6 +96,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
             try:
                 with frozen_heap():
                     trainer.fit()
+            log.draw()
             except RoundInterrupted:
                 trainer.save()
         sampler.close()
@@ -106,6 +107,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         "prompts": len(prompts.prompts),
         "prompts_uneven": prompts.dropped_uneven,
         "prompts_too_long": prompts.dropped_long,
+        "collapses": log.watch.found,
         "base_weights": identity["base weights"],
         "hf": export(run, policy, config.base),
         "seconds": time.monotonic() - started,

@@ -10,8 +10,12 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
+from phimr_nemo.align.collapse import CollapseWatch
 from phimr_nemo.align.optimizer import TrainerOptimizer
-from phimr_nemo.runs import MetricsWriter
+from phimr_nemo.align.plots import plot_grpo
+from phimr_nemo.align.rollouts import PASS_RATE_MIDDLES, PASS_RATE_NAMES
+from phimr_nemo.config.alignment import MonitorConfig
+from phimr_nemo.runs import MetricsWriter, read_metrics
 
 DPO_NAMES: Final = (
     "loss",
@@ -104,12 +108,31 @@ class DPOLog(_Log):
 
 
 class GRPOLog(_Log):
-    """One line per round, from what the trainer logs in its course: rollouts, updates, timers."""
+    """One line per round, from what the trainer logs in its course: rollouts, updates, timers.
 
-    def __init__(self, writer: MetricsWriter | None, optimizer: TrainerOptimizer, every: int) -> None:
+    On process 0 it also watches for a collapse, warns once of each kind, and draws `grpo.png` now and then.
+
+    Args:
+        writer: of the run's metrics; None on other processes.
+        optimizer: knows the gradient norm.
+        every: steps between two lines.
+        monitor: what is watched.
+        directory: the run's; its metrics so far are those of the steps that the run continues from.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        optimizer: TrainerOptimizer,
+        every: int,
+        monitor: MonitorConfig,
+        directory: Path,
+    ) -> None:
         super().__init__(writer, optimizer, every)
         self._rollouts: dict[str, float] = {}
         self._updates: list[dict[str, float]] = []
+        self._monitor, self._directory = monitor, directory
+        self.watch = CollapseWatch(monitor, read_metrics(directory) if writer is not None else ())
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int, prefix: str) -> None:
         """Collect; the timers come last and end the round's line. Updates of a round are averaged."""
@@ -119,8 +142,26 @@ class GRPOLog(_Log):
             update = {name: float(value) for name, value in metrics.items() if name not in _NOT_UPDATE_NAMES}
             self._updates.append(update | {"grad_norm": self._optimizer.grad_norm})
         elif prefix == "timers/":
-            self._write(step + 1, {**self._rollouts, **_mean(self._updates), **_seconds(metrics)})
+            self._end_round(step + 1, {**self._rollouts, **_mean(self._updates), **_seconds(metrics)})
             self._updates = []
+
+    def _end_round(self, step: int, row: Mapping[str, float]) -> None:
+        self._write(step, row)
+        if self._writer is None:
+            return
+        counts = zip(PASS_RATE_MIDDLES, PASS_RATE_NAMES, strict=True)
+        self._writer.write_histogram(
+            step, "group_pass_rate", [share for share, name in counts for _ in range(int(row[name]))]
+        )
+        for message in self.watch.observe(step, row):
+            _LOGGER.warning(message)
+        if step % self._monitor.dashboard_every == 0:
+            self.draw()
+
+    def draw(self) -> None:
+        """Write the dashboard, on process 0."""
+        if self._writer is not None:
+            plot_grpo(self._directory, self.watch.found)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -205,7 +205,8 @@ class MonitorConfig:
     Attributes:
         dashboard_every: steps between two versions of the picture `grpo.png`.
         window: a rule looks at means over as many steps.
-        max_repetitive: largest healthy share of responses that mostly repeat themselves.
+        repetitive_rise: by how much the share of responses that mostly repeat themselves may rise above the lowest
+            that the run has had.
         overlong_rise: by how much the share of cut-off responses may rise above the lowest that the run has had.
         entropy_share: smallest healthy entropy, as a share of the highest that the run has had.
         solved_pass_rate: from here on low entropy is no fault.
@@ -215,7 +216,7 @@ class MonitorConfig:
 
     dashboard_every: Positive
     window: Positive
-    max_repetitive: Share
+    repetitive_rise: Share
     overlong_rise: Share
     entropy_share: Share
     solved_pass_rate: Share

@@ -1,0 +1,200 @@
+"""Collapse warnings: silent on healthy runs, each rule at its threshold, and real loops through the real measure."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from phimr_nemo.align.collapse import REMEDIES, RISING, CollapseWatch
+from phimr_nemo.align.metrics import GRPOLog
+from phimr_nemo.align.plots import GRPO_PLOT_FILE, plot_grpo
+from phimr_nemo.align.rollouts import PASS_RATE_NAMES, Rollout, graded_rollouts, rollout_metrics
+from phimr_nemo.config import GRPOConfig, load_config
+from phimr_nemo.config.alignment import MonitorConfig
+from phimr_nemo.data.synthetic import generate_problems
+from phimr_nemo.data.teacher import teacher_rollouts
+from phimr_nemo.generate.sampler import Completion
+from phimr_nemo.runs import METRICS_FILE, MetricsWriter, read_metrics
+
+HEALTHY: Mapping[str, float] = {"pass_rate": 0.6, "repetitive": 0.01, "truncated": 0.1, "entropy": 0.3}
+GROUP = 8
+
+
+@pytest.fixture(scope="module")
+def monitor(repository: Path) -> MonitorConfig:
+    config: GRPOConfig = load_config(GRPOConfig, repository / "conf" / "grpo" / "tiny.yaml", [])
+    return config.monitor
+
+
+def steps(watch: CollapseWatch, rows: Iterable[Mapping[str, float]], start: int = 1) -> list[tuple[int, str]]:
+    """(step, message) of every warning."""
+    return [(step, text) for step, row in enumerate(rows, start) for text in watch.observe(step, row)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "worse"),
+    [
+        ("repetition", lambda m: {"repetitive": HEALTHY["repetitive"] + m.repetitive_rise}),
+        ("overlong", lambda m: {"truncated": HEALTHY["truncated"] + m.overlong_rise}),
+        ("entropy gone", lambda m: {"entropy": HEALTHY["entropy"] * m.entropy_share}),
+        ("entropy explosion", lambda m: {"entropy": m.max_entropy}),
+        ("accuracy", lambda m: {"pass_rate": HEALTHY["pass_rate"] - m.pass_rate_drop}),
+    ],
+)
+def test_each_rule_speaks_beyond_its_threshold_and_once(kind: str, worse: Any, monitor: MonitorConfig) -> None:
+    """The window is full of bad rows `window` steps after the last healthy one; a hair inside says nothing."""
+    healthy = [HEALTHY] * 10
+    threshold = {**HEALTHY, **worse(monitor)}
+    metric = next(name for name in HEALTHY if threshold[name] != HEALTHY[name])
+    rises = threshold[metric] > HEALTHY[metric]
+    inside, beyond = (
+        {**threshold, metric: threshold[metric] * (1 + sign * 1e-6)} for sign in ((-1, 1) if rises else (1, -1))
+    )
+    assert not steps(CollapseWatch(monitor), [*healthy, *[inside] * 20])
+    watch = CollapseWatch(monitor)
+    ((step, text),) = steps(watch, [*healthy, *[beyond] * 20, *healthy, *[beyond] * 20])
+    assert step == 10 + monitor.window
+    assert watch.found == {kind: step}
+    assert text.startswith(f"collapse ({kind}) at step {step}: ")
+    assert text.endswith(REMEDIES[kind])
+
+
+def test_one_bad_round_is_no_alarm(monitor: MonitorConfig) -> None:
+    """A round at 4 times a bound above the others moves the mean of a window of 5 by 4/5 of the bound."""
+    bad = {
+        name: HEALTHY[name] + 4 * rise
+        for name, rise in zip(RISING, (monitor.repetitive_rise, monitor.overlong_rise), strict=True)
+    }
+    assert monitor.window == 5
+    assert not steps(CollapseWatch(monitor), [*[HEALTHY] * 5, {**HEALTHY, **bad}] * 5)
+
+
+def test_low_entropy_of_a_solved_task_is_no_fault(monitor: MonitorConfig) -> None:
+    solved = {**HEALTHY, "entropy": 0.0, "pass_rate": monitor.solved_pass_rate}
+    assert not steps(CollapseWatch(monitor), [*[HEALTHY] * 5, *[solved] * 30])
+
+
+def test_a_set_that_begins_with_many_cut_off_is_judged_by_its_own_past(monitor: MonitorConfig) -> None:
+    """Long responses that become shorter, and longer again by less than the bound: healthy."""
+    shares = [0.6, 0.5, 0.4, 0.3, 0.3, 0.3, 0.3, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
+    rows = [{**HEALTHY, "truncated": share, "repetitive": 0.7 * share} for share in shares]
+    assert not steps(CollapseWatch(monitor), rows)
+
+
+def test_a_continued_run_remembers_and_does_not_repeat_itself(monitor: MonitorConfig) -> None:
+    rows = [*[HEALTHY] * 8, *[{**HEALTHY, "pass_rate": 0.1}] * 12, *[{**HEALTHY, "repetitive": 0.9}] * 8]
+    whole = CollapseWatch(monitor)
+    said = steps(whole, rows)
+    for cut in range(len(rows) + 1):
+        watch = CollapseWatch(monitor, [{"step": number, **row} for number, row in enumerate(rows[:cut], 1)])
+        assert steps(watch, rows[cut:], cut + 1) == [(step, text) for step, text in said if step > cut]
+        assert watch.found == whole.found
+
+
+def metrics_of(texts: list[str], right: bool) -> dict[str, float]:
+    """A round of groups of these responses, through what a training step uses."""
+    whole = texts[: len(texts) // GROUP * GROUP]
+    completions = [
+        Completion(f"{number // GROUP}/{number % GROUP}", (1,) * len(text), (-0.3,) * len(text), "stop")
+        for number, text in enumerate(whole)
+    ]
+    verdicts = [SimpleNamespace(verdict="correct" if right else "wrong")] * len(whole)
+    rollouts = graded_rollouts(completions, whole, verdicts, dict.fromkeys(range(len(whole) // GROUP), 0))
+    return rollout_metrics(rollouts, [1.0 if right else -1.0] * len(whole))
+
+
+def test_loops_alarm_and_healthy_solutions_do_not(monitor: MonitorConfig) -> None:
+    """Healthy: worked solutions of the generated problems. Degenerate: the same, the last step over and over."""
+    rollouts = teacher_rollouts(generate_problems(3, 40, "train"), 1, 0, 0.0)
+    solutions: list[str] = rollouts["response"].to_pylist()
+    loops = [text + ("\n" + text.splitlines()[-1] + " wait, let me check that once more.") * 60 for text in solutions]
+    watch = CollapseWatch(monitor)
+    assert not steps(watch, [metrics_of(solutions, right=True)] * 10)
+    steps(watch, [metrics_of(loops, right=False)], start=11)
+    # One round of loops in a window of five is a fifth.
+    assert watch.found["repetition"] == 11
+
+
+def test_recorded_loops_alarm_and_recorded_right_responses_do_not(shared_data: Path, monitor: MonitorConfig) -> None:
+    """Responses of real models to competition questions; the longest wrong ones are loops that hit a limit."""
+    with gzip.open(shared_data / "rollouts" / "graded_rollouts.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    rng = random.Random(0)
+    right = rng.sample([row["response"] for row in rows if row["correct"]], 10 * GROUP * 5)
+    size = len(right) // 10
+    loops = sorted((row["response"] for row in rows if not row["correct"]), key=len)[-GROUP * 5 :]
+    watch = CollapseWatch(monitor)
+    assert not steps(watch, [metrics_of(right[at : at + size], right=True) for at in range(0, len(right), size)])
+    steps(watch, [metrics_of(loops, right=False)] * monitor.window, start=11)
+    assert "repetition" in watch.found
+
+
+# ---- the log -----------------------------------------------------------------------------------------------------
+
+
+def rollout(slot: int, sample: int, *, correct: bool) -> Rollout:
+    return Rollout(slot, sample, 0, (1, 2), (-0.1, -0.1), is_truncated=False, is_correct=correct)
+
+
+def log_round(log: GRPOLog, step: int, rollouts: list[Rollout]) -> None:
+    """What the trainer sends in a round, in its order."""
+    log.log_metrics({**rollout_metrics(rollouts, [1.0] * len(rollouts)), "temperature": 0.6}, step, "train_rollouts/")
+    log.log_metrics({"loss": 0.5, "optim_step": 7}, step, "train_optim/")
+    log.log_metrics({"loss": 1.5, "optim_step": 8}, step, "train_optim/")
+    log.log_metrics({"sample": 2.0, "rollout_time": 3.0, "train_time": 4.0}, step, "timers/")
+
+
+def test_rounds_become_lines_warnings_and_a_picture(
+    tmp_path: Path, monitor: MonitorConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [rollout(slot, sample, correct=sample < 3) for slot in range(4) for sample in range(4)]
+    bad = [replace(each, is_correct=False, repetition=1.0) for each in good]
+    settings = replace(monitor, dashboard_every=1000)
+    with MetricsWriter(tmp_path) as writer, caplog.at_level(logging.WARNING):
+        log = GRPOLog(writer, SimpleNamespace(grad_norm=2.0), 1, settings, tmp_path)  # type: ignore[arg-type]
+        for step in range(12):
+            log_round(log, step, good if step < 6 else bad)
+        assert not (tmp_path / GRPO_PLOT_FILE).exists()
+        log.draw()
+    rows = list(read_metrics(tmp_path))
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[0]["loss"] == 1.0
+    assert rows[0]["grad_norm"] == 2.0
+    assert rows[0]["step_time"] == 7.0
+    assert {name: rows[0][name] for name in PASS_RATE_NAMES if rows[0][name]} == {"groups_below_75": 4.0}
+    assert {name: rows[11][name] for name in PASS_RATE_NAMES if rows[11][name]} == {"groups_none": 4.0}
+    # The first bad round makes 1 of 5: 20 % repetitive, more than 10; the pass rate falls from 75 % to 60 %, which is
+    # the bound and not beyond, and to 45 % with the second.
+    assert (monitor.repetitive_rise, monitor.pass_rate_drop) == (0.1, 0.15)
+    assert log.watch.found == {"repetition": 7, "accuracy": 8}
+    assert len(caplog.records) == 2
+    assert (tmp_path / GRPO_PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+    histogram = histograms(tmp_path / "tensorboard", "group_pass_rate")
+    assert [value.num for value in histogram] == [4.0] * 12
+    assert (histogram[0].min, histogram[0].max, histogram[11].max) == (0.625, 0.625, 0.0)
+
+
+def histograms(directory: Path, tag: str) -> list[Any]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"histograms": 0})
+    events.Reload()
+    return [event.histogram_value for event in events.Histograms(tag)]
+
+
+def test_the_picture_is_made_of_old_metrics_too(tmp_path: Path) -> None:
+    """A run from before the newer metrics, with a step without updates, and an empty run."""
+    old = [{"step": step, "reward": 0.1 * step, "entropy": 0.1, "zero_gradient_groups": 0.0} for step in (1, 2, 3)]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in old), "utf-8")
+    assert plot_grpo(tmp_path, {"accuracy": 2}).read_bytes().startswith(b"\x89PNG")
+    (tmp_path / METRICS_FILE).write_text("", "utf-8")
+    assert plot_grpo(tmp_path, {}).read_bytes().startswith(b"\x89PNG")
