@@ -15,9 +15,15 @@ BaseUrls = Annotated[tuple[str, ...], Field(min_length=1)]
 
 @config
 class LocalRollouts:
-    """The built-in PyTorch engine, in every process of the trainer."""
+    """The built-in PyTorch engine, in every process of the trainer.
+
+    Attributes:
+        cache_gib: what the keys and values of the sequences under way may take, in each process; it decides how many
+            are computed together.
+    """
 
     kind: Literal["local"]
+    cache_gib: Annotated[float, Field(gt=0.0)]
 
 
 @config

@@ -98,6 +98,11 @@ def _arrange(arch: Architecture, named: Mapping[str, Tensor]) -> Weights:
     return Weights(embedding, tuple(layers), named["model.norm.weight"], named.get(HEAD, embedding))
 
 
+def cache_bytes_a_position(arch: Architecture, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers."""
+    return 2 * arch.num_hidden_layers * arch.num_key_value_heads * arch.head_dim * dtype.itemsize
+
+
 class KVCache:
     """Keys and values of a number of sequences; slot s of a row holds position s.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.decoder import Decoder, KVCache, own_weights
+from phimr_nemo.generate.decoder import Decoder, KVCache, cache_bytes_a_position, own_weights
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.sampling import greedy_tokens, request_uniforms, sampled_tokens
 from phimr_nemo.model.architecture import Architecture
@@ -28,6 +28,8 @@ ADMIT_WHEN_FREE: Final = 0.25
 
 PREFILL_TOKENS: Final = 16_384
 """Padded prompt tokens in one forward pass at most; bounds the memory of its activations."""
+
+GIB: Final = 2**30
 
 FIRST_CAPACITY: Final = 256
 """Positions a row has at first; the cache doubles when a sequence outgrows it."""
@@ -86,9 +88,12 @@ class LocalSampler:
             also what decides between short and long rotary factors.
         dtype: what to compute in.
         device: where to compute.
+        cache_bytes: what the keys and values of all sequences under way may take; fewer are computed together where
+            `max_batch` of the longest would take more. None for no bound.
 
     Raises:
-        UserError: the weights are not the architecture's, or the policy cannot be sampled with.
+        UserError: the weights are not the architecture's, the policy cannot be sampled with, or not even one sequence
+            of `max_length` fits into `cache_bytes`.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class LocalSampler:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        cache_bytes: int | None = None,
     ) -> None:
         if max_batch < 1:
             raise UserError(
@@ -123,7 +129,8 @@ class LocalSampler:
                 remedy="lower the maximum length or use a model without a sliding window",
             )
         self._arch, self._max_batch, self._max_length = arch, max_batch, max_length
-        self._dtype, self._device = dtype, torch.device(device)
+        self._dtype, self._device, self._cache_bytes = dtype, torch.device(device), cache_bytes
+        self._rows_of(max_length)
         self._stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.long, device=self._device)
         self._frequencies = inverse_frequencies(arch, max_length, longrope_policy)
         self._decoder: Decoder | None = None
@@ -194,6 +201,21 @@ class LocalSampler:
                 return
             logits = self._feed(decoder, cache, state, 1)
 
+    def _rows_of(self, positions: int) -> int:
+        """Sequences computed together at most if each may come to have so many positions."""
+        if self._cache_bytes is None:
+            return self._max_batch
+        row = cache_bytes_a_position(self._arch, self._dtype) * positions
+        if row > self._cache_bytes:
+            raise UserError(
+                f"keys and values of one sequence of {positions:,} tokens take {row / GIB:.3g} GiB, of "
+                f"{self._max_batch} together {self._max_batch * row / GIB:,.0f} GiB; the cache may have "
+                f"{self._cache_bytes / GIB:.3g} GiB",
+                rule="the built-in engine keeps the keys and values of at least one whole sequence",
+                remedy="give the cache more memory, lower the maximum length, or sample with vLLM servers",
+            )
+        return min(self._max_batch, self._cache_bytes // row)
+
     def _check(self, request: Request) -> None:
         length = len(request.prompt_ids)
         if not 0 < length < self._max_length:
@@ -215,8 +237,8 @@ class LocalSampler:
         """Yield (request index, tokens, log-probabilities, stopped) as sequences finish."""
         if not requests:
             return
-        rows = min(self._max_batch, len(requests))
         limit = max(len(r.prompt_ids) + b for r, b in zip(requests, budgets, strict=True))
+        rows = min(self._rows_of(limit), len(requests))
         like = decoder.weights.embedding
         cache = KVCache(self._arch, rows=rows, capacity=FIRST_CAPACITY, limit=limit, like=like)
         state = _Rows.allocate(rows, max(budgets), self._device)

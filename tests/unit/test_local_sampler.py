@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate import local
-from phimr_nemo.generate.decoder import Decoder
+from phimr_nemo.generate.decoder import Decoder, KVCache
 from phimr_nemo.generate.local import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.sampling import request_uniforms
@@ -371,6 +371,53 @@ def test_a_window_shorter_than_the_run_is_refused(model: Any) -> None:
             max_batch=1,
             longrope_policy="always_short",
             max_length=17,
+        )
+
+
+def test_the_cache_stays_within_its_budget(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for three sequences of prompt and response: three at once instead of six, and the same tokens."""
+    sizes = []
+
+    class Measured(KVCache):
+        def reserve(self, positions: int) -> None:
+            super().reserve(positions)
+            sizes.append(sum(layer.nbytes for layer in self.layers))
+
+    monkeypatch.setattr(local, "KVCache", Measured)
+    monkeypatch.setattr(local, "FIRST_CAPACITY", 4)
+    requests, params = make_requests([5, 3], samples=3), SamplingParams(1.0, 1.0, 20)
+    arch = Architecture.from_hf_config(model.config.to_dict())
+    longest = 5 + 20
+    budget = 3 * longest * 2 * arch.num_hidden_layers * arch.num_key_value_heads * arch.head_dim * 4
+    bounded = make_sampler(model, max_length=longest, cache_bytes=budget).sample(requests, params)
+    assert budget / 2 < max(sizes) <= budget
+    sizes.clear()
+    free = make_sampler(model, max_length=longest).sample(requests, params)
+    assert max(sizes) > budget
+    assert [completion.token_ids for completion in bounded] == [completion.token_ids for completion in free]
+
+
+def test_a_cache_that_cannot_hold_one_sequence_is_refused_with_the_numbers() -> None:
+    """Phi-4-mini: 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token, 3.125 GiB for 25,600."""
+    arch = dataclasses.replace(
+        Architecture.from_hf_config(make_hf_model().config.to_dict()),
+        hidden_size=3072,
+        num_hidden_layers=32,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        short_factor=None,
+        long_factor=None,
+    )
+    with pytest.raises(UserError, match=r"25,600 tokens take 3\.12 GiB, of 256 together 800 GiB; .* may have 3 GiB"):
+        LocalSampler(
+            arch,
+            (),
+            stop_token_ids=(),
+            max_batch=256,
+            longrope_policy="long_when_max_length_exceeds_original",
+            max_length=25_600,
+            dtype=torch.bfloat16,
+            cache_bytes=3 * 2**30,
         )
 
 
