@@ -96,9 +96,9 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
             try:
                 with frozen_heap():
                     trainer.fit()
-            log.draw()
             except RoundInterrupted:
                 trainer.save()
+            log.draw()
         sampler.close()
     if trainer.step < config.steps:
         raise Preempted(f"grpo stopped at step {trainer.step} of {config.steps}; run the same command to continue")
