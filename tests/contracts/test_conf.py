@@ -19,7 +19,7 @@ from phimr_nemo.config import (
     to_dict,
     to_yaml,
 )
-from phimr_nemo.config.ablations import ForgettingConfig
+from phimr_nemo.config.ablations import ForgettingConfig, GRPORemediesConfig, GRPOSizesConfig
 from phimr_nemo.config.alignment import DPONegativesConfig
 from phimr_nemo.config.supervised import DirectSFTConfig, MidtrainPackingConfig, MidtrainScalingConfig, StoppingConfig
 from phimr_nemo.errors import UserError
@@ -35,6 +35,8 @@ OTHERS = ("model", "cluster", "plan", "ablations")
 ABLATIONS: dict[str, type] = {
     "dpo_negatives": DPONegativesConfig,
     "forgetting": ForgettingConfig,
+    "grpo_remedies": GRPORemediesConfig,
+    "grpo_sizes": GRPOSizesConfig,
     "stopping": StoppingConfig,
     "midtrain_scaling": MidtrainScalingConfig,
     "midtrain_packing": MidtrainPackingConfig,
