@@ -41,6 +41,7 @@ from phimr_nemo.model.regime import regime_name, warn_of_other_regime
 from phimr_nemo.plan.memory import largest_state
 from phimr_nemo.records import Kind
 from phimr_nemo.store import is_complete, read_manifest
+from phimr_nemo.verify import Grader
 
 GIBIBYTE: Final = 2**30
 
@@ -68,6 +69,9 @@ def preflight(stage: str, config: Any) -> None:
         check_sources(config)
     if isinstance(config, VerifyConfig) and config.judge is not None:
         check_endpoint(config.judge.ask.endpoint)
+    if isinstance(config, VerifyConfig | EvaluateConfig | GRPOConfig) and config.grader is not None:
+        with Grader(workers=1, function=config.grader) as grader:
+            grader.check()
     if isinstance(config, GenerateConfig | VerifyConfig | PackConfig):
         check_shard(config.shard)
     if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):

@@ -65,7 +65,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
 
     run = RunDirectory(config.run.output)
     start_process_group(config.parallel, config.run.seed)
-    with PreemptionGuard() as guard, Grader(workers=config.verify_workers) as grader:
+    with PreemptionGuard() as guard, Grader(workers=config.verify_workers, function=config.grader) as grader:
         policy = _policy(config, base)
         if config.kl > 0:
             policy.keep_reference()

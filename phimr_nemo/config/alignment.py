@@ -243,6 +243,7 @@ class GRPOConfig:
             micro-batch; the same gradient as unpacked.
         reward_correct, reward_wrong: +1 and -1 in the paper.
         verify_workers: grader processes on each data-parallel rank.
+        grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
     """
 
     run: RunConfig
@@ -262,6 +263,7 @@ class GRPOConfig:
     reward_correct: float
     reward_wrong: float
     verify_workers: Positive
+    grader: str | None = None
     temperature: TemperatureConfig
     rebalance: RebalanceConfig
     prompt_optimization: PromptOptimizationConfig

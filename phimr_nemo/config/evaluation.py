@@ -98,6 +98,7 @@ class EvaluateConfig:
         shard_questions: questions stored together: what a kill costs with an engine in this process. Behind an
             endpoint every response is stored as it comes.
         workers: grader processes.
+        grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
         row: the model's name in tables; None = the stage of the run that made it.
     """
 
@@ -113,6 +114,7 @@ class EvaluateConfig:
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     shard_questions: Positive
     workers: Positive = 1
+    grader: str | None = None
     row: str | None = None
 
 

@@ -203,6 +203,7 @@ class VerifyConfig:
         workers: grader processes.
         deadline_seconds: an answer that takes longer is a timeout.
         judge: a small model that looks again at answers called wrong; None = off.
+        grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
     """
 
     run: RunConfig
@@ -210,4 +211,5 @@ class VerifyConfig:
     workers: Positive
     deadline_seconds: float
     judge: JudgeConfig | None = None
+    grader: str | None = None
     shard: ShardConfig = field(default_factory=ShardConfig)

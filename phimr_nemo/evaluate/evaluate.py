@@ -20,6 +20,7 @@ from phimr_nemo.evaluate.sampling import sample_responses
 from phimr_nemo.evaluate.statistics import majority_at_k, mean_and_clustered_error, pass_at_k
 from phimr_nemo.store import iter_shards, read_manifest, read_table, write_json
 from phimr_nemo.verify import GRADER_VERSION
+from phimr_nemo.verify.plug import plugged_name
 from phimr_nemo.verify.stage import verify_rollouts
 
 if TYPE_CHECKING:
@@ -124,11 +125,13 @@ def evaluate_model(config: EvaluateConfig, problems: pa.Table, facts: Mapping[st
     """
     rollouts_dir, verdicts_dir = config.run.output / "rollouts", config.run.output / "verdicts"
     sample_responses(config, problems, rollouts_dir)
-    verify_rollouts(rollouts_dir, verdicts_dir, workers=config.workers, config={"evaluates": str(rollouts_dir)})
+    graded = {"evaluates": str(rollouts_dir)} | ({} if config.grader is None else {"grader": config.grader})
+    verify_rollouts(rollouts_dir, verdicts_dir, workers=config.workers, config=graded, function=config.grader)
     _check_not_silent(verdicts_dir)
     result = summarise(read_table(verdicts_dir, "verdicts", SCORED_COLUMNS))
     settings = {**read_manifest(rollouts_dir, "rollouts").config, "model": str(config.model), **facts}
-    write_result(config.run.output / RESULTS_FILE, result, settings)
+    grader = GRADER_VERSION if config.grader is None else plugged_name(config.grader)
+    write_result(config.run.output / RESULTS_FILE, result, settings, grader=grader)
     return result
 
 
@@ -227,9 +230,9 @@ def _powers_of_two(limit: int) -> list[int]:
     return sorted({2**power for power in range(limit.bit_length())} | {limit})
 
 
-def write_result(path: Path, result: Result, settings: Mapping[str, Any]) -> None:
-    """Write `results.json`: the result's fields and its `settings`; NaN becomes null."""
-    values = {**asdict(result), "settings": dict(settings), "grader": GRADER_VERSION}
+def write_result(path: Path, result: Result, settings: Mapping[str, Any], *, grader: str = GRADER_VERSION) -> None:
+    """Write `results.json`: the result's fields, its `settings` and what graded it; NaN becomes null."""
+    values = {**asdict(result), "settings": dict(settings), "grader": grader}
     write_json(path, _plain(values))
 
 

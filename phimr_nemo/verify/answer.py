@@ -13,9 +13,10 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.verify.compare import judge
 from phimr_nemo.verify.expression import Symbolic
 from phimr_nemo.verify.extract import Extraction, final_answer, gold_answer
+from phimr_nemo.verify.plug import MAX_RESPONSE_CHARS, plugged_name
 from phimr_nemo.verify.pool import Job, Pool
 from phimr_nemo.verify.quantity import Number
-from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS, NeedsWorker, Verdict
+from phimr_nemo.verify.verdict import GRADER_VERSION, MAX_ANSWER_CHARS, NeedsWorker, Verdict
 
 SOFT_SECONDS: Final = 3.0
 DEADLINE_SECONDS: Final = 15.0
@@ -48,9 +49,14 @@ class Grader:
         soft_seconds: processor time for one answer.
         deadline_seconds: wall time for one answer, after which its worker is killed.
         memory_bytes: address space of one worker.
+        function: a grader of the user's own as MODULE:FUNCTION, which then decides every answer in the workers
+            (see :mod:`phimr_nemo.verify.plug`); None for mathematics.
+
+    Attributes:
+        name: of what grades, with its version; verdicts record it.
 
     Raises:
-        UserError: a limit that is not positive.
+        UserError: a limit that is not positive, or a function that cannot be found.
     """
 
     def __init__(
@@ -60,7 +66,10 @@ class Grader:
         soft_seconds: float = SOFT_SECONDS,
         deadline_seconds: float = DEADLINE_SECONDS,
         memory_bytes: int = MEMORY_BYTES,
+        function: str | None = None,
     ) -> None:
+        self.name = GRADER_VERSION if function is None else plugged_name(function)
+        self._decide = _decide if function is None else _as_job
         for name, value in (
             ("workers", workers),
             ("soft_seconds", soft_seconds),
@@ -76,6 +85,7 @@ class Grader:
             soft_seconds=min(soft_seconds, deadline_seconds),
             deadline_seconds=deadline_seconds,
             memory_bytes=memory_bytes,
+            function=function or "",
         )
 
     def __enter__(self) -> Grader:
@@ -85,6 +95,14 @@ class Grader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def check(self) -> None:
+        """Start a worker, so that a grader that cannot be imported is an error now and not after the work.
+
+        Raises:
+            UserError: math-verify or the user's function cannot be imported.
+        """
+        self._pool.start()
 
     def close(self) -> None:
         """End the worker processes."""
@@ -111,7 +129,7 @@ class Grader:
         verdicts: list[Verdict | None] = []
         undecided: dict[Job, list[int]] = {}
         for index, (response, answer) in enumerate(pairs):
-            decided = _decide(response, answer)
+            decided = self._decide(response, answer)
             if isinstance(decided, Job):
                 undecided.setdefault(decided, []).append(index)
                 verdicts.append(None)
@@ -138,6 +156,13 @@ def _decide(response: str, answer: str) -> Verdict | Job:
     if not extraction.text:
         return Verdict("unparsable", "", extraction.how)
     return _decide_extracted(gold, extraction)
+
+
+def _as_job(response: str, answer: str) -> Verdict | Job:
+    """For the user's grader: the response as it is, by its end if it is too long, and the answer as it is."""
+    if len(answer) > MAX_ANSWER_CHARS:
+        return Verdict("error", "", f"the gold answer is longer than {MAX_ANSWER_CHARS} characters")
+    return Job(answer, response[-MAX_RESPONSE_CHARS:], (), ())
 
 
 def _decide_extracted(gold: str, extraction: Extraction) -> Verdict | Job:

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.verify import worker as protocol
+from phimr_nemo.verify.plug import REMEDY, RULE
 from phimr_nemo.verify.verdict import MATH_VERIFY_VERSION, Verdict
 
 START_SECONDS: Final = 120.0
@@ -30,7 +31,7 @@ CLOSE_SECONDS: Final = 5.0
 _ROOT: Final = str(Path(__file__).resolve().parents[2])
 _BOOT: Final = (
     "import sys; sys.path[:1] = [sys.argv[1]]; from phimr_nemo.verify.worker import spawner_main;"
-    "spawner_main(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))"
+    "spawner_main(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])"
 )
 _ENVIRONMENT: Final = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"}
 """gmpy2 computes huge powers in one uninterruptible call; plain Python integers can be stopped."""
@@ -73,9 +74,19 @@ class Pool:
         soft_seconds: processor time per answer inside the worker.
         deadline_seconds: wall time per answer, after which the worker is killed.
         memory_bytes: address space of a worker.
+        function: a grader of the user's own (see :mod:`phimr_nemo.verify.plug`); empty for mathematics.
     """
 
-    def __init__(self, workers: int, *, soft_seconds: float, deadline_seconds: float, memory_bytes: int) -> None:
+    def __init__(
+        self,
+        workers: int,
+        *,
+        soft_seconds: float,
+        deadline_seconds: float,
+        memory_bytes: int,
+        function: str = "",
+    ) -> None:
+        self._function = function
         self._size = workers
         self._soft_seconds, self._deadline, self._memory = soft_seconds, deadline_seconds, memory_bytes
         self._lock = threading.Lock()
@@ -84,6 +95,16 @@ class Pool:
         self._control: socket.socket | None = None
         self._workers: list[_Worker] = []
         self._deaths = 0
+
+    def start(self) -> None:
+        """Start the first worker now.
+
+        Raises:
+            UserError: what grades cannot be imported.
+        """
+        with self._lock:
+            if not self._workers:
+                self._workers.append(self._spawn())
 
     def run(self, jobs: Sequence[Job]) -> list[Verdict]:
         """Grade every job; the verdicts are in the order of the jobs. Callable from any thread.
@@ -193,6 +214,7 @@ class Pool:
                     str(theirs.fileno()),
                     str(self._memory),
                     str(self._soft_seconds),
+                    self._function,
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -210,6 +232,10 @@ class Pool:
             raise RuntimeError("the process that starts grading workers did not start") from error
         if not hello["ready"]:
             ours.close()
+            if self._function:
+                raise UserError(
+                    f"the grader {self._function!r} cannot start: {hello['problem']}", rule=RULE, remedy=REMEDY
+                )
             raise UserError(
                 f"the grader cannot start: {hello['problem']}",
                 rule=f"answers are graded by math-verify {MATH_VERIFY_VERSION}, and by no other version",

@@ -27,7 +27,7 @@ from phimr_nemo.store import (
 from phimr_nemo.verify.answer import DEADLINE_SECONDS, Grader
 from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_rows, write_row
 from phimr_nemo.verify.judge import Judge, judged_grader, write_report
-from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
+from phimr_nemo.verify.verdict import Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +53,7 @@ def run_verify(config: VerifyConfig) -> dict[str, Any] | None:
         config=to_dict(config),
         deadline_seconds=config.deadline_seconds,
         judge=config.judge,
+        function=config.grader,
         shard_index=config.shard.index,
         shard_count=config.shard.count,
     )
@@ -66,6 +67,7 @@ def verify_rollouts(
     config: Mapping[str, Any],
     deadline_seconds: float = DEADLINE_SECONDS,
     judge: JudgeConfig | None = None,
+    function: str | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> dict[str, Any] | None:
@@ -81,6 +83,7 @@ def verify_rollouts(
         config: what the manifest records as the configuration.
         deadline_seconds: wall time for one answer.
         judge: the second opinion on answers that the grader does not accept; None for none.
+        function: a grader of the user's own as MODULE:FUNCTION; None for mathematics.
         shard_index: this process does shards `shard_index`, `shard_index + shard_count`, ...
         shard_count: how many processes share the work.
 
@@ -97,14 +100,14 @@ def verify_rollouts(
         if done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}:
             return {"rows": done.rows, **done.counts}
     shards = sorted(manifest.shards.items(), key=lambda item: (len(item[0]), item[0]))
-    name_of_grader = GRADER_VERSION if judge is None else judged_grader(GRADER_VERSION, judge)
     with (
-        Grader(workers=workers, deadline_seconds=deadline_seconds) as grader,
+        Grader(workers=workers, deadline_seconds=deadline_seconds, function=function) as grader,
         contextlib.nullcontext()
         if judge is None
         else Judge(judge, out_dir / JUDGE_DIRECTORY, shard_index) as judging,
         tqdm(total=manifest.rows, desc="verify", unit="answer") as bar,
     ):
+        name_of_grader = grader.name if judge is None else judged_grader(grader.name, judge)
         for index, (name, sha256) in enumerate(shards):
             if index % shard_count != shard_index:
                 continue
@@ -157,7 +160,7 @@ def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
     rows = table.to_pylist()
     verdicts = grader.grade_many([(row["response"], row["answer"]) for row in rows])
     for row, verdict in zip(rows, verdicts, strict=True):
-        row.update(verdict=verdict.verdict, extracted=verdict.extracted, reason=verdict.reason, grader=GRADER_VERSION)
+        row.update(verdict=verdict.verdict, extracted=verdict.extracted, reason=verdict.reason, grader=grader.name)
     return rows_to_table(rows, "verdicts")
 
 

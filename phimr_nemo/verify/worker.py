@@ -23,8 +23,14 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
+
+if TYPE_CHECKING:
+    from phimr_nemo.verify.plug import GraderFunction
 
 from phimr_nemo.verify.confine import confine
 
@@ -107,7 +113,18 @@ def _grade(job: dict[str, Any]) -> dict[str, Any]:
     return {"verdict": verdict.verdict, "extracted": verdict.extracted, "reason": verdict.reason}
 
 
-def _work(connection: socket.socket, memory_bytes: int, soft_seconds: float) -> None:
+def _grade_by(function: GraderFunction, job: dict[str, Any]) -> dict[str, Any]:
+    from phimr_nemo.verify.plug import ask_grader
+
+    return ask_grader(function, job["text"], job["gold"])
+
+
+def _work(
+    connection: socket.socket,
+    memory_bytes: int,
+    soft_seconds: float,
+    grade: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
     """A worker's life: one job after the other until its parent closes the socket."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     confine()
@@ -118,8 +135,8 @@ def _work(connection: socket.socket, memory_bytes: int, soft_seconds: float) -> 
             job = receive(connection)
         except (EOFError, OSError):
             return
-        result = _within_limit(soft_seconds, lambda job=job: _grade(job))  # type: ignore[misc]
-        result.setdefault("extracted", job["text"])
+        result = _within_limit(soft_seconds, lambda job=job: grade(job))  # type: ignore[misc]
+        result.setdefault("extracted", job["text"][:MAX_ANSWER_CHARS])
         result["last"] = bool(result.get("last")) or count == JOBS_PER_WORKER
         try:
             send(connection, result)
@@ -144,18 +161,31 @@ def _import_grader() -> str:
     return "" if installed == MATH_VERIFY_VERSION else f"math-verify {installed} is installed"
 
 
-def spawner_main(control_fd: int, memory_bytes: int, soft_seconds: float) -> None:
+def _choose_grader(function: str) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], str]:
+    """What grades a job: mathematics, or the function that is named; and an explanation when it cannot be had."""
+    if not function:
+        return _grade, _import_grader()
+    from phimr_nemo.verify.plug import import_grader
+
+    try:
+        return partial(_grade_by, import_grader(function)), ""
+    except Exception as error:  # noqa: BLE001 - it is the user's module; the parent has to tell the user
+        return _grade, f"{type(error).__name__}: {error}"
+
+
+def spawner_main(control_fd: int, memory_bytes: int, soft_seconds: float, function: str = "") -> None:
     """Fork workers on request until the parent goes away, then kill them.
 
     Args:
         control_fd: this end of the socket to the parent.
         memory_bytes: address-space limit of a worker.
         soft_seconds: processor time per answer.
+        function: a grader of the user's own, as MODULE:FUNCTION; empty for mathematics.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=control_fd)
     parent = os.getppid()
-    problem = _import_grader()
+    grade, problem = _choose_grader(function)
     send(control, {"ready": not problem, "problem": problem})
     if problem:
         return
@@ -174,7 +204,7 @@ def spawner_main(control_fd: int, memory_bytes: int, soft_seconds: float) -> Non
                 if pid == 0:
                     control.close()
                     try:
-                        _work(socket.socket(fileno=descriptors[0]), memory_bytes, soft_seconds)
+                        _work(socket.socket(fileno=descriptors[0]), memory_bytes, soft_seconds, grade)
                     finally:
                         os._exit(0)
                 os.close(descriptors[0])
