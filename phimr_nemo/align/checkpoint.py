@@ -42,6 +42,11 @@ class CheckpointStore:
                 shutil.rmtree(left_over)
         dist.barrier()
 
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, ascending."""
+        found = sorted(self.directory.glob(f"{STEP_PREFIX}*")) if self.directory.is_dir() else []
+        return [int(path.name.removeprefix(STEP_PREFIX)) for path in found]
+
     def newest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
         found = sorted(self.directory.glob(f"{STEP_PREFIX}*")) if self.directory.is_dir() else []

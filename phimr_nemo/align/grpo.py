@@ -20,23 +20,20 @@ from phimr_nemo.align.lifecycle import (
 )
 from phimr_nemo.align.metrics import GRPOLog, metrics_writer
 from phimr_nemo.align.objective import GRPOObjective
-from phimr_nemo.align.policy import DTYPES, MegatronPolicy
+from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.align.rollouts import load_prompts
+from phimr_nemo.align.rounds import Rounds, pending_directory
+from phimr_nemo.align.samplers import check_sampler, open_sampler
 from phimr_nemo.align.stabilisers import check_temperature
 from phimr_nemo.config import GRPOConfig
 from phimr_nemo.data.batches import EpochOrder
 from phimr_nemo.data.chat import load_tokenizer, stop_token_ids
 from phimr_nemo.errors import Preempted, UserError
-from phimr_nemo.generate.local import LocalSampler
 from phimr_nemo.model.hf import HFDirectory
 from phimr_nemo.runs import RunDirectory
 from phimr_nemo.store import read_manifest
-from phimr_nemo.train import platform
 from phimr_nemo.train.distributed import PreemptionGuard, start_process_group
 from phimr_nemo.verify import Grader
-
-ROLLOUT_BATCH: Final = 256
-"""Sequences that a process samples together at most."""
 
 SMALLEST_GROUP: Final = 2
 """A response is compared with the others of its group."""
@@ -58,6 +55,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
     read_manifest(config.prompts, "prompts")
     check_checkpointing(config.checkpoint)
     check_temperature(config.temperature)
+    check_sampler(config)
     _check_batches(config)
     base = HFDirectory(config.base)
     tokenizer = load_tokenizer(config.base)
@@ -72,13 +70,14 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         identity = content_identity(base, config.prompts)
         checkpoints = CheckpointStore(run.checkpoints, policy, keep=config.checkpoint.keep, identity=identity)
         counters = checkpoints.restore()
-        sampler = _sampler(config, policy, stop_token_ids(tokenizer))
+        sampler = open_sampler(config, policy, identity["base weights"], stop_token_ids(tokenizer))
+        rounds = Rounds(sampler, policy.weights, pending_directory(run))
         with metrics_writer(run.path, counters["step"]) as writer:
             log = GRPOLog(writer, policy.optimizer, config.run.log_every, config.monitor, run.path)
             trainer = GRPOTrainer(
                 config=config,
                 prompts=prompts,
-                sampler=sampler,
+                rounds=rounds,
                 grader=grader,
                 tokenizer=tokenizer,
                 cfg=_trainer_options(config),
@@ -93,12 +92,14 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
                 run_timer=StopTimer(guard),
             )
             trainer.load_state_dict(counters)
+            trainer.take_up()
             try:
                 with frozen_heap():
                     trainer.fit()
             except RoundInterrupted:
                 trainer.save()
             log.draw()
+        rounds.close()
         sampler.close()
     if trainer.step < config.steps:
         raise Preempted(f"grpo stopped at step {trainer.step} of {config.steps}; run the same command to continue")
@@ -130,20 +131,6 @@ def _policy(config: GRPOConfig, base: HFDirectory) -> MegatronPolicy:
         sequence_length=config.sequence_length,
         micro_batch=config.micro_batch,
         global_batch=config.prompts_per_step,
-    )
-
-
-def _sampler(config: GRPOConfig, policy: MegatronPolicy, stop_ids: tuple[int, ...]) -> LocalSampler:
-    """A sampler of the policy's current weights on every process (collective)."""
-    return LocalSampler(
-        policy.architecture,
-        policy.weights(),
-        stop_token_ids=stop_ids,
-        max_batch=ROLLOUT_BATCH,
-        longrope_policy=config.model.longrope,
-        max_length=config.sequence_length,
-        dtype=DTYPES[config.model.dtype],
-        device=platform.device(),
     )
 
 

@@ -33,11 +33,12 @@ from phimr_nemo.align.rollouts import (
     training_rows,
     verdicts_of,
 )
+from phimr_nemo.align.rounds import Rounds
 from phimr_nemo.align.selection import selected
-from phimr_nemo.align.stabilisers import annealed_temperature, refill_size
+from phimr_nemo.align.stabilisers import annealed_temperature, overlong_penalty, refill_size
 from phimr_nemo.config import GRPOConfig
 from phimr_nemo.data.chat import decode_response
-from phimr_nemo.generate.sampler import Completion, Sampler, SamplingParams
+from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.store import content_seed
 from phimr_nemo.train import platform
@@ -56,7 +57,7 @@ class GRPOTrainer(ReinforceTrainer):
     Args:
         config: the stage's configuration.
         prompts: prompts and their epoch.
-        sampler: holds the policy's weights; synchronised before every round.
+        rounds: samples responses with the policy's weights.
         grader: grades responses in processes that can be killed.
         tokenizer: turns responses into text.
         upstream: the other arguments of ReinforceTrainer.
@@ -67,13 +68,13 @@ class GRPOTrainer(ReinforceTrainer):
         *,
         config: GRPOConfig,
         prompts: PromptSet,
-        sampler: Sampler,
+        rounds: Rounds,
         grader: GradesAnswers,
         tokenizer: PreTrainedTokenizerBase,
         **upstream: Any,
     ) -> None:
         super().__init__(**upstream, val_dataloader_builder=None, collate_fn=None, rm=None, batch_iterator_cls=None)
-        self.config, self.prompts, self.sampler, self.grader = config, prompts, sampler, grader
+        self.config, self.prompts, self.rounds, self.grader = config, prompts, rounds, grader
         self.tokenizer = tokenizer
 
     # ---- rollouts ------------------------------------------------------------------------------------------
@@ -93,6 +94,9 @@ class GRPOTrainer(ReinforceTrainer):
         loader = dataloader_builder(consumed_samples=consumed_samples)
         slots = next(iter(loader.batch_sampler))
         self.model.temperature = annealed_temperature(self.step, self.config.steps, self.config.temperature)
+        with self.timer("sync"):
+            if not self.rounds.is_ahead(self.step):
+                self.rounds.sync(self.step)
         with self.timer("sample"):
             prompt_of, completions = self._sampled(loader.dataset, slots)
         with self.timer("reward"):
@@ -105,6 +109,7 @@ class GRPOTrainer(ReinforceTrainer):
             **rollout_metrics(rollouts, rewards.tolist()),
             "temperature": self.model.temperature,
             "refills": refills,
+            **self.rounds.metrics(self.step, [rollout.version for rollout in rollouts]),
             # What upstream adds to its count of consumed samples: the sampler counts prompts.
             "rollout_size": sampled,
             "table": {"prompt": "", "response": "", "reward": 0.0},
@@ -131,10 +136,13 @@ class GRPOTrainer(ReinforceTrainer):
 
     def _sampled(self, dataset: Any, slots: Sequence[int]) -> tuple[dict[int, int], list[Completion]]:
         """This process's slots with their prompts' numbers, and their groups' responses."""
+        prompt_of = self._mine(dataset, slots)
+        return prompt_of, self.rounds.sample(self.step, *self._requests(prompt_of, self.step))
+
+    def _mine(self, dataset: Any, slots: Sequence[int]) -> dict[int, int]:
+        """This process's slots with their prompts' numbers."""
         # Whole groups to a process, so that each prompt is computed once; all processes sample.
-        mine = slots[dist.get_rank() :: dist.get_world_size()]
-        prompt_of = {slot: self.prompts.epoch[dataset[slot]] for slot in mine}
-        return prompt_of, self._sample(prompt_of)
+        return {slot: self.prompts.epoch[dataset[slot]] for slot in slots[dist.get_rank() :: dist.get_world_size()]}
 
     def _graded(self, prompt_of: Mapping[int, int], completions: Sequence[Completion]) -> list[Rollout]:
         """All processes' responses with their verdicts (collective)."""
@@ -144,18 +152,36 @@ class GRPOTrainer(ReinforceTrainer):
         verdicts = verdicts_of(self.grader, texts, answers)
         return gathered(graded_rollouts(completions, texts, verdicts, prompt_of))
 
-    def _sample(self, prompt_of: Mapping[int, int]) -> list[Completion]:
-        if self.sampler.version != self.step:
-            self.sampler.update_weights(self.model.weights(), self.step)
+    def _requests(self, prompt_of: Mapping[int, int], step: int) -> tuple[list[Request], SamplingParams]:
+        """What is asked for step `step`: the groups of these slots."""
         prompts = {slot: self.prompts.prompts[number] for slot, number in prompt_of.items()}
-        requests = rollout_requests(prompts, self.config.group_size, str(self.config.run.seed), str(self.step))
-        params = SamplingParams(
-            temperature=self.model.temperature, top_p=1.0, max_new_tokens=self.config.max_new_tokens
-        )
-        return self.sampler.sample(requests, params)
+        requests = rollout_requests(prompts, self.config.group_size, str(self.config.run.seed), str(step))
+        temperature = annealed_temperature(step, self.config.steps, self.config.temperature)
+        return requests, SamplingParams(temperature, top_p=1.0, max_new_tokens=self.config.max_new_tokens)
+
+    def _next_round(self, step: int) -> tuple[list[Request], SamplingParams]:
+        """What is asked for step `step` when it is the next to begin."""
+        loader = self.train_dataloader_builder(consumed_samples=self.consumed_samples)
+        return self._requests(self._mine(loader.dataset, next(iter(loader.batch_sampler))), step)
+
+    def take_up(self) -> None:
+        """Continue with the round that a stopped run had sampled ahead (collective; after `load_state_dict`)."""
+        if self.config.ahead and self.step < self.config.steps:
+            self.rounds.restore(self.step, self._next_round(self.step)[0])
+
+    def save(self, extra_candidates: Any = None, is_train_end: bool = False) -> None:
+        """Upstream's checkpoint, and before it the round that is under way."""
+        self.rounds.save(self.step)
+        super().save(extra_candidates, is_train_end)
+        self.rounds.forget(self.ckpt_callback.steps())
 
     def _rewards(self, rollouts: Sequence[Rollout]) -> Tensor:
-        values = [self.config.reward_correct if r.is_correct else self.config.reward_wrong for r in rollouts]
+        config = self.config
+        values = [
+            (config.reward_correct if rollout.is_correct else config.reward_wrong)
+            + overlong_penalty(len(rollout.token_ids), config.max_new_tokens, config.overlong)
+            for rollout in rollouts
+        ]
         return torch.tensor(values, dtype=torch.float32)
 
     # ---- training rows -------------------------------------------------------------------------------------
@@ -192,7 +218,10 @@ class GRPOTrainer(ReinforceTrainer):
     # ---- updates -------------------------------------------------------------------------------------------
 
     def run_training(self, dataloader_iter: Iterable[dict[str, Tensor]]) -> tuple[float, dict[str, float]]:
-        """Upstream's updates, but none for a batch without rows on any rank."""
+        """Upstream's updates, but none for a batch without rows on any rank; meanwhile the next round is sampled."""
+        if self.config.ahead and self.step + 1 < self.config.steps:
+            self.rounds.sync(self.step)
+            self.rounds.start(self.step + 1, *self._next_round(self.step + 1))
         batches = list(dataloader_iter)
         counts = [int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches]
         labels = torch.tensor(counts, device=platform.device())

@@ -42,6 +42,7 @@ _LOGGER: Final = logging.getLogger(__name__)
 _NOT_UPDATE_NAMES: Final = frozenset({"optim_step"})
 _NOT_ROLLOUT_NAMES: Final = frozenset({"rollout_size", "epoch"})
 _SECONDS: Final = {
+    "sync": "sync_seconds",
     "sample": "sample_seconds",
     "reward": "reward_seconds",
     "logprobs": "logprob_seconds",

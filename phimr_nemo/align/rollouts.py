@@ -70,6 +70,7 @@ class Rollout:
         is_truncated: it ended at the length limit.
         is_correct: the grader's verdict.
         repetition: share of the end of its text that repeats what stands earlier there.
+        version: of the weights that made it: the step that began with them. None if the sampler did not say.
     """
 
     slot: int
@@ -80,6 +81,7 @@ class Rollout:
     is_truncated: bool
     is_correct: bool
     repetition: float = 0.0
+    version: int | None = None
 
 
 class GradesAnswers(Protocol):
@@ -214,6 +216,7 @@ def graded_rollouts(
                 is_truncated=completion.finish_reason == "length",
                 is_correct=verdict.verdict == CORRECT,
                 repetition=repetition(text[-REPETITION_CHARS:]),
+                version=completion.version,
             )
         )
     return rollouts

@@ -50,9 +50,10 @@ def selected(rollouts: Sequence[Rollout], config: GRPOConfig, step: int) -> Sele
     kept: list[int] = []
     left_out = {"easy": 0, "impossible": 0}
     prompts = surplus = 0
-    for group in groups_of(rollouts):
+    for whole in groups_of(rollouts):
+        group = [i for i in whole if not (config.overlong.kind == "mask" and rollouts[i].is_truncated)]
         correct = [rollouts[i].is_correct for i in group]
-        fate = group_fate(correct, config.rebalance)
+        fate = group_fate(correct, config.rebalance) if group else "impossible"
         if fate != "kept":
             left_out[fate] += 1
         elif prompts == config.prompts_per_step:

@@ -19,6 +19,7 @@ from phimr_nemo.config.common import (
     Share,
     config,
 )
+from phimr_nemo.config.sampler import OverlongResponses, RolloutSampler, Stale
 
 AboveZero = Annotated[float, Field(gt=0.0)]
 
@@ -241,6 +242,10 @@ class GRPOConfig:
         micro_batch: in sequences.
         packed: sequences end to end in rows of up to micro_batch x sequence_length tokens, the memory of a padded
             micro-batch; the same gradient as unpacked.
+        sampler: what samples the responses.
+        ahead: 1 samples the next round while a step trains, with weights one step old; wants a correction.
+        stale: whether responses of older weights than asked for are sampled again or kept; that wants one too.
+        overlong: what becomes of responses that near or hit the length limit.
         reward_correct, reward_wrong: +1 and -1 in the paper.
         verify_workers: grader processes on each data-parallel rank.
         grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
@@ -260,6 +265,10 @@ class GRPOConfig:
     inner_batches: Positive
     micro_batch: Positive
     packed: bool
+    sampler: RolloutSampler
+    ahead: Literal[0, 1]
+    stale: Stale
+    overlong: OverlongResponses
     reward_correct: float
     reward_wrong: float
     verify_workers: Positive

@@ -22,7 +22,15 @@ STOP = 2
 CURVE_TOLERANCE = 2e-5
 """Largest relative or absolute difference of a metric between layouts, in float32 after four updates."""
 
-NOT_COMPARED = {"time", "step_time", "sample_seconds", "reward_seconds", "logprob_seconds", "train_seconds"}
+NOT_COMPARED = {
+    "time",
+    "step_time",
+    "sync_seconds",
+    "sample_seconds",
+    "reward_seconds",
+    "logprob_seconds",
+    "train_seconds",
+}
 # Differences of nearly equal numbers: rounding itself.
 ROUNDING = {"logprob_gap", "kl_to_old"}
 

@@ -1,0 +1,107 @@
+"""The sampler that a GRPO run's configuration names."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Final
+
+import torch.distributed as dist
+
+from phimr_nemo.align.policy import DTYPES, MegatronPolicy
+from phimr_nemo.config import GRPOConfig, LocalRollouts, VLLMRollouts
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.sampler import Sampler
+from phimr_nemo.generate.servers import ServerSampler, Wanted
+from phimr_nemo.generate.vllm import VLLMSampler, check_longrope
+from phimr_nemo.generate.weights import tokenizer_hash
+from phimr_nemo.train import platform
+
+ROLLOUT_BATCH: Final = 256
+"""Sequences that the built-in engine samples together at most, in one process."""
+RUN_NAME_BYTES: Final = 4
+GIB: Final = 2**30
+
+
+def check_sampler(config: GRPOConfig) -> None:
+    """Refuse settings that would train on responses of other weights as if they were the policy's own.
+
+    Raises:
+        UserError: `ahead` or `stale=keep` without a correction.
+    """
+    used = (["ahead=1"] if config.ahead else []) + (["stale=keep"] if config.stale == "keep" else [])
+    if used and config.correction.kind == "none":
+        raise UserError(
+            f"{' and '.join(used)} with correction.kind=none",
+            rule="responses of older weights are weighed by how probable the trained weights find them",
+            remedy="use correction.kind=truncated correction.cap=2, or ahead=0 stale=resample",
+        )
+
+
+def open_sampler(config: GRPOConfig, policy: MegatronPolicy, base_weights: str, stop_ids: tuple[int, ...]) -> Sampler:
+    """This process's sampler (collective).
+
+    Args:
+        config: the run's.
+        policy: what is trained.
+        base_weights: hash of the run's base.
+        stop_ids: a response ends with the first of these.
+
+    Raises:
+        UserError: servers that do not answer or serve something else, vLLM that is not there, or settings that
+            vLLM does not follow.
+    """
+    options = config.sampler
+    if isinstance(options, LocalRollouts):
+        return _local(config, options, policy, stop_ids)
+    if isinstance(options, VLLMRollouts):
+        return VLLMSampler(
+            config.base,
+            options,
+            dtype=config.model.dtype,
+            max_length=config.sequence_length,
+            longrope=config.model.longrope,
+            stop_ids=stop_ids,
+        )
+    check_longrope(config.base, config.model.longrope, config.sequence_length)
+    # All processes ask for the weights of one trainer, and not for those of an earlier one with the same step.
+    name = [secrets.token_hex(RUN_NAME_BYTES)]
+    dist.broadcast_object_list(name, 0)
+    return ServerSampler(
+        options,
+        wanted(config, policy, base_weights),
+        stop_token_ids=stop_ids,
+        run=name[0],
+        is_leader=dist.get_rank() == 0,
+        stale=config.stale,
+    )
+
+
+def wanted(config: GRPOConfig, policy: MegatronPolicy, base_weights: str) -> Wanted:
+    """What a rollout server of this run has to serve."""
+    architecture = policy.architecture
+    return Wanted(
+        weights=base_weights,
+        tokenizer=tokenizer_hash(Path(config.base)),
+        longest=config.sequence_length,
+        original=architecture.original_max_position_embeddings if architecture.long_factor is not None else None,
+        longrope=config.model.longrope,
+        vocab_size=architecture.vocab_size,
+    )
+
+
+def _local(
+    config: GRPOConfig, options: LocalRollouts, policy: MegatronPolicy, stop_ids: tuple[int, ...]
+) -> LocalSampler:
+    return LocalSampler(
+        policy.architecture,
+        policy.weights(),
+        stop_token_ids=stop_ids,
+        max_batch=ROLLOUT_BATCH,
+        longrope_policy=config.model.longrope,
+        max_length=config.sequence_length,
+        dtype=DTYPES[config.model.dtype],
+        device=platform.device(),
+        cache_bytes=int(options.cache_gib * GIB),
+    )
