@@ -6,6 +6,7 @@
 #   PHIMR_CONSTRAINTS  pip constraints file (default: the tested CPU pins)
 #   SEEDS, OUT         of `make quickstart`
 #   PYTEST_ARGS        of `make test`
+#   FUZZ_SECONDS       of each target of `make fuzz`
 #   GPU_PYTHON         of `make gpu`: an interpreter that has torch for CUDA, Megatron-Core and transformers
 
 VENV := .venv
@@ -15,6 +16,7 @@ PHIMR_CONSTRAINTS ?= requirements/constraints-cpu.txt
 SEEDS ?= 0
 OUT ?= runs/quickstart
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
 GPU_PYTHON ?= python3
 GPU_NAME := import torch; print(torch.cuda.get_device_name().replace(" ", "-"))
 
@@ -36,10 +38,10 @@ VLLM_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.pla
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm quickstart test gpu lint format clean
+.PHONY: help setup setup-vllm quickstart test faults fuzz audit gpu lint format clean
 
 help:
-	@echo "make setup | setup-vllm | quickstart | test | gpu | lint | format | clean   (see README.md)"
+	@echo "make setup | setup-vllm | quickstart | test | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
 
 setup: $(STAMP)
 
@@ -80,6 +82,20 @@ quickstart: setup
 test: setup $(if $(VLLM_WHEELS),setup-vllm)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg \
 		$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# The long form of tests/faults: more kills, and the stages that take their time; its table goes to docs/faults.md.
+faults: setup
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PHIMR_FAULTS=long \
+		$(BIN)/python -m pytest -q -s tests/faults
+
+# Coverage-guided fuzzing (atheris) of every target in tests/fuzz, FUZZ_SECONDS each; the short form is among the tests.
+fuzz: setup
+	@$(INSTALL) -e '.[fuzz]'
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+# The pinned versions against the public database of known weaknesses; what cannot be looked up is a failure.
+audit: setup
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(PHIMR_CONSTRAINTS) -r requirements/aligner.txt
 
 # Tests and throughput on this machine's GPU, with its own python (a NeMo container's, say) and not `make setup`'s.
 gpu:

@@ -14,6 +14,7 @@ from phimr_nemo.redact import refuse_secrets
 T = TypeVar("T")
 
 SUGGESTIONS: Final = 3
+MAX_SHOWN: Final = 500
 SIMILAR_ENOUGH: Final = 0.5
 MISSING_VALUE: Final = "???"
 EXTENDS: Final = "extends"
@@ -70,9 +71,9 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
         _drop_other_kinds(merged, overrides)
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(
-            f"cannot read the configuration {path}: {error}",
+            f"cannot read the configuration {path}: {str(error)[:MAX_SHOWN]}",
             rule="a config is a YAML mapping; overrides have the form key.sub=value",
             remedy="correct the named place",
         ) from error

@@ -194,3 +194,17 @@ def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Non
             rule=f"questions and responses hold none of {sorted(tokenizer.get_added_vocab())}",
             remedy="drop or escape this record",
         )
+    if not _is_encodable(text):
+        raise UserError(
+            f"text {text[:80]!a} holds half of a surrogate pair",
+            rule="questions and responses are Unicode text",
+            remedy="drop or repair this record",
+        )
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

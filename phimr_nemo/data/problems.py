@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from phimr_nemo.data.normalise import storable
 from phimr_nemo.data.rawfiles import COMPRESSIONS, Row, read_rows
 from phimr_nemo.errors import UserError
 from phimr_nemo.records import DIFFICULTIES, Difficulty
@@ -193,10 +194,11 @@ def problem_of(row: Row, columns: Columns, *, where: str, source: str) -> Row:
     Raises:
         IncompleteRow: the row has no question or no answer.
     """
-    question = question_text(lookup(row, columns.question))
+    question = storable(question_text(lookup(row, columns.question)))
     if not question:
         raise _incomplete(where, "question", columns.question)
     answer, solution = _answer_and_solution(row, columns)
+    answer, solution = storable(answer), None if solution is None else storable(solution)
     if not answer:
         raise _incomplete(where, "answer", columns.answer or f"the last \\boxed{{}} of {columns.solution}")
     used = {columns.question, columns.answer, columns.solution, columns.domain, columns.difficulty}
@@ -215,9 +217,9 @@ def problem_of(row: Row, columns: Columns, *, where: str, source: str) -> Row:
         "question": question,
         "answer": answer,
         "solution": solution,
-        "domain": str(domain) if domain else None,
+        "domain": storable(str(domain)) if domain else None,
         "difficulty": difficulty_of(level),
-        "metadata": json.dumps(metadata, ensure_ascii=False),
+        "metadata": storable(json.dumps(metadata, ensure_ascii=False)),
     }
 
 

@@ -212,7 +212,7 @@ class Architecture:
                 rule="a Hugging Face model directory holds config.json, *.safetensors and tokenizer files",
                 remedy="give the directory itself (for a hub cache: the folder under snapshots/)",
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{file} is not JSON: {error}",
                 rule="config.json is one JSON object",
@@ -224,7 +224,12 @@ class Architecture:
                 rule="config.json is one JSON object",
                 remedy="copy or download the file again",
             )
-        return cls.from_hf_config(config)
+        try:
+            return cls.from_hf_config(config)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise _unsupported(
+                f"{file} holds a value of the wrong kind: {error}", "numbers stand for numbers"
+            ) from error
 
     @classmethod
     def from_preset(cls, values: Mapping[str, Any], **filled: Any) -> Architecture:
