@@ -166,10 +166,10 @@ def _parse_seeds(text: str) -> list[int]:
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Quickstart output directories.")],
-    out: Annotated[Path, typer.Option(help="Where to write table and plots.")] = Path("runs/report"),
+    runs: Annotated[list[Path], typer.Argument(help="Outputs of quickstart or evaluate, or directories above them.")],
+    out: Annotated[Path, typer.Option(help="Where to write page, tables and plots.")] = Path("runs/report"),
 ) -> None:
-    """Collect result tables of finished runs into one table (markdown, JSON) and plots (PNG)."""
+    """Scores with their errors, models compared, the paper's numbers, training and data: report.html, report.md."""
     from phimr_nemo.pipeline import write_report
 
     write_report(runs, out)

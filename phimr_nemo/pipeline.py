@@ -165,18 +165,21 @@ def run_step(step: Step) -> None:
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Table (markdown, JSON) and plots (PNG) of finished quickstarts.
+    """A page (HTML, markdown) of finished evaluations and the runs beside them; of quickstarts the table as well.
 
     Args:
-        runs: output directories of quickstarts.
-        out: where table.md, table.json and the plots go.
+        runs: output directories of quickstarts or evaluations, or directories above them.
+        out: where report.html, report.md, and of quickstarts table.md, table.json and plots (PNG) go.
 
     Raises:
-        UserError: a directory holds no finished evaluation.
+        UserError: there is no finished evaluation, one is damaged, or a model was evaluated twice with one seed.
     """
     from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
     from phimr_nemo.evaluate.plots import plot_accuracy
     from phimr_nemo.evaluate.report import entry, table_markdown, write_table
+    from phimr_nemo.evaluate.run_report import write_run_report
+
+    page = write_run_report(runs, out, dict(ROWS))
 
     # The plots of an earlier report lie beside the seeds' directories.
     roots = [root for run in runs for root in sorted(filter(Path.is_dir, run.glob("seed-*")), key=_seed_of)]
@@ -186,17 +189,13 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         for root in roots
         if (root / f"evaluate-{name}" / RESULTS_FILE).is_file()
     ]
-    if not entries:
-        raise UserError(
-            f"no finished evaluation under {[str(run) for run in runs]}",
-            rule="a report is made from the output of `phimr quickstart`",
-            remedy="give the directory that --out named",
-        )
-    rows = write_table(out, entries)
-    plot_accuracy(rows, out / "accuracy.png")
-    for root in roots:
-        _plot_run(root, out)
-    print(table_markdown(rows))
+    if entries:
+        rows = write_table(out, entries)
+        plot_accuracy(rows, out / "accuracy.png")
+        for root in roots:
+            _plot_run(root, out)
+        print(table_markdown(rows))
+    print(page)
 
 
 def _seed_of(root: Path) -> int:

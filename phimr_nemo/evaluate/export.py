@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ import yaml
 
 from phimr_nemo.config import ExportConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
+from phimr_nemo.evaluate.collect import read_evaluation
+from phimr_nemo.evaluate.evaluate import RESULTS_FILE
+from phimr_nemo.evaluate.report import as_in_the_paper, reference_table
+from phimr_nemo.evaluate.tables import Seeds, Table, markdown, score_table
 from phimr_nemo.runs import CONFIG_FILE, RUN_FILE, RunDirectory
 
 
@@ -58,7 +61,7 @@ def model_card(config: ExportConfig, parameters: int) -> str:
     if config.stages:
         parts.append("## Training\n\n" + _stage_table(config.stages))
     if config.evaluations:
-        parts.append("## Measured\n\n" + _evaluation_table(config.evaluations))
+        parts.append("## Measured\n\n" + _measured(config.evaluations))
     return "\n\n".join(parts) + "\n"
 
 
@@ -79,18 +82,20 @@ def _stage_table(stages: Mapping[str, Path]) -> str:
         rows.append(
             (
                 name,
-                facts["steps"],
-                settings["sequence_length"],
+                str(facts["steps"]),
+                str(settings["sequence_length"]),
                 f"{optim['lr']:g}",
-                made["seed"],
+                str(made["seed"]),
                 made["versions"]["git"][:12],
             )
         )
-    return _markdown(("stage", "steps", "longest sequence", "peak learning rate", "seed", "code"), rows)
+    header = ("stage", "steps", "longest sequence", "peak learning rate", "seed", "code")
+    return markdown(Table("Training", header, tuple(rows))).rstrip("\n")
 
 
-def _evaluation_table(evaluations: Mapping[str, Path]) -> str:
-    rows = []
+def _measured(evaluations: Mapping[str, Path]) -> str:
+    """The tables of `phimr report` for these evaluations, the paper's where they hold one of its benchmarks."""
+    benchmarks: dict[str, dict[str, Seeds]] = {}
     for name, directory in evaluations.items():
         if not (directory / RESULTS_FILE).is_file():
             raise UserError(
@@ -98,15 +103,10 @@ def _evaluation_table(evaluations: Mapping[str, Path]) -> str:
                 rule=f"the model card reports finished evaluations, which hold {RESULTS_FILE}",
                 remedy="finish the evaluation, or leave it out of `evaluations`",
             )
-        result = read_result(directory / RESULTS_FILE)
-        rows.append(
-            (name, f"{100 * result.pass1:.1f}", f"{100 * result.stderr:.1f}", result.questions, result.samples)
-        )
-    return _markdown(("model after", "pass@1 (%)", "standard error", "questions", "samples a question"), rows)
-
-
-def _markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [list(header)]
-    lines.append(["---"] * len(lines[0]))
-    lines += [[str(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        found = read_evaluation(directory, {})
+        benchmarks.setdefault(found.benchmark, {})[name] = {found.seed: found.result}
+    tables = [score_table(benchmark, models) for benchmark, models in benchmarks.items()]
+    ours = as_in_the_paper(benchmarks)
+    if ours:
+        tables.append(reference_table(ours))
+    return "\n".join(f"### {table.title}\n\n{markdown(table)}\n{table.note}\n" for table in tables).rstrip("\n")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from matplotlib.figure import Figure
 
+from phimr_nemo.data.figures import COLORS, short_name
 from phimr_nemo.errors import UserError
 from phimr_nemo.picture import save_png, tidy
 from phimr_nemo.runs import METRICS_FILE, read_metrics
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from phimr_nemo.evaluate.report import Row
 
 DPI: Final = 120
+PAGE_DPI: Final = 200
+MOST_NAMED: Final = 8
 HEIGHT_INCHES: Final = 3.6
 INCHES_PER_BAR: Final = 1.1
 INCHES_PER_PANEL: Final = 3.6
@@ -88,6 +91,49 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     tidy(axes)
     figure.tight_layout()
     save_png(figure, path, dpi=DPI)
+
+
+def draw_scores(rows: Sequence[Row], path: Path) -> None:
+    """pass@1 per model in per cent as lying bars, which a phone shows as well; errors as :func:`plot_accuracy`."""
+    figure = Figure(figsize=(NARROWEST_INCHES, 1.0 + INCHES_PER_STEP * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    heights = [100 * row.pass1 for row in rows]
+    errors = [100 * _shown_error(row) for row in rows]
+    axes.barh(range(len(rows)), heights, BAR_WIDTH, color=BAR_COLOR, xerr=errors, capsize=3, ecolor=TEXT_COLOR)
+    for place, (height, error) in enumerate(zip(heights, errors, strict=True)):
+        axes.annotate(
+            f"{height:.1f}",
+            (height + error, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=TEXT_COLOR,
+        )
+    axes.set_yticks(range(len(rows)), [short_name(row.row) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(1.0, *(height + error for height, error in zip(heights, errors, strict=True))) * HEADROOM)
+    seeds = max((len(row.seeds) for row in rows), default=0)
+    unit = f"over {seeds} seeds" if seeds > 1 else "clustered by question"
+    axes.set_xlabel(f"pass@1 (%), ± 1 stderr {unit}")
+    tidy(axes)
+    axes.grid(visible=False, axis="y")
+    save_png(figure, path, dpi=PAGE_DPI)
+
+
+def draw_curves(curves: Mapping[str, Curve], name: str, path: Path) -> None:
+    """A metric over the steps of one or several runs, named where they are several."""
+    figure = Figure(figsize=(NARROWEST_INCHES, HEIGHT_INCHES), layout="constrained")
+    axes = figure.subplots()
+    for place, (run, curve) in enumerate(curves.items()):
+        marker = "o" if len(curve.steps) == 1 else None
+        color = COLORS[place % len(COLORS)]
+        axes.plot(curve.steps, curve.values, color=color, linewidth=1.3, marker=marker, label=short_name(run))
+    axes.set_xlabel("step")
+    axes.set_ylabel(name)
+    if 1 < len(curves) <= MOST_NAMED:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
+    tidy(axes)
+    save_png(figure, path, dpi=PAGE_DPI)
 
 
 def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:

@@ -12,11 +12,11 @@ from typing import Final, Literal, get_args
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import Result
 from phimr_nemo.evaluate.statistics import mean_and_error
+from phimr_nemo.evaluate.tables import ABSENT, Seeds, Table, markdown, measured, percent
 from phimr_nemo.store import atomic_write_text, write_json
 
 TABLE_JSON: Final = "table.json"
 TABLE_MARKDOWN: Final = "table.md"
-ABSENT: Final = "-"
 NOT_RUN: Final = "not run"
 
 PaperBenchmark = Literal["AIME24", "MATH-500", "GPQA-Diamond"]
@@ -99,22 +99,20 @@ def _row(name: str, group: Sequence[Entry]) -> Row:
 
 def table_markdown(rows: Sequence[Row]) -> str:
     """The table in markdown, in per cent."""
-    lines = [
-        "| stage | pass@1 (%) | stderr, questions | stderr, seeds | n | seeds | each seed |",
-        "|---|---:|---:|---:|---:|---|---|",
-    ]
-    for row in rows:
-        cells = (
+    header = ("stage", "pass@1 (%)", "stderr, questions", "stderr, seeds", "n", "seeds", "each seed")
+    cells = (
+        (
             row.row,
-            _percent(row.pass1),
-            _percent(row.question_stderr),
-            _percent(row.seed_stderr),
+            percent(row.pass1),
+            percent(row.question_stderr),
+            percent(row.seed_stderr),
             str(row.n),
             ", ".join(map(str, row.seeds)),
-            ", ".join(map(_percent, row.each)),
+            ", ".join(map(percent, row.each)),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for row in rows
+    )
+    return markdown(Table("pass@1", header, tuple(cells)))
 
 
 def write_table(directory: Path, entries: Sequence[Entry]) -> list[Row]:
@@ -212,44 +210,37 @@ def paper_reference() -> tuple[PaperRow, ...]:
     )
 
 
-def reference_markdown(ours: Mapping[tuple[str, PaperBenchmark], Result]) -> str:
+def reference_table(ours: Mapping[tuple[str, str], Seeds]) -> Table:
     """The paper's table with our measurements beside it.
 
     Args:
-        ours: (row as in `PAPER_STAGES`, benchmark) -> result; what is absent reads "not run".
-
-    Raises:
-        UserError: a row that the paper does not have.
+        ours: (row as in `PAPER_STAGES`, benchmark) -> results; what is absent reads "not run", other rows and
+            benchmarks are not the paper's and are left out.
     """
-    unknown = sorted({row for row, _ in ours} - set(PAPER_STAGES))
-    if unknown:
-        raise UserError(
-            f"rows {unknown} are not in the paper",
-            rule=f"rows to compare are {list(PAPER_STAGES)}",
-            remedy="give the stage's name as in this list",
-        )
     stage_of = {paper: stage for stage, paper in PAPER_STAGES.items()}
     titles = [title for name in PAPER_BENCHMARKS for title in (f"{name}, paper", f"{name}, ours")]
-    lines = [
-        "| model | " + " | ".join(titles) + " | note |",
-        "|---|" + "---:|" * len(titles) + "---|",
-    ]
+    rows = []
     for row in paper_reference():
         cells = [row.model]
         for benchmark in PAPER_BENCHMARKS:
             published = row.scores[benchmark]
             cells.append(ABSENT if published is None else f"{published:.1f}")
-            cells.append(_measured(ours, stage_of.get(row.model), benchmark))
-        lines.append(f"| {' | '.join(cells)} | {row.note} |")
-    return "\n".join(lines) + "\n"
+            seeds = ours.get((stage_of.get(row.model, ""), benchmark))
+            cells.append(NOT_RUN if seeds is None else measured(seeds))
+        rows.append((*cells, row.note))
+    return Table(
+        "The paper's models",
+        ("model", *titles, "note"),
+        tuple(rows),
+        "pass@1 in per cent. Ours: with its standard error (questions x samples).",
+    )
 
 
-def _measured(ours: Mapping[tuple[str, PaperBenchmark], Result], stage: str | None, benchmark: PaperBenchmark) -> str:
-    result = ours.get((stage, benchmark)) if stage is not None else None
-    if result is None:
-        return NOT_RUN
-    return f"{_percent(result.pass1)} ± {_percent(result.stderr)} (n={result.questions}x{result.samples})"
-
-
-def _percent(value: float) -> str:
-    return ABSENT if math.isnan(value) else f"{100 * value:.1f}"
+def as_in_the_paper(benchmarks: Mapping[str, Mapping[str, Seeds]]) -> dict[tuple[str, str], Seeds]:
+    """Of benchmark -> row -> results, those that :func:`reference_table` has a place for."""
+    return {
+        (row, benchmark): seeds
+        for benchmark, models in benchmarks.items()
+        for row, seeds in models.items()
+        if row in PAPER_STAGES and benchmark in PAPER_BENCHMARKS
+    }

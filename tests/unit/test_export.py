@@ -47,7 +47,7 @@ def trained(path: Path, *, steps: int, lr: float, seed: int, finished: bool = Tr
     return path
 
 
-def evaluated(path: Path, *, correct: int, questions: int, stderr: float) -> Path:
+def evaluated(path: Path, *, correct: int, questions: int, stderr: float, benchmark: str = "mine") -> Path:
     """An evaluation directory with its results."""
     path.mkdir()
     share = correct / questions
@@ -56,7 +56,7 @@ def evaluated(path: Path, *, correct: int, questions: int, stderr: float) -> Pat
         samples=3,
         pass1=share,
         stderr=stderr,
-        pass_at_k={1: share},
+        pass_at_k={1: share, 3: share},
         majority=share,
         truncated=0.0,
         stopped=1.0,
@@ -66,7 +66,8 @@ def evaluated(path: Path, *, correct: int, questions: int, stderr: float) -> Pat
         by_difficulty={"middle": Score(questions, share, stderr)},
         per_question={},
     )
-    write_result(path / RESULTS_FILE, result, {})
+    write_result(path / RESULTS_FILE, result, {"benchmark": benchmark})
+    (path / "config.yaml").write_text("run:\n  seed: 4\nproblems: {}\n")
     return path
 
 
@@ -167,15 +168,29 @@ def test_the_card_tells_what_was_trained_and_measured(tmp_path: Path, model: Pat
     assert metadata["library_name"] == "transformers"
     trainings = [row[:5] for row in cells if len(row) == 6][2:]
     assert trainings == [["SFT", "123", "96", "0.00025", "7"], ["DPO", "45", "96", "1e-06", "8"]]
-    measured = [row for row in cells if len(row) == 5][2:]
-    assert measured == [["SFT", "75.0", "3.2", "16", "3"], ["DPO", "81.2", "3.0", "16", "3"]]
+    measured = [row for row in cells if len(row) == 12][2:]
+    # pass@1, its errors over questions and seeds (one), maj@3, pass@3, truncated, unparsable, tokens; the counts.
+    assert measured == [
+        ["SFT", "75.0", "3.2", "-", "75.0", "75.0", "0.0", "0.0", "5", "16", "3", "4"],
+        ["DPO", "81.2", "3.0", "-", "81.2", "81.2", "0.0", "0.0", "5", "16", "3", "4"],
+    ]
+    # "mine" is no benchmark of the paper's.
+    assert "Phi-4-Mini-Reasoning, re-evaluated" not in {row[0] for row in cells}
+
+
+def test_the_card_has_the_papers_numbers_beside_ours(tmp_path: Path, model: Path) -> None:
+    path = evaluated(tmp_path / "e", correct=15, questions=30, stderr=0.05, benchmark="AIME24")
+    run_stage("export", export_config(tmp_path, model, f"evaluations.SFT={path}"))
+    _, cells = card(tmp_path)
+    sft = next(row for row in cells if row[0] == "+ SFT")
+    assert sft[1:5] == ["43.3", "50.0 ± 5.0 (30x3)", "89.3", "not run"]
 
 
 def test_one_question_has_no_standard_error(tmp_path: Path, model: Path) -> None:
     path = evaluated(tmp_path / "e", correct=1, questions=1, stderr=math.nan)
     run_stage("export", export_config(tmp_path, model, f"evaluations.one={path}"))
     _, cells = card(tmp_path)
-    assert cells[-1][:3] == ["one", "100.0", "nan"]
+    assert cells[-1][:3] == ["one", "100.0", "-"]
 
 
 @pytest.mark.parametrize("what", ["stages", "evaluations"])

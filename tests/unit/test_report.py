@@ -29,7 +29,7 @@ from phimr_nemo.evaluate.report import (
     paper_reference,
     paper_table,
     read_table_entries,
-    reference_markdown,
+    reference_table,
     table_markdown,
     write_table,
 )
@@ -120,14 +120,18 @@ def test_the_papers_numbers() -> None:
 
 
 def test_what_was_not_run_says_so() -> None:
-    nothing = reference_markdown({})
-    assert nothing.count(NOT_RUN) == len(paper_reference()) * len(PAPER_BENCHMARKS)
-    one = reference_markdown({("SFT", "AIME24"): result(0.4567, 0.0123)})
-    assert one.count(NOT_RUN) == nothing.count(NOT_RUN) - 1
-    line = next(line for line in one.splitlines() if line.startswith("| + SFT"))
-    assert line.startswith("| + SFT | 43.3 | 45.7 ± 1.2 (n=30x64) | 89.3 |")
-    with pytest.raises(UserError, match="not in the paper"):
-        reference_markdown({("SFTT", "AIME24"): result()})
+    def cells(ours: dict[tuple[str, str], dict[int, Result]]) -> list[str]:
+        return [cell for row in reference_table(ours).rows for cell in row]
+
+    assert cells({}).count(NOT_RUN) == len(paper_reference()) * len(PAPER_BENCHMARKS)
+    one = {("SFT", "AIME24"): {0: result(0.4567, 0.0123)}, ("SFT", "GSM8K"): {0: result()}, ("mine", "AIME24"): {}}
+    assert cells(one).count(NOT_RUN) == cells({}).count(NOT_RUN) - 1
+    line = next(row for row in reference_table(one).rows if row[0] == "+ SFT")
+    assert line[:4] == ("+ SFT", "43.3", "45.7 ± 1.2 (30x64)", "89.3")
+    several = {("SFT", "AIME24"): {0: result(0.4), 1: result(0.5), 2: result(0.6)}}
+    line = next(row for row in reference_table(several).rows if row[0] == "+ SFT")
+    # The mean's error over seeds: 0.1 / sqrt(3).
+    assert line[2] == "50.0 ± 5.8 (30x64, 3 seeds)"
 
 
 def pixels(path: Path) -> np.ndarray:
