@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from phimr_nemo.config.common import Positive, config
+from phimr_nemo.config.common import Positive, Share, config
 
 
 @config
@@ -69,3 +69,32 @@ class GRPOSizesConfig:
     arms: dict[str, tuple[str, ...]]
     heldout_problems: Positive
     evaluation_samples: Positive
+
+
+@config
+class SecondDomainConfig:
+    """The ablation of a second domain.
+
+    Attributes:
+        output: where data, arms, tables and the picture go.
+        quickstarts: outputs of finished quickstarts; their RL and their random models are what is taught.
+        train_problems, heldout_problems: of the new domain; no program is in both.
+        solutions_per_problem: recorded solutions of each training problem.
+        mistake_rate: probability of a mistake in one.
+        epochs: of SFT on the right ones.
+        max_new_tokens: of an answer in the new domain.
+        evaluation_samples: answers a question of the new domain.
+        maths_problems, maths_samples: as the quickstarts were evaluated, so that the questions are the same.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+    train_problems: Positive
+    heldout_problems: Positive
+    solutions_per_problem: Positive
+    mistake_rate: Share
+    epochs: Positive
+    max_new_tokens: Positive
+    evaluation_samples: Positive
+    maths_problems: Positive
+    maths_samples: Positive
