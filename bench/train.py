@@ -1,6 +1,10 @@
 """Training on chains of thought of varying length: tokens a second, ours packed against transformers and TRL.
 
     python bench/train.py [--quick] [--documents 1200] [--longest 1024] [--repeats 2] [--device cuda --base DIR]
+    python bench/train.py --profile [--sides ours padded]
+    python bench/train.py --gpu
+
+`--profile` tells where the time of each side goes (parts.py); `--gpu` is described in train_gpu.py.
 
 TRL comes from a directory of its own (`pip install --no-deps --target DIR trl==0.24.0`, then
 PYTHONPATH=DIR); where it is absent the others are measured.
@@ -30,16 +34,19 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from common import in_child, machine, print_result, versions
+from parts import scopes, shares, table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESETS = REPOSITORY / "conf"
-SEED = 0
 LEARNING_RATE = 1e-3
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
 CLIP = 1.0
 ROWS_A_STEP = 4
 PADDED_MICRO_BATCH = 4
@@ -53,7 +60,7 @@ FILL = 0.9
 HELD_OUT = 64
 MODEL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
 QUICK = {"documents": 160, "longest": 512, "repeats": 1}
-OPTIONS = ("documents", "longest", "device", "base", "dtype")
+OPTIONS = ("documents", "longest", "seed", "device", "base", "dtype")
 SIDES = ("ours", "padded", "grouped", "trl")
 TITLES = {
     "ours": "ours, packed",
@@ -62,6 +69,7 @@ TITLES = {
     "trl": "TRL SFTTrainer, packed",
 }
 TARGET_PADDED = 1.5
+PROFILED_STEPS = 6
 
 
 def made_up(count: int, longest: int, seed: int) -> list[dict[str, str]]:
@@ -88,16 +96,20 @@ def make_inputs(root: Path, options: argparse.Namespace) -> None:
 
     if not options.base:
         shape = [f"{name}={value}" for name, value in MODEL.items()]
-        run_base(load_config(BaseConfig, PRESETS / "base" / "tiny.yaml", [f"run.output={root / 'base'}", *shape]))
+        run_base(load_config(BaseConfig, PRESETS / "base" / "tiny.yaml", [*run_in(root / "base", options), *shape]))
     rows = [
         {"id": f"c{n}", "problem_id": f"p{n}", "domain": None, "difficulty": None, **item}
-        for n, item in enumerate(made_up(options.documents, options.longest, SEED))
+        for n, item in enumerate(made_up(options.documents, options.longest, 2 * options.seed))
     ]
     write_shard(root / "conversations", 0, rows_to_table(rows, "conversations"), kind="conversations")
     finish(root / "conversations", kind="conversations", config={})
-    settings = [f"run.output={root / 'rows'}", f"conversations={root / 'conversations'}"]
+    settings = [*run_in(root / "rows", options), f"conversations={root / 'conversations'}"]
     settings += [f"tokenizer={base_of(root, options)}", f"sequence_length={options.longest}"]
     run_pack(load_config(PackConfig, PRESETS / "pack" / "tiny.yaml", settings))
+
+
+def run_in(directory: Path, options: argparse.Namespace) -> list[str]:
+    return [f"run.output={directory}", f"run.seed={options.seed}"]
 
 
 def base_of(root: Path, options: argparse.Namespace) -> Path:
@@ -119,27 +131,54 @@ def clock(options: argparse.Namespace) -> float:
     return time.perf_counter()
 
 
-def train_ours(root: Path, out: Path, options: argparse.Namespace) -> list[float]:
-    """The stage; when its steps ended."""
+class Steps:
+    """When the steps ended; profiles what comes after the first one when asked to."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.ends = options, list[float]()
+        self.profiler: Any = None
+        self.started = 0.0
+
+    def end(self) -> None:
+        self.ends.append(clock(self.options))
+        if self.options.profile and self.profiler is None:
+            from torch.profiler import ProfilerActivity, profile
+
+            self.profiler = profile(activities=[ProfilerActivity.CPU])
+            self.profiler.start()
+            self.started = time.perf_counter()
+        elif self.profiler is not None and len(self.ends) == 1 + PROFILED_STEPS:
+            self.seconds = time.perf_counter() - self.started
+            self.profiler.stop()
+
+    def shares(self) -> dict[str, float]:
+        """Part of the time -> share (see `parts.py`)."""
+        if len(self.ends) <= PROFILED_STEPS:
+            raise RuntimeError(f"{len(self.ends)} steps: --profile needs {1 + PROFILED_STEPS}; take more --documents")
+        return shares(self.profiler.events(), self.seconds)
+
+
+def train_ours(root: Path, out: Path, options: argparse.Namespace, steps: Steps) -> None:
+    """The stage."""
     from phimr_nemo.config import MidtrainConfig, load_config
     from phimr_nemo.train.callbacks import RunMonitor
     from phimr_nemo.train.supervised import run_midtrain
 
-    settings = [f"run.output={out}", f"base={base_of(root, options)}", f"data={root / 'rows'}"]
+    settings = [*run_in(out, options), f"base={base_of(root, options)}", f"data={root / 'rows'}"]
     settings += [f"sequence_length={options.longest}", "micro_batch=1", f"global_batch={ROWS_A_STEP}", "epochs=1"]
     settings += ["validation_rows=0", "run.log_every=1", "checkpoint.every=1000000", f"model.dtype={options.dtype}"]
     settings += [f"optim.lr={LEARNING_RATE}", f"optim.min_lr={LEARNING_RATE}", "optim.schedule=constant"]
     settings += ["optim.warmup_fraction=0", "optim.weight_decay=0", f"optim.clip_grad={CLIP}"]
-    ends: list[float] = []
+    settings += [f"optim.beta1={BETAS[0]}", f"optim.beta2={BETAS[1]}", f"optim.eps={EPSILON}"]
     real = RunMonitor.write
 
     def timed(self: RunMonitor, step: int, metrics: Mapping[str, float]) -> None:
         real(self, step, metrics)
-        ends.append(clock(options))
+        steps.end()
 
-    with mock.patch.object(RunMonitor, "write", timed):
-        run_midtrain(load_config(MidtrainConfig, PRESETS / "midtrain" / "tiny.yaml", settings))
-    return ends
+    config = load_config(MidtrainConfig, PRESETS / "midtrain" / "tiny.yaml", settings)
+    with mock.patch.object(RunMonitor, "write", timed), scopes() if options.profile else nullcontext():
+        run_midtrain(config)
 
 
 def documents(root: Path, options: argparse.Namespace) -> list[dict[str, list[int]]]:
@@ -156,19 +195,17 @@ def documents(root: Path, options: argparse.Namespace) -> list[dict[str, list[in
     ]
 
 
-def train_peer(root: Path, out: Path, options: argparse.Namespace) -> list[float]:
-    """transformers' or TRL's trainer; when its steps ended."""
+def train_peer(root: Path, out: Path, options: argparse.Namespace, steps: Steps) -> None:
+    """transformers' or TRL's trainer."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 
-    ends: list[float] = []
-
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(clock(options))
+            steps.end()
 
-    base, steps = base_of(root, options), optimizer_steps(root)
+    base = base_of(root, options)
     data = Dataset.from_list(documents(root, options))
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, torch_dtype=dtype).to(options.device)
@@ -179,6 +216,9 @@ def train_peer(root: Path, out: Path, options: argparse.Namespace) -> list[float
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "adam_epsilon": EPSILON,
         "max_grad_norm": CLIP,
         "use_cpu": options.device == "cpu",
         "bf16": options.dtype == "bf16",
@@ -187,7 +227,7 @@ def train_peer(root: Path, out: Path, options: argparse.Namespace) -> list[float
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "seed": SEED,
+        "seed": options.seed,
     }
     if options.child == "trl":
         from trl import SFTConfig, SFTTrainer
@@ -206,7 +246,7 @@ def train_peer(root: Path, out: Path, options: argparse.Namespace) -> list[float
     else:
         from transformers import Trainer, TrainingArguments
 
-        accumulation = max(1, round(len(data) / (steps * PADDED_MICRO_BATCH)))
+        accumulation = max(1, round(len(data) / (optimizer_steps(root) * PADDED_MICRO_BATCH)))
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
@@ -221,7 +261,6 @@ def train_peer(root: Path, out: Path, options: argparse.Namespace) -> list[float
         )
     trainer.train()
     model.save_pretrained(out / "hf")
-    return ends
 
 
 def held_out_loss(directory: Path, root: Path, options: argparse.Namespace) -> float:
@@ -232,7 +271,7 @@ def held_out_loss(directory: Path, root: Path, options: argparse.Namespace) -> f
     from phimr_nemo.data.chat import load_tokenizer, render_conversations
 
     tokenizer = load_tokenizer(base_of(root, options))
-    items = made_up(HELD_OUT, options.longest, SEED + 1)
+    items = made_up(HELD_OUT, options.longest, 2 * options.seed + 1)
     rendered = render_conversations(tokenizer, [i["question"] for i in items], [i["response"] for i in items])
     model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).to(options.device).eval()
     losses = []
@@ -244,14 +283,18 @@ def held_out_loss(directory: Path, root: Path, options: argparse.Namespace) -> f
     return statistics.fmean(losses)
 
 
-def measure(root: Path, options: argparse.Namespace) -> dict[str, float]:
+def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One side, in this process."""
     import torch
 
     if options.device == "cpu":
         torch.set_num_threads(1)
     out = Path(tempfile.mkdtemp(dir=root))
-    ends = (train_ours if options.child == "ours" else train_peer)(root, out, options)
+    clocked = Steps(options)
+    (train_ours if options.child == "ours" else train_peer)(root, out, options, clocked)
+    if options.profile:
+        return clocked.shares()
+    ends = clocked.ends
     steps = len(ends)
     tokens = sum(len(item["input_ids"]) for item in documents(root, options))
     return {
@@ -267,10 +310,15 @@ def compare(options: argparse.Namespace, sides: tuple[str, ...], root: Path) -> 
     make_inputs(root, options)
     arguments = [text for name in OPTIONS for text in (f"--{name}", str(getattr(options, name)))]
     program = str(Path(__file__).resolve())
-    rounds = [
-        {side: in_child(program, ["--child", side, "--root", str(root), *arguments]) for side in sides}
-        for _ in range(options.repeats)
-    ]
+
+    def run(side: str, *more: str) -> dict[str, Any]:
+        return in_child(program, ["--child", side, "--root", str(root), *arguments, *more])
+
+    if options.profile:
+        parts = {TITLES[side]: run(side, "--profile") for side in sides}
+        print(f"shares of {PROFILED_STEPS} steps' wall time under torch's profiler\n{table(parts)}")
+        return {"bench": "train", "unit": "share of the time", "parts": parts, "ours": None, "ratio": None}
+    rounds = [{side: run(side) for side in sides} for _ in range(options.repeats)]
     rates = {side: statistics.median(found[side]["tokens_per_second"] for found in rounds) for side in sides}
     print(f"{options.documents} documents, {rounds[0]['ours']['tokens']:,} tokens, rows of {options.longest}")
     print("| trainer | tokens/s | of padded | steps | loss on documents kept out |\n|---|---:|---:|---:|---:|")
@@ -302,23 +350,38 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1200)
     parser.add_argument("--longest", type=int, default=1024, help="tokens of a row, and of the longest document")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda with --gpu, else cpu")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--profile", action="store_true", help="where the time goes, instead of how much it is")
+    parser.add_argument("--gpu", action="store_true", help="steps of the 3.8 B model on one GPU, without NeMo")
+    parser.add_argument("--fp8", action="store_true", help="with --gpu: products in FP8 (Transformer Engine)")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none", help="with --gpu")
+    for name in ("length", "rows", "steps"):
+        parser.add_argument(f"--{name}", type=int, help="with --gpu")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--base", default="", help="a Hugging Face directory instead of a small random model")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.device = options.device or ("cuda" if options.gpu else "cpu")
     if options.child:
         print(json.dumps(measure(options.root, options)))
         return
     if options.quick:
-        parser.set_defaults(**QUICK)
+        parser.set_defaults(**QUICK, device=options.device)
         options = parser.parse_args()
-    has_trl = importlib.util.find_spec("trl") is not None
-    if not has_trl:
+    if options.gpu:
+        import train_gpu
+
+        train_gpu.run(options)
+        return
+    sides = tuple(options.sides)
+    if "trl" in sides and importlib.util.find_spec("trl") is None:
         print("TRL is not installed: not compared")
+        sides = tuple(side for side in sides if side != "trl")
     with tempfile.TemporaryDirectory() as scratch:
-        result = compare(options, SIDES if has_trl else SIDES[:-1], Path(scratch))
+        result = compare(options, sides, Path(scratch))
     packages = ("torch", "megatron-core", "nemo-toolkit", "transformers", "trl", "accelerate")
     print_result({**result, "versions": versions(*packages), "machine": machine(device=options.device, threads=1)})
 
