@@ -103,7 +103,9 @@ gpu:
 	out=bench/results/$$(date +%F)-$$name.txt; bash -o pipefail -ec " \
 		$(GPU_PYTHON) -m pytest -q -rs tests/gpu | tee $$out; \
 		$(GPU_PYTHON) bench/forward.py | tee -a $$out; \
-		! $(GPU_PYTHON) -c 'import transformer_engine' 2>/dev/null || $(GPU_PYTHON) bench/forward.py --fp8 | tee -a $$out"
+		$(GPU_PYTHON) bench/train.py --gpu --profile | tee -a $$out; \
+		! $(GPU_PYTHON) -c 'import transformer_engine' 2>/dev/null || { $(GPU_PYTHON) bench/forward.py --fp8 | tee -a $$out; \
+		$(GPU_PYTHON) bench/train.py --gpu --fp8 | tee -a $$out; }"
 
 lint: setup
 	$(BIN)/ruff format --check .
