@@ -8,6 +8,12 @@
 #
 # Arguments travel in arrays only: a value with spaces, quotes or $(...) arrives as it was given.
 
+# As a shell reports a process that a signal ended: 128 + its number.
+readonly DIED_OF_USR1=138 DIED_OF_TERM=143
+# A node's part may end this much later than the first one's: it is writing its share of a checkpoint. After a death
+# the other nodes wait in a collective call for ever, and are ended by this.
+readonly LAST_NODE_SECONDS=60
+
 fail() {
   printf 'error: %s\n  remedy: %s\n' "$1" "$2" >&2
   exit 2
@@ -65,19 +71,24 @@ rendezvous_host() {
 # LAUNCH: srun and, if the site uses one, the container. PYTHON: the interpreter inside it.
 prepare_launch() {
   local nodes=$1
-  LAUNCH=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1)
+  LAUNCH=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1
+    --kill-on-bad-exit=0 --wait="$LAST_NODE_SECONDS")
   PYTHON=${PHIMR_PYTHON:-$PHIMR_HOME/.venv/bin/python}
   local mounts=$PHIMR_HOME:$PHIMR_HOME${PHIMR_CONTAINER_MOUNTS:+,$PHIMR_CONTAINER_MOUNTS}
   case ${PHIMR_CONTAINER_RUNTIME:-none} in
-    none) ;;
+    none)
+      if ! is_dry_run && [[ ! -x $PYTHON ]]; then
+        fail "there is no interpreter $PYTHON" "make setup, or set PHIMR_PYTHON or PHIMR_CONTAINER_RUNTIME"
+      fi
+      ;;
     pyxis)
       PYTHON=${PHIMR_PYTHON:-python3}
       LAUNCH+=(--container-image="${PHIMR_CONTAINER_IMAGE:?}" --container-mounts="$mounts"
-        --container-workdir="$PHIMR_HOME")
+        --container-workdir="$PHIMR_HOME" --no-container-mount-home)
       ;;
     apptainer)
       PYTHON=${PHIMR_PYTHON:-python3}
-      LAUNCH+=(apptainer exec --nv --bind "$mounts" --pwd "$PHIMR_HOME" "${PHIMR_CONTAINER_IMAGE:?}")
+      LAUNCH+=(apptainer exec --nv --no-home --bind "$mounts" --pwd "$PHIMR_HOME" "${PHIMR_CONTAINER_IMAGE:?}")
       ;;
     *) fail "PHIMR_CONTAINER_RUNTIME=$PHIMR_CONTAINER_RUNTIME is unknown" "use none, pyxis or apptainer" ;;
   esac
@@ -113,7 +124,7 @@ shard_count() {
   fi
 }
 
-# Run one job step, pass USR1 (sent before the time limit) on to it, and requeue the job if it had to stop.
+# Run one job step, pass USR1 (sent before the time limit) on to it, and put the job back in the queue if it can go on.
 run_step() {
   if is_dry_run; then
     printf '%q ' "$@"
@@ -132,14 +143,30 @@ run_step() {
     code=0
     wait "$step" || code=$?
   done
-  if [[ $stopping == 1 && $code != 0 ]]; then
-    if [[ ${SLURM_RESTART_COUNT:-0} -ge ${PHIMR_MAX_RESTARTS:=100} ]]; then
+  continue_later "$code" "$stopping"
+  return "$code"
+}
+
+# Requeue a job whose step has saved its state or was stopped: a preempted job that leaves within its grace time is
+# over for Slurm, and a dead process is nothing that Slurm would start again. `scancel` ends this shell, so that
+# nothing comes back that was cancelled.
+continue_later() {
+  local code=$1 stopping=$2 restarts=${SLURM_RESTART_COUNT:-0}
+  case $code in
+    0 | 2) return 0 ;;                      # done; the user's mistake
+    3 | "$DIED_OF_USR1" | "$DIED_OF_TERM") stopping=1 ;;
+  esac
+  if [[ $stopping == 1 ]]; then
+    if [[ $restarts -ge ${PHIMR_MAX_RESTARTS:=100} ]]; then
       fail "the job was restarted $PHIMR_MAX_RESTARTS times" "ask for more time, or raise PHIMR_MAX_RESTARTS"
     fi
-    echo "time is nearly over: requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "stopped (exit code $code): requeueing job $SLURM_JOB_ID"
+  elif [[ $restarts -lt ${PHIMR_FAILURE_RESTARTS:-2} ]]; then
+    echo "failed (exit code $code): requeueing job $SLURM_JOB_ID, restart $((restarts + 1))"
+  else
+    return 0
   fi
-  return "$code"
+  scontrol requeue "$SLURM_JOB_ID"
 }
 
 # run_plain STAGE [ARGUMENT ...]: one process on one node.
@@ -160,7 +187,7 @@ run_distributed() {
   host=$(rendezvous_host)
   prepare_launch "$nodes"
   # The port follows from the job, so that two jobs on one node do not meet.
-  run_step "${LAUNCH[@]}" bash "$PHIMR_HOME/slurm/task.sh" "$PYTHON" -m torch.distributed.run \
+  run_step "${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.node \
     --nnodes "$nodes" --nproc-per-node "${processes:-1}" \
     --rdzv-backend c10d --rdzv-endpoint "$host:$((20000 + job % 10000))" \
     --rdzv-id "$job-${SLURM_RESTART_COUNT:-0}" --max-restarts 0 \

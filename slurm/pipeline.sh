@@ -39,7 +39,9 @@ for stage in "${STAGES[@]}"; do
       arguments+=("$argument")
     fi
   done
-  command=(sbatch --parsable "${SBATCH_OPTIONS[@]}")
+  # Options of one stage, from the site file: SBATCH_OPTIONS_grpo=(--nodes=8).
+  declare -n own_options=SBATCH_OPTIONS_$stage
+  command=(sbatch --parsable "${SBATCH_OPTIONS[@]}" "${own_options[@]}")
   if [[ -n $previous ]]; then
     dependency=afterok:$previous
     # On the command line this replaces the script's own dependency, hence "singleton" again.

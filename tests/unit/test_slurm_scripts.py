@@ -108,6 +108,7 @@ def job(cluster: Path, **extra: str) -> dict[str, str]:
         SLURM_JOB_NODELIST="node-[a-b]",
         SLURM_GPUS_ON_NODE="8",
         SLURM_SUBMIT_DIR=str(REPOSITORY),
+        PHIMR_PYTHON=sys.executable,
         **extra,
     )
 
@@ -117,7 +118,7 @@ def recorded(cluster: Path) -> list[str]:
 
 
 def test_every_stage_has_a_script_and_every_script_a_stage() -> None:
-    scripts = {path.stem for path in SLURM.glob("*.sh")} - {"common", "task", "pipeline"}
+    scripts = {path.stem for path in SLURM.glob("*.sh")} - {"common", "pipeline"}
     # Problems are prepared once, before the chain.
     assert scripts == {*PLAIN_STAGES, *DISTRIBUTED_STAGES} == {"prepare", *STAGE_ORDER}
     assert scripts <= set(STAGES)
@@ -169,7 +170,7 @@ def test_directives(stage: str) -> None:
 def test_plain_dry_run(stage: str) -> None:
     command = dry_run(stage, "run.seed=3")
     assert command[0] == "srun"
-    assert "torch.distributed.run" not in command
+    assert "phimr_nemo.node" not in command
     assert command[-5:] == ["-m", f"recipes.{stage}", "--config", f"conf/{stage}/paper.yaml", "run.seed=3"]
 
 
@@ -244,10 +245,10 @@ def test_containers() -> None:
     pyxis = dry_run("sft", PHIMR_CONTAINER_RUNTIME="pyxis", **settings)
     assert "--container-image=/images/a b.sqsh" in pyxis
     assert f"--container-mounts={mounts}" in pyxis
-    assert follows(pyxis, ["python3", "-m", "torch.distributed.run"])
+    assert follows(pyxis, ["python3", "-m", "phimr_nemo.node"])
     apptainer = dry_run("sft", PHIMR_CONTAINER_RUNTIME="apptainer", **settings)
-    assert follows(apptainer, ["apptainer", "exec", "--nv", "--bind", mounts])
-    assert follows(apptainer, ["/images/a b.sqsh", "bash"])
+    assert follows(apptainer, ["apptainer", "exec", "--nv", "--no-home", "--bind", mounts])
+    assert follows(apptainer, ["/images/a b.sqsh", "python3", "-m", "phimr_nemo.node"])
     unknown = environment(DRY_RUN="1", PHIMR_CONTAINER_RUNTIME="docker")
     assert "docker is unknown" in bash("slurm/sft.sh", env=unknown, code=2).stderr
 
@@ -263,8 +264,34 @@ def test_outside_a_job_is_an_error() -> None:
 
 
 def test_the_exit_code_of_a_stage_is_the_jobs(cluster: Path) -> None:
-    bash("slurm/sft.sh", env=job(cluster, SRUN_CODE="7"), code=7)
+    bash("slurm/sft.sh", env=job(cluster, SRUN_CODE="7", PHIMR_FAILURE_RESTARTS="0"), code=7)
     assert not (cluster / "record.requeue").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        (0, "0", False),
+        (1, "0", True),
+        (1, "1", True),
+        (1, "2", False),  # it failed three times
+        (137, "0", True),  # SIGKILL
+        (2, "0", False),  # the user's mistake would be made again
+        (3, "50", True),  # saved its state: a preemption
+        (143, "50", True),  # died of SIGTERM: a preemption of a step that has nothing to save
+        (138, "50", True),  # of SIGUSR1
+    ],
+)
+def test_what_puts_a_job_back_in_the_queue(code: int, restarts: str, requeued: bool, cluster: Path) -> None:
+    bash("slurm/sft.sh", env=job(cluster, SRUN_CODE=str(code), SLURM_RESTART_COUNT=restarts), code=code)
+    assert (cluster / "record.requeue").exists() == requeued
+
+
+def test_a_missing_interpreter_is_named(cluster: Path) -> None:
+    done = bash("slurm/sft.sh", env={**job(cluster), "PHIMR_PYTHON": "/no/such/python"}, code=2)
+    assert "/no/such/python" in done.stderr
+    assert "make setup" in done.stderr
+    assert not (cluster / "record").exists()
 
 
 # --- the pipeline ------------------------------------------------------------------------------------------
@@ -292,7 +319,7 @@ def test_pipeline_submits_with_the_ids_it_gets(tmp_path: Path) -> None:
     )
     sbatch.chmod(0o755)
     site = tmp_path / "site.env"
-    site.write_text("SBATCH_OPTIONS=(--nodes=2 '--comment=a b')\n", "utf-8")
+    site.write_text("SBATCH_OPTIONS=(--nodes=2 '--comment=a b')\nSBATCH_OPTIONS_grpo=(--nodes=8)\n", "utf-8")
     value = "midtrain:base=dir $(touch pwned)"
     bash(
         "slurm/pipeline.sh",
@@ -304,9 +331,10 @@ def test_pipeline_submits_with_the_ids_it_gets(tmp_path: Path) -> None:
     assert len(calls) == len(STAGE_ORDER)
     for number, (stage, call) in enumerate(zip(STAGE_ORDER, calls, strict=True)):
         assert call[:3] == ["--parsable", "--nodes=2", "--comment=a b"]
+        assert ("--nodes=8" in call) == (stage == "grpo")
         if number:
             singleton = "" if stage in ARRAY_STAGES else ",singleton"
-            assert call[3] == f"--dependency=afterok:{100 + number}{singleton}"
+            assert call[3 + (stage == "grpo")] == f"--dependency=afterok:{100 + number}{singleton}"
         rest = call[call.index(f"slurm/{stage}.sh") + 1 :]
         assert rest == ["run.seed=1"] + ["base=dir $(touch pwned)"] * (stage == "midtrain")
     assert not (REPOSITORY / "pwned").exists()
@@ -325,24 +353,6 @@ def test_pipeline_keeps_colons_in_values() -> None:
 
 # --- signals -----------------------------------------------------------------------------------------------
 
-WORKER = """
-import pathlib, signal, sys, time
-mark = pathlib.Path(sys.argv[1])
-def save(number, frame):
-    mark.with_suffix(".saved").touch()
-    sys.exit(3)
-signal.signal(signal.SIGUSR1, save)
-mark.with_suffix(".ready").touch()
-time.sleep(60)
-"""
-LAUNCHER = """
-import subprocess, sys
-# Like torchrun: workers in sessions of their own, exit 1 when one fails.
-workers = [subprocess.Popen([sys.executable, "-c", sys.argv[1], f"{sys.argv[2]}{i}"], start_new_session=True)
-           for i in range(2)]
-sys.exit(1 if any([w.wait() for w in workers]) else 0)
-"""
-
 
 def wait_for(paths: Sequence[Path]) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
@@ -351,34 +361,9 @@ def wait_for(paths: Sequence[Path]) -> None:
         time.sleep(0.02)
 
 
-def test_usr1_reaches_the_workers_and_not_the_launcher(tmp_path: Path) -> None:
-    mark = tmp_path / "worker"
-    launcher = subprocess.Popen(
-        ["bash", str(SLURM / "task.sh"), sys.executable, "-c", LAUNCHER, WORKER, str(mark)],
-        env=environment(),
-        start_new_session=True,
-    )
-    try:
-        wait_for([tmp_path / "worker0.ready", tmp_path / "worker1.ready"])
-        # Slurm signals the whole process group of a task.
-        os.killpg(launcher.pid, signal.SIGUSR1)
-        # A launcher that the signal had killed would show as 128 + 10 here.
-        assert launcher.wait(WAIT_SECONDS) == 1
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-    assert (tmp_path / "worker0.saved").exists()
-    assert (tmp_path / "worker1.saved").exists()
-
-
-@pytest.mark.parametrize("code", [0, 5])
-def test_task_passes_the_exit_code_on(code: int) -> None:
-    bash("slurm/task.sh", sys.executable, "-c", f"raise SystemExit({code})", env=environment(), code=code)
-
-
 @pytest.mark.parametrize(
     ("step_code", "restarts", "job_code", "requeued"),
-    [(1, "0", 1, True), (0, "0", 0, False), (1, "100", 2, False)],
+    [(3, "0", 3, True), (0, "0", 0, False), (3, "100", 2, False)],
     ids=["saved and unfinished", "finished in time", "too many restarts"],
 )
 def test_a_job_that_runs_out_of_time_requeues_itself(
