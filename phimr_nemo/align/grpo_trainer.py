@@ -192,7 +192,7 @@ class GRPOTrainer(ReinforceTrainer):
         chosen = [rollout_batch[i] for i in selection.kept]
         groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)
         advantages = advantages_of(self.config.loss)(self._rewards(chosen), groups).tolist()
-        mine = self._dealt(len(chosen))
+        mine = self._dealt([len(self.prompts.prompts[r.prompt].token_ids) + len(r.token_ids) for r in chosen])
         rows = training_rows(
             [None if number is None else chosen[number] for number in mine],
             self.prompts.prompts,
@@ -207,12 +207,12 @@ class GRPOTrainer(ReinforceTrainer):
                     rows["reference_logprobs"] = self.model.batch_log_probs(rows)
         return rows, selection.metrics(len(rollout_batch))
 
-    def _dealt(self, rows: int) -> list[int | None]:
+    def _dealt(self, lengths: Sequence[int]) -> list[int | None]:
         """Numbers of this rank's rows, update after update, each filled with None to the size that `fit` cuts."""
         ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         share = self.cfg.model_gbs // ranks
         seed = content_seed("deal", str(self.config.run.seed), str(self.step))
-        dealt = deal_rows(rows, self.config.inner_batches, ranks, seed)
+        dealt = deal_rows(lengths, self.config.inner_batches, ranks, seed)
         return [number for part in dealt for number in [*part[rank], *[None] * (share - len(part[rank]))]]
 
     # ---- updates -------------------------------------------------------------------------------------------

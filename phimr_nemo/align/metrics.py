@@ -45,6 +45,7 @@ _SECONDS: Final = {
     "sync": "sync_seconds",
     "sample": "sample_seconds",
     "reward": "reward_seconds",
+    "refill": "refill_seconds",
     "logprobs": "logprob_seconds",
     "train_time": "train_seconds",
 }

@@ -152,18 +152,29 @@ def balanced_shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def deal_rows(rows: int, parts: int, ranks: int, seed: int) -> list[list[list[int]]]:
-    """Deal rows in random order to optimizer steps and, within each, to data-parallel ranks.
+def deal_rows(lengths: Sequence[int], parts: int, ranks: int, seed: int) -> list[list[list[int]]]:
+    """Deal rows in random order to optimizer steps and, within each, evenly to data-parallel ranks.
 
     Args:
-        rows: number of rows.
+        lengths: tokens of each row.
         parts: optimizer steps.
         ranks: data-parallel size.
         seed: of the order.
 
     Returns:
         [parts][ranks] lists of row numbers: every row once, part sizes differing by at most one, rank sizes
-        within a part likewise. Which rows share a part does not depend on `ranks`.
+        within a part likewise. Which rows share a part does not depend on `ranks`. The ranks of a part have nearly
+        the same number of tokens: they differ by no more than the part's longest row.
     """
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(rows).tolist()
-    return [[order[part::parts][rank::ranks] for rank in range(ranks)] for part in range(parts)]
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(lengths)).tolist()
+    return [_dealt_evenly(order[part::parts], lengths, ranks) for part in range(parts)]
+
+
+def _dealt_evenly(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Longest first, a row to every rank in turn, forth and back; the rows of a rank stay in their order."""
+    places = sorted(range(len(rows)), key=lambda place: -lengths[rows[place]])
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for turn, place in enumerate(places):
+        lap, position = divmod(turn, ranks)
+        shares[position if lap % 2 == 0 else ranks - 1 - position].append(place)
+    return [[rows[place] for place in sorted(share)] for share in shares]

@@ -26,6 +26,7 @@ NOT_COMPARED = {
     "time",
     "step_time",
     "sync_seconds",
+    "refill_seconds",
     "sample_seconds",
     "reward_seconds",
     "logprob_seconds",
