@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from align_worker import run_case
-from distributed import run_distributed
+from distributed import RanksFailed, run_distributed
 from rollout_server import RolloutServer
 from test_align_parity import (
     CURVE_TOLERANCE,
@@ -121,3 +121,9 @@ def test_a_resume_without_the_round_ahead_is_seen(root: Path) -> None:
     run_distributed(run_case, 1, make_case(root, "grpo-forgot", "grpo", *AHEAD))
     assert [row["staleness"] for row in curve(root / "grpo-forgot")] == [0.0, 1.0, 0.0, 1.0]
     assert weights_differ_by(root / "grpo-forgot", root / "grpo-ahead") > 0.0
+
+
+@pytest.mark.parametrize("change", ["ahead=1", "stale=keep"])
+def test_older_weights_want_a_correction(change: str, root: Path) -> None:
+    with pytest.raises(RanksFailed, match=f"{change} with correction.kind=none"):
+        run_distributed(run_case, 1, make_case(root, "grpo-refused", "grpo", change, "correction.kind=none"))
