@@ -98,3 +98,26 @@ class SecondDomainConfig:
     evaluation_samples: Positive
     maths_problems: Positive
     maths_samples: Positive
+
+
+@config
+class TeachersConfig:
+    """The ablation of the teacher's style and error rate.
+
+    Attributes:
+        output: where the arms, the tables and the picture go.
+        quickstarts: outputs of finished quickstarts; they bring the random models.
+        teachers: name -> settings that differ from conf/generate/tiny.yaml; the others are compared with the first.
+        problems: that every teacher answers once.
+        epochs: of mid-training on its verified solutions.
+        heldout_problems: questions of the evaluation.
+        evaluation_samples: answers a question.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+    teachers: dict[str, tuple[str, ...]]
+    problems: Positive
+    epochs: Positive
+    heldout_problems: Positive
+    evaluation_samples: Positive

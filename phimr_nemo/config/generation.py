@@ -72,10 +72,16 @@ Problems = Annotated[SyntheticProblems | FileProblems | RecordProblems, Field(di
 
 @config
 class ProgrammaticTeacher:
-    """Writes step-by-step solutions of synthetic problems and makes mistakes at a set rate."""
+    """Writes step-by-step solutions of synthetic problems and makes mistakes at a set rate.
+
+    Attributes:
+        mistake_rate: share of the solutions with a mistake.
+        style: "careful" calculates one digit at a time, "terse" at once; None = half of each.
+    """
 
     kind: Literal["programmatic"]
     mistake_rate: Share
+    style: Literal["careful", "terse"] | None = None
 
 
 @config

@@ -57,7 +57,9 @@ def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
     teacher: ProgrammaticTeacher = config.teacher
 
     def solve(part: pa.Table) -> pa.Table:
-        return teacher_rollouts(part, config.rollouts_per_problem, config.run.seed, teacher.mistake_rate)
+        return teacher_rollouts(
+            part, config.rollouts_per_problem, config.run.seed, teacher.mistake_rate, teacher.style
+        )
 
     return _write(config, problems, solve, counts, inputs=_problem_files(config))
 

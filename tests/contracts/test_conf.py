@@ -19,7 +19,13 @@ from phimr_nemo.config import (
     to_dict,
     to_yaml,
 )
-from phimr_nemo.config.ablations import ForgettingConfig, GRPORemediesConfig, GRPOSizesConfig, SecondDomainConfig
+from phimr_nemo.config.ablations import (
+    ForgettingConfig,
+    GRPORemediesConfig,
+    GRPOSizesConfig,
+    SecondDomainConfig,
+    TeachersConfig,
+)
 from phimr_nemo.config.alignment import DPONegativesConfig
 from phimr_nemo.config.supervised import DirectSFTConfig, MidtrainPackingConfig, MidtrainScalingConfig, StoppingConfig
 from phimr_nemo.errors import UserError
@@ -42,6 +48,7 @@ ABLATIONS: dict[str, type] = {
     "midtrain_packing": MidtrainPackingConfig,
     "direct_sft": DirectSFTConfig,
     "second_domain": SecondDomainConfig,
+    "teachers": TeachersConfig,
 }
 LEFT_TO_THE_USER = "???"
 

@@ -99,3 +99,24 @@ def test_an_impossible_rate_is_refused(rate: float) -> None:
     problem = generate_problems(15, 1, "train").to_pylist()[0]
     with pytest.raises(UserError, match="mistake rate"):
         solve(problem["metadata"], random.Random(0), rate)
+
+
+def test_teachers_of_two_styles_are_two_teachers() -> None:
+    """Without mistakes the careful one writes a digit at a time and the terse one never; mistakes are independent."""
+    problems = generate_problems(16, 200, "train")
+    careful, terse = (teacher_rollouts(problems, 1, 0, 0.0, style).to_pylist() for style in ("careful", "terse"))
+    assert {row["teacher"] for row in careful} == {"programmatic-careful"}
+    assert not {row["id"] for row in careful} & {row["id"] for row in terse}
+    assert all(line.count("=") == 1 for row in terse for line in row["response"].splitlines() if "=" in line)
+    assert any(line.count("=") > 1 for row in careful for line in row["response"].splitlines())
+    mixed = {row["response"] for row in teacher_rollouts(problems, 1, 0, 0.0).to_pylist()}
+    assert mixed <= {row["response"] for row in (*careful, *terse)}
+    wrong = [
+        [
+            boxed(row["response"]) != int(row["answer"])
+            for row in teacher_rollouts(problems, 1, 0, 0.5, style).to_pylist()
+        ]
+        for style in ("careful", "terse")
+    ]
+    # Of 200 problems both are wrong at 50 in the mean, with a standard deviation of 6.1; four of them.
+    assert abs(sum(a and b for a, b in zip(*wrong, strict=True)) - 50) < 25
