@@ -170,9 +170,9 @@ class GRPOTrainer(ReinforceTrainer):
             self.rounds.restore(self.step, self._next_round(self.step)[0])
 
     def save(self, extra_candidates: Any = None, is_train_end: bool = False) -> None:
-        """Upstream's checkpoint, and before it the round that is under way."""
-        self.rounds.save(self.step)
+        """Upstream's checkpoint, and then the round that is under way: there may be no time to wait for that."""
         super().save(extra_candidates, is_train_end)
+        self.rounds.save(self.step)
         self.rounds.forget(self.ckpt_callback.steps())
 
     def _rewards(self, rollouts: Sequence[Rollout]) -> Tensor:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 FILE_PREFIX: Final = "phimr-weights-"
+STEP_SECONDS: Final = 600.0
+"""What a server may take for one bucket, or to abort what it samples."""
 SHOWN: Final = 300
 """Characters of a server's refusal."""
 
@@ -59,7 +61,7 @@ async def push(
 
     async def post(url: str, path: str, **body: Any) -> None:
         try:
-            response = await client.post(url + path, **body)
+            response = await client.post(url + path, timeout=STEP_SECONDS, **body)
             if response.status_code != httpx.codes.OK:
                 failed[url] = f"HTTP {response.status_code} {response.text[:SHOWN]}"
         except httpx.TransportError as error:

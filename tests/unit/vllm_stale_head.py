@@ -5,4 +5,4 @@ from __future__ import annotations
 from phimr_nemo.generate import vllm_worker
 
 Extension = vllm_worker.Extension
-vllm_worker.repack_tied_head = lambda _: None
+vllm_worker.repack_tied_head = lambda model: None  # noqa: ARG005

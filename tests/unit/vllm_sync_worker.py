@@ -58,4 +58,5 @@ def main(model: Path, weights: Path, out: Path, extension: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), sys.argv[4] if len(sys.argv) > 4 else None)
+    model, weights, out, *extension = sys.argv[1:]
+    main(Path(model), Path(weights), Path(out), extension[0] if extension else None)
