@@ -132,7 +132,6 @@ def test_a_model_twice_with_one_seed_is_refused(runs: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="'SFT' on AIME24 with seed 0"):
         write_run_report([runs], tmp_path / "out", {})
     assert not (tmp_path / "out").exists()
-    evaluation(runs / "e", 6, seed=1, row="DPO", benchmark="AIME24")
 
 
 @pytest.mark.parametrize("damage", ["{", '{"questions": 1}', "[]"])
