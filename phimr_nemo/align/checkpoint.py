@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.errors import UserError
+from phimr_nemo.model.plaindata import only_plain_data
 from phimr_nemo.store import atomic_directory
 
 STEP_PREFIX: Final = "step-"
@@ -80,13 +81,14 @@ class CheckpointStore:
             The trainer's counters for `load_state_dict`; all 0 when there is no checkpoint.
 
         Raises:
-            UserError: the checkpoint belongs to a run with another base or other data.
+            UserError: the checkpoint belongs to a run with another base or other data, or is no plain data.
         """
         path = self.newest()
         if path is None:
             return dict.fromkeys(TRAINER_COUNTERS, 0)
-        self._check_identity(path)
-        state = dist_checkpointing.load(self.policy.sharded_state_dict(is_loading=True), str(path))
+        with only_plain_data(path):
+            self._check_identity(path)
+            state = dist_checkpointing.load(self.policy.sharded_state_dict(is_loading=True), str(path))
         self.policy.load_state_dict(state)
         return dict(state["trainer"])
 
