@@ -72,6 +72,7 @@ FREE_TO_CHANGE: Final = (
     "sampler.bucket_mb",
     "sampler.directory",
     "sampler.max_batch",
+    "sampler.cache_gib",
     "sampler.memory_share",
     "teacher.endpoint.base_urls",
     "teacher.endpoint.api_key_env",
