@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from phimr_nemo.atomic import keep_others_from_writing
+from phimr_nemo.cluster import launch as launch_on_cluster
 from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
 from phimr_nemo.generate.serve import serve
 
@@ -313,6 +314,7 @@ def sample(
 
 
 app.command("serve")(serve)
+app.command("launch")(launch_on_cluster)
 
 
 @app.command()

@@ -30,7 +30,7 @@ TIERS = (
     {"losses", "data", "verify", "model"},
     {"generate"},
     {"align", "train", "evaluate", "plan"},
-    {"cli", "terminal", "status", "pipeline", "launch", "preflight", "doctor", "node", "recipes"},
+    {"cli", "terminal", "status", "pipeline", "launch", "preflight", "doctor", "node", "cluster", "recipes"},
 )
 LIGHT = (
     "phimr_nemo",
@@ -56,7 +56,7 @@ HOMES = {
     "megatron": ({"model", "losses", "train", "align"}, MAX_MEGATRON_FILES),
     "nemo": ({"train", "align"}, None),
     "nemo_aligner": ({"align"}, None),
-    "nemo_run": ({"recipes", "launch"}, None),
+    "nemo_run": ({"recipes", "cluster"}, None),
     "vllm": ({"generate"}, MAX_VLLM_FILES),
 }
 POINTER = re.compile(r"(phimr_nemo|recipes)(\.\w+)*:\w+")
