@@ -1,5 +1,6 @@
 # Everything a newcomer types: make setup, make quickstart, make test. Each sets itself up; a repeat is a no-op.
 # make setup-vllm makes the environment of vLLM's own, which the tests of the sampler and of exported models use.
+# make setup-slurm installs Debian's Slurm, which tests/slurm start for themselves; they are skipped without it.
 #
 #   PYTHON             interpreter for the environment (3.10 to 3.12; default python3.11, else python3)
 #   TORCH_INDEX        index to take torch from, e.g. one that carries its CPU wheels (default: pip's own)
@@ -35,13 +36,14 @@ VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -qq -
 # Where vLLM's CPU wheels exist. Elsewhere the tests that need them are skipped, and say so.
 VLLM_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
 	and platform.machine() in ("x86_64", "aarch64") and (3, 11) <= sys.version_info[:2] < (3, 14)))')
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm quickstart test faults fuzz audit gpu lint format clean
+.PHONY: help setup setup-vllm setup-slurm quickstart test faults fuzz audit gpu lint format clean
 
 help:
-	@echo "make setup | setup-vllm | quickstart | test | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
+	@echo "make setup | setup-vllm | setup-slurm | quickstart | test | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
 
 setup: $(STAMP)
 
@@ -74,6 +76,16 @@ $(VLLM_STAMP): setup.cfg $(VLLM_PACKAGES)
 	@$(VLLM_INSTALL) --no-deps -r $(VLLM_PACKAGES)
 	@$(VLLM_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
+
+# Nothing is started here. A policy file of our own keeps the packages from doing it, where there is none yet.
+setup-slurm:
+	@PATH="$$PATH:/usr/sbin"; for name in slurmctld slurmd munged sbatch; do \
+		command -v $$name >/dev/null || missing=yes; done; test -n "$$missing" || exit 0; \
+	test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \
+		echo "make setup-slurm needs root and apt; elsewhere install $(SLURM_PACKAGES) with your package manager"; exit 1; }; \
+	policy=/usr/sbin/policy-rc.d; if [ ! -e $$policy ]; then \
+		trap "rm -f $$policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod 755 $$policy; fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES)
 
 quickstart: setup
 	$(BIN)/phimr quickstart --seeds $(SEEDS) --out $(OUT)
