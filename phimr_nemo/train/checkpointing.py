@@ -22,6 +22,7 @@ from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from phimr_nemo.config import SupervisedCheckpointConfig
+from phimr_nemo.model.plaindata import only_plain_data
 from phimr_nemo.store import write_json
 from phimr_nemo.train import platform
 from phimr_nemo.train.seal import (
@@ -110,12 +111,13 @@ class SealedCheckpointIO(MegatronCheckpointIO):
         """Load the newest checkpoint beside `path` that is what it was when it was written (collective).
 
         Raises:
-            UserError: none is.
+            UserError: none is, or it is no plain data.
         """
         whole = newest_whole(Path(path).parent)
-        loaded: dict[str, Any] = super().load_checkpoint(
-            whole, sharded_state_dict=sharded_state_dict, map_location=map_location, strict=strict
-        )
+        with only_plain_data(whole / WEIGHTS_PATH):
+            loaded: dict[str, Any] = super().load_checkpoint(
+                whole, sharded_state_dict=sharded_state_dict, map_location=map_location, strict=strict
+            )
         return loaded
 
 
