@@ -12,8 +12,9 @@ from phimr_nemo.align.policy import DTYPES, MegatronPolicy
 from phimr_nemo.config import GRPOConfig, LocalRollouts, VLLMRollouts
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.replies import Wanted
 from phimr_nemo.generate.sampler import Sampler
-from phimr_nemo.generate.servers import ServerSampler, Wanted
+from phimr_nemo.generate.servers import ServerSampler
 from phimr_nemo.generate.vllm import VLLMSampler, check_longrope
 from phimr_nemo.generate.weights import tokenizer_hash
 from phimr_nemo.train import platform

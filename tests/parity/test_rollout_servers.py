@@ -18,9 +18,10 @@ from phimr_nemo.config import BaseConfig, RolloutServers, Stale, load_config
 from phimr_nemo.endpoint.wire import Transient
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.replies import Wanted, check_identity, read_completion
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
 from phimr_nemo.generate.serve import Served, api_key
-from phimr_nemo.generate.servers import ServerSampler, Wanted, check_identity, read_completion
+from phimr_nemo.generate.servers import ServerSampler
 from phimr_nemo.generate.weights import (
     LOGPROBS,
     UNSYNCED,

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from phimr_nemo.config import BaseConfig, RolloutServers, load_config
 from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.replies import Wanted
 from phimr_nemo.generate.sampler import Request, SamplingParams, Unfinished
-from phimr_nemo.generate.servers import ServerSampler, Wanted
+from phimr_nemo.generate.servers import ServerSampler
 from phimr_nemo.generate.weights import IDENTITY, tokenizer_hash
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.hf import HFDirectory
