@@ -120,3 +120,7 @@ def test_teachers_of_two_styles_are_two_teachers() -> None:
     ]
     # Of 200 problems both are wrong at 50 in the mean, with a standard deviation of 6.1; four of them.
     assert abs(sum(a and b for a, b in zip(*wrong, strict=True)) - 50) < 25
+    rarely = teacher_rollouts(problems, 1, 0, 0.25, "careful").to_pylist()
+    slips = [boxed(row["response"]) != int(row["answer"]) for row in rarely]
+    # Were they the same draws, all 50 would be among the 100; independent ones are at 25, deviation 4.7.
+    assert abs(sum(a and b for a, b in zip(slips, wrong[0], strict=True)) - 25) < 19
