@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,5 +194,14 @@ def is_data_step(manifest: Path) -> bool:
 
 
 def _files(root: Path, name: str) -> Iterator[Path]:
-    """Files of a name under a directory, but not in what a run keeps for itself."""
-    return (path for path in root.rglob(name) if PASSED_OVER.isdisjoint(path.relative_to(root).parts))
+    """Files of a name under a directory, also behind links, but not in what a run keeps for itself."""
+    seen = set()
+    for directory, below, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(set(below) - PASSED_OVER)
+        if name in files:
+            yield Path(directory) / name

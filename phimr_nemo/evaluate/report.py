@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -129,32 +128,6 @@ def write_table(directory: Path, entries: Sequence[Entry]) -> list[Row]:
     write_json(directory / TABLE_JSON, lines)
     atomic_write_text(directory / TABLE_MARKDOWN, table_markdown(rows))
     return rows
-
-
-def read_table_entries(path: Path) -> list[Entry]:
-    """Read a `table.json`.
-
-    Raises:
-        UserError: the file is missing or is not such a table.
-    """
-    try:
-        lines = json.loads(path.read_text("utf-8"))
-        return [
-            Entry(
-                row=str(line["row"]),
-                seed=int(line["seed"]),
-                n=int(line["n"]),
-                pass1=float(line["pass1"]),
-                stderr=math.nan if line["stderr"] is None else float(line["stderr"]),
-            )
-            for line in lines
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no result table: {error!r}",
-            rule='a result table is a JSON list of {"row", "seed", "n", "pass1", "stderr"}',
-            remedy="give the table.json that a quickstart or a report has written",
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -65,37 +65,14 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority_score(answers: Sequence[str], correct: Sequence[bool]) -> float:
-    """Whether the most frequent answer to a question is correct; the share of correct ones at a tie.
-
-    All samples graded correct count as one answer, however they are written; wrong ones are told apart by
-    their text; a sample with no answer ("" and not correct) has no vote.
-
-    Args:
-        answers: the extracted answer of each sample.
-        correct: whether it was graded correct.
-
-    Returns:
-        1, 0, or at a tie of m answers 1/m if the correct one is among them. 0 when nobody votes.
-    """
-    votes: Counter[tuple[bool, str]] = Counter()
-    for answer, is_correct in zip(answers, correct, strict=True):
-        if is_correct:
-            votes[(True, "")] += 1
-        elif answer:
-            votes[(False, answer)] += 1
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    winners = [vote for vote, count in votes.items() if count == most]
-    return sum(is_correct for is_correct, _ in winners) / len(winners)
-
-
 def majority_at_k(answers: Sequence[str], correct: Sequence[bool], samples: Sequence[int]) -> dict[int, float]:
-    """maj@k: :func:`majority_score` of k samples drawn without replacement, in expectation and exactly.
+    """maj@k: whether the most frequent answer among k samples drawn without replacement is correct, in expectation.
 
-    With c correct votes and wrong answers of n_1, n_2, ... votes, the correct answer wins a draw of k with v votes
-    when no wrong one has more, and shares it with the t that have v as well::
+    All samples graded correct are one answer, however they are written; wrong ones are told apart by their text; a
+    sample with no answer ("" and not correct) has no vote; at a tie of m answers the correct one has 1/m.
+
+    With c correct votes and wrong answers of n_1, n_2, ... votes, it wins a draw of k with v votes when no wrong one
+    has more, and shares it with the t that have v as well::
 
         maj@k = sum_v C(c, v) sum_t [x^(k - v) y^t] (1 + x)^silent prod_j P_j(x, y) / (t + 1) / C(n, k)
         P_j(x, y) = sum_{i < v} C(n_j, i) x^i + y C(n_j, v) x^v

@@ -73,6 +73,19 @@ def test_the_summary_counts_right() -> None:
         assert got.pass_at_k[k] == pytest.approx(sum(solved) / len(solved))
     # q1: right 3 to 1. q2: "7" 3 to 1. q3: "7", the cut ones have no answer. q4: right 2 to 1 to 1.
     assert got.majority == pytest.approx(2 / 4)
+    # One draw is the accuracy, four are the vote of all.
+    assert got.majority_at_k is not None
+    assert got.majority_at_k[1] == pytest.approx(mean)
+    assert got.majority_at_k[4] == pytest.approx(got.majority)
+    # Pairs: q1 CC 3, CW 3; q2 CW 3, WW 3; q3 none right; q4 CC 1, CT 2, CW 2, TW 1.
+    assert got.majority_at_k[2] == pytest.approx(((3 + 1.5) + 1.5 + 0 + (1 + 1 + 1)) / 6 / 4)
+    # Lengths 10, 11, 12, 13 in each of the four questions.
+    assert got.lengths is not None
+    assert got.lengths.known == 16
+    assert got.lengths.quantiles == {0.1: 10, 0.5: 11, 0.9: 13, 0.99: 13, 1.0: 13}
+    assert got.lengths.correct == pytest.approx((10 + 11 + 12 + 10 + 10 + 11) / 6)
+    # 2^3 <= 10, 11 < 2^3.5 <= 12, 13: classes of half a doubling.
+    assert {place: count for place, count in enumerate(got.lengths.bins) if count} == {6: 8, 7: 8}
     assert got.truncated == pytest.approx(3 / 16)
     assert got.stopped == pytest.approx(13 / 16)
     assert got.unparsable == pytest.approx(2 / 16)
@@ -95,6 +108,31 @@ def test_the_result_reads_back(tmp_path: Path) -> None:
     back = read_result(tmp_path / "results.json")
     assert math.isnan(back.by_difficulty["college"].stderr)
     assert _comparable(back) == _comparable(result)
+
+
+def test_unknown_lengths_are_left_out() -> None:
+    table = verdict_table()
+    some = table.set_column(
+        table.schema.get_field_index("tokens"), "tokens", pa.array([-1] * 12 + [7, 7, 9, 9], pa.int64())
+    )
+    got = summarise(some)
+    assert got.mean_tokens == 8.0
+    assert got.lengths is not None
+    assert (got.lengths.known, got.lengths.quantiles[0.5]) == (4, 7)
+    none = table.set_column(table.schema.get_field_index("tokens"), "tokens", pa.array([-1] * 16, pa.int64()))
+    assert summarise(none).lengths is None
+    assert math.isnan(summarise(none).mean_tokens)
+
+
+def test_a_result_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    write_result(tmp_path / "results.json", summarise(verdict_table()), {})
+    values = json.loads((tmp_path / "results.json").read_text())
+    for name in ("majority_at_k", "lengths"):
+        del values[name]
+    (tmp_path / "results.json").write_text(json.dumps(values))
+    back = read_result(tmp_path / "results.json")
+    assert (back.majority_at_k, back.lengths) == (None, None)
+    assert back.pass_at_k == summarise(verdict_table()).pass_at_k
 
 
 def _comparable(result: Result) -> str:

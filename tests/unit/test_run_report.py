@@ -174,5 +174,13 @@ def test_data_steps_are_those_that_made_data(tmp_path: Path) -> None:
     assert page.count("Records after each data step") == 2 * 2
 
 
-def test_runs_are_found_once_and_in_order(runs: Path) -> None:
-    assert [run.name for run in find_runs([runs])] == ["a", "b", "c", "grpo", "sft"]
+def test_runs_are_found_once_in_order_and_behind_links(runs: Path, tmp_path: Path) -> None:
+    names = ["a", "b", "c", "grpo", "sft"]
+    assert [run.name for run in find_runs([runs])] == names
+    (runs / "sft" / "loop").symlink_to(runs)
+    assert [run.name for run in find_runs([runs])] == names
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "all").symlink_to(runs)
+    assert [run.name for run in find_runs([linked])] == [f"all/{name}" for name in names]
+    assert len(find_evaluations([linked], {})) == 3

@@ -5,18 +5,45 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from phimr_nemo.evaluate.statistics import (
     majority_at_k,
-    majority_score,
     mean_and_clustered_error,
     mean_and_error,
     paired_bootstrap,
     pass_at_k,
 )
+
+
+def majority_score(answers: Sequence[str], correct: Sequence[bool]) -> float:
+    """Whether the most frequent answer of these samples is correct, counted out; what maj@k is the expectation of.
+
+    All samples graded correct count as one answer, however they are written; wrong ones are told apart by
+    their text; a sample with no answer ("" and not correct) has no vote.
+
+    Args:
+        answers: the extracted answer of each sample.
+        correct: whether it was graded correct.
+
+    Returns:
+        1, 0, or at a tie of m answers 1/m if the correct one is among them. 0 when nobody votes.
+    """
+    votes: Counter[tuple[bool, str]] = Counter()
+    for answer, is_correct in zip(answers, correct, strict=True):
+        if is_correct:
+            votes[(True, "")] += 1
+        elif answer:
+            votes[(False, answer)] += 1
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    winners = [vote for vote, count in votes.items() if count == most]
+    return sum(is_correct for is_correct, _ in winners) / len(winners)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 7])
