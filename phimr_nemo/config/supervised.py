@@ -253,9 +253,8 @@ class DirectSFTConfig:
     Attributes:
         output: where the arms, the table and the picture go.
         quickstarts: outputs of finished quickstarts.
-        scaling: output of the ablation of the set's size: the small set and the lightly trained start.
-        small: problems behind the small set: the SFT subset of that size.
-        light: problems behind the mid-training of the lightly trained start.
+        scaling: output of the ablation of the set's size, which has the small set.
+        small: problems behind the small set: the SFT subset of so many.
         epochs: passes over the small set.
         heldout_problems: questions of the evaluation; as many as the quickstart's.
         evaluation_samples: answers a question; as many as the quickstart's.
@@ -265,7 +264,6 @@ class DirectSFTConfig:
     quickstarts: tuple[Path, ...]
     scaling: Path
     small: Positive
-    light: Positive
     epochs: Positive
     heldout_problems: Positive
     evaluation_samples: Positive

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerFast
 
 from phimr_nemo.config import SupervisedConfig
 from phimr_nemo.data.batches import EpochOrder, Int64Array, Row, collate_packed, collate_padded
+from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.errors import UserError
+from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.train.rowsource import Conversations, PackedRows, RowSource
 from phimr_nemo.train.throughput import counted
+
+LENGTH_MULTIPLE: Final = 16
+"""Padded lengths that suit FP8 and sequence parallelism on the GPU."""
 
 
 class RowDataset(Dataset[Row]):
@@ -133,26 +137,31 @@ class SupervisedDataModule(pl.LightningDataModule):
         update_num_microbatches(consumed_samples=consumed, consistency_check=False)
 
 
-def packed_data(config: SupervisedConfig, pad_id: int) -> SupervisedDataModule:
+def midtrain_data(config: SupervisedConfig) -> SupervisedDataModule:
     """Mid-training's data: packed rows from a `rows` record directory.
 
     Raises:
-        UserError: the directory is not finished, or holds rows longer than `sequence_length`.
+        UserError: no base directory; the data's is not finished, or holds rows longer than `sequence_length`.
     """
+    require_parent(config.base)
+    pad_id = Architecture.from_directory(config.base).pad_token_id
     collate = partial(collate_packed, pad_id=pad_id, capacity=config.sequence_length)
     return SupervisedDataModule(PackedRows(config.data, config.loss_on), config, collate)
 
 
-def conversation_data(
-    config: SupervisedConfig, tokenizer: PreTrainedTokenizerFast, pad_id: int, *, multiple: int
-) -> SupervisedDataModule:
+def sft_data(config: SupervisedConfig) -> SupervisedDataModule:
     """SFT's data: one conversation a row from a `conversations` record directory.
 
     Raises:
-        UserError: the directory is not finished, or holds conversations longer than `sequence_length`.
+        UserError: no base directory; the data's is not finished, or holds conversations longer than
+            `sequence_length`.
     """
+    require_parent(config.base)
+    pad_id = Architecture.from_directory(config.base).pad_token_id
+    multiple = LENGTH_MULTIPLE * (config.parallel.tensor if config.parallel.sequence else 1)
     collate = partial(collate_padded, pad_id=pad_id, multiple=multiple)
-    return SupervisedDataModule(Conversations(config.data, tokenizer, config.loss_on), config, collate)
+    source = Conversations(config.data, load_tokenizer(config.base), config.loss_on)
+    return SupervisedDataModule(source, config, collate)
 
 
 def require_parent(path: Path) -> None:

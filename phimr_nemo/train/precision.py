@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from nemo import lightning as nl
@@ -22,23 +22,29 @@ FP8_RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-def precision_plugins(model: ModelConfig) -> list[Any]:
-    """NeMo's precision plugins for a number format; none for fp32.
+def require_fp8(model: ModelConfig) -> None:
+    """Refuse 8-bit training where it cannot run.
 
     Raises:
         UserError: fp8 without Transformer Engine and a GPU.
     """
-    if model.fp8 is None:
-        return [nl.MegatronMixedPrecision(precision="bf16-mixed")] if model.dtype == "bf16" else []
-    if not has_transformer_engine():
+    if model.fp8 is not None and not has_transformer_engine():
         raise UserError(
             f"model.fp8={model.fp8} on this machine",
             rule="8-bit products need Transformer Engine and a GPU that has them (Hopper or later)",
             remedy="run in a NeMo container on such a GPU, or leave model.fp8 out (see `phimr doctor`)",
         )
-    # Weights stay in bf16 between steps: the export reads them.
-    return [
-        nl.MegatronMixedPrecision(
-            precision="bf16-mixed", fp8=FP8_FORMAT, fp8_param_gather=False, **FP8_RECIPES[model.fp8]
-        )
-    ]
+
+
+def precision_plugins(model: ModelConfig, make: Callable[..., Any]) -> list[Any]:
+    """NeMo's precision plugins for a number format; none for fp32.
+
+    Args:
+        model: the format.
+        make: see :mod:`phimr_nemo.train.assembly`.
+    """
+    if model.fp8 is not None:
+        # Weights stay in bf16 between steps: the export reads them.
+        eight = {"fp8": FP8_FORMAT, "fp8_param_gather": False, **FP8_RECIPES[model.fp8]}
+        return [make(nl.MegatronMixedPrecision, precision="bf16-mixed", **eight)]
+    return [make(nl.MegatronMixedPrecision, precision="bf16-mixed")] if model.dtype == "bf16" else []

@@ -4,9 +4,9 @@
         scaling=runs/ablation-midtrain-scaling output=runs/ablation-direct-sft
 
 The paper finds that SFT of Phi-4-Mini on LIMO's or S1K's thousand examples alone makes it worse than it was. The tiny
-base model is random and cannot get worse, so the same small set is trained on from three starts: the random base, a
-model with light mid-training (a quarter of the set) that stands for a base with some ability, and the quickstart's
-mid-trained model. Each is compared with its own start, question by question.
+base model is random and cannot get worse, so the same small set is trained on from two starts: the random base, and
+the quickstart's mid-trained model, which here is the only one that can do something and could lose it. Each is
+compared with its own start, question by question; the quickstart's SFT on the whole subset stands beside it.
 """
 
 from __future__ import annotations
@@ -30,35 +30,27 @@ from recipes.ablations.common import (
     seed_directories,
     stage_step,
 )
-from recipes.ablations.midtrain_scaling import FINISH, PASS1, STOPPED, Arm, directories
+from recipes.ablations.midtrain_scaling import FINISH, PASS1, STOPPED
 
 TINY: Final = "conf/ablations/direct_sft.yaml"
 PLOT_FILE: Final = "ablation-direct-sft.png"
-NEEDED: Final = ("base", "midtrain", "evaluate-base", "evaluate-midtrain")
-STARTS: Final = {"base": "random base", "light": "light mid-training", "midtrain": "mid-training"}
+STARTS: Final = {"base": "random base", "midtrain": "mid-training"}
+WHOLE: Final = {"base": "sft-without-midtrain", "midtrain": "sft"}
+"""The quickstart's SFT on the whole subset, by its start."""
+NEEDED: Final = (*STARTS, *(f"evaluate-{name}" for name in (*STARTS, *WHOLE.values())))
 LENGTH: Final = "tokens an answer"
 EXAMPLES: Final = "examples"
 DIGITS: Final = {EXAMPLES: 0, PASS1: 1, STOPPED: 1, LENGTH: 1}
 
 
-def starts(config: DirectSFTConfig, seed: int, root: Path) -> dict[str, tuple[Path, Path]]:
-    """Each start's model and evaluation: its run directories.
+def small_set(config: DirectSFTConfig, seed: int) -> Path:
+    """The conversations of a seed.
 
     Raises:
-        UserError: the light mid-training or the small set is not finished.
+        UserError: the ablation of the set's size has not made them.
     """
-    arm = Arm(str(config.light), "epochs")
-    needed = (f"curated-{config.small}", f"midtrain-{arm.name}", f"evaluate-{arm.name}")
-    source = require_finished(config.scaling / f"seed-{seed}", needed, remedy=FINISH)
-    return {
-        "base": (root / "base", root / "evaluate-base"),
-        "light": directories(source, root, arm),
-        "midtrain": (root / "midtrain", root / "evaluate-midtrain"),
-    }
-
-
-def _small_set(config: DirectSFTConfig, seed: int) -> Path:
-    return config.scaling / f"seed-{seed}" / f"curated-{config.small}" / "sft"
+    curated = f"curated-{config.small}"
+    return require_finished(config.scaling / f"seed-{seed}", [curated], remedy=FINISH) / curated / "sft"
 
 
 def plan(config: DirectSFTConfig) -> list[Step]:
@@ -70,12 +62,12 @@ def plan(config: DirectSFTConfig) -> list[Step]:
     steps = []
     for seed, root in seed_directories(config.quickstarts, needed=NEEDED).items():
         out = config.output / f"seed-{seed}"
-        data = (f"data={_small_set(config, seed)}", f"epochs={config.epochs}", "validation_rows=0")
-        for name, (model, _) in starts(config, seed, root).items():
+        data = (f"data={small_set(config, seed)}", f"epochs={config.epochs}", "validation_rows=0")
+        for name in STARTS:
             arm = f"sft-{name}"
             sizes = {"problems": config.heldout_problems, "samples": config.evaluation_samples}
             steps += [
-                stage_step(out, seed, arm, "sft", f"base={model / 'hf'}", *data),
+                stage_step(out, seed, arm, "sft", f"base={root / name / 'hf'}", *data),
                 evaluation_step(out, seed, arm, out / arm / "hf", **sizes),
             ]
     return steps
@@ -94,13 +86,20 @@ def report(config: DirectSFTConfig) -> str:
     differences: dict[str, list[tuple[float, float]]] = {}
     for seed, root in roots.items():
         out = config.output / f"seed-{seed}"
-        examples = read_manifest(_small_set(config, seed), "conversations").rows
-        for name, (_, evaluated) in starts(config, seed, root).items():
+        examples = read_manifest(small_set(config, seed), "conversations").rows
+        whole = read_manifest(root / "curated" / "sft", "conversations").rows
+        for name, title in STARTS.items():
             arm = f"evaluate-sft-{name}"
             require_finished(out, [arm], remedy="run this ablation's steps")
-            before, after = read_result(evaluated / RESULTS_FILE), read_result(out / arm / RESULTS_FILE)
-            title = STARTS[name]
-            for row, result, count in ((title, before, 0), (f"{title} + small set", after, examples)):
+            before = read_result(root / f"evaluate-{name}" / RESULTS_FILE)
+            after = read_result(out / arm / RESULTS_FILE)
+            reference = read_result(root / f"evaluate-{WHOLE[name]}" / RESULTS_FILE)
+            found_rows = (
+                (title, before, 0),
+                (f"{title} + small set", after, examples),
+                (f"{title} + whole SFT set", reference, whole),
+            )
+            for row, result, count in found_rows:
                 found = {
                     EXAMPLES: count,
                     PASS1: 100 * result.pass1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,6 @@ from supervised_worker import (
 )
 
 from phimr_nemo.config import load_config
-from phimr_nemo.data.chat import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +72,12 @@ def test_first_loss_is_the_mean_over_all_valid_tokens(reference: tuple[str, Path
 
     from phimr_nemo.config import STAGES
     from phimr_nemo.data.batches import IGNORED_LABEL, next_token_labels
-    from phimr_nemo.model.architecture import Architecture
-    from phimr_nemo.train.data import conversation_data, packed_data
+    from phimr_nemo.train.data import midtrain_data, sft_data
 
     stage, output = reference
-    config = load_config(STAGES[stage], Path(f"conf/{stage}/tiny.yaml"), overrides(stage, inputs, output))
+    config: Any = load_config(STAGES[stage], Path(f"conf/{stage}/tiny.yaml"), overrides(stage, inputs, output))
     base = inputs / "base" / "hf"
-    pad = Architecture.from_directory(base).pad_token_id
-    data = (
-        packed_data(config, pad)
-        if stage == "midtrain"
-        else conversation_data(config, load_tokenizer(base), pad, multiple=16)
-    )
+    data = midtrain_data(config) if stage == "midtrain" else sft_data(config)
     model = Phi3ForCausalLM.from_pretrained(base)
     total, count = 0.0, 0
     for sample in range(config.global_batch):

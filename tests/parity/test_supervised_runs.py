@@ -26,7 +26,7 @@ from phimr_nemo.config import MidtrainConfig, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.runs import RunDirectory, read_metrics
 from phimr_nemo.store import iter_shards
-from phimr_nemo.train.data import SupervisedDataModule, packed_data
+from phimr_nemo.train.data import SupervisedDataModule, midtrain_data
 from phimr_nemo.train.seal import checkpoints, is_sealed
 
 STAGE = "midtrain"
@@ -51,7 +51,7 @@ def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module(inputs: Path, output: Path) -> SupervisedDataModule:
     """The data of these runs."""
     config = load_config(MidtrainConfig, Path("conf/midtrain/tiny.yaml"), overrides(STAGE, inputs, output))
-    return packed_data(config, 0)
+    return midtrain_data(config)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -321,10 +321,14 @@ def test_a_conversation_that_is_too_long_is_refused_before_training(inputs: Path
 
 
 def test_the_validation_loss_is_the_same_however_its_batches_are_cut(inputs: Path, tmp_path: Path) -> None:
-    """Two validation batches, as one micro-batch each, as four, and shared by two ranks."""
+    """Two validation batches, as one micro-batch each, as four, shared by two ranks, and each sequence shared by two.
+
+    The step before it is computed with attention recomputed in the last case, which changes nothing either.
+    """
     found = []
     settings = ["validation_rows=8", "validate_every=1", "max_steps=1"]
-    for name, ranks, cut in (("1", 1, ["micro_batch=4"]), ("4", 1, []), ("dp", 2, [*DP2])):
+    context = ["parallel.context=2", "model.recompute=selective"]
+    for name, ranks, cut in (("1", 1, ["micro_batch=4"]), ("4", 1, []), ("dp", 2, [*DP2]), ("cp", 2, context)):
         run_distributed(train, ranks, STAGE, overrides(STAGE, inputs, tmp_path / name, [*settings, *cut]))
         [value] = [row["val_loss"] for row in read_metrics(tmp_path / name) if "val_loss" in row]
         found.append(value)

@@ -219,26 +219,31 @@ def test_packing_compares_by_document(base: Path, tmp_path: Path) -> None:
 
 
 def test_direct_sft_is_compared_with_its_own_start(base: Path, tmp_path: Path) -> None:
-    quickstart(tmp_path / "quickstart", base)
-    scaled(tmp_path, base)
-    path, values = settings(tmp_path, "direct_sft", "small=8", "light=8", f"scaling={tmp_path / 'midtrain_scaling'}")
+    root = quickstart(tmp_path / "quickstart", base)
+    for seed in (0, 1):
+        conversations(root / f"seed-{seed}" / "curated" / "sft", ["2"] * 5)
+        for name in direct_sft.WHOLE.values():
+            evaluated(root / f"seed-{seed}" / f"evaluate-{name}", [1.0] * QUESTIONS)
+    path, values = settings(tmp_path, "direct_sft", "small=8", f"scaling={tmp_path / 'midtrain_scaling'}")
     config = load_config(DirectSFTConfig, path, values)
+    with pytest.raises(UserError, match="midtrain_scaling"):
+        direct_sft.plan(config)
+    scaled(tmp_path, base)
     steps = direct_sft.plan(config)
-    assert len(steps) == 2 * 2 * len(direct_sft.STARTS)
-    light = tmp_path / "midtrain_scaling" / "seed-0" / "midtrain-8-epochs" / "hf"
-    assert [step.name for step in steps if f"base={light}" in step.arguments] == ["sft-light"]
+    assert [step.name for step in steps[:4]] == [
+        *("sft-base", "evaluate-sft-base", "sft-midtrain", "evaluate-sft-midtrain"),
+    ]
+    assert f"base={root / 'seed-0' / 'midtrain' / 'hf'}" in steps[2].arguments
+    assert "epochs=15" in steps[2].arguments
     for seed in (0, 1):
         for name in direct_sft.STARTS:
             evaluated(config.output / f"seed-{seed}" / f"evaluate-sft-{name}", [0.0] * 3 + [1.0 - seed])
     text = direct_sft.report(config)
-    # Light: 25 -> 25 in seed 0, 25 -> 0 in seed 1. Mid-training: 50 -> 25, 100 -> 0.
-    assert (
-        "| light mid-training + small set minus light mid-training | -12.5 | 12.5 | +0.0 (0.0) | -25.0 (25.0) |"
-        in text
-    )
+    # Mid-training: 50 -> 25 in seed 0, 100 -> 0 in seed 1.
     assert "| mid-training + small set minus mid-training | -62.5 | 37.5 |" in text
     assert "| random base | 0 (0, 0) | 0.0 (0.0, 0.0) | 25.0 (25.0, 25.0) |" in text
     assert "| random base + small set | 3 (3, 3) | 12.5 ± 12.5 (25.0, 0.0) | 100.0 (100.0, 100.0) |" in text
+    assert "| mid-training + whole SFT set | 5 (5, 5) | 100.0 (100.0, 100.0) |" in text
 
 
 def test_who_stops_is_counted_from_the_records(tmp_path: Path) -> None:

@@ -108,20 +108,20 @@ def test_virtual_stages_divide_the_layers(layers: int) -> None:
 
 def test_fp8_without_transformer_engine_is_refused_with_a_remedy() -> None:
     from phimr_nemo.model.configuration import has_transformer_engine
-    from phimr_nemo.train.precision import precision_plugins
+    from phimr_nemo.train.precision import require_fp8
 
     if has_transformer_engine():
         pytest.skip("Transformer Engine is here")
     with pytest.raises(UserError, match="Transformer Engine"):
-        precision_plugins(ModelConfig(dtype="bf16", fp8="delayed"))
+        require_fp8(ModelConfig(dtype="bf16", fp8="delayed"))
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
-def test_fp8_recipes_are_nemo_s(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from phimr_nemo.train import precision
+def test_fp8_recipes_are_nemo_s(recipe: Any) -> None:
+    from phimr_nemo.train.assembly import call
+    from phimr_nemo.train.precision import precision_plugins
 
-    monkeypatch.setattr(precision, "has_transformer_engine", lambda: True)
-    [plugin] = precision.precision_plugins(ModelConfig(dtype="bf16", fp8=recipe))
+    [plugin] = precision_plugins(ModelConfig(dtype="bf16", fp8=recipe), call)
     made = plugin.dtype_config
     assert (made.fp8, made.bf16, made.fp8_param_gather) == ("hybrid", True, False)
     assert made.fp8_recipe == {"delayed": "delayed", "current": "tensorwise"}[recipe]
