@@ -7,21 +7,20 @@ In Python, with any executor: `run.run(midtrain_recipe(base="models/phi-4-mini")
 """
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import nemo_run as run
-from nemo.collections import llm
 
-from phimr_nemo.config import STAGES, load_config
+from phimr_nemo.config import STAGES, SupervisedConfig, load_config
 from phimr_nemo.errors import exit_with_message
-from phimr_nemo.train.native import Stage, native_recipe
+from phimr_nemo.train.native import TRAIN, Stage, native_parts
 from recipes.midtrain import PAPER as MIDTRAIN_PAPER
 from recipes.sft import PAPER as SFT_PAPER
 
 # NeMo-Run reads the annotations of factories: real types, not their names.
 
 
-@run.cli.factory(target=llm.train, name="phi4mini_midtrain")
+@run.cli.factory(target=TRAIN, name="phi4mini_midtrain")
 def midtrain_recipe(
     base: Optional[str] = None,  # noqa: UP045
     data: Optional[str] = None,  # noqa: UP045
@@ -46,7 +45,7 @@ def midtrain_recipe(
     return _recipe("midtrain", config, base, data, dir, num_nodes, accelerator)
 
 
-@run.cli.factory(target=llm.train, name="phi4mini_sft")
+@run.cli.factory(target=TRAIN, name="phi4mini_sft")
 def sft_recipe(
     base: Optional[str] = None,  # noqa: UP045
     data: Optional[str] = None,  # noqa: UP045
@@ -74,7 +73,14 @@ def _recipe(
     return native_recipe(stage, resolved, nodes=nodes, accelerator="gpu" if accelerator == "gpu" else "cpu")
 
 
+def native_recipe(
+    stage: Stage, config: SupervisedConfig, *, nodes: int, accelerator: Literal["gpu", "cpu"]
+) -> run.Partial:
+    """A stage's configuration as a recipe; arguments as for :func:`phimr_nemo.train.native.native_parts`."""
+    return run.Partial(TRAIN, **native_parts(stage, config, nodes=nodes, accelerator=accelerator, make=run.Config))
+
+
 def main() -> None:
     """The command line of `llm.train` with these factories: `python -m recipes`."""
     with exit_with_message():
-        run.cli.main(llm.train, default_factory=midtrain_recipe)
+        run.cli.main(TRAIN, default_factory=midtrain_recipe)

@@ -1,4 +1,4 @@
-"""Stages 1 and 2 as NeMo 2.0's own kind of recipe: a `run.Partial` of `llm.train`, every part of it a description.
+"""Stages 1 and 2 as NeMo 2.0's own kind of recipe: the arguments of `llm.train`, every part of them a description.
 
 What `phimr` builds and what such a recipe builds come from the same functions (:mod:`phimr_nemo.train.assembly`), so
 they train alike. A recipe has NeMo's logger, checkpoints and resume in place of ours: use `phimr` where a run has to
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import lightning.pytorch as pl
-import nemo_run as run
 from nemo import lightning as nl
 from nemo.collections import llm
 
@@ -28,19 +27,24 @@ from phimr_nemo.train.nemo_model import Phi4MiniConfig, Phi4MiniModel, phi4mini_
 from phimr_nemo.train.precision import require_fp8
 
 Stage = Literal["midtrain", "sft"]
+Describe = Callable[..., Any]
+"""`nemo_run.Config`: a class or function and its arguments -> their description."""
+
 DATA: Final[dict[Stage, Callable[[SupervisedConfig], SupervisedDataModule]]] = {
     "midtrain": midtrain_data,
     "sft": sft_data,
 }
 KINDS: Final[dict[Stage, Literal["rows", "conversations"]]] = {"midtrain": "rows", "sft": "conversations"}
 CHECKPOINT_NAME: Final = "{step}"
+TRAIN: Final = llm.train
+"""What a recipe calls."""
 
 
-def described(value: Any) -> Any:
-    """A configuration as NeMo-Run describes objects: dataclasses and paths become `run.Config`."""
+def described(value: Any, make: Describe) -> Any:
+    """A configuration with its dataclasses and paths as descriptions."""
     if is_dataclass(value) and not isinstance(value, type):
-        return run.Config(type(value), **{f.name: described(getattr(value, f.name)) for f in fields(value)})
-    return run.Config(Path, str(value)) if isinstance(value, Path) else value
+        return make(type(value), **{f.name: described(getattr(value, f.name), make) for f in fields(value)})
+    return make(Path, str(value)) if isinstance(value, Path) else value
 
 
 def starting_model(
@@ -93,19 +97,20 @@ def training_steps(stage: Stage, config: SupervisedConfig) -> tuple[int, int]:
     return min(steps, config.max_steps) if config.max_steps else steps, config.validation_rows // config.global_batch
 
 
-def native_recipe(
-    stage: Stage, config: SupervisedConfig, *, nodes: int, accelerator: Literal["gpu", "cpu"]
-) -> run.Partial:
-    """The stage as a recipe of `llm.train`, for NeMo-Run's command line and executors.
+def native_parts(
+    stage: Stage, config: SupervisedConfig, *, nodes: int, accelerator: Literal["gpu", "cpu"], make: Describe
+) -> dict[str, Any]:
+    """The stage as arguments of `llm.train`, for NeMo-Run's command line and executors.
 
     Args:
         stage: whose data and settings these are.
         config: of the stage. `guard`, `evaluation`, `early_stopping` and `tracking` belong to `phimr`.
         nodes: machines, with equally many processes each.
         accelerator: of the machines that will run it, not of this one.
+        make: `nemo_run.Config`.
 
     Returns:
-        A description whose parts can be overridden: `optim.config.lr=2e-5 trainer.max_steps=100 log.name=mine`.
+        Descriptions whose parts can be overridden: `optim.config.lr=2e-5 trainer.max_steps=100 log.name=mine`.
 
     Raises:
         UserError: as :func:`training_steps`, or what only `phimr` offers is asked for.
@@ -119,18 +124,18 @@ def native_recipe(
         )
     steps, validation_steps = training_steps(stage, config)
     on_gpu = accelerator == "gpu"
-    callbacks = [run.Config(HFExport, base=described(config.base), target=described(config.run.output / "hf"))]
+    callbacks = [make(HFExport, base=described(config.base, make), target=described(config.run.output / "hf", make))]
     if config.overlap.tensor:
-        callbacks.append(assembly.tensor_overlap(config, run.Config))
-    model = run.Config(
+        callbacks.append(assembly.tensor_overlap(config, make))
+    model = make(
         starting_model,
-        base=described(config.base),
-        model=described(config.model),
-        parallel=described(config.parallel),
+        base=described(config.base, make),
+        model=described(config.model, make),
+        parallel=described(config.parallel, make),
         max_length=config.sequence_length,
         seed=config.run.seed,
     )
-    checkpoint = run.Config(
+    checkpoint = make(
         nl.ModelCheckpoint,
         monitor="step",
         mode="max",
@@ -140,22 +145,21 @@ def native_recipe(
         save_optim_on_train_end=True,
         filename=CHECKPOINT_NAME,
     )
-    return run.Partial(
-        llm.train,
-        model=run.Config(Phi4MiniModel, config=model),
-        data=run.Config(DATA[stage], config=described(config)),
-        trainer=assembly.trainer(
+    return {
+        "model": make(Phi4MiniModel, config=model),
+        "data": make(DATA[stage], config=described(config, make)),
+        "trainer": assembly.trainer(
             config,
             steps=steps,
             validation_steps=validation_steps,
             nodes=nodes,
             on_gpu=on_gpu,
             callbacks=callbacks,
-            make=run.Config,
+            make=make,
             enable_checkpointing=True,
             enable_progress_bar=True,
         ),
-        log=run.Config(nl.NeMoLogger, log_dir=str(config.run.output), name=stage, ckpt=checkpoint),
-        resume=run.Config(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
-        optim=assembly.optimizer(config, steps, run.Config),
-    )
+        "log": make(nl.NeMoLogger, log_dir=str(config.run.output), name=stage, ckpt=checkpoint),
+        "resume": make(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
+        "optim": assembly.optimizer(config, steps, make),
+    }

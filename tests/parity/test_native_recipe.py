@@ -61,7 +61,8 @@ def test_recipes_are_descriptions_that_an_executor_can_ship(inputs: Path, tmp_pa
     from nemo.collections import llm
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    from phimr_nemo.train.native import native_recipe, training_steps
+    from phimr_nemo.train.native import training_steps
+    from recipes.native import native_recipe
 
     settings = config(inputs, tmp_path / "run", "max_steps=0", "validation_rows=4", "parallel.tensor=2")
     recipe = native_recipe(STAGE, settings, nodes=1, accelerator="gpu")
@@ -86,7 +87,7 @@ def data_rows(inputs: Path) -> int:
 
 
 def test_what_only_phimr_offers_is_refused(inputs: Path, tmp_path: Path) -> None:
-    from phimr_nemo.train.native import native_recipe
+    from recipes.native import native_recipe
 
     settings = config(inputs, tmp_path / "run", "early_stopping.patience=1", "early_stopping.min_delta=0.0")
     with pytest.raises(UserError, match="early_stopping"):
