@@ -13,6 +13,8 @@ readonly DIED_OF_USR1=138 DIED_OF_TERM=143
 # A node's part may end this much later than the first one's: it is writing its share of a checkpoint. After a death
 # the other nodes wait in a collective call for ever, and are ended by this.
 readonly LAST_NODE_SECONDS=60
+# As in phimr_nemo/server_node.py.
+readonly FIRST_SERVER_PORT=8000
 
 fail() {
   printf 'error: %s\n  remedy: %s\n' "$1" "$2" >&2
@@ -68,11 +70,13 @@ rendezvous_host() {
   printf '%s' "${hosts[0]}"
 }
 
+# prepare_launch NODES TASKS-PER-NODE [OPTION OF SRUN ...]
 # LAUNCH: srun and, if the site uses one, the container. PYTHON: the interpreter inside it.
 prepare_launch() {
-  local nodes=$1
-  LAUNCH=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1
-    --kill-on-bad-exit=0 --wait="$LAST_NODE_SECONDS")
+  local nodes=$1 tasks=$2
+  shift 2
+  LAUNCH=(srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks"
+    --kill-on-bad-exit=0 --wait="$LAST_NODE_SECONDS" "$@")
   PYTHON=${PHIMR_PYTHON:-$PHIMR_HOME/.venv/bin/python}
   local mounts=$PHIMR_HOME:$PHIMR_HOME${PHIMR_CONTAINER_MOUNTS:+,$PHIMR_CONTAINER_MOUNTS}
   case ${PHIMR_CONTAINER_RUNTIME:-none} in
@@ -173,23 +177,94 @@ continue_later() {
 run_plain() {
   local stage=$1
   take_arguments "$@"
-  prepare_launch 1
+  prepare_launch 1 1
   run_step "${LAUNCH[@]}" "$PYTHON" -m "recipes.$stage" --config "$CONFIG" "${ARGUMENTS[@]}"
 }
 
 # run_distributed STAGE [ARGUMENT ...]: torchrun on every node, meeting on the first.
 run_distributed() {
-  local stage=$1 nodes processes host
-  local job=${SLURM_JOB_ID:-0}
   take_arguments "$@"
-  nodes=$(node_count)
+  torchrun_on "$1" "$(node_count)" "$(rendezvous_host)"
+}
+
+# torchrun_on STAGE NODES HOST [OPTION OF SRUN ...]
+torchrun_on() {
+  local stage=$1 nodes=$2 host=$3 processes
+  local job=${SLURM_JOB_ID:-0}
+  shift 3
   processes=$(processes_per_node)
-  host=$(rendezvous_host)
-  prepare_launch "$nodes"
+  prepare_launch "$nodes" 1 "$@"
   # The port follows from the job, so that two jobs on one node do not meet.
   run_step "${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.node \
     --nnodes "$nodes" --nproc-per-node "${processes:-1}" \
     --rdzv-backend c10d --rdzv-endpoint "$host:$((20000 + job % 10000))" \
     --rdzv-id "$job-${SLURM_RESTART_COUNT:-0}" --max-restarts 0 \
     -m "recipes.$stage" --config "$CONFIG" "${ARGUMENTS[@]}"
+}
+
+# run_with_servers STAGE [ARGUMENT ...]: as run_distributed, with rollout servers on the last PHIMR_SERVER_NODES nodes
+# of the allocation, or on those of the second component of a heterogeneous job.
+run_with_servers() {
+  local stage=$1 url_list
+  local -a hosts=() servers=() urls=() trainer_options=() server_options=()
+  take_arguments "$@"
+  if [[ ${SLURM_HET_SIZE:-1} == 2 ]]; then
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0")
+    mapfile -t servers < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")
+    trainer_options=(--het-group=0) server_options=(--het-group=1)
+  elif [[ ${PHIMR_SERVER_NODES:-0} == 0 ]]; then
+    run_distributed "$@"
+    return
+  else
+    all_hosts
+    local trainers=$((${#hosts[@]} - PHIMR_SERVER_NODES))
+    [[ $trainers -ge 1 ]] || fail "PHIMR_SERVER_NODES=$PHIMR_SERVER_NODES leaves no trainer of ${#hosts[@]} nodes" \
+      "sbatch --nodes=<trainers + servers> $0 ..."
+    servers=("${hosts[@]:trainers}") hosts=("${hosts[@]:0:trainers}")
+    trainer_options=(--nodelist="$(joined "${hosts[@]}")") server_options=(--nodelist="$(joined "${servers[@]}")")
+  fi
+  local count=${PHIMR_SERVERS_PER_NODE:-$(processes_per_node)} server number
+  for server in "${servers[@]}"; do
+    for ((number = 0; number < ${count:-1}; number++)); do urls+=("http://$server:$((FIRST_SERVER_PORT + number))"); done
+  done
+  url_list=$(joined "${urls[@]}")
+  ARGUMENTS+=(sampler.kind=vllm_server "sampler.base_urls=[$url_list]" sampler.api_key_env=PHIMR_KEY)
+  start_servers "${#servers[@]}" "${count:-1}" "${server_options[@]}"
+  torchrun_on "$stage" "${#hosts[@]}" "${PHIMR_RDZV_HOST:-${hosts[0]}}" "${trainer_options[@]}"
+}
+
+joined() { local IFS=,; printf '%s' "$*"; }
+
+# The allocation's nodes into `hosts`; made-up ones in a dry run outside a job.
+all_hosts() {
+  local number count
+  if [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  else
+    count=$(node_count)
+    for ((number = 1; number <= count; number++)); do hosts+=("node-$number"); done
+  fi
+}
+
+# start_servers NODES SERVERS-PER-NODE [OPTION OF SRUN ...]: in the background; they end with this script.
+start_servers() {
+  local nodes=$1 count=$2
+  shift 2
+  # A key for this start of this job: whoever reaches a server without it is refused.
+  PHIMR_KEY=${PHIMR_KEY:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}
+  export PHIMR_KEY
+  local python=$PHIMR_HOME/.venv-vllm/bin/python
+  [[ ${PHIMR_CONTAINER_RUNTIME:-none} == none ]] || python=python3
+  if [[ $count -gt 1 ]]; then set -- --gpus-per-task=1 "$@"; fi
+  PHIMR_PYTHON=${PHIMR_SERVER_PYTHON:-$python} PHIMR_CONTAINER_IMAGE=${PHIMR_SERVER_IMAGE:-${PHIMR_CONTAINER_IMAGE:-}} \
+    prepare_launch "$nodes" "$count" "$@"
+  local -a command=("${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.server_node --config "$CONFIG" "${ARGUMENTS[@]}")
+  if is_dry_run; then
+    printf '%q ' "${command[@]}"
+    printf '\n'
+    return
+  fi
+  "${command[@]}" &
+  SERVERS=$!
+  trap 'kill -TERM "$SERVERS" 2>/dev/null || true' EXIT
 }

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Stage 4: GRPO with a verifiable reward.
 #   sbatch slurm/grpo.sh [--config conf/grpo/PRESET.yaml] [key=value ...]
+# With rollout servers on two more nodes of the allocation, or on those of a second component:
+#   PHIMR_SERVER_NODES=2 sbatch --nodes=6 slurm/grpo.sh ...
+#   sbatch --nodes=4 --gpus-per-node=8 : --nodes=2 --gpus-per-node=8 --partition=other slurm/grpo.sh ...
 #SBATCH --job-name=phimr-grpo
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -18,4 +21,4 @@ set -euo pipefail
 PHIMR_HOME=${PHIMR_HOME:-${SLURM_SUBMIT_DIR:-$(dirname -- "${BASH_SOURCE[0]}")/..}}
 # shellcheck source=slurm/common.sh
 source "$PHIMR_HOME/slurm/common.sh"
-run_distributed grpo "$@"
+run_with_servers grpo "$@"

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from phimr_nemo.config import STAGES
+from phimr_nemo.config import STAGES, load_config
+from phimr_nemo.server_node import serve_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "slurm"
@@ -292,6 +293,44 @@ def test_a_missing_interpreter_is_named(cluster: Path) -> None:
     assert "/no/such/python" in done.stderr
     assert "make setup" in done.stderr
     assert not (cluster / "record").exists()
+
+
+def test_grpo_with_servers_on_the_last_nodes() -> None:
+    extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "2", "PHIMR_SERVERS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "6"}
+    server, trainer = map(words, bash("slurm/grpo.sh", "steps=3", env=environment(**extra)).stdout.splitlines())
+    urls = ",".join(f"http://node-{node}:{port}" for node in (5, 6) for port in (8000, 8001))
+    added = ["steps=3", "sampler.kind=vllm_server", f"sampler.base_urls=[{urls}]", "sampler.api_key_env=PHIMR_KEY"]
+    assert trainer[:3] == ["srun", "--nodes=4", "--ntasks=4"]
+    assert "--nodelist=node-1,node-2,node-3,node-4" in trainer
+    assert follows(trainer, ["--nnodes", "4"])
+    assert server[:4] == ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]
+    assert {"--nodelist=node-5,node-6", "--gpus-per-task=1"} <= set(server)
+    assert follows(server, [f"{REPOSITORY}/.venv-vllm/bin/python", "-m", "phimr_nemo.server_node"])
+    for command in (server, trainer):
+        assert command[-4:] == added
+    # Where those servers listen is where the trainer looks for them.
+    config = load_config(STAGES["grpo"], REPOSITORY / "conf/grpo/paper.yaml", [*added, "base=models/b"])
+    ports = [words[words.index("--port") + 1] for words in (serve_arguments(config, number) for number in (0, 1))]
+    assert ports == ["8000", "8001"]
+
+
+def test_grpo_as_a_heterogeneous_job(cluster: Path) -> None:
+    (cluster / "scontrol").write_text('#!/bin/sh\nprintf "%s\\n" "$3"\n', "utf-8")
+    # The servers' step is still there when the trainer's has ended.
+    (cluster / "srun").write_text(
+        "#!/usr/bin/env bash\n"
+        'case " $* " in *server_node*) name=server ;; *) name=trainer; sleep 1 ;; esac\n'
+        'printf "%s\\0" "$@" >"$RECORD.$name"; [ $name = trainer ] || exec sleep 60\n',
+        "utf-8",
+    )
+    groups = {"SLURM_JOB_NODELIST_HET_GROUP_0": "train", "SLURM_JOB_NODELIST_HET_GROUP_1": "serve"}
+    extra = {"SLURM_HET_SIZE": "2", "PHIMR_SERVER_PYTHON": sys.executable, "PHIMR_SERVERS_PER_NODE": "1"}
+    bash("slurm/grpo.sh", env=job(cluster, **groups, **extra))
+    trainer, server = ((cluster / f"record.{name}").read_text("utf-8").split("\0") for name in ("trainer", "server"))
+    assert "--het-group=0" in trainer
+    assert follows(trainer, ["--rdzv-endpoint", "train:22345"])
+    assert "--het-group=1" in server
+    assert "sampler.base_urls=[http://serve:8000]" in trainer
 
 
 # --- the pipeline ------------------------------------------------------------------------------------------
