@@ -43,6 +43,15 @@ class Gone(Exception):
     """The server dies before it answers."""
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of connections that clients have given up."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        return
+
+
 class RolloutServer:
     """Use as a context manager; serves in threads of its own.
 
@@ -74,8 +83,7 @@ class RolloutServer:
         self.hang = threading.Event()
         self.lost: str | None = None
         self.label: Callable[[str], str] = lambda label: label
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
-        self._server.daemon_threads = True
+        self._server = QuietServer(("127.0.0.1", port), self._handler())
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.is_dead = False
