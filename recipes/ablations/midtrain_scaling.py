@@ -220,6 +220,10 @@ def _plot(groups: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], path: P
                 each = row[measure]
                 axes.plot([place] * len(each), each, ".", color=f"C{number}", alpha=0.4, markersize=4)
         axes.set_xscale("log")
+        # Pictures hold no mathematics, which the logarithmic axis would label itself with.
+        ticks = [mean_and_error(row[DOCUMENTS])[0] for row in next(iter(groups.values()))]
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("documents in the mid-training set", fontsize=8)
         axes.set_ylabel(measure, fontsize=8)
         tidy(axes)
