@@ -297,6 +297,8 @@ class _Round:
                 "max_tokens": min(self._params.max_new_tokens, room),
                 "seed": request.seed,
                 "stop_token_ids": self._sampler._stop,
+                # Only these end a response; vLLM would add the tokenizer's own.
+                "ignore_eos": True,
                 "logprobs": 0,
                 "detokenize": False,
             },

@@ -137,6 +137,8 @@ class VLLMSampler:
                 max_tokens=params.max_new_tokens,
                 seed=request.seed,
                 stop_token_ids=self._stop_ids,
+                # Only these end a response; vLLM would add the tokenizer's own.
+                ignore_eos=True,
                 logprobs=0,
                 detokenize=False,
             )
