@@ -1,0 +1,29 @@
+# This project in a NeMo image of the 2.4 generation, which brings torch, NeMo, Megatron-Core 0.13, Transformer Engine
+# and the kernels. The image is yours to name:
+#   docker build --build-arg NEMO_IMAGE=<your registry>/nemo:<a tag of NeMo 2.4> --tag phimr-nemo .
+# For Slurm: enroot import dockerd://phimr-nemo (pyxis) or apptainer build phimr-nemo.sif docker-daemon://phimr-nemo:latest
+ARG NEMO_IMAGE
+FROM ${NEMO_IMAGE}
+
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+WORKDIR /opt/phimr-nemo
+
+# Aligner and its neighbours without what they ask for: the image has it, or the code does not need it.
+COPY requirements/aligner.txt requirements/
+RUN python3 -m pip install --no-cache-dir --no-deps -r requirements/aligner.txt
+
+# What the image lacks, at the tested versions; math-verify's answers depend on antlr's version.
+RUN python3 -m pip install --no-cache-dir \
+        antlr4-python3-runtime==4.9.3 \
+        datasketch==1.6.5 \
+        math-verify==0.9.0 \
+        prometheus_client==0.26.0 \
+        tenacity==9.2.1
+
+COPY . .
+RUN python3 -m pip install --no-cache-dir --no-deps --no-build-isolation -e .
+
+# Fails the build on an image of another generation.
+RUN python3 -c "from phimr_nemo.node import REPORTED, check_versions, installed_versions; \
+        check_versions('recipes.grpo', installed_versions(REPORTED))" \
+    && phimr --help >/dev/null
