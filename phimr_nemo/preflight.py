@@ -10,7 +10,6 @@ from phimr_nemo.config import (
     BenchmarkProblems,
     CurateConfig,
     DPOConfig,
-    EndpointSampling,
     EndpointTeacher,
     EvaluateConfig,
     ExportConfig,
@@ -33,7 +32,7 @@ from phimr_nemo.config.alignment import StoredReference
 from phimr_nemo.endpoint.settings import check_endpoint
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.benchmarks import check_benchmark
-from phimr_nemo.evaluate.sampling import own_model
+from phimr_nemo.evaluate.sampling import check_engine
 from phimr_nemo.generate.plan import check_template
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout, check_length
@@ -157,10 +156,7 @@ def check_evaluation(config: EvaluateConfig) -> None:
     check_template(config.prompt)
     if isinstance(config.problems, BenchmarkProblems):
         check_benchmark(config.problems)
-    if isinstance(config.engine, EndpointSampling):
-        check_endpoint(config.engine.endpoint)
-    else:
-        own_model(config)
+    check_engine(config)
 
 
 def check_sources(config: PrepareConfig) -> None:

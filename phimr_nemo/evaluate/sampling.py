@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from phimr_nemo.config import (
     VLLMSampling,
     VLLMTeacher,
 )
+from phimr_nemo.endpoint.settings import check_endpoint
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import QUESTION, Plan
 from phimr_nemo.generate.sampler import SamplingParams
@@ -66,6 +68,25 @@ def sample_responses(config: EvaluateConfig, problems: pa.Table, out_dir: Path) 
 
     opened, tokenizer, name = open_vllm(_as_teacher(config, engine, model), problems["question"].to_pylist())
     _sample(config, problems, out_dir, opened, tokenizer, name)
+
+
+def check_engine(config: EvaluateConfig) -> None:
+    """Refuse an engine that cannot work here before anything is read.
+
+    Raises:
+        UserError: bad settings of an endpoint, no model directory, or vLLM is to sample and is not installed here.
+    """
+    if isinstance(config.engine, EndpointSampling):
+        check_endpoint(config.engine.endpoint)
+        return
+    own_model(config)
+    if isinstance(config.engine, VLLMSampling) and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "engine.kind=vllm, but vLLM is not installed here",
+            rule="vLLM has an environment of its own",
+            remedy="make setup-vllm, then .venv-vllm/bin/phimr evaluate with the same arguments; or serve the model "
+            "and set engine.kind=endpoint; or engine.kind=local engine.max_batch=64 engine.dtype=bf16",
+        )
 
 
 def own_model(config: EvaluateConfig) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -188,6 +189,9 @@ def test_bad_input_is_one_clear_error(
         ((given, *own(problems), "prompt=hello"), ("prompt template 'hello'",)),
         ((given, *own(problems), "engine.kind=magic"), ("engine=", "magic")),
     ]
+    if importlib.util.find_spec("vllm") is None:
+        vllm = ("engine.kind=vllm", "engine.max_batch=1", "engine.dtype=fp32", "engine.memory_share=0.5")
+        cases.append(((given, *own(problems), *vllm), ("engine.kind=vllm, but vLLM is not installed", ".venv-vllm")))
     for overrides, named in cases:
         refused(capsys, evaluate(monkeypatch, out, *overrides), *named)
         assert not out.exists(), overrides
