@@ -63,12 +63,13 @@ class CollapseWatch:
         if not all(name in row for name in WATCHED):
             return []
         self._rows.append(row)
-        if len(self._rows) < self._config.window:
-            return []
         means = {name: fmean(row[name] for row in self._rows) for name in WATCHED}
         self._best_pass_rate = max(self._best_pass_rate, means["pass_rate"])
         self._lowest = {name: min(lowest, means[name]) for name, lowest in self._lowest.items()}
         self._highest_entropy = max(self._highest_entropy, means["entropy"])
+        # The first steps alone count as the past: a run may collapse before its first window is full.
+        if len(self._rows) < self._config.window:
+            return []
         messages = []
         for kind, reason in self._reasons(means).items():
             if kind not in self.found:

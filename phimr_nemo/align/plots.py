@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from phimr_nemo.align.rollouts import PASS_RATE_NAMES
 from phimr_nemo.picture import save_png, tidy
@@ -88,7 +89,7 @@ def plot_grpo(directory: Path, collapses: Mapping[str, int]) -> Path:
 
     Args:
         directory: the run, with its `metrics.jsonl`; metrics that it lacks leave their panel empty.
-        collapses: kind -> step of the warnings so far; each is a red line through every panel.
+        collapses: kind -> step of the warnings so far; each is a dashed line through every panel.
 
     Returns:
         The picture.
@@ -112,8 +113,11 @@ def plot_grpo(directory: Path, collapses: Mapping[str, int]) -> Path:
     _stack(axes, rows, TIMES, TIME_COLORS)
     _finish(axes, "seconds a step")
     for axes in figure.axes:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(rows) > 1:
+            axes.set_xlim(rows[0]["step"], rows[-1]["step"])  # a panel may begin or end with nothing
         for step in collapses.values():
-            axes.axvline(step, color=WARNING_COLOR, linewidth=0.9, linestyle="--")
+            axes.axvline(step, color="black", linewidth=0.9, linestyle="--")
     found = ", ".join(f"{kind} at step {step}" for kind, step in collapses.items())
     figure.suptitle(
         f"warnings: {found}" if found else f"{len(rows)} steps, no warning",

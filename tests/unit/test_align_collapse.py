@@ -78,6 +78,14 @@ def test_one_bad_round_is_no_alarm(monitor: MonitorConfig) -> None:
     assert not steps(CollapseWatch(monitor), [*[HEALTHY] * 5, {**HEALTHY, **bad}] * 5)
 
 
+def test_a_run_that_collapses_in_its_first_steps_is_seen_when_the_window_is_full(monitor: MonitorConfig) -> None:
+    """One healthy step, then nothing right: a first window of 12 % would hide the fall from 60 %."""
+    watch = CollapseWatch(monitor)
+    said = steps(watch, [HEALTHY, *[{**HEALTHY, "pass_rate": 0.0}] * 6])
+    assert [step for step, _ in said] == [monitor.window]
+    assert watch.found == {"accuracy": monitor.window}
+
+
 def test_low_entropy_of_a_solved_task_is_no_fault(monitor: MonitorConfig) -> None:
     solved = {**HEALTHY, "entropy": 0.0, "pass_rate": monitor.solved_pass_rate}
     assert not steps(CollapseWatch(monitor), [*[HEALTHY] * 5, *[solved] * 30])
@@ -136,6 +144,18 @@ def test_recorded_loops_alarm_and_recorded_right_responses_do_not(shared_data: P
     assert not steps(watch, [metrics_of(right[at : at + size], right=True) for at in range(0, len(right), size)])
     steps(watch, [metrics_of(loops, right=False)] * monitor.window, start=11)
     assert "repetition" in watch.found
+
+
+def test_recorded_runs_alarm_where_they_collapsed_and_nowhere_else(repository: Path, monitor: MonitorConfig) -> None:
+    """Three finished runs of the quickstart, and one made to collapse in its second step."""
+    golden = json.loads((repository / "tests" / "golden" / "grpo_runs.json").read_text("utf-8"))["runs"]
+    found = {}
+    for name, columns in golden.items():
+        watch = CollapseWatch(monitor)
+        steps(watch, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)])
+        found[name] = watch.found
+    assert found.pop("collapse") == dict.fromkeys(("repetition", "overlong", "accuracy"), monitor.window)
+    assert list(found.values()) == [{}, {}, {}]
 
 
 # ---- the log -----------------------------------------------------------------------------------------------------
