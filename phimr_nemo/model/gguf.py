@@ -74,7 +74,16 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fields, self._tensors = _read(path)
-        self.architecture = self._read_architecture()
+        try:
+            self.architecture = self._read_architecture()
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:  # a number where a list stands, a list per layer, ...
+            raise _unsupported(
+                path, f"a field of another type: {error}", "numbers, names and lists as in SmolLM2's file"
+            ) from error
 
     def tokenizer(self, system_prompt: str) -> Any:
         """The file's tokenizer with the Phi chat tokens in place of reserved ones, and the reasoning template.
@@ -114,8 +123,16 @@ class GGUFFile:
                     raise _unsupported(self.path, f"no tensor {name}", "every tensor of the Llama family is there")
                 used.add(name)
                 stored = self._tensors[name]
-                part = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
-                parts.append(self._in_halves(name, part))
+                try:
+                    values = gguf.quants.dequantize(stored.data, stored.tensor_type)
+                except (NotImplementedError, ValueError) as error:
+                    raise _unsupported(
+                        self.path, f"{name}: {error}", "weights are in a format that gguf unpacks"
+                    ) from error
+                parts.append(self._in_halves(name, torch.from_numpy(values.copy())))
+            if len({part.shape[1:] for part in parts}) > 1:
+                shapes = [tuple(part.shape) for part in parts]
+                raise _unsupported(self.path, f"{wanted.name} of shapes {shapes}", f"its shape is {wanted.shape}")
             tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
             if tuple(tensor.shape) != wanted.shape:
                 raise _unsupported(
@@ -152,7 +169,7 @@ class GGUFFile:
                 f"architecture {family!r} {scaling}",
                 f"the family is {FAMILY!r} with plain rotary embeddings",
             )
-        heads, hidden = self._field("llama.attention.head_count"), self._field("llama.embedding_length")
+        heads, hidden = int(self._field("llama.attention.head_count")), int(self._field("llama.embedding_length"))
         if "llama.rope.dimension_count" in self._fields:
             rotated = self._field("llama.rope.dimension_count")
             if rotated * heads != hidden:
@@ -162,10 +179,10 @@ class GGUFFile:
         context = int(self._field("llama.context_length"))
         return Architecture(
             vocab_size=len(tokens),
-            hidden_size=int(hidden),
+            hidden_size=hidden,
             intermediate_size=int(self._field("llama.feed_forward_length")),
             num_hidden_layers=int(self._field("llama.block_count")),
-            num_attention_heads=int(heads),
+            num_attention_heads=heads,
             num_key_value_heads=int(self._field("llama.attention.head_count_kv")),
             partial_rotary_factor=1.0,
             rope_theta=float(self._field("llama.rope.freq_base")),
