@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from phimr_nemo.atomic import atomic_file, write_json
+from phimr_nemo.atomic import atomic_write_bytes, write_json
 from phimr_nemo.data.narrow import NARROW, Narrow, narrow_of_file
 from phimr_nemo.data.parallel import in_processes
 from phimr_nemo.errors import UserError
@@ -136,8 +137,10 @@ def _survey_shard(work: tuple[Shard, Path], *, buckets: int, quality: bool) -> l
     bucket = (narrow["problem"] % np.uint64(buckets)).astype(np.int64)
     order = np.argsort(bucket, kind="stable")
     bounds = np.searchsorted(bucket[order], np.arange(buckets + 1)).tolist()
-    with atomic_file(path) as temporary, temporary.open("wb") as handle:
-        np.save(handle, narrow[order].astype(NARROW), allow_pickle=False)
+    # Not numpy's own writing into a file: on a full disk it raises an error that does not say so.
+    content = io.BytesIO()
+    np.save(content, narrow[order].astype(NARROW), allow_pickle=False)
+    atomic_write_bytes(path, content.getvalue())
     write_json(facts_path, {"made_of": made_of, "sha256": file_sha256(path), "bounds": bounds})
     return list(bounds)
 
