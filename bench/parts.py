@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -86,6 +88,21 @@ def shares(events: Iterable[Any], seconds: float, *, on_gpu: bool = False) -> di
     found[FRAMEWORK] = max(seconds - sum(found.values()), 0.0)
     total = max(seconds, sum(found.values()))
     return {name: value / total for name, value in found.items()}
+
+
+def length_variance_between_rows(rows: Sequence[Sequence[int]]) -> float:
+    """Share of the variance of the documents' log lengths that lies between rows: 1 = a row holds one length only.
+
+    The nearer to 1, the fewer kinds of documents an update sees, and the slower a model learns from as many updates.
+
+    Args:
+        rows: the lengths of each row's documents.
+    """
+    logs = [[math.log(length) for length in row] for row in rows]
+    every = [value for row in logs for value in row]
+    mean = statistics.fmean(every)
+    between = sum(len(row) * (statistics.fmean(row) - mean) ** 2 for row in logs)
+    return between / sum((value - mean) ** 2 for value in every)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from typing import Any
 from unittest import mock
 
 from common import in_child, machine, print_result, versions
-from parts import scopes, shares, table
+from parts import length_variance_between_rows, scopes, shares, table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESETS = REPOSITORY / "conf"
@@ -307,6 +307,8 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def compare(options: argparse.Namespace, sides: tuple[str, ...], root: Path) -> dict[str, Any]:
     """Print the table; the figures for the RESULT line."""
+    from phimr_nemo.store import read_table
+
     make_inputs(root, options)
     arguments = [text for name in OPTIONS for text in (f"--{name}", str(getattr(options, name)))]
     program = str(Path(__file__).resolve())
@@ -329,6 +331,11 @@ def compare(options: argparse.Namespace, sides: tuple[str, ...], root: Path) -> 
             f"| {found['held_out_loss']:.4f} |",
             flush=True,
         )
+    lengths = read_table(root / "rows", "rows", ["document_lengths"])["document_lengths"].to_pylist()
+    share = length_variance_between_rows(lengths)
+    print(
+        f"ours: {share:.0%} of the variance of log lengths lies between rows (random rows: about 1 / documents a row)"
+    )
     best = max(rates[side] for side in sides if side != "ours")
     return {
         "bench": "train",
@@ -338,6 +345,7 @@ def compare(options: argparse.Namespace, sides: tuple[str, ...], root: Path) -> 
         "ratio": round(rates["ours"] / rates["padded"], 3),
         "target": TARGET_PADDED,
         "ratio_best_peer": round(rates["ours"] / best, 3),
+        "length_variance_between_rows": round(share, 3),
         "steps": {side: rounds[0][side]["steps"] for side in sides},
         "held_out_loss": {side: round(rounds[0][side]["held_out_loss"], 4) for side in sides},
         "sizes": {name: getattr(options, name) for name in OPTIONS},
