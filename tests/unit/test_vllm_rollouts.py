@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from phimr_nemo.config import BaseConfig, RolloutServers, load_config
+from phimr_nemo.generate import servers
 from phimr_nemo.generate.local import LocalSampler
 from phimr_nemo.generate.replies import Wanted
-from phimr_nemo.generate.sampler import Request, SamplingParams, Unfinished
+from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
 from phimr_nemo.generate.servers import ServerSampler
 from phimr_nemo.generate.weights import IDENTITY, tokenizer_hash
 from phimr_nemo.model.base import run_base
@@ -33,6 +34,8 @@ SYNCS, TEMPERATURE, MAX_LENGTH = 10, 0.8, 64
 BOUND = 5e-5
 """Largest difference of a log-probability between vLLM and transformers, both in float32."""
 START_SECONDS, STOP_SECONDS = 400, 20
+ANSWERS = 5
+"""After so many responses the server is killed."""
 POLICY = "long_when_max_length_exceeds_original"
 # vLLM's attention on CPU wants heads of 32 dimensions or more.
 SHAPE = ("hidden_size=128", "intermediate_size=96", "num_hidden_layers=2", "num_attention_heads=4")
@@ -206,10 +209,18 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
                 (c.token_ids, c.finish_reason) for c in expected
             ]
             assert {completion.version for completion in found} == {version}
-        threading.Timer(0.3, os.killpg, (group, signal.SIGKILL)).start()
-        many = [Request(f"{number}/1", (1, 2, 3), number) for number in range(2000)]
+        read, answers = servers.read_completion, itertools.count(1)
+
+        def killing(*arguments: Any, **named: Any) -> Completion:
+            if next(answers) == ANSWERS:
+                os.killpg(group, signal.SIGKILL)
+            return read(*arguments, **named)
+
+        monkeypatch.setattr(servers, "read_completion", killing)
+        many = [Request(f"{number}/1", (1, 2, 3), number) for number in range(100)]
         with pytest.raises(Unfinished) as caught:
             sampler.sample(many, SamplingParams(1.0, 1.0, 60))
     done = {completion.request_id for completion in caught.value.completed}
+    assert len(done) >= ANSWERS
     assert done < {request.id for request in many}
     assert sampler.counts["removed"] == 1
