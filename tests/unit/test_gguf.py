@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,23 @@ import numpy as np
 import pytest
 import torch
 
+from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation, stop_token_ids
 from phimr_nemo.errors import UserError
+from phimr_nemo.launch import launch
 from phimr_nemo.model import gguf as module
 from phimr_nemo.model.gguf import KNOWN, GGUFFile, import_gguf
 from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.pipeline import Step, run_step
+from phimr_nemo.runs import read_metrics
+from phimr_nemo.store import finish, read_table, rows_to_table, write_shard
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are written and read with the package gguf")
 
-HIDDEN, INNER, LAYERS, HEADS, GROUPS, CONTEXT = 64, 96, 2, 4, 2, 128
+HIDDEN, INNER, LAYERS, HEADS, GROUPS, CONTEXT = 64, 96, 2, 4, 2, 2048
 RESERVED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>")
 MERGES = ("Ġ Ġ", "Ġ t", "1 2")
+PROBLEMS, STEPS = 12, 2
 TOLERANCE = 2e-6
 """Of logits, in fp32: a stacked matrix may be multiplied in another order than its parts."""
 
@@ -31,7 +39,16 @@ def tokens() -> list[str]:
     return [*RESERVED, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
 
 
-def write_gguf(path: Path, *, family: str = "llama", drop: str = "", rename: str = "", extra: bool = False) -> None:
+def write_gguf(
+    path: Path,
+    *,
+    family: str = "llama",
+    drop: str = "",
+    rename: str = "",
+    wide: str = "",
+    extra: bool = False,
+    heads_by_layer: bool = False,
+) -> None:
     """A model of random weights, its matrices in 4 bits as SmolLM2's are."""
     writer = gguf.GGUFWriter(path, family)
     writer.add_name("small")
@@ -39,7 +56,7 @@ def write_gguf(path: Path, *, family: str = "llama", drop: str = "", rename: str
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
+    writer.add_head_count([HEADS] * LAYERS if heads_by_layer else HEADS)
     writer.add_head_count_kv(GROUPS)
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -68,6 +85,7 @@ def write_gguf(path: Path, *, family: str = "llama", drop: str = "", rename: str
     for name, shape in shapes.items():
         if name == drop:
             continue
+        shape = (shape[0], 2 * HIDDEN) if name == wide else shape
         values = (random_numbers.standard_normal(shape) / (8 if len(shape) > 1 else 1)).astype(np.float32)
         if len(shape) == 1:
             writer.add_tensor(f"{name}.weight", values)
@@ -149,6 +167,8 @@ def test_chat_tokens_take_reserved_places(small: Path, tmp_path: Path) -> None:
         ({"drop": "blk.1.ffn_up"}, "no tensor blk.1.ffn_up.weight"),
         ({"extra": True}, "rope_freqs.weight"),
         ({"rename": "<reponame>"}, "without the reserved tokens"),
+        ({"wide": "blk.0.attn_k"}, "layers.0.self_attn.qkv_proj.weight of shapes"),
+        ({"heads_by_layer": True}, "another type"),
     ],
 )
 def test_another_model_is_one_message(tmp_path: Path, change: dict[str, Any], told: str) -> None:
@@ -191,3 +211,80 @@ def test_smollm2_itself(tmp_path: Path) -> None:
     original, imported = both_logits(source, tmp_path / "phi", ids)
     assert torch.equal(original, imported)
     assert HFDirectory(tmp_path / "phi").architecture == arch
+
+
+def write_gsm8k(path: Path) -> None:
+    """Problems in GSM8K's own layout, with worked answers."""
+    rows = [
+        {"question": f"Ann has {i} nuts and finds {7 * i}. How many?", "answer": f"{i}+{7 * i}={8 * i}\n#### {8 * i}"}
+        for i in range(1, PROBLEMS + 1)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def write_own_verdicts(solved: Path, target: Path) -> None:
+    """Graded rollouts with a right and a wrong one to every problem: an untrained model writes no right one."""
+    rows = []
+    for row in read_table(solved, "verdicts").to_pylist():
+        for sample, (verdict, text) in enumerate((("correct", row["response"]), ("wrong", "2+2=5\n#### 5"))):
+            given = {"id": f"{row['id']}{sample}", "sample_index": sample, "verdict": verdict, "response": text}
+            rows.append({**row, **given, "tokens": 12})
+    write_shard(target, 0, rows_to_table(rows, "verdicts"), kind="verdicts")
+    finish(target, kind="verdicts", config={}, inputs=[], counts={})
+
+
+@pytest.mark.slow
+def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
+    """conf/*/smollm2.yaml from import to GRPO and a score, a few steps each, on a file in GSM8K's layout."""
+    write_gsm8k(tmp_path / "gsm8k.jsonl")
+    import_gguf(str(small), tmp_path / "base" / "hf", system_prompt="")
+    short = ("sequence_length=512",)
+    train = ("model.dtype=fp32", "checkpoint.every=100", *short)
+    few = (*train, f"max_steps={STEPS}", "micro_batch=2", "global_batch=2")
+
+    def settings_of(stage: str, name: str, overrides: tuple[str, ...], preset: str) -> Step:
+        fixed = (f"run.output={tmp_path / name}", "run.log_every=1")
+        return Step(name, (stage, "--config", f"conf/{stage}/{preset}.yaml", *fixed, *overrides), tmp_path / name)
+
+    def here(stage: str, name: str, *overrides: str, preset: str = "smollm2") -> None:
+        _, _, path, *settings = settings_of(stage, name, overrides, preset).arguments
+        launch(stage, load_config(STAGES[stage], Path(path), settings))
+
+    def apart(stage: str, *overrides: str) -> None:
+        run_step(settings_of(stage, stage, overrides, "smollm2"))  # Megatron's state is one per process
+
+    def made(name: str) -> str:
+        return str(tmp_path / name)
+
+    here("generate", "rollouts", f"teacher.path={made('gsm8k.jsonl')}")
+    here("verify", "verdicts", f"rollouts={made('rollouts')}", "workers=1")
+    assert {row["verdict"] for row in read_table(tmp_path / "verdicts", "verdicts").to_pylist()} == {"correct"}
+    here("curate", "curated", f"verdicts={made('verdicts')}", "workers=1")
+    here(
+        "pack",
+        "rows",
+        f"conversations={made('curated/midtrain')}",
+        f"tokenizer={made('base/hf')}",
+        *short,
+        "workers=1",
+    )
+    apart("midtrain", f"base={made('base/hf')}", f"data={made('rows')}", *few, "validation_rows=0")
+    apart("sft", f"base={made('midtrain/hf')}", f"data={made('curated/sft')}", *few, "validation_rows=0")
+    write_own_verdicts(tmp_path / "verdicts", tmp_path / "own-verdicts")
+    here("curate", "sets", f"verdicts={made('own-verdicts')}", "workers=1", preset="smollm2-rollouts")
+    apart("dpo", f"base={made('sft/hf')}", f"pairs={made('sets/pairs')}", *few)
+    rounds = (f"steps={STEPS}", "prompts_per_step=2", "group_size=2", "max_new_tokens=8", "micro_batch=2")
+    room = ("sampler.cache_gib=1", "verify_workers=1")
+    apart("grpo", f"base={made('dpo/hf')}", f"prompts={made('sets/prompts')}", *train, *rounds, *room)
+    asked = ("problems.kind=file", f"problems.path={made('gsm8k.jsonl')}", "engine.dtype=fp32", "workers=1")
+    here("evaluate", "score", f"model={made('grpo/hf')}", *asked, "max_new_tokens=8")
+    assert json.loads((tmp_path / "score" / "results.json").read_text("utf-8"))["questions"] == PROBLEMS
+    chain = ("base", "midtrain", "sft", "dpo", "grpo")
+    models = [HFDirectory(tmp_path / name / "hf") for name in chain]
+    assert len({model.architecture for model in models}) == 1
+    for name, before, after in zip(chain[1:], models, models[1:], strict=False):
+        metrics = list(read_metrics(tmp_path / name))
+        assert max(row["step"] for row in metrics) == STEPS
+        assert all(math.isfinite(value) for row in metrics for value in row.values())
+        moved = any(not torch.equal(after.read(tensor), before.read(tensor)) for tensor in before.names())
+        assert moved or name == "grpo"  # where every answer is wrong, there is nothing to learn
