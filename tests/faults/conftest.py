@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections import Counter
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-LONG = os.environ.get("PHIMR_FAULTS") == "long"
 Table = Counter[tuple[str, str, str]]
 _table: Table = Counter()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import LONG
+from fault_length import LONG
 
 from phimr_nemo.verify import Grader
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LONG
+from fault_length import LONG
 
 from phimr_nemo.config import STAGES, load_config, to_yaml
 from phimr_nemo.errors import UserError

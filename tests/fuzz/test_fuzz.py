@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ from phimr_nemo.model.architecture import Architecture
 
 EXAMPLES = 100
 made: dict[str, Target] = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The targets' temporary files go where pytest clears them away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("fuzz")))
+        yield
 
 
 @pytest.fixture
