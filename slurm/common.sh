@@ -155,7 +155,9 @@ run_step() {
 # over for Slurm, and a dead process is nothing that Slurm would start again. `scancel` ends this shell, so that
 # nothing comes back that was cancelled.
 continue_later() {
-  local code=$1 stopping=$2 restarts=${SLURM_RESTART_COUNT:-0}
+  local code=$1 stopping=$2 restarts=${SLURM_RESTART_COUNT:-0} job=$SLURM_JOB_ID
+  # The id of an array's last task is that of the whole array.
+  if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   case $code in
     0 | 2) return 0 ;;                      # done; the user's mistake
     3 | "$DIED_OF_USR1" | "$DIED_OF_TERM") stopping=1 ;;
@@ -164,13 +166,13 @@ continue_later() {
     if [[ $restarts -ge ${PHIMR_MAX_RESTARTS:=100} ]]; then
       fail "the job was restarted $PHIMR_MAX_RESTARTS times" "ask for more time, or raise PHIMR_MAX_RESTARTS"
     fi
-    echo "stopped (exit code $code): requeueing job $SLURM_JOB_ID"
+    echo "stopped (exit code $code): requeueing job $job"
   elif [[ $restarts -lt ${PHIMR_FAILURE_RESTARTS:-2} ]]; then
-    echo "failed (exit code $code): requeueing job $SLURM_JOB_ID, restart $((restarts + 1))"
+    echo "failed (exit code $code): requeueing job $job, restart $((restarts + 1))"
   else
     return 0
   fi
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$job"
 }
 
 # run_plain STAGE [ARGUMENT ...]: one process on one node.

@@ -121,10 +121,7 @@ class SupervisedDataModule(pl.LightningDataModule):
     # Lightning stores and restores these with every checkpoint: the position in the data is one number.
     def state_dict(self) -> dict[str, int]:
         """How many samples were consumed."""
-        done = self.data_sampler.compute_consumed_samples(
-            self.trainer.global_step - self.data_sampler.init_global_step
-        )
-        return {"consumed_samples": done}
+        return {"consumed_samples": self.trainer.global_step * self.global_batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue after the consumed samples."""
@@ -133,7 +130,8 @@ class SupervisedDataModule(pl.LightningDataModule):
         consumed = state_dict["consumed_samples"]
         self.data_sampler.init_consumed_samples = consumed
         self.data_sampler.prev_consumed_samples = consumed
-        self.data_sampler.init_global_step = self.trainer.global_step
+        # The trainer's own step is restored later than this is called.
+        self.data_sampler.init_global_step = consumed // self.global_batch
         update_num_microbatches(consumed_samples=consumed, consistency_check=False)
 
 

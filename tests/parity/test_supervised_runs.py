@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,19 @@ def test_another_layout_continues_in_both_directions(reference: Path, inputs: Pa
         run_distributed(train, 1 + len(second), STAGE, overrides(STAGE, inputs, run, second))
         assert len(curve(run)) == STEPS
         assert differences(reference, run)[0] < LOSS_TOLERANCE
+
+
+def test_a_run_that_is_continued_twice_knows_its_place_in_the_data(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint's step says how many samples are behind it, however often the run was stopped."""
+    monkeypatch.setattr("megatron.core.num_microbatches_calculator.update_num_microbatches", lambda **_: None)
+    data = module(inputs, tmp_path / "run")
+    # Lightning restores the data before the trainer's step.
+    data.trainer = SimpleNamespace(global_step=0)
+    data.load_state_dict({"consumed_samples": 6 * data.global_batch})
+    data.trainer.global_step = 10
+    assert data.state_dict() == {"consumed_samples": 10 * data.global_batch}
 
 
 POISONED_STEP = 3

@@ -269,5 +269,6 @@ def test_scancel_leaves_no_process(slurm: Slurm, chain: Chain) -> None:
     slurm.run("scancel", job)
     slurm.wait(lambda: not slurm.processes(), "the end of every process", STATE_SECONDS)
     # Neither back in the queue nor finished.
-    assert (slurm.state(job), slurm.facts(job)["Restarts"]) == ("CANCELLED", "0")
+    assert slurm.wait_state(job, FINISHED, STATE_SECONDS) == "CANCELLED"
+    assert slurm.facts(job)["Restarts"] == "0"
     assert not RunDirectory(chain.root / "cancelled").is_done

@@ -288,6 +288,14 @@ def test_what_puts_a_job_back_in_the_queue(code: int, restarts: str, requeued: b
     assert (cluster / "record.requeue").exists() == requeued
 
 
+def test_an_array_task_puts_back_itself_and_not_the_array(cluster: Path) -> None:
+    task = {"SLURM_ARRAY_TASK_ID": "63", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "63"}
+    # The last task's own id is the array's.
+    whole = {"SLURM_ARRAY_TASK_COUNT": "64", "SLURM_ARRAY_JOB_ID": "12345"}
+    bash("slurm/verify.sh", env=job(cluster, SRUN_CODE="1", **task, **whole), code=1)
+    assert (cluster / "record.requeue").read_text("utf-8") == "requeue 12345_63"
+
+
 def test_a_missing_interpreter_is_named(cluster: Path) -> None:
     done = bash("slurm/sft.sh", env={**job(cluster), "PHIMR_PYTHON": "/no/such/python"}, code=2)
     assert "/no/such/python" in done.stderr
