@@ -225,13 +225,23 @@ def test_config_and_preset(cluster: Path) -> None:
 
 
 def test_array_task_takes_its_shard(cluster: Path) -> None:
-    task = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "63"}
+    task = {
+        "SLURM_ARRAY_JOB_ID": "77",
+        "SLURM_ARRAY_TASK_ID": "5",
+        "SLURM_ARRAY_TASK_MIN": "0",
+        "SLURM_ARRAY_TASK_MAX": "63",
+    }
     bash("slurm/verify.sh", "run.seed=1", env=job(cluster, **task, SLURM_ARRAY_TASK_COUNT="64"))
     assert recorded(cluster)[-3:] == ["run.seed=1", "shard.index=5", "shard.count=64"]
 
 
 def test_a_redone_array_task_keeps_the_split_of_the_whole(cluster: Path) -> None:
-    task = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_MAX": "5"}
+    task = {
+        "SLURM_ARRAY_JOB_ID": "77",
+        "SLURM_ARRAY_TASK_ID": "5",
+        "SLURM_ARRAY_TASK_MIN": "5",
+        "SLURM_ARRAY_TASK_MAX": "5",
+    }
     alone = job(cluster, **task, SLURM_ARRAY_TASK_COUNT="1")
     # Not 1 of 1: that would be all the work in one task.
     assert "PHIMR_SHARDS" in bash("slurm/verify.sh", env=alone, code=2).stderr
