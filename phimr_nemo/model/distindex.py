@@ -133,6 +133,8 @@ def read_index(file: Path) -> Any:
         AttributeError,
         KeyError,
         IndexError,
+        MemoryError,
+        OverflowError,
     ) as e:
         raise UserError(
             f"{file} cannot be read: {e!r}",

@@ -26,7 +26,7 @@ MAX_KEPT = 40
 MAX_KEPT_BYTES = 600
 TIMEOUT_SECONDS = 30
 MEMORY_MB = 3072
-GRACE_SECONDS = 120
+GRACE_SECONDS = 600
 DONE = re.compile(r"Done (\d+) runs in (\d+) second")
 COVERED = re.compile(r"cov: (\d+)")
 
