@@ -107,6 +107,7 @@ class PackConfig:
     Attributes:
         tokenizer: directory with the tokenizer.
         sequence_length: tokens a row.
+        placement: which documents share a row: those that fill it best by length, or short ones at random.
         workers: processes that tokenise; with 1 the tokenizer's own threads use all cores.
         shard: this process's share of the conversations' shards.
     """
@@ -115,5 +116,6 @@ class PackConfig:
     conversations: Path
     tokenizer: Path
     sequence_length: Positive
+    placement: Literal["length", "mixed"]
     workers: Positive
     shard: ShardConfig = field(default_factory=ShardConfig)

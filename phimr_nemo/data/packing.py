@@ -1,8 +1,12 @@
 """Packing documents of different lengths into rows of one capacity.
 
-Best-fit decreasing: documents go longest first, each into the fullest row that still has room. All
+:func:`pack` is best-fit decreasing: documents go longest first, each into the fullest row that still has room. All
 documents of one length are placed together and rows that are filled alike are kept as one group with a
 count, so the work grows with the number of distinct lengths, not of documents times rows.
+
+:func:`pack_mixed` is for rows that are trained on as they are. Best-fit decreasing puts documents of one length into
+one row, and where length tells the kind of problem, a step of few rows then sees few kinds
+(docs/supervised-ablations.md).
 """
 
 from __future__ import annotations
@@ -25,6 +29,9 @@ Integers = Sequence[int] | npt.NDArray[np.integer]
 Document = tuple[Integers, Integers]
 
 _EMPTY: Final = ()
+LONG_SHARE: Final = 8
+"""A document longer than this part of a row is placed by length: it leaves holes that only the choice of a row
+avoids. Shorter ones fill the holes in any order."""
 
 
 @dataclass
@@ -105,6 +112,45 @@ def pack(lengths: Integers, capacity: int) -> list[Indices]:
     return rows
 
 
+def pack_mixed(lengths: Integers, capacity: int, seed: int) -> list[Indices]:
+    """Assign documents to rows so that the short ones of a row are a random draw.
+
+    Documents longer than `capacity / LONG_SHARE` go by best-fit decreasing, then the others in random order, each
+    into the fullest row that still has room.
+
+    Args:
+        lengths: tokens of each document, [documents], each from 1 to `capacity`.
+        capacity: tokens a row holds.
+        seed: of the order; the same lengths and seed give the same rows.
+
+    Returns:
+        One array of document indices per row. Every index occurs exactly once.
+
+    Raises:
+        UserError: a document is empty or longer than a row.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    _check(sizes, capacity)
+    long = np.flatnonzero(sizes * LONG_SHARE > capacity)
+    rows = [long[row].tolist() for row in pack(sizes[long], capacity)]
+    rooms = [capacity - int(sizes[row].sum()) for row in rows]
+    # (room, row), ascending: the first entry that is not below (length, 0) is the tightest row that fits.
+    open_rows = sorted((room, row) for row, room in enumerate(rooms) if room)
+    short = np.flatnonzero(sizes * LONG_SHARE <= capacity)
+    for document in np.random.Generator(np.random.Philox(key=seed)).permutation(short).tolist():
+        length = int(sizes[document])
+        position = bisect.bisect_left(open_rows, (length, 0))
+        if position == len(open_rows):
+            room, row = capacity, len(rows)
+            rows.append([])
+        else:
+            room, row = open_rows.pop(position)
+        rows[row].append(document)
+        if room > length:
+            bisect.insort(open_rows, (room - length, row))
+    return [np.array(row, dtype=np.int64) for row in rows]
+
+
 def _check(sizes: Indices, capacity: int) -> None:
     for fault, bad in (("is empty", sizes < 1), (f"is longer than a row of {capacity}", sizes > capacity)):
         if bad.any():
@@ -143,23 +189,12 @@ def _place(open_rows: _OpenRows, length: int, count: int, capacity: int) -> None
             open_rows.add(room, _Group(group.pattern, left))
 
 
-def pack_rows(documents: Sequence[Document], capacity: int) -> pa.Table:
-    """Pack tokenised documents.
-
-    Args:
-        documents: `(input_ids, loss_mask)` of each, of one length.
-        capacity: tokens a row holds.
-
-    Returns:
-        A table of kind "rows", fullest first; a row holds its documents one after another without padding.
+def lengths_of(documents: Sequence[Document]) -> list[int]:
+    """Tokens of each document.
 
     Raises:
-        UserError: a document is empty or longer than a row, or its mask has another length.
+        UserError: a document's mask has another length.
     """
-    import pyarrow as pa
-
-    from phimr_nemo.store import conform
-
     for index, (ids, mask) in enumerate(documents):
         if len(ids) != len(mask):
             raise UserError(
@@ -167,7 +202,23 @@ def pack_rows(documents: Sequence[Document], capacity: int) -> pa.Table:
                 rule="a loss mask has one entry a token",
                 remedy="make both with chat.render_conversation",
             )
-    rows = pack([len(ids) for ids, _ in documents], capacity)
+    return [len(ids) for ids, _ in documents]
+
+
+def row_table(documents: Sequence[Document], rows: Sequence[Indices]) -> pa.Table:
+    """Tokenised documents as packed rows.
+
+    Args:
+        documents: `(input_ids, loss_mask)` of each, of one length.
+        rows: the documents of each row, from :func:`pack` or :func:`pack_mixed`.
+
+    Returns:
+        A table of kind "rows"; a row holds its documents one after another without padding.
+    """
+    import pyarrow as pa
+
+    from phimr_nemo.store import conform
+
     order = [int(index) for row in rows for index in row]
     lengths = np.array([len(documents[index][0]) for index in order], dtype=np.int32)
     documents_before = np.cumsum([0, *(len(row) for row in rows)])

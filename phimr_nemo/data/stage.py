@@ -17,7 +17,7 @@ from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.curate import check_pass_bounds
 from phimr_nemo.data.decide import Decisions, decide
 from phimr_nemo.data.narrow import VERDICTS
-from phimr_nemo.data.packing import pack_rows
+from phimr_nemo.data.packing import lengths_of, pack, pack_mixed, row_table
 from phimr_nemo.data.parallel import in_processes
 from phimr_nemo.data.sets import (
     DROPPED,
@@ -35,6 +35,7 @@ from phimr_nemo.data.tokenize import Frame, fast_tokenizer, prompt_frame, tokeni
 from phimr_nemo.errors import UserError
 from phimr_nemo.store import (
     check_shard,
+    content_seed,
     finish,
     input_hash,
     is_complete,
@@ -183,7 +184,13 @@ def _pack_shard(config: PackConfig, frame: Frame, work: tuple[int, Path, str]) -
         documents, counts = tokenize(tokenizer, frame, conversations, config.sequence_length)
     # Counts first: a complete shard always has them, also when the run is resumed.
     write_json(_counts_path(output, index), {"counts": counts, "conversations": sha256})
-    write_shard(output, index, pack_rows(documents, config.sequence_length), kind="rows")
+    lengths = lengths_of(documents)
+    if config.placement == "length":
+        rows = pack(lengths, config.sequence_length)
+    else:
+        seed = content_seed("pack", str(config.run.seed), sha256)
+        rows = pack_mixed(lengths, config.sequence_length, seed)
+    write_shard(output, index, row_table(documents, rows), kind="rows")
 
 
 def _is_packed(directory: Path, index: int, sha256: str) -> bool:

@@ -30,7 +30,19 @@ TIERS = (
     {"losses", "data", "verify", "model"},
     {"generate"},
     {"align", "train", "evaluate", "plan"},
-    {"cli", "terminal", "status", "pipeline", "launch", "preflight", "doctor", "node", "server_node", "cluster", "recipes"},
+    {
+        "cli",
+        "terminal",
+        "status",
+        "pipeline",
+        "launch",
+        "preflight",
+        "doctor",
+        "node",
+        "server_node",
+        "cluster",
+        "recipes",
+    },
 )
 LIGHT = (
     "phimr_nemo",

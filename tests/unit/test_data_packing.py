@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimr_nemo.data.packing import pack, pack_rows
+from phimr_nemo.data.packing import lengths_of, pack, pack_mixed, row_table
 from phimr_nemo.errors import UserError
 
 CAPACITY = 40
@@ -93,7 +93,7 @@ def test_no_documents_no_rows() -> None:
 def test_packed_rows_hold_every_document_whole(lengths: list[int]) -> None:
     documents = [([100 * i + j for j in range(n)], [(i + j) % 2 for j in range(n)]) for i, n in enumerate(lengths)]
     found = []
-    for row in pack_rows(documents, 12).to_pylist():
+    for row in row_table(documents, pack(lengths_of(documents), 12)).to_pylist():
         assert sum(row["document_lengths"]) == len(row["input_ids"]) == len(row["loss_mask"]) <= 12
         start = 0
         for length in row["document_lengths"]:
@@ -104,4 +104,47 @@ def test_packed_rows_hold_every_document_whole(lengths: list[int]) -> None:
 
 def test_a_mask_of_another_length_is_refused() -> None:
     with pytest.raises(UserError, match="loss mask of 1"):
-        pack_rows([([1, 2], [1])], 10)
+        lengths_of([([1, 2], [1])])
+
+
+def variance_between_rows(lengths: list[int], rows: list[np.ndarray]) -> float:
+    """Share of the variance of the logarithms of the lengths that lies between rows, not within them."""
+    logs = np.log(lengths)
+    between = sum(len(row) * (logs[row].mean() - logs.mean()) ** 2 for row in rows)
+    return float(between / (len(lengths) * logs.var()))
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(0, 3))
+def test_mixed_rows_hold_every_document_once_and_none_is_overfull(lengths: list[int], seed: int) -> None:
+    rows = pack_mixed(lengths, CAPACITY, seed)
+    assert sorted(index for row in rows for index in row.tolist()) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in row) <= CAPACITY for row in rows)
+    assert [row.tolist() for row in rows] == [row.tolist() for row in pack_mixed(lengths, CAPACITY, seed)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(6, CAPACITY), max_size=60))
+def test_long_documents_are_placed_by_length_alone(lengths: list[int]) -> None:
+    assert [row.tolist() for row in pack_mixed(lengths, CAPACITY, 0)] == [
+        row.tolist() for row in pack(lengths, CAPACITY)
+    ]
+
+
+def test_short_documents_of_a_mixed_row_are_a_random_draw() -> None:
+    """Of documents dealt at random to rows of n, 1/n of the variance lies between rows in expectation."""
+    capacity, drawn = 1024, np.random.default_rng(0).lognormal(4.1, 0.5, 3_000)
+    lengths = np.clip(drawn, 20, 120).astype(int).tolist()
+    mixed, by_length = pack_mixed(lengths, capacity, 0), pack(lengths, capacity)
+    a_row = len(lengths) / len(mixed)
+    assert variance_between_rows(lengths, mixed) == pytest.approx(1 / a_row, rel=0.4)
+    # Best-fit decreasing is what this is not.
+    assert variance_between_rows(lengths, by_length) > 0.8
+    assert len(mixed) <= 1.02 * len(by_length)
+
+
+def test_mixed_rows_are_as_full_on_a_long_tailed_distribution() -> None:
+    capacity = 16_384
+    lengths = np.clip(np.random.default_rng(0).lognormal(8.2, 0.8, 20_000), 50, capacity).astype(np.int64)
+    rows = pack_mixed(lengths, capacity, 0)
+    assert 1 - lengths.sum() / (len(rows) * capacity) < 0.01
