@@ -7,6 +7,7 @@
 #   PHIMR_CONSTRAINTS  pip constraints file (default: the tested CPU pins)
 #   SEEDS, OUT         of `make quickstart`
 #   PYTEST_ARGS        of `make test`
+#   PYTEST_WORKERS     processes that `make test` shares the test files among (default 2)
 #   FUZZ_SECONDS       of each target of `make fuzz`
 #   GPU_PYTHON         of `make gpu`: an interpreter that has torch for CUDA, Megatron-Core and transformers
 
@@ -17,6 +18,7 @@ PHIMR_CONSTRAINTS ?= requirements/constraints-cpu.txt
 SEEDS ?= 0
 OUT ?= runs/quickstart
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 GPU_PYTHON ?= python3
 GPU_NAME := import torch; print(torch.cuda.get_device_name().replace(" ", "-"))
@@ -93,7 +95,7 @@ quickstart: setup
 # One thread a process: the parallel tests start up to four of them.
 test: setup $(if $(VLLM_WHEELS),setup-vllm)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg \
-		$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # The long form of tests/faults: more kills, and the stages that take their time; its table goes to docs/faults.md.
 faults: setup
