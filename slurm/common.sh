@@ -180,7 +180,7 @@ run_plain() {
   local stage=$1
   take_arguments "$@"
   prepare_launch 1 1
-  run_step "${LAUNCH[@]}" "$PYTHON" -m "recipes.$stage" --config "$CONFIG" "${ARGUMENTS[@]}"
+  run_step "${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.cli "$stage" --config "$CONFIG" "${ARGUMENTS[@]}"
 }
 
 # run_distributed STAGE [ARGUMENT ...]: torchrun on every node, meeting on the first.
@@ -248,6 +248,14 @@ all_hosts() {
   fi
 }
 
+# The software that has vLLM instead of the trainer's, for what prepare_launch starts next.
+use_server_software() {
+  local python=$PHIMR_HOME/.venv-vllm/bin/python
+  [[ ${PHIMR_CONTAINER_RUNTIME:-none} == none ]] || python=python3
+  PHIMR_PYTHON=${PHIMR_SERVER_PYTHON:-$python}
+  PHIMR_CONTAINER_IMAGE=${PHIMR_SERVER_IMAGE:-${PHIMR_CONTAINER_IMAGE:-}}
+}
+
 # start_servers NODES SERVERS-PER-NODE [OPTION OF SRUN ...]: in the background; they end with this script.
 start_servers() {
   local nodes=$1 count=$2
@@ -255,11 +263,10 @@ start_servers() {
   # A key for this start of this job: whoever reaches a server without it is refused.
   PHIMR_KEY=${PHIMR_KEY:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}
   export PHIMR_KEY
-  local python=$PHIMR_HOME/.venv-vllm/bin/python
-  [[ ${PHIMR_CONTAINER_RUNTIME:-none} == none ]] || python=python3
   if [[ $count -gt 1 ]]; then set -- --gpus-per-task=1 "$@"; fi
-  PHIMR_PYTHON=${PHIMR_SERVER_PYTHON:-$python} PHIMR_CONTAINER_IMAGE=${PHIMR_SERVER_IMAGE:-${PHIMR_CONTAINER_IMAGE:-}} \
-    prepare_launch "$nodes" "$count" "$@"
+  local PHIMR_PYTHON=${PHIMR_PYTHON:-} PHIMR_CONTAINER_IMAGE=${PHIMR_CONTAINER_IMAGE:-}
+  use_server_software
+  prepare_launch "$nodes" "$count" "$@"
   local -a command=("${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.server_node --config "$CONFIG" "${ARGUMENTS[@]}")
   if is_dry_run; then
     printf '%q ' "${command[@]}"

@@ -17,4 +17,8 @@ set -euo pipefail
 PHIMR_HOME=${PHIMR_HOME:-${SLURM_SUBMIT_DIR:-$(dirname -- "${BASH_SOURCE[0]}")/..}}
 # shellcheck source=slurm/common.sh
 source "$PHIMR_HOME/slurm/common.sh"
+# Its presets sample with vLLM. The built-in engine runs in vLLM's environment as well, and in the trainer's.
+if [[ -n ${PHIMR_SERVER_PYTHON:-}${PHIMR_SERVER_IMAGE:-} || -x $PHIMR_HOME/.venv-vllm/bin/python ]]; then
+  use_server_software
+fi
 run_plain evaluate "$@"

@@ -172,7 +172,17 @@ def test_plain_dry_run(stage: str) -> None:
     command = dry_run(stage, "run.seed=3")
     assert command[0] == "srun"
     assert "phimr_nemo.node" not in command
-    assert command[-5:] == ["-m", f"recipes.{stage}", "--config", f"conf/{stage}/paper.yaml", "run.seed=3"]
+    assert command[-5:] == ["phimr_nemo.cli", stage, "--config", f"conf/{stage}/paper.yaml", "run.seed=3"]
+
+
+def test_evaluation_takes_the_software_that_has_vllm() -> None:
+    def interpreter(**extra: str) -> str:
+        command = dry_run("evaluate", **extra)
+        return command[command.index("phimr_nemo.cli") - 2]
+
+    assert interpreter(PHIMR_PYTHON="trainer", PHIMR_SERVER_PYTHON="server") == "server"
+    has_vllm = (REPOSITORY / ".venv-vllm" / "bin" / "python").exists()
+    assert interpreter(PHIMR_PYTHON="trainer") == (f"{REPOSITORY}/.venv-vllm/bin/python" if has_vllm else "trainer")
 
 
 @pytest.mark.parametrize("stage", DISTRIBUTED_STAGES)
