@@ -4,9 +4,10 @@
         scaling=runs/ablation-midtrain-scaling output=runs/ablation-midtrain-packing
 
 The packed arm is one of the arms of recipes/ablations/midtrain_scaling.py: rows of documents that do not see one
-another. The unpacked arm trains on the same documents one by one, padded, as many an update on average, with the same
-learning rates and epochs, through the stage `sft`, which is the same trainer over conversations. Compared are the
-losses of held-out documents, one by one, and pass@1.
+another, placed by length. The mixed arm has the same documents in rows with a random draw of the short ones
+(`placement=mixed`). The unpacked arm trains on the same documents one by one, padded, as many an update on average,
+with the same learning rates and epochs, through the stage `sft`, which is the same trainer over conversations.
+Compared are the losses of held-out documents, one by one, and pass@1.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ TINY: Final = "conf/ablations/midtrain_packing.yaml"
 PLOT_FILE: Final = "ablation-midtrain-packing.png"
 NEEDED: Final = ("base",)
 UNPACKED: Final = "unpacked"
-PACKED: Final = "packed"
+PACKED: Final = "packed by length"
+MIXED: Final = "packed, mixed"
+MIXED_STEP: Final = "mixed"
 DOCUMENTS_AN_UPDATE: Final = "documents an update"
 DIGITS: Final = {UPDATES: 0, DOCUMENTS_AN_UPDATE: 1, LOSS: 4, PASS1: 1, STOPPED: 1}
 PERCENT: Final = 100
 """What :func:`paired` multiplies by; losses stay in nats."""
-COMPARISON: Final = "unpacked minus packed"
 AXIS: Final = (
     "difference of the loss a held-out document (nats a token), paired by document\n"
     "(bars: one standard error; a seed's over documents, the mean's over seeds)"
@@ -64,7 +66,14 @@ def plan(config: MidtrainPackingConfig) -> list[Step]:
         optim = ("validation_rows=0", f"optim.lr={config.lr}", f"optim.min_lr={config.min_lr}")
         sizes = {"problems": config.heldout_problems, "samples": config.evaluation_samples}
         length = f"sequence_length={config.sequence_length}"
+        conversations = f"conversations={source / f'curated-{config.problems}' / 'midtrain'}"
+        tokenizer = f"tokenizer={root / 'base' / 'hf'}"
+        rows = out / f"rows-{MIXED_STEP}"
+        packed = (f"base={root / 'base' / 'hf'}", f"data={rows}", "validation_rows=0", f"epochs={config.epochs}")
         steps += [
+            stage_step(out, seed, rows.name, "pack", conversations, tokenizer, "placement=mixed"),
+            stage_step(out, seed, MIXED_STEP, "midtrain", *packed),
+            evaluation_step(out, seed, MIXED_STEP, out / MIXED_STEP / "hf", **sizes),
             stage_step(out, seed, UNPACKED, "sft", *data, length, *batch, *optim),
             evaluation_step(out, seed, UNPACKED, out / UNPACKED / "hf", **sizes),
         ]
@@ -83,13 +92,15 @@ def report(config: MidtrainPackingConfig) -> str:
     from phimr_nemo.train.document_loss import kept_document_losses
 
     roots = seed_directories(config.quickstarts, needed=NEEDED)
-    table: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in DIGITS} for arm in (PACKED, UNPACKED)}
-    losses: dict[str, list[dict[str, float]]] = {PACKED: [], UNPACKED: []}
-    answers: dict[str, list[dict[str, float]]] = {PACKED: [], UNPACKED: []}
+    arms = (PACKED, MIXED, UNPACKED)
+    table: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in DIGITS} for arm in arms}
+    losses: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+    answers: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     for seed, root in roots.items():
         source, out = config.scaling / f"seed-{seed}", config.output / f"seed-{seed}"
         places = {
             PACKED: directories(source, root, Arm(str(config.problems), "epochs")),
+            MIXED: (out / MIXED_STEP, out / f"evaluate-{MIXED_STEP}"),
             UNPACKED: (out / UNPACKED, out / f"evaluate-{UNPACKED}"),
         }
         documents = read_manifest(source / f"rows-{config.problems}", "rows").counts["documents"]
@@ -97,7 +108,8 @@ def report(config: MidtrainPackingConfig) -> str:
             for directory in (trained, evaluated):
                 require_finished(directory.parent, [directory.name], remedy="run this ablation's steps")
             result = read_result(evaluated / RESULTS_FILE)
-            kept = kept_document_losses(trained / "hf", source / HELDOUT / "midtrain", out / f"loss-{arm}.json")
+            file = out / f"loss-{trained.name}.json"
+            kept = kept_document_losses(trained / "hf", source / HELDOUT / "midtrain", file)
             steps = RunDirectory(trained).closing_facts()["steps"]
             found = {
                 UPDATES: steps,
@@ -110,8 +122,11 @@ def report(config: MidtrainPackingConfig) -> str:
                 table[arm][measure].append(value)
             losses[arm].append(kept)
             answers[arm].append(dict(result.per_question))
-    nats = [_unscaled(paired(a, b)) for a, b in zip(losses[PACKED], losses[UNPACKED], strict=True)]
-    points = [paired(a, b) for a, b in zip(answers[PACKED], answers[UNPACKED], strict=True)]
+    nats, points = {}, {}
+    for arm in (PACKED, MIXED):
+        title = f"{arm} minus {UNPACKED}"
+        nats[title] = [_unscaled(paired(a, b)) for a, b in zip(losses[UNPACKED], losses[arm], strict=True)]
+        points[title] = [paired(a, b) for a, b in zip(answers[UNPACKED], answers[arm], strict=True)]
     write_json(
         config.output / "packing.json", {"seeds": list(roots), "table": table, "loss": nats, "pass1_points": points}
     )
@@ -120,13 +135,13 @@ def report(config: MidtrainPackingConfig) -> str:
         (
             measures_markdown("mid-training", table, DIGITS, seeds),
             differences_markdown(
-                {COMPARISON: nats}, seeds, title="difference of the loss, paired by document (nats a token)", digits=4
+                nats, seeds, title="difference of the loss, paired by document (nats a token)", digits=4
             ),
-            differences_markdown({COMPARISON: points}, seeds),
+            differences_markdown(points, seeds),
         )
     )
     atomic_write_text(config.output / "table.md", text)
-    plot_differences({COMPARISON: nats}, seeds, config.output / PLOT_FILE, axis=AXIS)
+    plot_differences(nats, seeds, config.output / PLOT_FILE, axis=AXIS)
     return text
 
 

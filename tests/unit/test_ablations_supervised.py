@@ -198,13 +198,17 @@ def packing_config(tmp_path: Path) -> MidtrainPackingConfig:
 
 
 def test_packing_compares_by_document(base: Path, tmp_path: Path) -> None:
-    """One model on both sides: no difference in loss; unpacked is right on one question more in seed 0, of four."""
+    """One model on all sides: no difference in loss; unpacked is right on one question more in seed 0, of four."""
     quickstart(tmp_path / "quickstart", base)
     with pytest.raises(UserError, match="midtrain_scaling"):
         midtrain_packing.plan(packing_config(tmp_path))
     scaled(tmp_path, base)
     config = packing_config(tmp_path)
-    train, evaluate = midtrain_packing.plan(config)[:2]
+    pack, mixed, _, train, evaluate = midtrain_packing.plan(config)[:5]
+    assert {"placement=mixed", f"conversations={config.scaling / 'seed-0' / 'curated-8' / 'midtrain'}"} < set(
+        pack.arguments
+    )
+    assert {f"data={pack.output}", "epochs=5", "validation_rows=0"} < set(mixed.arguments)
     assert train.arguments[0] == "sft"
     assert {"micro_batch=2", "global_batch=2", "epochs=5", "optim.lr=0.003"} < set(train.arguments)
     assert f"model={train.output / 'hf'}" in evaluate.arguments
@@ -212,10 +216,13 @@ def test_packing_compares_by_document(base: Path, tmp_path: Path) -> None:
         out = config.output / f"seed-{seed}"
         trained(out / "unpacked", base, 10)
         evaluated(out / "evaluate-unpacked", [0.0, 0.0, 1.0 - seed, 1.0])
+        trained(out / "mixed", base, 10)
+        evaluated(out / "evaluate-mixed", [0.0, 0.0, 1.0 - seed, 0.0])
     text = midtrain_packing.report(config)
-    assert "| unpacked minus packed | +0.0000 | 0.0000 | +0.0000 (0.0000) | +0.0000 (0.0000) |" in text
-    assert "| unpacked minus packed | +12.5 | 12.5 | +25.0 (25.0) | +0.0 (0.0) |" in text
-    assert "| packed | 13 (13, 13) | 1.5 (1.5, 1.5) |" in text  # 5 epochs of 4 documents in 13 updates
+    assert "| packed by length minus unpacked | +0.0000 | 0.0000 | +0.0000 (0.0000) | +0.0000 (0.0000) |" in text
+    assert "| packed by length minus unpacked | -12.5 | 12.5 | -25.0 (25.0) | +0.0 (0.0) |" in text
+    assert "| packed, mixed minus unpacked | -25.0 | 0.0 | -25.0 (25.0) | -25.0 (25.0) |" in text
+    assert "| packed by length | 13 (13, 13) | 1.5 (1.5, 1.5) |" in text  # 5 epochs of 4 documents in 13 updates
 
 
 def test_direct_sft_is_compared_with_its_own_start(base: Path, tmp_path: Path) -> None:
