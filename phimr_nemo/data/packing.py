@@ -29,9 +29,9 @@ Integers = Sequence[int] | npt.NDArray[np.integer]
 Document = tuple[Integers, Integers]
 
 _EMPTY: Final = ()
-LONG_SHARE: Final = 8
-"""A document longer than this part of a row is placed by length: it leaves holes that only the choice of a row
-avoids. Shorter ones fill the holes in any order."""
+LONG_SHARE: Final = 2
+"""A document longer than half of a row is placed by length: no other such one fits beside it. Shorter ones fill the
+rest in any order; a larger share placed by length wastes less and mixes less (docs/supervised-ablations.md)."""
 
 
 @dataclass
@@ -133,21 +133,28 @@ def pack_mixed(lengths: Integers, capacity: int, seed: int) -> list[Indices]:
     _check(sizes, capacity)
     long = np.flatnonzero(sizes * LONG_SHARE > capacity)
     rows = [long[row].tolist() for row in pack(sizes[long], capacity)]
-    rooms = [capacity - int(sizes[row].sum()) for row in rows]
-    # (room, row), ascending: the first entry that is not below (length, 0) is the tightest row that fits.
-    open_rows = sorted((room, row) for row, room in enumerate(rooms) if room)
+    rows_of: dict[int, list[int]] = {}
+    for row, documents in enumerate(rows):
+        rows_of.setdefault(capacity - int(sizes[documents].sum()), []).append(row)
+    rooms = sorted(rows_of)
     short = np.flatnonzero(sizes * LONG_SHARE <= capacity)
     for document in np.random.Generator(np.random.Philox(key=seed)).permutation(short).tolist():
         length = int(sizes[document])
-        position = bisect.bisect_left(open_rows, (length, 0))
-        if position == len(open_rows):
+        position = bisect.bisect_left(rooms, length)
+        if position == len(rooms):
             room, row = capacity, len(rows)
             rows.append([])
         else:
-            room, row = open_rows.pop(position)
+            room = rooms[position]
+            row = rows_of[room].pop()
+            if not rows_of[room]:
+                del rooms[position], rows_of[room]
         rows[row].append(document)
-        if room > length:
-            bisect.insort(open_rows, (room - length, row))
+        left = room - length
+        if left not in rows_of:
+            bisect.insort(rooms, left)
+            rows_of[left] = []
+        rows_of[left].append(row)
     return [np.array(row, dtype=np.int64) for row in rows]
 
 

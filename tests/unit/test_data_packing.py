@@ -124,7 +124,7 @@ def test_mixed_rows_hold_every_document_once_and_none_is_overfull(lengths: list[
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(6, CAPACITY), max_size=60))
+@given(st.lists(st.integers(CAPACITY // 2 + 1, CAPACITY), max_size=60))
 def test_long_documents_are_placed_by_length_alone(lengths: list[int]) -> None:
     assert [row.tolist() for row in pack_mixed(lengths, CAPACITY, 0)] == [
         row.tolist() for row in pack(lengths, CAPACITY)
