@@ -100,9 +100,9 @@ def check_slurm(words: list[str], settings: dict[str, str]) -> None:
     stage = Path(script).stem
     if stage in STAGES:
         printed = shlex.split(done.stdout)
-        start = printed.index(f"recipes.{stage}")
-        assert printed[start + 1] == "--config"
-        load_config(STAGES[stage], Path(printed[start + 2]), printed[start + 3 :])
+        start = printed.index("--config")
+        assert printed[start - 1] == f"recipes.{stage}" or printed[start - 2 : start] == ["phimr_nemo.cli", stage]
+        load_config(STAGES[stage], Path(printed[start + 1]), printed[start + 2 :])
 
 
 def check_python(arguments: list[str]) -> None:
