@@ -100,8 +100,10 @@ def check_slurm(words: list[str], settings: dict[str, str]) -> None:
     stage = Path(script).stem
     if stage in STAGES:
         printed = shlex.split(done.stdout)
-        start = printed.index("--config")
-        assert printed[start - 1] == f"recipes.{stage}" or printed[start - 2 : start] == ["phimr_nemo.cli", stage]
+        recipe = f"recipes.{stage}"
+        start = 1 + (printed.index(recipe) if recipe in printed else printed.index("phimr_nemo.cli") + 1)
+        assert printed[start - 1] in (recipe, stage)
+        assert printed[start] == "--config"
         load_config(STAGES[stage], Path(printed[start + 1]), printed[start + 2 :])
 
 
