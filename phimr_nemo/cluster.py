@@ -87,9 +87,10 @@ def stage_command(
         nodes: of the job.
         processes: a node; None = the stage is one process without torchrun.
     """
-    recipe = ["-m", f"recipes.{stage}", "--config", str(config_file), *overrides]
+    arguments = ["--config", str(config_file), *overrides]
     if processes is None:
-        return [shlex.quote(word) for word in (python, *recipe)]
+        return [shlex.quote(word) for word in (python, "-m", "phimr_nemo.cli", stage, *arguments)]
+    recipe = ["-m", f"recipes.{stage}", *arguments]
     torchrun = [python, "-m", "phimr_nemo.node", "--nnodes", str(nodes), "--nproc-per-node", str(processes)]
     meeting = [
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f'"$head_node_ip":{RENDEZVOUS_PORT}'),

@@ -25,6 +25,26 @@ LENGTH_MULTIPLE: Final = 16
 """Padded lengths that suit FP8 and sequence parallelism on the GPU."""
 
 
+def training_steps(config: SupervisedConfig, rows: int) -> int:
+    """Optimizer steps of a whole run.
+
+    Args:
+        config: of the stage.
+        rows: of its data, those for validation included.
+
+    Raises:
+        UserError: too few rows for one batch.
+    """
+    steps = (rows - config.validation_rows) * config.epochs // config.global_batch
+    if steps < 1:
+        raise UserError(
+            f"{config.data} gives {rows} rows, {config.validation_rows} of them for validation",
+            rule=f"at least one global batch of {config.global_batch} rows is left for training",
+            remedy="bring more data, or lower global_batch or validation_rows",
+        )
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
 class RowDataset(Dataset[Row]):
     """Some rows of a source in the order of an :class:`EpochOrder`; sample number -> row.
 
@@ -71,20 +91,14 @@ class SupervisedDataModule(pl.LightningDataModule):
                 remedy=f"use a multiple of {config.global_batch}",
             )
         count = len(source)
+        self.steps = training_steps(config, count)
         training = count - config.validation_rows
-        if training * config.epochs < config.global_batch:
-            raise UserError(
-                f"{config.data} gives {count} rows, {config.validation_rows} of them for validation",
-                rule=f"at least one global batch of {config.global_batch} rows is left for training",
-                remedy="bring more data, or lower global_batch or validation_rows",
-            )
         # Every process looks at its part of the data before anything is trained.
         source.check(config.sequence_length, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
         mixed = np.random.Generator(np.random.Philox(key=[config.run.seed, count])).permutation(count)
         self.train = RowDataset(source, mixed[:training], EpochOrder(training, config.epochs, config.run.seed))
         held_out = np.sort(mixed[training:])
         self.validation = RowDataset(source, held_out, EpochOrder(max(len(held_out), 1), 1, config.run.seed))
-        self.steps = training * config.epochs // config.global_batch
         self.validation_steps = len(held_out) // config.global_batch
         self.collate = counted(collate)
         self.workers, self.global_batch = config.data_workers, config.global_batch

@@ -21,7 +21,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.store import read_manifest
 from phimr_nemo.train import assembly, platform
-from phimr_nemo.train.data import SupervisedDataModule, midtrain_data, require_parent, sft_data
+from phimr_nemo.train.data import SupervisedDataModule, midtrain_data, require_parent, sft_data, training_steps
 from phimr_nemo.train.distributed import exported, quiet_libraries, write_hf_export
 from phimr_nemo.train.nemo_model import Phi4MiniConfig, Phi4MiniModel, phi4mini_config
 from phimr_nemo.train.precision import require_fp8
@@ -80,23 +80,6 @@ class HFExport(pl.Callback):
         write_hf_export(tensors, architecture, self.base, self.target)
 
 
-def training_steps(stage: Stage, config: SupervisedConfig) -> tuple[int, int]:
-    """Optimizer steps of the run and global batches of its validation, from the manifest of its data.
-
-    Raises:
-        UserError: the data is not finished, or too little for one batch.
-    """
-    rows = read_manifest(config.data, KINDS[stage]).rows
-    steps = (rows - config.validation_rows) * config.epochs // config.global_batch
-    if steps < 1:
-        raise UserError(
-            f"{config.data} gives {rows} rows, {config.validation_rows} of them for validation",
-            rule=f"at least one global batch of {config.global_batch} rows is left for training",
-            remedy="bring more data, or lower global_batch or validation_rows",
-        )
-    return min(steps, config.max_steps) if config.max_steps else steps, config.validation_rows // config.global_batch
-
-
 def native_parts(
     stage: Stage, config: SupervisedConfig, *, nodes: int, accelerator: Literal["gpu", "cpu"], make: Describe
 ) -> dict[str, Any]:
@@ -113,7 +96,7 @@ def native_parts(
         Descriptions whose parts can be overridden: `optim.config.lr=2e-5 trainer.max_steps=100 log.name=mine`.
 
     Raises:
-        UserError: as :func:`training_steps`, or what only `phimr` offers is asked for.
+        UserError: the data is not finished or too little for one batch, or what only `phimr` offers is asked for.
     """
     only_phimr = [name for name in ("early_stopping", "evaluation") if getattr(config, name) is not None]
     if only_phimr:
@@ -122,7 +105,8 @@ def native_parts(
             rule="these need the run directory that `phimr` keeps",
             remedy=f"leave them out, or run `phimr {stage}`",
         )
-    steps, validation_steps = training_steps(stage, config)
+    steps = training_steps(config, read_manifest(config.data, KINDS[stage]).rows)
+    validation_steps = config.validation_rows // config.global_batch
     on_gpu = accelerator == "gpu"
     callbacks = [make(HFExport, base=described(config.base, make), target=described(config.run.output / "hf", make))]
     if config.overlap.tensor:

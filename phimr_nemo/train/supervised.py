@@ -55,7 +55,7 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
     _require_transformer_engine(config)
     platform.prepare()
     quiet_libraries()
-    steps = min(data.steps, config.max_steps) if config.max_steps else data.steps
+    steps = data.steps
     run = RunDirectory(config.run.output)
     started = time.monotonic()
     architecture = Architecture.from_directory(config.base)

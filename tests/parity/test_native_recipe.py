@@ -61,7 +61,7 @@ def test_recipes_are_descriptions_that_an_executor_can_ship(inputs: Path, tmp_pa
     from nemo.collections import llm
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    from phimr_nemo.train.native import training_steps
+    from phimr_nemo.train.data import training_steps
     from recipes.native import native_recipe
 
     settings = config(inputs, tmp_path / "run", "max_steps=0", "validation_rows=4", "parallel.tensor=2")
@@ -71,9 +71,11 @@ def test_recipes_are_descriptions_that_an_executor_can_ship(inputs: Path, tmp_pa
     assert (recipe.trainer.accelerator, recipe.trainer.strategy.process_group_backend) == ("gpu", "nccl")
     assert recipe.trainer.strategy.tensor_model_parallel_size == recipe.model.config.parallel.tensor == 2
     assert recipe.trainer.devices == 2
-    steps = training_steps(STAGE, settings)
-    assert recipe.trainer.max_steps == recipe.optim.lr_scheduler.max_steps == steps[0]
-    assert steps == ((data_rows(inputs) - 4) * settings.epochs // settings.global_batch, 1)
+    steps = (data_rows(inputs) - 4) * settings.epochs // settings.global_batch
+    assert recipe.trainer.max_steps == recipe.optim.lr_scheduler.max_steps == steps
+    assert training_steps(settings, data_rows(inputs)) == steps
+    assert settings.global_batch == 4, "one global batch is kept out"
+    assert recipe.trainer.limit_val_batches * settings.micro_batch == (4 if settings.validate_every <= steps else 0)
     serializer = ZlibJSONSerializer()
     assert serializer.deserialize(serializer.serialize(recipe)) == recipe
     recipe.optim.config.lr = 1.0

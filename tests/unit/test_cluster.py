@@ -36,7 +36,7 @@ def evaluated(words: Sequence[str], **variables: str) -> list[str]:
 def test_values_reach_the_stage_as_they_were_given() -> None:
     words = stage_command("pack", Path("my conf.yaml"), HOSTILE, python="python3", nodes=1, processes=None)
     got = evaluated(words)
-    assert got == ["python3", "-m", "recipes.pack", "--config", "my conf.yaml", *HOSTILE]
+    assert got == ["python3", "-m", "phimr_nemo.cli", "pack", "--config", "my conf.yaml", *HOSTILE]
 
 
 def test_a_distributed_stage_meets_on_the_first_node() -> None:
