@@ -1,8 +1,9 @@
-"""Settings of the ablations that compare domains, teachers and stages."""
+"""Settings of the ablations (recipes/ablations)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from phimr_nemo.config.common import Positive, Share, config
 
@@ -119,5 +120,115 @@ class TeachersConfig:
     teachers: dict[str, tuple[str, ...]]
     problems: Positive
     epochs: Positive
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+
+@config
+class StoppingConfig:
+    """The report on stopping: who ends an answer before the limit.
+
+    Attributes:
+        output: where the table goes.
+        quickstarts: outputs of finished quickstarts.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+
+
+@config
+class MidtrainScalingConfig:
+    """The ablation of the mid-training set's size.
+
+    Attributes:
+        output: where the arms, the table and the picture go.
+        quickstarts: outputs of finished quickstarts; they bring the base models and the whole set.
+        problems: the smaller sets: as many problems as the teacher is asked.
+        epochs: passes over each set; the quickstart's own over the whole set.
+        updates: also train every set for so many updates, whatever its size; None = do not.
+        heldout_documents: problems whose right responses measure the loss.
+        heldout_problems: questions of the evaluation; as many as the quickstart's.
+        evaluation_samples: answers a question; as many as the quickstart's.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+    problems: tuple[Positive, ...]
+    epochs: Positive
+    updates: Positive | None = None
+    heldout_documents: Positive
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+
+@config
+class MidtrainPackingConfig:
+    """The ablation of packing in mid-training.
+
+    Attributes:
+        output: where the mixed and the unpacked arm, the table and the picture go.
+        quickstarts: outputs of finished quickstarts.
+        scaling: output of the ablation of the set's size; one of its arms is the one packed by length.
+        problems: which of its sets.
+        epochs: as there.
+        batch: conversations an update; as many as an update of packed rows holds on average.
+        lr, min_lr: of mid-training (conf/midtrain/tiny.yaml).
+        sequence_length: the same.
+        heldout_problems: questions of the evaluation; as many as there.
+        evaluation_samples: answers a question; as many as there.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+    scaling: Path
+    problems: Positive
+    epochs: Positive
+    batch: Positive
+    lr: float
+    min_lr: float
+    sequence_length: Positive
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+
+@config
+class DirectSFTConfig:
+    """The ablation of direct SFT on a small set.
+
+    Attributes:
+        output: where the arms, the table and the picture go.
+        quickstarts: outputs of finished quickstarts.
+        scaling: output of the ablation of the set's size, which has the small set.
+        small: problems behind the small set: the SFT subset of so many.
+        epochs: passes over the small set.
+        heldout_problems: questions of the evaluation; as many as the quickstart's.
+        evaluation_samples: answers a question; as many as the quickstart's.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+    scaling: Path
+    small: Positive
+    epochs: Positive
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+
+@config
+class DPONegativesConfig:
+    """The ablation of DPO's negatives.
+
+    Attributes:
+        output: where the arms, the table and the picture go.
+        quickstarts: outputs of finished quickstarts; each seed in them starts both arms.
+        modes: the arms: how pairs are curated.
+        heldout_problems: questions of the evaluation.
+        evaluation_samples: answers a question.
+    """
+
+    output: Path
+    quickstarts: tuple[Path, ...]
+    modes: tuple[Literal["near_miss", "random"], ...]
     heldout_problems: Positive
     evaluation_samples: Positive

@@ -109,25 +109,6 @@ class DPOConfig:
 
 
 @config
-class DPONegativesConfig:
-    """The ablation of DPO's negatives.
-
-    Attributes:
-        output: where the arms, the table and the picture go.
-        quickstarts: outputs of finished quickstarts; each seed in them starts both arms.
-        modes: the arms: how pairs are curated.
-        heldout_problems: questions of the evaluation.
-        evaluation_samples: answers a question.
-    """
-
-    output: Path
-    quickstarts: tuple[Path, ...]
-    modes: tuple[Literal["near_miss", "random"], ...]
-    heldout_problems: Positive
-    evaluation_samples: Positive
-
-
-@config
 class PolicyLossConfig:
     """A policy-gradient loss (see :mod:`phimr_nemo.losses.grpo`); `dr_grpo` takes advantages that are only centred.
 

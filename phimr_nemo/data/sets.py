@@ -26,7 +26,7 @@ from phimr_nemo.data.parallel import in_processes
 from phimr_nemo.data.shape import LENGTH_BINS, SHAPE_FILE, length_bins, shape_where
 from phimr_nemo.data.survey import Shard, gather
 from phimr_nemo.records import Kind
-from phimr_nemo.store import content_id, content_seed, rows_to_table, shard_is_complete, write_shard
+from phimr_nemo.store import MANIFEST, content_id, content_seed, rows_to_table, shard_is_complete, write_shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,7 +49,7 @@ def begin(directory: Path, made_of: Mapping[str, Any]) -> None:
     if plan.is_file() and plan.read_text("utf-8") == _plan_text(made_of):
         return
     if directory.is_dir():
-        for path in (*directory.glob("part-*"), *directory.glob("counts-*.json"), directory / "manifest.json"):
+        for path in (*directory.glob("part-*"), *directory.glob("counts-*.json"), directory / MANIFEST):
             path.unlink(missing_ok=True)
     write_json(plan, dict(made_of))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch.nn import functional
@@ -15,11 +14,9 @@ from torch.nn import functional
 from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.data.chat import load_tokenizer, render_conversation
 from phimr_nemo.errors import UserError
+from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.store import file_sha256, read_table
-
-IGNORED: Final = -100
-MANIFEST: Final = "manifest.json"
+from phimr_nemo.store import MANIFEST, file_sha256, read_table
 
 
 def document_losses(model: Path, conversations: Path, *, device: str = "cpu") -> dict[str, float]:
@@ -55,9 +52,9 @@ def document_losses(model: Path, conversations: Path, *, device: str = "cpu") ->
         for row in rows:
             ids, mask = render_conversation(tokenizer, row["question"], row["response"])
             tokens = torch.tensor(ids, device=device)
-            labels = tokens.masked_fill(torch.tensor(mask, device=device) == 0, IGNORED)
+            labels = tokens.masked_fill(torch.tensor(mask, device=device) == 0, IGNORED_LABEL)
             logits = network(input_ids=tokens[None]).logits[0, :-1]
-            losses[row["id"]] = float(functional.cross_entropy(logits, labels[1:], ignore_index=IGNORED))
+            losses[row["id"]] = float(functional.cross_entropy(logits, labels[1:], ignore_index=IGNORED_LABEL))
     return losses
 
 

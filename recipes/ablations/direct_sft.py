@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from phimr_nemo.atomic import atomic_write_text
-from phimr_nemo.config.supervised import DirectSFTConfig
+from phimr_nemo.config.ablations import DirectSFTConfig
 from phimr_nemo.pipeline import Step
 from phimr_nemo.store import read_manifest, write_json
 from recipes.ablations.common import (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from phimr_nemo.atomic import atomic_write_text
-from phimr_nemo.config.alignment import DPONegativesConfig
+from phimr_nemo.config.ablations import DPONegativesConfig
 from phimr_nemo.pipeline import Step
 from recipes.ablations.common import (
     ablation_command,

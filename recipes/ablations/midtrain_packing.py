@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Final
 
 from phimr_nemo.atomic import atomic_write_text
-from phimr_nemo.config.supervised import MidtrainPackingConfig
+from phimr_nemo.config.ablations import MidtrainPackingConfig
 from phimr_nemo.pipeline import Step
 from phimr_nemo.store import read_manifest, write_json
 from recipes.ablations.common import (

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from phimr_nemo.atomic import atomic_write_text
-from phimr_nemo.config.supervised import MidtrainScalingConfig
+from phimr_nemo.config.ablations import MidtrainScalingConfig
 from phimr_nemo.picture import save_png, tidy
 from phimr_nemo.pipeline import Step
 from phimr_nemo.store import read_manifest, write_json

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.atomic import atomic_write_text
-from phimr_nemo.config.supervised import StoppingConfig
+from phimr_nemo.config.ablations import StoppingConfig
 from phimr_nemo.pipeline import ROWS
 from phimr_nemo.store import read_table, write_json
 from recipes.ablations.common import ablation_command, measures_markdown, seed_directories

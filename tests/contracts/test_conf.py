@@ -20,14 +20,17 @@ from phimr_nemo.config import (
     to_yaml,
 )
 from phimr_nemo.config.ablations import (
+    DirectSFTConfig,
+    DPONegativesConfig,
     ForgettingConfig,
     GRPORemediesConfig,
     GRPOSizesConfig,
+    MidtrainPackingConfig,
+    MidtrainScalingConfig,
     SecondDomainConfig,
+    StoppingConfig,
     TeachersConfig,
 )
-from phimr_nemo.config.alignment import DPONegativesConfig
-from phimr_nemo.config.supervised import DirectSFTConfig, MidtrainPackingConfig, MidtrainScalingConfig, StoppingConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 

@@ -31,7 +31,8 @@ STAGES_IN_ORDER = ("generate", "verify", "curate", "pack", "midtrain", "sft", "d
 SHARDS = 2
 SEED = 7
 # The chain's mid-training, and the steps at which its disturbed twin is preempted and loses a node.
-MIDTRAIN_STEPS, CHECKPOINT_EVERY, PREEMPTED_AT, CRASHED_AT = 40, 10, 5, 15
+MIDTRAIN_STEPS, CHECKPOINT_EVERY, PREEMPTED_AT, KILLED_AT, CRASHED_AT = 40, 10, 5, 12, 18
+DISTURBANCES = 3
 # Guards against hanging: a machine with other work takes many times what a quiet one does.
 CHAIN_SECONDS, RUN_SECONDS, STATE_SECONDS = 1800.0, 600.0, 180.0
 PACE_SECONDS = 0.02
@@ -214,7 +215,9 @@ def submit(slurm: Slurm, chain: Chain, stage: str, output: Path, *options: str) 
         *("sbatch", "--parsable", f"--nodes={len(NODES)}", *options, f"slurm/{stage}.sh"),
         *(f"run.seed={SEED}", f"run.output={output}", *values),
         cwd=REPOSITORY,
-        env=environment(chain.site, SBATCH_OUTPUT=str(slurm.root / "%x-%j.log")),
+        env=environment(
+            chain.site, SBATCH_OUTPUT=str(slurm.root / "%x-%j.log"), PHIMR_FAILURE_RESTARTS=str(DISTURBANCES)
+        ),
     )
 
 
@@ -232,7 +235,7 @@ def freeze_at(slurm: Slurm, output: Path, step: int) -> list[psutil.Process]:
     return found
 
 
-def test_a_preempted_run_that_loses_a_node_ends_with_the_same_weights(slurm: Slurm, chain: Chain) -> None:
+def test_a_preempted_run_that_loses_a_rank_and_a_node_ends_with_the_same_weights(slurm: Slurm, chain: Chain) -> None:
     output = chain.root / "disturbed"
     job = submit(slurm, chain, "midtrain", output)
     freeze_at(slurm, output, PREEMPTED_AT)
@@ -247,11 +250,17 @@ def test_a_preempted_run_that_loses_a_node_ends_with_the_same_weights(slurm: Slu
     saved = steps_done(output)
     assert PREEMPTED_AT <= saved < MIDTRAIN_STEPS
 
+    killed, other = freeze_at(slurm, output, max(KILLED_AT, saved + 1))
+    killed.kill()
+    other.resume()
+    slurm.wait(lambda: slurm.facts(job)["Restarts"] == "2", "requeue after a killed rank", STATE_SECONDS)
+    assert "ended with signal SIGKILL" in job_logs(slurm)
+
     freeze_at(slurm, output, max(CRASHED_AT, saved + 1))
     slurm.crash_node("n2")
     for process in ranks(slurm, "midtrain"):
         process.resume()
-    slurm.wait(lambda: slurm.facts(job)["Restarts"] == "2", "requeue after a lost node", STATE_SECONDS)
+    slurm.wait(lambda: slurm.facts(job)["Restarts"] == "3", "requeue after a lost node", STATE_SECONDS)
     assert slurm.facts(twin)["JobState"] == "PENDING"
     assert slurm.facts(twin)["Reason"] == "Dependency"
     slurm.run("scancel", twin)

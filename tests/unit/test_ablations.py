@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from phimr_nemo.config import load_config
-from phimr_nemo.config.alignment import DPONegativesConfig
+from phimr_nemo.config.ablations import DPONegativesConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.runs import RunDirectory
 from recipes.ablations.dpo_negatives import NEEDED, PLOT_FILE, plan, report

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from phimr_nemo.config import BaseConfig, load_config
-from phimr_nemo.config.supervised import DirectSFTConfig, MidtrainPackingConfig, MidtrainScalingConfig, StoppingConfig
+from phimr_nemo.config.ablations import DirectSFTConfig, MidtrainPackingConfig, MidtrainScalingConfig, StoppingConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.hf import HFDirectory, write_hf_directory
