@@ -32,16 +32,19 @@ def test_vllm_evaluates_as_the_built_in_engine_does(
     monkeypatch: pytest.MonkeyPatch,
     repository: Path,
 ) -> None:
-    settings = [f"run.output={tmp_path / 'base'}", "initializer_range=0.2", *SHAPE]
-    run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), settings))
+    """The planted fault is a model with other weights: the built-in engine's own responses to it are others."""
+    for seed, name in enumerate(("base", "other")):
+        settings = [f"run.output={tmp_path / name}", f"run.seed={seed}", "initializer_range=0.2", *SHAPE]
+        run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), settings))
     problems = tmp_path / "mine.jsonl"
     rows = [{"question": f"What is {'1' * n}+1?", "answer": "2"} for n in (1, 5, 9)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    command = ["evaluate", "--config", "conf/evaluate/tiny.yaml", f"model={tmp_path / 'base' / 'hf'}"]
+    command = ["evaluate", "--config", "conf/evaluate/tiny.yaml"]
     command += ["problems.kind=file", f"problems.path={problems}", "samples=2", "workers=1"]
     command += ["temperature=0", "max_new_tokens=16"]
+    model = f"model={tmp_path / 'base' / 'hf'}"
     done = subprocess.run(
-        [str(vllm_python), "-m", "phimr_nemo.cli", *command, f"run.output={tmp_path / 'vllm'}", *VLLM],
+        [str(vllm_python), "-m", "phimr_nemo.cli", *command, model, f"run.output={tmp_path / 'vllm'}", *VLLM],
         env=vllm_variables,
         cwd=repository,
         capture_output=True,
@@ -49,10 +52,15 @@ def test_vllm_evaluates_as_the_built_in_engine_does(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    monkeypatch.setattr("sys.argv", ["phimr", *command, f"run.output={tmp_path / 'local'}"])
-    with pytest.raises(SystemExit):
-        cli.main()
+    for name, asked in (("local", "base"), ("planted", "other")):
+        settings = [f"model={tmp_path / asked / 'hf'}", f"run.output={tmp_path / name}"]
+        monkeypatch.setattr("sys.argv", ["phimr", *command, *settings])
+        with pytest.raises(SystemExit):
+            cli.main()
     columns = ["id", "response", "finish_reason", "tokens", "verdict"]
-    ours, theirs = (read_table(tmp_path / name / "verdicts", "verdicts", columns) for name in ("local", "vllm"))
+    ours, theirs, planted = (
+        read_table(tmp_path / name / "verdicts", "verdicts", columns) for name in ("local", "vllm", "planted")
+    )
     assert theirs == ours
+    assert planted["response"].to_pylist() != ours["response"].to_pylist()
     assert read_result(tmp_path / "vllm" / "results.json") == read_result(tmp_path / "local" / "results.json")
