@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -129,6 +130,19 @@ def run_stage(stage: str, config: Any) -> None:
     if run.is_done:
         return
     first_rank = os.environ.get("RANK", "0") == "0"
+    with run.claimed() if first_rank and _works_alone(config) else contextlib.nullcontext():
+        _run_claimed(stage, config, run, first_rank=first_rank)
+
+
+def _works_alone(config: Any) -> bool:
+    """Whether two processes in one output would harm each other: shards are written whole, whoever writes them.
+
+    Slurm starts one job of a name at a time; a lock that a lost node has left behind must not stop the next one.
+    """
+    return not hasattr(config, "shard") and "SLURM_JOB_ID" not in os.environ
+
+
+def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool) -> None:
     is_new = not (run.path / CONFIG_FILE).is_file()
     try:
         if first_rank:

@@ -45,6 +45,13 @@ from phimr_nemo.verify import Grader
 GIBIBYTE: Final = 2**30
 
 
+def grader_of(config: Any) -> str | None:
+    """The grader of the user's own that a stage's configuration names; None for mathematics, or nothing to grade."""
+    if isinstance(config, SupervisedConfig):
+        return None if config.evaluation is None else config.evaluation.grader
+    return config.grader if isinstance(config, VerifyConfig | EvaluateConfig | GRPOConfig) else None
+
+
 def preflight(stage: str, config: Any) -> None:
     """Check a stage's inputs and layout before anything is written or started.
 
@@ -68,8 +75,9 @@ def preflight(stage: str, config: Any) -> None:
         check_sources(config)
     if isinstance(config, VerifyConfig) and config.judge is not None:
         check_endpoint(config.judge.ask.endpoint)
-    if isinstance(config, VerifyConfig | EvaluateConfig | GRPOConfig) and config.grader is not None:
-        with Grader(workers=1, function=config.grader) as grader:
+    named = grader_of(config)
+    if named is not None:
+        with Grader(workers=1, function=named) as grader:
             grader.check()
     if isinstance(config, GenerateConfig | VerifyConfig | PackConfig):
         check_shard(config.shard)

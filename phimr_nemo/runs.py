@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from filelock import FileLock, Timeout
+
 from phimr_nemo import __version__
+from phimr_nemo.errors import UserError
 from phimr_nemo.redact import redact
 from phimr_nemo.store import atomic_write_text, write_json
 
@@ -34,6 +38,7 @@ METRICS_FILE: Final = "metrics.jsonl"
 RUN_FILE: Final = "run.json"
 CONFIG_FILE: Final = "config.yaml"
 DONE_FILE: Final = "DONE"
+LOCK_FILE: Final = ".lock"
 
 
 def git_sha() -> str:
@@ -82,6 +87,31 @@ class RunDirectory:
         """Whether the run has finished."""
         return (self.path / DONE_FILE).is_file()
 
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes of this machine out; the kernel ends it when this process does, however that happens.
+
+        Without effect on a file system that has no locks.
+
+        Raises:
+            UserError: another process is at work in the directory.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK_FILE, blocking=False)
+        try:
+            with contextlib.suppress(NotImplementedError):
+                lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another process is at work in {self.path}",
+                rule="a run directory belongs to one process at a time",
+                remedy="wait for it or stop it, then run the same command again; or choose another run.output",
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def describe(self, *, stage: str, config_yaml: str, seed: int, facts: Mapping[str, Any]) -> None:
         """Write config.yaml and run.json (command line, versions, git sha, seed, machine, starts, extra facts)."""
         atomic_write_text(self.path / CONFIG_FILE, config_yaml)
@@ -107,7 +137,7 @@ class RunDirectory:
 
     def withdraw(self) -> None:
         """Undo :meth:`describe` for a stage that refused its input; a directory that holds more stays as it is."""
-        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE}:
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}:
             for entry in self.path.iterdir():
                 entry.unlink()
             self.path.rmdir()

@@ -167,12 +167,24 @@ continue_later() {
       fail "the job was restarted $PHIMR_MAX_RESTARTS times" "ask for more time, or raise PHIMR_MAX_RESTARTS"
     fi
     echo "stopped (exit code $code): requeueing job $job"
-  elif [[ $restarts -lt ${PHIMR_FAILURE_RESTARTS:-2} ]]; then
-    echo "failed (exit code $code): requeueing job $job, restart $((restarts + 1))"
+  elif count_failure "$job" "${PHIMR_FAILURE_RESTARTS:-2}"; then
+    echo "failed (exit code $code): requeueing job $job"
   else
     return 0
   fi
   scontrol requeue "$job"
+}
+
+# count_failure JOB LIMIT: whether the job has failed at most LIMIT times, this time included. The number stands at the
+# end of the job's comment, because Slurm's own count of restarts has the preemptions in it as well.
+count_failure() {
+  local job=$1 limit=$2 comment failures=0
+  comment=$(scontrol show job "$job" | sed -n 's/^ *Comment=//p')
+  if [[ $comment =~ ^(.*[[:space:]])?phimr-failures=([0-9]+)$ ]]; then
+    comment=${BASH_REMATCH[1]%" "} failures=${BASH_REMATCH[2]}
+  fi
+  if [[ $failures -ge $limit ]]; then return 1; fi
+  scontrol update "JobId=$job" "Comment=${comment:+$comment }phimr-failures=$((failures + 1))"
 }
 
 # run_plain STAGE [ARGUMENT ...]: one process on one node.

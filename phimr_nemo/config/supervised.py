@@ -77,6 +77,7 @@ class TrainingEvaluationConfig:
         every: steps between two evaluations.
         samples: answers a question.
         prompt: the user's turn; `{question}` stands in it once.
+        grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
     """
 
     every: Positive
@@ -88,6 +89,7 @@ class TrainingEvaluationConfig:
     max_new_tokens: Positive
     max_batch: Positive = 256
     workers: Positive = 1
+    grader: str | None = None
 
 
 @config

@@ -88,7 +88,7 @@ class TrainingEvaluation(pl.Callback):
         completions = self._sample(tensors)
         responses = [decode_response(self.tokenizer, completion.token_ids) for completion in completions]
         answers = [problem["answer"] for problem in self.problems for _ in range(self.config.samples)]
-        with Grader(workers=self.config.workers) as grader:
+        with Grader(workers=self.config.workers, function=self.config.grader) as grader:
             verdicts = grader.grade_many(list(zip(responses, answers, strict=True)))
         correct: dict[str, list[bool]] = {}
         names = [problem["id"] for problem in self.problems for _ in range(self.config.samples)]
@@ -100,7 +100,8 @@ class TrainingEvaluation(pl.Callback):
             {"problem_id": name, "response": response, "verdict": verdict.verdict, "extracted": verdict.extracted}
             for name, response, verdict in zip(names, responses, verdicts, strict=True)
         ]
-        write_json(self.directory / f"step-{step:08d}.json", {"step": step, "pass1": score, "responses": rows})
+        table = {"step": step, "grader": grader.name, "pass1": score, "responses": rows}
+        write_json(self.directory / f"step-{step:08d}.json", table)
         return {"pass1": score, "pass1_stderr": error, "pass1_stopped": stopped}
 
     def _sample(self, tensors: Iterator[tuple[str, Tensor]]) -> list[Completion]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,27 +208,46 @@ def test_training_ends_when_validation_saturates_also_when_it_was_interrupted(in
     assert differences(straight, stopped) == (0.0, 0.0, 0.0)
 
 
+EVEN_LENGTH = """
+from phimr_nemo.verify import Verdict
+
+def grade(response, answer):
+    return Verdict("wrong" if len(response) % 2 else "correct", "", "")
+"""
+
+
 def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
-    reference: Path, inputs: Path, tmp_path: Path
+    reference: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a pipeline: the weights come from two processes. The last answers are those of the exported model."""
+    """On a pipeline: the weights come from two processes. The last answers are those of the exported model, and the
+    configuration's grader judges them."""
     from phimr_nemo.data.chat import decode_response, load_tokenizer, render_prompts
     from phimr_nemo.data.synthetic import generate_problems
     from phimr_nemo.generate.backends import open_local
     from phimr_nemo.generate.sampler import Request, SamplingParams
     from phimr_nemo.store import content_seed
 
+    (tmp_path / "even_length.py").write_text(EVEN_LENGTH, "utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     count, tokens = 3, 12
     evaluation = [
         *("evaluation.every=3", "evaluation.problems.kind=synthetic", f"evaluation.problems.count={count}"),
         *("evaluation.problems.split=heldout", "evaluation.samples=2", "evaluation.prompt='{question}'"),
         *("evaluation.temperature=0.6", "evaluation.top_p=0.95", f"evaluation.max_new_tokens={tokens}"),
+        "evaluation.grader=even_length:grade",
     ]
     run = tmp_path / "run"
     run_distributed(train, 2, STAGE, overrides(STAGE, inputs, run, ["parallel.pipeline=2", *evaluation]))
     assert differences(reference, run)[0] < LOSS_TOLERANCE
-    assert [row["step"] for row in read_metrics(run) if "pass1" in row] == [3, STEPS]
-    rows = json.loads((run / "evaluation" / f"step-{STEPS:08d}.json").read_text())["responses"]
+    scores = {row["step"]: row["pass1"] for row in read_metrics(run) if "pass1" in row}
+    assert list(scores) == [3, STEPS]
+    written = json.loads((run / "evaluation" / f"step-{STEPS:08d}.json").read_text())
+    rows = written["responses"]
+    even = [len(row["response"]) % 2 == 0 for row in rows]
+    assert [row["verdict"] == "correct" for row in rows] == even
+    assert scores[STEPS] == pytest.approx(sum(even) / len(even))
+    assert 0 < sum(even) < len(even)
+    assert written["grader"].startswith("even_length:grade")
     problems = generate_problems(0, count, "heldout").to_pylist()
     questions = [problem["question"] for problem in problems]
     sampler, _ = open_local(run / "hf", questions, max_new_tokens=tokens, max_batch=8)

@@ -32,7 +32,7 @@ SHARDS = 2
 SEED = 7
 # The chain's mid-training, and the steps at which its disturbed twin is preempted and loses a node.
 MIDTRAIN_STEPS, CHECKPOINT_EVERY, PREEMPTED_AT, KILLED_AT, CRASHED_AT = 40, 10, 5, 12, 18
-DISTURBANCES = 3
+FAILURES = 2
 # Guards against hanging: a machine with other work takes many times what a quiet one does.
 CHAIN_SECONDS, RUN_SECONDS, STATE_SECONDS = 1800.0, 600.0, 180.0
 PACE_SECONDS = 0.02
@@ -216,7 +216,7 @@ def submit(slurm: Slurm, chain: Chain, stage: str, output: Path, *options: str) 
         *(f"run.seed={SEED}", f"run.output={output}", *values),
         cwd=REPOSITORY,
         env=environment(
-            chain.site, SBATCH_OUTPUT=str(slurm.root / "%x-%j.log"), PHIMR_FAILURE_RESTARTS=str(DISTURBANCES)
+            chain.site, SBATCH_OUTPUT=str(slurm.root / "%x-%j.log"), PHIMR_FAILURE_RESTARTS=str(FAILURES)
         ),
     )
 
@@ -254,6 +254,8 @@ def test_a_preempted_run_that_loses_a_rank_and_a_node_ends_with_the_same_weights
     killed.kill()
     other.resume()
     slurm.wait(lambda: slurm.facts(job)["Restarts"] == "2", "requeue after a killed rank", STATE_SECONDS)
+    # The preemption is none of its failures.
+    assert slurm.facts(job)["Comment"] == "phimr-failures=1"
     assert "ended with signal SIGKILL" in job_logs(slurm)
 
     freeze_at(slurm, output, max(CRASHED_AT, saved + 1))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from phimr_nemo.config import GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
+from phimr_nemo.config import BaseConfig, GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_USER, UserError
 from phimr_nemo.launch import _launch_ranks, check_same_run, main, run_stage
 from phimr_nemo.runs import CONFIG_FILE, RunDirectory
@@ -106,6 +108,49 @@ def test_shares_of_the_shards_make_what_one_process_makes(tmp_path: Path) -> Non
         run_stage("generate", generate(tmp_path / "three", f"shard.index={index}", "shard.count=3"))
     assert RunDirectory(tmp_path / "three").is_done
     assert read_table(tmp_path / "three", "rollouts") == read_table(tmp_path / "one", "rollouts")
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from phimr_nemo.runs import RunDirectory
+with RunDirectory(Path(sys.argv[1])).claimed():
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_work_in_one_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor after the first was killed does anything stand in the way; tasks of an array share their output."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    runs = {"base": tmp_path / "base", "generate": tmp_path / "generate", "job": tmp_path / "job"}
+    base = {
+        name: load_config(
+            BaseConfig, Path("conf/base/tiny.yaml"), [f"run.output={runs[name]}", "num_hidden_layers=1"]
+        )
+        for name in ("base", "job")
+    }
+    command = [sys.executable, "-c", CLAIM]
+    others = [
+        subprocess.Popen([*command, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for run in runs.values()
+    ]
+    try:
+        for other in others:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"claimed\n"
+        with pytest.raises(UserError, match=re.escape(f"another process is at work in {runs['base']}")):
+            run_stage("base", base["base"])
+        assert not (runs["base"] / CONFIG_FILE).exists()
+        run_stage("generate", generate(runs["generate"]))
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        run_stage("base", base["job"])
+        monkeypatch.delenv("SLURM_JOB_ID")
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+    run_stage("base", base["base"])
+    assert all(RunDirectory(run).is_done for run in runs.values())
 
 
 @pytest.fixture

@@ -89,9 +89,13 @@ def cluster(tmp_path: Path) -> Path:
     """A directory for PATH with an srun that records its arguments and an scontrol that records requeues."""
     programs = {
         "srun": 'printf "%s\\0" "$@" >"$RECORD"; exit "${SRUN_CODE:-0}"',
-        "scontrol": (
-            'if [ "$1" = show ]; then printf "node-a\\nnode-b\\n"; else printf "%s" "$*" >"$RECORD.requeue"; fi'
-        ),
+        "scontrol": """
+            case "$1 $2" in
+              "show job") printf "   UserId=a\\n   Comment=%s\\n" "$(cat "$RECORD.comment" 2>/dev/null)" ;;
+              show*) printf "node-a\\nnode-b\\n" ;;
+              update*) printf "%s" "${3#Comment=}" >"$RECORD.comment" ;;
+              *) printf "%s" "$*" >"$RECORD.requeue" ;;
+            esac""",
     }
     for name, body in programs.items():
         program = tmp_path / name
@@ -290,7 +294,7 @@ def test_the_exit_code_of_a_stage_is_the_jobs(cluster: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
+    ("code", "failures", "requeued"),
     [
         (0, "0", False),
         (1, "0", True),
@@ -298,14 +302,27 @@ def test_the_exit_code_of_a_stage_is_the_jobs(cluster: Path) -> None:
         (1, "2", False),  # it failed three times
         (137, "0", True),  # SIGKILL
         (2, "0", False),  # the user's mistake would be made again
-        (3, "50", True),  # saved its state: a preemption
-        (143, "50", True),  # died of SIGTERM: a preemption of a step that has nothing to save
-        (138, "50", True),  # of SIGUSR1
+        (3, "2", True),  # saved its state: a preemption
+        (143, "2", True),  # died of SIGTERM: a preemption of a step that has nothing to save
+        (138, "2", True),  # of SIGUSR1
     ],
 )
-def test_what_puts_a_job_back_in_the_queue(code: int, restarts: str, requeued: bool, cluster: Path) -> None:
-    bash("slurm/sft.sh", env=job(cluster, SRUN_CODE=str(code), SLURM_RESTART_COUNT=restarts), code=code)
+def test_what_puts_a_job_back_in_the_queue(code: int, failures: str, requeued: bool, cluster: Path) -> None:
+    """However often it was preempted before."""
+    (cluster / "record.comment").write_text(f"phimr-failures={failures}", "utf-8")
+    bash("slurm/sft.sh", env=job(cluster, SRUN_CODE=str(code), SLURM_RESTART_COUNT="50"), code=code)
     assert (cluster / "record.requeue").exists() == requeued
+
+
+def test_failures_are_counted_behind_the_jobs_own_comment(cluster: Path) -> None:
+    comment = cluster / "record.comment"
+    comment.write_text("project x, phimr-failures=7 is not at the end", "utf-8")
+    for failures in (1, 2):
+        bash("slurm/sft.sh", env=job(cluster, SRUN_CODE="1"), code=1)
+        told = f"project x, phimr-failures=7 is not at the end phimr-failures={failures}"
+        assert comment.read_text("utf-8") == told
+    bash("slurm/sft.sh", env=job(cluster, SRUN_CODE="3"), code=3)
+    assert comment.read_text("utf-8") == told
 
 
 def test_an_array_task_puts_back_itself_and_not_the_array(cluster: Path) -> None:
