@@ -88,7 +88,7 @@ def arrays(seeds: int) -> list[dict[str, float]]:
                     shards = 3600 * SHARD_HOURS * draw.lognormal(-(SPREAD**2) / 2, SPREAD, SHARDS)
                     rate = factor * GPUS_PER_TASK / SITE.hours_between_failures / 3600
                     run = run_array(
-                        shards,
+                        shards.tolist(),
                         tasks,
                         failures_per_second=rate,
                         restart_seconds=RESTART_SECONDS,

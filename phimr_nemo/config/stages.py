@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from phimr_nemo.config.alignment import DPOConfig, GRPOConfig
 from phimr_nemo.config.curation import CurateConfig, PackConfig
 from phimr_nemo.config.evaluation import EvaluateConfig, ExportConfig
@@ -10,7 +12,7 @@ from phimr_nemo.config.preparation import PrepareConfig
 from phimr_nemo.config.supervised import MidtrainConfig, SFTConfig
 from phimr_nemo.config.tiny import BaseConfig
 
-STAGES: dict[str, type] = {
+STAGES: dict[str, type[Any]] = {
     "base": BaseConfig,
     "prepare": PrepareConfig,
     "generate": GenerateConfig,

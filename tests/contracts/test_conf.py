@@ -35,13 +35,13 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-SCHEMAS: dict[str, type] = {**STAGES, "quickstart": QuickstartConfig}
-PLANS: dict[str, type] = {
+SCHEMAS: dict[str, type[Any]] = {**STAGES, "quickstart": QuickstartConfig}
+PLANS: dict[str, type[Any]] = {
     **dict.fromkeys(("midtrain", "sft", "dpo", "grpo"), TrainingPlanConfig),
     "generate": GenerationPlanConfig,
 }
 OTHERS = ("model", "cluster", "plan", "ablations")
-ABLATIONS: dict[str, type] = {
+ABLATIONS: dict[str, type[Any]] = {
     "dpo_negatives": DPONegativesConfig,
     "forgetting": ForgettingConfig,
     "grpo_remedies": GRPORemediesConfig,

@@ -155,7 +155,7 @@ def _rank(
         answer = pickle.dumps((False, traceback.format_exc()))
     # Megatron's checkpoint writer leaves a manager process behind that would outlive this one, and the answer is
     # what this process is waited for.
-    util._run_finalizers()
+    util._run_finalizers()  # type: ignore[attr-defined]
     pipe.send_bytes(answer)
     pipe.close()
     # No other clean-up: gloo's would wait for ranks that are gone.

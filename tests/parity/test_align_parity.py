@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from align_worker import Case, run_case
@@ -14,6 +15,7 @@ from distributed import RanksFailed, run_distributed
 from phimr_nemo.config import BaseConfig, load_config
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.records import Kind
 from phimr_nemo.store import finish, rows_to_table, write_shard
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -59,7 +61,8 @@ def make_inputs(root: Path) -> None:
         pairs.append({**common, "chosen": right, "rejected": wrong, "mode": "random"})
         statistics = {"pass_rate": 0.5, "mean_length": 10.0, "length_spread": 0.1 * (number % 8)}
         prompts.append({**common, "answer": str(a + b), **statistics, "hard": number % 3 == 0})
-    for kind, rows in (("pairs", pairs), ("prompts", prompts)):
+    made: dict[Kind, list[dict[str, Any]]] = {"pairs": pairs, "prompts": prompts}
+    for kind, rows in made.items():
         write_shard(root / kind, 0, rows_to_table(rows, kind), kind=kind)
         finish(root / kind, kind=kind, config={})
 

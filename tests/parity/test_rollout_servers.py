@@ -242,12 +242,12 @@ def test_a_server_that_hangs_is_left_and_comes_back(
 
         def hang_at_first(body: dict[str, Any]) -> dict[str, Any]:
             release.set()
-            servers[0]._generate = original  # type: ignore[method-assign]
+            servers[0]._generate = original
             while release.is_set():
                 time.sleep(0.02)
             return original(body)
 
-        servers[0]._generate = hang_at_first  # type: ignore[method-assign]
+        servers[0]._generate = hang_at_first
         found = sampler.sample(asked, PARAMS)
         assert difference(found, locally(model, base, asked)) < ROUNDING
         assert sampler.counts["removed"] >= 1

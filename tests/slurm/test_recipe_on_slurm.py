@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.launch import launch
+from phimr_nemo.records import Kind
 from phimr_nemo.runs import RunDirectory, read_metrics
 from phimr_nemo.store import iter_shards
 
@@ -201,9 +202,10 @@ def test_an_array_task_that_died_was_done_again_alone(slurm: Slurm, chain: Chain
     restarts = {index: slurm.facts(f"{array}_{index}")["Restarts"] for index in range(SHARDS)}
     assert restarts == {0: "0", 1: "1"}
     assert slurm.facts(f"{array}_1")["JobId"] == chain.killed
+    made: dict[str, Kind] = {"generate": "rollouts", "verify": "verdicts"}
     questions, verdicts = (
         [row["id"] for table in iter_shards(chain.output(stage), kind) for row in table.to_pylist()]
-        for stage, kind in (("generate", "rollouts"), ("verify", "verdicts"))
+        for stage, kind in made.items()
     )
     assert len(set(questions)) == len(questions) == 240
     assert sorted(verdicts) == sorted(questions)

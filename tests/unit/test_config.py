@@ -319,7 +319,7 @@ def test_a_config_cannot_be_changed(config: Any) -> None:
 
 def test_every_section_is_keyword_only() -> None:
     with pytest.raises(TypeError):
-        SyntheticProblems("synthetic", 1, "train")  # type: ignore[misc]
+        SyntheticProblems("synthetic", 1, "train")  # type: ignore[call-arg]
 
 
 def test_loading_needs_no_torch(repository: Path) -> None:

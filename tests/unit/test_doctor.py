@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from phimr_nemo.doctor import (
     VLLM_TESTED,
     Finding,
     Machine,
+    Package,
     diagnose,
     exit_code,
     inspect_machine,
@@ -78,7 +80,7 @@ def test_python_range(python: tuple[int, int, int], status: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
-def test_absent_package_blocks_only_when_required(package) -> None:
+def test_absent_package_blocks_only_when_required(package: Package) -> None:
     versions = {name: v for name, v in TESTED.items() if name not in package.distributions}
     findings = judge(replace(GOOD, versions=versions))
     finding = next(f for f in findings if f.name == package.name)
@@ -132,8 +134,10 @@ def test_cuda(gpus: tuple[str, ...], cuda: str | None, status: str, words: str) 
     ],
 )
 def test_amounts(field: str, name: str, least: float) -> None:
-    assert by_name(replace(GOOD, **{field: least}))[name].status == "ok"
-    assert by_name(replace(GOOD, **{field: least - 1}))[name].status == "differs"
+    enough: dict[str, Any] = {field: least}
+    short: dict[str, Any] = {field: least - 1}
+    assert by_name(replace(GOOD, **enough))[name].status == "ok"
+    assert by_name(replace(GOOD, **short))[name].status == "differs"
 
 
 def test_unknown_memory_is_said_to_be_unknown() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,14 +72,14 @@ def test_which_variables_hold_secrets() -> None:
 @pytest.mark.parametrize("secret", [PLANTED, *SHAPED.values(), "http://me:word@host/v1"])
 @pytest.mark.parametrize("place", ["text", "list", "key", "part"])
 def test_settings_that_hold_a_secret_are_refused_without_repeating_it(secret: str, place: str) -> None:
-    values = {
+    places: dict[str, dict[str, Any]] = {
         "text": {"a": {"b": secret}},
         "list": {"a": [{"b": [1, secret]}]},
         "key": {"a": {secret: 1}},
         "part": {"a": {"b": f"--header={secret};"}},
-    }[place]
+    }
     with pytest.raises(UserError) as caught:
-        refuse_secrets(values)
+        refuse_secrets(places[place])
     assert "holds a secret" in caught.value.problem
     assert secret not in str(caught.value)
     assert "word" not in str(caught.value).replace("password", "")

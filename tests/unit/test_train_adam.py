@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ def groups(params: list[Tensor]) -> list[dict[str, object]]:
 
 def test_equals_torch_adamw_bit_for_bit() -> None:
     ours, theirs = parameters(), parameters()
-    settings = {"betas": (0.9, 0.95), "eps": 1e-8}
+    settings: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
     optimizers = [
         FusedFormAdam(groups(ours), **settings),
         torch.optim.AdamW(groups(theirs), fused=True, **settings),

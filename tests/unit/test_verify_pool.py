@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -226,7 +227,7 @@ def test_the_package_function_grades_and_needs_no_main_guard() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"workers": 0}, {"deadline_seconds": 0.0}, {"memory_bytes": -1}])
-def test_impossible_limits_are_refused(arguments: dict[str, int]) -> None:
+def test_impossible_limits_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="must be positive"):
         Grader(**arguments)
 
