@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +12,9 @@ from matplotlib.text import Text
 from phimr_nemo.atomic import atomic_file
 
 GRID_COLOR: Final = "#e6e6e6"
+TEXT_COLOR: Final = "#2b2b2b"
+BAR_COLOR: Final = "#4c78a8"
+BAR_WIDTH: Final = 0.66
 
 
 def tidy(axes: Any) -> None:
@@ -19,6 +23,26 @@ def tidy(axes: Any) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def labelled_bars(axes: Any, names: Sequence[str], values: Sequence[float], labels: Sequence[str]) -> None:
+    """Horizontal bars from top to bottom, each with its value written behind it instead of an axis.
+
+    Args:
+        axes: matplotlib's.
+        names: of the bars.
+        values: their lengths.
+        labels: the values as texts.
+    """
+    axes.barh(range(len(names)), values, BAR_WIDTH, color=BAR_COLOR)
+    for index, (value, label) in enumerate(zip(values, labels, strict=True)):
+        axes.annotate(label, (value, index), xytext=(6, 0), textcoords="offset points", va="center", color=TEXT_COLOR)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.tick_params(length=0)
 
 
 def save_png(figure: Figure, path: Path, *, dpi: int) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from phimr_nemo.data.shape import LENGTH_BINS, TIERS, bin_start
-from phimr_nemo.picture import save_png, tidy
+from phimr_nemo.picture import BAR_COLOR, BAR_WIDTH, TEXT_COLOR, labelled_bars, save_png, tidy
 
 Counts = npt.NDArray[np.int64]
 
@@ -21,11 +21,9 @@ HEIGHT_INCHES: Final = 3.2
 INCHES_PER_BAR: Final = 0.34
 FONT_POINTS: Final = 10
 MARGIN_INCHES: Final = 0.9
-BAR_WIDTH: Final = 0.7
-TEXT_COLOR: Final = "#2b2b2b"
 HARD_COLOR: Final = "#e45756"
 # Distinguishable also for the colour-blind; the first is the colour of everything that stands alone.
-COLORS: Final = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#72b7b2", "#eeca3b")
+COLORS: Final = (BAR_COLOR, "#f58518", "#54a24b", "#b279a2", "#9d755d", "#72b7b2", "#eeca3b")
 THOUSAND: Final = 1000
 MOST_NAME_CHARACTERS: Final = 24
 LONG_NAME_CHARACTERS: Final = 12
@@ -43,23 +41,8 @@ def draw_funnel(counts: Mapping[str, int], path: Path) -> None:
     """How many records there are after each step, from first to last."""
     names, values = [short_name(name) for name in counts], list(counts.values())
     figure, axes = _figure(MARGIN_INCHES + INCHES_PER_BAR * len(names))
-    axes.barh(range(len(names)), values, BAR_WIDTH, color=COLORS[0])
-    for index, value in enumerate(values):
-        axes.annotate(
-            short_number(value),
-            (value, index),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            color=TEXT_COLOR,
-        )
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xticks([])
+    labelled_bars(axes, names, values, [short_number(value) for value in values])
     axes.margins(x=0.14)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.tick_params(length=0)
     save_png(figure, path, dpi=DPI)
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from phimr_nemo.data.figures import COLORS, short_name
 from phimr_nemo.errors import UserError
-from phimr_nemo.picture import save_png, tidy
+from phimr_nemo.picture import BAR_COLOR, BAR_WIDTH, TEXT_COLOR, labelled_bars, save_png, tidy
 from phimr_nemo.runs import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -26,10 +26,7 @@ INCHES_PER_BAR: Final = 1.1
 INCHES_PER_PANEL: Final = 3.6
 INCHES_PER_STEP: Final = 0.42
 NARROWEST_INCHES: Final = 5.0
-BAR_WIDTH: Final = 0.62
-BAR_COLOR: Final = "#4c78a8"
 LINE_COLOR: Final = "#4c78a8"
-TEXT_COLOR: Final = "#333333"
 HEADROOM: Final = 1.15
 TRAINING_PANELS: Final[Mapping[str, str]] = {
     "loss": "training loss",
@@ -164,23 +161,8 @@ def plot_funnel(counts: Mapping[str, int], path: Path) -> None:
     height = max(HEIGHT_INCHES / 2, 1.0 + INCHES_PER_STEP * len(names))
     figure = Figure(figsize=(1.5 * NARROWEST_INCHES, height))
     axes = figure.subplots()
-    axes.barh(range(len(names)), values, BAR_WIDTH, color=BAR_COLOR)
-    for index, value in enumerate(values):
-        axes.annotate(
-            f"{value:,}",
-            (value, index),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=TEXT_COLOR,
-        )
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xticks([])
+    labelled_bars(axes, names, values, [f"{value:,}" for value in values])
     axes.set_title("Records after each data step", fontsize=10)
-    for side in ("top", "right", "bottom", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(length=0)
     figure.tight_layout()
     save_png(figure, path, dpi=DPI)
 

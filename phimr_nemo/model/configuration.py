@@ -39,17 +39,7 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
     on_gpu = torch.cuda.is_available()
     fused = has_transformer_engine()
     return {
-        "num_layers": arch.num_hidden_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.intermediate_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_key_value_heads,
-        "kv_channels": arch.head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": arch.rms_norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
+        **_model_fields(arch),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": arch.initializer_range,
@@ -77,6 +67,23 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
         "deallocate_pipeline_outputs": on_gpu or layout.virtual == 1,
         # There are no experts; but with the default Megatron refuses micro-batches of varying length.
         "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _model_fields(arch: Architecture) -> dict[str, Any]:
+    """What makes it this model, in Megatron's names."""
+    return {
+        "num_layers": arch.num_hidden_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.intermediate_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_key_value_heads,
+        "kv_channels": arch.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
     }
 
 
@@ -119,17 +126,7 @@ def check_config(arch: Architecture, config: TransformerConfig) -> None:
         UserError: a field that disagrees with the architecture.
     """
     expected = {
-        "num_layers": arch.num_hidden_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.intermediate_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_key_value_heads,
-        "kv_channels": arch.head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": arch.rms_norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
+        **_model_fields(arch),
         "add_qkv_bias": False,
         "layernorm_zero_centered_gamma": False,
         "rotary_interleaved": False,

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from architectures import small
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -39,24 +40,17 @@ Results = dict[str, Any]
 DEFAULT_POLICY: LongRopePolicy = "long_when_max_length_exceeds_original"
 
 # Every feature of Phi-4-mini in small; 4 key/value heads and 4 layers, so that TP4 and PP4 exist.
-ARCHITECTURE = Architecture(
+ARCHITECTURE = small(
     vocab_size=96,
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=4,
     num_attention_heads=8,
     num_key_value_heads=4,
-    partial_rotary_factor=0.75,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
     max_position_embeddings=64,
     original_max_position_embeddings=18,
     short_factor=(1.0, 1.0, 1.0),
     long_factor=(1.0, 2.5, 7.0),
-    sliding_window=None,
-    bos_token_id=0,
-    eos_token_id=0,
     pad_token_id=95,
     initializer_range=0.1,
 )

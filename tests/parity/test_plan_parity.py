@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import plan_worker as worker
 import pytest
+from architectures import small
 from distributed import run_distributed
 
 from phimr_nemo.config import ParallelConfig
@@ -18,26 +19,14 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.plan.memory import MicroBatch, RankMemory, Recompute, rank_memory
 
 TOLERANCE = 0.1
-TIED = Architecture(
-    vocab_size=512,
+TIED = small(
     hidden_size=96,
     intermediate_size=256,
     num_hidden_layers=4,
     num_attention_heads=12,
     num_key_value_heads=4,
-    partial_rotary_factor=0.75,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
     max_position_embeddings=2048,
     original_max_position_embeddings=2048,
-    short_factor=None,
-    long_factor=None,
-    sliding_window=None,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=0,
-    initializer_range=0.02,
 )
 WIDE = worker.dataclasses.replace(
     TIED,

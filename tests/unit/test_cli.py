@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from architectures import small
 
 from phimr_nemo.config import STAGES, load_config, parse_config
-from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.runs import RunDirectory
 from phimr_nemo.store import finish, read_manifest, read_table, rows_to_table, write_shard
 
@@ -198,26 +198,12 @@ def test_a_failure_of_ours_is_told_from_a_mistake_of_the_users(tmp_path: Path) -
         assert ("Traceback" in done.stderr) == (code == 1)
 
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = small(
     vocab_size=300,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    partial_rotary_factor=0.75,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
     max_position_embeddings=512,
     original_max_position_embeddings=64,
     short_factor=(1.0, 1.0, 1.0),
     long_factor=(1.0, 2.0, 3.0),
-    sliding_window=None,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=0,
-    initializer_range=0.02,
 )
 
 

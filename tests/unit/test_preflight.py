@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import small
 
 from phimr_nemo.config import STAGES, ParallelConfig, find_config, load_config
 from phimr_nemo.errors import UserError
@@ -61,26 +62,15 @@ INPUTS: list[tuple[str, str, Kind]] = [
 ]
 TRAINING = ("midtrain", "sft", "dpo", "grpo")
 # 12 heads in groups of 3, 6 layers: tensor 2 and 4 and pipeline 2, 3 and 6 fit, tensor 3 and pipeline 4 do not.
-ARCHITECTURE = Architecture(
-    vocab_size=512,
+ARCHITECTURE = small(
     hidden_size=96,
     intermediate_size=256,
     num_hidden_layers=6,
     num_attention_heads=12,
     num_key_value_heads=4,
-    partial_rotary_factor=0.75,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
     max_position_embeddings=4096,
-    original_max_position_embeddings=256,
     short_factor=(1.0, 1.0, 1.0),
     long_factor=(1.0, 2.0, 3.0),
-    sliding_window=None,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=0,
-    initializer_range=0.02,
 )
 
 

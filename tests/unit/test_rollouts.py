@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from architectures import small
 
 from phimr_nemo.data.chat import render_prompt, stop_token_ids
 from phimr_nemo.data.synthetic import generate_problems
@@ -19,7 +20,6 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local import LocalSampler
 from phimr_nemo.generate.rollouts import opening, sample_rollouts
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
-from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.table import checkpoint_tensors
 from phimr_nemo.store import is_complete, read_manifest, read_table, rows_to_table, shard_is_complete
 
@@ -38,25 +38,11 @@ class CountingSampler:
     """The real sampler, with a record of what it was asked; optionally killed at its n-th call."""
 
     def __init__(self, tokenizer: Any) -> None:
-        arch = Architecture(
+        arch = small(
             vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=1,
-            partial_rotary_factor=0.75,
-            rope_theta=10_000.0,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            max_position_embeddings=256,
-            original_max_position_embeddings=256,
-            short_factor=None,
-            long_factor=None,
-            sliding_window=None,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
             initializer_range=0.2,
         )
         generator = torch.Generator().manual_seed(0)

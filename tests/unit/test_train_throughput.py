@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from architectures import small
 
 from phimr_nemo.data.batches import Row, collate_packed, collate_padded
-from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops
 from phimr_nemo.train.throughput import WORK, Work, counted, rates
 
@@ -23,26 +23,12 @@ def row(*lengths: int) -> Row:
     )
 
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = small(
     vocab_size=100,
-    hidden_size=32,
     intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     partial_rotary_factor=1.0,
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
     max_position_embeddings=64,
     original_max_position_embeddings=64,
-    short_factor=None,
-    long_factor=None,
-    sliding_window=None,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=0,
-    initializer_range=0.02,
 )
 
 
