@@ -3,11 +3,11 @@
     python -m recipes.ablations.midtrain_packing quickstarts=[runs/quickstart] \
         scaling=runs/ablation-midtrain-scaling output=runs/ablation-midtrain-packing
 
-The packed arm is one of the arms of recipes/ablations/midtrain_scaling.py: rows of documents that do not see one
-another, placed by length. The mixed arm has the same documents in rows with a random draw of the short ones
-(`placement=mixed`). The unpacked arm trains on the same documents one by one, padded, as many an update on average,
-with the same learning rates and epochs, through the stage `sft`, which is the same trainer over conversations.
-Compared are the losses of held-out documents, one by one, and pass@1.
+The packed arms have rows of documents that do not see one another, placed by length (`placement=length`), or with a
+random draw of the short ones (`placement=mixed`). The unpacked arm trains on the same documents one by one, padded,
+as many an update on average, with the same learning rates and epochs, through the stage `sft`: the same trainer over
+conversations. The documents are a set of recipes/ablations/midtrain_scaling.py. Compared are the losses of held-out
+documents, one by one, and pass@1.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from recipes.ablations.common import (
     seed_directories,
     stage_step,
 )
-from recipes.ablations.midtrain_scaling import FINISH, HELDOUT, LOSS, PASS1, STOPPED, UPDATES, Arm, directories
+from recipes.ablations.midtrain_scaling import FINISH, HELDOUT, LOSS, PASS1, STOPPED, UPDATES
 
 TINY: Final = "conf/ablations/midtrain_packing.yaml"
 PLOT_FILE: Final = "ablation-midtrain-packing.png"
 NEEDED: Final = ("base",)
 UNPACKED: Final = "unpacked"
-PACKED: Final = "packed by length"
-MIXED: Final = "packed, mixed"
-MIXED_STEP: Final = "mixed"
+PLACEMENTS: Final = {"length": "packed by length", "mixed": "packed, mixed"}
+"""`placement` of the stage pack, which names the arm's steps -> the arm."""
 DOCUMENTS_AN_UPDATE: Final = "documents an update"
 DIGITS: Final = {UPDATES: 0, DOCUMENTS_AN_UPDATE: 1, LOSS: 4, PASS1: 1, STOPPED: 1}
 PERCENT: Final = 100
@@ -53,27 +52,28 @@ def plan(config: MidtrainPackingConfig) -> list[Step]:
     """Every command of the ablation, in order.
 
     Raises:
-        UserError: a quickstart, or the packed arm, is not finished.
+        UserError: a quickstart, or the set, is not finished.
     """
     steps = []
     for seed, root in seed_directories(config.quickstarts, needed=NEEDED).items():
-        arm = Arm(str(config.problems), "epochs")
-        needed = (f"curated-{config.problems}", f"midtrain-{arm.name}", f"evaluate-{arm.name}", HELDOUT)
-        source = require_finished(config.scaling / f"seed-{seed}", needed, remedy=FINISH)
-        out = config.output / f"seed-{seed}"
-        data = (f"base={root / 'base' / 'hf'}", f"data={source / f'curated-{config.problems}' / 'midtrain'}")
+        curated = f"curated-{config.problems}"
+        source = require_finished(config.scaling / f"seed-{seed}", (curated, HELDOUT), remedy=FINISH)
+        out, documents, base = config.output / f"seed-{seed}", source / curated / "midtrain", root / "base" / "hf"
+        data = (f"base={base}", f"data={documents}")
         batch = (f"epochs={config.epochs}", f"micro_batch={config.batch}", f"global_batch={config.batch}")
         optim = ("validation_rows=0", f"optim.lr={config.lr}", f"optim.min_lr={config.min_lr}")
         sizes = {"problems": config.heldout_problems, "samples": config.evaluation_samples}
         length = f"sequence_length={config.sequence_length}"
-        conversations = f"conversations={source / f'curated-{config.problems}' / 'midtrain'}"
-        tokenizer = f"tokenizer={root / 'base' / 'hf'}"
-        rows = out / f"rows-{MIXED_STEP}"
-        packed = (f"base={root / 'base' / 'hf'}", f"data={rows}", "validation_rows=0", f"epochs={config.epochs}")
+        packed = (f"base={base}", "validation_rows=0", f"epochs={config.epochs}")
+        for placement in PLACEMENTS:
+            rows = out / f"rows-{placement}"
+            read = (f"conversations={documents}", f"tokenizer={base}", f"placement={placement}")
+            steps += [
+                stage_step(out, seed, rows.name, "pack", *read),
+                stage_step(out, seed, placement, "midtrain", f"data={rows}", *packed),
+                evaluation_step(out, seed, placement, out / placement / "hf", **sizes),
+            ]
         steps += [
-            stage_step(out, seed, rows.name, "pack", conversations, tokenizer, "placement=mixed"),
-            stage_step(out, seed, MIXED_STEP, "midtrain", *packed),
-            evaluation_step(out, seed, MIXED_STEP, out / MIXED_STEP / "hf", **sizes),
             stage_step(out, seed, UNPACKED, "sft", *data, length, *batch, *optim),
             evaluation_step(out, seed, UNPACKED, out / UNPACKED / "hf", **sizes),
         ]
@@ -91,24 +91,20 @@ def report(config: MidtrainPackingConfig) -> str:
     from phimr_nemo.runs import RunDirectory
     from phimr_nemo.train.document_loss import kept_document_losses
 
-    roots = seed_directories(config.quickstarts, needed=NEEDED)
-    arms = (PACKED, MIXED, UNPACKED)
-    table: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in DIGITS} for arm in arms}
-    losses: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
-    answers: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
-    for seed, root in roots.items():
+    seeds = list(seed_directories(config.quickstarts, needed=NEEDED))
+    arms = {**PLACEMENTS, UNPACKED: UNPACKED}
+    table: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in DIGITS} for arm in arms.values()}
+    losses: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms.values()}
+    answers: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms.values()}
+    for seed in seeds:
         source, out = config.scaling / f"seed-{seed}", config.output / f"seed-{seed}"
-        places = {
-            PACKED: directories(source, root, Arm(str(config.problems), "epochs")),
-            MIXED: (out / MIXED_STEP, out / f"evaluate-{MIXED_STEP}"),
-            UNPACKED: (out / UNPACKED, out / f"evaluate-{UNPACKED}"),
-        }
-        documents = read_manifest(source / f"rows-{config.problems}", "rows").counts["documents"]
-        for arm, (trained, evaluated) in places.items():
-            for directory in (trained, evaluated):
-                require_finished(directory.parent, [directory.name], remedy="run this ablation's steps")
-            result = read_result(evaluated / RESULTS_FILE)
-            file = out / f"loss-{trained.name}.json"
+        require_finished(
+            out, [name for step in arms for name in (step, f"evaluate-{step}")], remedy="run this ablation's steps"
+        )
+        documents = read_manifest(source / f"curated-{config.problems}" / "midtrain", "conversations").rows
+        for step, arm in arms.items():
+            trained, result = out / step, read_result(out / f"evaluate-{step}" / RESULTS_FILE)
+            file = out / f"loss-{step}.json"
             kept = kept_document_losses(trained / "hf", source / HELDOUT / "midtrain", file)
             steps = RunDirectory(trained).closing_facts()["steps"]
             found = {
@@ -123,14 +119,11 @@ def report(config: MidtrainPackingConfig) -> str:
             losses[arm].append(kept)
             answers[arm].append(dict(result.per_question))
     nats, points = {}, {}
-    for arm in (PACKED, MIXED):
+    for arm in PLACEMENTS.values():
         title = f"{arm} minus {UNPACKED}"
         nats[title] = [_unscaled(paired(a, b)) for a, b in zip(losses[UNPACKED], losses[arm], strict=True)]
         points[title] = [paired(a, b) for a, b in zip(answers[UNPACKED], answers[arm], strict=True)]
-    write_json(
-        config.output / "packing.json", {"seeds": list(roots), "table": table, "loss": nats, "pass1_points": points}
-    )
-    seeds = list(roots)
+    write_json(config.output / "packing.json", {"seeds": seeds, "table": table, "loss": nats, "pass1_points": points})
     text = "\n".join(
         (
             measures_markdown("mid-training", table, DIGITS, seeds),

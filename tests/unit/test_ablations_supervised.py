@@ -151,6 +151,7 @@ def scaled(tmp_path: Path, model: Path) -> None:
         conversations(out / "heldout" / "midtrain", ["2", "3"])
         RunDirectory(out / "heldout").finish()
         conversations(out / "curated-8" / "sft", ["2", "3", "4"])
+        conversations(out / "curated-8" / "midtrain", ["2", "3", "4", "5"])
         RunDirectory(out / "curated-8").finish()
         packed(out / "rows-8", 4)
         trained(out / "midtrain-8-epochs", model, 13)
@@ -204,11 +205,13 @@ def test_packing_compares_by_document(base: Path, tmp_path: Path) -> None:
         midtrain_packing.plan(packing_config(tmp_path))
     scaled(tmp_path, base)
     config = packing_config(tmp_path)
-    pack, mixed, _, train, evaluate = midtrain_packing.plan(config)[:5]
-    assert {"placement=mixed", f"conversations={config.scaling / 'seed-0' / 'curated-8' / 'midtrain'}"} < set(
-        pack.arguments
-    )
-    assert {f"data={pack.output}", "epochs=5", "validation_rows=0"} < set(mixed.arguments)
+    plan = midtrain_packing.plan(config)
+    for place, placement in enumerate(("length", "mixed")):
+        pack, packed, _ = plan[3 * place : 3 * place + 3]
+        documents = config.scaling / "seed-0" / "curated-8" / "midtrain"
+        assert {f"placement={placement}", f"conversations={documents}"} < set(pack.arguments)
+        assert {f"data={pack.output}", "epochs=5", "validation_rows=0"} < set(packed.arguments)
+    train, evaluate = plan[6:8]
     assert train.arguments[0] == "sft"
     assert {"micro_batch=2", "global_batch=2", "epochs=5", "optim.lr=0.003"} < set(train.arguments)
     assert f"model={train.output / 'hf'}" in evaluate.arguments
@@ -216,6 +219,8 @@ def test_packing_compares_by_document(base: Path, tmp_path: Path) -> None:
         out = config.output / f"seed-{seed}"
         trained(out / "unpacked", base, 10)
         evaluated(out / "evaluate-unpacked", [0.0, 0.0, 1.0 - seed, 1.0])
+        trained(out / "length", base, 13)
+        evaluated(out / "evaluate-length", [0.0, 0.0, 0.0, 1.0])
         trained(out / "mixed", base, 10)
         evaluated(out / "evaluate-mixed", [0.0, 0.0, 1.0 - seed, 0.0])
     text = midtrain_packing.report(config)
