@@ -29,6 +29,7 @@ from phimr_nemo.config import (
     VLLMTeacher,
 )
 from phimr_nemo.config.alignment import StoredReference
+from phimr_nemo.data.chat import warn_of_other_template
 from phimr_nemo.endpoint.settings import check_endpoint
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.benchmarks import check_benchmark
@@ -79,12 +80,15 @@ def preflight(stage: str, config: Any) -> None:
     if named is not None:
         with Grader(workers=1, function=named) as grader:
             grader.check()
+    if isinstance(config, PackConfig):
+        warn_of_other_template(config.tokenizer)
     if isinstance(config, GenerateConfig | VerifyConfig | PackConfig):
         check_shard(config.shard)
     if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
         architecture = Architecture.from_directory(config.base)
         check_layout(architecture, config.parallel)
         check_length(architecture, config.sequence_length)
+        warn_of_other_template(config.base)
         warn_of_other_regime(architecture, config.base, config.sequence_length, config.model.longrope)
         check_batches(config)
         check_options(config)

@@ -6,6 +6,8 @@ transformers users see the same prompt.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -15,6 +17,8 @@ from phimr_nemo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LOGGER = logging.getLogger(__name__)
+
 END_OF_TEXT: Final = "<|endoftext|>"
 SYSTEM: Final = "<|system|>"
 USER: Final = "<|user|>"
@@ -22,6 +26,9 @@ ASSISTANT: Final = "<|assistant|>"
 END: Final = "<|end|>"
 SPECIAL_TOKENS: Final = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
 
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+TEMPLATE_FILE: Final = "chat_template.jinja"
+"""Where newer releases of transformers keep the template; it takes precedence."""
 REASONING_SYSTEM_PROMPT: Final = "Your name is Phi, an AI math expert developed by Microsoft."
 
 
@@ -54,6 +61,30 @@ def reasoning_template(system_prompt: str) -> str:
 
 
 REASONING_TEMPLATE: Final = reasoning_template(REASONING_SYSTEM_PROMPT)
+
+
+def warn_of_other_template(directory: Path) -> None:
+    """Log a warning when a directory's chat template has no system prompt of its own, as Phi-4-mini-instruct's.
+
+    What is trained through it differs from the reasoning model's prompt, in this and in every later stage.
+    """
+    template = (directory / TEMPLATE_FILE, directory / TOKENIZER_CONFIG)
+    try:
+        text = template[0].read_text("utf-8") if template[0].is_file() else _template_in(template[1])
+    except (OSError, ValueError):
+        return  # load_tokenizer says what is wrong with it
+    if text and SYSTEM not in text:
+        _LOGGER.warning(
+            "%s has a chat template without the reasoning model's system prompt; every stage hands it on to the "
+            "release. `phimr adopt %s TARGET` makes a copy with the reasoning template.",
+            *(directory, directory),
+        )
+
+
+def _template_in(file: Path) -> str:
+    settings = json.loads(file.read_text("utf-8"))
+    template = settings.get("chat_template") if isinstance(settings, dict) else None
+    return template if isinstance(template, str) else ""
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

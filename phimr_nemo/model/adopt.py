@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final
 
-from phimr_nemo.data.chat import load_tokenizer, reasoning_template
+from phimr_nemo.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG, load_tokenizer, reasoning_template
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.hf import HFDirectory, copy_hf_directory
-
-TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-TEMPLATE_FILE: Final = "chat_template.jinja"
 
 
 def adopt(source: Path, target: Path, *, system_prompt: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -11,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from phimr_nemo.config import BaseConfig, load_config
-from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT, load_tokenizer, render_prompt
+from phimr_nemo.config import BaseConfig, MidtrainConfig, load_config
+from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT, load_tokenizer, render_prompt, warn_of_other_template
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.adopt import adopt
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.hf import HFDirectory, write_hf_directory
 from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.preflight import preflight
+from phimr_nemo.store import finish, rows_to_table, write_shard
 
 QUESTION = "What is 37+48?"
 # As of Phi-4-mini-instruct: no system text of its own.
@@ -38,6 +42,28 @@ def instruct(tmp_path: Path) -> Path:
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"chat_template": INSTRUCT}), "utf-8")
     (directory / "chat_template.jinja").write_text(INSTRUCT, "utf-8")
     return directory
+
+
+def test_a_template_without_a_system_prompt_is_warned_of_before_the_work(
+    instruct: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In either place where it may stand, and only then."""
+    adopt(instruct, tmp_path / "ready", system_prompt=REASONING_SYSTEM_PROMPT)
+    config = load_config(
+        MidtrainConfig, Path("conf/midtrain/tiny.yaml"), [f"base={instruct}", f"data={tmp_path}", "max_steps=1"]
+    )
+    write_shard(tmp_path, 0, rows_to_table([], "rows"), kind="rows")
+    finish(tmp_path, kind="rows", config={})
+    with caplog.at_level(logging.WARNING):
+        preflight("midtrain", config)
+        assert f"phimr adopt {instruct} TARGET" in caplog.text
+        caplog.clear()
+        (instruct / "chat_template.jinja").unlink()
+        warn_of_other_template(instruct)
+        assert f"phimr adopt {instruct} TARGET" in caplog.text
+        caplog.clear()
+        preflight("midtrain", dataclasses.replace(config, base=tmp_path / "ready"))
+    assert not caplog.records
 
 
 def by_hand(directory: Path, system: str) -> list[int]:
