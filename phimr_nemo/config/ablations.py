@@ -83,6 +83,7 @@ class SecondDomainConfig:
         solutions_per_problem: recorded solutions of each training problem.
         mistake_rate: probability of a mistake in one.
         epochs: of SFT on the right ones.
+        batch: solutions an update.
         max_new_tokens: of an answer in the new domain.
         evaluation_samples: answers a question of the new domain.
         maths_problems, maths_samples: as the quickstarts were evaluated, so that the questions are the same.
@@ -95,6 +96,7 @@ class SecondDomainConfig:
     solutions_per_problem: Positive
     mistake_rate: Share
     epochs: Positive
+    batch: Positive
     max_new_tokens: Positive
     evaluation_samples: Positive
     maths_problems: Positive

@@ -106,10 +106,11 @@ def _seed_steps(config: SecondDomainConfig, seed: int, root: Path) -> list[Step]
     ]
     for learner, stage in LEARNERS.items():
         data = (f"data={out / 'curated' / 'sft'}", f"epochs={config.epochs}", "validation_rows=0")
+        batch = (f"micro_batch={config.batch}", f"global_batch={config.batch}")
         trained = out / f"sft-{learner}" / "hf"
         maths = (f"problems.count={config.maths_problems}", f"samples={config.maths_samples}")
         steps += [
-            stage_step(out, seed, f"sft-{learner}", "sft", f"base={root / stage / 'hf'}", *data),
+            stage_step(out, seed, f"sft-{learner}", "sft", f"base={root / stage / 'hf'}", *data, *batch),
             asked(learner, trained),
         ]
         if stage == "grpo":
