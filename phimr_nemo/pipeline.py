@@ -179,7 +179,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     from phimr_nemo.evaluate.report import entry, table_markdown, write_table
     from phimr_nemo.evaluate.run_report import write_run_report
 
-    page = write_run_report(runs, out, dict(ROWS))
+    page = write_run_report(runs, out)
 
     # The plots of an earlier report lie beside the seeds' directories.
     roots = [root for run in runs for root in sorted(filter(Path.is_dir, run.glob("seed-*")), key=_seed_of)]

@@ -17,9 +17,7 @@ from phimr_nemo.evaluate.tables import Seeds
 from phimr_nemo.runs import CONFIG_FILE, METRICS_FILE, RUN_FILE, RunDirectory, read_metrics
 from phimr_nemo.store import MANIFEST
 
-UNNAMED: Final = "unnamed"
 SEED_DIRECTORY: Final = "seed-"
-EVALUATE_PREFIX: Final = "evaluate-"
 # Native checkpoints and TensorBoard files hold no runs.
 PASSED_OVER: Final = frozenset(("checkpoints", "tensorboard", "hf"))
 
@@ -67,12 +65,11 @@ class Ran:
     config: str
 
 
-def find_evaluations(roots: Sequence[Path], names: Mapping[str, str]) -> list[Evaluated]:
+def find_evaluations(roots: Sequence[Path]) -> list[Evaluated]:
     """Every finished evaluation under some directories, the recipe's stages in their order, then the others.
 
     Args:
         roots: directories, searched with everything below them.
-        names: of evaluation directories (without "evaluate-") -> row, for results that name no row themselves.
 
     Raises:
         UserError: there is none, or one is damaged.
@@ -85,16 +82,12 @@ def find_evaluations(roots: Sequence[Path], names: Mapping[str, str]) -> list[Ev
             remedy="give the directory that --out or run.output named, or one above it",
         )
     order = list(PAPER_STAGES)
-    found = [read_evaluation(path, names) for path in paths]
+    found = [read_evaluation(path) for path in paths]
     return sorted(found, key=lambda one: (one.benchmark, order.index(one.row) if one.row in order else len(order)))
 
 
-def read_evaluation(path: Path, names: Mapping[str, str]) -> Evaluated:
-    """One finished evaluation.
-
-    Args:
-        path: its directory.
-        names: see :func:`find_evaluations`.
+def read_evaluation(path: Path) -> Evaluated:
+    """One finished evaluation, from its directory.
 
     Raises:
         UserError: its result or its configuration cannot be read.
@@ -104,24 +97,15 @@ def read_evaluation(path: Path, names: Mapping[str, str]) -> Evaluated:
     settings = read_settings(path / RESULTS_FILE)
     try:
         config = yaml.safe_load((path / CONFIG_FILE).read_text("utf-8"))
-        seed, problems = int(config["run"]["seed"]), config["problems"]
+        seed = int(config["run"]["seed"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path / CONFIG_FILE} cannot be read: {error!r}",
             rule="the configuration of an evaluation lies beside its result",
             remedy="run the evaluation again with the same configuration",
         ) from error
-    short = path.name.removeprefix(EVALUATE_PREFIX)
-    row = settings.get("row") or names.get(short, short)
-    benchmark = settings.get("benchmark") or _benchmark_of(problems)
-    return Evaluated(str(row), str(benchmark), seed, path, read_result(path / RESULTS_FILE), settings)
-
-
-def _benchmark_of(problems: Mapping[str, Any]) -> str:
-    """The name for a result of an earlier version, which does not hold it."""
-    if problems.get("kind") == "synthetic":
-        return f"synthetic, {problems.get('split')}"
-    return Path(str(problems.get("path", UNNAMED))).name.partition(".")[0]
+    row, benchmark = str(settings["row"]), str(settings["benchmark"])
+    return Evaluated(row, benchmark, seed, path, read_result(path / RESULTS_FILE), settings)
 
 
 def by_benchmark(evaluations: Sequence[Evaluated]) -> dict[str, dict[str, Seeds]]:

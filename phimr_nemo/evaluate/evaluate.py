@@ -86,9 +86,8 @@ class Result:
         mean_tokens: mean response length in tokens; NaN where nobody counted them.
         by_difficulty: score within each difficulty.
         per_question: problem id -> accuracy, for paired comparisons.
-        majority_at_k: k -> maj@k of k responses drawn from those there are, for the same k as `pass_at_k`; None in
-            results of earlier versions.
-        lengths: of the responses; None in results of earlier versions, or where nobody counted tokens.
+        majority_at_k: k -> maj@k of k responses drawn from those there are, for the same k as `pass_at_k`.
+        lengths: of the responses; None where nobody counted tokens.
     """
 
     questions: int
@@ -104,8 +103,8 @@ class Result:
     mean_tokens: float
     by_difficulty: Mapping[str, Score]
     per_question: Mapping[str, float]
-    majority_at_k: Mapping[int, float] | None = None
-    lengths: Lengths | None = None
+    majority_at_k: Mapping[int, float]
+    lengths: Lengths | None
 
 
 def evaluate_model(config: EvaluateConfig, problems: pa.Table, facts: Mapping[str, Any]) -> Result:
@@ -237,7 +236,7 @@ def write_result(path: Path, result: Result, settings: Mapping[str, Any], *, gra
 
 
 def read_result(path: Path) -> Result:
-    """Read what :func:`write_result` wrote, also an earlier version of it.
+    """Read what :func:`write_result` wrote.
 
     Raises:
         UserError: the file is missing or holds something else.
@@ -246,13 +245,16 @@ def read_result(path: Path) -> Result:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """How the result in a `results.json` was made: model, problems, sampling, and the grader's version.
+    """How the result in a `results.json` was made: row, benchmark, model, problems, sampling, the grader's version.
 
     Raises:
         UserError: the file is missing or holds something else.
     """
     values = _read(path)
-    return {**dict(values.get("settings") or {}), "grader": str(values.get("grader"))}
+    settings = values.get("settings")
+    if not isinstance(settings, dict) or not {"row", "benchmark"} <= settings.keys():
+        raise _damaged(path, "its settings name no row and benchmark")
+    return {**settings, "grader": str(values.get("grader"))}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -267,7 +269,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _result_of(values: Mapping[str, Any], path: Path) -> Result:
     try:
-        majority, lengths = values.get("majority_at_k"), values.get("lengths")
+        lengths = values["lengths"]
         return Result(
             questions=int(values["questions"]),
             samples=int(values["samples"]),
@@ -282,7 +284,7 @@ def _result_of(values: Mapping[str, Any], path: Path) -> Result:
                 for name, score in values["by_difficulty"].items()
             },
             per_question={str(question): float(value) for question, value in values["per_question"].items()},
-            majority_at_k=None if majority is None else {int(k): float(value) for k, value in majority.items()},
+            majority_at_k={int(k): float(value) for k, value in values["majority_at_k"].items()},
             lengths=None
             if lengths is None
             else Lengths(

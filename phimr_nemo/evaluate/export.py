@@ -103,7 +103,7 @@ def _measured(evaluations: Mapping[str, Path]) -> str:
                 rule=f"the model card reports finished evaluations, which hold {RESULTS_FILE}",
                 remedy="finish the evaluation, or leave it out of `evaluations`",
             )
-        found = read_evaluation(directory, {})
+        found = read_evaluation(directory)
         benchmarks.setdefault(found.benchmark, {})[name] = {found.seed: found.result}
     tables = [score_table(benchmark, models) for benchmark, models in benchmarks.items()]
     ours = as_in_the_paper(benchmarks)

@@ -68,13 +68,12 @@ class Section:
     pictures: Sequence[Picture] = ()
 
 
-def write_run_report(roots: Sequence[Path], out: Path, names: Mapping[str, str]) -> Path:
+def write_run_report(roots: Sequence[Path], out: Path) -> Path:
     """Write `report.html`, `report.md` and the pictures in the page.
 
     Args:
         roots: outputs of `phimr quickstart` or `phimr evaluate`, or directories above them.
         out: where the files go.
-        names: of evaluation directories -> row, for results of earlier versions that name no row themselves.
 
     Returns:
         The page.
@@ -82,7 +81,7 @@ def write_run_report(roots: Sequence[Path], out: Path, names: Mapping[str, str])
     Raises:
         UserError: there is no finished evaluation, one is damaged, or a model was evaluated twice with one seed.
     """
-    evaluations = find_evaluations(roots, names)
+    evaluations = find_evaluations(roots)
     benchmarks = by_benchmark(evaluations)
     runs = find_runs(roots)
     pictures = out / PICTURES

@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 
 import pytest
+from results import plain_result
 
 from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import SecondDomainConfig, TeachersConfig
-from phimr_nemo.evaluate.evaluate import Result, write_result
+from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.pipeline import Step
 from phimr_nemo.records import Kind
 from phimr_nemo.runs import RunDirectory
@@ -94,21 +95,7 @@ def test_the_domain_is_named_where_answers_are_graded_and_nowhere_else(tmp_path:
 
 def scored(directory: Path, scores: dict[str, float], unparsable: float = 0.0) -> None:
     mean = sum(scores.values()) / len(scores)
-    result = Result(
-        questions=len(scores),
-        samples=2,
-        pass1=mean,
-        stderr=0.1,
-        pass_at_k={1: mean},
-        majority=mean,
-        truncated=0.0,
-        stopped=1.0,
-        unparsable=unparsable,
-        ungraded=0.0,
-        mean_tokens=1.0,
-        by_difficulty={},
-        per_question=scores,
-    )
+    result = plain_result(mean, questions=len(scores), unparsable=unparsable, per_question=scores)
     directory.mkdir(parents=True, exist_ok=True)
     write_result(directory / "results.json", result, {})
     RunDirectory(directory).finish()

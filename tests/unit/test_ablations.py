@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
+from results import plain_result
 
 from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import DPONegativesConfig
 from phimr_nemo.errors import UserError
+from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.runs import RunDirectory
 from recipes.ablations.dpo_negatives import NEEDED, PLOT_FILE, plan, report
 
@@ -44,19 +45,11 @@ def evaluated(root: Path) -> None:
     for (arm, seed), scores in SCORES.items():
         mean = sum(scores) / QUESTIONS
         error = math.sqrt(sum((score - mean) ** 2 for score in scores) / (QUESTIONS - 1) / QUESTIONS)
-        found = {
-            "questions": QUESTIONS,
-            "samples": 2,
-            "pass1": mean,
-            "stderr": error,
-            "pass_at_k": {"1": mean},
-            **dict.fromkeys(("majority", "truncated", "stopped", "unparsable", "ungraded", "mean_tokens"), 0.0),
-            "by_difficulty": {},
-            "per_question": {f"q{number}": score for number, score in enumerate(scores)},
-        }
+        per_question = {f"q{number}": score for number, score in enumerate(scores)}
+        result = plain_result(mean, questions=QUESTIONS, stderr=error, per_question=per_question)
         path = root / "out" / f"seed-{seed}" / f"evaluate-{arm}" / "results.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(found), "utf-8")
+        write_result(path, result, {"row": arm, "benchmark": "synthetic"})
 
 
 def test_both_arms_differ_in_the_mode_alone(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from results import plain_result
 
 from phimr_nemo.config import BaseConfig, load_config
 from phimr_nemo.config.ablations import DirectSFTConfig, MidtrainPackingConfig, MidtrainScalingConfig, StoppingConfig
 from phimr_nemo.errors import UserError
+from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.hf import HFDirectory, write_hf_directory
 from phimr_nemo.records import schemas
@@ -94,20 +96,10 @@ def test_no_document_has_no_mean(base: Path, tmp_path: Path) -> None:
 
 def evaluated(directory: Path, scores: list[float], stopped: float = 1.0) -> None:
     mean = sum(scores) / QUESTIONS
-    found = {
-        "questions": QUESTIONS,
-        "samples": 2,
-        "pass1": mean,
-        "stderr": 0.0,
-        "pass_at_k": {"1": mean},
-        **dict.fromkeys(("majority", "truncated", "unparsable", "ungraded"), 0.0),
-        "stopped": stopped,
-        "mean_tokens": 10.0,
-        "by_difficulty": {},
-        "per_question": {f"q{number}": score for number, score in enumerate(scores)},
-    }
+    per_question = {f"q{number}": score for number, score in enumerate(scores)}
+    result = plain_result(mean, questions=QUESTIONS, stderr=0.0, stopped=stopped, per_question=per_question)
     RunDirectory(directory).finish()
-    (directory / "results.json").write_text(json.dumps(found), "utf-8")
+    write_result(directory / "results.json", result, {"row": directory.name, "benchmark": "synthetic"})
 
 
 def trained(directory: Path, model: Path, steps: int) -> None:

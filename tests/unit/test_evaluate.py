@@ -124,17 +124,6 @@ def test_unknown_lengths_are_left_out() -> None:
     assert math.isnan(summarise(none).mean_tokens)
 
 
-def test_a_result_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    write_result(tmp_path / "results.json", summarise(verdict_table()), {})
-    values = json.loads((tmp_path / "results.json").read_text())
-    for name in ("majority_at_k", "lengths"):
-        del values[name]
-    (tmp_path / "results.json").write_text(json.dumps(values))
-    back = read_result(tmp_path / "results.json")
-    assert (back.majority_at_k, back.lengths) == (None, None)
-    assert back.pass_at_k == summarise(verdict_table()).pass_at_k
-
-
 def _comparable(result: Result) -> str:
     """NaN is unequal to itself; its text is not."""
     return json.dumps(dataclasses.asdict(result), sort_keys=True)

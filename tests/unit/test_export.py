@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from results import plain_result
 from safetensors.torch import load_file, save_file
 
 from phimr_nemo.config import BaseConfig, ExportConfig, SFTConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import RESULTS_FILE, Result, Score, write_result
+from phimr_nemo.evaluate.evaluate import RESULTS_FILE, Score, write_result
 from phimr_nemo.evaluate.export import run_export
 from phimr_nemo.launch import run_stage
 from phimr_nemo.model.architecture import Architecture
@@ -51,22 +52,9 @@ def evaluated(path: Path, *, correct: int, questions: int, stderr: float, benchm
     """An evaluation directory with its results."""
     path.mkdir()
     share = correct / questions
-    result = Result(
-        questions=questions,
-        samples=3,
-        pass1=share,
-        stderr=stderr,
-        pass_at_k={1: share, 3: share},
-        majority=share,
-        truncated=0.0,
-        stopped=1.0,
-        unparsable=0.0,
-        ungraded=0.0,
-        mean_tokens=5.0,
-        by_difficulty={"middle": Score(questions, share, stderr)},
-        per_question={},
-    )
-    write_result(path / RESULTS_FILE, result, {"benchmark": benchmark})
+    score = {"middle": Score(questions, share, stderr)}
+    result = plain_result(share, questions=questions, samples=3, stderr=stderr, mean_tokens=5.0, by_difficulty=score)
+    write_result(path / RESULTS_FILE, result, {"row": path.name, "benchmark": benchmark})
     (path / "config.yaml").write_text("run:\n  seed: 4\nproblems: {}\n")
     return path
 

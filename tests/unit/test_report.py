@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from results import plain_result
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import Result
@@ -35,21 +36,7 @@ from phimr_nemo.evaluate.report import (
 
 
 def result(pass1: float = 0.5, stderr: float = 0.02, questions: int = 30, samples: int = 64) -> Result:
-    return Result(
-        questions=questions,
-        samples=samples,
-        pass1=pass1,
-        stderr=stderr,
-        pass_at_k={1: pass1},
-        majority=pass1,
-        truncated=0.0,
-        stopped=1.0,
-        unparsable=0.0,
-        ungraded=0.0,
-        mean_tokens=10.0,
-        by_difficulty={},
-        per_question={},
-    )
+    return plain_result(pass1, stderr=stderr, questions=questions, samples=samples)
 
 
 ENTRIES = [

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from results import plain_result
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.collect import by_benchmark, data_roots, find_evaluations, find_runs
-from phimr_nemo.evaluate.evaluate import Lengths, Result, write_result
+from phimr_nemo.evaluate.evaluate import Lengths, write_result
 from phimr_nemo.evaluate.run_report import write_run_report
 from phimr_nemo.pipeline import write_report
 from phimr_nemo.store import finish, rows_to_table, write_shard
@@ -27,19 +28,10 @@ def evaluation(path: Path, correct: int, *, seed: int = 0, **settings: Any) -> P
     share = correct / QUESTIONS
     bins = [0] * 36
     bins[8] = 2 * QUESTIONS
-    result = Result(
+    result = plain_result(
+        share,
         questions=QUESTIONS,
-        samples=2,
-        pass1=share,
-        stderr=0.1,
-        pass_at_k={1: share, 2: share},
-        majority=share,
-        truncated=0.0,
-        stopped=1.0,
-        unparsable=0.0,
-        ungraded=0.0,
         mean_tokens=16.0,
-        by_difficulty={},
         per_question=per_question,
         majority_at_k={1: share, 2: share},
         lengths=Lengths(2 * QUESTIONS, {0.5: 16, 0.9: 16, 0.99: 16, 1.0: 16}, 16, 16, tuple(bins)),
@@ -80,7 +72,7 @@ def text_of(page: str) -> str:
 
 
 def test_the_page_holds_what_the_runs_left(runs: Path, tmp_path: Path) -> None:
-    page = write_run_report([runs], tmp_path / "out", {}).read_text("utf-8")
+    page = write_run_report([runs], tmp_path / "out").read_text("utf-8")
     text = text_of(page)
     assert "SFT 50.0 10.0 - 50.0 50.0 0.0 0.0 16 10 2 0" in text
     # Three of ten questions more.
@@ -98,7 +90,7 @@ def test_the_page_holds_what_the_runs_left(runs: Path, tmp_path: Path) -> None:
 
 
 def test_the_page_is_self_contained_and_names_stay_text(runs: Path, tmp_path: Path) -> None:
-    page = write_run_report([runs], tmp_path / "out", {}).read_text("utf-8")
+    page = write_run_report([runs], tmp_path / "out").read_text("utf-8")
     assert "<script" not in page
     assert html.escape(HOSTILE, quote=False).split("'")[0] in page
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -111,26 +103,20 @@ def test_the_page_is_self_contained_and_names_stay_text(runs: Path, tmp_path: Pa
 
 
 def test_a_second_report_is_the_same(runs: Path, tmp_path: Path) -> None:
-    first = write_run_report([runs], tmp_path / "out", {}).read_bytes()
-    assert write_run_report([runs], tmp_path / "out", {}).read_bytes() == first
-
-
-def test_results_of_earlier_versions_are_named_by_their_directory(tmp_path: Path) -> None:
-    evaluation(tmp_path / "r" / "evaluate-midtrain", 4)
-    found = find_evaluations([tmp_path / "r"], {"midtrain": "mid-training"})
-    assert [(one.row, one.benchmark, one.seed) for one in found] == [("mid-training", "own", 0)]
+    first = write_run_report([runs], tmp_path / "out").read_bytes()
+    assert write_run_report([runs], tmp_path / "out").read_bytes() == first
 
 
 def test_rows_stand_in_the_recipes_order(runs: Path) -> None:
     evaluation(runs / "0", 1, row="base", benchmark="AIME24")
     evaluation(runs / "9", 1, row="A model of mine", benchmark="AIME24")
-    assert list(by_benchmark(find_evaluations([runs], {}))["AIME24"]) == ["base", "SFT", "DPO", "A model of mine"]
+    assert list(by_benchmark(find_evaluations([runs]))["AIME24"]) == ["base", "SFT", "DPO", "A model of mine"]
 
 
 def test_a_model_twice_with_one_seed_is_refused(runs: Path, tmp_path: Path) -> None:
     evaluation(runs / "d", 6, row="SFT", benchmark="AIME24")
     with pytest.raises(UserError, match="'SFT' on AIME24 with seed 0"):
-        write_run_report([runs], tmp_path / "out", {})
+        write_run_report([runs], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -138,7 +124,7 @@ def test_a_model_twice_with_one_seed_is_refused(runs: Path, tmp_path: Path) -> N
 def test_a_damaged_result_is_named(runs: Path, tmp_path: Path, damage: str) -> None:
     (runs / "b" / "results.json").write_text(damage)
     with pytest.raises(UserError) as caught:
-        write_run_report([runs], tmp_path / "out", {})
+        write_run_report([runs], tmp_path / "out")
     assert str(runs / "b" / "results.json") in caught.value.problem
 
 
@@ -164,13 +150,13 @@ def test_data_steps_are_those_that_made_data(tmp_path: Path) -> None:
         write_shard(path, 0, table, kind="problems")
         finish(path, kind="problems", config={}, inputs=[], counts={})
 
-    evaluation(tmp_path / "seed-0" / "evaluate-sft", 3)
+    evaluation(tmp_path / "seed-0" / "evaluate-sft", 3, row="SFT", benchmark="mine")
     records(tmp_path / "seed-0" / "evaluate-sft" / "rollouts")
     assert data_roots([tmp_path]) == []
     records(tmp_path / "seed-0" / "problems")
     records(tmp_path / "seed-1" / "problems")
     assert [path.name for path in data_roots([tmp_path])] == ["seed-0", "seed-1"]
-    page = write_run_report([tmp_path], tmp_path / "out", {}).read_text("utf-8")
+    page = write_run_report([tmp_path], tmp_path / "out").read_text("utf-8")
     assert page.count("Records after each data step") == 2 * 2
 
 
@@ -183,4 +169,4 @@ def test_runs_are_found_once_in_order_and_behind_links(runs: Path, tmp_path: Pat
     linked.mkdir()
     (linked / "all").symlink_to(runs)
     assert [run.name for run in find_runs([linked])] == [f"all/{name}" for name in names]
-    assert len(find_evaluations([linked], {})) == 3
+    assert len(find_evaluations([linked])) == 3

@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+from results import plain_result
 
 from phimr_nemo.evaluate.evaluate import Lengths, Result
 from phimr_nemo.evaluate.tables import (
@@ -24,22 +25,19 @@ QUESTIONS = [f"q{number}" for number in range(40)]
 
 def result(accuracies: dict[str, float], **changes: object) -> Result:
     mean = sum(accuracies.values()) / len(accuracies)
-    plain = Result(
+    plain = plain_result(
+        mean,
         questions=len(accuracies),
         samples=4,
-        pass1=mean,
         stderr=0.03,
-        pass_at_k={1: mean, 2: mean, 4: min(1.0, mean + 0.1)},
-        majority=mean + 0.05,
         truncated=0.25,
         stopped=0.75,
         unparsable=0.125,
-        ungraded=0.0,
         mean_tokens=1234.4,
-        by_difficulty={},
         per_question=accuracies,
     )
-    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+    usual = {"pass_at_k": {1: mean, 2: mean, 4: min(1.0, mean + 0.1)}, "majority": mean + 0.05}
+    return dataclasses.replace(plain, **{**usual, **changes})
 
 
 def accuracies(seed: int, shift: float = 0.0) -> dict[str, float]:
