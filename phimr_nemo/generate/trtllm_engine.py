@@ -84,7 +84,8 @@ async def running(program: str, served: Served, model: Path) -> AsyncIterator[Tr
     async with httpx.AsyncClient(
         base_url=f"http://{LOOPBACK}:{port}",
         timeout=httpx.Timeout(None, connect=HEALTH_SECONDS),
-        limits=httpx.Limits(max_connections=None),
+        # None is kept open: it could be closed from the other side at the moment of the next request.
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         trust_env=False,
     ) as client:
         engine = TrtllmEngine(process, client, model.name)

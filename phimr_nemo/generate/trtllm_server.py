@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import os
 import secrets
 import shutil
 import sys
@@ -16,7 +18,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, BinaryIO, Final, Literal
 
 import httpx
 import torch
@@ -52,6 +54,7 @@ from phimr_nemo.model.table import tensor_shapes
 RESTARTS: Final = 3
 """How often trtllm-serve is started again on the same weights when it dies."""
 PREFIX: Final = "phimr-refit-"
+LOCK: Final = "lock"
 GRACE_SECONDS: Final = 1
 """What responses under way get when the server is told to end."""
 UNAUTHORIZED: Final = 401
@@ -313,6 +316,23 @@ class KeyGuard:
         await self._app(scope, receive, send)
 
 
+def new_root(place: Path) -> tuple[Path, BinaryIO]:
+    """A directory of this server's own, and the open file in it whose lock says that its server lives.
+
+    What killed servers of this account left in `place` is removed: in shared memory it is memory.
+    """
+    for lock in place.glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError):
+            if lock.parent.lstat().st_uid == os.getuid():
+                with lock.open("rb") as held:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(lock.parent)
+    root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    lock_file = (root / LOCK).open("wb")
+    fcntl.flock(lock_file, fcntl.LOCK_EX)
+    return root, lock_file
+
+
 def application(receiver: RefitReceiver, served: Served, root: Path, key: str | None) -> FastAPI:
     """The server that the trainer talks to; when it ends, so does trtllm-serve, and `root` is removed."""
 
@@ -355,12 +375,13 @@ def run_server(served: Served, program: str) -> None:
     weights = HFDirectory(served.model).weights_hash()
     tokenizer = tokenizer_hash(served.model)
     identity = Identity(weights, tokenizer, UNSYNCED, served.max_length, served.longrope, RAW_LOGPROBS)
-    root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=served.refit_directory or shared_memory()))
-    uvicorn.run(
-        application(RefitReceiver(program, served, identity, root), served, root, key),
-        host=served.host,
-        port=served.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
+    root, lock = new_root(served.refit_directory or shared_memory() or Path(tempfile.gettempdir()))
+    with lock:
+        uvicorn.run(
+            application(RefitReceiver(program, served, identity, root), served, root, key),
+            host=served.host,
+            port=served.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )

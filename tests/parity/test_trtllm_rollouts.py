@@ -17,7 +17,12 @@ from typing import Any
 import httpx
 import pytest
 import trtllm_standin
+from align_worker import run_case
+from distributed import run_distributed
 from safetensors.torch import save
+from test_align_parity import CURVE_TOLERANCE, STEPS, make_case, make_inputs
+from test_rollout_rounds import ON_POLICY, SEQUENCE
+from test_rollout_rounds import difference as rounds_difference
 from test_rollout_servers import (
     MAX_LENGTH,
     NEW_TOKENS,
@@ -36,11 +41,14 @@ from test_rollout_servers import (
 )
 from torch import Tensor
 
+from phimr_nemo.align.samplers import check_sampler
+from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate import servers
 from phimr_nemo.generate.replies import Wanted, check_identity
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.trtllm_engine import free_port
+from phimr_nemo.generate.trtllm_server import new_root
 from phimr_nemo.generate.weights import (
     BEGIN,
     BUCKET,
@@ -54,14 +62,15 @@ from phimr_nemo.generate.weights import (
     Identity,
     tokenizer_hash,
 )
-from phimr_nemo.generate.weightsync import version_label
+from phimr_nemo.generate.weightsync import label_number, version_label
 from phimr_nemo.model.hf import HFDirectory
 
 PARAMS = SamplingParams(1.0, 1.0, NEW_TOKENS)
 # Many: half of the responses end with one.
 STOP = tuple(range(0, 512, 16))
 KEY = "secret"
-START_SECONDS, STOP_SECONDS = 60.0, 30.0
+CONF = Path("conf/grpo")
+START_SECONDS, STOP_SECONDS = 240.0, 60.0
 CONFLICT, UNPROCESSABLE, UNAUTHORIZED, UNAVAILABLE = 409, 422, 401, 503
 
 
@@ -158,20 +167,21 @@ def prepare(root: Path) -> dict[str, str]:
     }
 
 
-def serve_command(model: Path, root: Path, port: int) -> list[str]:
+def serve_command(model: Path, root: Path, port: int, max_length: int) -> list[str]:
     return [
         *(sys.executable, "-m", "phimr_nemo.cli", "serve", str(model), "--engine", "trtllm", "--dtype", "fp32"),
-        *("--max-length", str(MAX_LENGTH), "--max-batch", "8", "--port", str(port)),
+        *("--max-length", str(max_length), "--max-batch", "8", "--port", str(port)),
         *("--api-key-env", "PHIMR_TEST_KEY", "--weights-directory", str(root / "buckets")),
         *("--refit-directory", str(root / "refits")),
     ]
 
 
 @contextlib.contextmanager
-def serving(model: Path, root: Path) -> Iterator[Front]:
+def serving(model: Path, root: Path, max_length: int = MAX_LENGTH) -> Iterator[Front]:
     variables, port = prepare(root), free_port()
     with (root / "log").open("wb") as log:
-        process = subprocess.Popen(serve_command(model, root, port), env=variables, stdout=log, stderr=log)
+        command = serve_command(model, root, port, max_length)
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
     front = Front(f"http://127.0.0.1:{port}", process, root)
 
     def answers() -> bool:
@@ -239,7 +249,7 @@ def test_after_each_of_ten_syncs_trtllm_has_the_trainers_weights(
         # And one set of weights is told from another.
         assert difference(found, ours(model, changed(base, version + 1), asked)) > 100 * ROUNDING
         seen.append(front.engine())
-        (directory,) = (path for root in front.refits() for path in root.iterdir())
+        (directory,) = (path for root in front.refits() for path in root.iterdir() if path.is_dir())
         assert HFDirectory(directory).names() == HFDirectory(model).names()
     assert {completion.finish_reason for completion in found} == {"stop", "length"}
     assert len(set(seen)) == SYNCS
@@ -397,7 +407,36 @@ def test_its_identity_is_for_runs_of_its_kind_alone(model: Path, wanted: Wanted)
         check_identity("u", replace(identity, logprobs=LOGPROBS), wanted)
 
 
-# --- the end of a server: the last tests of this file end their own ----------------------------------------
+def test_training_over_trtllm_is_that_of_the_built_in_sampler(tmp_path: Path) -> None:
+    make_inputs(tmp_path)
+    settings = (*ON_POLICY, "temperature.start=1.0", "temperature.end=1.0")
+    run_distributed(run_case, 1, make_case(tmp_path, "local", "grpo", *settings))
+    (tmp_path / "front").mkdir()
+    with serving(tmp_path / "base" / "hf", tmp_path / "front", SEQUENCE) as front:
+        over = (
+            *("sampler.kind=trtllm_server", f"sampler.base_urls=[{front.url}]", "sampler.bucket_mb=1"),
+            *("sampler.api_key_env=PHIMR_TEST_KEY", "sampler.in_flight=4", "sampler.attempts=4"),
+            *(f"sampler.request_seconds={START_SECONDS}", f"sampler.recovery_seconds={START_SECONDS}"),
+            *("sampler.probe_seconds=0.2", f"sampler.directory={front.root / 'buckets'}"),
+        )
+        run_distributed(run_case, 1, make_case(tmp_path, "trtllm", "grpo", *settings, *over))
+        assert label_number(front.version().rpartition("-")[0], front.version()) == STEPS - 1
+    assert rounds_difference(tmp_path / "trtllm", tmp_path / "local") < CURVE_TOLERANCE
+
+
+def test_training_at_another_temperature_is_refused_before_anything_is_sampled() -> None:
+    for start, end in ((1.0, 0.6), (0.9, 1.0)):
+        given = [f"temperature.start={start}", f"temperature.end={end}"]
+        with pytest.raises(UserError, match=rf"temperature\.start={start} temperature\.end={end}"):
+            check_sampler(load_config(GRPOConfig, CONF / "trtllm.yaml", given))
+    check_sampler(load_config(GRPOConfig, CONF / "trtllm.yaml"))
+    # vLLM's servers give the log-probabilities of any temperature.
+    paper = load_config(GRPOConfig, CONF / "paper.yaml")
+    assert paper.temperature.end != 1.0
+    check_sampler(paper)
+
+
+# --- the end of a server ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -425,6 +464,13 @@ def test_when_the_server_ends_so_does_trtllm(
         if number == signal.SIGTERM:
             assert front.living() == []
             assert front.refits() == []
+        else:
+            # The next server of this account clears it away, and not what one that lives has.
+            (left,) = front.refits()
+            (root, lock), (other, other_lock) = (new_root(tmp_path / "refits") for _ in range(2))
+            with lock, other_lock:
+                assert sorted(front.refits()) == sorted([root, other])
+                assert left not in (root, other)
 
 
 def finish_quietly(front: Front) -> None:

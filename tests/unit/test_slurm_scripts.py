@@ -342,6 +342,18 @@ def test_grpo_with_servers_on_the_last_nodes() -> None:
     assert ports == ["8000", "8001"]
 
 
+def test_grpo_keeps_the_kind_of_servers_that_it_is_given() -> None:
+    extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "1", "PHIMR_SERVER_PYTHON": "/trt/python"}
+    settings = environment(PHIMR_PRESET="trtllm", **extra)
+    server, trainer = map(words, bash("slurm/grpo.sh", "base=models/b", env=settings).stdout.splitlines())
+    assert follows(server, ["/trt/python", "-m", "phimr_nemo.server_node"])
+    for command in (server, trainer):
+        start = command.index("--config") + 1
+        config = load_config(STAGES["grpo"], REPOSITORY / command[start], command[start + 1 :])
+        arguments = serve_arguments(config, 0)
+        assert arguments[arguments.index("--engine") + 1] == "trtllm"
+
+
 def test_grpo_as_a_heterogeneous_job(cluster: Path) -> None:
     (cluster / "scontrol").write_text('#!/bin/sh\nprintf "%s\\n" "$3"\n', "utf-8")
     # The servers' step is still there when the trainer's has ended.
