@@ -478,6 +478,17 @@ def finish_quietly(front: Front) -> None:
         front.ask("POST", FINISH, json={"version": "v"})
 
 
+def test_the_server_needs_nothing_of_the_trainers() -> None:
+    """It runs in TensorRT-LLM's environment."""
+    absent = ("transformers", "pyarrow", "nemo", "megatron", "nemo_aligner", "lightning", "vllm", "datasets")
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r})); "
+        "import phimr_nemo.cli, phimr_nemo.server_node, phimr_nemo.generate.trtllm_server"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def run_serve(arguments: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "phimr_nemo.cli", "serve", "x", "--max-length", "64", *arguments]
     return subprocess.run(
