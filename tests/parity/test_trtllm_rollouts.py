@@ -48,7 +48,7 @@ from phimr_nemo.generate import servers
 from phimr_nemo.generate.replies import Wanted, check_identity
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.trtllm_engine import free_port
-from phimr_nemo.generate.trtllm_server import new_root
+from phimr_nemo.generate.trtllm_server import RESTARTS, new_root
 from phimr_nemo.generate.weights import (
     BEGIN,
     BUCKET,
@@ -319,7 +319,7 @@ def test_a_sync_in_a_round_aborts_what_is_under_way(front: Front, base: dict[str
     assert front.version() == INCOMPLETE
 
 
-def test_an_engine_that_does_not_start_is_an_error_that_the_next_sync_mends(
+def test_an_engine_that_does_not_start_is_an_error_and_the_next_sync_mends_it(
     front: Front, model: Path, base: dict[str, Tensor], wanted: Wanted
 ) -> None:
     client, fault = sampler(front, wanted), front.root / "fault"
@@ -332,6 +332,15 @@ def test_an_engine_that_does_not_start_is_an_error_that_the_next_sync_mends(
     client.update_weights(base.items(), 4)
     found = client.sample(requests(4), PARAMS)
     assert difference(found, ours(model, base, requests(4))) < ROUNDING
+    # One that dies and does not come back is given up, which is said: the next sync would begin anew.
+    fault.write_text("exit", "utf-8")
+    before = len(list((front.root / "pids").iterdir()))
+    os.kill(front.engine(), signal.SIGKILL)
+    wait_until(lambda: front.ask("GET", IDENTITY).status_code == httpx.codes.OK)
+    fault.unlink()
+    assert front.version() == INCOMPLETE
+    # Each start leaves two.
+    assert len(list((front.root / "pids").iterdir())) - before == 2 * RESTARTS
 
 
 def body(**changes: Any) -> dict[str, Any]:
