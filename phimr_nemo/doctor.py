@@ -95,7 +95,13 @@ PACKAGES: Final[tuple[Package, ...]] = (
         False,
         "the built-in sampler (PyTorch with a KV cache) generates",
     ),
-    Package("TensorRT-LLM", ("tensorrt-llm", "tensorrt_llm"), None, False, "not needed: another sampler generates"),
+    Package(
+        "TensorRT-LLM",
+        ("tensorrt-llm", "tensorrt_llm"),
+        None,
+        False,
+        "not needed: another sampler generates; only `phimr serve --engine trtllm` runs where it is",
+    ),
 )
 
 

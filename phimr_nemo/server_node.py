@@ -2,7 +2,7 @@
 
 It reads from the run's configuration what `phimr serve` must be told, listens on the port after the ones of the other
 servers on its node, and starts the server again when it dies: the trainer gives a new one the current weights.
-Runs in vLLM's environment.
+Runs in the environment of vLLM or TensorRT-LLM, whichever the run's `sampler.kind` names.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Annotated, Final
 
 import typer
 
-from phimr_nemo.config import GRPOConfig, load_config
+from phimr_nemo.config import GRPOConfig, RolloutServers, load_config
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 
 FIRST_PORT: Final = 8000
 """As in slurm/common.sh."""
 RESTART_SECONDS: Final = 5.0
+ENGINES: Final = {"vllm_server": "vllm", "trtllm_server": "trtllm"}
+"""sampler.kind -> the engine of `phimr serve`."""
 
 
 def serve_arguments(config: GRPOConfig, number: int) -> list[str]:
@@ -37,10 +39,10 @@ def serve_arguments(config: GRPOConfig, number: int) -> list[str]:
         UserError: the run samples in the trainer's processes, or its servers have no key.
     """
     sampler = config.sampler
-    if sampler.kind != "vllm_server":
+    if not isinstance(sampler, RolloutServers):
         raise UserError(
             f"sampler.kind={sampler.kind} needs no servers",
-            rule="servers serve runs with sampler.kind=vllm_server",
+            rule=f"servers serve runs with sampler.kind={' or '.join(ENGINES)}",
             remedy="set it, or PHIMR_SERVER_NODES=0",
         )
     if sampler.api_key_env is None:
@@ -51,7 +53,8 @@ def serve_arguments(config: GRPOConfig, number: int) -> list[str]:
         )
     directory = [] if sampler.directory is None else ["--weights-directory", str(sampler.directory)]
     return [
-        *(str(config.base), "--max-length", str(config.sequence_length), "--dtype", config.model.dtype),
+        *(str(config.base), "--engine", ENGINES[sampler.kind], "--max-length", str(config.sequence_length)),
+        *("--dtype", config.model.dtype),
         *("--host", "0.0.0.0", "--port", str(FIRST_PORT + number), "--api-key-env", sampler.api_key_env),
         *("--longrope", config.model.longrope, *directory),
     ]

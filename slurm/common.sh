@@ -242,7 +242,8 @@ run_with_servers() {
     for ((number = 0; number < ${count:-1}; number++)); do urls+=("http://$server:$((FIRST_SERVER_PORT + number))"); done
   done
   url_list=$(joined "${urls[@]}")
-  ARGUMENTS+=(sampler.kind=vllm_server "sampler.base_urls=[$url_list]" sampler.api_key_env=PHIMR_KEY)
+  # The configuration says which kind of servers.
+  ARGUMENTS+=("sampler.base_urls=[$url_list]" sampler.api_key_env=PHIMR_KEY)
   start_servers "${#servers[@]}" "${count:-1}" "${server_options[@]}"
   torchrun_on "$stage" "${#hosts[@]}" "${PHIMR_RDZV_HOST:-${hosts[0]}}" "${trainer_options[@]}"
 }
@@ -260,7 +261,7 @@ all_hosts() {
   fi
 }
 
-# The software that has vLLM instead of the trainer's, for what prepare_launch starts next.
+# The software that has vLLM (or TensorRT-LLM) instead of the trainer's, for what prepare_launch starts next.
 use_server_software() {
   local python=$PHIMR_HOME/.venv-vllm/bin/python
   [[ ${PHIMR_CONTAINER_RUNTIME:-none} == none ]] || python=python3

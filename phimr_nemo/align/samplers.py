@@ -16,7 +16,7 @@ from phimr_nemo.generate.replies import Wanted
 from phimr_nemo.generate.sampler import Sampler
 from phimr_nemo.generate.servers import ServerSampler
 from phimr_nemo.generate.vllm import VLLMSampler, check_longrope
-from phimr_nemo.generate.weights import tokenizer_hash
+from phimr_nemo.generate.weights import LOGPROBS, RAW_LOGPROBS, tokenizer_hash
 from phimr_nemo.train import platform
 
 ROLLOUT_BATCH: Final = 256
@@ -26,11 +26,19 @@ GIB: Final = 2**30
 
 
 def check_sampler(config: GRPOConfig) -> None:
-    """Refuse settings that would train on responses of other weights as if they were the policy's own.
+    """Refuse settings that would train on responses of another policy as if they were the policy's own.
 
     Raises:
-        UserError: `ahead` or `stale=keep` without a correction.
+        UserError: `ahead` or `stale=keep` without a correction, or TensorRT-LLM at another temperature than 1.
     """
+    start, end = config.temperature.start, config.temperature.end
+    if config.sampler.kind == "trtllm_server" and (start, end) != (1.0, 1.0):
+        raise UserError(
+            f"sampler.kind=trtllm_server with temperature.start={start} temperature.end={end}",
+            rule="TensorRT-LLM's server returns log-probabilities before the temperature; the trainer needs those of "
+            "the distribution that is sampled from, and at temperature 1 they are the same",
+            remedy="use temperature.start=1.0 temperature.end=1.0, or vLLM servers (sampler.kind=vllm_server)",
+        )
     used = (["ahead=1"] if config.ahead else []) + (["stale=keep"] if config.stale == "keep" else [])
     if used and config.correction.kind == "none":
         raise UserError(
@@ -89,6 +97,7 @@ def wanted(config: GRPOConfig, policy: MegatronPolicy, base_weights: str) -> Wan
         original=architecture.original_max_position_embeddings if architecture.long_factor is not None else None,
         longrope=config.model.longrope,
         vocab_size=architecture.vocab_size,
+        logprobs=RAW_LOGPROBS if config.sampler.kind == "trtllm_server" else LOGPROBS,
     )
 
 

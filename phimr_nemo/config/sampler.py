@@ -28,9 +28,10 @@ class LocalRollouts:
 
 @config
 class RolloutServers:
-    """vLLM servers that `phimr serve` started; every process of the trainer asks all of them.
+    """vLLM or TensorRT-LLM servers that `phimr serve` started; every process of the trainer asks all of them.
 
     Attributes:
+        kind: "trtllm_server" for those of `phimr serve --engine trtllm`, which sample at temperature 1 only.
         base_urls: their addresses without a path, as `http://node1:8000`.
         api_key_env: the environment variable that holds their key; None for servers on loopback without one.
         in_flight: requests under way at once on one server, from one process.
@@ -44,7 +45,7 @@ class RolloutServers:
             through which new weights go; None = over HTTP.
     """
 
-    kind: Literal["vllm_server"]
+    kind: Literal["vllm_server", "trtllm_server"]
     base_urls: BaseUrls
     api_key_env: str | None = None
     in_flight: Positive

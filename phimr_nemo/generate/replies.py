@@ -10,7 +10,7 @@ from typing import Any, Final
 from phimr_nemo.endpoint.wire import Transient
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion
-from phimr_nemo.generate.weights import LOGPROBS, Identity
+from phimr_nemo.generate.weights import Identity
 from phimr_nemo.generate.weightsync import label_number
 
 ROUNDING: Final = 1e-3
@@ -28,6 +28,7 @@ class Wanted:
         original: LongRoPE's original length; None for a model without.
         longrope: the run's policy.
         vocab_size: of the model.
+        logprobs: which log-probabilities it returns.
     """
 
     weights: str
@@ -36,6 +37,7 @@ class Wanted:
     original: int | None
     longrope: str
     vocab_size: int
+    logprobs: str
 
 
 def read_completion(request_id: str, reply: Mapping[str, Any], *, run: str, vocab_size: int) -> Completion:
@@ -88,13 +90,14 @@ def check_identity(url: str, identity: Identity, wanted: Wanted) -> None:
             f"takes sequences of {identity.max_length} tokens and the run of {wanted.longest}: on different sides of "
             f"LongRoPE's original length {wanted.original}, so they use different factors"
         )
-    elif identity.logprobs != LOGPROBS:
-        problem = f"returns {identity.logprobs}, not {LOGPROBS}"
+    elif identity.logprobs != wanted.logprobs:
+        problem = f"returns {identity.logprobs}, not {wanted.logprobs}: it is not of the run's sampler.kind"
     if problem is not None:
         raise UserError(
             f"the rollout server {url} {problem}",
             rule="rollouts come from the model that is trained",
-            remedy="start it with `phimr serve BASE --max-length SEQUENCE_LENGTH`, with the run's own values",
+            remedy="start it with `phimr serve BASE --max-length SEQUENCE_LENGTH`, with the run's own values "
+            "(and --engine trtllm for sampler.kind=trtllm_server)",
         )
 
 

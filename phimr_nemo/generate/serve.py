@@ -13,7 +13,7 @@ from phimr_nemo.errors import UserError
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 ServedLongRope = Literal["long_when_max_length_exceeds_original", "always_short"]
-"""The policies that vLLM can follow; it does not know a sequence's final length."""
+"""The policies that vLLM and TensorRT-LLM can follow; they do not know a sequence's final length."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Served:
         api_key_env: the environment variable with the key.
         tensor: GPUs that share the model.
         max_batch: sequences computed together.
-        memory_share: of each GPU's memory.
+        memory_share: of each GPU's memory; for TensorRT-LLM, of what the weights leave free.
         longrope: the training run's policy.
         weights_directory: where the trainer leaves buckets for this server; None = they come over HTTP.
         eager: no CUDA graphs and no compilation.
+        refit_directory: where TensorRT-LLM's checkpoints are kept; None = shared memory where there is such.
     """
 
     model: Path
@@ -46,11 +47,15 @@ class Served:
     longrope: ServedLongRope
     weights_directory: Path | None
     eager: bool
+    refit_directory: Path | None
 
 
 def serve(
     model: Annotated[Path, typer.Argument(help="The run's base: a Hugging Face directory.")],
     max_length: Annotated[int, typer.Option(help="Prompt and response together: the run's sequence_length.")],
+    engine: Annotated[
+        Literal["vllm", "trtllm"], typer.Option(help="Of the run's sampler.kind: vllm_server or trtllm_server.")
+    ] = "vllm",
     dtype: Annotated[
         Literal["fp32", "bf16"], typer.Option(help="What to compute in: the run's model.dtype.")
     ] = "bf16",
@@ -59,16 +64,28 @@ def serve(
     api_key_env: Annotated[str | None, typer.Option(help="The environment variable that holds the key.")] = None,
     tensor: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
     max_batch: Annotated[int, typer.Option(help="Sequences computed together.")] = 256,
-    memory_share: Annotated[float, typer.Option(help="Of each GPU's memory, for weights and KV cache.")] = 0.9,
+    memory_share: Annotated[
+        float,
+        typer.Option(help="Of each GPU's memory, for weights and KV cache; trtllm: of what the weights leave free."),
+    ] = 0.9,
     longrope: Annotated[
         ServedLongRope, typer.Option(help="The run's model.longrope.")
     ] = "long_when_max_length_exceeds_original",
     weights_directory: Annotated[
         Path | None, typer.Option(help="The run's sampler.directory; without it weights come over HTTP.")
     ] = None,
-    eager: Annotated[bool, typer.Option(help="No CUDA graphs and no compilation.")] = False,
+    eager: Annotated[bool, typer.Option(help="vllm: no CUDA graphs and no compilation.")] = False,
+    refit_directory: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            writable=True,
+            help="trtllm: where the weights it runs on are kept; default shared memory.",
+        ),
+    ] = None,
 ) -> None:
-    """A vLLM server of rollouts for `phimr grpo`, which sends it new weights. Runs in vLLM's environment."""
+    """A server of rollouts for `phimr grpo`, which sends it new weights. Runs in its engine's environment."""
     served = Served(
         model,
         max_length,
@@ -82,9 +99,19 @@ def serve(
         longrope,
         weights_directory,
         eager,
+        refit_directory,
     )
-    # What can be wrong without vLLM is said before it is loaded.
+    # What can be wrong without the engine is said before it is loaded.
     api_key(served)
+    if engine == "trtllm":
+        _serve_trtllm(served)
+    else:
+        _serve_vllm(served)
+
+
+def _serve_vllm(served: Served) -> None:
+    if served.refit_directory is not None:
+        raise _not_of("vllm", f"--refit-directory {served.refit_directory}")
     try:
         from phimr_nemo.generate.vllm_server import run_server
     except ImportError as error:
@@ -94,6 +121,32 @@ def serve(
             remedy="make setup-vllm, then .venv-vllm/bin/phimr serve ...",
         ) from error
     run_server(served)
+
+
+def _serve_trtllm(served: Served) -> None:
+    from phimr_nemo.generate.trtllm_engine import find_program
+
+    if served.eager:
+        raise _not_of("trtllm", "--eager")
+    # Before torch is loaded.
+    program = find_program()
+    try:
+        from phimr_nemo.generate.trtllm_server import run_server
+    except ImportError as error:
+        raise UserError(
+            f"phimr serve --engine trtllm: {error}",
+            rule="the server in front of trtllm-serve needs the packages of phimr-nemo[trtllm] and torch",
+            remedy="pip install them in TensorRT-LLM's environment, without changing its versions",
+        ) from error
+    run_server(served, program)
+
+
+def _not_of(engine: str, option: str) -> UserError:
+    return UserError(
+        f"phimr serve --engine {engine} with {option}",
+        rule="an option that an engine does not have is refused, never ignored",
+        remedy=f"leave {option.split()[0]} out",
+    )
 
 
 def api_key(served: Served) -> str | None:

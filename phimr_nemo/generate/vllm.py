@@ -302,9 +302,9 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> None:
-    """Refuse a policy that vLLM does not follow at this length.
+    """Refuse a policy that vLLM and TensorRT-LLM do not follow at this length.
 
-    vLLM uses the long factors for every sequence as soon as its maximum length exceeds the original one.
+    They use the long factors for every sequence as soon as their maximum length exceeds the original one.
 
     Raises:
         UserError: the policy asks for the short ones there.
@@ -319,7 +319,7 @@ def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> 
     if policy != "long_when_max_length_exceeds_original":
         raise UserError(
             f"longrope={policy} with sequences of up to {max_length} tokens",
-            rule=f"above {original} tokens vLLM uses LongRoPE's long factors for every sequence, short ones too",
+            rule=f"above {original} tokens vLLM and TensorRT-LLM use LongRoPE's long factors for every sequence",
             remedy="use longrope=long_when_max_length_exceeds_original (and train with it), "
             f"or lower max_new_tokens until prompt and response fit {original}",
         )

@@ -6,56 +6,40 @@ mode, which lets anyone who reaches the port call anything, stays off.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any
 
-from fastapi import APIRouter, Body, HTTPException, Request
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+from phimr_nemo.generate.receiving import weight_routes
 from phimr_nemo.generate.serve import Served, api_key
 from phimr_nemo.generate.vllm import DTYPES, WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
 from phimr_nemo.generate.weights import (
     ABANDON,
-    BEGIN,
-    BUCKET,
-    BUCKET_SUFFIX,
-    FINISH,
-    IDENTITY,
     INCOMPLETE,
     LOGPROBS,
     UNSYNCED,
     Arrivals,
     Identity,
-    WrongWeights,
     shared_memory,
     tensors_of,
     tokenizer_hash,
 )
 
-MAX_BUCKET_BYTES: Final = 16 << 30
-"""The largest tensor of the 3.8 B model has 1.2 GB."""
-MAX_LABEL: Final = 100
-CONFLICT: Final = 409
-TOO_LARGE: Final = 413
-
 
 class WeightReceiver:
-    """The engine's weights and their version, under update.
+    """vLLM's weights; see :class:`phimr_nemo.generate.receiving.Receiver`.
 
     Args:
         engine: vLLM's asynchronous engine.
         identity: what is served at first.
         shapes: name -> shape of the checkpoint's tensors.
-        directory: where buckets are left by the trainer, if not sent.
     """
 
-    def __init__(
-        self, engine: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]], directory: Path | None
-    ) -> None:
-        self._engine, self._identity, self._directory = engine, identity, directory
+    def __init__(self, engine: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._engine, self._identity = engine, identity
         self._arrivals = Arrivals(shapes)
 
     async def identity(self) -> Identity:
@@ -70,34 +54,14 @@ class WeightReceiver:
         self._arrivals.restart()
         await self._engine.start_weight_update()
 
-    async def receive(self, request: Request) -> None:
-        """One bucket: the request's body, or a file in the shared directory.
+    async def load(self, bucket: Path) -> None:
+        """Hand one bucket to the workers.
 
         Raises:
-            WrongWeights: it is not a part of this model, or names no such file.
+            WrongWeights: it is not a part of this model.
         """
-        if request.headers.get("content-type") == "application/json":
-            await self._load(self._file(await request.json()))
-            return
-        with tempfile.NamedTemporaryFile(suffix=BUCKET_SUFFIX, dir=shared_memory()) as file:
-            size = 0
-            async for piece in request.stream():
-                size += len(piece)
-                if size > MAX_BUCKET_BYTES:
-                    raise HTTPException(TOO_LARGE, f"a bucket has at most {MAX_BUCKET_BYTES} bytes")
-                file.write(piece)
-            file.flush()
-            await self._load(Path(file.name))
-
-    def _file(self, message: Any) -> Path:
-        name = message.get("file") if isinstance(message, dict) else None
-        if self._directory is None or not isinstance(name, str) or Path(name).name != name:
-            raise WrongWeights("the name of a file in the server's weights directory is expected")
-        return self._directory / name
-
-    async def _load(self, file: Path) -> None:
-        self._arrivals.add(tensors_of(file))
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(file)}))
+        self._arrivals.add(tensors_of(bucket))
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(bucket)}))
 
     async def finish(self, version: str) -> None:
         """Use the new weights, under a version, and forget what was computed with the old ones.
@@ -110,36 +74,6 @@ class WeightReceiver:
         await self._engine.reset_prefix_cache()
         await self._engine.update_weight_version(version)
         await self._engine.resume_generation()
-
-
-def weight_routes(receiver: WeightReceiver) -> APIRouter:
-    """The routes beside vLLM's."""
-    router = APIRouter()
-
-    async def checked(work: Callable[[], Awaitable[None]]) -> dict[str, str]:
-        try:
-            await work()
-        except WrongWeights as error:
-            raise HTTPException(CONFLICT, str(error)) from error
-        return {}
-
-    @router.get(IDENTITY)
-    async def identity() -> dict[str, Any]:
-        return vars(await receiver.identity())
-
-    @router.post(BEGIN)
-    async def begin() -> dict[str, str]:
-        return await checked(receiver.begin)
-
-    @router.post(BUCKET)
-    async def bucket(request: Request) -> dict[str, str]:
-        return await checked(lambda: receiver.receive(request))
-
-    @router.post(FINISH)
-    async def finish(version: Annotated[str, Body(embed=True, max_length=MAX_LABEL)]) -> dict[str, str]:
-        return await checked(lambda: receiver.finish(version))
-
-    return router
 
 
 def vllm_arguments(served: Served, name: str) -> list[str]:
@@ -199,7 +133,8 @@ async def _serve(
         await engine.update_weight_version(identity.version)
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
-        app.include_router(weight_routes(WeightReceiver(engine, identity, shapes, directory)))
+        receiver = WeightReceiver(engine, identity, shapes)
+        app.include_router(weight_routes(receiver, directory=directory, scratch=shared_memory()))
         await init_app_state(engine, app.state, args, tasks)
         stopped = await serve_http(
             app, sock=socket, host=args.host, port=args.port, log_level="warning", access_log=False

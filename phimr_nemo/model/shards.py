@@ -58,8 +58,7 @@ class WeightFiles:
                 self._places[name] = (file, start)
         if len(shards) > 1:
             weight_map = {name: file.name for name, (file, _) in self._places.items()}
-            index = {"metadata": {"total_size": arch.num_parameters * dtype.itemsize}, "weight_map": weight_map}
-            (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_index(directory, weight_map, arch.num_parameters * dtype.itemsize)
 
     def write_rows(self, name: str, start: int, rows: Tensor) -> None:
         """Write rows of a tensor from `start` on.
@@ -74,6 +73,18 @@ class WeightFiles:
             write_at(descriptor, begin + start * row_bytes, rows)
         finally:
             os.close(descriptor)
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Say which of a directory's files holds which tensor.
+
+    Args:
+        directory: where the files are.
+        weight_map: tensor -> file name.
+        total_bytes: of all tensors' data.
+    """
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_weights(

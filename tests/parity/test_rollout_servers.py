@@ -43,11 +43,11 @@ PARAMS = SamplingParams(0.8, 1.0, NEW_TOKENS)
 ROUNDING = 1e-5
 SYNCS = 10
 RUN = "run"
+STOP = (0,)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model")
+def small_model(out: Path) -> Path:
+    """A base's Hugging Face directory below `out`."""
     shape = (
         "hidden_size=32",
         "num_attention_heads=2",
@@ -59,10 +59,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "hf"
 
 
-@pytest.fixture(scope="module")
-def base(model: Path) -> dict[str, Tensor]:
+def weights_of(model: Path) -> dict[str, Tensor]:
     source = HFDirectory(model)
     return {name: source.read(name) for name in source.names()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def base(model: Path) -> dict[str, Tensor]:
+    return weights_of(model)
 
 
 def changed(base: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -80,11 +89,14 @@ def identity(model: Path) -> Identity:
 def wanted(model: Path, identity: Identity) -> Wanted:
     architecture = HFDirectory(model).architecture
     original = architecture.original_max_position_embeddings
-    return Wanted(identity.weights, identity.tokenizer, MAX_LENGTH, original, POLICY, architecture.vocab_size)
+    return Wanted(
+        identity.weights, identity.tokenizer, MAX_LENGTH, original, POLICY, architecture.vocab_size, LOGPROBS
+    )
 
 
 def settings(servers: Sequence[RolloutServer | str], **changes: Any) -> RolloutServers:
     values: dict[str, Any] = {
+        "kind": "vllm_server",
         "in_flight": 3,
         "request_seconds": 20.0,
         "attempts": 6,
@@ -94,30 +106,40 @@ def settings(servers: Sequence[RolloutServer | str], **changes: Any) -> RolloutS
         **changes,
     }
     urls = tuple(server if isinstance(server, str) else server.url for server in servers)
-    return RolloutServers(kind="vllm_server", base_urls=urls, **values)
+    return RolloutServers(base_urls=urls, **values)
 
 
 def sampler_of(
-    config: RolloutServers, wanted: Wanted, stale: Stale = "resample", leader: bool = True
+    config: RolloutServers,
+    wanted: Wanted,
+    stale: Stale = "resample",
+    leader: bool = True,
+    stop: Sequence[int] = STOP,
 ) -> ServerSampler:
-    return ServerSampler(config, wanted, stop_token_ids=[0], run=RUN, is_leader=leader, stale=stale)
+    return ServerSampler(config, wanted, stop_token_ids=stop, run=RUN, is_leader=leader, stale=stale)
 
 
 def requests(count: int) -> list[Request]:
     return [Request(f"{i}/0", tuple(range(1, 2 + i % 5)), 7 * i) for i in range(count)]
 
 
-def locally(model: Path, weights: dict[str, Tensor], asked: Sequence[Request]) -> list[Completion]:
+def locally(
+    model: Path,
+    weights: dict[str, Tensor],
+    asked: Sequence[Request],
+    params: SamplingParams = PARAMS,
+    stop: Sequence[int] = STOP,
+) -> list[Completion]:
     """The same responses by the built-in sampler."""
     sampler = LocalSampler(
         HFDirectory(model).architecture,
         weights.items(),
-        stop_token_ids=[0],
+        stop_token_ids=stop,
         max_batch=8,
         longrope_policy=POLICY,
         max_length=MAX_LENGTH,
     )
-    return sampler.sample(asked, PARAMS)
+    return sampler.sample(asked, params)
 
 
 def difference(found: Sequence[Completion], expected: Sequence[Completion]) -> float:
@@ -334,7 +356,7 @@ def test_the_refusal_comes_before_anything_is_sampled(model: Path, identity: Ide
 def test_a_key_is_wanted_beyond_loopback_and_checked(
     model: Path, identity: Identity, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = Served(model, 64, "fp32", "0.0.0.0", 1, None, 1, 1, 0.5, POLICY, None, True)
+    served = Served(model, 64, "fp32", "0.0.0.0", 1, None, 1, 1, 0.5, POLICY, None, True, None)
     with pytest.raises(UserError, match="without a key"):
         api_key(served)
     with pytest.raises(UserError, match="PHIMR_TEST_KEY is not set"):

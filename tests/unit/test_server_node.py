@@ -48,10 +48,21 @@ def test_a_server_is_told_what_the_run_needs() -> None:
     assert options["--dtype"] == config.model.dtype == "bf16"
     assert options["--longrope"] == config.model.longrope
     assert options["--weights-directory"] == "/shared/w"
+    assert options["--engine"] == "vllm"
     # The options are the command's own.
     shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     for option in options:
         assert option in shown
+
+
+def test_a_run_with_tensorrt_llm_gets_its_servers() -> None:
+    words = [
+        server_node.serve_arguments(load_config(STAGES["grpo"], CONF / f"{preset}.yaml", ["base=models/b", KEY]), 0)
+        for preset in ("paper", "trtllm")
+    ]
+    assert [given[given.index("--engine") + 1] for given in words] == ["vllm", "trtllm"]
+    (different,) = [pair for pair in zip(*words, strict=True) if len(set(pair)) > 1]
+    assert different == ("vllm", "trtllm")
 
 
 @pytest.mark.parametrize(("preset", "named"), [("paper", "api_key_env"), ("tiny", "kind=local")])

@@ -344,7 +344,7 @@ def test_grpo_with_servers_on_the_last_nodes() -> None:
     extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "2", "PHIMR_SERVERS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "6"}
     server, trainer = map(words, bash("slurm/grpo.sh", "steps=3", env=environment(**extra)).stdout.splitlines())
     urls = ",".join(f"http://node-{node}:{port}" for node in (5, 6) for port in (8000, 8001))
-    added = ["steps=3", "sampler.kind=vllm_server", f"sampler.base_urls=[{urls}]", "sampler.api_key_env=PHIMR_KEY"]
+    added = ["steps=3", f"sampler.base_urls=[{urls}]", "sampler.api_key_env=PHIMR_KEY"]
     assert trainer[:3] == ["srun", "--nodes=4", "--ntasks=4"]
     assert "--nodelist=node-1,node-2,node-3,node-4" in trainer
     assert follows(trainer, ["--nnodes", "4"])
@@ -352,11 +352,23 @@ def test_grpo_with_servers_on_the_last_nodes() -> None:
     assert {"--nodelist=node-5,node-6", "--gpus-per-task=1"} <= set(server)
     assert follows(server, [f"{REPOSITORY}/.venv-vllm/bin/python", "-m", "phimr_nemo.server_node"])
     for command in (server, trainer):
-        assert command[-4:] == added
+        assert command[-len(added) :] == added
     # Where those servers listen is where the trainer looks for them.
     config = load_config(STAGES["grpo"], REPOSITORY / "conf/grpo/paper.yaml", [*added, "base=models/b"])
     ports = [words[words.index("--port") + 1] for words in (serve_arguments(config, number) for number in (0, 1))]
     assert ports == ["8000", "8001"]
+
+
+def test_grpo_keeps_the_kind_of_servers_that_it_is_given() -> None:
+    extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "1", "PHIMR_SERVER_PYTHON": "/trt/python"}
+    settings = environment(PHIMR_PRESET="trtllm", **extra)
+    server, trainer = map(words, bash("slurm/grpo.sh", "base=models/b", env=settings).stdout.splitlines())
+    assert follows(server, ["/trt/python", "-m", "phimr_nemo.server_node"])
+    for command in (server, trainer):
+        start = command.index("--config") + 1
+        config = load_config(STAGES["grpo"], REPOSITORY / command[start], command[start + 1 :])
+        arguments = serve_arguments(config, 0)
+        assert arguments[arguments.index("--engine") + 1] == "trtllm"
 
 
 def test_grpo_as_a_heterogeneous_job(cluster: Path) -> None:

@@ -26,7 +26,7 @@ from phimr_nemo.generate.local import LocalSampler
 from phimr_nemo.generate.replies import Wanted
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
 from phimr_nemo.generate.servers import ServerSampler
-from phimr_nemo.generate.weights import IDENTITY, tokenizer_hash
+from phimr_nemo.generate.weights import IDENTITY, LOGPROBS, tokenizer_hash
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.hf import HFDirectory
 
@@ -173,6 +173,7 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
         architecture.original_max_position_embeddings,
         POLICY,
         architecture.vocab_size,
+        LOGPROBS,
     )
     asked = [Request(f"{number}/0", tuple(range(1, 3 + number)), number) for number in range(12)]
     variables = {**vllm_variables, "PHIMR_TEST_KEY": "secret"}
