@@ -29,7 +29,6 @@ from test_rollout_servers import (
     POLICY,
     ROUNDING,
     RUN,
-    SYNCS,
     changed,
     difference,
     locally,
@@ -65,6 +64,7 @@ from phimr_nemo.generate.weights import (
 from phimr_nemo.generate.weightsync import label_number, version_label
 from phimr_nemo.model.hf import HFDirectory
 
+REFITS = 4
 PARAMS = SamplingParams(1.0, 1.0, NEW_TOKENS)
 # Many: half of the responses end with one.
 STOP = tuple(range(0, 512, 16))
@@ -233,14 +233,14 @@ def test_before_the_first_weights_it_says_what_it_serves(front: Front, model: Pa
     assert front.living() == []
 
 
-def test_after_each_of_ten_syncs_trtllm_has_the_trainers_weights(
+def test_after_each_sync_trtllm_has_the_trainers_weights(
     front: Front, model: Path, base: dict[str, Tensor], wanted: Wanted
 ) -> None:
     """Over HTTP and through files in turn; each time a new process on a new directory, nothing left of the old."""
     asked = requests(12)
     ways = (sampler(front, wanted), sampler(front, wanted, directory=front.root / "buckets"))
     seen = []
-    for version in range(SYNCS):
+    for version in range(REFITS):
         weights, way = changed(base, version), ways[version % len(ways)]
         way.update_weights(weights.items(), version)
         found = way.sample(asked, PARAMS)
@@ -252,7 +252,7 @@ def test_after_each_of_ten_syncs_trtllm_has_the_trainers_weights(
         (directory,) = (path for root in front.refits() for path in root.iterdir() if path.is_dir())
         assert HFDirectory(directory).names() == HFDirectory(model).names()
     assert {completion.finish_reason for completion in found} == {"stop", "length"}
-    assert len(set(seen)) == SYNCS
+    assert len(set(seen)) == REFITS
     assert front.living() == [pid for pid in front.living() if pid not in seen[:-1]]
     assert list((front.root / "buckets").iterdir()) == []
 
