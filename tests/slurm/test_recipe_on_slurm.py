@@ -258,7 +258,8 @@ def test_a_preempted_run_that_loses_a_rank_and_a_node_ends_with_the_same_weights
     slurm.wait(lambda: slurm.facts(job)["Restarts"] == "2", "requeue after a killed rank", STATE_SECONDS)
     # The preemption is none of its failures.
     assert slurm.facts(job)["Comment"] == "phimr-failures=1"
-    assert "ended with signal SIGKILL" in job_logs(slurm)
+    (log,) = slurm.root.glob(f"*-{job}.log")
+    assert "ended with signal SIGKILL" in log.read_text("utf-8")
 
     freeze_at(slurm, output, max(CRASHED_AT, saved + 1))
     slurm.crash_node("n2")
