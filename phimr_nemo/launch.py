@@ -130,7 +130,10 @@ def run_stage(stage: str, config: Any) -> None:
     if run.is_done:
         return
     first_rank = os.environ.get("RANK", "0") == "0"
-    with run.claimed() if first_rank and _works_alone(config) else contextlib.nullcontext():
+    with contextlib.ExitStack() as claim:
+        if first_rank and _works_alone(config):
+            with explain_os_errors(run.path):
+                claim.enter_context(run.claimed())
         _run_claimed(stage, config, run, first_rank=first_rank)
 
 

@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -48,7 +48,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
         RanksFailed: with the traceback of every rank that failed.
     """
     connection = _forker()
-    connection.send_bytes(pickle.dumps((fn, world_size, args)))
+    connection.send_bytes(pickle.dumps((fn, world_size, args, dict(os.environ))))
     if not connection.poll(START_SECONDS + RUN_SECONDS):
         raise RanksFailed(f"no answer from {world_size} ranks of {fn.__name__}")
     outcomes: list[Outcome] = pickle.loads(connection.recv_bytes())
@@ -96,13 +96,13 @@ def _serve(connection: Connection) -> None:
 
 
 def _run(request: bytes, scratch: Path) -> list[Outcome]:
-    fn, world_size, args = pickle.loads(request)
+    fn, world_size, args, environment = pickle.loads(request)
     context = multiprocessing.get_context("fork")
     port = _free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, rank, world_size, port, scratch, fn, args))
+        process = context.Process(target=_rank, args=(theirs, rank, world_size, port, scratch, fn, args, environment))
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -134,11 +134,21 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Outcome]:
 
 
 def _rank(
-    pipe: Connection, rank: int, world_size: int, port: int, scratch: Path, fn: Callable[..., Any], args: Any
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    scratch: Path,
+    fn: Callable[..., Any],
+    args: Any,
+    environment: Mapping[str, str],
 ) -> None:
     import torch.distributed as dist
 
+    # What the test has set since the process began that forks the ranks.
+    os.environ.update(environment)
     os.environ.update(
+        OMP_NUM_THREADS="1",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from supervised_worker import (
     train_and_note_samples,
     train_and_stop,
     train_on_poison,
+    train_with_modules,
 )
 
 from phimr_nemo.config import MidtrainConfig, load_config
@@ -217,7 +217,7 @@ def grade(response, answer):
 
 
 def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
-    reference: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Path, inputs: Path, tmp_path: Path
 ) -> None:
     """On a pipeline: the weights come from two processes. The last answers are those of the exported model, and the
     configuration's grader judges them."""
@@ -228,7 +228,6 @@ def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
     from phimr_nemo.store import content_seed
 
     (tmp_path / "even_length.py").write_text(EVEN_LENGTH, "utf-8")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     count, tokens = 3, 12
     evaluation = [
         *("evaluation.every=3", "evaluation.problems.kind=synthetic", f"evaluation.problems.count={count}"),
@@ -237,7 +236,8 @@ def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
         "evaluation.grader=even_length:grade",
     ]
     run = tmp_path / "run"
-    run_distributed(train, 2, STAGE, overrides(STAGE, inputs, run, ["parallel.pipeline=2", *evaluation]))
+    settings = overrides(STAGE, inputs, run, ["parallel.pipeline=2", *evaluation])
+    run_distributed(train_with_modules, 2, STAGE, settings, str(tmp_path))
     assert differences(reference, run)[0] < LOSS_TOLERANCE
     scores = {row["step"]: row["pass1"] for row in read_metrics(run) if "pass1" in row}
     assert list(scores) == [3, STEPS]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from results import plain_result
 
 from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import GRPORemediesConfig, GRPOSizesConfig
 from phimr_nemo.errors import UserError
+from phimr_nemo.evaluate.evaluate import RESULTS_FILE, write_result
 from phimr_nemo.losses.advantages import ADVANTAGE_EPSILON, group_advantages
 from phimr_nemo.runs import METRICS_FILE, RunDirectory
 from recipes.ablations import grpo_remedies, grpo_sizes
@@ -173,21 +174,11 @@ def finished_arm(out: Path, arm: str, rates: Sequence[float], scores: Sequence[f
 
 
 def evaluated(path: Path, scores: Sequence[float]) -> None:
-    from phimr_nemo.evaluate.evaluate import RESULTS_FILE
-
     mean = sum(scores) / len(scores)
-    found: Mapping[str, Any] = {
-        "questions": len(scores),
-        "samples": 2,
-        "pass1": mean,
-        "stderr": 0.0,
-        "pass_at_k": {"1": mean},
-        **dict.fromkeys(("majority", "truncated", "stopped", "unparsable", "ungraded", "mean_tokens"), 0.0),
-        "by_difficulty": {},
-        "per_question": {f"q{number}": score for number, score in enumerate(scores)},
-    }
+    per_question = {f"q{number}": score for number, score in enumerate(scores)}
+    result = plain_result(mean, questions=len(scores), stderr=0.0, per_question=per_question)
     path.mkdir(parents=True)
-    (path / RESULTS_FILE).write_text(json.dumps(found), "utf-8")
+    write_result(path / RESULTS_FILE, result, {"row": path.name, "benchmark": "synthetic"})
 
 
 def test_tables_and_pictures_say_what_the_runs_did(root: Path) -> None:
