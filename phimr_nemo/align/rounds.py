@@ -68,7 +68,7 @@ class Rounds:
         return self._pending is not None and self._pending[0] == step
 
     def metrics(self, step: int, versions: Iterable[int | None]) -> dict[str, float]:
-        """What is logged of a round besides its rollouts' own figures.
+        """What is logged of a round besides its rollouts' own figures (collective).
 
         Args:
             step: the round.
@@ -76,7 +76,8 @@ class Rounds:
 
         Returns:
             staleness: mean of steps between the weights that sampled and those that are trained; lost_groups of
-            the round; and from rollout servers, since the start: retries, stale responses, removed and returned.
+            the round; and from rollout servers, since the start, of all processes: retries, stale responses, removed
+            and returned.
         """
         ages = [step - version for version in versions if version is not None]
         return {
@@ -197,7 +198,8 @@ class Rounds:
 
 
 def _counts(sampler: ServerSampler) -> dict[str, float]:
-    return {f"sampler_{name}": sampler.counts[name] for name in COUNTED}
+    """What all processes have counted (collective): a server that dies may be missed by one of them alone."""
+    return {f"sampler_{name}": _total(sampler.counts[name]) for name in COUNTED}
 
 
 def group_of(request_id: str) -> str:
