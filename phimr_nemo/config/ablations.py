@@ -169,9 +169,9 @@ class MidtrainPackingConfig:
     """The ablation of packing in mid-training.
 
     Attributes:
-        output: where the mixed and the unpacked arm, the table and the picture go.
+        output: where the arms, the table and the picture go.
         quickstarts: outputs of finished quickstarts.
-        scaling: output of the ablation of the set's size; one of its arms is the one packed by length.
+        scaling: output of the ablation of the set's size, which has the documents.
         problems: which of its sets.
         epochs: as there.
         batch: conversations an update; as many as an update of packed rows holds on average.
