@@ -69,7 +69,7 @@ def make_source(directory: Path, layers: int, quick: bool) -> None:
     """Write the model, one tensor at a time."""
     import torch
 
-    from phimr_nemo.model.hf import write_hf_directory
+    from phimr_nemo.model.files.hf import write_hf_directory
     from phimr_nemo.model.table import tensor_shapes
 
     arch = architecture(layers, quick)
@@ -110,7 +110,7 @@ def measure(method: str, source: Path, target: Path, tp: int, pp: int) -> dict[s
         from transformers import Phi3ForCausalLM
     elif method != "copy":
         from phimr_nemo.config import ParallelConfig
-        from phimr_nemo.train.conversion import convert
+        from phimr_nemo.supervised.conversion import convert
     drop_from_cache(source)
     # What the run before left to be written or freed is not this one's.
     os.sync()
@@ -143,7 +143,7 @@ def child(arguments: list[str]) -> None:
         make_source(Path(rest[0]), int(rest[1]), rest[2] == "True")
         answer: dict[str, float] = {}
     elif task == "compare":
-        from phimr_nemo.model.hf import HFDirectory
+        from phimr_nemo.model.files.hf import HFDirectory
 
         answer = {"identical": HFDirectory(Path(rest[0])).weights_hash() == HFDirectory(Path(rest[1])).weights_hash()}
     else:

@@ -33,8 +33,9 @@ from pathlib import Path
 import psutil
 from common import machine, print_result, versions
 
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
-from phimr_nemo.store import content_id, finish, is_complete, rows_to_table, shard_is_complete, write_shard
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SEED = 0

@@ -81,7 +81,7 @@ def make_inputs(root: Path, options: argparse.Namespace) -> None:
     """Two base models, and the pairs of both length distributions as records."""
     from phimr_nemo.config import BaseConfig, load_config
     from phimr_nemo.model.base import run_base
-    from phimr_nemo.store import finish, rows_to_table, write_shard
+    from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
     preset = REPOSITORY / "conf" / "base" / "tiny.yaml"
     run_base(load_config(BaseConfig, preset, [f"run.output={root / 'base'}"]))
@@ -108,9 +108,9 @@ def run_ours(root: Path, options: argparse.Namespace) -> dict[str, float]:
     """The whole stage; seconds of its steps."""
     from safetensors.torch import load_file
 
-    from phimr_nemo.align import dpo
-    from phimr_nemo.align.metrics import DPOLog
-    from phimr_nemo.align.reference import REFERENCE_FILE
+    from phimr_nemo.align.dpo import stage as dpo
+    from phimr_nemo.align.dpo.log import DPOLog
+    from phimr_nemo.align.dpo.reference import REFERENCE_FILE
 
     config = our_config(
         root,
@@ -212,12 +212,12 @@ def run_memory(root: Path, options: argparse.Namespace) -> dict[str, float]:
     """Peak memory of a step of one global batch with the larger model."""
     import torch
 
-    from phimr_nemo.align.dpo import build_policy
-    from phimr_nemo.align.pairs import PairCollate, load_pairs
+    from phimr_nemo.align.dpo.pairs import PairCollate, load_pairs
+    from phimr_nemo.align.dpo.stage import build_policy
     from phimr_nemo.data.chat import load_tokenizer
     from phimr_nemo.losses import IGNORED_LABEL, sft_loss
-    from phimr_nemo.model.hf import HFDirectory
-    from phimr_nemo.train.distributed import start_process_group
+    from phimr_nemo.model.files.hf import HFDirectory
+    from phimr_nemo.training.distributed import start_process_group
 
     class SFTObjective:
         """SFT's loss on the chosen and the rejected sides alike: the same sequences, no reference."""

@@ -68,7 +68,7 @@ def make_model(directory: Path, arch: Architecture, dtype: str) -> None:
     """Write the weights that both sides read."""
     import torch
 
-    from phimr_nemo.model.hf import write_hf_directory
+    from phimr_nemo.model.files.hf import write_hf_directory
     from phimr_nemo.model.table import tensor_shapes
 
     generator = torch.Generator().manual_seed(SEED)
@@ -92,9 +92,9 @@ def build_ours(directory: Path, options: argparse.Namespace) -> Callable[[Tensor
     from phimr_nemo.config import ParallelConfig
     from phimr_nemo.losses import IGNORED_LABEL
     from phimr_nemo.model import build_model, transformer_config
-    from phimr_nemo.model.convert import load_tensors
-    from phimr_nemo.model.hf import HFDirectory
-    from phimr_nemo.train.distributed import start_process_group
+    from phimr_nemo.model.files.hf import HFDirectory
+    from phimr_nemo.model.megatron.convert import load_tensors
+    from phimr_nemo.training.distributed import start_process_group
 
     start_process_group(ParallelConfig(), SEED)
     source = HFDirectory(directory)

@@ -62,11 +62,11 @@ def make_inputs(root: Path, options: argparse.Namespace) -> float:
     """A base model and the prompts as records; what share of digits is right."""
     from phimr_nemo.config import BaseConfig, load_config
     from phimr_nemo.data.chat import decode_response, load_tokenizer, render_prompt, stop_token_ids
-    from phimr_nemo.generate.local import LocalSampler
+    from phimr_nemo.generate.local.engine import LocalSampler
     from phimr_nemo.generate.sampler import Request, SamplingParams
     from phimr_nemo.model.base import run_base
-    from phimr_nemo.model.hf import HFDirectory
-    from phimr_nemo.store import finish, rows_to_table, write_shard
+    from phimr_nemo.model.files.hf import HFDirectory
+    from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
     run_base(load_config(BaseConfig, REPOSITORY / "conf" / "base" / "tiny.yaml", [f"run.output={root / 'base'}"]))
     facts = {"answer": "0", "pass_rate": 0.5, "mean_length": 10.0, "length_spread": 0.0, "hard": False}
@@ -114,7 +114,7 @@ def run_ours(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The whole stage; its own timers, with a clock of CPU seconds."""
     import nemo.utils.timers
 
-    from phimr_nemo.align import grpo
+    from phimr_nemo.align.grpo import stage as grpo
     from phimr_nemo.config import GRPOConfig, load_config
 
     output = Path(tempfile.mkdtemp(dir=root))

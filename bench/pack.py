@@ -55,7 +55,7 @@ def drawn_lengths(count: int, capacity: int) -> Lengths:
 
 def recorded_lengths(rollouts: Path, tokenizer_directory: Path, count: int, capacity: int) -> Lengths:
     from phimr_nemo.data.chat import load_tokenizer
-    from phimr_nemo.data.recorded import recorded_rollouts
+    from phimr_nemo.data.sources.recorded import recorded_rollouts
 
     tokenizer = load_tokenizer(tokenizer_directory)
     texts = [text for text in recorded_rollouts(rollouts)["response"].to_pylist() if text]

@@ -110,7 +110,7 @@ def scopes() -> Iterator[None]:
     """Name the loss and Megatron's optimizer step in the profile."""
     from megatron.core.optimizer import optimizer as megatron
 
-    from phimr_nemo.model import megatron as model
+    from phimr_nemo.model.megatron import gpt as model
 
     def named(owner: Any, function: str, label: str) -> Any:
         real = getattr(owner, function)

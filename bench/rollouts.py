@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from common import machine, print_result, versions
 
-from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.model.architecture import Architecture
 

@@ -27,8 +27,8 @@ from typing import Any
 
 from common import ONE_THREAD, machine, print_result, versions
 
-from phimr_nemo.data.rawfiles import read_rows
-from phimr_nemo.store import read_table
+from phimr_nemo.data.sources.rawfiles import read_rows
+from phimr_nemo.store.shards import read_table
 from phimr_nemo.verify import GRADER_VERSION, Grader
 
 QUICK_EVERY = 20

@@ -90,9 +90,9 @@ def made_up(count: int, longest: int, seed: int) -> list[dict[str, str]]:
 def make_inputs(root: Path, options: argparse.Namespace) -> None:
     """The base model, the conversations, and the packed rows that both our side and the number of steps need."""
     from phimr_nemo.config import BaseConfig, PackConfig, load_config
-    from phimr_nemo.data.stage import run_pack
+    from phimr_nemo.data.rows.stage import run_pack
     from phimr_nemo.model.base import run_base
-    from phimr_nemo.store import finish, rows_to_table, write_shard
+    from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
     if not options.base:
         shape = [f"{name}={value}" for name, value in MODEL.items()]
@@ -117,7 +117,7 @@ def base_of(root: Path, options: argparse.Namespace) -> Path:
 
 
 def optimizer_steps(root: Path) -> int:
-    from phimr_nemo.store import read_manifest
+    from phimr_nemo.store.shards import read_manifest
 
     return read_manifest(root / "rows", "rows").rows // ROWS_A_STEP
 
@@ -161,8 +161,8 @@ class Steps:
 def train_ours(root: Path, out: Path, options: argparse.Namespace, steps: Steps) -> None:
     """The stage."""
     from phimr_nemo.config import MidtrainConfig, load_config
-    from phimr_nemo.train.callbacks import RunMonitor
-    from phimr_nemo.train.supervised import run_midtrain
+    from phimr_nemo.supervised.callbacks import RunMonitor
+    from phimr_nemo.supervised.stage import run_midtrain
 
     settings = [*run_in(out, options), f"base={base_of(root, options)}", f"data={root / 'rows'}"]
     settings += [f"sequence_length={options.longest}", "micro_batch=1", f"global_batch={ROWS_A_STEP}", "epochs=1"]
@@ -184,7 +184,7 @@ def train_ours(root: Path, out: Path, options: argparse.Namespace, steps: Steps)
 def documents(root: Path, options: argparse.Namespace) -> list[dict[str, list[int]]]:
     """Ids and labels of the conversations, as `phimr pack` makes them."""
     from phimr_nemo.data.chat import load_tokenizer, render_conversations
-    from phimr_nemo.store import read_table
+    from phimr_nemo.store.shards import read_table
 
     table = read_table(root / "conversations", "conversations", ["question", "response"])
     tokenizer = load_tokenizer(base_of(root, options))
@@ -307,7 +307,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def compare(options: argparse.Namespace, sides: tuple[str, ...], root: Path) -> dict[str, Any]:
     """Print the table; the figures for the RESULT line."""
-    from phimr_nemo.store import read_table
+    from phimr_nemo.store.shards import read_table
 
     make_inputs(root, options)
     arguments = [text for name in OPTIONS for text in (f"--{name}", str(getattr(options, name)))]

@@ -26,7 +26,7 @@ from parts import scopes, shares, table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from phimr_nemo.data.batches import Row
+    from phimr_nemo.data.rows.batches import Row
     from phimr_nemo.model.architecture import Architecture
 
 PRESET = Path(__file__).parents[1] / "conf" / "model" / "phi4mini.yaml"
@@ -61,8 +61,8 @@ def rows(count: int, length: int, vocabulary: int) -> list[Row]:
     """Full rows of random documents."""
     import numpy as np
 
-    from phimr_nemo.data.batches import Row
     from phimr_nemo.data.packing import pack
+    from phimr_nemo.data.rows.batches import Row
 
     draw, tokens = random.Random(SEED), np.random.default_rng(SEED)
     lengths: list[int] = []
@@ -109,8 +109,8 @@ def build(arch: Architecture, options: argparse.Namespace) -> Any:
 
     from phimr_nemo.config import ParallelConfig
     from phimr_nemo.model import build_model, transformer_config
-    from phimr_nemo.model.configuration import recompute_fields
-    from phimr_nemo.train.distributed import start_process_group
+    from phimr_nemo.model.megatron.configuration import recompute_fields
+    from phimr_nemo.training.distributed import start_process_group
 
     start_process_group(ParallelConfig(), SEED)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
@@ -159,7 +159,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print the table and the RESULT line."""
     import torch
 
-    from phimr_nemo.data.batches import collate_packed
+    from phimr_nemo.data.rows.batches import collate_packed
     from phimr_nemo.model.architecture import Architecture
     from phimr_nemo.model.flops import causal_pairs, model_flops, peak_flops
 

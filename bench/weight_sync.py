@@ -3,9 +3,9 @@
     python bench/weight_sync.py [--quick] [--layers 32] [--bucket-mb 512] [--repeats 3]
 
 The sender draws the checkpoint tensor by tensor, as the trainer exports it, and pushes it with the project's own
-`phimr_nemo.generate.weightsync` to a server in another process, which checks every bucket and copies its tensors
-into memory of its own: over HTTP, and through files in shared memory. The peer is what a rollout loop does at its
-simplest: hold the whole checkpoint, `safetensors.torch.save_file`, load it in the other process, copy.
+`phimr_nemo.generate.serving.weightsync` to a server in another process, which checks every bucket and copies its
+tensors into memory of its own: over HTTP, and through files in shared memory. The peer is what a rollout loop does at
+its simplest: hold the whole checkpoint, `safetensors.torch.save_file`, load it in the other process, copy.
 
 bfloat16, random values, nothing is computed. Seconds from the first tensor to the last copy; memory is the peak
 resident set (VmHWM) of each process above what it had before, files that another process maps included. The sender
@@ -53,7 +53,7 @@ class Receiver:
     def __init__(self, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
         import torch
 
-        from phimr_nemo.generate.weights import Arrivals
+        from phimr_nemo.generate.serving.weights import Arrivals
 
         self._arrivals, self._directory = Arrivals(shapes), directory
         self._buffers = {shape: torch.zeros(shape, dtype=torch.bfloat16) for shape in set(shapes.values())}
@@ -62,7 +62,7 @@ class Receiver:
         """Copy what a file holds."""
         from safetensors import safe_open
 
-        from phimr_nemo.generate.weights import tensors_of
+        from phimr_nemo.generate.serving.weights import tensors_of
 
         self._arrivals.add(tensors_of(file))
         with safe_open(str(file), framework="pt", device="cpu") as tensors:
@@ -72,7 +72,7 @@ class Receiver:
 
     def take(self, path: str, handler: BaseHTTPRequestHandler) -> None:
         """One request of the protocol."""
-        from phimr_nemo.generate.weights import BEGIN, BUCKET, FINISH, shared_memory
+        from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, FINISH, shared_memory
 
         length = int(handler.headers["Content-Length"] or 0)
         if path == BEGIN:
@@ -133,7 +133,7 @@ def send(connection: Connection, method: str, port: int, options: argparse.Names
     from safetensors.torch import save_file
 
     from phimr_nemo.config import RolloutServers
-    from phimr_nemo.generate.weightsync import push
+    from phimr_nemo.generate.serving.weightsync import push
 
     torch.zeros(1)
     before = status_bytes("VmRSS")
@@ -172,7 +172,7 @@ def send(connection: Connection, method: str, port: int, options: argparse.Names
 
 def measure(method: str, options: argparse.Namespace) -> dict[str, float]:
     """One sync between two fresh processes."""
-    from phimr_nemo.generate.weights import shared_memory
+    from phimr_nemo.generate.serving.weights import shared_memory
 
     context = multiprocessing.get_context("spawn")
     place = None if method == "peer" else shared_memory()

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Final
 
+from phimr_nemo.redact import redact
+
 EXIT_DONE: Final = 0
 EXIT_INTERNAL: Final = 1
 EXIT_USER: Final = 2
@@ -48,8 +50,6 @@ def exit_with_message() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        from phimr_nemo.redact import redact  # it imports this module
-
         print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USER)
     except Preempted as stopped:

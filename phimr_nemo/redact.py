@@ -1,13 +1,11 @@
-"""Secrets stay in the environment or in a file: they are refused in settings and left out of texts."""
+"""Secrets stay in the environment or in a file: they are left out of texts."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
-
-from phimr_nemo.errors import UserError
+from collections.abc import Mapping
+from typing import Final
 
 SECRET_VARIABLE: Final = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|passwd|password|credentials?)$")
 """The names of environment variables that hold a secret, by custom."""
@@ -40,35 +38,3 @@ def redact(text: str) -> str:
     for value in secret_values(os.environ):
         text = text.replace(value, REPLACEMENT)
     return URL_CREDENTIALS.sub(REPLACEMENT, SECRET_SHAPE.sub(REPLACEMENT, text))
-
-
-def refuse_secrets(values: Mapping[Any, Any]) -> None:
-    """Settings are recorded with every run: none may hold a secret.
-
-    Args:
-        values: the resolved settings, nested.
-
-    Raises:
-        UserError: one does; it is named by its key alone.
-    """
-    for key, text in _texts(values, ""):
-        if redact(text) != text:
-            raise UserError(
-                f"the setting {key} holds a secret (it is not repeated here)",
-                rule="settings are recorded in config.yaml, run.json, manifests; secrets come from the environment",
-                remedy="put it into an environment variable, and that variable's name into the setting "
-                "(api_key_env for an endpoint; HF_TOKEN and WANDB_API_KEY are read by themselves)",
-            )
-
-
-def _texts(value: Any, key: str) -> Iterable[tuple[str, str]]:
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            place = f"{key}.{name}" if key else str(name)
-            yield f"the key of {key or 'a section'}", str(name)
-            yield from _texts(item, place)
-    elif isinstance(value, Sequence):
-        for index, item in enumerate(value):
-            yield from _texts(item, f"{key}[{index}]")

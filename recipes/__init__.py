@@ -15,8 +15,8 @@ import typer
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.errors import exit_with_message
-from phimr_nemo.launch import launch
-from phimr_nemo.preflight import preflight
+from phimr_nemo.jobs.launch import launch
+from phimr_nemo.jobs.preflight import preflight
 
 
 def run_recipe(stage: str, config: str, overrides: list[str]) -> None:
@@ -28,7 +28,7 @@ def run_recipe(stage: str, config: str, overrides: list[str]) -> None:
         overrides: `key.sub=value` items.
 
     Raises:
-        UserError, Preempted: see :func:`phimr_nemo.launch.launch`.
+        UserError, Preempted: see :func:`phimr_nemo.jobs.launch.launch`.
     """
     resolved: Any = load_config(STAGES[stage], Path(config), overrides)
     preflight(stage, resolved)

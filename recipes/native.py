@@ -3,7 +3,7 @@
     python -m recipes --yes --factory "phi4mini_midtrain(base='models/phi-4-mini')" optim.config.lr=2e-5
 
 In Python, with any executor: `run.run(midtrain_recipe(base="models/phi-4-mini"), executor=...)`. See
-:mod:`phimr_nemo.train.native` for what `phimr midtrain` and `phimr sft` do beyond it.
+:mod:`phimr_nemo.supervised.native` for what `phimr midtrain` and `phimr sft` do beyond it.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ import nemo_run as run
 
 from phimr_nemo.config import STAGES, SupervisedConfig, load_config
 from phimr_nemo.errors import exit_with_message
-from phimr_nemo.train.native import TRAIN, Stage, native_parts
+from phimr_nemo.supervised.native import TRAIN, Stage, native_parts
 from recipes.midtrain import PAPER as MIDTRAIN_PAPER
 from recipes.sft import PAPER as SFT_PAPER
 
@@ -76,7 +76,7 @@ def _recipe(
 def native_recipe(
     stage: Stage, config: SupervisedConfig, *, nodes: int, accelerator: Literal["gpu", "cpu"]
 ) -> run.Partial:
-    """A stage's configuration as a recipe; arguments as for :func:`phimr_nemo.train.native.native_parts`."""
+    """A stage's configuration as a recipe; arguments as for :func:`phimr_nemo.supervised.native.native_parts`."""
     return run.Partial(TRAIN, **native_parts(stage, config, nodes=nodes, accelerator=accelerator, make=run.Config))
 
 

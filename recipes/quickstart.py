@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nemo_run as run
 
-from phimr_nemo.pipeline import run_quickstart
+from phimr_nemo.jobs.quickstart import run_quickstart
 
 TINY = "conf/quickstart/tiny.yaml"
 

@@ -13,7 +13,7 @@ readonly DIED_OF_USR1=138 DIED_OF_TERM=143
 # A node's part may end this much later than the first one's: it is writing its share of a checkpoint. After a death
 # the other nodes wait in a collective call for ever, and are ended by this.
 readonly LAST_NODE_SECONDS=60
-# As in phimr_nemo/server_node.py.
+# As in phimr_nemo/jobs/server_node.py.
 readonly FIRST_SERVER_PORT=8000
 
 fail() {
@@ -209,7 +209,7 @@ torchrun_on() {
   processes=$(processes_per_node)
   prepare_launch "$nodes" 1 "$@"
   # The port follows from the job, so that two jobs on one node do not meet.
-  run_step "${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.node \
+  run_step "${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.jobs.node \
     --nnodes "$nodes" --nproc-per-node "${processes:-1}" \
     --rdzv-backend c10d --rdzv-endpoint "$host:$((20000 + job % 10000))" \
     --rdzv-id "$job-${SLURM_RESTART_COUNT:-0}" --max-restarts 0 \
@@ -280,7 +280,7 @@ start_servers() {
   local PHIMR_PYTHON=${PHIMR_PYTHON:-} PHIMR_CONTAINER_IMAGE=${PHIMR_CONTAINER_IMAGE:-}
   use_server_software
   prepare_launch "$nodes" "$count" "$@"
-  local -a command=("${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.server_node --config "$CONFIG" "${ARGUMENTS[@]}")
+  local -a command=("${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.jobs.server_node --config "$CONFIG" "${ARGUMENTS[@]}")
   if is_dry_run; then
     printf '%q ' "${command[@]}"
     printf '\n'

@@ -4,6 +4,6 @@ Megatron and NeMo bind CUDA functions when they are imported, so the redirection
 before any module of this package.
 """
 
-from phimr_nemo.train import platform
+from phimr_nemo.training import platform
 
 platform.prepare()

@@ -16,8 +16,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.errors import UserError
-from phimr_nemo.model.plaindata import only_plain_data
-from phimr_nemo.store import atomic_directory
+from phimr_nemo.model.files.plaindata import only_plain_data
+from phimr_nemo.store.atomic import atomic_directory
 
 STEP_PREFIX: Final = "step-"
 WRITERS: Final = 1

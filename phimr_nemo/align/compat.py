@@ -4,7 +4,7 @@ Nothing of the trainers' behaviour is changed here. What upstream needs to be im
 
 - `nemo_aligner.utils.trt_llm` imports TensorRT-LLM at module level, for a generator that we do not use.
 - NeMo scripts a few functions with TorchScript while it is imported; TorchScript cannot read the factories
-  that `train.platform` redirects on a machine without CUDA, and eager functions do the same there.
+  that `training.platform` redirects on a machine without CUDA, and eager functions do the same there.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import CheckpointConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.runs import RunDirectory
-from phimr_nemo.store import input_hash
-from phimr_nemo.train.distributed import PreemptionGuard, export_hf
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.store.shards import input_hash
+from phimr_nemo.training.distributed import PreemptionGuard, export_hf
 
 HF_DIRECTORY: Final = "hf"
 

@@ -12,9 +12,9 @@ from typing import Any, Final
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from phimr_nemo.align.rollouts import PASS_RATE_NAMES
-from phimr_nemo.picture import save_png, tidy
-from phimr_nemo.runs import read_metrics
+from phimr_nemo.report.picture import save_png, tidy
+from phimr_nemo.store.runs import read_metrics
+from phimr_nemo.training.metrics import PASS_RATE_NAMES
 
 PLOT_FILE: Final = "dpo.png"
 COLUMNS: Final = 3

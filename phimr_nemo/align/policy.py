@@ -32,14 +32,14 @@ from phimr_nemo.align.microbatch import (
     trimmed_width,
     used_lengths,
 )
-from phimr_nemo.align.optimizer import build_optimizer, check_finite
 from phimr_nemo.config import ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model import Architecture, build_model, transformer_config
-from phimr_nemo.model.configuration import recompute_fields
-from phimr_nemo.model.convert import export_tensors, load_tensors
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.train import platform
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.megatron.configuration import recompute_fields
+from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
+from phimr_nemo.training import platform
+from phimr_nemo.training.optimizer import build_optimizer, check_finite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -231,7 +231,7 @@ class MegatronPolicy(AlignableGenerativeInterface):
 
     def infer(self, *_: Any, **__: Any) -> None:
         """Not used: responses come from a `generate.sampler.Sampler` that holds this policy's weights."""
-        raise NotImplementedError("rollouts are sampled by a Sampler, see phimr_nemo.align.rollouts")
+        raise NotImplementedError("rollouts are sampled by a Sampler, see phimr_nemo.align.grpo.rollouts")
 
     def prepare_for_training(self) -> None:
         """Nothing to bring back: the optimizer's state stays where it is."""

@@ -182,7 +182,7 @@ class PromptOptimizationConfig:
 
 @config
 class MonitorConfig:
-    """What is watched while GRPO runs, and when a warning says that it collapses (:mod:`phimr_nemo.align.collapse`).
+    """What is watched while GRPO runs, and when a warning says that it collapses: `align.grpo.collapse`.
 
     Attributes:
         dashboard_every: steps between two versions of the picture `grpo.png`.

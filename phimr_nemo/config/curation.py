@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from phimr_nemo.config.common import Positive, RunConfig, ShardConfig, Share, config
-from phimr_nemo.records import Difficulty
+from phimr_nemo.store.records import Difficulty
 
 
 @config

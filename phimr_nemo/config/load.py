@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.redact import refuse_secrets
+from phimr_nemo.redact import redact
 
 T = TypeVar("T")
 
@@ -206,3 +206,35 @@ def to_yaml(config: object) -> str:
 
     # OmegaConf's own writer quotes what its reader would take for a number, "1e5" for example.
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def refuse_secrets(values: Mapping[Any, Any]) -> None:
+    """Settings are recorded with every run: none may hold a secret.
+
+    Args:
+        values: the resolved settings, nested.
+
+    Raises:
+        UserError: one does; it is named by its key alone.
+    """
+    for key, text in _texts(values, ""):
+        if redact(text) != text:
+            raise UserError(
+                f"the setting {key} holds a secret (it is not repeated here)",
+                rule="settings are recorded in config.yaml, run.json, manifests; secrets come from the environment",
+                remedy="put it into an environment variable, and that variable's name into the setting "
+                "(api_key_env for an endpoint; HF_TOKEN and WANDB_API_KEY are read by themselves)",
+            )
+
+
+def _texts(value: Any, key: str) -> Iterable[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            place = f"{key}.{name}" if key else str(name)
+            yield f"the key of {key or 'a section'}", str(name)
+            yield from _texts(item, place)
+    elif isinstance(value, Sequence):
+        for index, item in enumerate(value):
+            yield from _texts(item, f"{key}[{index}]")

@@ -63,7 +63,7 @@ class SourceConfig:
 
 @config
 class NearDuplicatesConfig:
-    """Questions that are almost the same (see phimr_nemo/data/dedup.py).
+    """Questions that are almost the same (see phimr_nemo/data/prepare/dedup.py).
 
     Attributes:
         threshold: estimated Jaccard similarity of token 3-grams from which two questions are one.
@@ -91,7 +91,7 @@ class EvaluationSetConfig:
 
 @config
 class DecontaminationConfig:
-    """Problems too close to evaluation questions are dropped (see phimr_nemo/data/decontaminate.py).
+    """Problems too close to evaluation questions are dropped (see phimr_nemo/data/prepare/decontaminate.py).
 
     Attributes:
         sets: the evaluation sets.

@@ -224,7 +224,7 @@ def row_table(documents: Sequence[Document], rows: Sequence[Indices]) -> pa.Tabl
     """
     import pyarrow as pa
 
-    from phimr_nemo.store import conform
+    from phimr_nemo.store.shards import conform
 
     order = [int(index) for row in rows for index in row]
     lengths = np.array([len(documents[index][0]) for index in order], dtype=np.int32)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from phimr_nemo.data.curate import Fate
+from phimr_nemo.data.fate import Fate
 
 PairMode = Literal["near_miss", "random"]
 Nearness = Literal["common_steps", "common_beginning"]

@@ -23,7 +23,7 @@ from phimr_nemo.endpoint.journal import Journal, read_journal
 from phimr_nemo.endpoint.settings import check_endpoint
 from phimr_nemo.endpoint.wire import ChatReply, ChatRequest, RequestFailed
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import content_id
+from phimr_nemo.store.content import content_id
 
 JOURNAL_SUFFIX: Final = ".jsonl"
 MILLION: Final = 1_000_000

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from phimr_nemo.atomic import explain_os_errors
+from phimr_nemo.store.atomic import explain_os_errors
 
 CHECKSUM_BYTES: Final = 8
 CHECKSUM_CHARS: Final = 2 * CHECKSUM_BYTES

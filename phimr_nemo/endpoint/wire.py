@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from phimr_nemo.config import EndpointConfig
-from phimr_nemo.records import FinishReason
+from phimr_nemo.store.records import FinishReason
 
 UNKNOWN: Final = -1
 MAX_BODY_BYTES: Final = 16 << 20

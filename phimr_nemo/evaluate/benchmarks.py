@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from phimr_nemo.config import BenchmarkProblems, SourceConfig
-from phimr_nemo.data.item import Item, UnusableRow
-from phimr_nemo.data.presets import PRESETS
-from phimr_nemo.data.sources import read_items, source_rows
+from phimr_nemo.data.sources.item import Item, UnusableRow
+from phimr_nemo.data.sources.presets import PRESETS
+from phimr_nemo.data.sources.source import read_items, source_rows
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.gpqa import read_gpqa
-from phimr_nemo.store import content_id, rows_to_table
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.shards import rows_to_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from phimr_nemo.data.shape import LENGTH_BINS, length_bins
+from phimr_nemo.data.curate.shape import LENGTH_BINS, length_bins
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.sampling import sample_responses
 from phimr_nemo.evaluate.statistics import majority_at_k, mean_and_clustered_error, pass_at_k
-from phimr_nemo.store import iter_shards, read_manifest, read_table, write_json
+from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.shards import iter_shards, read_manifest, read_table
 from phimr_nemo.verify import GRADER_VERSION
 from phimr_nemo.verify.plug import plugged_name
 from phimr_nemo.verify.stage import verify_rollouts
@@ -58,7 +59,7 @@ class Lengths:
         known: how many they are.
         quantiles: share of responses -> length that so many do not exceed.
         correct, wrong: mean length of correct and of all other responses; NaN where there are none.
-        bins: responses in each length class of :mod:`phimr_nemo.data.shape`.
+        bins: responses in each length class of :mod:`phimr_nemo.data.curate.shape`.
     """
 
     known: int

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import content_id, rows_to_table
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.shards import rows_to_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

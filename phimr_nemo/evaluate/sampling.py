@@ -18,7 +18,7 @@ from phimr_nemo.endpoint.settings import check_endpoint
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import QUESTION, Plan
 from phimr_nemo.generate.sampler import SamplingParams
-from phimr_nemo.store import conform
+from phimr_nemo.store.shards import conform
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,7 +51,7 @@ def sample_responses(config: EvaluateConfig, problems: pa.Table, out_dir: Path) 
         import torch
 
         from phimr_nemo.data.chat import load_tokenizer
-        from phimr_nemo.generate.backends import open_local
+        from phimr_nemo.generate.engines import open_local
 
         tokenizer = load_tokenizer(model)
         sampler, name = open_local(
@@ -64,7 +64,7 @@ def sample_responses(config: EvaluateConfig, problems: pa.Table, out_dir: Path) 
         )
         _sample(config, problems, out_dir, sampler, tokenizer, name)
         return
-    from phimr_nemo.generate.vllm import open_vllm
+    from phimr_nemo.generate.serving.vllm import open_vllm
 
     opened, tokenizer, name = open_vllm(_as_teacher(config, engine, model), problems["question"].to_pylist())
     _sample(config, problems, out_dir, opened, tokenizer, name)
@@ -154,7 +154,7 @@ def _as_teacher(config: EvaluateConfig, engine: VLLMSampling, model: Path) -> VL
 
 
 def _ask_endpoint(config: EvaluateConfig, engine: EndpointSampling, problems: pa.Table, out_dir: Path) -> None:
-    from phimr_nemo.generate.remote import request_rollouts
+    from phimr_nemo.generate.serving.remote import request_rollouts
 
     plan = Plan(
         problems=conform(problems, "problems"),

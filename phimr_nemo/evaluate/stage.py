@@ -11,7 +11,7 @@ from phimr_nemo.evaluate.benchmarks import read_benchmark
 from phimr_nemo.evaluate.evaluate import evaluate_model
 from phimr_nemo.evaluate.sampling import own_model
 from phimr_nemo.generate.stage import read_configured_problems
-from phimr_nemo.runs import RUN_FILE
+from phimr_nemo.store.runs import RUN_FILE
 
 if TYPE_CHECKING:
     import pyarrow as pa

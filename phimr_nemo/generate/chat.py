@@ -11,12 +11,12 @@ from tokenizers.decoders import DecodeStream
 
 from phimr_nemo.data.chat import render_turns
 from phimr_nemo.generate.sampler import Request, SamplingParams
-from phimr_nemo.store import content_seed
+from phimr_nemo.store.content import content_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from phimr_nemo.generate.local import LocalSampler
+    from phimr_nemo.generate.local.engine import LocalSampler
 
 THINK_OPEN: Final = "<think>"
 THINK_CLOSE: Final = "</think>"

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import FinishReason
-from phimr_nemo.store import content_id, content_seed, write_json
+from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.content import content_id, content_seed
+from phimr_nemo.store.records import FinishReason
 
 if TYPE_CHECKING:
     import pyarrow as pa

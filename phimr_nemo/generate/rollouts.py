@@ -13,7 +13,7 @@ from phimr_nemo.data.chat import decode_response, render_prompts
 from phimr_nemo.endpoint.wire import OPENING
 from phimr_nemo.generate.plan import QUESTION, Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import Completion, Engine, Request, SamplingParams
-from phimr_nemo.store import conform, finish, is_complete, rows_to_table, shard_is_complete, write_shard
+from phimr_nemo.store.shards import conform, finish, is_complete, rows_to_table, shard_is_complete, write_shard
 
 if TYPE_CHECKING:
     import pyarrow as pa

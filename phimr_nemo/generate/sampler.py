@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import FinishReason
+from phimr_nemo.store.records import FinishReason
 
 if TYPE_CHECKING:
     import torch

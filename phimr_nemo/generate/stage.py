@@ -17,12 +17,20 @@ from phimr_nemo.config import (
     VLLMTeacher,
     to_dict,
 )
-from phimr_nemo.data.problems import load_problems
-from phimr_nemo.data.recorded import load_recorded_rollouts
-from phimr_nemo.data.synthetic import generate_problems
-from phimr_nemo.data.teacher import teacher_rollouts
+from phimr_nemo.data.sources.problems import load_problems
+from phimr_nemo.data.sources.recorded import load_recorded_rollouts
+from phimr_nemo.data.synthetic.problems import generate_problems
+from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import Manifest, conform, finish, read_manifest, read_table, shard_is_complete, write_shard
+from phimr_nemo.store.shards import (
+    Manifest,
+    conform,
+    finish,
+    read_manifest,
+    read_table,
+    shard_is_complete,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,7 +153,7 @@ def closing_facts(manifest: Manifest) -> dict[str, Any]:
 
 def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) -> dict[str, Any] | None:
     from phimr_nemo.data.chat import load_tokenizer
-    from phimr_nemo.generate.backends import open_local
+    from phimr_nemo.generate.engines import open_local
     from phimr_nemo.generate.rollouts import sample_rollouts
     from phimr_nemo.generate.sampler import SamplingParams
 
@@ -179,7 +187,7 @@ def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) 
 
 def _requested(config: GenerateConfig, teacher: EndpointTeacher, problems: pa.Table) -> dict[str, Any] | None:
     from phimr_nemo.generate.plan import Plan
-    from phimr_nemo.generate.remote import request_rollouts
+    from phimr_nemo.generate.serving.remote import request_rollouts
 
     plan = Plan(
         problems=conform(problems, "problems"),
@@ -202,7 +210,7 @@ def _requested(config: GenerateConfig, teacher: EndpointTeacher, problems: pa.Ta
 def _sampled_by_vllm(config: GenerateConfig, teacher: VLLMTeacher, problems: pa.Table) -> dict[str, Any] | None:
     from phimr_nemo.generate.rollouts import sample_rollouts
     from phimr_nemo.generate.sampler import SamplingParams
-    from phimr_nemo.generate.vllm import open_vllm
+    from phimr_nemo.generate.serving.vllm import open_vllm
 
     shards = range(-(-problems.num_rows // config.shard_size))
     engine, tokenizer, name = open_vllm(teacher, problems.column("question").to_pylist())

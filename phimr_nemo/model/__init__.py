@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from phimr_nemo.model.architecture import Architecture
 
 if TYPE_CHECKING:
-    from phimr_nemo.model.megatron import PhiGPTModel, build_model, transformer_config
+    from phimr_nemo.model.megatron.gpt import PhiGPTModel, build_model, transformer_config
 
 __all__ = ["Architecture", "PhiGPTModel", "build_model", "transformer_config"]
 
@@ -19,7 +19,7 @@ _FROM_MEGATRON = frozenset({"PhiGPTModel", "build_model", "transformer_config"})
 
 def __getattr__(name: str) -> Any:
     if name in _FROM_MEGATRON:
-        from phimr_nemo.model import megatron
+        from phimr_nemo.model.megatron import gpt as megatron
 
         return getattr(megatron, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from phimr_nemo.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG, load_tokenizer, reasoning_template
 from phimr_nemo.errors import UserError
-from phimr_nemo.model.hf import HFDirectory, copy_hf_directory
+from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
 
 
 def adopt(source: Path, target: Path, *, system_prompt: str) -> None:

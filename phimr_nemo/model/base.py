@@ -12,9 +12,9 @@ from torch import Tensor
 
 from phimr_nemo.config import BaseConfig
 from phimr_nemo.data.chat import END_OF_TEXT
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.hf import write_hf_directory
+from phimr_nemo.model.files.hf import write_hf_directory
 from phimr_nemo.model.table import checkpoint_tensors
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from phimr_nemo.config import LongRopePolicy
 from phimr_nemo.errors import UserError
-from phimr_nemo.runs import CONFIG_FILE
+from phimr_nemo.store.runs import CONFIG_FILE
 
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture

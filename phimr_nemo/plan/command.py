@@ -13,7 +13,9 @@ from phimr_nemo.config import GenerationPlanConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.plan.generation import plan_generation
 from phimr_nemo.plan.hardware import GIBIBYTE
-from phimr_nemo.plan.report import (
+from phimr_nemo.plan.request import read_request
+from phimr_nemo.plan.search import plan_training
+from phimr_nemo.plan.tables import (
     describe,
     generation_values,
     largest_part,
@@ -21,8 +23,6 @@ from phimr_nemo.plan.report import (
     print_training,
     training_values,
 )
-from phimr_nemo.plan.request import read_request
-from phimr_nemo.plan.search import plan_training
 
 WIDTH: Final = 126
 

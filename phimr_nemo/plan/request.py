@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.config import (
-    STAGES,
-    GenerationPlanConfig,
-    TrainingPlanConfig,
-    find_config,
-    load_config,
-)
+from phimr_nemo.config import STAGES, GenerationPlanConfig, TrainingPlanConfig, find_config, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.plan.workload import StageConfig

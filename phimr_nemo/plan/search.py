@@ -15,13 +15,7 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.plan.hardware import FRAGMENTATION, FRAMEWORK_BYTES, Gpu, MatmulDtype, find_gpu
-from phimr_nemo.plan.memory import (
-    BYTES_PER_NUMBER,
-    RankMemory,
-    Recompute,
-    largest_rank,
-    layer_parameters,
-)
+from phimr_nemo.plan.memory import BYTES_PER_NUMBER, RankMemory, Recompute, largest_rank, layer_parameters
 from phimr_nemo.plan.sampling import SamplingTime, sampling_time
 from phimr_nemo.plan.timing import StepTime, Work, step_time
 from phimr_nemo.plan.workload import StageConfig, Workload, training_workload

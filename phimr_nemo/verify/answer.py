@@ -11,12 +11,12 @@ from typing import Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.verify.compare import judge
-from phimr_nemo.verify.expression import Symbolic
 from phimr_nemo.verify.extract import Extraction, final_answer, gold_answer
 from phimr_nemo.verify.plug import MAX_RESPONSE_CHARS, plugged_name
-from phimr_nemo.verify.pool import Job, Pool
-from phimr_nemo.verify.quantity import Number
+from phimr_nemo.verify.read.expression import Symbolic
+from phimr_nemo.verify.read.quantity import Number
 from phimr_nemo.verify.verdict import GRADER_VERSION, MAX_ANSWER_CHARS, NeedsWorker, Verdict
+from phimr_nemo.verify.workers.pool import Job, Pool
 
 SOFT_SECONDS: Final = 3.0
 DEADLINE_SECONDS: Final = 15.0

@@ -11,12 +11,12 @@ import re
 from collections.abc import Sequence as Many
 from typing import Final
 
-from phimr_nemo.verify.choice import same_choice, without_choice_label
-from phimr_nemo.verify.expression import Symbolic, check_expression, for_math_verify, same_expression
 from phimr_nemo.verify.extract import Extraction
-from phimr_nemo.verify.normalise import canonical, key
-from phimr_nemo.verify.quantity import parse_number, split_quantity
-from phimr_nemo.verify.structure import (
+from phimr_nemo.verify.read.choice import same_choice, without_choice_label
+from phimr_nemo.verify.read.expression import Symbolic, check_expression, for_math_verify, same_expression
+from phimr_nemo.verify.read.normalise import canonical, key
+from phimr_nemo.verify.read.quantity import parse_number, split_quantity
+from phimr_nemo.verify.read.structure import (
     Equation,
     Items,
     Leaf,

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from phimr_nemo.verify.names import words
+from phimr_nemo.verify.read.names import words
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 
 THINK_MARKS: Final = (

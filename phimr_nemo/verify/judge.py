@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from phimr_nemo.config import JudgeConfig
 from phimr_nemo.endpoint import Asker, Prompt
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import atomic_write_text, content_id, rows_to_table, write_json
+from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.shards import rows_to_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from phimr_nemo.content import file_sha256
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import VerdictName
+from phimr_nemo.store.content import file_sha256
+from phimr_nemo.store.records import VerdictName
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS, Verdict
 
 GraderFunction = Callable[[str, str], Verdict]

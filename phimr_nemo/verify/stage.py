@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tqdm import tqdm
 
-from phimr_nemo.atomic import atomic_file
 from phimr_nemo.config import JudgeConfig, VerifyConfig, to_dict
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import (
+from phimr_nemo.store.atomic import atomic_file
+from phimr_nemo.store.shards import (
     check_shard,
     finish,
     input_hash,

@@ -15,7 +15,7 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
-from phimr_nemo.verify.quantity import Number
+from phimr_nemo.verify.read.quantity import Number
 from phimr_nemo.verify.verdict import Unparsable
 
 PARSE_CACHE: Final = 4096

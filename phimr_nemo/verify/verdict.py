@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from phimr_nemo.records import VerdictName
+from phimr_nemo.store.records import VerdictName
 
 MATH_VERIFY_VERSION: Final = "0.9.0"
 POLICY_VERSION: Final = "1"

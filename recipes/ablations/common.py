@@ -10,9 +10,9 @@ import typer
 
 from phimr_nemo.config import load_config
 from phimr_nemo.errors import UserError, exit_with_message
-from phimr_nemo.picture import save_png
-from phimr_nemo.pipeline import Step, run_step
-from phimr_nemo.runs import RunDirectory
+from phimr_nemo.jobs.quickstart import Step, run_step
+from phimr_nemo.report.picture import save_png
+from phimr_nemo.store.runs import RunDirectory
 
 Config = TypeVar("Config")
 Differences = Mapping[str, Sequence[tuple[float, float]]]
@@ -91,7 +91,7 @@ def run_steps(steps: Sequence[Step]) -> None:
     """Run every step that has not finished yet, in order.
 
     Raises:
-        UserError, Preempted, RuntimeError: as :func:`phimr_nemo.pipeline.run_step`.
+        UserError, Preempted, RuntimeError: as :func:`phimr_nemo.jobs.quickstart.run_step`.
     """
     for number, step in enumerate(steps, 1):
         if not RunDirectory(step.output).is_done:

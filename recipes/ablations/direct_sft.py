@@ -14,10 +14,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config.ablations import DirectSFTConfig
-from phimr_nemo.pipeline import Step
-from phimr_nemo.store import read_manifest, write_json
+from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.shards import read_manifest
 from recipes.ablations.common import (
     ablation_command,
     differences_markdown,

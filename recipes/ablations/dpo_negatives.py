@@ -12,9 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config.ablations import DPONegativesConfig
-from phimr_nemo.pipeline import Step
+from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
     ablation_command,
     differences_markdown,
@@ -70,7 +70,7 @@ def report(config: DPONegativesConfig) -> str:
         UserError: an arm's evaluation is not finished.
     """
     from phimr_nemo.evaluate.evaluate import RESULTS_FILE, Result, read_result
-    from phimr_nemo.evaluate.report import entry, table_markdown, write_table
+    from phimr_nemo.report.scores import entry, table_markdown, write_table
 
     arms = (START, *config.modes)
     seeds = list(seed_directories(config.quickstarts, needed=NEEDED))

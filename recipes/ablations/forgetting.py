@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config.ablations import ForgettingConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.picture import save_png, tidy
-from phimr_nemo.pipeline import ROWS
-from phimr_nemo.records import DIFFICULTIES
-from phimr_nemo.store import read_table, write_json
+from phimr_nemo.jobs.quickstart import ROWS
+from phimr_nemo.report.picture import save_png, tidy
+from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.records import DIFFICULTIES
+from phimr_nemo.store.shards import read_table
 from recipes.ablations.common import ablation_command, seed_directories
 
 if TYPE_CHECKING:

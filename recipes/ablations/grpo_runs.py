@@ -9,8 +9,8 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.picture import save_png, tidy
-from phimr_nemo.runs import RunDirectory, read_metrics
+from phimr_nemo.report.picture import save_png, tidy
+from phimr_nemo.store.runs import RunDirectory, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

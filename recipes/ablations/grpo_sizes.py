@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config.ablations import GRPOSizesConfig
-from phimr_nemo.pipeline import OWN_PROBLEMS_SEED_OFFSET, Step
+from phimr_nemo.jobs.quickstart import OWN_PROBLEMS_SEED_OFFSET, Step
+from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
     ablation_command,
     evaluation_step,
@@ -81,7 +81,7 @@ def report(config: GRPOSizesConfig) -> str:
         UserError: an arm or its evaluation has not finished.
     """
     from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
-    from phimr_nemo.evaluate.report import entry, table_markdown, write_table
+    from phimr_nemo.report.scores import entry, table_markdown, write_table
 
     seeds = list(seed_directories(config.quickstarts, needed=NEEDED))
     entries = [

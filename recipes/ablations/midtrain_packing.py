@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config.ablations import MidtrainPackingConfig
-from phimr_nemo.pipeline import Step
-from phimr_nemo.store import read_manifest, write_json
+from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.shards import read_manifest
 from recipes.ablations.common import (
     ablation_command,
     differences_markdown,
@@ -88,8 +88,8 @@ def report(config: MidtrainPackingConfig) -> str:
     """
     from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
     from phimr_nemo.evaluate.statistics import mean_and_error
-    from phimr_nemo.runs import RunDirectory
-    from phimr_nemo.train.document_loss import kept_document_losses
+    from phimr_nemo.store.runs import RunDirectory
+    from phimr_nemo.supervised.document_loss import kept_document_losses
 
     seeds = list(seed_directories(config.quickstarts, needed=NEEDED))
     arms = {**PLACEMENTS, UNPACKED: UNPACKED}

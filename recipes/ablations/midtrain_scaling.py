@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config.ablations import MidtrainScalingConfig
-from phimr_nemo.picture import save_png, tidy
-from phimr_nemo.pipeline import Step
-from phimr_nemo.store import read_manifest, write_json
+from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.report.picture import save_png, tidy
+from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.shards import read_manifest
 from recipes.ablations.common import (
     ablation_command,
     evaluation_step,
@@ -178,8 +178,8 @@ def _title(config: MidtrainScalingConfig, arm: Arm) -> str:
 def _measures(out: Path, root: Path, arm: Arm) -> Mapping[str, float]:
     from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
     from phimr_nemo.evaluate.statistics import mean_and_error
-    from phimr_nemo.runs import RunDirectory
-    from phimr_nemo.train.document_loss import kept_document_losses
+    from phimr_nemo.store.runs import RunDirectory
+    from phimr_nemo.supervised.document_loss import kept_document_losses
 
     trained, evaluated = directories(out, root, arm)
     for directory in (trained, evaluated, out / HELDOUT):

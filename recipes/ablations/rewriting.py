@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import Difficulty
-from phimr_nemo.store import content_id, content_seed
+from phimr_nemo.store.atomic import atomic_write_text
+from phimr_nemo.store.content import content_id, content_seed
+from phimr_nemo.store.records import Difficulty
 
 FAMILY: Final = "ab"
 LENGTHS: Final[dict[int, Difficulty]] = {5: "middle", 6: "high_school"}

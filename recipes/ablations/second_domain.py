@@ -15,10 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config.ablations import SecondDomainConfig
-from phimr_nemo.pipeline import Step
-from phimr_nemo.store import write_json
+from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.store.atomic import atomic_write_text, write_json
 from recipes.ablations.common import (
     ablation_command,
     differences_markdown,

@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config.ablations import StoppingConfig
-from phimr_nemo.pipeline import ROWS
-from phimr_nemo.store import read_table, write_json
+from phimr_nemo.jobs.quickstart import ROWS
+from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.shards import read_table
 from recipes.ablations.common import ablation_command, measures_markdown, seed_directories
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config.ablations import TeachersConfig
-from phimr_nemo.pipeline import Step
-from phimr_nemo.store import read_manifest, read_table, write_json
+from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.shards import read_manifest, read_table
 from recipes.ablations.common import (
     ablation_command,
     differences_markdown,

@@ -18,9 +18,7 @@ COMMANDS = (*STAGES, "quickstart", "report", "data", "convert", "plan", "doctor"
 def phimr(*arguments: str, cwd: Path, light: bool = True) -> subprocess.CompletedProcess[str]:
     """Run `phimr`; `light` makes every import of a heavy package fail."""
     block = f"sys.modules.update(dict.fromkeys({BLOCKED!r}));" if light else ""
-    program = (
-        f"import sys; {block} sys.argv = ['phimr', *{list(arguments)!r}]; from phimr_nemo.cli import main; main()"
-    )
+    program = f"import sys; {block} sys.argv = ['phimr', *{list(arguments)!r}]; import phimr_nemo.cli.__main__"
     environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb"}
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=cwd, env=environment, check=False
@@ -69,9 +67,9 @@ def test_a_mistake_is_one_clear_error_with_exit_code_2(arguments: tuple[str, ...
 def test_the_doctors_verdict_is_the_exit_code(tmp_path: Path) -> None:
     program = (
         "import sys; sys.argv = ['phimr', 'doctor']\n"
-        "import phimr_nemo.doctor as doctor\n"
+        "import phimr_nemo.jobs.doctor as doctor\n"
         "doctor.exit_code = lambda findings: int(sys.stdin.read())\n"
-        "from phimr_nemo.cli import main; main()\n"
+        "from phimr_nemo.cli.main import main; main()\n"
     )
     for code in (0, 2):
         done = subprocess.run(

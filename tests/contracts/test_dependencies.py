@@ -13,51 +13,32 @@ from pathlib import Path
 import pytest
 
 TIERS = (
-    {
-        "",
-        "errors",
-        "redact",
-        "records",
-        "atomic",
-        "content",
-        "page",
-        "picture",
-        "store",
-        "runs",
-        "config",
-        "endpoint",
-    },
-    {"losses", "data", "verify", "model"},
+    {"", "errors", "redact", "store", "config", "endpoint"},
+    {"losses", "data", "verify"},
+    {"model"},
     {"generate"},
-    {"align", "train", "evaluate", "plan"},
-    {
-        "cli",
-        "terminal",
-        "status",
-        "pipeline",
-        "launch",
-        "preflight",
-        "doctor",
-        "node",
-        "server_node",
-        "cluster",
-        "recipes",
-    },
+    {"evaluate", "plan"},
+    {"report"},
+    {"training"},
+    {"supervised", "align"},
+    {"jobs", "recipes"},
+    {"cli"},
 )
 LIGHT = (
     "phimr_nemo",
     "phimr_nemo.errors",
-    "phimr_nemo.atomic",
-    "phimr_nemo.records",
-    "phimr_nemo.store",
-    "phimr_nemo.runs",
+    "phimr_nemo.store.atomic",
+    "phimr_nemo.store.records",
+    "phimr_nemo.store.shards",
+    "phimr_nemo.store.runs",
+    "phimr_nemo.store.check",
     "phimr_nemo.config",
     "phimr_nemo.endpoint",
     "phimr_nemo.verify",
-    "phimr_nemo.preflight",
+    "phimr_nemo.jobs.preflight",
     "phimr_nemo.plan.command",
-    "phimr_nemo.doctor",
-    "phimr_nemo.cli",
+    "phimr_nemo.jobs.doctor",
+    "phimr_nemo.cli.main",
 )
 HEAVY = ("torch", "transformers", "nemo", "nemo_run", "megatron", "nemo_aligner", "lightning", "vllm", "datasets")
 # The parts that a package may be imported in, and in how many files.
@@ -65,10 +46,10 @@ MAX_MEGATRON_FILES = 24
 # In the process, in the server, in its workers.
 MAX_VLLM_FILES = 3
 HOMES = {
-    "megatron": ({"model", "losses", "train", "align"}, MAX_MEGATRON_FILES),
-    "nemo": ({"train", "align"}, None),
+    "megatron": ({"model", "losses", "training", "supervised", "align"}, MAX_MEGATRON_FILES),
+    "nemo": ({"training", "supervised", "align"}, None),
     "nemo_aligner": ({"align"}, None),
-    "nemo_run": ({"recipes", "cluster"}, None),
+    "nemo_run": ({"recipes", "jobs"}, None),
     "vllm": ({"generate"}, MAX_VLLM_FILES),
 }
 POINTER = re.compile(r"(phimr_nemo|recipes)(\.\w+)*:\w+")
@@ -160,19 +141,18 @@ def test_heavy_packages_stay_at_home(repository: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "code", "found"),
     [
-        ("store.py", "import phimr_nemo.train.adam\n", "phimr_nemo.store -> phimr_nemo.train.adam"),
-        ("store.py", "def f():\n    from phimr_nemo.model import hf\n", "phimr_nemo.store -> phimr_nemo.model.hf"),
+        ("store/x.py", "import phimr_nemo.training.adam\n", "phimr_nemo.store.x -> phimr_nemo.training.adam"),
+        ("store/x.py", "def f():\n    from phimr_nemo.model import a\n", "phimr_nemo.store.x -> phimr_nemo.model.a"),
         ("data/x.py", "from phimr_nemo import cli\n", "phimr_nemo.data.x -> phimr_nemo.cli"),
         ("data/x.py", "from .. import generate\n", "phimr_nemo.data.x -> phimr_nemo.generate"),
         ("model/__init__.py", "from ..align.dpo import x\n", "phimr_nemo.model -> phimr_nemo.align.dpo.x"),
         ("generate/x.py", "import recipes.sft\n", "phimr_nemo.generate.x -> recipes.sft"),
-        ("data/x.py", "F = 'phimr_nemo.train.adam:Adam'\n", "phimr_nemo.data.x -> phimr_nemo.train.adam:Adam"),
+        ("data/x.py", "F = 'phimr_nemo.training.adam:Adam'\n", "phimr_nemo.data.x -> phimr_nemo.training.adam:Adam"),
     ],
 )
 def test_an_upward_import_is_found(place: str, code: str, found: str, tmp_path: Path) -> None:
-    for part in ("data", "model", "generate", "align", "train"):
+    for part in ("store", "data", "model", "generate", "align", "training", "cli"):
         (tmp_path / "phimr_nemo" / part).mkdir(parents=True)
-    (tmp_path / "phimr_nemo" / "cli.py").touch()
     (tmp_path / "phimr_nemo" / place).write_text(code, "utf-8")
     assert upward_imports(tmp_path) == [found]
 
@@ -180,13 +160,13 @@ def test_an_upward_import_is_found(place: str, code: str, found: str, tmp_path: 
 @pytest.mark.parametrize(
     ("place", "code"),
     [
-        ("data/x.py", "from phimr_nemo import __version__\nfrom phimr_nemo.store import finish\n"),
+        ("data/x.py", "from phimr_nemo import __version__\nfrom phimr_nemo.store.shards import finish\n"),
         ("generate/x.py", "from ..data import chat\nfrom . import sampler\n"),
-        ("train/x.py", "def f():\n    from phimr_nemo.generate import local\n"),
+        ("training/x.py", "def f():\n    from phimr_nemo.generate import local\n"),
     ],
 )
 def test_a_downward_import_is_not(place: str, code: str, tmp_path: Path) -> None:
-    for part in ("data", "generate", "train"):
+    for part in ("data", "generate", "training"):
         (tmp_path / "phimr_nemo" / part).mkdir(parents=True)
     (tmp_path / "phimr_nemo" / place).write_text(code, "utf-8")
     assert upward_imports(tmp_path) == []

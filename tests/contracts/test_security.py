@@ -59,13 +59,13 @@ NEEDED_KEYWORDS = {
 FORBIDDEN_KEYWORDS = {"shell": True, "verify": False, "trust_remote_code": True, "allow_pickle": True}
 # Who may name pickle at all, and why.
 PICKLE_HOMES = {
-    "phimr_nemo/model/distindex.py": "reads the index of a distributed checkpoint with inert classes",
-    "phimr_nemo/model/plaindata.py": "compares the names in such an index with a list",
-    "phimr_nemo/model/distcheckpoint.py": "writes such an index, as Megatron reads it",
+    "phimr_nemo/model/files/distindex.py": "reads the index of a distributed checkpoint with inert classes",
+    "phimr_nemo/model/files/plaindata.py": "compares the names in such an index with a list",
+    "phimr_nemo/model/files/distcheckpoint.py": "writes such an index, as Megatron reads it",
 }
 # Who may listen on every interface, and why.
 SERVERS_FOR_OTHERS = {
-    "phimr_nemo/server_node.py": "rollout servers of other nodes; it refuses to start them without a key"
+    "phimr_nemo/jobs/server_node.py": "rollout servers of other nodes; it refuses to start them without a key"
 }
 EVERYWHERE = re.compile(r"\b0\.0\.0\.0\b")
 

@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 
 from phimr_nemo.config import STAGES, load_config
-from phimr_nemo.launch import run_stage, stage_function
+from phimr_nemo.jobs.launch import run_stage, stage_function
 
 COUNTED = ("open", "fsync", "replace", "rename", "chmod", "mkdir", "unlink")
 

@@ -28,7 +28,7 @@ BOX = r"The answer is $\boxed{%s}$."
 
 WORKER = """
 import json, resource, sys
-from phimr_nemo.verify import worker
+from phimr_nemo.verify.workers import worker
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20),) * 2)
 job = {"text": "1+x", "gold": "x+1", "parts": ["1+x"], "boxes": ["1+x"]}
@@ -83,7 +83,7 @@ def test_workers_killed_at_random_moments_change_no_verdict(injected: Injected) 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     children = psutil.Process(launcher.pid).children(recursive=True)
-    return [child for child in children if "phimr_nemo.launch" in child.cmdline()]
+    return [child for child in children if "phimr_nemo.jobs.launch" in child.cmdline()]
 
 
 @pytest.mark.parametrize("lost", [0, 1] if LONG else [1])
@@ -91,7 +91,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(
     lost: int, repository: Path, tmp_path: Path, injected: Injected
 ) -> None:
     """Two ranks through the real command; one dies by SIGKILL, as by the kernel's out-of-memory killer."""
-    from phimr_nemo.store import finish, rows_to_table, write_shard
+    from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
     row = {"id": "a", "problem_id": "p", "question": "1+1?", "response": "2", "domain": None, "difficulty": None}
     write_shard(tmp_path / "data", 0, rows_to_table([row], "conversations"), kind="conversations")

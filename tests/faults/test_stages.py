@@ -18,9 +18,9 @@ from fault_length import LONG
 
 from phimr_nemo.config import STAGES, load_config, to_yaml
 from phimr_nemo.errors import UserError
-from phimr_nemo.launch import run_stage
-from phimr_nemo.records import Kind
-from phimr_nemo.store import read_manifest, read_table
+from phimr_nemo.jobs.launch import run_stage
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.shards import read_manifest, read_table
 
 KILLS = {
     stage: 40 if LONG else kills for stage, kills in (("generate", 8), ("verify", 8), ("curate", 8), ("pack", 4))
@@ -54,7 +54,7 @@ class Chain:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Chain:
-    from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+    from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 
     root = tmp_path_factory.mktemp("chain")
     build_tokenizer(synthetic_corpus()).save_pretrained(root / "tokenizer")

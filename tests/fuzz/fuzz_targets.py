@@ -65,8 +65,8 @@ def config() -> Target:
 def answer() -> Target:
     """A response and a gold answer, up to where a worker would take over."""
     from phimr_nemo.verify.answer import _decide
-    from phimr_nemo.verify.pool import Job
     from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
+    from phimr_nemo.verify.workers.pool import Job
 
     def target(data: bytes) -> None:
         response, gold = text_parts(data, 2)
@@ -88,7 +88,7 @@ def rawfile() -> Target:
     """A user's file in every format: rows that are objects, or a UserError."""
     import gzip
 
-    from phimr_nemo.data.rawfiles import read_rows
+    from phimr_nemo.data.sources.rawfiles import read_rows
     from phimr_nemo.errors import UserError
 
     place = scratch()
@@ -112,7 +112,7 @@ def rawfile() -> Target:
 
 def problem() -> Target:
     """Rows of any shape as problems: text that can be stored, or a row counted as incomplete, or a UserError."""
-    from phimr_nemo.data.problems import read_problems
+    from phimr_nemo.data.sources.problems import read_problems
     from phimr_nemo.errors import UserError
 
     file = scratch() / "x.jsonl"
@@ -131,7 +131,7 @@ def problem() -> Target:
 def shard() -> Target:
     """A finished record directory in which one file was replaced: the same rows, or a UserError, never other rows."""
     from phimr_nemo.errors import UserError
-    from phimr_nemo.store import finish, read_table, rows_to_table, shard_is_complete, write_shard
+    from phimr_nemo.store.shards import finish, read_table, rows_to_table, shard_is_complete, write_shard
 
     place = scratch() / "records"
     rows = [
@@ -172,7 +172,7 @@ def shard() -> Target:
 def chat() -> Target:
     """A question and a response: no turn more than was meant, and the response comes back, or a UserError."""
     from phimr_nemo.data.chat import SPECIAL_TOKENS, decode_response, render_conversation
-    from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+    from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
     from phimr_nemo.errors import UserError
 
     tokenizer = build_tokenizer(synthetic_corpus(), system_prompt="Be brief.")
@@ -226,7 +226,7 @@ def weights() -> Target:
 
     from phimr_nemo.errors import UserError
     from phimr_nemo.model.architecture import Architecture
-    from phimr_nemo.model.hf import HFDirectory
+    from phimr_nemo.model.files.hf import HFDirectory
     from phimr_nemo.model.table import tensor_shapes
 
     place = scratch()
@@ -276,8 +276,8 @@ def _tiny_architecture() -> dict[str, Any]:
 def index() -> Target:
     """The pickled index of a distributed checkpoint: data or a UserError, and nothing that it names is called."""
     from phimr_nemo.errors import UserError
-    from phimr_nemo.model.distindex import read_index
-    from phimr_nemo.model.plaindata import check_index
+    from phimr_nemo.model.files.distindex import read_index
+    from phimr_nemo.model.files.plaindata import check_index
 
     file = scratch() / ".metadata"
 

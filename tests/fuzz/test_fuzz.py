@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from phimr_nemo.config import CurateConfig, load_config
 from phimr_nemo.data.chat import render_conversation
-from phimr_nemo.data.problems import read_problems
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.sources.problems import read_problems
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 

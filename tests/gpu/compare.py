@@ -19,9 +19,9 @@ from torch import Tensor
 
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.model import Architecture, build_model, transformer_config
-from phimr_nemo.model.convert import export_tensors, load_tensors
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.model.megatron import PhiGPTModel
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
+from phimr_nemo.model.megatron.gpt import PhiGPTModel
 
 RMS_SHARE: Final = 0.6
 BFLOAT16_BITS: Final = 9

@@ -15,7 +15,7 @@ def gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     from phimr_nemo.config import ParallelConfig
-    from phimr_nemo.train.distributed import start_process_group
+    from phimr_nemo.training.distributed import start_process_group
 
     torch.backends.cuda.matmul.allow_tf32 = False
     start_process_group(ParallelConfig(), seed=0)

@@ -22,7 +22,8 @@ def run_rank(rank: int, ranks: int, directory: Path, scratch: Path, packed: bool
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from phimr_nemo.config import ParallelConfig
-    from phimr_nemo.model import configuration, megatron
+    from phimr_nemo.model.megatron import configuration
+    from phimr_nemo.model.megatron import gpt as megatron
 
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)

@@ -16,8 +16,8 @@ import yaml
 from compare import Outcome
 
 from phimr_nemo.model import Architecture
-from phimr_nemo.model.attention import RotaryScale
-from phimr_nemo.model.megatron import PhiGPTModel
+from phimr_nemo.model.megatron.attention import RotaryScale
+from phimr_nemo.model.megatron.gpt import PhiGPTModel
 
 MARGIN = 3.0
 FLOAT32 = 1e-5

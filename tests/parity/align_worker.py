@@ -12,9 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from phimr_nemo.align import checkpoint, metrics, objective, policy
-from phimr_nemo.align import dpo as dpo_stage
-from phimr_nemo.align import grpo as grpo_stage
+from phimr_nemo.align import checkpoint, policy, trainer_log
+from phimr_nemo.align.dpo import stage as dpo_stage
+from phimr_nemo.align.grpo import objective
+from phimr_nemo.align.grpo import stage as grpo_stage
 from phimr_nemo.config import DPOConfig, GRPOConfig, load_config
 from phimr_nemo.errors import Preempted
 
@@ -102,14 +103,14 @@ def planted(fault: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def signalled(stop_after: int | None) -> Iterator[None]:
     """Send this process SIGUSR1 while it logs step `stop_after`, as a scheduler might."""
-    real = metrics._Log._write
+    real = trainer_log.TrainerLog._write
 
     def write(self: Any, step: int, row: Any) -> None:
         real(self, step, row)
         if step == stop_after and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    with mock.patch.object(metrics._Log, "_write", write):
+    with mock.patch.object(trainer_log.TrainerLog, "_write", write):
         yield
 
 

@@ -10,11 +10,11 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.configuration import transformer_config
-from phimr_nemo.model.convert import export_tensors, load_tensors
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.model.megatron import PhiGPTModel, build_model
-from phimr_nemo.train.distributed import start_process_group
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.megatron.configuration import transformer_config
+from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
+from phimr_nemo.model.megatron.gpt import PhiGPTModel, build_model
+from phimr_nemo.training.distributed import start_process_group
 
 LENGTH = 16
 SEED = 1

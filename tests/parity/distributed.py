@@ -38,7 +38,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
 
     Args:
         fn: a function at the top level of an importable module; torch.distributed is initialised and
-            ``phimr_nemo.train.platform.prepare`` has been called.
+            ``phimr_nemo.training.platform.prepare`` has been called.
         args: picklable.
 
     Returns:
@@ -80,11 +80,11 @@ def _serve(connection: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    from phimr_nemo.train import platform
+    from phimr_nemo.training import platform
 
     torch.set_num_threads(1)
     platform.prepare()
-    import phimr_nemo.model.convert  # noqa: F401  (imported once, here)
+    import phimr_nemo.model.megatron.convert  # noqa: F401  (imported once, here)
 
     while True:
         try:

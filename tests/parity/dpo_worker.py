@@ -15,15 +15,17 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from phimr_nemo.align import dpo, policy, preference
+from phimr_nemo.align import policy
+from phimr_nemo.align.dpo import objective as preference
+from phimr_nemo.align.dpo import stage as dpo
+from phimr_nemo.align.dpo.pairs import PairCollate, load_pairs
 from phimr_nemo.align.microbatch import MicroBatch
-from phimr_nemo.align.pairs import PairCollate, load_pairs
 from phimr_nemo.config import DPOConfig, ParallelConfig, load_config
 from phimr_nemo.config.alignment import PlainLoss
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.losses import IGNORED_LABEL, token_logprobs
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.train.distributed import start_process_group
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.training.distributed import start_process_group
 
 REFERENCE_SPREAD = 5.0
 """Nats: references as far from the policy as late in training, so that every pair has a weight of its own."""

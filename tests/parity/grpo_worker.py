@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from phimr_nemo.align import grpo, policy
-from phimr_nemo.align.grpo_trainer import GRPOTrainer
+from phimr_nemo.align import policy
+from phimr_nemo.align.grpo import stage as grpo
+from phimr_nemo.align.grpo.trainer import GRPOTrainer
 from phimr_nemo.config import GRPOConfig, load_config
-from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.losses import IGNORED_LABEL
-from phimr_nemo.model import megatron
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.train.distributed import start_process_group
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.megatron import gpt as megatron
+from phimr_nemo.training.distributed import start_process_group
 
 PROMPT = 5
 NOISE = 0.2

@@ -27,14 +27,15 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from phimr_nemo.config import ParallelConfig
-from phimr_nemo.model import attention, context_parallel, megatron
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.attention import RotaryScale
-from phimr_nemo.model.configuration import transformer_config
-from phimr_nemo.model.convert import export_tensors, load_tensors
-from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.longrope import LongRopePolicy
-from phimr_nemo.model.megatron import PhiGPTModel, build_model
+from phimr_nemo.model.megatron import attention, context_parallel
+from phimr_nemo.model.megatron import gpt as megatron
+from phimr_nemo.model.megatron.attention import RotaryScale
+from phimr_nemo.model.megatron.configuration import transformer_config
+from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
+from phimr_nemo.model.megatron.gpt import PhiGPTModel, build_model
 
 Results = dict[str, Any]
 DEFAULT_POLICY: LongRopePolicy = "long_when_max_length_exceeds_original"

@@ -87,7 +87,7 @@ def _model(hf: Path) -> Any:
     """A model of the directory's architecture with random weights."""
     from phimr_nemo.config import ModelConfig, ParallelConfig
     from phimr_nemo.model.architecture import Architecture
-    from phimr_nemo.train.nemo_model import Phi4MiniModel, architecture_config
+    from phimr_nemo.supervised.nemo_model import Phi4MiniModel, architecture_config
 
     config = architecture_config(
         Architecture.from_directory(hf),
@@ -122,7 +122,7 @@ def convert_and_export(hf: Path, work: Path) -> None:
     from nemo.collections import llm
 
     from phimr_nemo.config import ParallelConfig
-    from phimr_nemo.train.conversion import convert
+    from phimr_nemo.supervised.conversion import convert
 
     _leave_group()
     for kind, source, layout in [

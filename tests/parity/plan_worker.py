@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phimr_nemo.align.optimizer import build_optimizer
 from phimr_nemo.config import OptimConfig, ParallelConfig
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.configuration import transformer_config
-from phimr_nemo.model.megatron import build_model
+from phimr_nemo.model.megatron.configuration import transformer_config
+from phimr_nemo.model.megatron.gpt import build_model
 from phimr_nemo.plan.memory import MicroBatch, Recompute
+from phimr_nemo.training.optimizer import build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORDS = 100

@@ -19,9 +19,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Request, SamplingParams
-from phimr_nemo.generate.weights import (
+from phimr_nemo.generate.serving.weights import (
     BEGIN,
     BUCKET,
     FINISH,
@@ -33,7 +33,7 @@ from phimr_nemo.generate.weights import (
     WrongWeights,
     tensors_of,
 )
-from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.table import tensor_shapes
 
 CONFLICT, UNAUTHORIZED, UNAVAILABLE = 409, 401, 503

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from phimr_nemo.config import BaseConfig, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation
-from phimr_nemo.data.synthetic import generate_problems
-from phimr_nemo.data.teacher import teacher_rollouts
+from phimr_nemo.data.synthetic.problems import generate_problems
+from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.model.base import run_base
-from phimr_nemo.runs import read_metrics
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.store.runs import read_metrics
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 STEPS = 6
 CAPACITY = 192

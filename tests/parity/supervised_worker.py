@@ -19,7 +19,7 @@ def train(stage: str, overrides: list[str]) -> None:
     """Run a supervised stage."""
     import torch.distributed as dist
 
-    from phimr_nemo.launch import run_stage
+    from phimr_nemo.jobs.launch import run_stage
 
     # NeMo starts the process group itself, with Megatron's groups.
     dist.destroy_process_group()
@@ -73,7 +73,7 @@ def train_and_die(stage: str, overrides: list[str], step: int) -> None:
 
 def after_step(step: int, action: Callable[[], None]) -> None:
     """Do something after a step's metrics are written, before anything is saved."""
-    from phimr_nemo.train.callbacks import RunMonitor
+    from phimr_nemo.supervised.callbacks import RunMonitor
 
     on_end = RunMonitor.on_train_batch_end
 
@@ -87,8 +87,8 @@ def after_step(step: int, action: Callable[[], None]) -> None:
 
 def train_and_note_samples(stage: str, overrides: list[str]) -> list[int]:
     """Run a stage; the samples that this rank read, in order."""
-    from phimr_nemo.data.batches import Row
-    from phimr_nemo.train.data import RowDataset
+    from phimr_nemo.data.rows.batches import Row
+    from phimr_nemo.supervised.data import RowDataset
 
     read: list[int] = []
     right = RowDataset.__getitem__
@@ -104,10 +104,10 @@ def train_and_note_samples(stage: str, overrides: list[str]) -> list[int]:
 
 def train_on_poison(stage: str, overrides: list[str], sample: int, factor: float, guarded: bool) -> list[str]:
     """Run a stage in which one sample's loss is multiplied by a factor; a digest of weights and moments a step."""
-    from phimr_nemo.train import nemo_model
-    from phimr_nemo.train.callbacks import RunMonitor
-    from phimr_nemo.train.data import RowDataset
-    from phimr_nemo.train.guard import BatchGuard
+    from phimr_nemo.supervised import nemo_model
+    from phimr_nemo.supervised.callbacks import RunMonitor
+    from phimr_nemo.supervised.data import RowDataset
+    from phimr_nemo.training.guard import BatchGuard
 
     poison: list[Any] = []
     right_row, right_step, on_end = RowDataset.__getitem__, nemo_model.forward_step, RunMonitor.on_train_batch_end
@@ -170,7 +170,7 @@ def state_digest(trainer: Any) -> str:
 
 def train_on_swapped_rows(stage: str, overrides: list[str]) -> None:
     """The planted fault: this layout reads another row first."""
-    from phimr_nemo.data.batches import EpochOrder
+    from phimr_nemo.data.rows.batches import EpochOrder
 
     right = EpochOrder.__getitem__
     EpochOrder.__getitem__ = lambda self, sample: (right(self, sample) + 1) % self.rows  # type: ignore[method-assign]
@@ -179,7 +179,7 @@ def train_on_swapped_rows(stage: str, overrides: list[str]) -> None:
 
 def train_with_a_mean_per_micro_batch(stage: str, overrides: list[str]) -> None:
     """The planted fault: micro-batches weigh the same, however few tokens they have."""
-    import phimr_nemo.train.supervised as supervised
+    import phimr_nemo.supervised.stage as supervised
 
     right = supervised.phi4mini_config
 

@@ -14,9 +14,9 @@ from distributed import RanksFailed, run_distributed
 
 from phimr_nemo.config import BaseConfig, load_config
 from phimr_nemo.model.base import run_base
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.records import Kind
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STEPS = 4

@@ -13,11 +13,11 @@ from distributed import run_distributed
 from model_worker import ARCHITECTURE
 
 from phimr_nemo.config import ParallelConfig
-from phimr_nemo.model import distcheckpoint
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.hf import HFDirectory, write_hf_directory
+from phimr_nemo.model.files import distcheckpoint
+from phimr_nemo.model.files.hf import HFDirectory, write_hf_directory
 from phimr_nemo.model.table import Pieces, Placement, pieces, tensor_shapes
-from phimr_nemo.train.conversion import convert
+from phimr_nemo.supervised.conversion import convert
 
 UNTIED = dataclasses.replace(ARCHITECTURE, tie_word_embeddings=False)
 TP2, PP2 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2)

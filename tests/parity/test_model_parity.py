@@ -258,7 +258,7 @@ def test_key_value_heads_that_the_tensor_ranks_cannot_share_are_refused() -> Non
     """Megatron 0.13 has no replication of key/value heads: it refuses as well, with a bare ValueError."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from phimr_nemo.model.configuration import transformer_config, transformer_fields
+    from phimr_nemo.model.megatron.configuration import transformer_config, transformer_fields
 
     arch, eight = worker.ARCHITECTURE, ParallelConfig(tensor=8)  # 8 heads in 4 groups, on 8 ranks
     with pytest.raises(UserError, match="4 key/value heads"):

@@ -14,9 +14,9 @@ from distributed import run_distributed
 from supervised_inputs import make_inputs, overrides, weights
 from supervised_worker import train
 
-from phimr_nemo.atomic import atomic_write_text
 from phimr_nemo.config import MidtrainConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.atomic import atomic_write_text
 
 STAGE: Final = "midtrain"
 STEPS = 2
@@ -61,7 +61,7 @@ def test_recipes_are_descriptions_that_an_executor_can_ship(inputs: Path, tmp_pa
     from nemo.collections import llm
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    from phimr_nemo.train.data import training_steps
+    from phimr_nemo.supervised.data import training_steps
     from recipes.native import native_recipe
 
     settings = config(inputs, tmp_path / "run", "max_steps=0", "validation_rows=4", "parallel.tensor=2")

@@ -11,7 +11,7 @@ from distributed import run_distributed
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.model.base import run_base
-from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.model.files.hf import HFDirectory
 
 STEPS = 2
 LEARNING_RATE = 1e-4

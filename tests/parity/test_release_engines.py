@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.data import chat
-from phimr_nemo.launch import run_stage
+from phimr_nemo.jobs.launch import run_stage
 
 WORKER = Path(__file__).with_name("release_worker.py")
 # vLLM's attention on CPU needs heads of 32 numbers at least.

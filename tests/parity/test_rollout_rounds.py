@@ -20,8 +20,8 @@ from test_align_parity import (
     weights_differ_by,
 )
 
-from phimr_nemo.generate.weights import LOGPROBS, UNSYNCED, Identity, tokenizer_hash
-from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.generate.serving.weights import LOGPROBS, UNSYNCED, Identity, tokenizer_hash
+from phimr_nemo.model.files.hf import HFDirectory
 
 AHEAD = ("ahead=1", "correction.kind=truncated", "correction.cap=2", "inner_batches=1", "kl=0")
 ON_POLICY = ("inner_batches=1", "kl=0", "correction.kind=truncated", "correction.cap=2")

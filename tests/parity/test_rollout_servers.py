@@ -17,12 +17,12 @@ from torch import Tensor
 from phimr_nemo.config import BaseConfig, RolloutServers, Stale, load_config
 from phimr_nemo.endpoint.wire import Transient
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.local import LocalSampler
-from phimr_nemo.generate.replies import Wanted, check_identity, read_completion
+from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
-from phimr_nemo.generate.serve import Served, api_key
-from phimr_nemo.generate.servers import ServerSampler
-from phimr_nemo.generate.weights import (
+from phimr_nemo.generate.serving.replies import Wanted, check_identity, read_completion
+from phimr_nemo.generate.serving.served import Served, api_key
+from phimr_nemo.generate.serving.servers import ServerSampler
+from phimr_nemo.generate.serving.weights import (
     LOGPROBS,
     UNSYNCED,
     Arrivals,
@@ -32,9 +32,9 @@ from phimr_nemo.generate.weights import (
     tensors_of,
     tokenizer_hash,
 )
-from phimr_nemo.generate.weightsync import label_number, version_label
+from phimr_nemo.generate.serving.weightsync import label_number, version_label
 from phimr_nemo.model.base import run_base
-from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.model.files.hf import HFDirectory
 
 MAX_LENGTH, NEW_TOKENS = 64, 12
 POLICY: Final = "long_when_max_length_exceeds_original"

@@ -71,8 +71,8 @@ def test_first_loss_is_the_mean_over_all_valid_tokens(reference: tuple[str, Path
     from transformers import Phi3ForCausalLM
 
     from phimr_nemo.config import STAGES
-    from phimr_nemo.data.batches import IGNORED_LABEL, next_token_labels
-    from phimr_nemo.train.data import midtrain_data, sft_data
+    from phimr_nemo.data.rows.batches import IGNORED_LABEL, next_token_labels
+    from phimr_nemo.supervised.data import midtrain_data, sft_data
 
     stage, output = reference
     config: Any = load_config(STAGES[stage], Path(f"conf/{stage}/tiny.yaml"), overrides(stage, inputs, output))

@@ -26,10 +26,10 @@ from supervised_worker import (
 
 from phimr_nemo.config import MidtrainConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.runs import RunDirectory, read_metrics
-from phimr_nemo.store import iter_shards
-from phimr_nemo.train.data import SupervisedDataModule, midtrain_data
-from phimr_nemo.train.seal import checkpoints, is_sealed
+from phimr_nemo.store.runs import RunDirectory, read_metrics
+from phimr_nemo.store.shards import iter_shards
+from phimr_nemo.supervised.data import SupervisedDataModule, midtrain_data
+from phimr_nemo.training.seal import checkpoints, is_sealed
 
 STAGE = "midtrain"
 DP2 = ("parallel.data=2", "optim.distributed=true")
@@ -222,10 +222,10 @@ def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
     """On a pipeline: the weights come from two processes. The last answers are those of the exported model, and the
     configuration's grader judges them."""
     from phimr_nemo.data.chat import decode_response, load_tokenizer, render_prompts
-    from phimr_nemo.data.synthetic import generate_problems
-    from phimr_nemo.generate.backends import open_local
+    from phimr_nemo.data.synthetic.problems import generate_problems
+    from phimr_nemo.generate.engines import open_local
     from phimr_nemo.generate.sampler import Request, SamplingParams
-    from phimr_nemo.store import content_seed
+    from phimr_nemo.store.content import content_seed
 
     (tmp_path / "even_length.py").write_text(EVEN_LENGTH, "utf-8")
     count, tokens = 3, 12
@@ -325,9 +325,9 @@ WANDB = ("tracking.wandb.project=test", "tracking.wandb.mode=offline")
 
 
 def test_the_prompt_is_left_out_of_the_loss_or_not(inputs: Path) -> None:
-    from phimr_nemo.data.batches import IGNORED_LABEL, next_token_labels
     from phimr_nemo.data.chat import load_tokenizer, render_prompt
-    from phimr_nemo.train.rowsource import Conversations
+    from phimr_nemo.data.rows.batches import IGNORED_LABEL, next_token_labels
+    from phimr_nemo.supervised.rowsource import Conversations
 
     tokenizer = load_tokenizer(inputs / "base" / "hf")
     [table] = iter_shards(inputs / "sft", "conversations")
@@ -345,7 +345,7 @@ def test_the_prompt_is_left_out_of_the_loss_or_not(inputs: Path) -> None:
 
 def test_a_conversation_that_is_too_long_is_refused_before_training(inputs: Path) -> None:
     from phimr_nemo.data.chat import load_tokenizer
-    from phimr_nemo.train.rowsource import Conversations
+    from phimr_nemo.supervised.rowsource import Conversations
 
     source = Conversations(inputs / "sft", load_tokenizer(inputs / "base" / "hf"), "response")
     longest = max(len(source[number].input_ids) for number in range(len(source)))

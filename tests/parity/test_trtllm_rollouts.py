@@ -40,15 +40,15 @@ from test_rollout_servers import (
 )
 from torch import Tensor
 
-from phimr_nemo.align.samplers import check_sampler
+from phimr_nemo.align.grpo.samplers import check_sampler
 from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate import servers
-from phimr_nemo.generate.replies import Wanted, check_identity
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
-from phimr_nemo.generate.trtllm_engine import free_port
-from phimr_nemo.generate.trtllm_server import RESTARTS, new_root
-from phimr_nemo.generate.weights import (
+from phimr_nemo.generate.serving import servers
+from phimr_nemo.generate.serving.replies import Wanted, check_identity
+from phimr_nemo.generate.serving.trtllm_engine import free_port
+from phimr_nemo.generate.serving.trtllm_server import RESTARTS, new_root
+from phimr_nemo.generate.serving.weights import (
     BEGIN,
     BUCKET,
     FINISH,
@@ -61,8 +61,8 @@ from phimr_nemo.generate.weights import (
     Identity,
     tokenizer_hash,
 )
-from phimr_nemo.generate.weightsync import label_number, version_label
-from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.generate.serving.weightsync import label_number, version_label
+from phimr_nemo.model.files.hf import HFDirectory
 
 REFITS = 4
 PARAMS = SamplingParams(1.0, 1.0, NEW_TOKENS)
@@ -492,7 +492,7 @@ def test_the_server_needs_nothing_of_the_trainers() -> None:
     absent = ("transformers", "pyarrow", "nemo", "megatron", "nemo_aligner", "lightning", "vllm", "datasets")
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r})); "
-        "import phimr_nemo.cli, phimr_nemo.server_node, phimr_nemo.generate.trtllm_server"
+        "import phimr_nemo.cli.main, phimr_nemo.jobs.server_node, phimr_nemo.generate.serving.trtllm_server"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

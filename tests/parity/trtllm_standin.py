@@ -61,8 +61,8 @@ class Served:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        from phimr_nemo.generate.local import LocalSampler
-        from phimr_nemo.model.hf import HFDirectory
+        from phimr_nemo.generate.local.engine import LocalSampler
+        from phimr_nemo.model.files.hf import HFDirectory
 
         class RawSampler(LocalSampler):
             """Gives log-probabilities before the temperature."""

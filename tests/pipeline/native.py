@@ -10,8 +10,8 @@ from torch import Tensor
 
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.configuration import transformer_config
-from phimr_nemo.model.megatron import PhiGPTModel, build_model
+from phimr_nemo.model.megatron.configuration import transformer_config
+from phimr_nemo.model.megatron.gpt import PhiGPTModel, build_model
 
 
 def empty_model(architecture: Architecture, max_length: int) -> PhiGPTModel:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from phimr_nemo.config import STAGES, load_config
-from phimr_nemo.launch import launch
-from phimr_nemo.pipeline import Step, run_step
-from phimr_nemo.preflight import preflight
+from phimr_nemo.jobs.launch import launch
+from phimr_nemo.jobs.preflight import preflight
+from phimr_nemo.jobs.quickstart import Step, run_step
 
 ORIGINAL_LENGTH = 64
 """Of the model: shorter sequences are in LongRoPE's short regime when they are a run's longest."""

@@ -27,14 +27,14 @@ from safetensors.torch import load_file
 
 from phimr_nemo.config import ParallelConfig, QuickstartConfig, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation
-from phimr_nemo.data.synthetic import generate_problems
+from phimr_nemo.data.synthetic.problems import generate_problems
+from phimr_nemo.jobs.quickstart import ROWS, Step, seed_steps, write_report
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.convert import load_tensors
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.pipeline import ROWS, Step, seed_steps, write_report
-from phimr_nemo.records import Kind
-from phimr_nemo.runs import RunDirectory, read_metrics
-from phimr_nemo.store import read_manifest, read_table
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.megatron.convert import load_tensors
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.runs import RunDirectory, read_metrics
+from phimr_nemo.store.shards import read_manifest, read_table
 
 pytestmark = pytest.mark.slow
 
@@ -296,7 +296,7 @@ def test_a_model_is_a_plain_phi3_directory(name: str, run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def megatron_groups() -> Iterator[None]:
-    from phimr_nemo.train.distributed import start_process_group, stop_process_group
+    from phimr_nemo.training.distributed import start_process_group, stop_process_group
 
     start_process_group(ParallelConfig(), seed=0)
     yield

@@ -20,10 +20,10 @@ from controller import NODES, Slurm
 from safetensors import safe_open
 
 from phimr_nemo.config import STAGES, load_config
-from phimr_nemo.launch import launch
-from phimr_nemo.records import Kind
-from phimr_nemo.runs import RunDirectory, read_metrics
-from phimr_nemo.store import iter_shards
+from phimr_nemo.jobs.launch import launch
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.runs import RunDirectory, read_metrics
+from phimr_nemo.store.shards import iter_shards
 
 pytestmark = pytest.mark.slow
 

@@ -15,10 +15,10 @@ from results import plain_result
 from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import SecondDomainConfig, TeachersConfig
 from phimr_nemo.evaluate.evaluate import write_result
-from phimr_nemo.pipeline import Step
-from phimr_nemo.records import Kind
-from phimr_nemo.runs import RunDirectory
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 from recipes.ablations import second_domain, teachers
 from recipes.ablations.rewriting import QUESTION, draw_problems, solve, write_solutions
 

@@ -11,8 +11,8 @@ import pytest
 from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import ForgettingConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.runs import RunDirectory
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 from recipes.ablations.forgetting import PLOT_FILE, STAGES, TABLE_JSON, report
 
 # For each stage, the right answers among two of each question; a word problem and three sums, one of them hard.

@@ -12,7 +12,7 @@ from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import DPONegativesConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import write_result
-from phimr_nemo.runs import RunDirectory
+from phimr_nemo.store.runs import RunDirectory
 from recipes.ablations.dpo_negatives import NEEDED, PLOT_FILE, plan, report
 
 QUESTIONS = 4

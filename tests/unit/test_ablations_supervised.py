@@ -15,11 +15,11 @@ from phimr_nemo.config.ablations import DirectSFTConfig, MidtrainPackingConfig, 
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.model.base import run_base
-from phimr_nemo.model.hf import HFDirectory, write_hf_directory
-from phimr_nemo.records import schemas
-from phimr_nemo.runs import RunDirectory
-from phimr_nemo.store import finish, rows_to_table, write_shard
-from phimr_nemo.train.document_loss import document_losses, kept_document_losses
+from phimr_nemo.model.files.hf import HFDirectory, write_hf_directory
+from phimr_nemo.store.records import schemas
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
+from phimr_nemo.supervised.document_loss import document_losses, kept_document_losses
 from recipes.ablations import direct_sft, midtrain_packing, midtrain_scaling, stopping
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -16,13 +16,13 @@ import torch
 from phimr_nemo.config import BaseConfig, MidtrainConfig, load_config
 from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT, load_tokenizer, render_prompt, warn_of_other_template
 from phimr_nemo.errors import UserError
+from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.model.adopt import adopt
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import run_base
-from phimr_nemo.model.hf import HFDirectory, write_hf_directory
+from phimr_nemo.model.files.hf import HFDirectory, write_hf_directory
 from phimr_nemo.model.table import tensor_shapes
-from phimr_nemo.preflight import preflight
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 QUESTION = "What is 37+48?"
 # As of Phi-4-mini-instruct: no system text of its own.

@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
-from phimr_nemo.align.collapse import REMEDIES, RISING, CollapseWatch
-from phimr_nemo.align.metrics import GRPOLog
+from phimr_nemo.align.grpo.collapse import REMEDIES, RISING, CollapseWatch
+from phimr_nemo.align.grpo.log import GRPOLog
+from phimr_nemo.align.grpo.rollouts import Rollout, graded_rollouts, rollout_metrics
 from phimr_nemo.align.plots import GRPO_PLOT_FILE, plot_grpo
-from phimr_nemo.align.rollouts import PASS_RATE_NAMES, Rollout, graded_rollouts, rollout_metrics
 from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.config.alignment import MonitorConfig
-from phimr_nemo.data.synthetic import generate_problems
-from phimr_nemo.data.teacher import teacher_rollouts
+from phimr_nemo.data.synthetic.problems import generate_problems
+from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.generate.sampler import Completion
-from phimr_nemo.runs import METRICS_FILE, MetricsWriter, read_metrics
+from phimr_nemo.store.runs import METRICS_FILE, MetricsWriter, read_metrics
+from phimr_nemo.training.metrics import PASS_RATE_NAMES
 
 HEALTHY: Mapping[str, float] = {"pass_rate": 0.6, "repetitive": 0.01, "truncated": 0.1, "entropy": 0.3}
 GROUP = 8

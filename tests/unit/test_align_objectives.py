@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from phimr_nemo.align.grpo import _check_batches
+from phimr_nemo.align.grpo.objective import GRPOObjective, advantages_of
+from phimr_nemo.align.grpo.stage import _check_batches
 from phimr_nemo.align.lifecycle import check_checkpointing
-from phimr_nemo.align.objective import GRPOObjective, advantages_of
-from phimr_nemo.align.optimizer import TrainerOptimizer, build_schedule
 from phimr_nemo.config import CheckpointConfig, GRPOConfig, OptimConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses import IGNORED_LABEL, PolicyLoss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
-from phimr_nemo.train.distributed import PreemptionGuard, start_process_group
+from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
+from phimr_nemo.training.optimizer import TrainerOptimizer, build_schedule
 
 PAD = 0
 

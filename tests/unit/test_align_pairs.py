@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phimr_nemo.align.pairs import PairCollate, Pairs, load_pairs
-from phimr_nemo.align.reference import REFERENCE_FILE, stored_reference
+from phimr_nemo.align.dpo.pairs import PairCollate, Pairs, load_pairs
+from phimr_nemo.align.dpo.reference import REFERENCE_FILE, stored_reference
 from phimr_nemo.config import BaseConfig, ParallelConfig, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.base import run_base
-from phimr_nemo.store import finish, rows_to_table, write_shard
-from phimr_nemo.train.distributed import start_process_group, stop_process_group
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
+from phimr_nemo.training.distributed import start_process_group, stop_process_group
 
 QUESTION = "Compute 2 + 3."
 LONG = "2 + 3 = 5. " * 30
@@ -221,7 +221,7 @@ def test_a_damaged_reference_is_one_error(tmp_path: Path, tokenizer: Any, conten
 
 def test_the_digest_sees_tokens_masks_and_boundaries() -> None:
     def pairs(chosen: list[int], rejected: list[int], mask: int = 1) -> Pairs:
-        from phimr_nemo.align.pairs import _row
+        from phimr_nemo.align.dpo.pairs import _row
 
         return Pairs([_row(chosen, [mask] * len(chosen))], [_row(rejected, [1] * len(rejected))])
 

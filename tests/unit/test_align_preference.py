@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from phimr_nemo.align import preference
-from phimr_nemo.align.metrics import COLLAPSE_SHIFT, DPOLog
+from phimr_nemo.align.dpo import objective as preference
+from phimr_nemo.align.dpo.log import COLLAPSE_SHIFT, DPOLog
+from phimr_nemo.align.dpo.objective import DPOObjective, pair_sums
 from phimr_nemo.align.microbatch import MicroBatch, balanced_shares, packed_row, sequence_sums
 from phimr_nemo.align.plots import plot_dpo
 from phimr_nemo.align.policy import packed_parameters
-from phimr_nemo.align.preference import DPOObjective, pair_sums
 from phimr_nemo.config import DPOConfig, load_config
 from phimr_nemo.errors import UserError
+from phimr_nemo.jobs.preflight import file_inputs
 from phimr_nemo.losses import IGNORED_LABEL, dpo_loss
-from phimr_nemo.preflight import file_inputs
-from phimr_nemo.runs import METRICS_FILE
+from phimr_nemo.store.runs import METRICS_FILE
 
 PAD = 0
 CHOSEN_LENGTHS, REJECTED_LENGTHS = [7, 3, 12, 5, 9], [4, 12, 6, 8, 3]

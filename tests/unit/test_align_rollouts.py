@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from phimr_nemo.align.rollouts import (
-    PASS_RATE_BINS,
+from phimr_nemo.align.grpo.rollouts import (
     Prompt,
     Rollout,
     graded_rollouts,
@@ -26,11 +25,12 @@ from phimr_nemo.align.rollouts import (
 )
 from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.data.chat import render_prompt
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion
 from phimr_nemo.losses import IGNORED_LABEL
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
+from phimr_nemo.training.metrics import PASS_RATE_BINS
 
 PROMPTS = (Prompt("a", "3", (10, 11, 12), False), Prompt("b", "4", (20, 21), True))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from phimr_nemo.align.rollouts import Rollout
-from phimr_nemo.align.selection import selected
+from phimr_nemo.align.grpo.rollouts import Rollout
+from phimr_nemo.align.grpo.selection import selected
 from phimr_nemo.config import GRPOConfig, load_config
 
 GROUP = 4

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from phimr_nemo.align.stabilisers import (
+from phimr_nemo.align.grpo.stabilisers import (
     annealed_temperature,
     check_temperature,
     group_fate,

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phimr_nemo.cli.chat import printable
 from phimr_nemo.config import BaseConfig, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_prompt, render_turns
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.backends import local_sampler
 from phimr_nemo.generate.chat import Piece, Turn, decode_stream, mark_thinking, reply
-from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.engines import local_sampler
+from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.model.base import run_base
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.terminal import printable
+from phimr_nemo.model.files.hf import HFDirectory
 
 QUESTION = "Compute 2*(3+4)"
 LENGTH = 96
@@ -173,7 +173,7 @@ def test_the_commands_say_what_the_sampler_samples(model: Path) -> None:
 def test_thinking_is_dim_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from phimr_nemo.terminal import show
+    from phimr_nemo.cli.chat import show
 
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.model import distcheckpoint, rows
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.checkpoints import Kind, open_checkpoint, recognise
-from phimr_nemo.model.hf import write_hf_directory
-from phimr_nemo.model.rows import write_at
+from phimr_nemo.model.files import blocks as rows
+from phimr_nemo.model.files import distcheckpoint
+from phimr_nemo.model.files.blocks import write_at
+from phimr_nemo.model.files.checkpoints import Kind, open_checkpoint, recognise
+from phimr_nemo.model.files.hf import write_hf_directory
 from phimr_nemo.model.table import SavedTensor, tensor_shapes
-from phimr_nemo.train.conversion import convert
+from phimr_nemo.supervised.conversion import convert
 
 END, END_OF_TEXT, TOKENS = 3, 0, 4
 BASE = Architecture.from_preset(
@@ -363,8 +364,8 @@ import itertools, os, random, signal, sys
 from pathlib import Path
 import torch
 from phimr_nemo.config import ParallelConfig
-from phimr_nemo.model import rows
-from phimr_nemo.train.conversion import convert
+from phimr_nemo.model.files import blocks as rows
+from phimr_nemo.supervised.conversion import convert
 
 source, target, kind, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 torch.set_num_threads(1)
@@ -426,7 +427,7 @@ import resource, sys
 from pathlib import Path
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.train.conversion import convert
+from phimr_nemo.supervised.conversion import convert
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:
     convert(Path(sys.argv[1]), Path(sys.argv[2]), kind="megatron", layout=ParallelConfig(), hf=None)

@@ -20,8 +20,8 @@ import yaml
 from architectures import small
 
 from phimr_nemo.config import STAGES, load_config, parse_config
-from phimr_nemo.runs import RunDirectory
-from phimr_nemo.store import finish, read_manifest, read_table, rows_to_table, write_shard
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.store.shards import finish, read_manifest, read_table, rows_to_table, write_shard
 
 HEAVY = ("torch", "transformers", "nemo", "nemo_run", "megatron", "nemo_aligner", "lightning", "vllm", "datasets")
 GOOD_ROW = json.dumps({"question": "What is 2+3?", "answer": "5", "response": "2+3=5. The answer is \\boxed{5}."})
@@ -33,9 +33,7 @@ def phimr(
 ) -> subprocess.CompletedProcess[str]:
     """Run `phimr`; `light` makes every import of a heavy package fail."""
     block = f"sys.modules.update(dict.fromkeys({HEAVY!r}));" if light else ""
-    program = (
-        f"import sys; {block} sys.argv = ['phimr', *{list(arguments)!r}]; from phimr_nemo.cli import main; main()"
-    )
+    program = f"import sys; {block} sys.argv = ['phimr', *{list(arguments)!r}]; import phimr_nemo.cli.__main__"
     return subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -178,12 +176,12 @@ def test_ctrl_c_is_a_stop_that_the_same_command_continues(tmp_path: Path) -> Non
 def test_a_failure_of_ours_is_told_from_a_mistake_of_the_users(tmp_path: Path) -> None:
     program = (
         "import sys; sys.argv = ['phimr', 'report', 'runs']\n"
-        "import phimr_nemo.pipeline as pipeline\n"
+        "import phimr_nemo.jobs.quickstart as pipeline\n"
         "from phimr_nemo.errors import Preempted, UserError\n"
         "errors = {'1': RuntimeError('ours'), '2': UserError('a', rule='b', remedy='c'), '3': Preempted('later')}\n"
         "def fail(*_):\n    raise errors[sys.stdin.read()]\n"
         "pipeline.write_report = fail\n"
-        "from phimr_nemo.cli import main; main()\n"
+        "from phimr_nemo.cli.main import main; main()\n"
     )
     for code in (1, 2, 3):
         done = subprocess.run(

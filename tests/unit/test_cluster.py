@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from phimr_nemo.cli import app
-from phimr_nemo.cluster import check_layout, read_cluster, stage_command
+from phimr_nemo.cli.main import app
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.errors import UserError
+from phimr_nemo.jobs.cluster import check_layout, read_cluster, stage_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = (
@@ -42,7 +42,7 @@ def test_values_reach_the_stage_as_they_were_given() -> None:
 def test_a_distributed_stage_meets_on_the_first_node() -> None:
     words = stage_command("sft", Path("c.yaml"), HOSTILE, python="python3", nodes=4, processes=8)
     got = evaluated(words, head_node_ip="10.0.0.1", SLURM_JOB_ID="12345", SLURM_RESTART_COUNT="2")
-    assert got[:7] == ["python3", "-m", "phimr_nemo.node", "--nnodes", "4", "--nproc-per-node", "8"]
+    assert got[:7] == ["python3", "-m", "phimr_nemo.jobs.node", "--nnodes", "4", "--nproc-per-node", "8"]
     facts = dict(zip(got[7:15:2], got[8:15:2], strict=True))
     # As in slurm/common.sh: port 20000 + 12345 mod 10000.
     assert facts["--rdzv-endpoint"] == "10.0.0.1:22345"
@@ -89,13 +89,15 @@ def test_the_dry_run_is_in_substance_the_sbatch_script(monkeypatch: pytest.Monke
     assert options["--wait"] == "60"
     assert options["--chdir"] == str(REPOSITORY)
     start = words.index("/opt/python")
-    assert words[start : start + 7] == shlex.split("/opt/python -m phimr_nemo.node --nnodes 16 --nproc-per-node 8")
+    assert words[start : start + 7] == shlex.split(
+        "/opt/python -m phimr_nemo.jobs.node --nnodes 16 --nproc-per-node 8"
+    )
     assert words[-6:] == ["-m", "recipes.midtrain", "--config", "conf/midtrain/paper.yaml", *values]
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(2, False), (3, True), (0, False)])
 def test_what_nemo_runs_script_puts_back_in_the_queue(code: int, requeued: bool, tmp_path: Path) -> None:
-    from phimr_nemo.cluster import SETUP_LINES
+    from phimr_nemo.jobs.cluster import SETUP_LINES
 
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/said\n', "utf-8")

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimr_nemo.model.attention import plan_context_documents
-from phimr_nemo.model.context_parallel import NO_TOKEN, padded_lengths, plan_context, take_tokens
+from phimr_nemo.model.megatron.attention import plan_context_documents
+from phimr_nemo.model.megatron.context_parallel import NO_TOKEN, padded_lengths, plan_context, take_tokens
 
 RANKS = (1, 2, 3, 4)
 rows = st.lists(st.integers(1, 40), min_size=1, max_size=6)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.attention import MIN_BUCKET_FILL, SHORT_DOCUMENT, bucket_documents, plan_documents
-from phimr_nemo.model.configuration import check_layout, transformer_config
-from phimr_nemo.model.convert import write_pieces
+from phimr_nemo.model.megatron.attention import MIN_BUCKET_FILL, SHORT_DOCUMENT, bucket_documents, plan_documents
+from phimr_nemo.model.megatron.configuration import check_layout, transformer_config
+from phimr_nemo.model.megatron.convert import write_pieces
 from phimr_nemo.model.table import Placement, checkpoint_tensors, pieces, placement_of
 
 BASE = Architecture.from_preset(

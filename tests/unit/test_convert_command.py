@@ -15,10 +15,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phimr_nemo import cli
+from phimr_nemo.cli import main as cli
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import random_tensors
-from phimr_nemo.model.hf import write_hf_directory
+from phimr_nemo.model.files.hf import write_hf_directory
 
 WEIGHTS = "model.safetensors"
 VOCABULARY = 16

@@ -10,7 +10,7 @@ import pytest
 from openai_server import OpenAIServer, user_text
 
 from phimr_nemo.config import AnnotationConfig, AskConfig, EndpointConfig
-from phimr_nemo.data.annotate import Annotator, count_labels, domain_by_rule, parse_reply
+from phimr_nemo.data.prepare.annotate import Annotator, count_labels, domain_by_rule, parse_reply
 
 
 def problem(question: str, domain: str | None = None, difficulty: str | None = None) -> dict[str, Any]:

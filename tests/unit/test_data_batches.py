@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phimr_nemo.data.batches import (
+from phimr_nemo.data.rows.batches import (
     IGNORED_LABEL,
     EpochOrder,
     Row,

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from phimr_nemo.data import chat
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
 
 QUESTION = "Ann has 37 apples.\nHow many \u221a? "

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from phimr_nemo.config import GenerateConfig, PackConfig, VerifyConfig, load_config
-from phimr_nemo.data.check import check_directory, forget_damaged
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
-from phimr_nemo.launch import run_stage
-from phimr_nemo.store import finish, iter_shards, rows_to_table, write_shard
+from phimr_nemo.jobs.launch import run_stage
+from phimr_nemo.store.check import check_directory, forget_damaged
+from phimr_nemo.store.shards import finish, iter_shards, rows_to_table, write_shard
 
 
 def phimr(*arguments: str) -> subprocess.CompletedProcess[str]:

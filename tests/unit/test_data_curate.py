@@ -12,12 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimr_nemo.data.curate import (
+from phimr_nemo.data.curate.fates import (
     LENGTH_EDGES,
-    MAX_CANDIDATES,
     OF_VERDICT,
-    REASONS,
-    Fate,
     balance_cells,
     balanced,
     midtrain_fates,
@@ -25,10 +22,11 @@ from phimr_nemo.data.curate import (
     prompts,
     sft_fates,
 )
-from phimr_nemo.data.narrow import VERDICTS, Narrow, narrow_columns
+from phimr_nemo.data.curate.narrow import VERDICTS, Narrow, narrow_columns
+from phimr_nemo.data.fate import MAX_CANDIDATES, REASONS, Fate
 from phimr_nemo.data.repetition import repetition
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import rows_to_table
+from phimr_nemo.store.shards import rows_to_table
 
 NUMBERS = itertools.count()
 SFT: dict[str, Any] = {

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from phimr_nemo.config import EvaluationSetConfig
-from phimr_nemo.data.decontaminate import EvaluationIndex, Match, evaluation_questions
-from phimr_nemo.data.normalise import comparison_tokens
+from phimr_nemo.data.prepare.decontaminate import EvaluationIndex, Match, evaluation_questions
+from phimr_nemo.data.sources.normalise import comparison_tokens
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 WALK = (
     "Every morning Aya goes for a $9$-kilometer-long walk and stops at a coffee shop afterwards. When she walks at "
@@ -86,7 +86,7 @@ def test_without_the_mask_the_paraphrase_of_a_number_rich_question_would_pass(
         "Tom buys 13 pens, 14 books and 15 bags on day 16 of week 17 and pays 18 coins for 19 pens and 20 books now."
     )
     assert match(EvaluationIndex([("E", question)], ngram=8, overlap=0.6), other) is not None
-    monkeypatch.setattr("phimr_nemo.data.decontaminate.mask_numbers", lambda tokens: tokens)
+    monkeypatch.setattr("phimr_nemo.data.prepare.decontaminate.mask_numbers", lambda tokens: tokens)
     assert match(EvaluationIndex([("E", question)], ngram=8, overlap=0.6), other) is None
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from phimr_nemo.config import NearDuplicatesConfig
-from phimr_nemo.data.candidates import digest
-from phimr_nemo.data.dedup import (
+from phimr_nemo.data.prepare.candidates import digest
+from phimr_nemo.data.prepare.dedup import (
     EXACT,
     EXACT_OTHER_ANSWER,
     KEPT,
@@ -20,7 +20,7 @@ from phimr_nemo.data.dedup import (
     Signer,
     find_duplicates,
 )
-from phimr_nemo.data.normalise import comparison_tokens, numbers
+from phimr_nemo.data.sources.normalise import comparison_tokens, numbers
 
 PERMUTATIONS = 250
 NEAR_CONFIG = NearDuplicatesConfig(threshold=0.7, permutations=PERMUTATIONS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phimr_nemo.data.normalise import clean, comparison_key, comparison_tokens, mask_numbers, numbers
+from phimr_nemo.data.sources.normalise import clean, comparison_key, comparison_tokens, mask_numbers, numbers
 
 SAME = [
     ("What is  $2+2$?", "what is 2 + 2"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimr_nemo.data.curate import Fate
+from phimr_nemo.data.fate import Fate
 from phimr_nemo.data.pairs import Response, common_beginning, common_steps, length_ratio, pair_up, steps
 
 OPTIONS: dict[str, Any] = {

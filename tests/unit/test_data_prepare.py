@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from phimr_nemo.cli import app
+from phimr_nemo.cli.main import app
 from phimr_nemo.config import (
     AnnotationConfig,
     DecontaminationConfig,
@@ -22,12 +22,12 @@ from phimr_nemo.config import (
     RunConfig,
     SourceConfig,
 )
-from phimr_nemo.data import prepare as module
-from phimr_nemo.data.prepare import run_prepare
+from phimr_nemo.data.prepare import stage as module
+from phimr_nemo.data.prepare.stage import run_prepare
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import read_configured_problems
-from phimr_nemo.preflight import preflight
-from phimr_nemo.store import read_manifest, read_table
+from phimr_nemo.jobs.preflight import preflight
+from phimr_nemo.store.shards import read_manifest, read_table
 
 TANK = "A farmer fills a tank with 30 litres of water and his boat carries 12 apples along the garden rope today."
 EXAM = "A long evaluation question about 7 red and 9 blue balls in a box that must never be trained on by anyone."
@@ -225,7 +225,7 @@ def test_a_run_that_was_killed_continues_to_the_same_result(
 
         return write
 
-    from phimr_nemo.data import candidates
+    from phimr_nemo.data.prepare import candidates
 
     with monkeypatch.context() as patch:
         patch.setattr(candidates, "_write", dying(candidates._write))

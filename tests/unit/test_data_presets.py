@@ -7,10 +7,10 @@ from typing import Any, get_args
 import pytest
 
 from phimr_nemo.config.preparation import Preset as PresetName
-from phimr_nemo.data.item import Item, UnusableRow
-from phimr_nemo.data.labels import DOMAINS, domain_of
-from phimr_nemo.data.normalise import clean
-from phimr_nemo.data.presets import PRESETS
+from phimr_nemo.data.sources.item import Item, UnusableRow
+from phimr_nemo.data.sources.labels import DOMAINS, domain_of
+from phimr_nemo.data.sources.normalise import clean
+from phimr_nemo.data.sources.presets import PRESETS
 
 STRATOS = (
     "<|begin_of_thought|>\n\nTwo and two.\n\n<|end_of_thought|>\n\n"

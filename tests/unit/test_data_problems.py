@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from phimr_nemo.data.problems import difficulty_of, last_boxed, load_problems, read_problems, split_final_line
+from phimr_nemo.data.sources.problems import difficulty_of, last_boxed, load_problems, read_problems, split_final_line
 from phimr_nemo.errors import UserError
 
 ROWS = [{"question": "1+1?", "answer": "2"}, {"question": "Caf\u00e9 \u221a4?", "answer": "2"}]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from phimr_nemo.data.problems import read_problems
-from phimr_nemo.data.recorded import load_recorded_rollouts, recorded_rollouts
+from phimr_nemo.data.sources.problems import read_problems
+from phimr_nemo.data.sources.recorded import load_recorded_rollouts, recorded_rollouts
 from phimr_nemo.errors import UserError
 
 

@@ -13,20 +13,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from phimr_nemo.data.figures import short_name, short_number
-from phimr_nemo.data.report import (
-    difficulty_of,
-    find_steps,
-    funnel,
-    pass_rates,
-    read_shape,
-    tiles,
-    write_data_report,
-)
-from phimr_nemo.data.shape import LENGTH_BINS, TIERS, bin_start, length_bins, shape, shape_where
+from phimr_nemo.data.curate.shape import LENGTH_BINS, TIERS, bin_start, length_bins, shape, shape_where
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import Kind
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.report.data import difficulty_of, find_steps, funnel, pass_rates, read_shape, tiles, write_data_report
+from phimr_nemo.report.data_figures import short_name, short_number
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 VERDICTS = {"correct": 5, "wrong": 2, "timeout": 1}
 HOSTILE = "<script>alert('x')</script> $\\frac{1}{0}$ & \"quoted\""

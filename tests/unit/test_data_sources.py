@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from phimr_nemo.config import SourceConfig
-from phimr_nemo.data.item import Item, UnusableRow
-from phimr_nemo.data.sources import read_items
+from phimr_nemo.data.sources.item import Item, UnusableRow
+from phimr_nemo.data.sources.source import read_items
 from phimr_nemo.errors import UserError
 
 ROWS = [{"question": f"Q{index}", "answer": f"work\n#### {index}"} for index in range(5)]

@@ -12,14 +12,16 @@ import pytest
 
 from phimr_nemo.config import CurateConfig, PackConfig, ShardConfig, load_config
 from phimr_nemo.data.chat import render_conversation
-from phimr_nemo.data.check import check_directory, forget_damaged
-from phimr_nemo.data.stage import run_curate, run_pack
-from phimr_nemo.data.synthetic import generate_problems
-from phimr_nemo.data.teacher import teacher_rollouts
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.curate.stage import run_curate
+from phimr_nemo.data.rows.stage import run_pack
+from phimr_nemo.data.synthetic.problems import generate_problems
+from phimr_nemo.data.synthetic.teacher import teacher_rollouts
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import Kind
-from phimr_nemo.store import content_id, finish, read_manifest, read_table, rows_to_table, write_shard
+from phimr_nemo.store.check import check_directory, forget_damaged
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.shards import finish, read_manifest, read_table, rows_to_table, write_shard
 
 KIND_OF: dict[str, Kind] = {
     "midtrain": "conversations",
@@ -131,11 +133,11 @@ def sets_of(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets and shards of a few rows, so that every table here has many."""
-    monkeypatch.setattr("phimr_nemo.data.survey.BUCKET_ROWS", 50)
-    monkeypatch.setattr("phimr_nemo.data.survey.READ_ROWS", 7)
-    monkeypatch.setattr("phimr_nemo.data.narrow.BATCH_ROWS", 7)
-    monkeypatch.setattr("phimr_nemo.data.sets.MAX_SHARD_ROWS", 11)
-    monkeypatch.setattr("phimr_nemo.data.sets.MAX_SHARD_BYTES", 1500)
+    monkeypatch.setattr("phimr_nemo.data.curate.survey.BUCKET_ROWS", 50)
+    monkeypatch.setattr("phimr_nemo.data.curate.survey.READ_ROWS", 7)
+    monkeypatch.setattr("phimr_nemo.data.curate.narrow.BATCH_ROWS", 7)
+    monkeypatch.setattr("phimr_nemo.data.curate.sets.MAX_SHARD_ROWS", 11)
+    monkeypatch.setattr("phimr_nemo.data.curate.sets.MAX_SHARD_BYTES", 1500)
 
 
 def test_buckets_shards_and_workers_change_nothing(

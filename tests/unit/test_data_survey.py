@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phimr_nemo.data import sets
-from phimr_nemo.data.narrow import NARROW, hashes, runs, spells_special_token
+from phimr_nemo.data.curate import sets
+from phimr_nemo.data.curate.narrow import NARROW, hashes, runs, spells_special_token
+from phimr_nemo.data.curate.sets import cut
+from phimr_nemo.data.curate.survey import gather, shards_of, survey
 from phimr_nemo.data.parallel import in_processes
-from phimr_nemo.data.sets import cut
-from phimr_nemo.data.survey import gather, shards_of, survey
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import DIFFICULTIES
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.store.records import DIFFICULTIES
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 SIZES = (3, 0, 7, 1, 5)
 
@@ -62,7 +62,7 @@ def verdicts(tmp_path: Path) -> list[Path]:
 def test_every_rollout_is_in_the_bucket_of_its_problem_once(
     verdicts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phimr_nemo.data.survey.BUCKET_ROWS", 6)
+    monkeypatch.setattr("phimr_nemo.data.curate.survey.BUCKET_ROWS", 6)
     shards = shards_of(verdicts)
     assert [shard.start for shard in shards] == [0, 3, 3, 10, 11]
     found = survey(shards, tmp_path / "survey", quality=True, workers=1)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimr_nemo.data import synthetic
-from phimr_nemo.data.arithmetic import Step, canonical, evaluate
-from phimr_nemo.data.synthetic import HELDOUT_ONE_IN, TIERS, generate_problems, split_of, steps_of
+from phimr_nemo.data.synthetic import problems as synthetic
+from phimr_nemo.data.synthetic.arithmetic import Step, canonical, evaluate
+from phimr_nemo.data.synthetic.problems import HELDOUT_ONE_IN, TIERS, generate_problems, split_of, steps_of
 from phimr_nemo.errors import UserError
 
 PYTHON_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}

@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 from test_data_synthetic import python_value
 
-from phimr_nemo.data.synthetic import generate_problems
-from phimr_nemo.data.teacher import MISTAKES, TeacherResponse, solve, teacher_rollouts
+from phimr_nemo.data.synthetic.problems import generate_problems
+from phimr_nemo.data.synthetic.teacher import MISTAKES, TeacherResponse, solve, teacher_rollouts
 from phimr_nemo.errors import UserError
 
 BOX = re.compile(r"\\boxed\{(-?\d+)\}")

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phimr_nemo.data.chat import holds_special_token, load_tokenizer, render_conversation
-from phimr_nemo.data.tokenize import fast_tokenizer, prompt_frame, tokenize
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.rows.tokenize import fast_tokenizer, prompt_frame, tokenize
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import rows_to_table
+from phimr_nemo.store.shards import rows_to_table
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 HOSTILE = st.sampled_from(

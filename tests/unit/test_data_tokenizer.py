@@ -11,12 +11,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from phimr_nemo.data.chat import END, SPECIAL_TOKENS, load_tokenizer
-from phimr_nemo.data.synthetic import NAMES, THINGS
-from phimr_nemo.data.tokenizer import TINY_VOCAB_SIZE, build_tokenizer, synthetic_corpus
+from phimr_nemo.data.synthetic.problems import NAMES, THINGS
+from phimr_nemo.data.synthetic.tokenizer import TINY_VOCAB_SIZE, build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
 
 BUILD = (
-    "import sys; from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus; "
+    "import sys; from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus; "
     "build_tokenizer(synthetic_corpus()).save_pretrained(sys.argv[1])"
 )
 

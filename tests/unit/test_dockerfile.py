@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from phimr_nemo.node import GENERATION
+from phimr_nemo.jobs.node import GENERATION
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = (REPOSITORY / "Dockerfile").read_text("utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from phimr_nemo.doctor import (
+from phimr_nemo.jobs.doctor import (
     MIN_CORES,
     MIN_DISK_GIB,
     MIN_MEMORY_GIB,
@@ -161,7 +161,7 @@ def test_hanging_or_failing_programs_are_absent(tmp_path: Path, monkeypatch: pyt
         program.write_text(f"#!/bin/sh\n{body}\n", "utf-8")
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.setattr("phimr_nemo.doctor.PROBE_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr("phimr_nemo.jobs.doctor.PROBE_TIMEOUT_SECONDS", 0.5)
     machine = inspect_machine()
     assert machine.slurm is None
     assert machine.gpus == ()
@@ -193,7 +193,7 @@ def test_works_without_torch() -> None:
     program = (
         "import sys\n"
         "sys.modules['torch'] = None\n"  # any import of torch now fails
-        "from phimr_nemo.doctor import diagnose, print_report\n"
+        "from phimr_nemo.jobs.doctor import diagnose, print_report\n"
         "print_report(diagnose())\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -15,17 +15,11 @@ import torch
 
 from phimr_nemo.config import EvaluateConfig, parse_config
 from phimr_nemo.data.chat import render_conversation, stop_token_ids
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import (
-    SCORED_COLUMNS,
-    Result,
-    evaluate_model,
-    read_result,
-    summarise,
-    write_result,
-)
-from phimr_nemo.store import content_id, read_manifest, read_table, rows_to_table
+from phimr_nemo.evaluate.evaluate import SCORED_COLUMNS, Result, evaluate_model, read_result, summarise, write_result
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.shards import read_manifest, read_table, rows_to_table
 from phimr_nemo.verify import grade
 
 # One letter a response: Correct, Wrong, Unparsable, Timeout; lower case: cut off at the limit.

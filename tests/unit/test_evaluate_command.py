@@ -14,11 +14,11 @@ import torch
 from openai_server import OpenAIServer, Reply, user_text
 from safetensors.torch import load_file, save_file
 
-from phimr_nemo import cli
+from phimr_nemo.cli import main as cli
 from phimr_nemo.config import BaseConfig, load_config
 from phimr_nemo.evaluate.evaluate import read_result, read_settings
-from phimr_nemo.launch import run_stage
-from phimr_nemo.store import read_table
+from phimr_nemo.jobs.launch import run_stage
+from phimr_nemo.store.shards import read_table
 
 SHAPE = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")
 COUNT = 3
@@ -94,7 +94,7 @@ def test_a_run_is_stored_and_a_second_one_changes_nothing(
 def test_an_interrupted_run_continues_question_by_question_and_other_settings_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, problems: Path
 ) -> None:
-    from phimr_nemo.generate.local import LocalSampler
+    from phimr_nemo.generate.local.engine import LocalSampler
 
     out, command = tmp_path / "out", (f"model={model}", *own(problems), "shard_questions=1")
     whole = LocalSampler.sample

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from phimr_nemo import cli
+from phimr_nemo.cli import main as cli
 from phimr_nemo.config import BaseConfig, load_config
 from phimr_nemo.evaluate.evaluate import read_result
 from phimr_nemo.model.base import run_base
-from phimr_nemo.store import read_table
+from phimr_nemo.store.shards import read_table
 
 # vLLM's attention on CPU wants heads of 32 dimensions or more.
 SHAPE = ("hidden_size=128", "intermediate_size=96", "num_hidden_layers=2", "num_attention_heads=4")

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from phimr_nemo.config import BaseConfig, ExportConfig, SFTConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import RESULTS_FILE, Score, write_result
-from phimr_nemo.evaluate.export import run_export
-from phimr_nemo.launch import run_stage
+from phimr_nemo.jobs.launch import run_stage
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import run_base
-from phimr_nemo.runs import RunDirectory
+from phimr_nemo.report.export import run_export
+from phimr_nemo.store.runs import RunDirectory
 
 SHAPE = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=4")
 

@@ -14,7 +14,7 @@ import pytest
 MAKE = """
 import os, sys
 from pathlib import Path
-from phimr_nemo.atomic import atomic_directory, atomic_write_text, keep_others_from_writing
+from phimr_nemo.store.atomic import atomic_directory, atomic_write_text, keep_others_from_writing
 os.umask(int(sys.argv[2], 8))
 if sys.argv[3] == "guarded":
     keep_others_from_writing()

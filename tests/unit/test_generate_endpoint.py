@@ -21,10 +21,10 @@ from openai_server import Fault, OpenAIServer, Reply, user_text
 from phimr_nemo.config import GenerateConfig, load_config
 from phimr_nemo.errors import EXIT_PREEMPTED, UserError
 from phimr_nemo.generate.stage import run_generate
-from phimr_nemo.launch import check_same_run, run_stage
-from phimr_nemo.preflight import preflight
-from phimr_nemo.runs import RunDirectory
-from phimr_nemo.store import read_manifest, read_table, shard_is_complete
+from phimr_nemo.jobs.launch import check_same_run, run_stage
+from phimr_nemo.jobs.preflight import preflight
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.store.shards import read_manifest, read_table, shard_is_complete
 
 PROBLEMS, SAMPLES, SHARD_SIZE = 11, 3, 4
 TOTAL = PROBLEMS * SAMPLES
@@ -261,7 +261,14 @@ def test_the_server_may_move_but_the_settings_of_sampling_may_not(problems: Path
 
 
 def start(out: Path, problems: Path, url: str, repository: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "phimr_nemo.cli", "generate", f"run.output={out}", *overrides(problems, url)]
+    command = [
+        sys.executable,
+        "-m",
+        "phimr_nemo.cli.main",
+        "generate",
+        f"run.output={out}",
+        *overrides(problems, url),
+    ]
     return subprocess.Popen(
         command,
         cwd=repository,

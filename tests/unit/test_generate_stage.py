@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from phimr_nemo.config import BaseConfig, FileProblems, GenerateConfig, SyntheticProblems, load_config
-from phimr_nemo.data.synthetic import generate_problems
+from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import read_configured_problems, run_generate
-from phimr_nemo.store import read_manifest, read_table
+from phimr_nemo.store.shards import read_manifest, read_table
 
 # Two questions answered by two models each, in the layout of OpenAI's recorded GSM8K solutions.
 RECORDED: list[dict[str, Any]] = [
@@ -129,7 +129,7 @@ def test_a_limit_reads_the_first_rows(tmp_path: Path) -> None:
 
 def test_a_model_as_teacher(tmp_path: Path) -> None:
     from phimr_nemo.model.base import run_base
-    from phimr_nemo.model.hf import HFDirectory
+    from phimr_nemo.model.files.hf import HFDirectory
 
     for seed in (0, 1):
         shape = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")

@@ -20,11 +20,11 @@ import pytest
 from phimr_nemo.config import BaseConfig, GenerateConfig, LongRopePolicy, load_config
 from phimr_nemo.endpoint import ChatReply
 from phimr_nemo.errors import UserError
+from phimr_nemo.generate.serving.vllm import check_longrope, weights_hash
 from phimr_nemo.generate.stage import run_generate
-from phimr_nemo.generate.vllm import check_longrope, weights_hash
 from phimr_nemo.model.base import run_base
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.store import read_manifest, read_table
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.store.shards import read_manifest, read_table
 
 NEW_TOKENS, COUNT, SAMPLES = 24, 6, 2
 SERVER_START_SECONDS, SERVER_STOP_SECONDS = 300, 20
@@ -72,7 +72,15 @@ def settings(out: Path, model: Path, problems: Path, **changes: Any) -> list[str
 
 
 def generate(python: Path, variables: dict[str, str], repository: Path, arguments: list[str]) -> str:
-    command = [str(python), "-m", "phimr_nemo.cli", "generate", "--config", "conf/generate/vllm.yaml", *arguments]
+    command = [
+        str(python),
+        "-m",
+        "phimr_nemo.cli.main",
+        "generate",
+        "--config",
+        "conf/generate/vllm.yaml",
+        *arguments,
+    ]
     done = subprocess.run(
         command, cwd=repository, env=variables, capture_output=True, text=True, timeout=500, check=False
     )

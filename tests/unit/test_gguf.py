@@ -15,13 +15,13 @@ import torch
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation, stop_token_ids
 from phimr_nemo.errors import UserError
-from phimr_nemo.launch import launch
-from phimr_nemo.model import gguf as module
-from phimr_nemo.model.gguf import KNOWN, GGUFFile, import_gguf
-from phimr_nemo.model.hf import HFDirectory
-from phimr_nemo.pipeline import Step, run_step
-from phimr_nemo.runs import read_metrics
-from phimr_nemo.store import finish, read_table, rows_to_table, write_shard
+from phimr_nemo.jobs.launch import launch
+from phimr_nemo.jobs.quickstart import Step, run_step
+from phimr_nemo.model.files import gguf as module
+from phimr_nemo.model.files.gguf import KNOWN, GGUFFile, import_gguf
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.store.runs import read_metrics
+from phimr_nemo.store.shards import finish, read_table, rows_to_table, write_shard
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are written and read with the package gguf")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.hf import HFDirectory, write_hf_directory
-from phimr_nemo.model.shards import plan_shards
+from phimr_nemo.model.files.hf import HFDirectory, write_hf_directory
+from phimr_nemo.model.files.shards import plan_shards
 from phimr_nemo.model.table import tensor_shapes
 
 SMALL_SHARD = 30_000
@@ -270,7 +270,7 @@ def test_tokenizers_that_do_not_fit(arch: Architecture, tokenizer: Path, tmp_pat
 
 
 def test_phi4_minis_tokenizer_gives_its_own_generation_config(shared_data: Path) -> None:
-    from phimr_nemo.model.companions import generation_config, read_added_tokens
+    from phimr_nemo.model.files.companions import generation_config, read_added_tokens
 
     real = shared_data / "phi4-mini"
     arch = Architecture.from_directory(real)

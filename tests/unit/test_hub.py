@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from phimr_nemo.config import STAGES, load_config
-from phimr_nemo.launch import run_stage
+from phimr_nemo.jobs.launch import run_stage
 
 TOKEN = "hf_" + "secretsecretsecret"
 REPOSITORY = "team/model"
@@ -134,7 +134,7 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of several shards."""
-    from phimr_nemo.model.hf import HFDirectory, write_hf_directory
+    from phimr_nemo.model.files.hf import HFDirectory, write_hf_directory
 
     output = tmp_path_factory.mktemp("base")
     run_stage("base", load_config(STAGES["base"], Path("conf/base/tiny.yaml"), [f"run.output={output / 'run'}"]))
@@ -151,7 +151,7 @@ def phimr_push(
 ) -> subprocess.CompletedProcess[str]:
     """`push` in a process of its own: huggingface_hub reads its environment when it is imported."""
     program = (
-        "import sys; from pathlib import Path; from phimr_nemo.evaluate.hub import push\n"
+        "import sys; from pathlib import Path; from phimr_nemo.report.hub import push\n"
         "from phimr_nemo.errors import UserError\n"
         "try: print(push(Path(sys.argv[1]), sys.argv[2], private=True))\n"
         "except UserError as error: sys.exit(f'error: {error}')"

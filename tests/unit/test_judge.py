@@ -12,7 +12,8 @@ from openai_server import Fault, OpenAIServer, user_text
 
 from phimr_nemo.config import VerifyConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import content_id, finish, read_manifest, read_table, rows_to_table, write_shard
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.shards import finish, read_manifest, read_table, rows_to_table, write_shard
 from phimr_nemo.verify import GRADER_VERSION
 from phimr_nemo.verify.judge import MAX_JUDGED_CHARS, SYSTEM_PROMPT, judge_prompt, parse_opinion
 from phimr_nemo.verify.stage import run_verify, verify_rollouts

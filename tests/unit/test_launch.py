@@ -13,9 +13,10 @@ import pytest
 
 from phimr_nemo.config import BaseConfig, GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_USER, UserError
-from phimr_nemo.launch import _launch_ranks, check_same_run, main, run_stage
-from phimr_nemo.runs import CONFIG_FILE, RunDirectory
-from phimr_nemo.store import atomic_write_text, read_table
+from phimr_nemo.jobs.launch import _launch_ranks, check_same_run, main, run_stage
+from phimr_nemo.store.atomic import atomic_write_text
+from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
+from phimr_nemo.store.shards import read_table
 
 PROBLEMS, ROLLOUTS, SHARD = 7, 2, 3
 
@@ -113,7 +114,7 @@ def test_shares_of_the_shards_make_what_one_process_makes(tmp_path: Path) -> Non
 CLAIM = """
 import sys
 from pathlib import Path
-from phimr_nemo.runs import RunDirectory
+from phimr_nemo.store.runs import RunDirectory
 with RunDirectory(Path(sys.argv[1])).claimed():
     print("claimed", flush=True)
     sys.stdin.read()
@@ -236,7 +237,7 @@ def test_a_full_disk_inside_a_library_is_one_message(
     def stage(config: GenerateConfig) -> None:
         raise error
 
-    monkeypatch.setattr("phimr_nemo.launch.stage_function", lambda _: stage)
+    monkeypatch.setattr("phimr_nemo.jobs.launch.stage_function", lambda _: stage)
     with pytest.raises(expected) as caught:
         run_stage("generate", generate(tmp_path / "run"))
     assert type(caught.value) is expected

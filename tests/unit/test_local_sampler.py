@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate import local
-from phimr_nemo.generate.decoder import Decoder, KVCache
-from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.local import engine as local
+from phimr_nemo.generate.local.decoder import Decoder, KVCache
+from phimr_nemo.generate.local.engine import LocalSampler
+from phimr_nemo.generate.local.sampling import request_uniforms
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
-from phimr_nemo.generate.sampling import request_uniforms
 from phimr_nemo.model.architecture import Architecture
 
 VOCAB = 61

@@ -10,12 +10,7 @@ import yaml
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.longrope import (
-    LongRopePolicy,
-    LongRotaryEmbedding,
-    inverse_frequencies,
-    uses_long_factors,
-)
+from phimr_nemo.model.longrope import LongRopePolicy, LongRotaryEmbedding, inverse_frequencies, uses_long_factors
 
 DEFAULT: LongRopePolicy = "long_when_max_length_exceeds_original"
 ORIGINAL = 4096

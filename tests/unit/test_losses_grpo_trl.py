@@ -16,14 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phimr_nemo.losses import (
-    PolicyLoss,
-    dapo_loss,
-    dr_grpo_loss,
-    grpo_loss,
-    gspo_loss,
-    truncated_importance_weights,
-)
+from phimr_nemo.losses import PolicyLoss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss, truncated_importance_weights
 
 RESPONSES, TOKENS, PROMPT = 16, 24, 3
 CLIP_LOW, CLIP_HIGH, BETA, CAP, BUDGET = 0.2, 0.28, 0.1, 1.3, 40

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from phimr_nemo.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_PREEMPTED, EXIT_USER, UserError
-from phimr_nemo.node import ALIGNER, GENERATION, check_versions, main
+from phimr_nemo.jobs.node import ALIGNER, GENERATION, check_versions, main
 
 WAIT_SECONDS = 60.0
 TESTED = {"nemo-toolkit": "2.4.1", "megatron-core": "0.13.1", "nemo-aligner": "0.7.0"}
@@ -45,7 +45,7 @@ class Node:
         rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0")
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "phimr_nemo.node", "--nnodes", "1", "--nproc-per-node", str(WORKERS)),
+                *(sys.executable, "-m", "phimr_nemo.jobs.node", "--nnodes", "1", "--nproc-per-node", str(WORKERS)),
                 *(*rendezvous, str(script), str(self.mark), behaviour),
             ],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -151,7 +151,7 @@ def test_another_generation_is_refused_by_name(module: str, change: dict[str, st
 def test_a_refusal_comes_before_anything_is_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("phimr_nemo.node.installed_versions", lambda _names: {})
+    monkeypatch.setattr("phimr_nemo.jobs.node.installed_versions", lambda _names: {})
     assert main(["--nnodes", "1", "-m", "recipes.dpo", "-m", "x"]) == EXIT_USER
     assert "nemo-aligner is absent" in capsys.readouterr().err
 

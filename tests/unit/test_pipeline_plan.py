@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from phimr_nemo import pipeline
 from phimr_nemo.config import STAGES, EvaluateConfig, GenerateConfig, QuickstartConfig, SyntheticProblems, load_config
 from phimr_nemo.errors import Preempted, UserError
-from phimr_nemo.pipeline import ROWS, Step, plan_quickstart, run_quickstart, run_step, seed_steps
-from phimr_nemo.preflight import file_inputs, record_inputs
-from phimr_nemo.runs import RunDirectory
+from phimr_nemo.jobs import quickstart as pipeline
+from phimr_nemo.jobs.preflight import file_inputs, record_inputs
+from phimr_nemo.jobs.quickstart import ROWS, Step, plan_quickstart, run_quickstart, run_step, seed_steps
+from phimr_nemo.store.runs import RunDirectory
 
 QUICKSTART = Path("conf/quickstart/tiny.yaml")
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.model.plaindata import FORCE_PLAIN, check_index, only_plain_data
+from phimr_nemo.model.files.plaindata import FORCE_PLAIN, check_index, only_plain_data
 
 
 class Payload:

@@ -12,11 +12,11 @@ from architectures import small
 
 from phimr_nemo.config import STAGES, ParallelConfig, find_config, load_config
 from phimr_nemo.errors import UserError
+from phimr_nemo.jobs.preflight import derived_numbers, preflight
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.plan.memory import state_memory
-from phimr_nemo.preflight import derived_numbers, preflight
-from phimr_nemo.records import Kind
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 ROLLOUT = {
     "id": "r",

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.records import DIFFICULTIES, KINDS, Kind, schemas
-from phimr_nemo.store import conform, rows_to_table
+from phimr_nemo.store.records import DIFFICULTIES, KINDS, Kind, schemas
+from phimr_nemo.store.shards import conform, rows_to_table
 
 SAMPLES: dict[pa.DataType, Any] = {
     pa.string(): "text",

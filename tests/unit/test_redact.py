@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from phimr_nemo.config import GenerateConfig, load_config
+from phimr_nemo.config.load import refuse_secrets
 from phimr_nemo.errors import UserError
-from phimr_nemo.redact import REPLACEMENT, redact, refuse_secrets, secret_values
+from phimr_nemo.redact import REPLACEMENT, redact, secret_values
 
 # Put together here, so that no file of the project looks as if it held one.
 PLANTED = "plan" + "ted-" + "4f7c1e09aa"

@@ -13,15 +13,8 @@ from results import plain_result
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import Result
-from phimr_nemo.evaluate.plots import (
-    Curve,
-    plot_accuracy,
-    plot_funnel,
-    plot_losses,
-    plot_reward_and_length,
-    read_curve,
-)
-from phimr_nemo.evaluate.report import (
+from phimr_nemo.report.plots import Curve, plot_accuracy, plot_funnel, plot_losses, plot_reward_and_length, read_curve
+from phimr_nemo.report.scores import (
     NOT_RUN,
     PAPER_BENCHMARKS,
     PAPER_STAGES,

@@ -14,14 +14,14 @@ import torch
 from architectures import small
 
 from phimr_nemo.data.chat import render_prompt, stop_token_ids
-from phimr_nemo.data.synthetic import generate_problems
-from phimr_nemo.data.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.synthetic.problems import generate_problems
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.local import LocalSampler
+from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.rollouts import opening, sample_rollouts
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.model.table import checkpoint_tensors
-from phimr_nemo.store import is_complete, read_manifest, read_table, rows_to_table, shard_is_complete
+from phimr_nemo.store.shards import is_complete, read_manifest, read_table, rows_to_table, shard_is_complete
 
 PARAMS = SamplingParams(1.0, 1.0, 24)
 PROBLEMS = 7

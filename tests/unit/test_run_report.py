@@ -12,11 +12,11 @@ import pytest
 from results import plain_result
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.collect import by_benchmark, data_roots, find_evaluations, find_runs
 from phimr_nemo.evaluate.evaluate import Lengths, write_result
-from phimr_nemo.evaluate.run_report import write_run_report
-from phimr_nemo.pipeline import write_report
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.jobs.quickstart import write_report
+from phimr_nemo.report.collect import by_benchmark, data_roots, find_evaluations, find_runs
+from phimr_nemo.report.run import write_run_report
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 HOSTILE = "<script>alert('x')</script> | $\\frac{1}{0}$"
 QUESTIONS = 10

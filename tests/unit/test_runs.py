@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from phimr_nemo import __version__
-from phimr_nemo.runs import (
+from phimr_nemo.store.runs import (
     CONFIG_FILE,
     METRICS_FILE,
     RUN_FILE,
@@ -148,7 +148,7 @@ def test_what_was_written_before_a_kill_is_there(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from phimr_nemo.runs import MetricsWriter\n"
+        "from phimr_nemo.store.runs import MetricsWriter\n"
         "writer = MetricsWriter(Path(sys.argv[1]))\n"
         "for step in range(5):\n"
         "    writer.write(step, {'loss': float(step)})\n"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from phimr_nemo import server_node
-from phimr_nemo.cli import app
+from phimr_nemo.cli.main import app
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.errors import UserError
+from phimr_nemo.jobs import server_node
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "grpo"
 PAPER = CONF / "paper.yaml"

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from phimr_nemo.config import STAGES, load_config
-from phimr_nemo.server_node import serve_arguments
+from phimr_nemo.jobs.server_node import serve_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "slurm"
@@ -175,7 +175,7 @@ def test_directives(stage: str) -> None:
 def test_plain_dry_run(stage: str) -> None:
     command = dry_run(stage, "run.seed=3")
     assert command[0] == "srun"
-    assert "phimr_nemo.node" not in command
+    assert "phimr_nemo.jobs.node" not in command
     assert command[-5:] == ["phimr_nemo.cli", stage, "--config", f"conf/{stage}/paper.yaml", "run.seed=3"]
 
 
@@ -270,10 +270,10 @@ def test_containers() -> None:
     pyxis = dry_run("sft", PHIMR_CONTAINER_RUNTIME="pyxis", **settings)
     assert "--container-image=/images/a b.sqsh" in pyxis
     assert f"--container-mounts={mounts}" in pyxis
-    assert follows(pyxis, ["python3", "-m", "phimr_nemo.node"])
+    assert follows(pyxis, ["python3", "-m", "phimr_nemo.jobs.node"])
     apptainer = dry_run("sft", PHIMR_CONTAINER_RUNTIME="apptainer", **settings)
     assert follows(apptainer, ["apptainer", "exec", "--nv", "--no-home", "--bind", mounts])
-    assert follows(apptainer, ["/images/a b.sqsh", "python3", "-m", "phimr_nemo.node"])
+    assert follows(apptainer, ["/images/a b.sqsh", "python3", "-m", "phimr_nemo.jobs.node"])
     unknown = environment(DRY_RUN="1", PHIMR_CONTAINER_RUNTIME="docker")
     assert "docker is unknown" in bash("slurm/sft.sh", env=unknown, code=2).stderr
 
@@ -350,7 +350,7 @@ def test_grpo_with_servers_on_the_last_nodes() -> None:
     assert follows(trainer, ["--nnodes", "4"])
     assert server[:4] == ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]
     assert {"--nodelist=node-5,node-6", "--gpus-per-task=1"} <= set(server)
-    assert follows(server, [f"{REPOSITORY}/.venv-vllm/bin/python", "-m", "phimr_nemo.server_node"])
+    assert follows(server, [f"{REPOSITORY}/.venv-vllm/bin/python", "-m", "phimr_nemo.jobs.server_node"])
     for command in (server, trainer):
         assert command[-len(added) :] == added
     # Where those servers listen is where the trainer looks for them.
@@ -363,7 +363,7 @@ def test_grpo_keeps_the_kind_of_servers_that_it_is_given() -> None:
     extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "1", "PHIMR_SERVER_PYTHON": "/trt/python"}
     settings = environment(PHIMR_PRESET="trtllm", **extra)
     server, trainer = map(words, bash("slurm/grpo.sh", "base=models/b", env=settings).stdout.splitlines())
-    assert follows(server, ["/trt/python", "-m", "phimr_nemo.server_node"])
+    assert follows(server, ["/trt/python", "-m", "phimr_nemo.jobs.server_node"])
     for command in (server, trainer):
         start = command.index("--config") + 1
         config = load_config(STAGES["grpo"], REPOSITORY / command[start], command[start + 1 :])

@@ -12,12 +12,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
-from phimr_nemo.cli import app
+from phimr_nemo.cli.main import app
 from phimr_nemo.config import GRPOConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
-from phimr_nemo.runs import METRICS_FILE, RUN_FILE, RunDirectory
-from phimr_nemo.status import QUIET_SECONDS, find_runs, read_status, slurm_queue, status
-from phimr_nemo.store import finish, rows_to_table, write_shard
+from phimr_nemo.jobs.status import QUIET_SECONDS, find_runs, read_status, slurm_queue, status
+from phimr_nemo.store.runs import METRICS_FILE, RUN_FILE, RunDirectory
+from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 STEPS = 40
 SECONDS_A_STEP = 7.0

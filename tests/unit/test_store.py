@@ -21,16 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import (
+from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text
+from phimr_nemo.store.content import content_id, content_seed, file_sha256
+from phimr_nemo.store.shards import (
     MANIFEST,
-    atomic_directory,
-    atomic_file,
-    atomic_write_bytes,
-    atomic_write_text,
     conform,
-    content_id,
-    content_seed,
-    file_sha256,
     finish,
     input_hash,
     is_complete,
@@ -144,7 +139,7 @@ def test_ids_depend_on_content_and_on_where_parts_end(parts: list[str], other: l
 
 
 def test_ids_are_the_same_in_another_process() -> None:
-    program = "from phimr_nemo.store import content_id; print(content_id('a', 'b'))"
+    program = "from phimr_nemo.store.shards import content_id; print(content_id('a', 'b'))"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
@@ -386,7 +381,8 @@ FILL = """
 import os, random, sys
 from pathlib import Path
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import atomic_directory, rows_to_table, shard_is_complete, write_shard
+from phimr_nemo.store.atomic import atomic_directory
+from phimr_nemo.store.shards import rows_to_table, shard_is_complete, write_shard
 random.seed(0)
 out = Path(sys.argv[1])
 def rows(count):
@@ -453,7 +449,8 @@ SHARDS = 6
 STEP = f"""
 import os, sys
 from pathlib import Path
-from phimr_nemo.store import content_id, finish, is_complete, rows_to_table, shard_is_complete, write_shard
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 out, fatal = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
 def dying(function):

@@ -11,14 +11,7 @@ import pytest
 from results import plain_result
 
 from phimr_nemo.evaluate.evaluate import Lengths, Result
-from phimr_nemo.evaluate.tables import (
-    Table,
-    difference_table,
-    length_table,
-    markdown,
-    paired_difference,
-    score_table,
-)
+from phimr_nemo.report.tables import Table, difference_table, length_table, markdown, paired_difference, score_table
 
 QUESTIONS = [f"q{number}" for number in range(40)]
 

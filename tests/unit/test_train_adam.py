@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phimr_nemo.train.adam import FusedFormAdam
+from phimr_nemo.training.adam import FusedFormAdam
 
 STEPS = 5
 

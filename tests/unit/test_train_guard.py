@@ -8,7 +8,7 @@ from statistics import median
 import pytest
 
 from phimr_nemo.config import GuardConfig
-from phimr_nemo.train.guard import judge
+from phimr_nemo.training.guard import judge
 
 WINDOW = 4
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from phimr_nemo.data.batches import EpochOrder
+from phimr_nemo.data.rows.batches import EpochOrder
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import finish, iter_shards, rows_to_table, write_shard
-from phimr_nemo.train.data import RowDataset
-from phimr_nemo.train.rowsource import ByteCache, PackedRows, RecordTable
+from phimr_nemo.store.shards import finish, iter_shards, rows_to_table, write_shard
+from phimr_nemo.supervised.data import RowDataset
+from phimr_nemo.supervised.rowsource import ByteCache, PackedRows, RecordTable
 
 SHARDS, ROWS = 3, 5
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from phimr_nemo.train.saturation import is_saturated
+from phimr_nemo.training.early_stopping import is_saturated
 
 FLOOR, FALL, RATE = 1.0, 2.0, 0.5
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.train.seal import (
+from phimr_nemo.training.seal import (
     SEAL_FILE,
     checkpoint_name,
     checkpoints,

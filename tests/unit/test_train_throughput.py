@@ -9,9 +9,9 @@ import pytest
 import torch
 from architectures import small
 
-from phimr_nemo.data.batches import Row, collate_packed, collate_padded
+from phimr_nemo.data.rows.batches import Row, collate_packed, collate_padded
 from phimr_nemo.model.flops import model_flops
-from phimr_nemo.train.throughput import WORK, Work, counted, rates
+from phimr_nemo.training.throughput import WORK, Work, counted, rates
 
 
 def row(*lengths: int) -> Row:

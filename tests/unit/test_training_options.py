@@ -9,12 +9,12 @@ import pytest
 
 from phimr_nemo.config import STAGES, ModelConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.launch import check_same_run
+from phimr_nemo.jobs.launch import check_same_run
+from phimr_nemo.jobs.preflight import check_options
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout
-from phimr_nemo.preflight import check_options
-from phimr_nemo.runs import CONFIG_FILE, RunDirectory
-from phimr_nemo.store import atomic_write_text
+from phimr_nemo.store.atomic import atomic_write_text
+from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 
 
 def settings(stage: str, *overrides: str, preset: str = "tiny") -> Any:
@@ -107,8 +107,8 @@ def test_virtual_stages_divide_the_layers(layers: int) -> None:
 
 
 def test_fp8_without_transformer_engine_is_refused_with_a_remedy() -> None:
-    from phimr_nemo.model.configuration import has_transformer_engine
-    from phimr_nemo.train.precision import require_fp8
+    from phimr_nemo.model.megatron.configuration import has_transformer_engine
+    from phimr_nemo.training.precision import require_fp8
 
     if has_transformer_engine():
         pytest.skip("Transformer Engine is here")
@@ -118,8 +118,8 @@ def test_fp8_without_transformer_engine_is_refused_with_a_remedy() -> None:
 
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 def test_fp8_recipes_are_nemo_s(recipe: Any) -> None:
-    from phimr_nemo.train.assembly import call
-    from phimr_nemo.train.precision import precision_plugins
+    from phimr_nemo.supervised.assembly import call
+    from phimr_nemo.training.precision import precision_plugins
 
     [plugin] = precision_plugins(ModelConfig(dtype="bf16", fp8=recipe), call)
     made = plugin.dtype_config

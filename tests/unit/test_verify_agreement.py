@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from phimr_nemo.data.synthetic import generate_problems
-from phimr_nemo.data.teacher import teacher_rollouts
-from phimr_nemo.store import content_id
+from phimr_nemo.data.synthetic.problems import generate_problems
+from phimr_nemo.data.synthetic.teacher import teacher_rollouts
+from phimr_nemo.store.content import content_id
 from phimr_nemo.verify import Grader, Verdict
 
 MIN_DECIDED_AGREEMENT = 0.995

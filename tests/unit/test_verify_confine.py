@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from phimr_nemo.verify import Grader
-from phimr_nemo.verify.confine import _REFUSED, _REFUSED_X86_64, filter_program
-from phimr_nemo.verify.pool import worker_environment
+from phimr_nemo.verify.workers.confine import _REFUSED, _REFUSED_X86_64, filter_program
+from phimr_nemo.verify.workers.pool import worker_environment
 
 ATTEMPTS = r"""
 import ctypes, json, os, socket, subprocess, sys
-from phimr_nemo.verify import confine
+from phimr_nemo.verify.workers import confine
 pair = socket.socketpair()
 port, place, other = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)  # opened before: sending needs no connection

@@ -17,9 +17,9 @@ import pytest
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.verify import Grader, grade
-from phimr_nemo.verify import worker as protocol
-from phimr_nemo.verify.pool import Job, Pool
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
+from phimr_nemo.verify.workers import worker as protocol
+from phimr_nemo.verify.workers.pool import Job, Pool
 
 PATIENCE_SECONDS = 60.0
 BOX = r"Therefore it is $\boxed{%s}$."

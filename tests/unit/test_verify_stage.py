@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.store import content_id, finish, read_manifest, read_table, rows_to_table, write_shard
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.shards import finish, read_manifest, read_table, rows_to_table, write_shard
 from phimr_nemo.verify import GRADER_VERSION
 from phimr_nemo.verify import stage as verify_stage
 from phimr_nemo.verify.jsonl import open_json_lines

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from phimr_nemo.config import BaseConfig, RolloutServers, load_config
-from phimr_nemo.generate import servers
-from phimr_nemo.generate.local import LocalSampler
-from phimr_nemo.generate.replies import Wanted
+from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
-from phimr_nemo.generate.servers import ServerSampler
-from phimr_nemo.generate.weights import IDENTITY, LOGPROBS, tokenizer_hash
+from phimr_nemo.generate.serving import servers
+from phimr_nemo.generate.serving.replies import Wanted
+from phimr_nemo.generate.serving.servers import ServerSampler
+from phimr_nemo.generate.serving.weights import IDENTITY, LOGPROBS, tokenizer_hash
 from phimr_nemo.model.base import run_base
-from phimr_nemo.model.hf import HFDirectory
+from phimr_nemo.model.files.hf import HFDirectory
 
 SYNCS, TEMPERATURE, MAX_LENGTH = 10, 0.8, 64
 BOUND = 5e-5
@@ -136,7 +136,16 @@ def served(python: Path, variables: dict[str, str], model: Path, log: Path) -> I
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(python), "-m", "phimr_nemo.cli", "serve", str(model), "--max-length", str(MAX_LENGTH), "--eager"]
+    command = [
+        str(python),
+        "-m",
+        "phimr_nemo.cli.main",
+        "serve",
+        str(model),
+        "--max-length",
+        str(MAX_LENGTH),
+        "--eager",
+    ]
     command += ["--dtype", "fp32", "--port", str(port), "--max-batch", "4", "--api-key-env", "PHIMR_TEST_KEY"]
     with log.open("wb") as output:
         # A group of its own: the server starts processes that would outlive it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phimr_nemo.generate import vllm_worker
+from phimr_nemo.generate.serving import vllm_worker
 
 Extension = vllm_worker.Extension
 vllm_worker.repack_tied_head = lambda model: None  # noqa: ARG005

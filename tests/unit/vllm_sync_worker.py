@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from phimr_nemo.config import VLLMRollouts
-from phimr_nemo.generate import vllm
 from phimr_nemo.generate.sampler import Request, SamplingParams
+from phimr_nemo.generate.serving import vllm
 
 MAX_LENGTH, NEW_TOKENS, TEMPERATURE = 64, 16, 0.8
 PROMPTS = [tuple(range(1, 2 + length)) for length in (1, 5, 11, 20)]

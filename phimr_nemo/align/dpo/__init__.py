@@ -1,0 +1,1 @@
+"""Stage 3: rollout DPO on NeMo-Aligner's DPOTrainer."""

@@ -1,0 +1,172 @@
+"""Stage 3: rollout DPO with NeMo-Aligner's own DPOTrainer over the Megatron-Core policy."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+
+from phimr_nemo.align.checkpoint import CheckpointStore
+from phimr_nemo.align.compat import DPOTrainer, MegatronPretrainingBatchSampler
+from phimr_nemo.align.dpo.log import DPOLog
+from phimr_nemo.align.dpo.objective import DPOObjective
+from phimr_nemo.align.dpo.pairs import PairCollate, load_pairs
+from phimr_nemo.align.dpo.reference import reference_identity, stored_reference
+from phimr_nemo.align.lifecycle import StopTimer, check_checkpointing, content_identity, export, frozen_heap
+from phimr_nemo.align.plots import plot_dpo
+from phimr_nemo.align.policy import MegatronPolicy
+from phimr_nemo.align.trainer_log import metrics_writer
+from phimr_nemo.config import DPOConfig
+from phimr_nemo.config.alignment import StoredReference
+from phimr_nemo.data.chat import load_tokenizer
+from phimr_nemo.data.rows.batches import EpochOrder
+from phimr_nemo.errors import Preempted, UserError
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.store.shards import read_manifest
+from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
+
+
+def run_dpo(config: DPOConfig) -> dict[str, Any]:
+    """Train on preference pairs and export `<run.output>/hf`. Called in every process.
+
+    An unfinished run in `run.output` continues at its newest checkpoint.
+
+    Returns:
+        The closing facts.
+
+    Raises:
+        UserError: bad input, too few pairs, an impossible layout, or a resumed run whose inputs changed.
+        Preempted: the run was told to stop and has saved its state.
+    """
+    started = time.monotonic()
+    read_manifest(config.pairs, "pairs")
+    check_checkpointing(config.checkpoint)
+    base = HFDirectory(config.base)
+    pad_id = base.architecture.pad_token_id
+    pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
+    order = EpochOrder(len(pairs), config.epochs, config.run.seed)
+    steps = _steps(config, len(order))
+
+    run = RunDirectory(config.run.output)
+    start_process_group(config.parallel, config.run.seed)
+    with PreemptionGuard() as guard:
+        policy = build_policy(config, base, steps)
+        identity = content_identity(base, config.pairs)
+        if isinstance(config.reference, StoredReference):
+            computed = reference_identity(config, identity, pairs)
+            reference = stored_reference(run.path, config.reference.path, policy, pairs, pad_id, computed)
+        else:
+            # The policy is still the base here; a checkpoint is loaded after this.
+            reference = None
+            policy.keep_reference()
+        checkpoints = CheckpointStore(run.checkpoints, policy, keep=config.checkpoint.keep, identity=identity)
+        counters = checkpoints.restore()
+        with metrics_writer(run.path, counters["step"]) as writer:
+            log = DPOLog(writer, policy.optimizer, config.run.log_every)
+            trainer = _trainer(
+                config,
+                policy,
+                _loader(config, order, counters["consumed_samples"]),
+                collate_fn=PairCollate(
+                    pairs,
+                    reference,
+                    pad_id,
+                    rank=parallel_state.get_data_parallel_rank(),
+                    ranks=parallel_state.get_data_parallel_world_size(),
+                ),
+                logger=log,
+                ckpt_callback=checkpoints,
+                run_timer=StopTimer(guard),
+                steps=steps,
+            )
+            trainer.load_state_dict(counters)
+            with frozen_heap():
+                trainer.fit()
+    if trainer.step < steps:
+        raise Preempted(f"dpo stopped at step {trainer.step} of {steps}; run the same command to continue")
+    if dist.get_rank() == 0:
+        plot_dpo(run.path)
+    return {
+        "steps": steps,
+        "pairs": len(pairs),
+        "pairs_too_long": pairs.too_long,
+        "pairs_truncated": pairs.truncated,
+        "collapsed_at_step": log.collapsed_at,
+        "base_weights": identity["base weights"],
+        "hf": export(run, policy, config.base),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def build_policy(config: DPOConfig, base: HFDirectory, steps: int) -> MegatronPolicy:
+    """The policy with the stage's objective, for `steps` optimizer steps; Megatron's groups are up already."""
+    objective = DPOObjective(
+        config,
+        multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        pad_id=base.architecture.pad_token_id,
+    )
+    return MegatronPolicy(
+        base=base,
+        model=config.model,
+        parallel=config.parallel,
+        optim=config.optim,
+        objective=objective,
+        steps=steps,
+        sequence_length=config.sequence_length,
+        micro_batch=2 * config.micro_batch,
+        global_batch=config.global_batch,
+    )
+
+
+def _loader(config: DPOConfig, order: EpochOrder, consumed: int) -> DataLoader[int]:
+    """Global batches of pair numbers; the collate function takes the data-parallel rank's share of each."""
+    sampler = MegatronPretrainingBatchSampler(
+        total_samples=len(order),
+        consumed_samples=consumed,
+        micro_batch_size=config.micro_batch,
+        global_batch_size=config.global_batch,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        drop_last=True,
+    )
+    # The trainer collates by itself, outside the loader.
+    return DataLoader(order, batch_sampler=sampler, collate_fn=list, num_workers=0)
+
+
+def _trainer(config: DPOConfig, policy: MegatronPolicy, loader: DataLoader[int], *, steps: int, **parts: Any) -> Any:
+    options = {
+        # The order of the data knows its epochs; to the trainer they are one.
+        "max_epochs": 1,
+        "max_steps": steps,
+        "save_interval": config.checkpoint.every,
+        "val_check_interval": 0,
+        "limit_train_batches": 1.0,
+        "limit_val_batches": 0,
+        "gradient_clip_val": None,
+    }
+    return DPOTrainer(
+        cfg=OmegaConf.create(options),
+        model=policy,
+        optimizer=policy.optimizer,
+        scheduler=policy.scheduler,
+        train_dataloader=loader,
+        val_dataloader=loader,
+        test_dataloader=None,
+        **parts,
+    )
+
+
+def _steps(config: DPOConfig, samples: int) -> int:
+    steps = samples // config.global_batch
+    if steps == 0:
+        raise UserError(
+            f"{config.pairs} gives {samples} pairs in {config.epochs} epochs",
+            rule=f"at least one global batch of {config.global_batch} pairs",
+            remedy="bring more pairs, or lower global_batch",
+        )
+    return min(steps, config.max_steps) if config.max_steps else steps

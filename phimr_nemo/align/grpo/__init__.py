@@ -1,0 +1,1 @@
+"""Stage 4: GRPO on NeMo-Aligner's ReinforceTrainer."""

@@ -1,0 +1,94 @@
+"""One line of GRPO's metrics per round."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from phimr_nemo.align.grpo.collapse import CollapseWatch
+from phimr_nemo.align.plots import plot_grpo
+from phimr_nemo.align.trainer_log import TrainerLog
+from phimr_nemo.config.alignment import MonitorConfig
+from phimr_nemo.store.runs import MetricsWriter, read_metrics
+from phimr_nemo.training.metrics import PASS_RATE_MIDDLES, PASS_RATE_NAMES
+from phimr_nemo.training.optimizer import TrainerOptimizer
+
+_LOGGER: Final = logging.getLogger(__name__)
+_NOT_UPDATE_NAMES: Final = frozenset({"optim_step"})
+_NOT_ROLLOUT_NAMES: Final = frozenset({"rollout_size", "epoch"})
+_SECONDS: Final = {
+    "sync": "sync_seconds",
+    "sample": "sample_seconds",
+    "reward": "reward_seconds",
+    "refill": "refill_seconds",
+    "logprobs": "logprob_seconds",
+    "train_time": "train_seconds",
+}
+
+
+class GRPOLog(TrainerLog):
+    """One line per round, from what the trainer logs in its course: rollouts, updates, timers.
+
+    On process 0 it also watches for a collapse, warns once of each kind, and draws `grpo.png` now and then.
+
+    Args:
+        writer: of the run's metrics; None on other processes.
+        optimizer: knows the gradient norm.
+        every: steps between two lines.
+        monitor: what is watched.
+        directory: the run's; its metrics so far are those of the steps that the run continues from.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        optimizer: TrainerOptimizer,
+        every: int,
+        monitor: MonitorConfig,
+        directory: Path,
+    ) -> None:
+        super().__init__(writer, optimizer, every)
+        self._rollouts: dict[str, float] = {}
+        self._updates: list[dict[str, float]] = []
+        self._monitor, self._directory = monitor, directory
+        self.watch = CollapseWatch(monitor, read_metrics(directory) if writer is not None else ())
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int, prefix: str) -> None:
+        """Collect; the timers come last and end the round's line. Updates of a round are averaged."""
+        if prefix == "train_rollouts/":
+            self._rollouts = {name: float(value) for name, value in metrics.items() if name not in _NOT_ROLLOUT_NAMES}
+        elif prefix == "train_optim/":
+            update = {name: float(value) for name, value in metrics.items() if name not in _NOT_UPDATE_NAMES}
+            self._updates.append(update | {"grad_norm": self._optimizer.grad_norm})
+        elif prefix == "timers/":
+            self._end_round(step + 1, {**self._rollouts, **_mean(self._updates), **_seconds(metrics)})
+            self._updates = []
+
+    def _end_round(self, step: int, row: Mapping[str, float]) -> None:
+        self._write(step, row)
+        if self._writer is None:
+            return
+        counts = zip(PASS_RATE_MIDDLES, PASS_RATE_NAMES, strict=True)
+        self._writer.write_histogram(
+            step, "group_pass_rate", [share for share, name in counts for _ in range(int(row[name]))]
+        )
+        for message in self.watch.observe(step, row):
+            _LOGGER.warning(message)
+        if step % self._monitor.dashboard_every == 0:
+            self.draw()
+
+    def draw(self) -> None:
+        """Write the dashboard, on process 0."""
+        if self._writer is not None:
+            plot_grpo(self._directory, self.watch.found)
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else {})}
+
+
+def _seconds(timers: Mapping[str, Any]) -> dict[str, float]:
+    seconds = {ours: float(timers[theirs]) for theirs, ours in _SECONDS.items() if theirs in timers}
+    return seconds | {"step_time": float(timers["rollout_time"]) + float(timers["train_time"])}

@@ -1,0 +1,309 @@
+"""One round of GRPO rollouts: prompts in, graded responses out, and their form as training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phimr_nemo.align.grpo.stabilisers import oversampled, uniform_prompts
+from phimr_nemo.config import GRPOConfig
+from phimr_nemo.data.chat import render_prompts
+from phimr_nemo.data.repetition import REPETITIVE_ABOVE, repetition
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate.sampler import Completion, Request
+from phimr_nemo.losses import IGNORED_LABEL
+from phimr_nemo.store.content import content_seed
+from phimr_nemo.store.shards import read_table
+from phimr_nemo.training.metrics import PASS_RATE_BINS, PASS_RATE_NAMES
+from phimr_nemo.verify.extract import gold_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CORRECT = "correct"
+UNGRADED = "error"
+REPETITION_CHARS: Final = 8_000
+"""A loop is at the end of a response; more than its end would keep the GPUs waiting."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem to be solved by the policy."""
+
+    id: str
+    answer: str
+    token_ids: tuple[int, ...]
+    is_hard: bool
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts of a run, the numbers of one epoch of them, and why others were left out."""
+
+    prompts: Sequence[Prompt]
+    epoch: Sequence[int]
+    dropped_uneven: int
+    dropped_long: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One graded response.
+
+    Attributes:
+        slot: number of its prompt in the whole run's stream of prompts; a group is the rollouts of a slot.
+        sample: number within the group.
+        prompt: number of the prompt.
+        token_ids: the response, its stop token included.
+        logprobs: the sampler's log-probability of each token at the round's temperature (nats).
+        is_truncated: it ended at the length limit.
+        is_correct: the grader's verdict.
+        repetition: share of the end of its text that repeats what stands earlier there.
+        version: of the weights that made it: the step that began with them. None if the sampler did not say.
+    """
+
+    slot: int
+    sample: int
+    prompt: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    is_truncated: bool
+    is_correct: bool
+    repetition: float = 0.0
+    version: int | None = None
+
+
+class GradesAnswers(Protocol):
+    """What a round needs of `verify.Grader`."""
+
+    def grade_many(self, pairs: Sequence[tuple[str, str]]) -> Sequence[Any]:
+        """A verdict for each (response, answer)."""
+        ...
+
+
+def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOConfig) -> PromptSet:
+    """Read and tokenise a `prompts` record directory, with the stabilisers that act on prompts.
+
+    A prompt that leaves less than `max_new_tokens` of `sequence_length` to its response is dropped.
+
+    Raises:
+        UserError: the directory is not finished, a question spells a special token, a prompt has no answer to
+            grade by, or no prompt is left.
+    """
+    rows = read_table(directory, "prompts").to_pylist()
+    _check_answers(directory, rows)
+    even = uniform_prompts([row["length_spread"] for row in rows], config.prompt_optimization)
+    token_ids = render_prompts(tokenizer, [rows[i]["question"] for i in even])
+    room = config.sequence_length - config.max_new_tokens
+    prompts = [
+        Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"])
+        for i, ids in zip(even, token_ids, strict=True)
+        if len(ids) <= room
+    ]
+    if not prompts:
+        raise UserError(
+            f"none of the {len(rows)} prompts in {directory} is usable: prompt_optimization.max_length_spread="
+            f"{config.prompt_optimization.max_length_spread} drops {len(rows) - len(even)}; of the other {len(even)} "
+            f"all are longer than sequence_length - max_new_tokens = {room} tokens",
+            rule="a prompt has a small enough length spread and leaves max_new_tokens of sequence_length",
+            remedy=_more_prompts(len(rows), len(even)),
+        )
+    epoch = oversampled([prompt.is_hard for prompt in prompts], config.rebalance)
+    return PromptSet(prompts, epoch, len(rows) - len(even), len(even) - len(prompts))
+
+
+def _check_answers(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    missing = [row["id"] for row in rows if not gold_answer(row["answer"] or "")]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(rows)} prompts in {directory} have no answer; the first is {missing[0]!r}",
+            rule="a response is rewarded for the right answer, so each prompt has one",
+            remedy="remove these prompts, or add their answers and curate again",
+        )
+
+
+def _more_prompts(prompts: int, even: int) -> str:
+    if not prompts:
+        return "curate again: the counts of its manifest say which rule dropped the prompts"
+    return (
+        "raise sequence_length, or curate shorter prompts" if even else "raise prompt_optimization.max_length_spread"
+    )
+
+
+def verdicts_of(grader: GradesAnswers, responses: Sequence[str], answers: Sequence[str]) -> Sequence[Any]:
+    """Verdicts of a round's responses.
+
+    Raises:
+        UserError: the grader raises, answers for another number of responses, or can grade none of them. Taken for
+            wrong responses, these would be a round of rewards that say nothing.
+    """
+    rule = "the grader returns one verdict a response"
+    try:
+        verdicts = grader.grade_many(list(zip(responses, answers, strict=True)))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the reward of {len(responses)} responses raised {type(error).__name__}: {error}",
+            rule=rule,
+            remedy="look at the cause above; the run continues at its newest checkpoint with the same command",
+        ) from error
+    if len(verdicts) != len(responses):
+        raise UserError(
+            f"the reward gave {len(verdicts)} verdicts for {len(responses)} responses",
+            rule=rule,
+            remedy="correct the grader: a verdict that is missing would move all later ones to other responses",
+        )
+    if verdicts and all(verdict.verdict == UNGRADED for verdict in verdicts):
+        raise UserError(
+            f"none of {len(verdicts)} responses could be graded: {verdicts[0].reason}",
+            rule="a reward is the grader's judgement of a response",
+            remedy="run `phimr doctor` for the grader, and check the answers of the prompts",
+        )
+    return verdicts
+
+
+def rollout_requests(prompts: Mapping[int, Prompt], group_size: int, *seed: str) -> list[Request]:
+    """The requests of whole groups.
+
+    Args:
+        prompts: slot -> prompt.
+        group_size: responses a prompt.
+        seed: what a response's seed depends on besides slot and sample.
+    """
+    return [
+        Request(f"{slot}/{sample}", prompt.token_ids, content_seed("grpo", *seed, str(slot), str(sample)))
+        for slot, prompt in prompts.items()
+        for sample in range(group_size)
+    ]
+
+
+def graded_rollouts(
+    completions: Iterable[Completion],
+    texts: Iterable[str],
+    verdicts: Iterable[Any],
+    prompt_of: Mapping[int, int],
+) -> list[Rollout]:
+    """Completions of :func:`rollout_requests` with their verdicts.
+
+    Args:
+        completions: in the order of the requests.
+        texts: the response of each.
+        verdicts: one for each.
+        prompt_of: slot -> prompt number.
+    """
+    rollouts = []
+    for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
+        slot, sample = (int(part) for part in completion.request_id.split("/"))
+        rollouts.append(
+            Rollout(
+                slot,
+                sample,
+                prompt_of[slot],
+                completion.token_ids,
+                completion.logprobs,
+                is_truncated=completion.finish_reason == "length",
+                is_correct=verdict.verdict == CORRECT,
+                repetition=repetition(text[-REPETITION_CHARS:]),
+                version=completion.version,
+            )
+        )
+    return rollouts
+
+
+def gathered(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """All processes' rollouts on every process, in the order of slots and samples (collective)."""
+    parts: list[list[Rollout]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, list(rollouts))
+    return sorted((rollout for part in parts for rollout in part), key=lambda r: (r.slot, r.sample))
+
+
+def groups_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Rollout numbers of each slot, in the order of slots."""
+    groups: dict[int, list[int]] = {}
+    for number, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.slot, []).append(number)
+    return [groups[slot] for slot in sorted(groups)]
+
+
+def pass_rate_bin(correct: int, size: int) -> int:
+    """Which of `PASS_RATE_BINS` a group belongs to.
+
+    Args:
+        correct: its right responses.
+        size: its responses.
+    """
+    if correct == size:
+        return len(PASS_RATE_BINS) - 1
+    return -(-4 * correct // size)
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, float]:
+    """What a round's rollouts say.
+
+    Returns:
+        reward: mean; pass_rate: share of correct responses; zero_gradient_groups: share of groups whose rewards
+        are all equal; groups_<bin>: number of groups in each of `PASS_RATE_BINS`; response_length: mean, tokens;
+        length_spread: mean over groups of standard deviation over mean of the response lengths; truncated: share
+        that hit the length limit; repetition: mean share of a response's end that repeats itself; repetitive: share
+        of responses where that is above `REPETITIVE_ABOVE`; entropy: mean of -log-probability over all sampled
+        tokens (nats), an unbiased estimate of the sampling distribution's.
+    """
+    groups = groups_of(rollouts)
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    equal = [len({rewards[i] for i in group}) == 1 for group in groups]
+    spreads = [pstdev(lengths[i] for i in group) / fmean(lengths[i] for i in group) for group in groups]
+    bins = [pass_rate_bin(sum(rollouts[i].is_correct for i in group), len(group)) for group in groups]
+    return {
+        "reward": fmean(rewards),
+        "pass_rate": fmean(rollout.is_correct for rollout in rollouts),
+        "zero_gradient_groups": fmean(equal),
+        **{name: float(bins.count(number)) for number, name in enumerate(PASS_RATE_NAMES)},
+        "response_length": fmean(lengths),
+        "length_spread": fmean(spreads),
+        "truncated": fmean(rollout.is_truncated for rollout in rollouts),
+        "repetition": fmean(rollout.repetition for rollout in rollouts),
+        "repetitive": fmean(rollout.repetition > REPETITIVE_ABOVE for rollout in rollouts),
+        "entropy": -sum(sum(rollout.logprobs) for rollout in rollouts) / sum(lengths),
+    }
+
+
+def training_rows(
+    rollouts: Sequence[Rollout | None], prompts: Sequence[Prompt], advantages: Mapping[int, float], pad_id: int
+) -> dict[str, Tensor]:
+    """Responses behind their prompts, padded to the longest.
+
+    Args:
+        rollouts: None makes a row without labels, which takes part in nothing.
+        prompts: of the run.
+        advantages: row number -> advantage.
+        pad_id: token of the padding.
+
+    Returns:
+        `response_tokens` int64 [n, s] (the inputs), `labels` int64 [n, s] (the next tokens, -100 before the
+        response and after it), `sampler_logprobs` float32 [n, s] (at the labels' places), `advantages` float32 [n].
+    """
+    width = max(
+        (len(prompts[r.prompt].token_ids) + len(r.token_ids) - 1 for r in rollouts if r is not None), default=1
+    )
+    tokens = torch.full((len(rollouts), width), pad_id, dtype=torch.int64)
+    labels = torch.full((len(rollouts), width), IGNORED_LABEL, dtype=torch.int64)
+    sampled = torch.zeros((len(rollouts), width), dtype=torch.float32)
+    for row, rollout in enumerate(rollouts):
+        if rollout is None:
+            continue
+        question = prompts[rollout.prompt].token_ids
+        whole = torch.tensor([*question, *rollout.token_ids])
+        first, last = len(question) - 1, len(whole) - 1
+        tokens[row, :last] = whole[:-1]
+        labels[row, first:last] = whole[len(question) :]
+        sampled[row, first:last] = torch.tensor(rollout.logprobs)
+    values = torch.tensor([advantages.get(row, 0.0) for row in range(len(rollouts))], dtype=torch.float32)
+    return {"response_tokens": tokens, "labels": labels, "sampler_logprobs": sampled, "advantages": values}

@@ -1,0 +1,192 @@
+"""Stage 4: GRPO with a verifiable reward, on NeMo-Aligner's ReinforceTrainer."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+
+from phimr_nemo.align.checkpoint import CheckpointStore
+from phimr_nemo.align.compat import MegatronPretrainingBatchSampler
+from phimr_nemo.align.grpo.log import GRPOLog
+from phimr_nemo.align.grpo.objective import GRPOObjective
+from phimr_nemo.align.grpo.rollouts import load_prompts
+from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
+from phimr_nemo.align.grpo.samplers import check_sampler, open_sampler
+from phimr_nemo.align.grpo.stabilisers import check_temperature
+from phimr_nemo.align.grpo.trainer import GRPOTrainer, RoundInterrupted
+from phimr_nemo.align.lifecycle import StopTimer, check_checkpointing, content_identity, export, frozen_heap
+from phimr_nemo.align.policy import MegatronPolicy
+from phimr_nemo.align.trainer_log import metrics_writer
+from phimr_nemo.config import GRPOConfig
+from phimr_nemo.data.chat import load_tokenizer, stop_token_ids
+from phimr_nemo.data.rows.batches import EpochOrder
+from phimr_nemo.errors import Preempted, UserError
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.store.shards import read_manifest
+from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
+from phimr_nemo.verify import Grader
+
+SMALLEST_GROUP: Final = 2
+"""A response is compared with the others of its group."""
+
+
+def run_grpo(config: GRPOConfig) -> dict[str, Any]:
+    """Improve the base by its own graded rollouts and export `<run.output>/hf`. Called in every process.
+
+    An unfinished run in `run.output` continues at its newest checkpoint.
+
+    Returns:
+        The closing facts.
+
+    Raises:
+        UserError: bad input, no usable prompt, an impossible layout, or a resumed run whose inputs changed.
+        Preempted: the run was told to stop and has saved its state.
+    """
+    started = time.monotonic()
+    read_manifest(config.prompts, "prompts")
+    check_checkpointing(config.checkpoint)
+    check_temperature(config.temperature)
+    check_sampler(config)
+    _check_batches(config)
+    base = HFDirectory(config.base)
+    tokenizer = load_tokenizer(config.base)
+    prompts = load_prompts(config.prompts, tokenizer, config)
+
+    run = RunDirectory(config.run.output)
+    start_process_group(config.parallel, config.run.seed)
+    with PreemptionGuard() as guard, Grader(workers=config.verify_workers, function=config.grader) as grader:
+        policy = _policy(config, base)
+        if config.kl > 0:
+            policy.keep_reference()
+        identity = content_identity(base, config.prompts)
+        checkpoints = CheckpointStore(run.checkpoints, policy, keep=config.checkpoint.keep, identity=identity)
+        counters = checkpoints.restore()
+        sampler = open_sampler(config, policy, identity["base weights"], stop_token_ids(tokenizer))
+        rounds = Rounds(sampler, policy.weights, pending_directory(run))
+        with metrics_writer(run.path, counters["step"]) as writer:
+            log = GRPOLog(writer, policy.optimizer, config.run.log_every, config.monitor, run.path)
+            trainer = GRPOTrainer(
+                config=config,
+                prompts=prompts,
+                rounds=rounds,
+                grader=grader,
+                tokenizer=tokenizer,
+                cfg=_trainer_options(config),
+                model=policy,
+                optimizer=policy.optimizer,
+                scheduler=policy.scheduler,
+                train_dataloader_builder=lambda consumed_samples: _slots(
+                    config, len(prompts.epoch), consumed_samples
+                ),
+                logger=log,
+                ckpt_callback=checkpoints,
+                run_timer=StopTimer(guard),
+            )
+            trainer.load_state_dict(counters)
+            trainer.take_up()
+            try:
+                with frozen_heap():
+                    trainer.fit()
+            except RoundInterrupted:
+                trainer.save()
+            log.draw()
+        rounds.close()
+        sampler.close()
+    if trainer.step < config.steps:
+        raise Preempted(f"grpo stopped at step {trainer.step} of {config.steps}; run the same command to continue")
+    return {
+        "steps": config.steps,
+        "prompts": len(prompts.prompts),
+        "prompts_uneven": prompts.dropped_uneven,
+        "prompts_too_long": prompts.dropped_long,
+        "collapses": log.watch.found,
+        "base_weights": identity["base weights"],
+        "hf": export(run, policy, config.base),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _policy(config: GRPOConfig, base: HFDirectory) -> MegatronPolicy:
+    objective = GRPOObjective(
+        config,
+        multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        pad_id=base.architecture.pad_token_id,
+    )
+    return MegatronPolicy(
+        base=base,
+        model=config.model,
+        parallel=config.parallel,
+        optim=config.optim,
+        objective=objective,
+        steps=config.steps * config.inner_batches,
+        sequence_length=config.sequence_length,
+        micro_batch=config.micro_batch,
+        global_batch=config.prompts_per_step,
+    )
+
+
+def _slots(config: GRPOConfig, epoch: int, consumed_samples: int) -> DataLoader[int]:
+    """The stream of prompts: epochs of prompts, each in its own order, without a gap between them.
+
+    It has all the prompts that the run may take, and begins with those of the next round.
+    """
+    refills = config.rebalance.refill_rounds if config.rebalance.enabled else 0
+    rounds = config.steps * config.prompts_per_step * (1 + refills)
+    sampler = MegatronPretrainingBatchSampler(
+        total_samples=rounds,
+        consumed_samples=consumed_samples,
+        micro_batch_size=config.prompts_per_step,
+        global_batch_size=config.prompts_per_step,
+        # Every process sees the whole round and takes its own part of it.
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        drop_last=True,
+    )
+    return DataLoader(EpochOrder(epoch, -(-rounds // epoch), config.run.seed), batch_sampler=sampler)
+
+
+def _trainer_options(config: GRPOConfig) -> Any:
+    return OmegaConf.create(
+        {
+            # The stream of prompts knows its epochs; to the trainer they are one.
+            "max_epochs": 1,
+            "max_steps": config.steps,
+            "save_interval": config.checkpoint.every,
+            "val_check_interval": 0,
+            "gradient_clip_val": None,
+            "initial_policy_kl_penalty": config.kl,
+            "rollout_batch_seq_length": None,
+            "num_rollouts_per_prompt": config.group_size,
+            "model_gbs": config.prompts_per_step * config.group_size // config.inner_batches,
+        }
+    )
+
+
+def _check_batches(config: GRPOConfig) -> None:
+    sizes = (config.steps, config.prompts_per_step, config.inner_batches, config.micro_batch, config.max_new_tokens)
+    if min(sizes) < 1 or config.group_size < SMALLEST_GROUP:
+        raise UserError(
+            f"steps={config.steps}, prompts_per_step={config.prompts_per_step}, group_size={config.group_size}, "
+            f"inner_batches={config.inner_batches}, micro_batch={config.micro_batch}, "
+            f"max_new_tokens={config.max_new_tokens}",
+            rule=f"group_size is at least {SMALLEST_GROUP}, the others at least 1",
+            remedy="correct the value that is too small",
+        )
+    rollouts, shares = config.prompts_per_step * config.group_size, config.inner_batches * config.parallel.data
+    if rollouts % shares:
+        raise UserError(
+            f"{rollouts} rollouts a round for inner_batches={config.inner_batches} and "
+            f"parallel.data={config.parallel.data}",
+            rule="inner_batches x parallel.data divides prompts_per_step x group_size",
+            remedy=f"use a prompts_per_step x group_size that is a multiple of {shares}",
+        )
+    if config.max_new_tokens >= config.sequence_length:
+        raise UserError(
+            f"max_new_tokens={config.max_new_tokens} with sequence_length={config.sequence_length}",
+            rule="sequence_length holds prompt and response",
+            remedy="raise sequence_length above max_new_tokens by the longest prompt",
+        )

@@ -1,0 +1,236 @@
+"""GRPO as a subclass of NeMo-Aligner's ReinforceTrainer: three overrides, around upstream's `fit`.
+
+What is overridden, and why (nemo-aligner 0.7.0, algorithms/reinforce.py):
+
+- `_run_inference`: upstream gives every data-parallel rank the whole global batch to train on, counts rollouts
+  where its sampler counts prompts, and calls the generator once per rollout of a group.
+- `generate_reinforce_data`: the advantages of REINFORCE with a leave-one-out baseline become GRPO's, and the
+  stabilisers act here.
+- `run_training`: an optimizer step without a single row is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from phimr_nemo.align.compat import ReinforceTrainer
+from phimr_nemo.align.grpo.objective import advantages_of
+from phimr_nemo.align.grpo.rollouts import (
+    GradesAnswers,
+    PromptSet,
+    Rollout,
+    gathered,
+    graded_rollouts,
+    rollout_metrics,
+    rollout_requests,
+    training_rows,
+    verdicts_of,
+)
+from phimr_nemo.align.grpo.rounds import Rounds
+from phimr_nemo.align.grpo.selection import selected
+from phimr_nemo.align.grpo.stabilisers import annealed_temperature, overlong_penalty, refill_size
+from phimr_nemo.align.microbatch import deal_rows
+from phimr_nemo.config import GRPOConfig
+from phimr_nemo.data.chat import decode_response
+from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
+from phimr_nemo.losses import IGNORED_LABEL
+from phimr_nemo.store.content import content_seed
+from phimr_nemo.training import platform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RoundInterrupted(Exception):
+    """The run was told to stop while a round was sampled; resumed, it samples the same round again."""
+
+
+class GRPOTrainer(ReinforceTrainer):
+    """Upstream's trainer with rollouts from a :class:`Sampler` and rewards from a grader.
+
+    Args:
+        config: the stage's configuration.
+        prompts: prompts and their epoch.
+        rounds: samples responses with the policy's weights.
+        grader: grades responses in processes that can be killed.
+        tokenizer: turns responses into text.
+        upstream: the other arguments of ReinforceTrainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: GRPOConfig,
+        prompts: PromptSet,
+        rounds: Rounds,
+        grader: GradesAnswers,
+        tokenizer: PreTrainedTokenizerBase,
+        **upstream: Any,
+    ) -> None:
+        super().__init__(**upstream, val_dataloader_builder=None, collate_fn=None, rm=None, batch_iterator_cls=None)
+        self.config, self.prompts, self.rounds, self.grader = config, prompts, rounds, grader
+        self.tokenizer = tokenizer
+
+    # ---- rollouts ------------------------------------------------------------------------------------------
+
+    def _run_inference(
+        self,
+        dataloader_builder: Any,
+        consumed_samples: int,
+        is_validation: bool,  # noqa: ARG002
+    ) -> tuple[list[Rollout], dict[str, Any]]:
+        """Sample and grade a round, with what replaces dropped prompts; every process gets all of its rollouts.
+
+        Raises:
+            RoundInterrupted: the run was told to stop; nothing has been trained on yet.
+            UserError: the reward cannot be computed.
+        """
+        loader = dataloader_builder(consumed_samples=consumed_samples)
+        slots = next(iter(loader.batch_sampler))
+        self.model.temperature = annealed_temperature(self.step, self.config.steps, self.config.temperature)
+        with self.timer("sync"):
+            if not self.rounds.is_ahead(self.step):
+                self.rounds.sync(self.step)
+        with self.timer("sample"):
+            prompt_of, completions = self._sampled(loader.dataset, slots)
+        with self.timer("reward"):
+            rollouts = self._graded(prompt_of, completions)
+        with self.timer("refill"):
+            refills, sampled = self._refill(loader.dataset, slots, rollouts)
+        self._check_stop()
+        rewards = self._rewards(rollouts)
+        metrics = {
+            **rollout_metrics(rollouts, rewards.tolist()),
+            "temperature": self.model.temperature,
+            "refills": refills,
+            **self.rounds.metrics(self.step, [rollout.version for rollout in rollouts]),
+            # What upstream adds to its count of consumed samples: the sampler counts prompts.
+            "rollout_size": sampled,
+            "table": {"prompt": "", "response": "", "reward": 0.0},
+        }
+        return rollouts, metrics
+
+    def _refill(self, dataset: Any, slots: Sequence[int], rollouts: list[Rollout]) -> tuple[int, int]:
+        """Sample in the place of dropped prompts, into `rollouts`; further rounds, and prompts sampled in all."""
+        wanted, first, sampled = self.config.prompts_per_step, slots[0], len(slots)
+        limit = self.config.rebalance.refill_rounds if self.config.rebalance.enabled else 0
+        for refills in range(limit):
+            self._check_stop()
+            size = refill_size(wanted, selected(rollouts, self.config, self.step).prompts, sampled, wanted)
+            if not size:
+                return refills, sampled
+            more = range(first + sampled, first + sampled + size)
+            rollouts.extend(self._graded(*self._sampled(dataset, more)))
+            sampled += size
+        return limit, sampled
+
+    def _check_stop(self) -> None:
+        if self.run_timer.is_finished():
+            raise RoundInterrupted(f"stopped in round {self.step}")
+
+    def _sampled(self, dataset: Any, slots: Sequence[int]) -> tuple[dict[int, int], list[Completion]]:
+        """This process's slots with their prompts' numbers, and their groups' responses."""
+        prompt_of = self._mine(dataset, slots)
+        return prompt_of, self.rounds.sample(self.step, *self._requests(prompt_of, self.step))
+
+    def _mine(self, dataset: Any, slots: Sequence[int]) -> dict[int, int]:
+        """This process's slots with their prompts' numbers."""
+        # Whole groups to a process, so that each prompt is computed once; all processes sample.
+        return {slot: self.prompts.epoch[dataset[slot]] for slot in slots[dist.get_rank() :: dist.get_world_size()]}
+
+    def _graded(self, prompt_of: Mapping[int, int], completions: Sequence[Completion]) -> list[Rollout]:
+        """All processes' responses with their verdicts (collective)."""
+        texts = [decode_response(self.tokenizer, completion.token_ids) for completion in completions]
+        slots = [int(completion.request_id.split("/")[0]) for completion in completions]
+        answers = [self.prompts.prompts[prompt_of[slot]].answer for slot in slots]
+        verdicts = verdicts_of(self.grader, texts, answers)
+        return gathered(graded_rollouts(completions, texts, verdicts, prompt_of))
+
+    def _requests(self, prompt_of: Mapping[int, int], step: int) -> tuple[list[Request], SamplingParams]:
+        """What is asked for step `step`: the groups of these slots."""
+        prompts = {slot: self.prompts.prompts[number] for slot, number in prompt_of.items()}
+        requests = rollout_requests(prompts, self.config.group_size, str(self.config.run.seed), str(step))
+        temperature = annealed_temperature(step, self.config.steps, self.config.temperature)
+        return requests, SamplingParams(temperature, top_p=1.0, max_new_tokens=self.config.max_new_tokens)
+
+    def _next_round(self, step: int) -> tuple[list[Request], SamplingParams]:
+        """What is asked for step `step` when it is the next to begin."""
+        loader = self.train_dataloader_builder(consumed_samples=self.consumed_samples)
+        return self._requests(self._mine(loader.dataset, next(iter(loader.batch_sampler))), step)
+
+    def take_up(self) -> None:
+        """Continue with the round that a stopped run had sampled ahead (collective; after `load_state_dict`)."""
+        if self.config.ahead and self.step < self.config.steps:
+            self.rounds.restore(self.step, self._next_round(self.step)[0])
+
+    def save(self, extra_candidates: Any = None, is_train_end: bool = False) -> None:
+        """Upstream's checkpoint, and then the round that is under way: there may be no time to wait for that."""
+        super().save(extra_candidates, is_train_end)
+        self.rounds.save(self.step)
+        self.rounds.forget(self.ckpt_callback.steps())
+
+    def _rewards(self, rollouts: Sequence[Rollout]) -> Tensor:
+        config = self.config
+        values = [
+            (config.reward_correct if rollout.is_correct else config.reward_wrong)
+            + overlong_penalty(len(rollout.token_ids), config.max_new_tokens, config.overlong)
+            for rollout in rollouts
+        ]
+        return torch.tensor(values, dtype=torch.float32)
+
+    # ---- training rows -------------------------------------------------------------------------------------
+
+    def generate_reinforce_data(self, rollout_batch: list[Rollout]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Choose the rows to train on, give them advantages, and lay out this rank's part of every update."""
+        selection = selected(rollout_batch, self.config, self.step)
+        chosen = [rollout_batch[i] for i in selection.kept]
+        groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)
+        advantages = advantages_of(self.config.loss)(self._rewards(chosen), groups).tolist()
+        mine = self._dealt([len(self.prompts.prompts[r.prompt].token_ids) + len(r.token_ids) for r in chosen])
+        rows = training_rows(
+            [None if number is None else chosen[number] for number in mine],
+            self.prompts.prompts,
+            {row: advantages[number] for row, number in enumerate(mine) if number is not None},
+            self.model.architecture.pad_token_id,
+        )
+        with self.timer("logprobs"):
+            if self.config.inner_batches > 1:
+                rows["old_logprobs"] = self.model.batch_log_probs(rows)
+            if self.config.kl > 0:
+                with self.model.as_reference():
+                    rows["reference_logprobs"] = self.model.batch_log_probs(rows)
+        return rows, selection.metrics(len(rollout_batch))
+
+    def _dealt(self, lengths: Sequence[int]) -> list[int | None]:
+        """Numbers of this rank's rows, update after update, each filled with None to the size that `fit` cuts."""
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        share = self.cfg.model_gbs // ranks
+        seed = content_seed("deal", str(self.config.run.seed), str(self.step))
+        dealt = deal_rows(lengths, self.config.inner_batches, ranks, seed)
+        return [number for part in dealt for number in [*part[rank], *[None] * (share - len(part[rank]))]]
+
+    # ---- updates -------------------------------------------------------------------------------------------
+
+    def run_training(self, dataloader_iter: Iterable[dict[str, Tensor]]) -> tuple[float, dict[str, float]]:
+        """Upstream's updates, but none for a batch without rows on any rank; meanwhile the next round is sampled."""
+        if self.config.ahead and self.step + 1 < self.config.steps:
+            self.rounds.sync(self.step)
+            self.rounds.start(self.step + 1, *self._next_round(self.step + 1))
+        batches = list(dataloader_iter)
+        counts = [int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches]
+        labels = torch.tensor(counts, device=platform.device())
+        dist.all_reduce(labels, group=parallel_state.get_data_parallel_group())
+        useful = [batch for batch, count in zip(batches, labels.tolist(), strict=True) if count]
+        # The learning rate follows the rounds, whatever they bring.
+        for _ in range(len(batches) - len(useful)):
+            self.scheduler.step()
+        if not useful:
+            return 0.0, {}
+        result: tuple[float, dict[str, float]] = super().run_training(iter(useful))
+        return result

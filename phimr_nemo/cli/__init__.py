@@ -1,0 +1,1 @@
+"""The command `phimr` and its conversations: `chat` and `sample`."""

@@ -1,0 +1,1 @@
+"""The stage `curate`: which verified responses train what, decided on narrow columns."""

@@ -1,0 +1,270 @@
+"""The rules of curation: pure functions from narrow columns to the fate of every rollout.
+
+Mid-training takes every verified response, SFT a harder, cleaner and balanced part of them, DPO pairs a right with
+a wrong response to one question, reinforcement learning takes prompts that are neither too easy nor too hard and
+answered at uniform length (arXiv 2504.21233, sections 3 and 4). A fate is :attr:`Fate.KEPT` or the one reason why
+not, so what is kept and what is dropped always sum to what came in. Ties are broken by content, so no fate depends
+on the order of the shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from phimr_nemo.data.curate.narrow import CORRECT, UNKNOWN_DIFFICULTY, VERDICTS, Narrow
+from phimr_nemo.data.fate import MAX_CANDIDATES, Fate
+from phimr_nemo.errors import UserError
+from phimr_nemo.store.records import DIFFICULTIES, Difficulty
+
+Fates = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.int64]
+
+
+OF_VERDICT: Final = np.array([Fate.KEPT, Fate.WRONG, Fate.UNPARSABLE, Fate.TIMEOUT, Fate.ERROR], np.uint8)
+"""The fate that each verdict alone decides, in the order of :data:`phimr_nemo.data.curate.narrow.VERDICTS`."""
+LENGTH_EDGES: Final = (1024, 2048, 4096, 8192, 16384)
+"""Tokens at which the length classes of the SFT balance part: powers of two up to the paper's 16 K."""
+CHARACTERS_PER_TOKEN: Final = 3.3
+"""Of mathematical English under Phi-4-mini's tokenizer, for responses whose tokens are unknown."""
+
+
+def midtrain_fates(narrow: Narrow, *, max_per_problem: int) -> Fates:
+    """The full verified set: right, finished responses, each text once a problem.
+
+    Args:
+        narrow: all rollouts of some problems.
+        max_per_problem: keep at most this many responses to one problem, those sampled first.
+
+    Returns:
+        [rows].
+    """
+    fates = _verified(narrow)
+    _limit(narrow, fates, [narrow["sample"]], max_per_problem)
+    return fates
+
+
+def sft_fates(
+    narrow: Narrow,
+    *,
+    difficulties: Collection[Difficulty],
+    max_per_problem: int,
+    max_repetition: float,
+    one_boxed_answer: bool,
+) -> Fates:
+    """A harder, cleaner part of the verified set: of each problem the most worked-out responses.
+
+    A problem of unknown difficulty is kept: nothing says that it is easy.
+
+    Args:
+        narrow: all rollouts of some problems, quality measured.
+        difficulties: the tiers to keep.
+        max_per_problem: keep at most this many responses to one problem, the longest ones.
+        max_repetition: drop responses that repeat a larger share of themselves.
+        one_boxed_answer: drop responses that do not box exactly one answer after their thinking.
+
+    Returns:
+        [rows].
+    """
+    fates = _verified(narrow)
+    wanted = [UNKNOWN_DIFFICULTY, *(DIFFICULTIES.index(name) for name in difficulties)]
+    _drop(fates, ~np.isin(narrow["difficulty"], wanted), Fate.OTHER_DIFFICULTY)
+    _drop(fates, narrow["repetition"] > max_repetition, Fate.REPETITIVE)
+    if one_boxed_answer:
+        _drop(fates, narrow["boxes"] != 1, Fate.NOT_ONE_BOX)
+    _limit(narrow, fates, [-narrow["characters"], narrow["sample"]], max_per_problem)
+    return fates
+
+
+def balance_cells(narrow: Narrow) -> npt.NDArray[np.uint8]:
+    """The cell of each rollout in the SFT balance: its difficulty x its length class (see :data:`LENGTH_EDGES`)."""
+    known = narrow["tokens"] >= 0
+    tokens = np.where(known, narrow["tokens"], narrow["characters"] / CHARACTERS_PER_TOKEN)
+    classes = np.searchsorted(LENGTH_EDGES, tokens, side="left")
+    return (narrow["difficulty"] * (len(LENGTH_EDGES) + 1) + classes).astype(np.uint8)
+
+
+def balanced(cells: npt.NDArray[np.uint8], order: npt.NDArray[np.uint64], size: int) -> Mask:
+    """Which rollouts to keep so that `size` are left and no cell is larger than it must be.
+
+    The rule is max-min fairness: every cell keeps min(its rollouts, level), with the highest level at which the sum
+    does not exceed `size`; what is then missing goes, one each, to the fullest cells. So rare cells (graduate
+    problems, very long solutions) are kept whole, and the common ones share the rest equally. Within a cell those
+    with the smallest `order` stay.
+
+    Args:
+        cells: of each candidate, [candidates].
+        order: distinct numbers that do not depend on the shards, such as hashes, [candidates].
+        size: how many to keep; all when there are no more.
+
+    Returns:
+        [candidates], with min(size, candidates) true.
+    """
+    counts = np.bincount(cells)
+    quota = _level(counts, size)
+    by_cell = np.lexsort((order, cells))
+    ranks = np.empty(len(cells), np.int64)
+    ranks[by_cell] = _ranks(cells[by_cell])
+    return np.asarray(ranks < quota[cells])
+
+
+def _level(counts: Indices, size: int) -> Indices:
+    """What each cell keeps."""
+    left, quota = min(size, int(counts.sum())), np.zeros_like(counts)
+    open_cells = np.argsort(counts, kind="stable")
+    for place, cell in enumerate(open_cells):
+        share, rest = divmod(left, len(open_cells) - place)
+        if counts[cell] > share:
+            quota[open_cells[place:]] = share
+            quota[open_cells[len(open_cells) - rest :]] += 1
+            break
+        quota[cell] = counts[cell]
+        left -= int(counts[cell])
+    return quota
+
+
+def pair_fates(narrow: Narrow) -> Fates:
+    """Which rollouts may be paired: right or wrong responses to a problem that has both.
+
+    Wrong means "wrong" or "unparsable", finished or cut off; a grader that gave up says nothing about a response.
+
+    Returns:
+        [rows]; KEPT are candidates, at most :data:`MAX_CANDIDATES` right and as many wrong ones of a problem.
+    """
+    fates = np.zeros(len(narrow), np.uint8)
+    right = narrow["verdict"] == CORRECT
+    _drop(fates, np.isin(narrow["verdict"], [VERDICTS.index("timeout"), VERDICTS.index("error")]), Fate.UNGRADED)
+    _drop(fates, right & ~narrow["stopped"], Fate.CUT_OFF)
+    _drop(fates, narrow["blank"], Fate.BLANK)
+    _drop(fates, narrow["forged_question"] | narrow["forged_response"], Fate.SPECIAL_TOKEN)
+    for side in (right, ~right):
+        others = np.where(side, fates, Fate.UNGRADED).astype(np.uint8)
+        _limit(narrow, others, [narrow["sample"]], MAX_CANDIDATES, over=Fate.TOO_MANY)
+        fates[side] = others[side]
+    kept = fates == Fate.KEPT
+    _drop(fates, ~np.isin(narrow["problem"], narrow["problem"][kept & right]), Fate.NO_RIGHT)
+    _drop(fates, ~np.isin(narrow["problem"], narrow["problem"][kept & ~right]), Fate.NO_WRONG)
+    return fates
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Problems as candidates for reinforcement learning; every array is [problems].
+
+    Attributes:
+        row: the first rollout of the problem.
+        fates: of the problem.
+        pass_rate: right over graded responses; NaN without any.
+        mean_length: of the graded responses, in tokens, or in characters where not all tokens are known.
+        length_spread: their coefficient of variation: population standard deviation over mean.
+        ungraded: rollouts that count for nothing.
+    """
+
+    row: Indices
+    fates: Fates
+    pass_rate: npt.NDArray[np.float64]
+    mean_length: npt.NDArray[np.float64]
+    length_spread: npt.NDArray[np.float64]
+    ungraded: int
+
+
+def prompts(
+    narrow: Narrow, *, min_pass: float, max_pass: float, min_samples: int, max_length_spread: float | None
+) -> Prompts:
+    """Problems worth reinforcement learning, from several rollouts of each by the model that is to learn.
+
+    Args:
+        narrow: all rollouts of some problems, over all sampling rounds.
+        min_pass: keep problems whose share of right responses is above this (exclusive).
+        max_pass: ... and below this (exclusive).
+        min_samples: keep problems with at least this many graded responses.
+        max_length_spread: keep problems with at most this spread; None = any (prompt optimisation off).
+
+    Raises:
+        UserError: the bounds leave no pass rate.
+    """
+    check_pass_bounds(min_pass, max_pass)
+    _, first, problem = np.unique(narrow["problem"], return_index=True, return_inverse=True)
+    graded = ~np.isin(narrow["verdict"], [VERDICTS.index("timeout"), VERDICTS.index("error")])
+
+    def total(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+        return np.bincount(problem[graded], values[graded].astype(np.float64), len(first)).astype(np.float64)
+
+    samples = total(np.ones(len(narrow)))
+    unknown = np.bincount(problem[graded], (narrow["tokens"] < 0)[graded], len(first)) > 0
+    lengths = np.where(unknown[problem], narrow["characters"], narrow["tokens"])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pass_rate, mean = total(narrow["verdict"] == CORRECT) / samples, total(lengths) / samples
+        variance = total((lengths - mean[problem]) ** 2) / samples
+        spread = np.where(mean > 0, np.sqrt(variance) / mean, 0.0)
+    fates = np.zeros(len(first), np.uint8)
+    forged = np.zeros(len(first), np.bool_)
+    forged[problem[narrow["forged_question"]]] = True
+    _drop(fates, forged, Fate.SPECIAL_TOKEN)
+    _drop(fates, samples < min_samples, Fate.FEW_SAMPLES)
+    _drop(fates, pass_rate <= min_pass, Fate.TOO_HARD)
+    _drop(fates, pass_rate >= max_pass, Fate.TOO_EASY)
+    if max_length_spread is not None:
+        _drop(fates, spread > max_length_spread, Fate.UNEVEN)
+    rows = np.full(len(first), np.iinfo(np.int64).max)
+    np.minimum.at(rows, problem, narrow["row"])
+    return Prompts(rows, fates, pass_rate, mean, spread, int((~graded).sum()))
+
+
+def check_pass_bounds(min_pass: float, max_pass: float) -> None:
+    """Refuse bounds between which no pass rate lies.
+
+    Raises:
+        UserError: `min_pass` is not below `max_pass`.
+    """
+    if not min_pass < max_pass:
+        raise UserError(
+            f"min_pass={min_pass} max_pass={max_pass}",
+            rule="a pass rate lies strictly between min_pass and max_pass",
+            remedy="use 0 and 1 for every prompt that is sometimes right and sometimes wrong",
+        )
+
+
+def _verified(narrow: Narrow) -> Fates:
+    """Right and finished responses that can be rendered."""
+    known = np.append(OF_VERDICT, Fate.ERROR)
+    fates = known[np.minimum(narrow["verdict"], len(VERDICTS))].astype(np.uint8)
+    _drop(fates, ~narrow["stopped"], Fate.CUT_OFF)
+    _drop(fates, narrow["forged_question"] | narrow["forged_response"], Fate.SPECIAL_TOKEN)
+    return fates
+
+
+def _drop(fates: Fates, mask: Mask, fate: Fate) -> None:
+    """Give a fate to those of `mask` that had none."""
+    fates[mask & (fates == Fate.KEPT)] = fate
+
+
+def _limit(
+    narrow: Narrow, fates: Fates, keys: Sequence[npt.NDArray[np.generic]], most: int, over: Fate = Fate.OVER_LIMIT
+) -> None:
+    """Keep each text once a problem and at most `most` of a problem, in ascending order of `keys`."""
+    for fate, groups, limit in (
+        (Fate.DUPLICATE, [narrow["problem"], narrow["response"]], 1),
+        (over, [narrow["problem"]], most),
+    ):
+        open_rows = np.flatnonzero(fates == Fate.KEPT)
+        ordered = [narrow["rollout"], *reversed(keys), *reversed(groups)]
+        order = open_rows[np.lexsort([key[open_rows] for key in ordered])]
+        ranks = _ranks(*(group[order] for group in groups))
+        fates[order[ranks >= limit]] = fate
+
+
+def _ranks(*sorted_groups: npt.NDArray[np.generic]) -> Indices:
+    """The place of each row in its group, counted from 0; rows of one group follow each other."""
+    count = len(sorted_groups[0])
+    starts = np.zeros(count, np.bool_)
+    starts[:1] = True
+    for group in sorted_groups:
+        starts[1:] |= group[1:] != group[:-1]
+    begin = np.maximum.accumulate(np.where(starts, np.arange(count), 0))
+    return np.asarray(np.arange(count) - begin, np.int64)

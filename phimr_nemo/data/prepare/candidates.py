@@ -1,0 +1,209 @@
+"""The first pass of `prepare`: a source's usable, uncontaminated problems in shards with what decides about them.
+
+One directory a source. `counts.json` is written last and completes it, so a killed run repeats at most one source.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from phimr_nemo.config import SourceConfig
+from phimr_nemo.data.prepare.decontaminate import EvaluationIndex
+from phimr_nemo.data.prepare.dedup import Signer
+from phimr_nemo.data.sources.item import ANSWER_FROM, Item, UnusableRow
+from phimr_nemo.data.sources.normalise import clean, comparison_key, comparison_tokens, numbers, storable
+from phimr_nemo.data.sources.problems import MAX_METADATA_CHARS
+from phimr_nemo.data.sources.source import read_items
+from phimr_nemo.errors import UserError
+from phimr_nemo.store.atomic import atomic_file, write_json
+from phimr_nemo.store.content import content_id
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+COUNTS_FILE: Final = "counts.json"
+DROPS_FILE: Final = "drops.jsonl"
+SHARD_ROWS: Final = 10_000
+SHARD_CHARS: Final = 64 << 20
+MAX_QUESTION_CHARS: Final = 20_000
+MAX_ANSWER_CHARS: Final = 2_000
+SHOWN_CHARS: Final = 500
+DIGEST_BYTES: Final = 8
+SIGNATURE_ITEM_BYTES: Final = 4
+# The preference among duplicates (see dedup).
+GOLD_ANSWER_RANK: Final = 8
+SOLUTION_RANK: Final = 4
+
+TOO_LONG: Final = "question or answer too long"
+INCOMPLETE: Final = "no question or no answer"
+
+
+@dataclass
+class _Shard:
+    """Rows that wait to be written, and how many characters they hold."""
+
+    rows: list[dict[str, Any]]
+    chars: int = 0
+
+
+@cache
+def candidate_schema(permutations: int) -> pa.Schema:
+    """The columns of a candidate shard; without near duplicates (`permutations` 0) no signature."""
+    import pyarrow as pa
+
+    trajectory = pa.struct(
+        [(name, pa.string()) for name in ("response", "teacher", "finish_reason", "labels")],
+    )
+    text = [(name, pa.string()) for name in ("id", "place", "question", "answer", "solution", "domain", "difficulty")]
+    digests = [(name, pa.uint64()) for name in ("question_digest", "numbers_digest", "answer_digest")]
+    signature = [("signature", pa.binary(permutations * SIGNATURE_ITEM_BYTES))] if permutations else []
+    return pa.schema(
+        [
+            *text,
+            ("metadata", pa.string()),
+            ("trajectories", pa.list_(trajectory)),
+            *digests,
+            ("rank", pa.int32()),
+            *signature,
+        ]
+    )
+
+
+def collect(
+    source: SourceConfig, directory: Path, *, permutations: int, evaluation: EvaluationIndex | None
+) -> dict[str, int]:
+    """Read a source into candidate shards, unless that is done.
+
+    Returns:
+        "read", "candidates", "trajectories", and "dropped: REASON" for each reason.
+
+    Raises:
+        UserError: the source cannot be read, or none of its rows is usable.
+    """
+    finished = directory / COUNTS_FILE
+    if finished.is_file():
+        return dict(json.loads(finished.read_text("utf-8")))
+    for left_over in directory.glob("part-*.parquet"):
+        left_over.unlink()
+    directory.mkdir(parents=True, exist_ok=True)
+    counts: Counter[str] = Counter({"read": 0, "candidates": 0, "trajectories": 0})
+    signer = Signer(permutations) if permutations else None
+    shard, index = _Shard([]), 0
+    with atomic_file(directory / DROPS_FILE) as temporary, temporary.open("w", encoding="utf-8") as drops:
+        for place, item in read_items(source):
+            counts["read"] += 1
+            row = _candidate(source, place, item, evaluation, signer)
+            if "reason" in row:
+                counts[f"dropped: {row['reason']}"] += 1
+                drops.write(json.dumps(row, ensure_ascii=False) + "\n")
+                continue
+            counts["candidates"] += 1
+            counts["trajectories"] += len(row["trajectories"])
+            shard.rows.append(row)
+            shard.chars += sum(len(one["response"]) for one in row["trajectories"]) + len(row["question"])
+            if len(shard.rows) >= SHARD_ROWS or shard.chars >= SHARD_CHARS:
+                _write(directory, index, shard, permutations)
+                shard, index = _Shard([]), index + 1
+    if shard.rows:
+        _write(directory, index, shard, permutations)
+    if not counts["candidates"]:
+        raise UserError(
+            f"source {source.name}: none of its {counts['read']} rows is kept: {dict(counts)}",
+            rule="a source brings at least one problem with a question and an answer",
+            remedy=f"look at the reasons in {directory / DROPS_FILE}, at preset and columns; or leave the source out",
+        )
+    write_json(finished, dict(counts))
+    return dict(counts)
+
+
+def candidate_shards(directories: list[Path], columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """The candidate shards of all sources in order, each with the number of its source."""
+    import pyarrow.parquet as pq
+
+    for number, directory in enumerate(directories):
+        for path in sorted(directory.glob("part-*.parquet")):
+            yield number, pq.read_table(path, columns=columns)
+
+
+def _candidate(
+    source: SourceConfig,
+    place: str,
+    item: Item | UnusableRow,
+    evaluation: EvaluationIndex | None,
+    signer: Signer | None,
+) -> dict[str, Any]:
+    """A candidate row, or a row of the drops file: that has a "reason"."""
+    drop = {"source": source.name, "place": place}
+    if isinstance(item, UnusableRow):
+        return drop | {"reason": item.reason}
+    question, answer = clean(item.question), clean(item.answer)
+    drop["question"] = question[:SHOWN_CHARS]
+    if not question or not answer:
+        return drop | {"reason": INCOMPLETE}
+    if len(question) > MAX_QUESTION_CHARS or len(answer) > MAX_ANSWER_CHARS:
+        return drop | {"reason": TOO_LONG}
+    tokens = comparison_tokens(question)
+    if not tokens:
+        return drop | {"reason": INCOMPLETE}
+    match = evaluation.match(question, tokens) if evaluation is not None else None
+    if match is not None:
+        return drop | {
+            "reason": f"contaminated: {match.rule}, {match.set}",
+            "match": match.question[:SHOWN_CHARS],
+            "overlap": round(match.overlap, 3),
+        }
+    labels = (item.domain is not None) + (item.difficulty is not None)
+    gold = GOLD_ANSWER_RANK if ANSWER_FROM not in item.labels else 0
+    row: dict[str, Any] = {
+        "id": content_id("problem", question, answer),
+        "place": place,
+        "question": question,
+        "answer": answer,
+        "solution": clean(item.solution) if item.solution else None,
+        "domain": item.domain,
+        "difficulty": item.difficulty,
+        "metadata": _as_json(item.labels),
+        "trajectories": [
+            {
+                "response": storable(one.response),
+                "teacher": source.teacher or one.teacher,
+                "finish_reason": one.finish_reason,
+                "labels": _as_json(one.labels),
+            }
+            for one in item.trajectories
+        ],
+        "question_digest": digest(" ".join(tokens)),
+        "numbers_digest": digest(" ".join(numbers(tokens))),
+        "answer_digest": digest(comparison_key(answer)),
+        "rank": gold + (SOLUTION_RANK if item.solution else 0) + labels,
+    }
+    if signer is not None:
+        row["signature"] = signer.sign(tokens).astype("<u4").tobytes()
+    return row
+
+
+def digest(text: str) -> int:
+    """A 64-bit digest."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest(), "little")
+
+
+def _as_json(labels: Mapping[str, Any]) -> str:
+    """The labels without those that are long: a source's texts belong in columns."""
+    short = {name: value for name, value in labels.items() if len(str(value)) <= MAX_METADATA_CHARS}
+    return storable(json.dumps(short, ensure_ascii=False, default=str))
+
+
+def _write(directory: Path, index: int, shard: _Shard, permutations: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(shard.rows, schema=candidate_schema(permutations))
+    with atomic_file(directory / f"part-{index:05d}.parquet") as temporary:
+        pq.write_table(table, temporary, compression="zstd")

@@ -1,0 +1,294 @@
+"""The stage `prepare`: sources -> problems, and rollouts from the sources that bring trajectories.
+
+Three passes, each in bounded memory. Sources into candidates, one after another (:mod:`.candidates`). Duplicates from
+a few hundred bytes a candidate (:mod:`.dedup`). Then candidates into record directories, shard by shard::
+
+    problems/     record directory of kind "problems"
+    rollouts/     record directory of kind "rollouts", if any source brings trajectories
+    drops.jsonl   every row that was dropped: source, place, reason, and for which row or evaluation question
+    candidates/   intermediate, removed at the end
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from tqdm import tqdm
+
+from phimr_nemo.config import PrepareConfig, to_dict
+from phimr_nemo.data.prepare.annotate import Annotations, Annotator, count_labels
+from phimr_nemo.data.prepare.candidates import DROPS_FILE, SHOWN_CHARS, candidate_shards, collect, digest
+from phimr_nemo.data.prepare.decontaminate import read_index
+from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, NEAR, Duplicates, Facts, find_duplicates
+from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
+from phimr_nemo.store.atomic import atomic_file
+from phimr_nemo.store.content import content_id, content_seed
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.shards import (
+    finish,
+    is_complete,
+    read_manifest,
+    read_shard,
+    rows_to_table,
+    shard_is_complete,
+    write_shard,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+PROBLEMS: Final = "problems"
+ROLLOUTS: Final = "rollouts"
+CANDIDATES: Final = "candidates"
+ANNOTATIONS: Final = "annotations"
+SIGNATURES: Final = "signatures.npy"
+# A shard of rollouts ends at `shard_size` rows or at so many characters: responses are long.
+ROLLOUT_SHARD_CHARS: Final = 256 << 20
+DROP_REASONS: Final = {
+    EXACT: "exact duplicate",
+    EXACT_OTHER_ANSWER: "exact duplicate with another answer",
+    NEAR: "near duplicate",
+}
+DUPLICATE_TRAJECTORY: Final = "trajectories that repeat another of the same problem"
+
+
+def run_prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Write problems, rollouts and the list of what was dropped; what is finished is kept.
+
+    Returns:
+        Rows of both record directories and all counts.
+
+    Raises:
+        UserError: a source or an evaluation set cannot be read, or none of a source's rows is usable.
+    """
+    output = config.run.output
+    wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
+    if not is_complete(output / PROBLEMS, "problems"):
+        _prepare(config)
+    if (output / CANDIDATES).is_dir():
+        shutil.rmtree(output / CANDIDATES)
+    if is_complete(output / ROLLOUTS, "rollouts"):
+        wanted.append((ROLLOUTS, "rollouts"))
+    manifests = {name: read_manifest(output / name, kind) for name, kind in wanted}
+    rows = {name: manifest.rows for name, manifest in manifests.items()}
+    return rows | dict(manifests[PROBLEMS].counts)
+
+
+def _prepare(config: PrepareConfig) -> None:
+    output = config.run.output
+    permutations = config.near_duplicates.permutations if config.near_duplicates else 0
+    evaluation = read_index(config.decontamination) if config.decontamination else None
+    directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
+    counts: Counter[str] = Counter()
+    for source, directory in zip(tqdm(config.sources, desc="sources", unit="source"), directories, strict=True):
+        for name, count in collect(source, directory, permutations=permutations, evaluation=evaluation).items():
+            counts[name] += count
+            counts[f"{source.name}: {name}"] += count
+    duplicates = find_duplicates(
+        _facts(directories, permutations, output / CANDIDATES / SIGNATURES), config.near_duplicates
+    )
+    labels = Annotations(directories, duplicates)
+    inputs = [Path(source.path) for source in config.sources if Path(source.path).is_file()]
+    _write_problems(config, directories, duplicates, labels, counts)
+    if counts["trajectories"]:
+        rollouts = Counter[str]()
+        _write_shards(
+            output / ROLLOUTS, "rollouts", config.shard_size, _rollouts(directories, duplicates, labels, rollouts)
+        )
+        finish(output / ROLLOUTS, kind="rollouts", config=to_dict(config), inputs=inputs, counts=rollouts)
+        counts.update(rollouts)
+    _write_drops(config, directories, duplicates)
+    # The problems are finished last: with them the whole stage is.
+    finish(output / PROBLEMS, kind="problems", config=to_dict(config), inputs=inputs, counts=counts)
+
+
+def _facts(directories: list[Path], permutations: int, signatures_path: Path) -> Facts:
+    """What decides about duplicates, of all candidates; the signatures stay in a file."""
+    columns = ["question_digest", "numbers_digest", "answer_digest", "rank"]
+    narrow = [table for _, table in candidate_shards(directories, columns)]
+
+    def gather(name: str, dtype: Any) -> npt.NDArray[Any]:
+        return np.concatenate([table.column(name).to_numpy().astype(dtype) for table in narrow])
+
+    rank = gather("rank", np.int32)
+    signatures = None
+    if permutations:
+        signatures = np.lib.format.open_memmap(
+            signatures_path, mode="w+", dtype=np.uint32, shape=(permutations, len(rank))
+        )
+        start = 0
+        for _, table in candidate_shards(directories, ["signature"]):
+            data = b"".join(table.column("signature").to_pylist())
+            signatures[:, start : start + table.num_rows] = np.frombuffer(data, "<u4").reshape(-1, permutations).T
+            start += table.num_rows
+    return Facts(
+        gather("question_digest", np.uint64),
+        gather("numbers_digest", np.uint64),
+        gather("answer_digest", np.uint64),
+        rank,
+        signatures,
+    )
+
+
+def _candidates(directories: list[Path], columns: list[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Every candidate with its index over all sources and the number of its source."""
+    index = 0
+    for source, table in candidate_shards(directories, columns):
+        for row in table.to_pylist():
+            yield index, source, row
+            index += 1
+
+
+def _write_problems(
+    config: PrepareConfig,
+    directories: list[Path],
+    duplicates: Duplicates,
+    labels: Annotations,
+    counts: Counter[str],
+) -> None:
+    """The kept candidates as problems, annotated shard by shard; `labels` and `counts` take what comes of it."""
+    directory = config.run.output / PROBLEMS
+    columns = ["id", "question", "answer", "solution", "domain", "difficulty", "metadata"]
+    reasons = duplicates.reason.tolist()
+    part: list[dict[str, Any]] = []
+    indices: list[int] = []
+    shard = 0
+    with Annotator(config.annotation, config.run.output / ANNOTATIONS) as annotate:
+        for index, source, row in tqdm(_candidates(directories, columns), total=len(reasons), desc="problems"):
+            name = config.sources[source].name
+            if reasons[index] != KEPT:
+                counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
+                counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
+                continue
+            counts[f"{name}: problems"] += 1
+            domain, difficulty = labels.get(index)
+            part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
+            indices.append(index)
+            if len(part) == config.shard_size:
+                counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+                part, indices, shard = [], [], shard + 1
+        if part:
+            counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+        counts.update(annotate.facts())
+
+
+def _finish_shard(
+    directory: Path,
+    shard: int,
+    rows: list[dict[str, Any]],
+    indices: list[int],
+    annotate: Annotator,
+    labels: Annotations,
+) -> Counter[str]:
+    """Annotate and write a shard of problems, or take what an earlier run wrote; counts of its labels."""
+    if not shard_is_complete(directory, shard):
+        annotate.fill(rows)
+        write_shard(directory, shard, rows_to_table(rows, "problems"), kind="problems")
+    else:
+        rows = read_shard(directory, shard, ["domain", "difficulty", "metadata"]).to_pylist()
+    for index, row in zip(indices, rows, strict=True):
+        labels.set(index, row["domain"], row["difficulty"])
+    return count_labels(rows)
+
+
+def _rollouts(
+    directories: list[Path], duplicates: Duplicates, labels: Annotations, counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """The trajectories of all candidates as rollouts; those of a duplicate belong to the problem that was kept."""
+    kept = duplicates.kept.tolist()
+    stand_ins = {kept[index] for index in np.flatnonzero(duplicates.reason != KEPT).tolist()}
+    problems = {
+        index: (row["id"], row["answer"])
+        for index, _, row in _candidates(directories, ["id", "answer"])
+        if index in stand_ins
+    }
+    # By a digest, not by (problem, teacher): a third of the memory, and there are millions.
+    samples: Counter[int] = Counter()
+    seen: set[int] = set()
+    for index, _, row in _candidates(directories, ["id", "question", "answer", "trajectories"]):
+        problem = kept[index]
+        problem_id, answer = problems.get(problem, (row["id"], row["answer"]))
+        domain, difficulty = labels.get(problem)
+        for one in row["trajectories"]:
+            response_digest = digest(f"{problem} {one['response']}")
+            if response_digest in seen:
+                counts[f"dropped: {DUPLICATE_TRAJECTORY}"] += 1
+                continue
+            seen.add(response_digest)
+            teacher = one["teacher"]
+            key = digest(f"{problem} {teacher}")
+            sample = samples[key]
+            samples[key] += 1
+            counts[one["finish_reason"]] += 1
+            yield {
+                "id": content_id("rollout", problem_id, teacher, "recorded", str(sample)),
+                "problem_id": problem_id,
+                "question": row["question"],
+                "answer": answer,
+                "response": one["response"],
+                "teacher": teacher,
+                "sample_index": sample,
+                "seed": content_seed("recorded", problem_id, teacher, str(sample)),
+                "finish_reason": one["finish_reason"],
+                "tokens": TOKENS_UNKNOWN,
+                "domain": domain,
+                "difficulty": difficulty,
+                "metadata": one["labels"],
+            }
+
+
+def _write_shards(directory: Path, kind: Kind, size: int, rows: Iterable[dict[str, Any]]) -> None:
+    """Rows into shards of at most `size` rows and `ROLLOUT_SHARD_CHARS` characters of responses."""
+    part: list[dict[str, Any]] = []
+    chars = shard = 0
+    for row in tqdm(rows, desc=kind, unit="row"):
+        if part and (len(part) == size or chars + len(row["response"]) > ROLLOUT_SHARD_CHARS):
+            if not shard_is_complete(directory, shard):
+                write_shard(directory, shard, rows_to_table(part, kind), kind=kind)
+            part, chars, shard = [], 0, shard + 1
+        part.append(row)
+        chars += len(row["response"])
+    if part and not shard_is_complete(directory, shard):
+        write_shard(directory, shard, rows_to_table(part, kind), kind=kind)
+
+
+def _write_drops(config: PrepareConfig, directories: list[Path], duplicates: Duplicates) -> None:
+    """One JSON line for every row that was dropped."""
+    stand_ins = set(duplicates.kept[duplicates.reason != KEPT].tolist())
+    kept = {
+        index: {
+            "kept": row["id"],
+            "kept_source": config.sources[source].name,
+            "match": row["question"][:SHOWN_CHARS],
+            "match_answer": row["answer"],
+        }
+        for index, source, row in _candidates(directories, ["id", "question", "answer"])
+        if index in stand_ins
+    }
+    with (
+        atomic_file(config.run.output / DROPS_FILE) as temporary,
+        temporary.open("w", encoding="utf-8") as drops,
+    ):
+        for directory in directories:
+            with (directory / DROPS_FILE).open(encoding="utf-8") as lines:
+                shutil.copyfileobj(lines, drops)
+        for index, source, row in _candidates(directories, ["place", "question", "answer"]):
+            reason = int(duplicates.reason[index])
+            if reason == KEPT:
+                continue
+            drop = {
+                "source": config.sources[source].name,
+                "place": row["place"],
+                "reason": DROP_REASONS[reason],
+                "question": row["question"][:SHOWN_CHARS],
+                "answer": row["answer"],
+                "overlap": round(float(duplicates.similarity[index]), 3),
+                **kept[int(duplicates.kept[index])],
+            }
+            drops.write(json.dumps(drop, ensure_ascii=False) + "\n")

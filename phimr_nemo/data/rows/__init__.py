@@ -1,0 +1,1 @@
+"""The stage `pack` and what a trainer reads: conversations as tokens, rows and batches."""

@@ -1,0 +1,1 @@
+"""Where problems and trajectories come from: files, directories and hub sets in their published layouts."""

@@ -1,0 +1,352 @@
+"""The readers behind :mod:`phimr_nemo.data.sources.presets`, each for the columns of one published set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+from phimr_nemo.data.sources.item import ANSWER_FROM, FROM_TRAJECTORY, Item, Trajectory, UnusableRow
+from phimr_nemo.data.sources.labels import TAL_DIFFICULTY, domain_of, origin_difficulty
+from phimr_nemo.data.sources.problems import answer_text, difficulty_of, last_boxed, split_final_line
+from phimr_nemo.data.sources.rawfiles import Row
+
+DEEPSEEK_R1: Final = "deepseek-r1"
+NO_ANSWER: Final = "no answer"
+NOT_MATHEMATICS: Final = "not mathematics"
+
+# NuminaMath writes these where an answer should be.
+_NUMINA_NO_ANSWER: Final = frozenset(("", "proof", "notfound", "not found", "see solution"))
+_MATHEMATICS: Final = frozenset(("math", "maths", "mathematics"))
+_STRATOS_PROMPT: Final = re.compile(r"\AReturn your final response within \\boxed\{\}\.\s*")
+# The markers of Sky-T1's prompt, in which Bespoke-Stratos and OpenThoughts are written.
+THOUGHT_MARKERS: Final = ("<|begin_of_thought|>", "<|end_of_thought|>")
+SOLUTION_MARKERS: Final = ("<|begin_of_solution|>", "<|end_of_solution|>")
+# Files are untrusted: patterns with a choice of where to end see no more than so many last characters.
+TAIL_CHARS: Final = 2_000
+_DAPO_PROMPT: Final = re.compile(
+    r"\ASolve the following math problem step by step\..*?is the answer to the problem\.\s*", re.DOTALL
+)
+DAPO_REMINDER: Final = 'Remember to put your answer on its own line after "Answer:".'
+_METAMATH_ANSWER: Final = re.compile(r"[Tt]he answer is:?\s*([^\n]+?)\.?\s*\Z")
+_INSTRUCT_ANSWER: Final = re.compile(r"[Tt]he (?:final |correct )?(?:answer|option) is:?\s*\(?([^\n]+?)\)?\.?\s*\Z")
+_PROGRAM: Final = re.compile(r"^(?:import |from \w+ import |def |print\()", re.MULTILINE)
+_IMAGE: Final = re.compile(r"<image_\d+>|!\[[^\]]{0,200}\]\(|\[asy\]\s*\[/asy\]")
+_OPTION_LETTER: Final = re.compile(r"\A\(?([A-Z])\s*[).:]\s*")
+
+
+def openr1_math(row: Row) -> Item:
+    """OpenR1-Math-220k: NuminaMath 1.5's questions with two or more generations of DeepSeek-R1 each."""
+    item = numina_math(row)
+    verdicts: dict[str, Sequence[Any]] = {
+        "correctness_math_verify": _sequence(row.get("correctness_math_verify")),
+        "correctness_llama": _sequence(row.get("correctness_llama")),
+        "is_reasoning_complete": _sequence(row.get("is_reasoning_complete")),
+    }
+    reasons = _sequence(row.get("finish_reasons"))
+    trajectories = []
+    for index, response in enumerate(_sequence(row["generations"])):
+        if not isinstance(response, str) or not response.strip():
+            continue
+        labels = {name: values[index] for name, values in verdicts.items() if index < len(values)}
+        cut = index < len(reasons) and reasons[index] == "length"
+        trajectories.append(Trajectory(response, DEEPSEEK_R1, "length" if cut else "stop", labels))
+    return _with_trajectories(item, trajectories)
+
+
+def openthoughts(row: Row) -> Item:
+    """OpenThoughts-114k: the `metadata` subset, open-r1's `-math` edition, or the ShareGPT default subset."""
+    if "deepseek_reasoning" in row:
+        if str(row["domain"]).lower() not in _MATHEMATICS:
+            raise UnusableRow(NOT_MATHEMATICS)
+        response = f"<think>\n{_text(row['deepseek_reasoning'])}\n</think>\n\n{_text(row['deepseek_solution'])}"
+        gold = _text(row["ground_truth_solution"])
+        trajectory = Trajectory(response, DEEPSEEK_R1)
+        return _answered_by(_text(row["problem"]), gold, trajectory, {"source": row.get("source")})
+    if "problem" in row and "solution" in row:
+        trajectory = Trajectory(
+            _stratos_response(_turn(row["conversations"], "assistant")),
+            DEEPSEEK_R1,
+            labels={"correct": row.get("correct")},
+        )
+        return _answered_by(_text(row["problem"]), _text(row["solution"]), trajectory, {"source": row.get("source")})
+    return sharegpt(row)
+
+
+def sharegpt(row: Row) -> Item:
+    """Bespoke-Stratos-17k and OpenThoughts' default subset: a conversation and no other answer than its own."""
+    conversation = row["conversations"]
+    question = _STRATOS_PROMPT.sub("", _turn(conversation, "user"))
+    response = _stratos_response(_turn(conversation, "assistant"))
+    return _answered_by(question, "", Trajectory(response, DEEPSEEK_R1), {})
+
+
+def numina_math(row: Row) -> Item:
+    """NuminaMath-1.5 (with `answer`) and NuminaMath-CoT (the answer is the solution's last box)."""
+    if row.get("question_type") == "proof":
+        raise UnusableRow("a proof")
+    for name in ("problem_is_valid", "solution_is_valid"):
+        if row.get(name) not in (None, "", "Yes"):
+            raise UnusableRow(f"{name} is not Yes")
+    solution = _text(row.get("solution"))
+    answer = _text(row["answer"]) if "answer" in row else last_boxed(solution) or ""
+    if answer.lower() in _NUMINA_NO_ANSWER:
+        raise UnusableRow(NO_ANSWER)
+    names = ("source", "problem_type", "question_type", "synthetic", "uuid")
+    return Item(
+        question=_text(row["problem"]),
+        answer=answer,
+        solution=solution or None,
+        domain=domain_of(row.get("problem_type")),
+        difficulty=origin_difficulty(row.get("source")),
+        labels=_labels(row, names),
+    )
+
+
+def big_math(row: Row) -> Item:
+    """Big-Math-RL-Verified; the solve rate of Llama-3.1-8B stays in the labels."""
+    return Item(
+        question=_text(row["problem"]),
+        answer=_text(row["answer"]),
+        domain=domain_of(row["domain"]),
+        difficulty=origin_difficulty(row.get("source")),
+        labels=_labels(row, ("source", "domain", "llama8b_solve_rate")),
+    )
+
+
+def omni_math(row: Row) -> Item:
+    """Omni-MATH; its difficulty is on AoPS's scale from 1 to 10."""
+    return Item(
+        question=_text(row["problem"]),
+        answer=_text(row["answer"]),
+        solution=_text(row["solution"]) or None,
+        domain=domain_of(row["domain"]),
+        difficulty=difficulty_of(row["difficulty"]),
+        labels=_labels(row, ("source", "domain", "difficulty")),
+    )
+
+
+def olympiad_bench(row: Row) -> Item:
+    """OlympiadBench, the open-ended text questions: lists of solutions and final answers, a unit beside them."""
+    if row.get("modality") == "Multimodal" or row.get("image_1") is not None or _IMAGE.search(_text(row["question"])):
+        raise UnusableRow("an image")
+    if row.get("subject", "Math") not in ("Math", "Maths", None):
+        raise UnusableRow(NOT_MATHEMATICS)
+    answers = [_without_dollars(_text(answer)) for answer in _sequence(row["final_answer"])]
+    solutions = [_text(solution) for solution in _sequence(row["solution"])]
+    context = _text(row.get("context"))
+    return Item(
+        question=f"{context}\n\n{_text(row['question'])}" if context else _text(row["question"]),
+        answer=", ".join(answer for answer in answers if answer),
+        solution="\n\n".join(solution for solution in solutions if solution) or None,
+        domain=domain_of(row["subfield"]),
+        difficulty="high_school" if "cee" in str(row.get("source", "")).lower() else "college",
+        labels=_labels(row, ("id", "subfield", "difficulty", "answer_type", "unit", "error", "is_multiple_answer")),
+    )
+
+
+def metamath_qa(row: Row) -> Item:
+    """MetaMathQA: rephrased GSM8K and MATH with GPT-3.5's solution, which ends in "The answer is: ..."."""
+    response = _text(row["response"])
+    found = _METAMATH_ANSWER.search(response[-TAIL_CHARS:])
+    if found is None:
+        raise UnusableRow(NO_ANSWER)
+    return Item(
+        question=_text(row["query"]),
+        answer=_without_dollars(found[1].strip()),
+        solution=response,
+        difficulty="elementary" if str(row["type"]).startswith("GSM") else None,
+        labels=_labels(row, ("type", "original_question")),
+    )
+
+
+def math_instruct(row: Row) -> Item:
+    """MathInstruct's chains of thought; its programs of thought answer by running code and are left out."""
+    output, source = _text(row["output"]), str(row.get("source", ""))
+    if "/PoT/" in source or _PROGRAM.search(output):
+        raise UnusableRow("a program")
+    found = _INSTRUCT_ANSWER.search(output[-TAIL_CHARS:])
+    answer = last_boxed(output) or (found[1].strip() if found else "")
+    if not answer:
+        split = split_final_line(output)
+        answer = split[1] if split else ""
+    origin = source.rpartition("/")[2].removesuffix(".json")
+    known = next((name for name in ("gsm", "aqua_rat", "TheoremQA") if name in origin), "")
+    return Item(
+        question=_text(row["instruction"]),
+        answer=_without_dollars(answer),
+        solution=output,
+        difficulty=origin_difficulty("gsm8k" if known == "gsm" else known),
+        labels=_labels(row, ("source",)),
+    )
+
+
+def aqua_rat(row: Row) -> Item:
+    """AQuA-RAT: GMAT and GRE questions with options ["A)21", ...] and the right letter."""
+    options = [_text(option) for option in _sequence(row["options"])]
+    return Item(
+        question="\n".join(
+            [_text(row["question"]), *(_OPTION_LETTER.sub(r"(\1) ", option, 1) for option in options)]
+        ),
+        answer=_text(row["correct"]),
+        solution=_text(row["rationale"]) or None,
+        difficulty=origin_difficulty("aqua_rat"),
+        labels={"options": len(options)},
+    )
+
+
+def ape210k(row: Row) -> Item:
+    """Ape210K (`original_text`, `ans`, in Chinese) and its edition in Calc-X (`question` in English, `result`)."""
+    original = "original_text" in row
+    return Item(
+        question=_text(row["original_text" if original else "question"]),
+        answer=_text(row["ans" if original else "result"]),
+        domain="arithmetic",
+        difficulty=origin_difficulty("ape210k"),
+        labels=_labels(row, ("id", "equation")),
+    )
+
+
+def tal_scq5k(row: Row) -> Item:
+    """TAL-SCQ5K: options as [[{"aoVal": "A", "content": "$$3$$ "}], ...], a letter, a list of analyses."""
+    options = []
+    for group in _sequence(row["answer_option_list"]):
+        options += [option for option in (group if isinstance(group, list) else [group]) if isinstance(option, dict)]
+    lines = [f"({_text(option.get('aoVal'))}) {_text(option.get('content'))}" for option in options]
+    analyses = [_text(analysis) for analysis in _sequence(row.get("answer_analysis"))]
+    routes = _sequence(row.get("knowledge_point_routes"))
+    return Item(
+        question="\n".join([_text(row["problem"]), *lines]),
+        answer=_text(row["answer_value"]),
+        solution="\n\n".join(analysis for analysis in analyses if analysis) or None,
+        domain=domain_of(list(routes)),
+        difficulty=TAL_DIFFICULTY.get(_text(row.get("difficulty"))),
+        labels=_labels(row, ("queId", "difficulty")) | {"knowledge_point": str(routes[0]) if routes else None},
+    )
+
+
+def gsm8k(row: Row) -> Item:
+    """GSM8K: a worked answer that ends in "#### 18"."""
+    split = split_final_line(_text(row["answer"]))
+    if split is None:
+        raise UnusableRow(NO_ANSWER)
+    return Item(_text(row["question"]), split[1], solution=split[0], difficulty=origin_difficulty("gsm8k"))
+
+
+def math(row: Row) -> Item:
+    """MATH: the answer is the solution's last box unless the edition has it in a column."""
+    solution = _text(row.get("solution"))
+    level = row.get("level", row.get("difficulty"))
+    return Item(
+        question=_text(row["problem"]),
+        answer=_text(row.get("answer")) or last_boxed(solution) or "",
+        solution=solution or None,
+        domain=domain_of(row.get("type", row.get("subject"))),
+        difficulty=difficulty_of(level),
+        labels={"level": level, "type": row.get("type", row.get("subject"))},
+    )
+
+
+def deepscaler(row: Row) -> Item:
+    """DeepScaleR-Preview-Dataset, and the edition by difficulty that names the question `prompt`."""
+    question = row.get("problem", row.get("prompt"))
+    return Item(
+        question=_text(question),
+        answer=_text(row["answer"]),
+        solution=_text(row.get("solution")) or None,
+        difficulty=difficulty_of(row.get("difficulty")),
+        labels=_labels(row, ("source", "difficulty")),
+    )
+
+
+def orz(row: Row) -> Item:
+    """Open-Reasoner-Zero: turns {"from": "human", "value": ...} and {"ground_truth": {"value": ...}}."""
+    turns = row.get("turns", row.get("conversations", row.get("messages")))
+    answer: Any = None
+    for turn in _sequence(turns):
+        if isinstance(turn, dict) and isinstance(turn.get("ground_truth"), dict):
+            answer = turn["ground_truth"].get("value")
+    return Item(question=_turn(turns, "user"), answer=_text(answer))
+
+
+def dapo(row: Row) -> Item:
+    """DAPO-Math-17k: a prompt of chat messages around the question, `reward_model.ground_truth`."""
+    prompt = row["prompt"]
+    question = prompt if isinstance(prompt, str) else _turn(prompt, "user")
+    reward = row.get("reward_model")
+    answer = reward.get("ground_truth") if isinstance(reward, dict) else row.get("solution")
+    return Item(
+        question=_DAPO_PROMPT.sub("", question).rstrip().removesuffix(DAPO_REMINDER).rstrip(),
+        answer=_text(answer),
+        labels=_labels(row, ("data_source", "ability")),
+    )
+
+
+def _text(value: Any) -> str:
+    """A value as text; empty for what is none."""
+    return answer_text(value)
+
+
+def _sequence(value: Any) -> Sequence[Any]:
+    """A list; one of a single text or object; empty for None."""
+    if value is None:
+        return []
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _labels(row: Row, names: Sequence[str]) -> dict[str, Any]:
+    """The named columns that have a value."""
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _turn(conversation: Any, role: str) -> str:
+    """The last turn of a role, in ShareGPT's words ("from": "human", "value") or chat's ("role", "content")."""
+    roles = {"user": ("user", "human"), "assistant": ("assistant", "gpt")}[role]
+    text = ""
+    for turn in _sequence(conversation):
+        if isinstance(turn, dict) and turn.get("from", turn.get("role")) in roles:
+            text = _text(turn.get("value", turn.get("content")))
+    return text
+
+
+def _stratos_response(text: str) -> str:
+    """The response with think tags in place of the markers around thought and solution."""
+    thought, solution = _between(text, THOUGHT_MARKERS), _between(text, SOLUTION_MARKERS)
+    if thought is None or solution is None:
+        return text
+    return f"<think>\n{thought}\n</think>\n\n{solution}"
+
+
+def _between(text: str, markers: tuple[str, str]) -> str | None:
+    """What stands between two markers, the second of which may be missing; None without the first."""
+    _, first, rest = text.partition(markers[0])
+    return rest.partition(markers[1])[0].strip() if first else None
+
+
+def _answered_by(question: str, gold: str, trajectory: Trajectory, labels: Row) -> Item:
+    """A problem with one trajectory, whose own answer serves where the source tells no other."""
+    answer = last_boxed(gold)
+    named = {name: value for name, value in labels.items() if value is not None}
+    if answer is None:
+        answer = last_boxed(trajectory.response) or ""
+        named[ANSWER_FROM] = FROM_TRAJECTORY
+    if not answer:
+        raise UnusableRow(NO_ANSWER)
+    return Item(
+        question=_STRATOS_PROMPT.sub("", question),
+        answer=answer,
+        solution=gold or None,
+        difficulty=origin_difficulty(labels.get("source")),
+        labels=named,
+        trajectories=(trajectory,),
+    )
+
+
+def _with_trajectories(item: Item, trajectories: Sequence[Trajectory]) -> Item:
+    return Item(
+        item.question, item.answer, item.solution, item.domain, item.difficulty, item.labels, tuple(trajectories)
+    )
+
+
+def _without_dollars(text: str) -> str:
+    return text.strip("$").strip() if text.startswith("$") and text.endswith("$") else text

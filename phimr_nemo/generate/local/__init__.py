@@ -1,0 +1,1 @@
+"""The built-in engine: a PyTorch decoder with a KV cache."""

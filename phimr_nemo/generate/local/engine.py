@@ -1,0 +1,371 @@
+"""The built-in rollout engine: continuous batching over a plain PyTorch decoder, on CPU or one GPU.
+
+Rows 0..n-1 of the cache are always the n unfinished sequences: when a sequence finishes, the last row moves
+into its place, so a long tail costs only its own rows; when a quarter of the rows is free, waiting requests
+are admitted into them. Each distinct prompt is computed once and copied to its requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate.local.decoder import Decoder, KVCache, cache_bytes_a_position, own_weights
+from phimr_nemo.generate.local.sampling import greedy_tokens, request_uniforms, sampled_tokens
+from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.longrope import LongRopePolicy, inverse_frequencies
+from phimr_nemo.store.records import FinishReason
+
+ADMIT_WHEN_FREE: Final = 0.25
+"""Share of rows that must be free before waiting requests are admitted: one prompt pass serves many."""
+
+PREFILL_TOKENS: Final = 16_384
+"""Padded prompt tokens in one forward pass at most; bounds the memory of its activations."""
+
+GIB: Final = 2**30
+
+FIRST_CAPACITY: Final = 256
+"""Positions a row has at first; the cache doubles when a sequence outgrows it."""
+
+
+@dataclass
+class _Rows:
+    """The state of the cache's rows; entry r of each tensor belongs to row r of the cache.
+
+    Attributes:
+        request: [rows] index of the row's request in the call.
+        position: [rows] position of the token that is fed next.
+        generated: [rows] tokens sampled so far.
+        budget: [rows] tokens it may have in all.
+        uniforms: [rows, max_new] the request's random numbers.
+        tokens: [rows, max_new] what was sampled.
+        logprobs: [rows, max_new] and its log-probabilities.
+    """
+
+    request: Tensor
+    position: Tensor
+    generated: Tensor
+    budget: Tensor
+    uniforms: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+
+    @staticmethod
+    def allocate(rows: int, max_new: int, device: torch.device) -> _Rows:
+        return _Rows(
+            request=torch.zeros(rows, dtype=torch.long, device=device),
+            position=torch.zeros(rows, dtype=torch.long, device=device),
+            generated=torch.zeros(rows, dtype=torch.long, device=device),
+            budget=torch.zeros(rows, dtype=torch.long, device=device),
+            uniforms=torch.zeros(rows, max_new, dtype=torch.float64, device=device),
+            tokens=torch.zeros(rows, max_new, dtype=torch.long, device=device),
+            logprobs=torch.zeros(rows, max_new, dtype=torch.float32, device=device),
+        )
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        for state in vars(self).values():
+            state[target] = state[source]
+
+
+class LocalSampler:
+    """Samples from a Phi3-architecture model; see :class:`phimr_nemo.generate.sampler.Sampler`.
+
+    Args:
+        arch: the model's architecture.
+        tensors: its weights under their Hugging Face names; copied.
+        stop_token_ids: a response ends with the first of these.
+        max_batch: sequences computed together at most.
+        longrope_policy: the run's policy, the same as the trainer's; "per_sequence" needs the final length
+            before it is known and is refused where lengths can cross the original one.
+        max_length: prompt and response together never exceed it (the response then ends with "length");
+            also what decides between short and long rotary factors.
+        dtype: what to compute in.
+        device: where to compute.
+        cache_bytes: what the keys and values of all sequences under way may take; fewer are computed together where
+            `max_batch` of the longest would take more. None for no bound.
+
+    Raises:
+        UserError: the weights are not the architecture's, the policy cannot be sampled with, or not even one sequence
+            of `max_length` fits into `cache_bytes`.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        stop_token_ids: Sequence[int],
+        max_batch: int,
+        longrope_policy: LongRopePolicy,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        cache_bytes: int | None = None,
+    ) -> None:
+        if max_batch < 1:
+            raise UserError(
+                f"max_batch is {max_batch}",
+                rule="the sampler computes at least one sequence at a time",
+                remedy="give a positive number of sequences",
+            )
+        if longrope_policy == "per_sequence" and max_length > arch.original_max_position_embeddings:
+            raise UserError(
+                f"LongRoPE policy 'per_sequence' with max_length {max_length}",
+                rule="a sampler does not know a sequence's final length, so above the original "
+                f"{arch.original_max_position_embeddings} positions it cannot choose the factors by it",
+                remedy="use 'long_when_max_length_exceeds_original', as vLLM does",
+            )
+        if arch.sliding_window is not None and arch.sliding_window < max_length:
+            raise UserError(
+                f"sliding window of {arch.sliding_window} tokens with max_length {max_length}",
+                rule="attention is full: the window covers the maximum length",
+                remedy="lower the maximum length or use a model without a sliding window",
+            )
+        self._arch, self._max_batch, self._max_length = arch, max_batch, max_length
+        self._dtype, self._device, self._cache_bytes = dtype, torch.device(device), cache_bytes
+        self._rows_of(max_length)
+        self._stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.long, device=self._device)
+        self._frequencies = inverse_frequencies(arch, max_length, longrope_policy)
+        self._decoder: Decoder | None = None
+        self._version = -1
+        self.update_weights(tensors, version=0)
+
+    @property
+    def version(self) -> int:
+        """The version of the weights in use."""
+        return self._version
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights; the old ones stay in use if the new set is not exactly the model's.
+
+        Raises:
+            UserError: a tensor is missing, unknown, repeated or of another shape.
+        """
+        weights = own_weights(self._arch, tensors, dtype=self._dtype, device=self._device)
+        self._decoder = Decoder(self._arch, weights, self._frequencies, self._max_length)
+        self._version = version
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._decoder = None
+
+    @torch.inference_mode()
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """Sample one completion for each request, in the requests' order.
+
+        Raises:
+            UserError: a prompt is empty, holds an unknown token id, or leaves no room for a response; or the
+                model's logits are not finite.
+        """
+        decoder = self._decoder
+        if decoder is None:
+            raise RuntimeError("the sampler is closed")
+        for request in requests:
+            self._check(request)
+        budgets = [min(params.max_new_tokens, self._max_length - len(r.prompt_ids)) for r in requests]
+        completions: list[Completion | None] = [None] * len(requests)
+        for row_request, tokens, logprobs, stopped in self._run(decoder, requests, budgets, params):
+            reason: FinishReason = "stop" if stopped else "length"
+            completions[row_request] = Completion(
+                requests[row_request].id, tuple(tokens.tolist()), tuple(logprobs.tolist()), reason
+            )
+        return [completion for completion in completions if completion is not None]
+
+    @torch.inference_mode()
+    def stream(self, request: Request, params: SamplingParams) -> Iterator[int]:
+        """Yield the tokens of one request as they are drawn: those that `sample` gives it, one by one.
+
+        Raises:
+            UserError: as `sample`.
+        """
+        decoder = self._decoder
+        if decoder is None:
+            raise RuntimeError("the sampler is closed")
+        self._check(request)
+        budget = min(params.max_new_tokens, self._max_length - len(request.prompt_ids))
+        limit = len(request.prompt_ids) + budget
+        cache = KVCache(self._arch, rows=1, capacity=FIRST_CAPACITY, limit=limit, like=decoder.weights.embedding)
+        state = _Rows.allocate(1, budget, self._device)
+        logits = _admit(state, cache, list(_computed_prompts(decoder, [request], 1)), 0, [request], [budget])
+        while True:
+            finished, _ = self._choose(state, logits, 1, params)
+            yield int(state.tokens[0, state.generated[0] - 1])
+            if bool(finished[0]):
+                return
+            logits = self._feed(decoder, cache, state, 1)
+
+    def _rows_of(self, positions: int) -> int:
+        """Sequences computed together at most if each may come to have so many positions."""
+        if self._cache_bytes is None:
+            return self._max_batch
+        row = cache_bytes_a_position(self._arch, self._dtype) * positions
+        if row > self._cache_bytes:
+            raise UserError(
+                f"keys and values of one sequence of {positions:,} tokens take {row / GIB:.3g} GiB, of "
+                f"{self._max_batch} together {self._max_batch * row / GIB:,.0f} GiB; the cache may have "
+                f"{self._cache_bytes / GIB:.3g} GiB",
+                rule="the built-in engine keeps the keys and values of at least one whole sequence",
+                remedy="give the cache more memory, lower the maximum length, or sample with vLLM servers",
+            )
+        return min(self._max_batch, self._cache_bytes // row)
+
+    def _check(self, request: Request) -> None:
+        length = len(request.prompt_ids)
+        if not 0 < length < self._max_length:
+            raise UserError(
+                f"request {request.id!r} has a prompt of {length} tokens",
+                rule=f"a prompt has at least one token and fewer than max_length {self._max_length}",
+                remedy="drop the problem or raise the maximum length",
+            )
+        if not (min(request.prompt_ids) >= 0 and max(request.prompt_ids) < self._arch.vocab_size):
+            raise UserError(
+                f"request {request.id!r} has a token id outside 0..{self._arch.vocab_size - 1}",
+                rule="prompt ids index the model's vocabulary",
+                remedy="use the tokenizer that belongs to the model",
+            )
+
+    def _run(
+        self, decoder: Decoder, requests: Sequence[Request], budgets: Sequence[int], params: SamplingParams
+    ) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+        """Yield (request index, tokens, log-probabilities, stopped) as sequences finish."""
+        if not requests:
+            return
+        limit = max(len(r.prompt_ids) + b for r, b in zip(requests, budgets, strict=True))
+        rows = min(self._rows_of(limit), len(requests))
+        like = decoder.weights.embedding
+        cache = KVCache(self._arch, rows=rows, capacity=FIRST_CAPACITY, limit=limit, like=like)
+        state = _Rows.allocate(rows, max(budgets), self._device)
+        ready = _computed_prompts(decoder, requests, rows)
+        logits = like.new_zeros(0, self._arch.vocab_size)
+        active, waiting = 0, len(requests)
+        while active or waiting:
+            free = min(rows - active, waiting)
+            if free and (active == 0 or rows - active >= ADMIT_WHEN_FREE * rows):
+                admitted = list(islice(ready, free))
+                first_logits = _admit(state, cache, admitted, active, requests, budgets)
+                logits = torch.cat((logits, first_logits))
+                active, waiting = active + free, waiting - free
+            finished, stopped = self._choose(state, logits, active, params)
+            done = finished.nonzero()[:, 0]
+            for row in done.tolist():
+                count = int(state.generated[row])
+                tokens, logprobs = state.tokens[row, :count], state.logprobs[row, :count]
+                yield int(state.request[row]), tokens, logprobs, bool(stopped[row])
+            active = _close_gaps(state, cache, finished, active)
+            logits = logits[:0] if not active else self._feed(decoder, cache, state, active)
+
+    def _choose(self, state: _Rows, logits: Tensor, active: int, params: SamplingParams) -> tuple[Tensor, Tensor]:
+        """Draw and record the next token of each active row; [active] whether it ended, and by a stop token."""
+        rows = torch.arange(active, device=self._device)
+        index = state.generated[:active]
+        if params.temperature == 0.0:
+            tokens, logprobs = greedy_tokens(logits)
+        else:
+            uniforms = state.uniforms[rows, index]
+            tokens, logprobs = sampled_tokens(logits, uniforms, temperature=params.temperature, top_p=params.top_p)
+        if not bool(torch.isfinite(logprobs).all()):
+            raise UserError(
+                f"weights of version {self._version} give logits that are not finite",
+                rule="a token is drawn from finite logits",
+                remedy="look at the training run that made these weights: it has diverged",
+            )
+        state.tokens[rows, index] = tokens
+        state.logprobs[rows, index] = logprobs
+        state.generated[:active] += 1
+        stopped = torch.isin(tokens, self._stop)
+        return stopped | (state.generated[:active] >= state.budget[:active]), stopped
+
+    def _feed(self, decoder: Decoder, cache: KVCache, state: _Rows, active: int) -> Tensor:
+        """Feed each active row its latest token; logits [active, vocab]."""
+        rows = torch.arange(active, device=self._device)
+        positions = state.position[:active].clone()
+        state.position[:active] += 1
+        latest = state.tokens[rows, state.generated[:active] - 1]
+        return decoder.step(cache, latest, positions, int(positions.max()) + 1)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Distinct prompts computed together: cache rows, and the logits [prompts, vocab] after each."""
+
+    cache: KVCache
+    logits: Tensor
+
+
+def _computed_prompts(
+    decoder: Decoder, requests: Sequence[Request], batch: int
+) -> Iterator[tuple[int, _Prompts, int]]:
+    """Yield (request index, block of computed prompts, row in it), requests of one prompt in succession.
+
+    Each distinct prompt is computed once. A block holds as many prompts as feed `batch` requests, within
+    `PREFILL_TOKENS`; only the current block is kept.
+    """
+    askers: dict[tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        askers.setdefault(request.prompt_ids, []).append(index)
+    block: list[tuple[int, ...]] = []
+    for prompt in askers:
+        longest = max(len(p) for p in (*block, prompt))
+        is_full = (len(block) + 1) * longest > PREFILL_TOKENS or sum(len(askers[p]) for p in block) >= batch
+        if block and is_full:
+            yield from _compute_block(decoder, block, askers)
+            block = []
+        block.append(prompt)
+    if block:
+        yield from _compute_block(decoder, block, askers)
+
+
+def _compute_block(
+    decoder: Decoder, block: Sequence[tuple[int, ...]], askers: Mapping[tuple[int, ...], Sequence[int]]
+) -> Iterator[tuple[int, _Prompts, int]]:
+    computed = _Prompts(*decoder.prefill(block))
+    for row, prompt in enumerate(block):
+        for index in askers[prompt]:
+            yield index, computed, row
+
+
+def _admit(
+    state: _Rows,
+    cache: KVCache,
+    admitted: Sequence[tuple[int, _Prompts, int]],
+    active: int,
+    requests: Sequence[Request],
+    budgets: Sequence[int],
+) -> Tensor:
+    """Put requests into the rows from `active` on; returns the logits [admitted, vocab] after their prompts."""
+    device = state.request.device
+    logits = []
+    for _, group in groupby(admitted, key=lambda item: id(item[1])):
+        members = list(group)
+        prompts = members[0][1]
+        sources = torch.tensor([row for _, _, row in members], device=device)
+        targets = torch.arange(active, active + len(members), device=device)
+        cache.copy_rows(prompts.cache, sources, targets, prompts.cache.capacity)
+        logits.append(prompts.logits[sources])
+        for row, (index, _, _) in enumerate(members, start=active):
+            state.request[row] = index
+            state.position[row] = len(requests[index].prompt_ids)
+            state.generated[row] = 0
+            state.budget[row] = budgets[index]
+            uniforms = torch.from_numpy(request_uniforms(requests[index].seed, budgets[index]))
+            state.uniforms[row, : budgets[index]] = uniforms.to(device)
+        active += len(members)
+    return torch.cat(logits)
+
+
+def _close_gaps(state: _Rows, cache: KVCache, finished: Tensor, active: int) -> int:
+    """Move unfinished rows from the end into finished ones before it; returns how many rows stay active."""
+    remaining = active - int(finished.sum())
+    gaps = finished[:remaining].nonzero()[:, 0]
+    movers = (~finished[remaining:]).nonzero()[:, 0] + remaining
+    if len(gaps):
+        cache.copy_rows(cache, movers, gaps, int(state.position[movers].max()))
+        state.move(movers, gaps)
+    return remaining

@@ -1,0 +1,111 @@
+"""The routes by which a rollout server says what it serves and takes new weights, whatever engine is behind them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, Final, Protocol
+
+from fastapi import APIRouter, Body, HTTPException, Request
+
+from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, BUCKET_SUFFIX, FINISH, IDENTITY, Identity, WrongWeights
+from phimr_nemo.store.atomic import NO_SPACE
+
+MAX_BUCKET_BYTES: Final = 16 << 30
+"""The largest tensor of the 3.8 B model has 1.2 GB."""
+MAX_LABEL: Final = 100
+CONFLICT: Final = 409
+TOO_LARGE: Final = 413
+NO_ROOM: Final = 507
+
+
+class Receiver(Protocol):
+    """An engine's weights and their version, under update."""
+
+    async def identity(self) -> Identity:
+        """What is served now."""
+        ...
+
+    async def begin(self) -> None:
+        """Abort what is being sampled and wait for weights; an update that was not finished is forgotten."""
+        ...
+
+    async def load(self, bucket: Path) -> None:
+        """Take one bucket; the file is the caller's, who removes it afterwards.
+
+        Raises:
+            WrongWeights: it is not a part of this model.
+        """
+        ...
+
+    async def finish(self, version: str) -> None:
+        """Use the new weights, under a version.
+
+        Raises:
+            WrongWeights: the weights are not complete; the server goes on waiting.
+        """
+        ...
+
+
+def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path | None) -> APIRouter:
+    """The routes of a server.
+
+    Args:
+        receiver: its engine.
+        directory: where buckets are left by the trainer, if not sent.
+        scratch: where a bucket that is sent lies until it is loaded; None = the place for temporary files.
+    """
+    router = APIRouter()
+
+    async def checked(work: Callable[[], Awaitable[None]]) -> dict[str, str]:
+        try:
+            await work()
+        except WrongWeights as error:
+            raise HTTPException(CONFLICT, str(error)) from error
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise HTTPException(NO_ROOM, f"no room for the weights ({os.strerror(error.errno)})") from error
+        return {}
+
+    async def receive(request: Request) -> None:
+        """One bucket: the request's body, or a file in the shared directory."""
+        if request.headers.get("content-type") == "application/json":
+            await receiver.load(_named_file(directory, await request.json()))
+            return
+        with tempfile.NamedTemporaryFile(suffix=BUCKET_SUFFIX, dir=scratch) as file:
+            size = 0
+            async for piece in request.stream():
+                size += len(piece)
+                if size > MAX_BUCKET_BYTES:
+                    raise HTTPException(TOO_LARGE, f"a bucket has at most {MAX_BUCKET_BYTES} bytes")
+                file.write(piece)
+            file.flush()
+            await receiver.load(Path(file.name))
+
+    @router.get(IDENTITY)
+    async def identity() -> dict[str, Any]:
+        return vars(await receiver.identity())
+
+    @router.post(BEGIN)
+    async def begin() -> dict[str, str]:
+        return await checked(receiver.begin)
+
+    @router.post(BUCKET)
+    async def bucket(request: Request) -> dict[str, str]:
+        return await checked(lambda: receive(request))
+
+    @router.post(FINISH)
+    async def finish(version: Annotated[str, Body(embed=True, max_length=MAX_LABEL)]) -> dict[str, str]:
+        return await checked(lambda: receiver.finish(version))
+
+    return router
+
+
+def _named_file(directory: Path | None, message: Any) -> Path:
+    name = message.get("file") if isinstance(message, dict) else None
+    if directory is None or not isinstance(name, str) or Path(name).name != name:
+        raise WrongWeights("the name of a file in the server's weights directory is expected")
+    return directory / name

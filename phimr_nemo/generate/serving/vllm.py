@@ -1,0 +1,348 @@
+"""vLLM in this process: as an engine that writes text, and as a sampler whose weights can be replaced.
+
+vLLM lives in an environment of its own (`make setup-vllm`): its torch and transformers are not the trainers'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from phimr_nemo.config import LongRopePolicy, VLLMRollouts, VLLMTeacher
+from phimr_nemo.data.chat import END, END_OF_TEXT, render_prompts, stop_token_ids
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate.plan import QUESTION
+from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
+from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
+from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
+from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.store.content import file_sha256
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
+IN_PROCESS: Final = "VLLM_ENABLE_V1_MULTIPROCESSING"
+WEIGHTS_BACKEND: Final = "phimr_files"
+"""The name under which our engine for new weights is registered with vLLM."""
+WORKER_EXTENSION: Final = "phimr_nemo.generate.serving.vllm_worker.Extension"
+
+
+class VLLMSampler:
+    """vLLM in the trainer's process, as a :class:`phimr_nemo.generate.sampler.Sampler`.
+
+    Args:
+        model: the run's base, whose weights it begins with.
+        options: how it is run.
+        dtype: what to compute in.
+        max_length: prompt and response together (tokens).
+        longrope: the run's policy.
+        stop_ids: end a response.
+
+    Raises:
+        UserError: vLLM is not installed here, does not follow the policy, or refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        options: VLLMRollouts,
+        *,
+        dtype: str,
+        max_length: int,
+        longrope: LongRopePolicy,
+        stop_ids: Sequence[int],
+    ) -> None:
+        os.environ.setdefault(IN_PROCESS, "0")
+        check_longrope(model, longrope, max_length)
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(
+                f"sampler.kind=vllm, but vLLM cannot be imported here ({error})",
+                rule="vLLM in the process needs an environment that has the trainer and vLLM",
+                remedy="serve the model from vLLM's own environment (`phimr serve`) and use sampler.kind=vllm_server",
+            ) from error
+        self._options, self._stop_ids, self._version = options, list(stop_ids), -1
+        self._arrivals = Arrivals(tensor_shapes(Architecture.from_directory(model)))
+        self._llm = LLM(
+            model=str(model),
+            trust_remote_code=False,
+            load_format="safetensors",
+            dtype=DTYPES[dtype],
+            max_model_len=max_length,
+            max_num_seqs=options.max_batch,
+            gpu_memory_utilization=options.memory_share,
+            enforce_eager=options.eager,
+            logprobs_mode=LOGPROBS,
+            worker_extension_cls=WORKER_EXTENSION,
+            weight_transfer_config={"backend": WEIGHTS_BACKEND},
+        )
+
+    @property
+    def version(self) -> int:
+        """The version of the weights in use."""
+        return self._version
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace all weights, bucket by bucket through shared memory.
+
+        Raises:
+            WrongWeights: they are not exactly the model's; the engine cannot be used until a whole set has come.
+        """
+        from safetensors.torch import save_file
+
+        self._version = -1
+        self._llm.collective_rpc(ABANDON)
+        self._arrivals.restart()
+        self._llm.start_weight_update()
+        for bucket in buckets(tensors, self._options.bucket_mb * MB):
+            self._arrivals.add({name: tuple(tensor.shape) for name, tensor in bucket.items()})
+            with tempfile.NamedTemporaryFile(suffix=BUCKET_SUFFIX, dir=shared_memory()) as file:
+                save_file(bucket, file.name)
+                self._llm.update_weights({"update_info": {"path": file.name}})
+        self._arrivals.check_complete()
+        self._llm.finish_weight_update()
+        self._llm.reset_prefix_cache()
+        self._version = version
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """Sample one completion for each request, in the requests' order.
+
+        Raises:
+            UserError: top_p below 1, where vLLM's log-probabilities are those of the nucleus alone.
+            RuntimeError: an update of the weights was not finished.
+        """
+        from vllm import SamplingParams as VLLMParams
+        from vllm import TokensPrompt
+
+        if self._version < 0:
+            raise RuntimeError("the engine has no complete weights of the trainer's")
+        if params.top_p < 1.0:
+            raise UserError(
+                f"top_p={params.top_p} with vLLM",
+                rule="log-probabilities are those of the distribution that is sampled from: the whole one",
+                remedy="use top_p=1",
+            )
+        settings = [
+            VLLMParams(
+                temperature=params.temperature,
+                max_tokens=params.max_new_tokens,
+                seed=request.seed,
+                stop_token_ids=self._stop_ids,
+                # Only these end a response; vLLM would add the tokenizer's own.
+                ignore_eos=True,
+                logprobs=0,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
+        outputs = self._llm.generate(prompts, settings, use_tqdm=False)
+        return [self._with_logprobs(*pair) for pair in zip(requests, outputs, strict=True)]
+
+    def _with_logprobs(self, request: Request, output: Any) -> Completion:
+        completion, sample = _completion(request, output), output.outputs[0]
+        logprobs = tuple(entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs, strict=True))
+        return replace(completion, logprobs=logprobs, version=self._version)
+
+    def close(self) -> None:
+        """Shut the engine down and free its memory."""
+        _close(self._llm)
+        del self._llm
+
+
+class VLLMEngine:
+    """Samples with vLLM. Seeds travel with the requests; equal seeds give equal responses up to rounding.
+
+    Args:
+        teacher: the model's directory and how it is run.
+        max_length: prompt and response together (tokens); with it vLLM chooses LongRoPE's factors.
+        stop_ids: end a response, beside those that the model's own files name.
+
+    Raises:
+        UserError: vLLM is not installed here, or refuses the model.
+    """
+
+    def __init__(self, teacher: VLLMTeacher, *, max_length: int, stop_ids: Sequence[int]) -> None:
+        # An engine in a process of its own outlives this one when this one is killed.
+        os.environ.setdefault(IN_PROCESS, "0")
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(
+                f"teacher.kind=vllm, but vLLM cannot be imported here ({error})",
+                rule="vLLM has an environment of its own",
+                remedy="make setup-vllm, then .venv-vllm/bin/phimr generate ...; or serve the model elsewhere "
+                "and use teacher.kind=endpoint",
+            ) from error
+        self._stop_ids = list(stop_ids)
+        try:
+            self._llm = LLM(
+                model=str(teacher.path),
+                tokenizer=str(teacher.path),
+                trust_remote_code=False,
+                load_format="safetensors",
+                dtype=DTYPES[teacher.dtype],
+                max_model_len=max_length,
+                max_num_seqs=teacher.max_batch,
+                tensor_parallel_size=teacher.tensor,
+                gpu_memory_utilization=teacher.memory_share,
+                enforce_eager=teacher.eager,
+            )
+        except ValueError as error:
+            # vLLM checks its settings against the model and the memory, and says what does not fit.
+            raise UserError(
+                f"vLLM refuses {teacher.path}: {error}",
+                rule="the model is one that vLLM supports, and it fits",
+                remedy="change max_new_tokens, max_batch, tensor, memory_share or dtype",
+            ) from error
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """Sample one completion for each request, in the requests' order, without log-probabilities.
+
+        Raises:
+            UserError: a prompt is empty or too long.
+            RuntimeError: vLLM ended a response for another reason than a stop token or its length.
+        """
+        from vllm import SamplingParams as VLLMParams
+        from vllm import TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
+        settings = [
+            VLLMParams(
+                temperature=params.temperature,
+                top_p=params.top_p,
+                max_tokens=params.max_new_tokens,
+                seed=request.seed,
+                stop_token_ids=self._stop_ids,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        try:
+            outputs = self._llm.generate(prompts, settings, use_tqdm=True)
+        except ValueError as error:
+            raise UserError(
+                f"vLLM refuses a prompt: {error}",
+                rule="a prompt has at least one token and leaves room for a response",
+                remedy="remove the problem, or raise max_new_tokens",
+            ) from error
+        return [_completion(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def close(self) -> None:
+        """Shut the engine down and free its memory."""
+        _close(self._llm)
+        del self._llm
+
+
+def _close(llm: Any) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+def _completion(request: Request, output: Any) -> Completion:
+    sample = output.outputs[0]
+    if sample.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended the response to request {request.id} with {sample.finish_reason!r}")
+    return Completion(request.id, tuple(sample.token_ids), (), sample.finish_reason)
+
+
+def open_vllm(teacher: VLLMTeacher, questions: Sequence[str]) -> tuple[VLLMEngine, PreTrainedTokenizerBase, str]:
+    """An engine for a Hugging Face directory.
+
+    Args:
+        teacher: the directory and how it is run.
+        questions: all that will be asked; the longest decides the engine's maximum length.
+
+    Returns:
+        The engine, the model's tokenizer, and the hash of its weights.
+
+    Raises:
+        UserError: vLLM is missing, the model is unreadable or has no chat template, a question spells a special
+            token, or vLLM would use other LongRoPE factors than the policy says.
+    """
+    tokenizer = _load_tokenizer(teacher.path)
+    prompts = render_prompts(tokenizer, [teacher.prompt.replace(QUESTION, question) for question in questions])
+    max_length = max(map(len, prompts), default=0) + teacher.max_new_tokens
+    check_longrope(teacher.path, teacher.longrope, max_length)
+    is_phi = {END, END_OF_TEXT} <= set(tokenizer.get_added_vocab())
+    engine = VLLMEngine(teacher, max_length=max_length, stop_ids=stop_token_ids(tokenizer) if is_phi else ())
+    return engine, tokenizer, weights_hash(teacher.path)
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of any model; unlike the trained model's it need not be of Phi's kind."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{directory} holds no usable tokenizer: {error}",
+            rule="a teacher's directory has the files of a fast tokenizer",
+            remedy="download them beside the weights",
+        ) from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer in {directory} has no chat template",
+            rule="a teacher is asked in its own chat format",
+            remedy="use the instruction-tuned model, or add its chat_template",
+        )
+    return tokenizer
+
+
+def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> None:
+    """Refuse a policy that vLLM and TensorRT-LLM do not follow at this length.
+
+    They use the long factors for every sequence as soon as their maximum length exceeds the original one.
+
+    Raises:
+        UserError: the policy asks for the short ones there.
+    """
+    config = json.loads((directory / CONFIG_FILE).read_text("utf-8"))
+    if config.get("model_type") != MODEL_TYPE:
+        return
+    architecture = Architecture.from_directory(directory)
+    original = architecture.original_max_position_embeddings
+    if architecture.long_factor is None or max_length <= original:
+        return
+    if policy != "long_when_max_length_exceeds_original":
+        raise UserError(
+            f"longrope={policy} with sequences of up to {max_length} tokens",
+            rule=f"above {original} tokens vLLM and TensorRT-LLM use LongRoPE's long factors for every sequence",
+            remedy="use longrope=long_when_max_length_exceeds_original (and train with it), "
+            f"or lower max_new_tokens until prompt and response fit {original}",
+        )
+
+
+def weights_hash(directory: Path) -> str:
+    """A digest of the weights: for a Phi model the one that all stages use, for others that of the files.
+
+    Raises:
+        UserError: there are no safetensors files.
+    """
+    if json.loads((directory / CONFIG_FILE).read_text("utf-8")).get("model_type") == MODEL_TYPE:
+        from phimr_nemo.model.files.hf import HFDirectory
+
+        return HFDirectory(directory).weights_hash()
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{directory} holds no *.safetensors",
+            rule="weights are safetensors files",
+            remedy="download the model's safetensors; pickled weights are not read",
+        )
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.name}|{file_sha256(file)}|".encode())
+    return digest.hexdigest()

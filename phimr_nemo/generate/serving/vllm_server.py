@@ -1,0 +1,145 @@
+"""A vLLM server that takes new weights: `phimr serve`. Runs in vLLM's environment.
+
+It is vLLM's own API server, with a few routes more: what it serves, and an update of its weights. vLLM's development
+mode, which lets anyone who reaches the port call anything, stays off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+from phimr_nemo.generate.serving.receiving import weight_routes
+from phimr_nemo.generate.serving.served import Served, api_key
+from phimr_nemo.generate.serving.vllm import DTYPES, WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
+from phimr_nemo.generate.serving.weights import (
+    ABANDON,
+    INCOMPLETE,
+    LOGPROBS,
+    UNSYNCED,
+    Arrivals,
+    Identity,
+    shared_memory,
+    tensors_of,
+    tokenizer_hash,
+)
+
+
+class WeightReceiver:
+    """vLLM's weights; see :class:`phimr_nemo.generate.serving.receiving.Receiver`.
+
+    Args:
+        engine: vLLM's asynchronous engine.
+        identity: what is served at first.
+        shapes: name -> shape of the checkpoint's tensors.
+    """
+
+    def __init__(self, engine: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._engine, self._identity = engine, identity
+        self._arrivals = Arrivals(shapes)
+
+    async def identity(self) -> Identity:
+        """What is served now; the version is the engine's own word."""
+        return replace(self._identity, version=await self._engine.get_weight_version())
+
+    async def begin(self) -> None:
+        """Abort what is being sampled and wait for weights; an update that was not finished is forgotten."""
+        await self._engine.pause_generation(mode="abort")
+        await self._engine.update_weight_version(INCOMPLETE)
+        await self._engine.collective_rpc(ABANDON)
+        self._arrivals.restart()
+        await self._engine.start_weight_update()
+
+    async def load(self, bucket: Path) -> None:
+        """Hand one bucket to the workers.
+
+        Raises:
+            WrongWeights: it is not a part of this model.
+        """
+        self._arrivals.add(tensors_of(bucket))
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(bucket)}))
+
+    async def finish(self, version: str) -> None:
+        """Use the new weights, under a version, and forget what was computed with the old ones.
+
+        Raises:
+            WrongWeights: the weights are not complete; the server goes on waiting.
+        """
+        self._arrivals.check_complete()
+        await self._engine.finish_weight_update()
+        await self._engine.reset_prefix_cache()
+        await self._engine.update_weight_version(version)
+        await self._engine.resume_generation()
+
+
+def vllm_arguments(served: Served, name: str) -> list[str]:
+    """vLLM's own command line for it."""
+    arguments = [
+        *(str(served.model), "--served-model-name", name, "--host", served.host, "--port", str(served.port)),
+        *("--dtype", DTYPES[served.dtype], "--max-model-len", str(served.max_length)),
+        *("--max-num-seqs", str(served.max_batch), "--tensor-parallel-size", str(served.tensor)),
+        *("--gpu-memory-utilization", str(served.memory_share), "--load-format", "safetensors"),
+        *("--logprobs-mode", LOGPROBS, "--worker-extension-cls", WORKER_EXTENSION),
+        # The routes for token ids.
+        "--enable-scale-out",
+        *("--weight-transfer-config", f'{{"backend": "{WEIGHTS_BACKEND}"}}'),
+        # The model's own generation_config.json would change what is sampled from.
+        *("--generation-config", "vllm"),
+    ]
+    return [*arguments, "--enforce-eager"] if served.eager else arguments
+
+
+def run_server(served: Served) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        UserError: an unreadable model, a LongRoPE policy that vLLM does not follow, or no key where one is needed.
+    """
+    import uvloop
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from phimr_nemo.model import Architecture
+    from phimr_nemo.model.table import tensor_shapes
+
+    key = api_key(served)
+    check_longrope(served.model, served.longrope, served.max_length)
+    weights = weights_hash(served.model)
+    identity = Identity(weights, tokenizer_hash(served.model), UNSYNCED, served.max_length, served.longrope, LOGPROBS)
+    shapes = {name: tuple(shape) for name, shape in tensor_shapes(Architecture.from_directory(served.model)).items()}
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(vllm_arguments(served, weights))
+    # On the command line every user of the machine could read it.
+    args.api_key = [key] if key else None
+    validate_parsed_serve_args(args)
+    args.model = args.model_tag
+    uvloop.run(_serve(args, identity, shapes, served.weights_directory))
+
+
+async def _serve(
+    args: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]], directory: Path | None
+) -> None:
+    """vLLM's `run_server`, with our routes in its application."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+
+    _, socket = setup_server(args, reuse_port=False)
+    async with build_async_engine_client(args) as engine:
+        await engine.update_weight_version(identity.version)
+        tasks = await engine.get_supported_tasks()
+        app = build_app(args, tasks, engine.model_config)
+        receiver = WeightReceiver(engine, identity, shapes)
+        app.include_router(weight_routes(receiver, directory=directory, scratch=shared_memory()))
+        await init_app_state(engine, app.state, args, tasks)
+        stopped = await serve_http(
+            app, sock=socket, host=args.host, port=args.port, log_level="warning", access_log=False
+        )
+    try:
+        await stopped
+    finally:
+        socket.close()

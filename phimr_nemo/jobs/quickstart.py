@@ -1,0 +1,226 @@
+"""The quickstart: every step of the recipe on a tiny model, each the command that a user would type.
+
+A step that has finished is not run again, so an interrupted quickstart continues where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from phimr_nemo.config import QuickstartConfig, load_config
+from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.store.records import Kind
+from phimr_nemo.store.runs import METRICS_FILE, RunDirectory, read_metrics
+from phimr_nemo.store.shards import is_complete, read_manifest
+
+# The step whose model a row of the paper's table of stages evaluates, and the row's name, in the paper's order.
+ROWS: Final = (
+    ("base", "base"),
+    ("midtrain", "mid-training"),
+    ("sft", "SFT"),
+    ("dpo", "DPO"),
+    ("grpo", "GRPO"),
+    ("sft-without-midtrain", "SFT without mid-training"),
+)
+TRAINED: Final = ("midtrain", "sft", "dpo", "grpo")
+FUNNEL: Final[tuple[tuple[str, str, Kind], ...]] = (
+    ("teacher rollouts", "rollouts", "rollouts"),
+    ("verified, for mid-training", "curated/midtrain", "conversations"),
+    ("harder subset, for SFT", "curated/sft", "conversations"),
+    ("own rollouts", "own-rollouts", "rollouts"),
+    ("preference pairs, for DPO", "preferences/pairs", "pairs"),
+    ("prompts, for RL", "preferences/prompts", "prompts"),
+)
+# The model's own rollouts are asked other problems than the teacher was.
+OWN_PROBLEMS_SEED_OFFSET: Final = 1_000_000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the quickstart.
+
+    Attributes:
+        name: of the step, and of its directory under the seed's.
+        arguments: of `phimr`.
+        output: its run directory.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    output: Path
+
+    def __str__(self) -> str:
+        return shlex.join(("phimr", *self.arguments))
+
+
+def plan_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str]) -> list[Step]:
+    """Every command of the quickstart, in order.
+
+    Args:
+        path: conf/quickstart/*.yaml.
+        seeds: one run of the whole recipe each.
+        out: the output directory; each seed has its own under it.
+        overrides: of the quickstart's config.
+
+    Raises:
+        UserError: a bad config.
+    """
+    config = load_config(QuickstartConfig, path, overrides)
+    return [step for seed in seeds for step in seed_steps(config, seed, out / f"seed-{seed}")]
+
+
+def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
+    """The commands of one seed."""
+
+    def step(name: str, stage: str, *overrides: str, preset: str = "tiny", run_seed: int = seed) -> Step:
+        output = root / name
+        fixed = (f"run.output={output}", f"run.seed={run_seed}")
+        return Step(name, (stage, "--config", f"conf/{stage}/{preset}.yaml", *fixed, *overrides), output)
+
+    def model(name: str) -> str:
+        return str(root / name / "hf")
+
+    steps = [
+        step("base", "base"),
+        step("rollouts", "generate", f"problems.count={config.train_problems}"),
+        step("verdicts", "verify", f"rollouts={root / 'rollouts'}"),
+        step("curated", "curate", f"verdicts={root / 'verdicts'}"),
+        step("rows", "pack", f"conversations={root / 'curated' / 'midtrain'}", f"tokenizer={model('base')}"),
+        step("midtrain", "midtrain", f"base={model('base')}", f"data={root / 'rows'}"),
+        step("sft", "sft", f"base={model('midtrain')}", f"data={root / 'curated' / 'sft'}"),
+        step(
+            "own-rollouts",
+            "generate",
+            f"problems.count={config.rl_problems}",
+            f"teacher.path={model('sft')}",
+            preset="tiny-rollouts",
+            run_seed=seed + OWN_PROBLEMS_SEED_OFFSET,
+        ),
+        step("own-verdicts", "verify", f"rollouts={root / 'own-rollouts'}"),
+        step("preferences", "curate", f"verdicts={root / 'own-verdicts'}", preset="tiny-rollouts"),
+        step("dpo", "dpo", f"base={model('sft')}", f"pairs={root / 'preferences' / 'pairs'}"),
+        step("grpo", "grpo", f"base={model('dpo')}", f"prompts={root / 'preferences' / 'prompts'}"),
+        step("sft-without-midtrain", "sft", f"base={model('base')}", f"data={root / 'curated' / 'sft'}"),
+    ]
+    for name, row in ROWS:
+        steps.append(
+            step(
+                f"evaluate-{name}",
+                "evaluate",
+                f"model={model(name)}",
+                f"problems.count={config.heldout_problems}",
+                f"samples={config.evaluation_samples}",
+                f"row={row}",
+            )
+        )
+    stages = (f"stages.{name}={root / name}" for name in TRAINED)
+    evaluations = (f"evaluations.{row}={root / f'evaluate-{name}'}" for name, row in ROWS[: len(TRAINED) + 1])
+    return [*steps, step("release", "export", f"model={model('grpo')}", *stages, *evaluations)]
+
+
+def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str]) -> None:
+    """Run every step that has not finished yet, then write table and plots.
+
+    Raises:
+        UserError: a step refused its input.
+        Preempted: the run was interrupted; the same command continues it.
+        RuntimeError: a step failed; its own message stands above.
+    """
+    steps = plan_quickstart(path, seeds, out, overrides)
+    started = time.monotonic()
+    for number, step in enumerate(steps, 1):
+        if RunDirectory(step.output).is_done:
+            continue
+        print(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}", flush=True)
+        run_step(step)
+    write_report([out], out)
+    print(f"finished in {time.monotonic() - started:.0f} s; table, plots and models are in {out}")
+
+
+def run_step(step: Step) -> None:
+    """Run one command in a process of its own: Megatron's state is one per process.
+
+    Raises:
+        UserError, Preempted, RuntimeError: as the command says by its exit code.
+    """
+    done = subprocess.run([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], env=os.environ, check=False)
+    if done.returncode == EXIT_USER:
+        raise UserError(
+            f"the step {step.name!r} refused its input, see above",
+            rule="every step of the quickstart finishes",
+            remedy=f"correct the named value; the command was: {step}",
+        )
+    if done.returncode == EXIT_PREEMPTED:
+        raise Preempted(f"stopped in {step.name}; run the same command to continue")
+    if done.returncode != EXIT_DONE:
+        raise RuntimeError(f"the step {step.name!r} failed with exit code {done.returncode}, see above: {step}")
+
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """A page (HTML, markdown) of finished evaluations and the runs beside them; of quickstarts the table as well.
+
+    Args:
+        runs: output directories of quickstarts or evaluations, or directories above them.
+        out: where report.html, report.md, and of quickstarts table.md, table.json and plots (PNG) go.
+
+    Raises:
+        UserError: there is no finished evaluation, one is damaged, or a model was evaluated twice with one seed.
+    """
+    from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
+    from phimr_nemo.report.plots import plot_accuracy
+    from phimr_nemo.report.run import write_run_report
+    from phimr_nemo.report.scores import entry, table_markdown, write_table
+
+    page = write_run_report(runs, out)
+
+    # The plots of an earlier report lie beside the seeds' directories.
+    roots = [root for run in runs for root in sorted(filter(Path.is_dir, run.glob("seed-*")), key=_seed_of)]
+    entries = [
+        entry(row, _seed_of(root), read_result(root / f"evaluate-{name}" / RESULTS_FILE))
+        for name, row in ROWS
+        for root in roots
+        if (root / f"evaluate-{name}" / RESULTS_FILE).is_file()
+    ]
+    if entries:
+        rows = write_table(out, entries)
+        plot_accuracy(rows, out / "accuracy.png")
+        for root in roots:
+            _plot_run(root, out)
+        print(table_markdown(rows))
+    print(page)
+
+
+def _seed_of(root: Path) -> int:
+    return int(root.name.removeprefix("seed-"))
+
+
+def _plot_run(root: Path, out: Path) -> None:
+    """Loss, reward and data-funnel plots of one seed, of the steps that have run."""
+    from phimr_nemo.report.plots import plot_funnel, plot_losses, plot_reward_and_length, read_curve
+
+    # Reinforcement learning logs no loss when no group ever had both right and wrong responses.
+    losses = {
+        name: read_curve(root / name, "loss")
+        for name in TRAINED
+        if any("loss" in row for row in read_metrics(root / name))
+    }
+    if losses:
+        plot_losses(losses, out / f"{root.name}-loss.png")
+    if (root / "grpo" / METRICS_FILE).is_file():
+        reward, length = read_curve(root / "grpo", "reward"), read_curve(root / "grpo", "response_length")
+        plot_reward_and_length(reward, length, out / f"{root.name}-reward.png")
+    counts = {name: _rows(root / path, kind) for name, path, kind in FUNNEL if is_complete(root / path, kind)}
+    if counts:
+        plot_funnel(counts, out / f"{root.name}-data.png")
+
+
+def _rows(directory: Path, kind: Kind) -> int:
+    return read_manifest(directory, kind).rows

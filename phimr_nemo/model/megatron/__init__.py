@@ -1,0 +1,1 @@
+"""The model as a Megatron-Core GPTModel."""

@@ -1,0 +1,112 @@
+"""The stage `export`: the last stage's directory -> a release with a model card made from the runs' own facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phimr_nemo.config import ExportConfig
+from phimr_nemo.errors import UserError
+from phimr_nemo.evaluate.evaluate import RESULTS_FILE
+from phimr_nemo.report.collect import read_evaluation
+from phimr_nemo.report.scores import as_in_the_paper, reference_table
+from phimr_nemo.report.tables import Seeds, Table, markdown, score_table
+from phimr_nemo.store.runs import CONFIG_FILE, RUN_FILE, RunDirectory
+
+
+def run_export(config: ExportConfig) -> dict[str, Any]:
+    """Check every tensor and write `<output>/hf` with its model card.
+
+    Raises:
+        UserError: an unreadable model, a stage or evaluation that has not finished, or a full disk.
+    """
+    from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
+
+    source = HFDirectory(config.model)
+    card = model_card(config, source.architecture.num_parameters)
+    copy_hf_directory(config.run.output / "hf", source, tokenizer_from=config.model, extra_files={"README.md": card})
+    return {"hf": "hf", "parameters": source.architecture.num_parameters, "weights": source.weights_hash()}
+
+
+def model_card(config: ExportConfig, parameters: int) -> str:
+    """The model card: hub metadata, what was trained how, and what was measured.
+
+    Args:
+        config: names the runs to report.
+        parameters: of the model.
+
+    Raises:
+        UserError: a stage or an evaluation has not finished.
+    """
+    metadata = {
+        "license": config.licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": config.base_model,
+        "tags": ["math", "reasoning", "phi3"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# {config.run.output.name}",
+        f"A model of {parameters:,} parameters in the architecture of Phi-4-mini (`Phi3ForCausalLM`), trained from "
+        f"{config.base_model} with the Phi-4-Mini-Reasoning recipe (arXiv 2504.21233) in phimr-nemo.",
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForCausalLM.from_pretrained(".")\n```\n\n'
+        "The chat template comes with the tokenizer. Generation ends with `<|end|>`.",
+    ]
+    if config.stages:
+        parts.append("## Training\n\n" + _stage_table(config.stages))
+    if config.evaluations:
+        parts.append("## Measured\n\n" + _measured(config.evaluations))
+    return "\n\n".join(parts) + "\n"
+
+
+def _stage_table(stages: Mapping[str, Path]) -> str:
+    rows = []
+    for name, directory in stages.items():
+        run = RunDirectory(directory)
+        if not run.is_done:
+            raise UserError(
+                f"stage {name!r} in {directory} has not finished",
+                rule="the model card reports finished stages",
+                remedy="finish the stage, or leave it out of `stages`",
+            )
+        facts = run.closing_facts()
+        settings = yaml.safe_load((directory / CONFIG_FILE).read_text("utf-8"))
+        made = json.loads((directory / RUN_FILE).read_text("utf-8"))
+        optim = settings["optim"]
+        rows.append(
+            (
+                name,
+                str(facts["steps"]),
+                str(settings["sequence_length"]),
+                f"{optim['lr']:g}",
+                str(made["seed"]),
+                made["versions"]["git"][:12],
+            )
+        )
+    header = ("stage", "steps", "longest sequence", "peak learning rate", "seed", "code")
+    return markdown(Table("Training", header, tuple(rows))).rstrip("\n")
+
+
+def _measured(evaluations: Mapping[str, Path]) -> str:
+    """The tables of `phimr report` for these evaluations, the paper's where they hold one of its benchmarks."""
+    benchmarks: dict[str, dict[str, Seeds]] = {}
+    for name, directory in evaluations.items():
+        if not (directory / RESULTS_FILE).is_file():
+            raise UserError(
+                f"evaluation {name!r} in {directory} has not finished",
+                rule=f"the model card reports finished evaluations, which hold {RESULTS_FILE}",
+                remedy="finish the evaluation, or leave it out of `evaluations`",
+            )
+        found = read_evaluation(directory)
+        benchmarks.setdefault(found.benchmark, {})[name] = {found.seed: found.result}
+    tables = [score_table(benchmark, models) for benchmark, models in benchmarks.items()]
+    ours = as_in_the_paper(benchmarks)
+    if ours:
+        tables.append(reference_table(ours))
+    return "\n".join(f"### {table.title}\n\n{markdown(table)}\n{table.note}\n" for table in tables).rstrip("\n")

@@ -1,0 +1,229 @@
+"""`phimr report`: scores, the paper's numbers beside ours, training, data, configurations; a page and markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from phimr_nemo.report import data_figures as figures
+from phimr_nemo.report.collect import (
+    Evaluated,
+    Ran,
+    by_benchmark,
+    data_roots,
+    find_evaluations,
+    find_runs,
+    is_data_step,
+)
+from phimr_nemo.report.data import find_steps, funnel
+from phimr_nemo.report.page import embedded_png, render
+from phimr_nemo.report.plots import Curve, draw_curves, draw_scores
+from phimr_nemo.report.run_page import TEMPLATE
+from phimr_nemo.report.scores import Entry, as_in_the_paper, paper_table, reference_table
+from phimr_nemo.report.tables import Seeds, Table, difference_table, length_table, markdown, measured, score_table
+from phimr_nemo.store.atomic import atomic_write_text
+from phimr_nemo.store.shards import MANIFEST
+
+PAGE: Final = "report.html"
+MARKDOWN: Final = "report.md"
+PICTURES: Final = "report-pictures"
+TITLE: Final = "Report"
+SHOWN_DIGITS: Final = 12
+# Stage -> metrics of its run that are drawn, with their names for people.
+DRAWN: Final[Mapping[str, Mapping[str, str]]] = {
+    "midtrain": {"loss": "loss"},
+    "sft": {"loss": "loss"},
+    "dpo": {"loss": "loss", "accuracy": "pairs told apart"},
+    "grpo": {"reward": "mean reward", "response_length": "mean response length (tokens)"},
+}
+STAGE_NAMES: Final[Mapping[str, str]] = {"midtrain": "mid-training", "sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with its title."""
+
+    title: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report."""
+
+    title: str
+    tables: Sequence[Table]
+    pictures: Sequence[Picture] = ()
+
+
+def write_run_report(roots: Sequence[Path], out: Path) -> Path:
+    """Write `report.html`, `report.md` and the pictures in the page.
+
+    Args:
+        roots: outputs of `phimr quickstart` or `phimr evaluate`, or directories above them.
+        out: where the files go.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: there is no finished evaluation, one is damaged, or a model was evaluated twice with one seed.
+    """
+    evaluations = find_evaluations(roots)
+    benchmarks = by_benchmark(evaluations)
+    runs = find_runs(roots)
+    pictures = out / PICTURES
+    sections = [
+        _scores(benchmarks, pictures),
+        Section("Beside the paper", [reference_table(as_in_the_paper(benchmarks))]),
+        *_training(runs, pictures),
+        *_data(roots, pictures),
+        Section("What made the scores", [_provenance(evaluations)]),
+    ]
+    page = render(
+        TEMPLATE,
+        title=TITLE,
+        roots=[root.name or str(root) for root in roots],
+        tiles=_tiles(benchmarks),
+        sections=[
+            {
+                "title": section.title,
+                "tables": section.tables,
+                "pictures": [{"title": one.title, "data": embedded_png(one.path)} for one in section.pictures],
+            }
+            for section in sections
+        ],
+        configs=[{"name": run.name, "stage": run.stage, "text": run.config} for run in runs],
+        versions=f"Made by {', '.join(_versions(runs))}." if runs else "",
+    )
+    atomic_write_text(out / MARKDOWN, "\n".join(_in_markdown(section) for section in sections))
+    atomic_write_text(out / PAGE, page)
+    return out / PAGE
+
+
+def _in_markdown(section: Section) -> str:
+    tables = [f"### {table.title}\n\n{markdown(table)}\n{table.note}\n" for table in section.tables]
+    return "\n".join([f"## {section.title}\n", *tables])
+
+
+def _scores(benchmarks: Mapping[str, Mapping[str, Seeds]], out: Path) -> Section:
+    tables, pictures = [], []
+    for number, (benchmark, models) in enumerate(benchmarks.items()):
+        path = out / f"scores-{number}.png"
+        draw_scores(paper_table(_entries(models)), path)
+        pictures.append(Picture(f"{benchmark}: pass@1", path))
+        lengths = {
+            row: np.sum([one.lengths.bins for one in seeds.values() if one.lengths is not None], axis=0)
+            for row, seeds in models.items()
+            if any(one.lengths is not None for one in seeds.values())
+        }
+        if lengths:
+            path = out / f"lengths-{number}.png"
+            figures.draw_lengths(lengths, path, stacked=False)
+            pictures.append(Picture(f"{benchmark}: length of responses", path))
+        optional = (difference_table(benchmark, models), length_table(benchmark, models))
+        tables += [score_table(benchmark, models), *(table for table in optional if table is not None)]
+    return Section("Scores", tables, pictures)
+
+
+def _entries(models: Mapping[str, Seeds]) -> list[Entry]:
+    return [
+        Entry(row, seed, result.questions, result.pass1, result.stderr)
+        for row, seeds in models.items()
+        for seed, result in seeds.items()
+    ]
+
+
+def _tiles(benchmarks: Mapping[str, Mapping[str, Seeds]]) -> list[dict[str, str]]:
+    """The best model of each benchmark, and how much was measured."""
+    tiles = []
+    for benchmark, models in benchmarks.items():
+        row, seeds = max(models.items(), key=lambda item: np.mean([one.pass1 for one in item[1].values()]))
+        tiles.append({"name": f"{benchmark}: pass@1 (%) of {row}", "value": measured(seeds).partition(" (")[0]})
+    results = [one for models in benchmarks.values() for seeds in models.values() for one in seeds.values()]
+    tiles.append({"name": "evaluations", "value": f"{len(results):,}"})
+    tiles.append({"name": "responses graded", "value": f"{sum(one.questions * one.samples for one in results):,}"})
+    return tiles
+
+
+def _training(runs: Sequence[Ran], out: Path) -> list[Section]:
+    """One line and one picture a stage; the runs of a stage share a picture."""
+    trained = [run for run in runs if run.stage in DRAWN and run.metrics]
+    if not trained:
+        return []
+    pictures = []
+    for stage, metrics in DRAWN.items():
+        for metric, title in metrics.items():
+            curves = {run.name: _curve(run, metric) for run in trained if run.stage == stage}
+            shown = {name: curve for name, curve in curves.items() if curve.steps}
+            if shown:
+                path = out / f"{stage}-{metric}.png"
+                draw_curves(shown, title, path)
+                pictures.append(Picture(f"{STAGE_NAMES[stage]}: {title}", path))
+    rows = tuple(
+        (
+            run.name,
+            run.stage,
+            str(run.made.get("seed", "")),
+            f"{run.metrics[-1]['step']:,}",
+            _last(run, "loss"),
+            _last(run, "reward"),
+            str(len(run.made.get("starts", []))),
+            "yes" if run.facts is not None else "no",
+            str(run.made.get("versions", {}).get("git", ""))[:SHOWN_DIGITS],
+        )
+        for run in trained
+    )
+    header = ("run", "stage", "seed", "steps", "last loss", "last reward", "starts", "finished", "code")
+    return [Section("Training", [Table("Runs", header, rows)], pictures)]
+
+
+def _curve(run: Ran, metric: str) -> Curve:
+    points = [(int(line["step"]), float(line[metric])) for line in run.metrics if metric in line]
+    return Curve([step for step, _ in points], [value for _, value in points])
+
+
+def _last(run: Ran, metric: str) -> str:
+    values = _curve(run, metric).values
+    return f"{values[-1]:.4g}" if values else "-"
+
+
+def _data(roots: Sequence[Path], out: Path) -> list[Section]:
+    pictures = []
+    for number, root in enumerate(data_roots(roots)):
+        steps = [step for step in find_steps([root]) if is_data_step(step.path / MANIFEST)]
+        if steps:
+            path = out / f"data-{number}.png"
+            figures.draw_funnel(funnel(steps), path)
+            pictures.append(Picture(f"Records after each data step: {root.name}", path))
+    return [Section("Data", [], pictures)] if pictures else []
+
+
+def _provenance(evaluations: Sequence[Evaluated]) -> Table:
+    rows = []
+    for one in evaluations:
+        params: Mapping[str, Any] = one.settings.get("params", {})
+        rows.append(
+            (
+                one.row,
+                one.benchmark,
+                str(one.seed),
+                str(one.settings.get("teacher", ""))[: 2 * SHOWN_DIGITS],
+                str(one.settings.get("problems", "")),
+                str(one.settings.get("edition", "-")),
+                str(params.get("temperature", "")),
+                str(params.get("top_p", "")),
+                f"{params.get('max_new_tokens', 0):,}",
+                str(one.settings.get("grader", "")),
+            )
+        )
+    header = ("model", "benchmark", "seed", "weights", "questions", "edition", "T", "top_p", "new tokens", "grader")
+    return Table("Evaluations", header, tuple(rows), "Weights and questions by their hashes.")
+
+
+def _versions(runs: Sequence[Ran]) -> list[str]:
+    return sorted({f"phimr-nemo {run.made.get('versions', {}).get('phimr-nemo', 'unknown')}" for run in runs})

@@ -1,0 +1,90 @@
+"""The record kinds that travel between the data steps, as pyarrow schemas.
+
+One currency: every step reads and writes directories of zstd parquet shards of one kind
+(see :mod:`phimr_nemo.store.shards`). `SCHEMA_VERSION` changes whenever a column changes meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION: Final = 1
+
+Kind = Literal["problems", "rollouts", "verdicts", "conversations", "pairs", "prompts", "rows"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+Difficulty = Literal["elementary", "middle", "high_school", "college", "graduate"]
+DIFFICULTIES: Final[tuple[Difficulty, ...]] = get_args(Difficulty)
+
+VerdictName = Literal["correct", "wrong", "unparsable", "timeout", "error"]
+FinishReason = Literal["stop", "length"]
+
+
+@cache
+def schemas() -> Mapping[Kind, pa.Schema]:
+    """The schema of each record kind. Columns marked nullable may hold null, the others may not."""
+    import pyarrow as pa
+
+    def text(name: str, *, nullable: bool = False) -> pa.Field:
+        return pa.field(name, pa.string(), nullable=nullable)
+
+    annotations = [text("domain", nullable=True), text("difficulty", nullable=True)]
+    rollouts = [
+        text("id"),
+        text("problem_id"),
+        text("question"),
+        text("answer"),
+        text("response"),
+        text("teacher"),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        text("finish_reason"),
+        pa.field("tokens", pa.int32(), nullable=False),
+        *annotations,
+        text("metadata"),
+    ]
+    return {
+        "problems": pa.schema(
+            [
+                text("id"),
+                text("source"),
+                text("question"),
+                text("answer"),
+                text("solution", nullable=True),
+                *annotations,
+                text("metadata"),
+            ]
+        ),
+        "rollouts": pa.schema(rollouts),
+        "verdicts": pa.schema([*rollouts, text("verdict"), text("extracted"), text("reason"), text("grader")]),
+        "conversations": pa.schema(
+            [text("id"), text("problem_id"), text("question"), text("response"), *annotations]
+        ),
+        "pairs": pa.schema(
+            [text("id"), text("problem_id"), text("question"), text("chosen"), text("rejected"), text("mode")]
+        ),
+        "prompts": pa.schema(
+            [
+                text("id"),
+                text("problem_id"),
+                text("question"),
+                text("answer"),
+                pa.field("pass_rate", pa.float64(), nullable=False),
+                pa.field("mean_length", pa.float64(), nullable=False),
+                pa.field("length_spread", pa.float64(), nullable=False),
+                pa.field("hard", pa.bool_(), nullable=False),
+            ]
+        ),
+        "rows": pa.schema(
+            [
+                pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+                pa.field("loss_mask", pa.list_(pa.uint8()), nullable=False),
+                pa.field("document_lengths", pa.list_(pa.int32()), nullable=False),
+            ]
+        ),
+    }

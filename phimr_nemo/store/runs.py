@@ -1,0 +1,210 @@
+"""Run directories: what made a run, and its metrics as JSONL and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+from phimr_nemo import __version__
+from phimr_nemo.errors import UserError
+from phimr_nemo.redact import redact
+from phimr_nemo.store.atomic import atomic_write_text, write_json
+
+RECORDED_PACKAGES: Final = (
+    "torch",
+    "nemo-toolkit",
+    "megatron-core",
+    "nemo-aligner",
+    "nemo-run",
+    "transformer-engine",
+    "transformers",
+    "vllm",
+    "math-verify",
+    "pyarrow",
+)
+METRICS_FILE: Final = "metrics.jsonl"
+RUN_FILE: Final = "run.json"
+CONFIG_FILE: Final = "config.yaml"
+DONE_FILE: Final = "DONE"
+LOCK_FILE: Final = ".lock"
+
+
+def git_sha() -> str:
+    """The commit of the source tree, with "+dirty" when it has uncommitted changes; "unknown" outside git."""
+    root = Path(__file__).resolve().parent
+    try:
+        sha = _git(root, "rev-parse", "HEAD")
+        return sha + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(directory), *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def code_versions() -> dict[str, str]:
+    """Versions of Python, of this package with its git sha, and of the packages that matter for a result."""
+    versions = {"python": platform.python_version(), "phimr-nemo": __version__, "git": git_sha()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+class RunDirectory:
+    """The directory of one run: config.yaml, run.json, metrics.jsonl, tensorboard/, checkpoints/, DONE.
+
+    Args:
+        path: the directory; made if absent. An interrupted run continues in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where native checkpoints go (they serve resume only)."""
+        return self.path / "checkpoints"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has finished."""
+        return (self.path / DONE_FILE).is_file()
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes of this machine out; the kernel ends it when this process does, however that happens.
+
+        Without effect on a file system that has no locks.
+
+        Raises:
+            UserError: another process is at work in the directory.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK_FILE, blocking=False)
+        try:
+            with contextlib.suppress(NotImplementedError):
+                lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another process is at work in {self.path}",
+                rule="a run directory belongs to one process at a time",
+                remedy="wait for it or stop it, then run the same command again; or choose another run.output",
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def describe(self, *, stage: str, config_yaml: str, seed: int, facts: Mapping[str, Any]) -> None:
+        """Write config.yaml and run.json (command line, versions, git sha, seed, machine, starts, extra facts)."""
+        atomic_write_text(self.path / CONFIG_FILE, config_yaml)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        write_json(
+            self.path / RUN_FILE,
+            {
+                "stage": stage,
+                "seed": seed,
+                "command": [redact(argument) for argument in sys.argv],
+                "versions": code_versions(),
+                "machine": {"processor": platform.machine(), "system": platform.platform()},
+                "starts": [*self._starts(), now],
+                "slurm_job": os.environ.get("SLURM_JOB_ID"),
+                **facts,
+            },
+        )
+
+    def _starts(self) -> list[str]:
+        """When this run was started before."""
+        path = self.path / RUN_FILE
+        return list(json.loads(path.read_text("utf-8")).get("starts", [])) if path.is_file() else []
+
+    def withdraw(self) -> None:
+        """Undo :meth:`describe` for a stage that refused its input; a directory that holds more stays as it is."""
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}:
+            for entry in self.path.iterdir():
+                entry.unlink()
+            self.path.rmdir()
+
+    def finish(self, **facts: object) -> None:
+        """Mark the run as finished and record its closing facts."""
+        write_json(self.path / DONE_FILE, facts)
+
+    def closing_facts(self) -> dict[str, Any]:
+        """The facts given to :meth:`finish`."""
+        return dict(json.loads((self.path / DONE_FILE).read_text("utf-8")))
+
+
+class MetricsWriter:
+    """Appends metrics to metrics.jsonl and to TensorBoard. Use as a context manager on one process.
+
+    Args:
+        directory: the run directory.
+        from_step: lines of an interrupted run at or after this step are dropped, so that a resumed run has
+            each step once.
+    """
+
+    def __init__(self, directory: Path, *, from_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / METRICS_FILE
+        kept = [row for row in read_metrics(directory) if row["step"] < from_step]
+        atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=from_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line of named scalars for `step`."""
+        self._file.write(json.dumps({"step": step, "time": time.time(), **{k: float(v) for k, v in metrics.items()}}))
+        self._file.write("\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, float(value), step)
+
+    def write_histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Add a distribution to TensorBoard; metrics.jsonl holds scalars only."""
+        import numpy as np
+
+        self._board.add_histogram(name, np.asarray(values, dtype=np.float64), step)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(directory: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut by a kill is skipped."""
+    path = directory / METRICS_FILE
+    if not path.is_file():
+        return
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue

@@ -1,0 +1,203 @@
+"""What a person sees while a supervised stage runs, and what stays on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import lightning.pytorch as pl
+from torch import Tensor
+from tqdm import tqdm
+
+from phimr_nemo.config import SupervisedConfig, to_dict
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.store.runs import MetricsWriter, RunDirectory, read_metrics
+from phimr_nemo.supervised.checkpointing import CheckpointKeeper, validates_now
+from phimr_nemo.training.distributed import PreemptionGuard
+from phimr_nemo.training.throughput import WorkCounter, peak_memory_gib, rates
+from phimr_nemo.training.tracking import WandbTracker
+
+SHOWN: Final[Mapping[str, str]] = {
+    "loss": "{:.4f}",
+    "lr": "{:.2e}",
+    "grad_norm": "{:.2f}",
+    "tokens_per_second_per_gpu": "{:.0f}",
+    "mfu": "{:.1%}",
+    "memory_gib": "{:.1f}",
+}
+"""Metrics in the bar, as they look there."""
+
+SHORT_NAMES: Final[Mapping[str, str]] = {"tokens_per_second_per_gpu": "tok/s/gpu", "memory_gib": "GiB"}
+
+
+class RunMonitor(pl.Callback):
+    """A progress bar with rates and ETA, and metrics.jsonl, TensorBoard and W&B. All ranks count, rank 0 writes.
+
+    Args:
+        run: the run directory.
+        title: name of the stage in the bar.
+        config: of the run.
+        architecture: the model, for its FLOPs.
+        rows: training rows an epoch.
+    """
+
+    def __init__(
+        self, run: RunDirectory, *, title: str, config: SupervisedConfig, architecture: Architecture, rows: int
+    ) -> None:
+        self.run, self.title, self.config, self.architecture, self.rows = run, title, config, architecture, rows
+        self._work: WorkCounter | None = None
+        self._steps = 0
+        self._seconds = 0.0
+        self._step_started = 0.0
+        self._run_started, self._first_step = 0.0, 0
+        self._validated: set[int] = set()
+        self._bar: tqdm[Any] | None = None
+        self._writer: MetricsWriter | None = None
+        self._tracker: WandbTracker | None = None
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write named scalars of a step; nothing happens on other ranks than 0."""
+        if self._writer is not None:
+            self._writer.write(step, metrics)
+        if self._tracker is not None:
+            self._tracker.write(step, metrics)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Open the bar and the metric files where the run stands (it may be a resumed one)."""
+        step = trainer.global_step
+        self._work = WorkCounter(chunks=len(trainer.strategy.megatron_parallel))
+        self._run_started, self._first_step = time.monotonic(), step
+        if trainer.global_rank != 0:
+            return
+        self._validated = {row["step"] for row in read_metrics(self.run.path) if "val_loss" in row}
+        self._writer = MetricsWriter(self.run.path, from_step=step + 1)
+        if self.config.tracking.wandb is not None:
+            self._tracker = WandbTracker(self.config.tracking.wandb, self.run.path, to_dict(self.config))
+        self._bar = tqdm(total=int(trainer.max_steps), initial=step, desc=self.title, unit="step", mininterval=1.0)
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Start the clock: validation, evaluation and saving are not part of a step's time."""
+        self._step_started = time.monotonic()
+
+    def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Tensor], **_: Any) -> None:
+        """Count a micro-batch (NeMo's hook)."""
+        if self._work is not None and not step.forward_only:
+            self._work.add(batch)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Write the numbers of the steps since the last line (collective)."""
+        self._steps += 1
+        self._seconds += time.monotonic() - self._step_started
+        if self._bar is not None:
+            self._bar.update(1)
+        if self._work is None or trainer.global_step % self.config.run.log_every:
+            return
+        metrics = {**self._from_trainer(trainer), **self._progress(trainer), **self._speed()}
+        self._steps, self._seconds = 0, 0.0
+        if self._bar is not None:
+            shown = {SHORT_NAMES.get(k, k): form.format(metrics[k]) for k, form in SHOWN.items() if k in metrics}
+            self._bar.set_postfix(shown)
+        self.write(trainer.global_step, metrics)
+
+    def _from_trainer(self, trainer: pl.Trainer) -> dict[str, float]:
+        metrics = {"lr": float(trainer.optimizers[0].param_groups[0]["lr"])}
+        for name in ("reduced_train_loss", "grad_norm"):
+            if name in trainer.callback_metrics:
+                metrics["loss" if name == "reduced_train_loss" else name] = float(trainer.callback_metrics[name])
+        return metrics
+
+    def _progress(self, trainer: pl.Trainer) -> dict[str, float]:
+        step = trainer.global_step
+        rows = step * self.config.global_batch
+        pace = (time.monotonic() - self._run_started) / (step - self._first_step)
+        return {
+            "rows": float(rows),
+            "epoch": rows / self.rows,
+            "eta_seconds": pace * (int(trainer.max_steps) - step),
+        }
+
+    def _speed(self) -> dict[str, float]:
+        assert self._work is not None
+        fp8 = self.config.model.fp8 is not None
+        processes = self.config.parallel.world_size
+        return {
+            "step_time": self._seconds / self._steps,
+            **rates(self._work.take(), self._seconds, processes, self.architecture, fp8),
+            "memory_gib": peak_memory_gib(),
+        }
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Write the validation loss."""
+        loss = trainer.callback_metrics.get("val_loss")
+        # Lightning measures again at the step of the checkpoint that a run continues from.
+        again = trainer.global_step == self._first_step and self._first_step in self._validated
+        if isinstance(loss, Tensor) and not again:
+            self.write(trainer.global_step, {"val_loss": float(loss)})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Close the bar and the metric files."""
+        self.close()
+
+    def on_exception(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        exception: BaseException,  # noqa: ARG002
+    ) -> None:
+        """Close them as well when training fails."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar and the metric files."""
+        for part in (self._bar, self._writer, self._tracker):
+            if part is not None:
+                part.close()
+        self._bar = self._writer = self._tracker = None
+
+
+class StopOnSignal(pl.Callback):
+    """Saves a checkpoint and ends training when the run is asked to stop (Ctrl-C, SIGTERM, SIGUSR1).
+
+    Args:
+        guard: asked after every step; it answers alike on all ranks.
+        keeper: saves.
+    """
+
+    def __init__(self, guard: PreemptionGuard, keeper: CheckpointKeeper) -> None:
+        self.guard, self.keeper = guard, keeper
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Lightning answers SIGTERM by raising in the middle of things; here the step is finished and saved."""
+        self.guard.install()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Save and stop."""
+        if trainer.global_step < int(trainer.max_steps) and self.guard.stop_agreed():
+            trainer.should_stop = True
+            if validates_now(trainer):
+                # The checkpoint at the end of training, which follows, holds the measurement as well.
+                return
+            self.keeper.save(trainer)
+            # Lightning validates before it stops; the grace time is for the checkpoint.
+            trainer.limit_val_batches = 0

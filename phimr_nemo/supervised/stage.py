@@ -1,0 +1,150 @@
+"""Stages 1 and 2 on NeMo 2.0: `llm.train` with `nl.MegatronStrategy`, from one Hugging Face directory to the next."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, Final
+
+import lightning.pytorch as pl
+import torch
+from nemo import lightning as nl
+from nemo.collections import llm
+
+from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig
+from phimr_nemo.errors import Preempted, UserError
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.megatron.configuration import has_transformer_engine
+from phimr_nemo.report.plots import plot_training
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.supervised import assembly
+from phimr_nemo.supervised.callbacks import RunMonitor, StopOnSignal
+from phimr_nemo.supervised.checkpointing import CheckpointKeeper, resumable
+from phimr_nemo.supervised.data import SupervisedDataModule, midtrain_data, sft_data
+from phimr_nemo.supervised.nemo_model import Phi4MiniModel, phi4mini_config
+from phimr_nemo.supervised.pass1 import TrainingEvaluation
+from phimr_nemo.training import platform
+from phimr_nemo.training.distributed import PreemptionGuard, exported, quiet_libraries, write_hf_export
+from phimr_nemo.training.early_stopping import StopWhenSaturated
+from phimr_nemo.training.guard import BatchGuard
+from phimr_nemo.training.precision import require_fp8
+
+PICTURE: Final = "training.png"
+
+
+def run_midtrain(config: MidtrainConfig) -> dict[str, Any]:
+    """Stage 1: packed next-token prediction on the full verified set.
+
+    Raises:
+        UserError: bad input (see :class:`SupervisedDataModule`); nothing is written then.
+        Preempted: the run was asked to stop and has saved its state.
+    """
+    return _train("midtrain", config, midtrain_data(config))
+
+
+def run_sft(config: SFTConfig) -> dict[str, Any]:
+    """Stage 2: unpacked conversations, loss on the response, so that the model learns when to stop.
+
+    Raises:
+        UserError: bad input (see :class:`SupervisedDataModule`); nothing is written then.
+        Preempted: the run was asked to stop and has saved its state.
+    """
+    return _train("sft", config, sft_data(config))
+
+
+def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> dict[str, Any]:
+    _require_transformer_engine(config)
+    platform.prepare()
+    quiet_libraries()
+    steps = data.steps
+    run = RunDirectory(config.run.output)
+    started = time.monotonic()
+    architecture = Architecture.from_directory(config.base)
+    model = Phi4MiniModel(
+        phi4mini_config(
+            config.base,
+            config.model,
+            config.parallel,
+            max_length=config.sequence_length,
+            seed=config.run.seed,
+        ),
+        optim=assembly.optimizer(config, steps),
+    )
+    keeper = CheckpointKeeper(run.checkpoints, config.checkpoint)
+    newest = resumable(run.checkpoints)
+    guard = BatchGuard(run.path, config.guard, data.batch_rows)
+    monitor = RunMonitor(run, title=stage, config=config, architecture=architecture, rows=data.train.order.rows)
+    saturation = None if config.early_stopping is None else StopWhenSaturated(config.early_stopping)
+    callbacks: list[pl.Callback] = [monitor, guard]
+    if config.evaluation is not None:
+        callbacks.append(_evaluation(config, run, monitor))
+    if saturation is not None:
+        callbacks.append(saturation)
+    if config.overlap.tensor:
+        callbacks.append(assembly.tensor_overlap(config))
+    with PreemptionGuard() as preemption:
+        trainer = assembly.trainer(
+            config,
+            steps=steps,
+            validation_steps=data.validation_steps,
+            nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+            on_gpu=torch.cuda.is_available(),
+            callbacks=[*callbacks, StopOnSignal(preemption, keeper), keeper],
+        )
+        trainer.strategy.checkpoint_io = keeper.checkpoint_io()
+        if newest is not None:
+            # NeMo's AutoResume does this, for its own checkpoint callback.
+            trainer.ckpt_path = str(newest)
+        llm.train(
+            model=model,
+            data=data,
+            trainer=trainer,
+            log=nl.NeMoLogger(
+                log_dir=str(run.path),
+                name="nemo",
+                use_datetime_version=False,
+                log_global_rank_0_only=True,
+            ),
+        )
+    saturated = saturation is not None and saturation.is_saturated
+    if trainer.global_step < steps and not saturated:
+        raise Preempted(f"{stage} stopped at step {trainer.global_step} of {steps}; run the same command to continue")
+    tensors = exported(trainer.strategy.megatron_parallel, architecture)
+    write_hf_export(tensors, architecture, config.base, run.path / "hf")
+    if trainer.global_rank == 0:
+        plot_training(run.path, run.path / PICTURE)
+    return {
+        "steps": trainer.global_step,
+        "saturated": saturated,
+        "skipped_batches": guard.skipped,
+        "seconds": time.monotonic() - started,
+        "training_rows": data.train.order.rows,
+        "hf": "hf",
+    }
+
+
+def _evaluation(config: SupervisedConfig, run: RunDirectory, monitor: RunMonitor) -> TrainingEvaluation:
+    assert config.evaluation is not None
+    return TrainingEvaluation(
+        run.path,
+        config.evaluation,
+        base=config.base,
+        seed=config.run.seed,
+        longrope=config.model.longrope,
+        monitor=monitor,
+    )
+
+
+def _require_transformer_engine(config: SupervisedConfig) -> None:
+    """Refuse what needs Transformer Engine where it is not, which NeMo would pass over.
+
+    Raises:
+        UserError: FP8 or overlapped tensor-parallel exchange without it.
+    """
+    require_fp8(config.model)
+    if config.overlap.tensor and not has_transformer_engine():
+        raise UserError(
+            "overlap.tensor=true on this machine",
+            rule="tensor-parallel exchange is overlapped by Transformer Engine on GPUs",
+            remedy="set overlap.tensor=false (`phimr doctor` tells what is there)",
+        )

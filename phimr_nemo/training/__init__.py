@@ -1,0 +1,1 @@
+"""The floor of all four training stages: platform, precision, optimizer, checkpoints, metrics, guard."""

@@ -1,0 +1,232 @@
+"""What every training stage does around its trainer: start the processes, stop in time, export the result."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from phimr_nemo.config import ParallelConfig
+from phimr_nemo.errors import UserError
+from phimr_nemo.training import platform
+
+if TYPE_CHECKING:
+    from phimr_nemo.model.architecture import Architecture
+
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends before it takes the machine away."""
+
+SILENT_LOGGERS: Final = ("megatron.core.rerun_state_machine",)
+"""They warn about a feature that is off."""
+
+NOISY_LOGGERS: Final = (
+    "nemo_logger",
+    "megatron",
+    "megatron.core",
+    "nemo",
+    "nv_one_logger",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "pytorch_lightning",
+    "lightning_fabric",
+)
+
+
+def start_process_group(parallel: ParallelConfig, seed: int) -> None:
+    """Start torch.distributed and Megatron's groups, and seed this process. Safe to call again.
+
+    Under torchrun or Slurm the environment holds RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them
+    this is a world of one process. The backend is nccl with CUDA, else gloo.
+
+    Args:
+        parallel: the layout; its product is the number of processes.
+        seed: seeds torch and Megatron's per-layout random states.
+
+    Raises:
+        UserError: another number of processes was started than the layout needs.
+    """
+    platform.prepare()
+    quiet_libraries()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    _check_world(parallel, world)
+    if not dist.is_initialized():
+        _start_torch(world)
+    if _is_other_layout(parallel):
+        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            parallel.tensor, parallel.pipeline, context_parallel_size=parallel.context
+        )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def stop_process_group() -> None:
+    """Undo :func:`start_process_group`; nothing to do when it was not called."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _check_world(parallel: ParallelConfig, world: int) -> None:
+    if world == parallel.world_size:
+        return
+    layout = " x ".join(f"{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline", "context", "data"))
+    raise UserError(
+        f"{world} processes were started for parallel.{layout}",
+        rule=f"the layout needs tensor x pipeline x context x data = {parallel.world_size} processes",
+        remedy=f"start {parallel.world_size} processes, or set parallel.data so that the product is {world}",
+    )
+
+
+def _start_torch(world: int) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world > 1:
+        dist.init_process_group(platform.backend())
+    else:
+        # In memory: a lone process needs no port, and two of them on one machine never meet.
+        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+    # Not at the end of a stage: under torchrun a second start would meet the first one's addresses in the store.
+    atexit.register(stop_process_group)
+
+
+def _is_other_layout(parallel: ParallelConfig) -> bool:
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return False
+    current = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+    return current != (parallel.tensor, parallel.pipeline, parallel.context)
+
+
+def quiet_libraries() -> None:
+    """NeMo and Megatron report at WARNING and above only; their import-time notes say nothing to a user."""
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in SILENT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (DeprecationWarning, FutureWarning, UserWarning):
+        for module in ("nemo", "megatron", "nemo_aligner", "torch", "lightning"):
+            warnings.filterwarnings("ignore", category=category, module=module)
+
+
+class PreemptionGuard:
+    """Remembers SIGTERM and SIGUSR1 instead of dying from them. Use as a context manager in the main thread.
+
+    The trainer asks :meth:`stop_agreed` after every step, saves its state when the answer is yes, and raises
+    :class:`phimr_nemo.errors.Preempted`.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> PreemptionGuard:
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.getsignal(number)
+        self.install()
+        return self
+
+    def install(self) -> None:
+        """Take the signals over (again): a trainer may have put its own handlers in front."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.requested = True
+
+    def stop_agreed(self) -> bool:
+        """Whether any process was told to stop. Collective: every process asks, and all get one answer."""
+        flag = torch.tensor([int(self.requested)], device=platform.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def exported(parallel: Any, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """The current weights under their Hugging Face names, whole, on every rank (collective).
+
+    Args:
+        parallel: NeMo's `strategy.megatron_parallel`.
+        arch: the model.
+    """
+    from phimr_nemo.model.megatron.convert import export_tensors
+
+    if parallel.ddp_config.use_distributed_optimizer and parallel.ddp_config.overlap_param_gather:
+        # The last update is gathered by the next forward pass, which may not come.
+        parallel.force_param_sync()
+    return export_tensors([unwrapped(chunk.module) for chunk in parallel], arch)
+
+
+def export_hf(models: Sequence[nn.Module], arch: Architecture, base: Path, target: Path) -> None:
+    """Write the trained model as a Hugging Face directory. Collective; process 0 writes.
+
+    Args:
+        models: this process's model chunks, with or without Megatron's wrappers.
+        arch, base, target: as for :func:`write_hf_export`.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    from phimr_nemo.model.megatron.convert import export_tensors
+
+    write_hf_export(export_tensors([unwrapped(model) for model in models], arch), arch, base, target)
+
+
+def write_hf_export(tensors: Iterator[tuple[str, Tensor]], arch: Architecture, base: Path, target: Path) -> None:
+    """Write exported weights as a Hugging Face directory. Collective; process 0 writes.
+
+    Args:
+        tensors: what every rank iterates over.
+        arch: the model.
+        base: the directory whose tokenizer and chat template go with it.
+        target: the new directory. One left there by a run that died right after its export is replaced.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    from phimr_nemo.model.files.hf import write_hf_directory
+
+    if dist.get_rank() == 0:
+        if target.exists():
+            shutil.rmtree(target)
+        write_hf_directory(target, arch, tensors, tokenizer_from=base)
+    else:
+        for _ in tensors:
+            continue
+    dist.barrier()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside Megatron's DistributedDataParallel and Float16Module."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model

@@ -1,0 +1,1 @@
+"""Reading a mathematical answer: notation, numbers, units, structures."""

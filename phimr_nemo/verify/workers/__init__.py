@@ -1,0 +1,1 @@
+"""Sandboxed worker processes in which answers are read and compared under limits of time and memory."""
