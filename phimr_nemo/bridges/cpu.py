@@ -2,7 +2,7 @@
 
 Megatron-Core 0.19 and Megatron-Bridge 0.6 import Triton and Transformer Engine whether or not a kernel of theirs is
 ever called, and ask for Python 3.12 for one decorator. A stand-in computes nothing; called, it raises. Which device
-tensors go to is ``phimr_nemo.train.platform``'s, as for the Megatron-Core of the trainers.
+tensors go to is ``phimr_nemo.training.platform``'s, as for the Megatron-Core of the trainers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 import typing_extensions
 
-from phimr_nemo.train import platform
+from phimr_nemo.training import platform
 
 MEGATRON: Final = "megatron.core.models.gpt.gpt_model"
 """Imported before Transformer Engine's stand-in exists, so that Megatron-Core takes its own layers."""
@@ -37,6 +37,8 @@ def prepare() -> None:
         _add_paged_stash()
     importlib.import_module(MEGATRON)
     platform.prepare()
+    # Asked for before every reduction of gradients, used with CUDA graphs alone.
+    torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment,return-value]
     if importlib.util.find_spec("transformer_engine") is None:
         _add_transformer_engine()
 

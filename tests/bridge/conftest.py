@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SERVER = Path(__file__).with_name("server.py")
+# Ranks of the trainers' own side are started by what starts them there.
+sys.path.insert(0, str(REPOSITORY / "tests" / "parity"))
+SERVER = Path(__file__).with_name("bridge_server.py")
 # The tests that Megatron-Bridge's own repository would run; they import what this environment may lack.
 collect_ignore_glob = [] if importlib.util.find_spec("megatron.bridge") else ["contribution/*"]
 
@@ -46,7 +49,7 @@ def bridge_variables() -> dict[str, str]:
 def in_bridge(
     bridge_python: Path, bridge_variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Run]:
-    """``run(function, world_size, *arguments)``: a function of worker.py on that many ranks; each one's value."""
+    """``run(function, world_size, *arguments)``: a function of bridge_worker.py on that many ranks; each one's value."""
     log = tmp_path_factory.mktemp("bridge") / "log.txt"
     with (
         log.open("w") as errors,

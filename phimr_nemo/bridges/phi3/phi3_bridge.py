@@ -42,9 +42,7 @@ class FusedGatedMLPMapping(MegatronParamMapping[Tensor]):
         part: Tensor = self._gated_mapping.hf_to_megatron({"gate": gate, "up": up}, megatron_module)
         return part
 
-    def megatron_to_hf(
-        self, megatron_weights: Tensor | None, megatron_module: nn.Module | None
-    ) -> dict[str, Tensor]:
+    def megatron_to_hf(self, megatron_weights: Tensor | None, megatron_module: nn.Module | None) -> dict[str, Tensor]:
         """This rank's part -> [2 x intermediate, hidden], on every rank."""
         halves = self._gated_mapping.megatron_to_hf(megatron_weights, megatron_module)
         if not halves:

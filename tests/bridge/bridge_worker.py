@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import models
+import phi3_models
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def load(source: Path, settings: Settings) -> tuple[AutoBridge, GPTModel]:
 def rows(length: int) -> tuple[Tensor, Tensor]:
     """Ids and labels, int64 [ROWS, length]; no padding token, whose embedding transformers gives no gradient."""
     generator = torch.Generator().manual_seed(length)
-    tokens = torch.randint(models.PADDING + 1, models.VOCABULARY, (ROWS, length + 1), generator=generator)
+    tokens = torch.randint(phi3_models.PADDING + 1, phi3_models.VOCABULARY, (ROWS, length + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     labels[0, : length // 3] = IGNORED
     return tokens[:, :-1], labels
@@ -200,7 +200,7 @@ def step(source: str, target: str, batch: str, tensor: int, pipeline: int) -> fl
     bridge, model = load(Path(source), {"longrope_policy": "long_when_max_length_exceeds_original"})
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     model.config.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(OptimizerConfig(params_dtype=torch.float32, **models.ADAM), [wrapped])
+    optimizer = get_megatron_optimizer(OptimizerConfig(params_dtype=torch.float32, **phi3_models.ADAM), [wrapped])
     wrapped.zero_grad_buffer()
     optimizer.zero_grad()
     tensors = load_file(batch)
@@ -298,4 +298,4 @@ def register_naive_bridge() -> None:
 
 
 def make(directory: str, variant: str, layout: str) -> None:
-    models.save(Path(directory), variant, layout)
+    phi3_models.save(Path(directory), variant, layout)

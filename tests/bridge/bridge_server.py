@@ -1,6 +1,6 @@
 """Runs in the bridge's environment: imports Megatron-Bridge once, then forks the ranks of every request.
 
-A request is a line of JSON {"function", "world_size", "arguments"} naming a function of worker.py; so is the answer,
+A request is a line of JSON {"function", "world_size", "arguments"} naming a function of bridge_worker.py; so is the answer,
 [[ok, value], ...] by rank.
 """
 
@@ -29,11 +29,11 @@ def main() -> None:
     cpu.prepare()
     # Megatron-Bridge imports it when it saves, which every rank would do anew.
     import modelopt.torch  # noqa: F401
-    import worker
+    import bridge_worker
 
     for line in sys.stdin:
         request = json.loads(line)
-        function = getattr(worker, request["function"])
+        function = getattr(bridge_worker, request["function"])
         job = pickle.dumps((function, request["world_size"], request["arguments"], dict(os.environ)))
         with tempfile.TemporaryDirectory() as scratch:
             outcomes = distributed.run_ranks(job, Path(scratch))
