@@ -1,1 +1,1 @@
-"""Ways to NVIDIA's and Hugging Face's other trainers: Megatron-Bridge, NeMo-RL, Nemotron, TRL. Importing does nothing."""
+"""Ways to other trainers: Megatron-Bridge, NeMo-RL, Nemotron, TRL. Importing this does nothing."""

@@ -38,7 +38,7 @@ def prepare() -> None:
     importlib.import_module(MEGATRON)
     platform.prepare()
     # Asked for before every reduction of gradients, used with CUDA graphs alone.
-    torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment,return-value]
+    torch.cuda.current_stream = lambda *_: None
     if importlib.util.find_spec("transformer_engine") is None:
         _add_transformer_engine()
 
@@ -70,7 +70,7 @@ def _module(name: str, **members: Any) -> types.ModuleType:
 
 
 def _absent(name: str) -> type:
-    def refuse(self: object, *_: object, **__: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise RuntimeError(f"{name} needs a GPU")
 
     return type(name.rpartition(".")[2], (torch.nn.Module,), {"__init__": refuse})

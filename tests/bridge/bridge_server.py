@@ -1,7 +1,7 @@
 """Runs in the bridge's environment: imports Megatron-Bridge once, then forks the ranks of every request.
 
-A request is a line of JSON {"function", "world_size", "arguments"} naming a function of bridge_worker.py; so is the answer,
-[[ok, value], ...] by rank.
+A request is a line of JSON {"function", "world_size", "arguments"} naming a function of bridge_worker.py; so is the
+answer, [[ok, value], ...] by rank.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     cpu.prepare()
+    import bridge_worker
+
     # Megatron-Bridge imports it when it saves, which every rank would do anew.
     import modelopt.torch  # noqa: F401
-    import bridge_worker
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -49,7 +49,7 @@ def bridge_variables() -> dict[str, str]:
 def in_bridge(
     bridge_python: Path, bridge_variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Run]:
-    """``run(function, world_size, *arguments)``: a function of bridge_worker.py on that many ranks; each one's value."""
+    """``run(function, world_size, *arguments)``: each rank's value of a function of bridge_worker.py."""
     log = tmp_path_factory.mktemp("bridge") / "log.txt"
     with (
         log.open("w") as errors,

@@ -28,8 +28,8 @@ LONGROPE_NAMES = ("longrope", "su")
 class FusedGatedMLPMapping(MegatronParamMapping[Tensor]):
     """One Hugging Face tensor ``[gate; up]`` and Megatron's ``linear_fc1``, right at every tensor-parallel size.
 
-    A tensor-parallel rank holds its part of gate above its part of up. Cut as one block, as ``AutoMapping`` does, rank
-    0 of 2 would hold all of gate and rank 1 all of up.
+    A tensor-parallel rank holds its part of gate above its part of up. Cut as one block, as ``AutoMapping`` does,
+    rank 0 of 2 would hold all of gate and rank 1 all of up.
     """
 
     def __init__(self, megatron_param: str, hf_param: str) -> None:

@@ -15,8 +15,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 LongRopePolicy = Literal["per_sequence", "long_when_max_length_exceeds_original", "always_short"]
-"""Which factors apply: by the length of each (padded or packed) sequence, as transformers does; the long ones for the
-whole run when ``seq_length`` exceeds the original length, as vLLM does with ``max_model_len``; the short ones always."""
+"""Which factors apply: by the length of each (padded or packed) sequence, as in transformers; the long ones for the
+whole run when ``seq_length`` exceeds the original length, as in vLLM (``max_model_len``); the short ones always."""
 
 
 @dataclass
@@ -160,9 +160,9 @@ class LongRotaryEmbedding(RotaryEmbedding):
 class RotaryScale(nn.Module):
     """Multiplies the rotated dimensions of queries or keys by LongRoPE's attention factor.
 
-    Rotation is linear, so this equals the factor on cosine and sine. It stands where Megatron-Core puts query and key
-    norms: the one hook between projection and rotation that every attention backend has. (Its ``mscale`` is refused or
-    ignored by Transformer Engine's fused rotation.)
+    Rotation is linear, so this equals the factor on cosine and sine. It stands where Megatron-Core puts query and
+    key norms: the one hook between projection and rotation that every attention backend has. (Its ``mscale`` is
+    refused or ignored by Transformer Engine's fused rotation.)
     """
 
     def __init__(self, head_dim: int, rotary_dim: int, factor: float) -> None:
