@@ -1,27 +1,28 @@
-"""Losses as pure functions of tensors.
+"""Losses as pure functions of tensors, found on first use so that importing this needs no torch.
 
-All of them return sums and the counts to divide by; dividing by the global count is the caller's part.
+All of them return sums and the counts to divide by; dividing by the global count is the caller's part. What a module
+has to offer stands in its `__all__`.
 """
 
-from phimr_nemo.losses.advantages import centered_advantages, group_advantages
-from phimr_nemo.losses.dpo import (
-    dpo_loss,
-    ipo_loss,
-    label_smoothed_dpo_loss,
-    length_normalized_dpo_loss,
-    length_normalized_ipo_loss,
-    rpo_loss,
-)
-from phimr_nemo.losses.grpo import (
-    PolicyBatch,
-    PolicyLoss,
-    dapo_loss,
-    dr_grpo_loss,
-    grpo_loss,
-    gspo_loss,
-    k3_kl,
-    truncated_importance_weights,
-)
-from phimr_nemo.losses.logprobs import IGNORED_LABEL, token_logprobs, token_logprobs_and_entropy
-from phimr_nemo.losses.sequences import sequence_logprobs
-from phimr_nemo.losses.sft import sft_loss
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phimr_nemo.losses.advantages import *
+    from phimr_nemo.losses.dpo import *
+    from phimr_nemo.losses.grpo import *
+    from phimr_nemo.losses.logprobs import *
+    from phimr_nemo.losses.sequences import *
+    from phimr_nemo.losses.sft import *
+
+_MODULES = ("advantages", "dpo", "grpo", "logprobs", "sequences", "sft")
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_"):
+        for module in (importlib.import_module(f"{__name__}.{home}") for home in _MODULES):
+            if name in module.__all__:
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,17 @@ from torch import Tensor
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses.sequences import check_positive, check_token_shapes
 
+__all__ = [
+    "PolicyBatch",
+    "PolicyLoss",
+    "dapo_loss",
+    "dr_grpo_loss",
+    "grpo_loss",
+    "gspo_loss",
+    "k3_kl",
+    "truncated_importance_weights",
+]
+
 LOG_RATIO_LIMIT = 20.0
 """Beyond it (a factor 5e8) exp would soon overflow float32; such a token gets no gradient."""
 
