@@ -29,6 +29,7 @@ from phimr_nemo.data.sources.rawfiles import Row, read_rows
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.records import FinishReason
 from phimr_nemo.store.shards import rows_to_table
+from phimr_nemo.text.thinking import with_thinking
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -182,7 +183,7 @@ def _recorded(teacher: str, response: Any, row: Row, where: str) -> Recorded:
     thinking_column = first_present(row, THINKING_COLUMNS)
     thinking = lookup(row, thinking_column) if thinking_column else None
     if isinstance(thinking, str) and thinking.strip():
-        response = f"<think>\n{thinking.strip()}\n</think>\n{response}"
+        response = with_thinking(thinking.strip(), response)
     return Recorded(
         teacher=teacher,
         response=response,
