@@ -67,7 +67,9 @@ def markdown(rows: Iterable[tuple[str, Any, Counterpart]]) -> str:
 
 def refused(found: str, target: str, remedy: str) -> UserError:
     """The error of a setting that the other trainer cannot honour."""
-    return UserError(found, rule=f"{target} has no counterpart of this, and leaving it out would change the run", remedy=remedy)
+    return UserError(
+        found, rule=f"{target} has no counterpart of this, and leaving it out would change the run", remedy=remedy
+    )
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:

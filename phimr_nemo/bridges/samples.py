@@ -120,8 +120,9 @@ def grpo_samples(config: GRPOConfig) -> Samples:
 
 def labelled(row: Row) -> Sample:
     """One document with the labels of trainers that shift them by themselves."""
-    labels = [int(token) if wanted else IGNORED_LABEL for token, wanted in zip(row.input_ids, row.loss_mask, strict=True)]
-    return {"input_ids": row.input_ids.tolist(), "labels": labels}
+    ids = row.input_ids.tolist()
+    labels = [token if wanted else IGNORED_LABEL for token, wanted in zip(ids, row.loss_mask, strict=True)]
+    return {"input_ids": ids, "labels": labels}
 
 
 def _unused(_: Any) -> None:

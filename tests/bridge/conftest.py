@@ -16,6 +16,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Ranks of the trainers' own side are started by what starts them there.
 sys.path.insert(0, str(REPOSITORY / "tests" / "parity"))
+# For the same reason worker processes of a grader find the one that lies here.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 SERVER = Path(__file__).with_name("bridge_server.py")
 # The tests that Megatron-Bridge's own repository would run; they import what this environment may lack.
 collect_ignore_glob = [] if importlib.util.find_spec("megatron.bridge") else ["contribution/*"]
@@ -37,7 +39,7 @@ def bridge_variables() -> dict[str, str]:
     """The environment of a process that runs `bridge_python`: offline, one thread, this tree's modules."""
     return {
         **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)]),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",

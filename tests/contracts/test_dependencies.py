@@ -51,6 +51,7 @@ HOMES = {
     "nemo_aligner": ({"align"}, None),
     "nemo_run": ({"recipes", "jobs"}, None),
     "vllm": ({"generate"}, MAX_VLLM_FILES),
+    "trl": ({"bridges"}, 1),
 }
 POINTER = re.compile(r"(phimr_nemo|recipes)(\.\w+)*:\w+")
 OWN_NAME = re.compile(r"(phimr_nemo|recipes)(\.\w+)*(:\w+)?")

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from phimr_nemo.bridges.counterparts import Counterpart, refused
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
-from phimr_nemo.config.alignment import SmoothedLoss, StoredReference, TruncatedCorrection
-from phimr_nemo.config.sampler import LocalRollouts, RolloutServers, SoftOverlong, VLLMRollouts
+from phimr_nemo.config.alignment import StoredReference, TruncatedCorrection
+from phimr_nemo.config.sampler import LocalRollouts, RolloutServers, VLLMRollouts
 
 TARGET: Final = "TRL"
 Settings = dict[str, Any]
@@ -103,14 +103,14 @@ GRPO: Final = (
     Counterpart("sampler.", "translated", "use_vllm, vllm_mode, vllm_server_base_url"),
     Counterpart("ahead", "none", "", "refused unless 0"),
     Counterpart("stale", "none", "", "of responses sampled ahead alone"),
-    Counterpart("overlong.", "patch", "mask_truncated_completions; the reward", "the soft penalty is in the reward"),
-    Counterpart("reward_correct", "patch", "the reward"),
-    Counterpart("reward_wrong", "patch", "the reward"),
-    Counterpart("verify_workers", "patch", "the reward", "this project's grader, in its own processes"),
-    Counterpart("grader", "patch", "the reward"),
-    Counterpart("temperature.", "patch", "temperature", "the runner sets it in every round"),
-    Counterpart("rebalance.oversample_hard", "data", "train.jsonl", "a hard prompt stands there as many times"),
-    Counterpart("rebalance.", "patch", "the runner", "easy and impossible groups and surplus negatives are masked out"),
+    Counterpart("overlong.", "translated", "mask_truncated_completions", "the soft penalty is refused"),
+    Counterpart("reward.correct", "patch", "the reward function"),
+    Counterpart("reward.wrong", "patch", "the reward function"),
+    Counterpart("reward.", "none", "", "refused unless 0 or empty"),
+    Counterpart("verify_workers", "patch", "the reward function", "this project's grader, in its own processes"),
+    Counterpart("grader", "patch", "the reward function"),
+    Counterpart("temperature.", "patch", "temperature", "the runner sets every round's, from schedule.json"),
+    Counterpart("rebalance.", "none", "", "refused unless off: TRL trains on every response of every group"),
     Counterpart("prompt_optimization.", "data", "train.jsonl", "uneven prompts are not in the file"),
     Counterpart("monitor.", "none", "", "watches, and changes no number"),
 )
@@ -150,8 +150,8 @@ def dpo_settings(config: DPOConfig, steps: int) -> Settings:
         UserError: a setting without a counterpart.
     """
     if config.loss.kind not in DPO_LOSSES:
-        nearest = " (its `robust` and `sft` are other functions)" if config.loss.kind in ("label_smoothed_dpo", "rpo") else ""
-        raise refused(f"loss.kind={config.loss.kind}{nearest}", TARGET, f"loss.kind is one of {list(DPO_LOSSES)}")
+        # Its `robust`, `sft` and summed `ipo` are other functions than label_smoothed_dpo, rpo and ipo here.
+        raise refused(f"loss.kind={config.loss.kind}", TARGET, f"loss.kind is one of {list(DPO_LOSSES)}")
     stored = isinstance(config.reference, StoredReference)
     if isinstance(config.reference, StoredReference) and config.reference.path is not None:
         raise refused("reference.path", TARGET, "reference.path=null")
@@ -174,10 +174,14 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
     """
     if config.ahead:
         raise refused("ahead=1", TARGET, "ahead=0")
-    if config.rebalance.enabled and config.rebalance.refill_rounds:
-        raise refused("rebalance.refill_rounds > 0", TARGET, "rebalance.refill_rounds=0, or rebalance.enabled=false")
-    if config.rebalance.enabled and config.parallel.data > 1:
-        raise refused("rebalance.enabled on several processes", TARGET, "parallel.data=1, or rebalance.enabled=false")
+    if config.rebalance.enabled:
+        raise refused("rebalance.enabled: equal negatives, refilled rounds", TARGET, "rebalance.enabled=false")
+    if config.overlong.kind == "soft":
+        raise refused("overlong.kind=soft", TARGET, "overlong.kind=keep or overlong.kind=mask")
+    if config.reward.format or config.reward.length or config.reward.functions:
+        raise refused("reward.format, reward.length or reward.functions", TARGET, "set them to 0 and {}")
+    if config.loss.kind not in GRPO_LOSSES:
+        raise refused(f"loss.kind={config.loss.kind}", TARGET, f"loss.kind is one of {list(GRPO_LOSSES)}")
     round_size = config.prompts_per_step * config.group_size
     batches = _batches(config.micro_batch, round_size // config.inner_batches, config.parallel.data)
     sequence_level = config.loss.kind == "gspo"
@@ -266,7 +270,6 @@ def _common(config: SFTConfig | DPOConfig | GRPOConfig, steps: int) -> Settings:
         "save_steps": config.checkpoint.every,
         "save_total_limit": config.checkpoint.keep,
         "report_to": "none",
-        "disable_dropout" if not isinstance(config, SFTConfig) else "use_cache": not isinstance(config, SFTConfig),
     }
 
 
