@@ -9,13 +9,19 @@ from typing import Any, Final, Literal
 # First, because it prepares a machine without CUDA for what the others import.
 from phimr_nemo.align import lifecycle  # noqa: F401
 from phimr_nemo.bridges.export import Export, write_export
+from phimr_nemo.bridges.nemo_rl import export_nemo_rl
+from phimr_nemo.bridges.nemotron import export_nemotron
 from phimr_nemo.bridges.trl.export import export_trl
 from phimr_nemo.config import STAGES, load_config
 
-Target = Literal["trl"]
+Target = Literal["trl", "nemo-rl", "nemotron"]
 Stage = Literal["sft", "dpo", "grpo"]
 
-TARGETS: Final[dict[Target, Callable[[Any], Export]]] = {"trl": export_trl}
+TARGETS: Final[dict[Target, Callable[[Any], Export]]] = {
+    "trl": export_trl,
+    "nemo-rl": export_nemo_rl,
+    "nemotron": export_nemotron,
+}
 
 
 def run_bridge(target: Target, stage: Stage, config: Path, output: Path, overrides: Sequence[str]) -> dict[str, Any]:

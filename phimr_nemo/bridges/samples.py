@@ -9,8 +9,9 @@ from typing import Any
 from phimr_nemo.align.dpo.pairs import load_pairs
 from phimr_nemo.align.grpo.rollouts import load_prompts
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
-from phimr_nemo.data.chat import load_tokenizer
+from phimr_nemo.data.chat import decode_response, load_tokenizer
 from phimr_nemo.data.rows.batches import IGNORED_LABEL, EpochOrder, Row
+from phimr_nemo.data.rows.tokenize import prompt_frame
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.shards import read_table
 from phimr_nemo.supervised.data import RowDataset, SupervisedDataModule
@@ -60,7 +61,8 @@ def sft_samples(config: SFTConfig) -> Samples:
 
 
 def dpo_samples(config: DPOConfig) -> Samples:
-    """Pairs: `prompt_ids`, `chosen_ids`, `rejected_ids` and their texts, special tokens included.
+    """Pairs: `prompt_ids`, `chosen_ids`, `rejected_ids` and their texts, special tokens included; and as they were
+    before a chat template, `question`, `chosen_text`, `rejected_text`.
 
     Raises:
         UserError: data or tokenizer are not usable, as in the stage itself.
@@ -76,6 +78,7 @@ def dpo_samples(config: DPOConfig) -> Samples:
             remedy="bring more pairs, or lower global_batch",
         )
     steps = min(steps, config.max_steps) if config.max_steps else steps
+    frame = prompt_frame(tokenizer)
 
     def sample(number: int) -> Sample:
         chosen, rejected = pairs.chosen[number], pairs.rejected[number]
@@ -85,8 +88,13 @@ def dpo_samples(config: DPOConfig) -> Samples:
             "chosen": chosen.input_ids[prompt:].tolist(),
             "rejected": rejected.input_ids[prompt:].tolist(),
         }
-        return {name: tokenizer.decode(part) for name, part in ids.items()} | {
-            f"{name}_ids": part for name, part in ids.items()
+        texts = {name: tokenizer.decode(part) for name, part in ids.items()}
+        return {
+            **texts,
+            **{f"{name}_ids": part for name, part in ids.items()},
+            "question": texts["prompt"].removeprefix(frame.before).removesuffix(frame.after),
+            "chosen_text": decode_response(tokenizer, ids["chosen"]),
+            "rejected_text": decode_response(tokenizer, ids["rejected"]),
         }
 
     count = steps * config.global_batch

@@ -15,7 +15,7 @@ from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRe
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, ConcatenatedQKVMapping
 from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -299,3 +299,13 @@ def register_naive_bridge() -> None:
 
 def make(directory: str, variant: str, layout: str) -> None:
     phi3_models.save(Path(directory), variant, layout)
+
+
+def save_distributed(source: str, target: str, tensor: int, pipeline: int, metadata: dict[str, Any] | None) -> None:
+    """A distributed checkpoint of the installed Megatron-Core, as its trainers save the model."""
+    start(tensor, pipeline)
+    _, model = load(Path(source), {})
+    if dist.get_rank() == 0:
+        Path(target).mkdir()
+    dist.barrier()
+    dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata)}, target)

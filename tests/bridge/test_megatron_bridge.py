@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.jobs.launch import run_stage
 from phimr_nemo.model import Architecture
+from phimr_nemo.model.files.distcheckpoint import DistCheckpoint
 from phimr_nemo.model.longrope import LongRopePolicy, inverse_frequencies
 from phimr_nemo.model.table import tensor_shapes
 
@@ -231,3 +232,24 @@ def test_a_packed_row_of_both_regimes_is_refused(
 )
 def test_a_provider_that_cannot_be_exact_is_refused(changes: Any, said: str, hf: Any, in_bridge: Run) -> None:
     assert said in in_bridge("configure", 1, hf("tied"), changes)[0]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "metadata"),
+    [
+        (1, 2, None),
+        (1, 2, {"non_homogeneous_layers": True}),
+        (2, 1, {"singleton_local_shards": True}),
+    ],
+    ids=["all layers together", "layer by layer", "gate and up apart"],
+)
+def test_checkpoints_of_the_newest_megatron_core_are_read(
+    tensor: int, pipeline: int, metadata: Any, hf: Any, in_bridge: Run, tmp_path: Path
+) -> None:
+    source = hf("untied")
+    in_bridge("save_distributed", tensor * pipeline, source, tmp_path / "saved", tensor, pipeline, metadata)
+    checkpoint = DistCheckpoint(tmp_path / "saved", Architecture.from_directory(source))
+    for name, wanted in weights(source).items():
+        found = torch.empty_like(wanted)
+        checkpoint.read_rows(name, 0, found)
+        assert torch.equal(found, wanted), name

@@ -11,79 +11,28 @@ from typing import Any
 
 import pytest
 import supervised_worker
+from bridge_inputs import STEPS, export, make_stage_inputs, overrides
 from distributed import run_distributed
 from own_worker import policy_gradient
-from supervised_inputs import make_inputs
 
-from phimr_nemo.bridges.command import run_bridge
 from phimr_nemo.bridges.counterparts import covered, settings_of
 from phimr_nemo.bridges.trl.settings import DPO, GRPO, SFT
 from phimr_nemo.config import STAGES, load_config, to_dict
 from phimr_nemo.data.chat import decode_response, load_tokenizer
-from phimr_nemo.data.synthetic.problems import generate_problems
-from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.runs import read_metrics
-from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 HERE = Path(__file__).parent
-STEPS = 3
 FIRST = 1e-5
 """Largest difference of the first step's loss in fp32."""
 LATER = 1e-4
 """Of the steps after it: Adam turns a gradient's rounding into a weight's."""
 FAULT = 1e-3
-# Half of the sequences are longer, so the run is in the long regime and transformers alone would not be.
-ORIGINAL = 64
-COMMON = ("run.log_every=1", "optim.warmup_fraction=0.4", "optim.lr=1.0e-3", "optim.min_lr=1.0e-4")
-SFT_SIZES = (
-    *("sequence_length=160", "micro_batch=4", "global_batch=8", "validation_rows=8", f"max_steps={STEPS}"),
-    *("validate_every=3", "checkpoint.every=100", "epochs=2", "optim.distributed=false"),
-)
-DPO_SIZES = (
-    *("sequence_length=160", "micro_batch=4", "global_batch=8", f"max_steps={STEPS}", "checkpoint.every=100"),
-    "optim.distributed=false",
-)
-GRPO_SIZES = (
-    *("sequence_length=200", "max_new_tokens=24", f"steps={STEPS}", "prompts_per_step=4", "group_size=4"),
-    *("micro_batch=8", "rebalance.enabled=false", "grader=bridge_grader:even", "checkpoint.every=100"),
-    *("temperature.fraction=1.0",),
-)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A very small base model with conversations, pairs and prompts."""
-    root = make_inputs(tmp_path_factory.mktemp("inputs"), f"original_max_position_embeddings={ORIGINAL}")
-    rollouts = teacher_rollouts(generate_problems(1, 30, "train"), 1, 0, 0.0).to_pylist()
-    pairs = [
-        {"id": r["id"], "problem_id": r["problem_id"], "question": r["question"], "chosen": r["response"]}
-        | {"rejected": r["response"] + " So it is 7.", "mode": "near_miss"}
-        for r in rollouts
-    ]
-    write_shard(root / "pairs", 0, rows_to_table(pairs, "pairs"), kind="pairs")
-    finish(root / "pairs", kind="pairs", config={})
-    prompts = [
-        {"id": r["id"], "problem_id": r["problem_id"], "question": r["question"], "answer": "7"}
-        | {"pass_rate": 0.5, "mean_length": 10.0, "length_spread": 0.1, "hard": False}
-        for r in rollouts
-    ]
-    write_shard(root / "prompts", 0, rows_to_table(prompts, "prompts"), kind="prompts")
-    finish(root / "prompts", kind="prompts", config={})
-    return root
-
-
-def overrides(stage: str, inputs: Path, output: Path) -> list[str]:
-    data = {"sft": ("data", SFT_SIZES), "dpo": ("pairs", DPO_SIZES), "grpo": ("prompts", GRPO_SIZES)}
-    name, sizes = data[stage]
-    folder = {"sft": "sft", "dpo": "pairs", "grpo": "prompts"}[stage]
-    return [f"run.output={output}", f"base={inputs / 'base' / 'hf'}", f"{name}={inputs / folder}", *COMMON, *sizes]
-
-
-def export(stage: str, inputs: Path, output: Path, *more: str) -> Path:
-    given = [*overrides(stage, inputs, output / "unused"), *more]
-    run_bridge("trl", stage, Path(f"conf/{stage}/tiny.yaml"), output, given)  # type: ignore[arg-type]
-    return output
+    return make_stage_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def trl_losses(python: Path, variables: Mapping[str, str], directory: Path, output: Path) -> list[float]:
@@ -103,7 +52,7 @@ def test_three_steps_have_the_stages_losses(
     stage: str, inputs: Path, tmp_path: Path, bridge_python: Path, bridge_variables: dict[str, str]
 ) -> None:
     ours = own_losses(stage, inputs, tmp_path / "ours")
-    directory = export(stage, inputs, tmp_path / "export")
+    directory = export("trl", stage, inputs, tmp_path / "export")
     theirs = trl_losses(bridge_python, bridge_variables, directory, tmp_path / "trl")
     print(f"{stage}: {ours} here, {theirs} in TRL")
     assert len(ours) == len(theirs) == STEPS
@@ -120,7 +69,7 @@ def test_three_steps_have_the_stages_losses(
 def test_three_rounds_of_grpo_have_the_stages_data_temperatures_and_gradient(
     inputs: Path, tmp_path: Path, bridge_python: Path, bridge_variables: dict[str, str]
 ) -> None:
-    directory, file = export("grpo", inputs, tmp_path / "export"), tmp_path / "rounds.json"
+    directory, file = export("trl", "grpo", inputs, tmp_path / "export"), tmp_path / "rounds.json"
     command = [str(bridge_python), str(HERE / "trl_rounds.py"), str(directory), str(tmp_path / "trl"), str(file)]
     done = subprocess.run(command, env=bridge_variables, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -182,13 +131,13 @@ def test_a_setting_without_counterpart_is_refused_and_nothing_is_written(
     stage: str, setting: str, said: str, inputs: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as refusal:
-        export(stage, inputs, tmp_path / "export", setting)
+        export("trl", stage, inputs, tmp_path / "export", setting)
     assert said in str(refusal.value)
     assert not (tmp_path / "export").exists()
 
 
 def test_the_table_of_an_export_names_what_became_of_each_setting(inputs: Path, tmp_path: Path) -> None:
-    text = (export("grpo", inputs, tmp_path / "export") / "counterparts.md").read_text()
+    text = (export("trl", "grpo", inputs, tmp_path / "export") / "counterparts.md").read_text()
     assert "| `temperature.end` | `0.6` | patch | `temperature` |" in text
     assert "| `prompt_optimization.max_length_spread` | `0.5` | data | `train.jsonl` |" in text
     assert "| `group_size` | `4` | same | `num_generations` |" in text
