@@ -36,6 +36,7 @@ from phimr_nemo.align.microbatch import (
 from phimr_nemo.config import ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model import Architecture, build_model, transformer_config
+from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.configuration import recompute_fields
 from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
@@ -43,8 +44,6 @@ from phimr_nemo.training import platform
 from phimr_nemo.training.guard import BatchGuard
 from phimr_nemo.training.optimizer import build_optimizer
 from phimr_nemo.training.throughput import Speed, WorkCounter
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 LossSums = tuple[Tensor, Tensor, dict[str, Tensor]]
 """(sum of the loss with gradient, count to divide it by, sums to log)."""
@@ -112,7 +111,9 @@ class MegatronPolicy(AlignableGenerativeInterface):
             }
         )
         self.model = _build(base, model, parallel, optim, sequence_length)
-        self.optimizer, self.scheduler = build_optimizer(optim, [self.model], steps=steps, dtype=DTYPES[model.dtype])
+        self.optimizer, self.scheduler = build_optimizer(
+            optim, [self.model], steps=steps, dtype=torch_dtype(model.dtype)
+        )
         self._is_distributed, self._fp8 = optim.distributed, model.fp8 is not None
         self._reference: list[Tensor] = []
 
@@ -332,7 +333,7 @@ def _build(
     config = transformer_config(
         base.architecture,
         parallel,
-        dtype=DTYPES[model.dtype],
+        dtype=torch_dtype(model.dtype),
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         **overrides,

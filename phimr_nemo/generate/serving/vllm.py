@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
 IN_PROCESS: Final = "VLLM_ENABLE_V1_MULTIPROCESSING"
 WEIGHTS_BACKEND: Final = "phimr_files"
 """The name under which our engine for new weights is registered with vLLM."""
@@ -76,7 +75,7 @@ class VLLMSampler:
             model=str(model),
             trust_remote_code=False,
             load_format="safetensors",
-            dtype=DTYPES[dtype],
+            dtype=TORCH_NAMES[dtype],
             max_model_len=max_length,
             max_num_seqs=options.max_batch,
             gpu_memory_utilization=options.memory_share,
@@ -190,7 +189,7 @@ class VLLMEngine:
                 tokenizer=str(teacher.path),
                 trust_remote_code=False,
                 load_format="safetensors",
-                dtype=DTYPES[teacher.dtype],
+                dtype=TORCH_NAMES[teacher.dtype],
                 max_model_len=max_length,
                 max_num_seqs=teacher.max_batch,
                 tensor_parallel_size=teacher.tensor,
@@ -332,7 +331,8 @@ def weights_hash(directory: Path) -> str:
         UserError: there are no safetensors files.
     """
     if json.loads((directory / CONFIG_FILE).read_text("utf-8")).get("model_type") == MODEL_TYPE:
-        from phimr_nemo.model.files.hf import HFDirectory
+        from phimr_nemo.model.dtypes import TORCH_NAMES
+from phimr_nemo.model.files.hf import HFDirectory
 
         return HFDirectory(directory).weights_hash()
     files = sorted(directory.glob("*.safetensors"))
