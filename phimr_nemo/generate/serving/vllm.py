@@ -21,6 +21,7 @@ from phimr_nemo.generate.plan import QUESTION
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
 from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
+from phimr_nemo.model.dtypes import TORCH_NAMES
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store.content import file_sha256
 
@@ -331,8 +332,7 @@ def weights_hash(directory: Path) -> str:
         UserError: there are no safetensors files.
     """
     if json.loads((directory / CONFIG_FILE).read_text("utf-8")).get("model_type") == MODEL_TYPE:
-        from phimr_nemo.model.dtypes import TORCH_NAMES
-from phimr_nemo.model.files.hf import HFDirectory
+        from phimr_nemo.model.files.hf import HFDirectory
 
         return HFDirectory(directory).weights_hash()
     files = sorted(directory.glob("*.safetensors"))

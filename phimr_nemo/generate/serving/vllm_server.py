@@ -27,6 +27,7 @@ from phimr_nemo.generate.serving.weights import (
     tensors_of,
     tokenizer_hash,
 )
+from phimr_nemo.model.dtypes import TORCH_NAMES
 
 
 class WeightReceiver:
@@ -104,8 +105,7 @@ def run_server(served: Served) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from phimr_nemo.model import Architecture
-    from phimr_nemo.model.dtypes import TORCH_NAMES
-from phimr_nemo.model.table import tensor_shapes
+    from phimr_nemo.model.table import tensor_shapes
 
     key = api_key(served)
     check_longrope(served.model, served.longrope, served.max_length)
