@@ -11,9 +11,10 @@ from typing import Final
 import torch.distributed as dist
 
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.config import CheckpointConfig
+from phimr_nemo.config import CheckpointConfig, DPOConfig, GRPOConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.origin import Origin
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import input_hash
 from phimr_nemo.training.distributed import PreemptionGuard, export_hf
@@ -78,7 +79,7 @@ def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:
     return {"base weights": box[0], "data": input_hash(data)}
 
 
-def export(run: RunDirectory, policy: MegatronPolicy, base: Path) -> str:
+def export(run: RunDirectory, policy: MegatronPolicy, config: DPOConfig | GRPOConfig) -> str:
     """Write the trained model to `<run>/hf` (collective).
 
     Returns:
@@ -87,5 +88,6 @@ def export(run: RunDirectory, policy: MegatronPolicy, base: Path) -> str:
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    export_hf([policy.model], policy.architecture, base, run.path / HF_DIRECTORY)
+    origin = Origin(config.sequence_length, config.model.longrope)
+    export_hf([policy.model], policy.architecture, config.base, run.path / HF_DIRECTORY, origin)
     return HF_DIRECTORY

@@ -15,6 +15,7 @@ from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.megatron.configuration import has_transformer_engine
+from phimr_nemo.model.origin import Origin
 from phimr_nemo.report.plots import plot_training
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.supervised import assembly
@@ -110,7 +111,8 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
     if trainer.global_step < steps and not saturated:
         raise Preempted(f"{stage} stopped at step {trainer.global_step} of {steps}; run the same command to continue")
     tensors = exported(trainer.strategy.megatron_parallel, architecture)
-    write_hf_export(tensors, architecture, config.base, run.path / "hf")
+    origin = Origin(config.sequence_length, config.model.longrope)
+    write_hf_export(tensors, architecture, config.base, run.path / "hf", origin)
     if trainer.global_rank == 0:
         plot_training(run.path, run.path / PICTURE)
     return {

@@ -98,7 +98,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         "pairs_truncated": pairs.truncated,
         "collapsed_at_step": log.collapsed_at,
         "base_weights": identity["base weights"],
-        "hf": export(run, policy, config.base),
+        "hf": export(run, policy, config),
         "seconds": time.monotonic() - started,
     }
 

@@ -105,7 +105,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         "prompts_too_long": prompts.dropped_long,
         "collapses": log.watch.found,
         "base_weights": identity["base weights"],
-        "hf": export(run, policy, config.base),
+        "hf": export(run, policy, config),
         "seconds": time.monotonic() - started,
     }
 
