@@ -108,6 +108,8 @@ IMPORT_NOTES: Final = (
     "transformer_engine",
     "Apex",
 )
+# What reports there while it is imported: no Transformer Engine, no zarr.
+IMPORT_LOGGERS: Final = ("megatron", "NeMo", "nemo.collections.llm.gpt.model.megatron.hyena")
 # What torch's archive writer says when the disk took less than was written; the reason is lost in its C++.
 SHORT_WRITE: Final = ". unexpected pos "
 # A rendezvous of this launch alone, on a free port.
@@ -190,7 +192,8 @@ def silence_import_notes() -> None:
     for note in IMPORT_NOTES:
         warnings.filterwarnings("ignore", message=f".*{note}")
     os.environ.setdefault("PYTHONWARNINGS", f"ignore:{IMPORT_NOTES[0]}")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for name in IMPORT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_same_run(run: RunDirectory, config: Any) -> None:

@@ -8,10 +8,10 @@ from typing import Any, Final
 
 import lightning.pytorch as pl
 from torch import Tensor
-from tqdm import tqdm
 
 from phimr_nemo.config import SupervisedConfig, to_dict
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.runs import MetricsWriter, RunDirectory, read_metrics
 from phimr_nemo.supervised.checkpointing import CheckpointKeeper, validates_now
 from phimr_nemo.training.distributed import PreemptionGuard
@@ -52,7 +52,7 @@ class RunMonitor(pl.Callback):
         self._step_started = 0.0
         self._run_started, self._first_step = 0.0, 0
         self._validated: set[int] = set()
-        self._bar: tqdm[Any] | None = None
+        self._bar: Progress | None = None
         self._writer: MetricsWriter | None = None
         self._tracker: WandbTracker | None = None
 
@@ -74,7 +74,7 @@ class RunMonitor(pl.Callback):
         self._writer = MetricsWriter(self.run.path, from_step=step + 1)
         if self.config.tracking.wandb is not None:
             self._tracker = WandbTracker(self.config.tracking.wandb, self.run.path, to_dict(self.config))
-        self._bar = tqdm(total=int(trainer.max_steps), initial=step, desc=self.title, unit="step", mininterval=1.0)
+        self._bar = Progress(int(trainer.max_steps), done=step, title=self.title, unit="step")
 
     def on_train_batch_start(
         self,
@@ -110,7 +110,7 @@ class RunMonitor(pl.Callback):
         self._steps, self._seconds = 0, 0.0
         if self._bar is not None:
             shown = {SHORT_NAMES.get(k, k): form.format(metrics[k]) for k, form in SHOWN.items() if k in metrics}
-            self._bar.set_postfix(shown)
+            self._bar.show(shown)
         self.write(trainer.global_step, metrics)
 
     def _from_trainer(self, trainer: pl.Trainer) -> dict[str, float]:

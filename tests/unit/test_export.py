@@ -112,11 +112,11 @@ def test_the_release_says_how_it_was_trained_and_what_it_can_be_asked(
     ended = tmp_path / "grpo" / "hf"
     made = Origin(length, "long_when_max_length_exceeds_original")
     copy_hf_directory(ended, HFDirectory(model), tokenizer_from=model, origin=made)
-    run_export(export_config(tmp_path, ended, "knows=Sums. For example: 1+1"))
+    run_export(export_config(tmp_path, ended, "knows=Sums, such as 1+1"))
     release = tmp_path / "release" / "hf"
-    assert read_origin(release) == replace(made, knows="Sums. For example: 1+1")
+    assert read_origin(release) == replace(made, knows="Sums, such as 1+1")
     text = (release / "README.md").read_text("utf-8")
-    assert "Sums. For example: 1+1" in text
+    assert "Sums, such as 1+1" in text
     assert f"up to {length:,} tokens" in text
     assert says in text
     # It travels through every form that a checkpoint has.

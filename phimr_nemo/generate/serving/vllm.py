@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -229,7 +230,7 @@ class VLLMEngine:
             for request in requests
         ]
         try:
-            outputs = self._llm.generate(prompts, settings, use_tqdm=True)
+            outputs = self._llm.generate(prompts, settings, use_tqdm=sys.stderr.isatty())
         except ValueError as error:
             raise UserError(
                 f"vLLM refuses a prompt: {error}",
