@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -59,9 +61,21 @@ def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry
             typer.echo(f"# {name}: {value}")
         return resolved
     preflight(stage, resolved)
+    started = time.monotonic()
     with _continuable():
         launch(stage, resolved)
+    _close(stage, resolved, path, time.monotonic() - started)
     return resolved
+
+
+def _close(stage: str, resolved: Any, preset: Path, seconds: float) -> None:
+    """Say what was made; of several ranks the first speaks."""
+    from phimr_nemo.jobs.closing import PART_OF, closing_lines
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for line in closing_lines(stage, resolved, preset, seconds, is_part=PART_OF in os.environ):
+        typer.echo(line)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:

@@ -50,7 +50,7 @@ def test_the_first_figure_survives_every_width(columns: int) -> None:
     assert ("GiB=1.1" in lines[-1]) is (columns == 200)
 
 
-def test_a_log_gets_a_line_every_half_minute_and_one_at_the_end(clock: Clock) -> None:
+def test_a_log_gets_a_line_every_half_minute(clock: Clock) -> None:
     log = io.StringIO()
     with Progress(1000, title="sft", unit="step", done=100, stream=log) as shown:
         shown.show({"loss": "0.5"})
@@ -61,9 +61,18 @@ def test_a_log_gets_a_line_every_half_minute_and_one_at_the_end(clock: Clock) ->
     assert "\r" not in text
     lines = text.splitlines()
     # After 30, 60 and 90 s; the 900 steps of this run take 90 s, so a third of them takes another 60.
-    assert len(lines) == 90 / LOG_SECONDS + 1
+    assert len(lines) == 90 / LOG_SECONDS
     assert lines[0] == "sft: step 400 of 1,000, loss 0.5, 30 s, 1 min 00 s to go"
     assert lines[-1] == "sft: step 1,000 of 1,000, loss 0.5, 1 min 30 s"
+
+
+def test_the_last_line_has_all(clock: Clock) -> None:
+    log = io.StringIO()
+    with Progress(3, title="sft", unit="step", stream=log) as shown:
+        clock.now += LOG_SECONDS
+        shown.update()
+        shown.update(2)
+    assert [line.split(",")[0] for line in log.getvalue().splitlines()] == ["sft: step 1 of 3", "sft: step 3 of 3"]
 
 
 def test_a_short_job_writes_nothing_into_a_log(clock: Clock) -> None:
@@ -101,7 +110,6 @@ def test_tracked_items_are_handed_on(clock: Clock, capfd: pytest.CaptureFixture[
     assert [line.split(",")[0] for line in capfd.readouterr().err.splitlines()] == [
         "rows: row 1",
         "rows: row 2",
-        "rows: row 3",
         "rows: row 3",
     ]
 
