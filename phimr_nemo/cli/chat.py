@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.generate.chat import printable
 from phimr_nemo.jobs.launch import silence_import_notes
 
 if TYPE_CHECKING:
@@ -178,8 +179,3 @@ def show(console: Console, pieces: Iterable[Piece]) -> str:
         console.print(" [interrupted]", markup=False, end="")
     console.print()
     return "".join(said)
-
-
-def printable(text: str) -> str:
-    """The text with every control character but line break and tab as its escape: a terminal obeys none."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phimr_nemo.cli.chat import COMMANDS, printable
+from phimr_nemo.cli.chat import COMMANDS
 from phimr_nemo.config import BaseConfig, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_prompt, render_turns
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.chat import Piece, Turn, decode_stream, mark_thinking, reply
+from phimr_nemo.generate.chat import Piece, Turn, decode_stream, mark_thinking, printable, reply
 from phimr_nemo.generate.engines import local_sampler
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Request, SamplingParams
