@@ -144,6 +144,12 @@ def track(
             progress.update()
 
 
+def say(line: str) -> None:
+    """A line on standard error, above the bars that are shown there."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
 def duration(seconds: float) -> str:
     """A time for people: "45 s", "6 min 05 s", "2 h 13 min"."""
     whole = round(seconds)
