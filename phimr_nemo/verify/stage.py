@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from phimr_nemo.config import JudgeConfig, VerifyConfig, to_dict
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_file
+from phimr_nemo.store.inputs import TABLES, table_remedy
 from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.shards import (
     check_shard,
@@ -201,10 +202,19 @@ def verify_file(source: Path, target: Path, *, response: str, answer: str, worke
             is missing. Nothing is written then.
     """
     if not source.is_file():
+        is_directory = source.is_dir()
         raise UserError(
-            f"input {source} does not exist",
+            f"input {source} {'is a directory' if is_directory else 'does not exist'}",
             rule="IN is a file of JSON lines or parquet",
-            remedy="correct the path",
+            remedy=f"to grade rollouts: phimr verify rollouts={source} run.output=..."
+            if is_directory
+            else "correct the path",
+        )
+    if source.suffix.lower() in TABLES:
+        raise UserError(
+            f"input {source} is a table of text",
+            rule="IN is a file of JSON lines or parquet",
+            remedy=table_remedy(source),
         )
     if target.exists() and source.samefile(target):
         raise UserError(f"IN and OUT are both {source}", rule="OUT is another file", remedy="name another OUT")

@@ -23,6 +23,7 @@ from phimr_nemo.model.files.distcheckpoint import DistCheckpoint, write_dist_che
 from phimr_nemo.model.files.distindex import FORMAT_FILE
 from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
 from phimr_nemo.store.atomic import atomic_directory
+from phimr_nemo.store.inputs import model_remedy
 
 Kind = Literal["hf", "megatron", "nemo"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -60,7 +61,7 @@ def recognise(path: Path) -> Kind:
         raise UserError(
             f"{path} is no directory",
             rule="a checkpoint is a directory of Hugging Face, of Megatron (torch_dist) or of NeMo 2.0",
-            remedy="correct the path; unpack an archive (.nemo) first",
+            remedy=f"{model_remedy(path)}; an archive (.nemo) is unpacked first",
         )
     if (path / NEMO_WEIGHTS / FORMAT_FILE).is_file():
         return "nemo"
@@ -72,7 +73,7 @@ def recognise(path: Path) -> Kind:
     raise UserError(
         f"{path} is no checkpoint that is understood here; it holds {found or 'nothing'}",
         rule=f"Hugging Face: {CONFIG_FILE}; Megatron: {FORMAT_FILE}; NeMo 2.0: {NEMO_WEIGHTS}/{FORMAT_FILE}",
-        remedy="give the directory that holds these files; save an older checkpoint (mp_rank_00) anew as torch_dist",
+        remedy=f"{model_remedy(path)}; an older checkpoint (mp_rank_00) is saved anew as torch_dist",
     )
 
 

@@ -35,6 +35,7 @@ from phimr_nemo.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, Weigh
 from phimr_nemo.model.origin import Origin
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store.atomic import atomic_directory
+from phimr_nemo.store.inputs import model_remedy
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -59,7 +60,7 @@ class HFDirectory:
             raise UserError(
                 f"model directory {self.path} does not exist",
                 rule="a model is a local Hugging Face directory",
-                remedy="download it first (huggingface-cli download), or correct the path",
+                remedy=model_remedy(self.path),
             )
         self.architecture = Architecture.from_directory(self.path)
         self._files = _weight_files(self.path)
