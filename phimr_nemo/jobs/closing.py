@@ -13,14 +13,12 @@ from phimr_nemo.config.load import find_config, flat, read_preset
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
 from phimr_nemo.store.progress import duration
-from phimr_nemo.store.runs import RunDirectory, read_metrics
+from phimr_nemo.store.runs import RunDirectory, newest_mean, read_metrics
 
 PART_OF: Final = "PHIMR_PART_OF"
 """Environment variable of commands that another one runs in their order: the next command is not the user's."""
 MODEL: Final = "hf"
 MODEL_STAGES: Final = frozenset(("base", "midtrain", "sft", "dpo", "grpo", "export"))
-NEWEST_SHARE: Final = 0.1
-"""Of the logged steps, over whose mean a training metric is told: one batch says little."""
 FIGURES: Final = 3
 SECOND_PASS: Final = "-rollouts"
 """End of the names of presets for the model's own rollouts."""
@@ -107,7 +105,8 @@ def _model(_: Path, facts: Mapping[str, Any]) -> list[str]:
 
 def _trained(*names: str) -> Callable[[Path, Mapping[str, Any]], list[str]]:
     def told(output: Path, facts: Mapping[str, Any]) -> list[str]:
-        found = ((name, newest_mean(output, name)) for name in names)
+        lines = list(read_metrics(output))
+        found = ((name, newest_mean(lines, name)) for name in names)
         return [f"steps {facts['steps']:,}", *(f"{n} {v:.4g}" for n, v in found if v is not None)]
 
     return told
@@ -134,13 +133,6 @@ FIGURES_OF: Final[Mapping[str, Callable[[Path, Mapping[str, Any]], list[str]]]] 
     "evaluate": _evaluated,
     "export": _model,
 }
-
-
-def newest_mean(output: Path, metric: str) -> float | None:
-    """Mean of a metric over the newest tenth of its logged values, at least one; None where it was never logged."""
-    values = [float(row[metric]) for row in read_metrics(output) if metric in row]
-    newest = values[-math.ceil(NEWEST_SHARE * len(values)) :]
-    return math.fsum(newest) / len(newest) if newest else None
 
 
 def next_command(stage: str, output: Path, preset: Path, facts: Mapping[str, Any]) -> str:
