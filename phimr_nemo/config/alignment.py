@@ -11,6 +11,8 @@ from pydantic import Field
 
 from phimr_nemo.config.common import (
     CheckpointConfig,
+    EarlyStoppingConfig,
+    GuardConfig,
     ModelConfig,
     NonNegative,
     OptimConfig,
@@ -18,9 +20,11 @@ from phimr_nemo.config.common import (
     Positive,
     RunConfig,
     Share,
+    TrackingConfig,
     config,
 )
 from phimr_nemo.config.sampler import OverlongResponses, RolloutSampler, Stale
+from phimr_nemo.errors import UserError
 
 AboveZero = Annotated[float, Field(gt=0.0)]
 
@@ -74,6 +78,21 @@ DPOReference = Annotated[StoredReference | OnlineReference, Field(discriminator=
 Overlong = Literal["drop", "truncate", "error"]
 
 
+def _stops() -> GuardConfig:
+    return GuardConfig(on_nan="stop")
+
+
+@config
+class DPOCheckpointConfig(CheckpointConfig):
+    """Checkpoints of stage 3.
+
+    Attributes:
+        metric: what `best` and early stopping go by, as its mean between two checkpoints.
+    """
+
+    metric: Literal["loss", "accuracy", "margin"] = "loss"
+
+
 @config
 class DPOConfig:
     """Stage 3: rollout DPO.
@@ -105,7 +124,10 @@ class DPOConfig:
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig
+    checkpoint: DPOCheckpointConfig
+    guard: GuardConfig = field(default_factory=_stops)
+    early_stopping: EarlyStoppingConfig | None = None
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     max_steps: NonNegative = 0
 
 
@@ -230,6 +252,17 @@ class MonitorConfig:
 
 
 @config
+class GRPOCheckpointConfig(CheckpointConfig):
+    """Checkpoints of stage 4.
+
+    Attributes:
+        metric: what `best` and early stopping go by, as its mean between two checkpoints.
+    """
+
+    metric: Literal["pass_rate", "reward"] = "pass_rate"
+
+
+@config
 class GRPOConfig:
     """Stage 4: GRPO with a verifiable reward.
 
@@ -283,4 +316,15 @@ class GRPOConfig:
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig
+    checkpoint: GRPOCheckpointConfig
+    guard: GuardConfig = field(default_factory=_stops)
+    early_stopping: EarlyStoppingConfig | None = None
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.guard.spike_factor is not None and self.guard.spike_of == "loss":
+            raise UserError(
+                f"guard.spike_factor={self.guard.spike_factor} with guard.spike_of=loss",
+                rule="a policy gradient's loss lies around 0: its median says nothing about spikes",
+                remedy="set guard.spike_of=grad_norm",
+            )

@@ -128,6 +128,8 @@ class ExportConfig:
         licence: its identifier on the hub.
         stages: stage name -> run directory, for the model card.
         evaluations: row name -> directory of an evaluation, for the model card's table.
+        knows: what the model can be asked, in a sentence or two, with an example: for the model card and for the
+            first line of `phimr chat`.
     """
 
     run: RunConfig
@@ -136,3 +138,4 @@ class ExportConfig:
     licence: str
     stages: dict[str, Path] = field(default_factory=dict)
     evaluations: dict[str, Path] = field(default_factory=dict)
+    knows: str | None = None

@@ -22,6 +22,7 @@ from phimr_nemo.data.sources.recorded import load_recorded_rollouts
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.progress import track
 from phimr_nemo.store.shards import (
     Manifest,
     conform,
@@ -114,7 +115,7 @@ def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any
         raise UserError(
             f"{teacher.path} holds no response to the given problems ({counts})",
             rule="a recorded response belongs to a problem with the same question and answer",
-            remedy="leave problems out to use every recorded question, or correct the columns",
+            remedy="problems=null uses every recorded question; or correct the columns",
         )
     return _write(config, rollouts, lambda part: part, counts, inputs=[teacher.path, *_problem_files(config)])
 
@@ -131,12 +132,10 @@ def _write(
     inputs: list[Path],
 ) -> dict[str, Any] | None:
     """Make shards of `shard_size` rows of `table` that are not there yet."""
-    from tqdm import tqdm
-
     directory = config.run.output
     shards = range(-(-table.num_rows // config.shard_size))
     mine = shards[config.shard.index :: config.shard.count]
-    for index in tqdm(mine, desc="generate", unit="shard"):
+    for index in track(mine, title="generate", unit="shard"):
         if not shard_is_complete(directory, index):
             part = table.slice(index * config.shard_size, config.shard_size)
             write_shard(directory, index, make(part), kind="rollouts")

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +19,15 @@ from phimr_nemo.align.grpo.collapse import REMEDIES, RISING, CollapseWatch
 from phimr_nemo.align.grpo.log import GRPOLog
 from phimr_nemo.align.grpo.rewards import Graded
 from phimr_nemo.align.grpo.rollouts import Rollout, graded_rollouts, rollout_metrics
-from phimr_nemo.align.plots import GRPO_PLOT_FILE, plot_grpo
-from phimr_nemo.config import GRPOConfig, load_config
+from phimr_nemo.config import GRPOConfig, TrackingConfig, load_config
 from phimr_nemo.config.alignment import MonitorConfig
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.generate.sampler import Completion
-from phimr_nemo.store.runs import METRICS_FILE, MetricsWriter, read_metrics
+from phimr_nemo.store.runs import METRICS_FILE, read_metrics
 from phimr_nemo.training.metrics import PASS_RATE_NAMES
+from phimr_nemo.training.plots import GRPO_PLOT_FILE, plot_grpo
+from phimr_nemo.training.tracking import RunLog
 
 HEALTHY: Mapping[str, float] = {"pass_rate": 0.6, "repetitive": 0.01, "truncated": 0.1, "entropy": 0.3}
 GROUP = 8
@@ -195,8 +197,9 @@ def test_rounds_become_lines_warnings_and_a_picture(
     good = [rollout(slot, sample, correct=sample < 3) for slot in range(4) for sample in range(4)]
     bad = [replace(each, is_correct=False, repetition=1.0) for each in good]
     settings = replace(monitor, dashboard_every=1000)
-    with MetricsWriter(tmp_path) as writer, caplog.at_level(logging.WARNING):
-        log = GRPOLog(writer, SimpleNamespace(grad_norm=2.0), 1, settings, tmp_path)  # type: ignore[arg-type]
+    with closing(RunLog(tmp_path, TrackingConfig(), {}, done=0)) as writer, caplog.at_level(logging.WARNING):
+        optimizer: Any = SimpleNamespace(grad_norm=2.0)
+        log = GRPOLog(writer, optimizer, 1, lambda _: {}, monitor=settings, directory=tmp_path)
         for step in range(12):
             log_round(log, step, good if step < 6 else bad)
         assert not (tmp_path / GRPO_PLOT_FILE).exists()

@@ -79,6 +79,12 @@ class GRPOTrainer(ReinforceTrainer):
         self.config, self.prompts, self.rounds, self.grader = config, prompts, rounds, grader
         self.tokenizer = tokenizer
         self._functions = import_rewards(config.reward)
+        self._rollouts: Sequence[Rollout] = ()
+
+    def prompts_of_the_round(self) -> list[dict[str, Any]]:
+        """Return what names the prompts that the step under way trains on."""
+        numbers = sorted({rollout.prompt for rollout in self._rollouts})
+        return [{"prompt": number, "id": self.prompts.prompts[number].id} for number in numbers]
 
     # ---- rollouts ------------------------------------------------------------------------------------------
 
@@ -187,7 +193,7 @@ class GRPOTrainer(ReinforceTrainer):
         """Upstream's checkpoint, and then the round that is under way: there may be no time to wait for that."""
         super().save(extra_candidates, is_train_end)
         self.rounds.save(self.step)
-        self.rounds.forget(self.ckpt_callback.steps())
+        self.rounds.forget(self.ckpt_callback.store.steps())
 
     def _reward_parts(self, graded: Graded) -> dict[str, float]:
         return reward_parts(graded, self.config.reward, self._functions, self.config.overlong)
@@ -196,6 +202,7 @@ class GRPOTrainer(ReinforceTrainer):
 
     def generate_reinforce_data(self, rollout_batch: list[Rollout]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Choose the rows to train on, give them advantages, and lay out this rank's part of every update."""
+        self._rollouts = rollout_batch
         selection = selected(rollout_batch, self.config, self.step)
         chosen = [rollout_batch[i] for i in selection.kept]
         groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.data.sources.problems import (
+    TEACHER_NAMING,
     Columns,
     IncompleteRow,
     IncompleteRows,
@@ -111,10 +112,10 @@ def load_recorded_rollouts(
     for place, row in itertools.islice(read_rows(path), limit or None):
         where = f"{path}, {place}"
         if columns is None:
-            columns = find_columns(path, row, question=question, answer=answer)
+            columns = find_columns(path, row, naming=TEACHER_NAMING, question=question, answer=answer)
             if not list(responses_of(row, response, teacher, where)):
                 wanted = response or f"one of {list(RESPONSE_COLUMNS)}, or one object a model with one of these"
-                raise missing_column(path, f"a response column ({wanted})", row)
+                raise missing_column(path, f"a response column ({wanted})", row, TEACHER_NAMING)
         read += 1
         try:
             problem = problem_of(row, columns, where=where, source=path.name)

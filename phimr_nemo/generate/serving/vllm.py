@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -21,6 +22,8 @@ from phimr_nemo.generate.plan import QUESTION
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
 from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
+from phimr_nemo.model.dtypes import TORCH_NAMES
+from phimr_nemo.model.regime import warn_of_other_regime
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store.content import file_sha256
 
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
 IN_PROCESS: Final = "VLLM_ENABLE_V1_MULTIPROCESSING"
 WEIGHTS_BACKEND: Final = "phimr_files"
 """The name under which our engine for new weights is registered with vLLM."""
@@ -76,7 +78,7 @@ class VLLMSampler:
             model=str(model),
             trust_remote_code=False,
             load_format="safetensors",
-            dtype=DTYPES[dtype],
+            dtype=TORCH_NAMES[dtype],
             max_model_len=max_length,
             max_num_seqs=options.max_batch,
             gpu_memory_utilization=options.memory_share,
@@ -190,7 +192,7 @@ class VLLMEngine:
                 tokenizer=str(teacher.path),
                 trust_remote_code=False,
                 load_format="safetensors",
-                dtype=DTYPES[teacher.dtype],
+                dtype=TORCH_NAMES[teacher.dtype],
                 max_model_len=max_length,
                 max_num_seqs=teacher.max_batch,
                 tensor_parallel_size=teacher.tensor,
@@ -228,7 +230,7 @@ class VLLMEngine:
             for request in requests
         ]
         try:
-            outputs = self._llm.generate(prompts, settings, use_tqdm=True)
+            outputs = self._llm.generate(prompts, settings, use_tqdm=sys.stderr.isatty())
         except ValueError as error:
             raise UserError(
                 f"vLLM refuses a prompt: {error}",
@@ -302,7 +304,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> None:
-    """Refuse a policy that vLLM and TensorRT-LLM do not follow at this length.
+    """Refuse a policy that vLLM and TensorRT-LLM do not follow at this length, and warn of one not trained with.
 
     They use the long factors for every sequence as soon as their maximum length exceeds the original one.
 
@@ -313,6 +315,7 @@ def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> 
     if config.get("model_type") != MODEL_TYPE:
         return
     architecture = Architecture.from_directory(directory)
+    warn_of_other_regime(architecture, directory, max_length, policy)
     original = architecture.original_max_position_embeddings
     if architecture.long_factor is None or max_length <= original:
         return
