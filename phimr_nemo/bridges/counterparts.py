@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
 from phimr_nemo.errors import UserError
 
 How = Literal["same", "translated", "data", "patch", "launcher", "none"]
@@ -70,6 +71,21 @@ def refused(found: str, target: str, remedy: str) -> UserError:
     return UserError(
         found, rule=f"{target} has no counterpart of this, and leaving it out would change the run", remedy=remedy
     )
+
+
+def check_common(config: SFTConfig | DPOConfig | GRPOConfig, target: str) -> None:
+    """Refuse what none of the other trainers does.
+
+    Raises:
+        UserError: a setting without a counterpart.
+    """
+    if config.guard.on_nan != "stop" or config.guard.spike_factor is not None:
+        raise refused("guard.on_nan=skip or a spike rule", target, "guard.on_nan=stop guard.spike_factor=null")
+    if config.early_stopping is not None:
+        raise refused("early_stopping is on", target, "early_stopping=null")
+    by_validation = isinstance(config, SFTConfig) and config.checkpoint.metric == "val_loss"
+    if config.checkpoint.best and not by_validation:
+        raise refused("checkpoint.best", target, "checkpoint.best=false")
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.bridges.counterparts import Counterpart, refused
+from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
 from phimr_nemo.bridges.export import Export
 from phimr_nemo.bridges.files import TRAIN, VALIDATION
 from phimr_nemo.bridges.samples import Sample, dpo_samples, grpo_samples, sft_samples
@@ -40,6 +40,7 @@ COMMON: Final = (
     Counterpart("optim.min_lr", "translated", "policy.scheduler"),
     Counterpart("optim.warmup_fraction", "translated", "policy.scheduler"),
     Counterpart("optim.schedule", "translated", "policy.scheduler"),
+    Counterpart("optim.decay_fraction", "translated", "policy.scheduler"),
     Counterpart("optim.weight_decay", "same", "policy.optimizer.kwargs.weight_decay", "there of norms as well"),
     Counterpart("optim.beta1", "same", "policy.optimizer.kwargs.betas"),
     Counterpart("optim.beta2", "same", "policy.optimizer.kwargs.betas"),
@@ -54,6 +55,14 @@ COMMON: Final = (
     Counterpart("parallel.data", "launcher", "cluster.gpus_per_node, cluster.num_nodes"),
     Counterpart("checkpoint.every", "same", "checkpointing.save_period"),
     Counterpart("checkpoint.keep", "same", "checkpointing.keep_top_k"),
+    Counterpart(
+        "checkpoint.best", "translated", "checkpointing.metric_name", "SFT's by validation loss, else refused"
+    ),
+    Counterpart("checkpoint.metric", "translated", "checkpointing.metric_name", "of checkpoint.best alone"),
+    Counterpart("checkpoint.asynchronous", "none", "", "how a checkpoint is written changes no number"),
+    Counterpart("guard.", "none", "", "refused unless on_nan=stop without a spike rule; there a NaN goes on"),
+    Counterpart("early_stopping", "none", "", "refused unless off"),
+    Counterpart("tracking.wandb", "launcher", "logger.wandb_enabled", "off"),
 )
 SFT: Final = (
     *COMMON,
@@ -68,14 +77,7 @@ SFT: Final = (
     Counterpart("data_workers", "same", "data.num_workers"),
     Counterpart("max_steps", "translated", "sft.max_num_steps"),
     Counterpart("overlap.", "none", "", "how communication is hidden changes no number"),
-    Counterpart("checkpoint.best", "translated", "checkpointing.metric_name", "it keeps the best ones always"),
-    Counterpart("checkpoint.asynchronous", "none", "", "how a checkpoint is written changes no number"),
-    Counterpart(
-        "guard.", "none", "", "refused unless on_nan=stop without a spike rule; there a NaN is not stopped at"
-    ),
-    Counterpart("early_stopping", "none", "", "refused unless off"),
     Counterpart("evaluation", "none", "", "refused unless off"),
-    Counterpart("tracking.wandb", "launcher", "logger.wandb_enabled", "off"),
 )
 DPO: Final = (
     *COMMON,
@@ -133,14 +135,12 @@ def export_nemo_rl(config: Config) -> Export:
     """
     if isinstance(config, SFTConfig):
         samples = sft_samples(config)
-        settings, table, shape = sft_settings(config, samples.steps), SFT, conversation
-    elif isinstance(config, DPOConfig):
+        return Export(VERSION, sft_settings(config, samples.steps), SFT, samples, conversation)
+    if isinstance(config, DPOConfig):
         samples = dpo_samples(config)
-        settings, table, shape = dpo_settings(config, samples.steps), DPO, pair
-    else:
-        samples = grpo_samples(config)
-        settings, table, shape = grpo_settings(config, samples.steps), GRPO, problem
-    return Export(VERSION, settings, table, samples, shape)
+        return Export(VERSION, dpo_settings(config, samples.steps), DPO, samples, pair)
+    samples = grpo_samples(config)
+    return Export(VERSION, grpo_settings(config, samples.steps), GRPO, samples, problem)
 
 
 def conversation(sample: Sample) -> Sample:
@@ -165,7 +165,7 @@ def sft_settings(config: SFTConfig, steps: int) -> Settings:
         UserError: a setting without a counterpart.
     """
     check_sft(config, TARGET)
-    settings = _common("sft", config, steps, supervised=True)
+    settings = _common("sft", config, steps)
     settings["sft"] = {
         "max_num_epochs": 1,
         "max_num_steps": steps,
@@ -200,7 +200,7 @@ def dpo_settings(config: DPOConfig, steps: int) -> Settings:
         raise refused("overlong=truncate", TARGET, "overlong=drop")
     if getattr(config.reference, "path", None) is not None:
         raise refused("reference.path", TARGET, "reference.path=null")
-    settings = _common("dpo", config, steps, supervised=False)
+    settings = _common("dpo", config, steps)
     nll = config.loss.nll_weight if isinstance(config.loss, RPOLoss) else 0.0
     settings["dpo"] = {
         "max_num_epochs": 1,
@@ -228,7 +228,7 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
         UserError: a setting without a counterpart.
     """
     check_grpo(config, TARGET)
-    settings = _common("grpo", config, steps * config.inner_batches, supervised=False)
+    settings = _common("grpo", config, steps * config.inner_batches)
     settings["grpo"] = {
         "num_prompts_per_step": config.prompts_per_step,
         "num_generations_per_prompt": config.group_size,
@@ -296,11 +296,8 @@ def check_sft(config: SFTConfig, target: str) -> None:
     """
     if config.loss_on != "response":
         raise refused(f"loss_on={config.loss_on}", target, "loss_on=response")
-    if config.guard.on_nan != "stop" or config.guard.spike_factor is not None:
-        raise refused("guard.on_nan=skip or a spike rule", target, "guard.on_nan=stop guard.spike_factor=null")
-    for name in ("early_stopping", "evaluation"):
-        if getattr(config, name) is not None:
-            raise refused(f"{name} is on", target, f"{name}=null")
+    if config.evaluation is not None:
+        raise refused("evaluation is on", target, "evaluation=null")
 
 
 def check_grpo(config: GRPOConfig, target: str) -> None:
@@ -335,7 +332,8 @@ def regime_overrides(config: ModelConfig, base: Path, sequence_length: int) -> S
     return {"rope_scaling": {"type": "longrope", "short_factor": factors, "long_factor": factors}}
 
 
-def _common(stage: str, config: Config, steps: int, *, supervised: bool) -> Settings:
+def _common(stage: str, config: Config, steps: int) -> Settings:
+    check_common(config, TARGET)
     parallel, optim = config.parallel, config.optim
     if parallel.pipeline != 1:
         raise refused(f"parallel.pipeline={parallel.pipeline}", TARGET, "parallel.pipeline=1")
@@ -368,7 +366,7 @@ def _common(stage: str, config: Config, steps: int, *, supervised: bool) -> Sett
                     "eps": optim.eps,
                 },
             },
-            "scheduler": torch_schedulers(optim, steps, supervised=supervised),
+            "scheduler": torch_schedulers(optim, steps),
         },
         "data": {"max_input_seq_length": config.sequence_length, "shuffle": False},
         "checkpointing": {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
-from phimr_nemo.bridges.counterparts import Counterpart, refused
+from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
 from phimr_nemo.bridges.export import Export
 from phimr_nemo.bridges.files import TRAIN, VALIDATION
 from phimr_nemo.bridges.nemo_rl import (
@@ -29,6 +29,7 @@ TARGET: Final = "Nemotron"
 VERSION: Final = "Nemotron 0.1"
 STEP_DEFAULTS: Final = "default.yaml"
 
+# Where NeMo-RL's lines lead in Automodel; "" where there is no place.
 _THERE: Final = {
     "run.output": "checkpoint.checkpoint_dir",
     "run.seed": "rng.seed",
@@ -40,6 +41,7 @@ _THERE: Final = {
     "optim.min_lr": "lr_scheduler.min_lr",
     "optim.warmup_fraction": "lr_scheduler.lr_warmup_steps",
     "optim.schedule": "lr_scheduler.lr_decay_style",
+    "optim.decay_fraction": "",
     "optim.weight_decay": "optimizer.weight_decay",
     "optim.beta1": "optimizer.betas",
     "optim.beta2": "optimizer.betas",
@@ -51,12 +53,13 @@ _THERE: Final = {
     "parallel.data": "torchrun --nproc-per-node",
     "checkpoint.every": "step_scheduler.ckpt_every_steps",
     "checkpoint.keep": "",
+    "checkpoint.best": "",
+    "checkpoint.metric": "",
+    "tracking.wandb": "wandb",
 }
 SFT: Final = (
     *(
-        dataclasses.replace(
-            line, theirs=_THERE[line.ours], how="none" if line.ours == "checkpoint.keep" else line.how
-        )
+        dataclasses.replace(line, theirs=_THERE[line.ours], how=line.how if _THERE[line.ours] else "none")
         if line.ours in _THERE
         else line
         for line in COMMON
@@ -74,14 +77,7 @@ SFT: Final = (
     Counterpart("data_workers", "none", "", "changes no number"),
     Counterpart("max_steps", "translated", "step_scheduler.max_steps"),
     Counterpart("overlap.", "none", "", "how communication is hidden changes no number"),
-    Counterpart("checkpoint.best", "none", "", "refused unless off"),
-    Counterpart("checkpoint.asynchronous", "none", "", "how a checkpoint is written changes no number"),
-    Counterpart(
-        "guard.", "none", "", "refused unless on_nan=stop without a spike rule; there a NaN is not stopped at"
-    ),
-    Counterpart("early_stopping", "none", "", "refused unless off"),
     Counterpart("evaluation", "none", "", "refused unless off"),
-    Counterpart("tracking.wandb", "launcher", "wandb", "off"),
 )
 
 
@@ -112,12 +108,15 @@ def automodel_settings(config: SFTConfig, steps: int) -> Settings:
     Raises:
         UserError: a setting without a counterpart.
     """
+    check_common(config, TARGET)
     check_sft(config, TARGET)
     parallel, optim = config.parallel, config.optim
     if parallel.pipeline != 1:
         raise refused(f"parallel.pipeline={parallel.pipeline}", TARGET, "parallel.pipeline=1")
     if config.model.fp8 is not None:
         raise refused(f"model.fp8={config.model.fp8}", TARGET, "model.fp8=null")
+    if optim.schedule == "wsd":
+        raise refused("optim.schedule=wsd", TARGET, "optim.schedule=cosine, linear or constant")
     if config.checkpoint.best:
         raise refused("checkpoint.best", TARGET, "checkpoint.best=false")
     data = "nemo_automodel.components.datasets.llm.chat_dataset.ChatDataset"

@@ -29,7 +29,7 @@ def main(export: Path, output: Path, file: Path) -> None:
         )
         return scored
 
-    run.AnnealedGRPOTrainer._generate_and_score_completions = recorded  # type: ignore[method-assign]
+    run.AnnealedGRPOTrainer._generate_and_score_completions = recorded  # type: ignore[method-assign,assignment]
     log = run.run(export, output)
     file.write_text(json.dumps({"rounds": rounds, "log": log}))
 

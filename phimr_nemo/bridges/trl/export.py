@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Final
 
 from phimr_nemo.align.grpo.stabilisers import annealed_temperature
+from phimr_nemo.bridges.counterparts import Counterpart
 from phimr_nemo.bridges.export import Export
 from phimr_nemo.bridges.files import SCHEDULE
 from phimr_nemo.bridges.samples import dpo_samples, grpo_samples, sft_samples
-from phimr_nemo.bridges.schedule import alignment_rates, supervised_rates
+from phimr_nemo.bridges.schedule import learning_rates
 from phimr_nemo.bridges.trl.settings import DPO, GRPO, SFT, dpo_settings, grpo_settings, sft_settings
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
 
@@ -23,18 +25,19 @@ def export_trl(config: SFTConfig | DPOConfig | GRPOConfig) -> Export:
         UserError: a setting without a counterpart, or data that is not usable.
     """
     schedule: dict[str, Any] = {}
+    table: Sequence[Counterpart]
     if isinstance(config, SFTConfig):
         samples = sft_samples(config)
         trainer, table = sft_settings(config, samples.steps), SFT
-        schedule["rates"] = supervised_rates(config.optim, samples.steps)
+        schedule["rates"] = learning_rates(config.optim, samples.steps)
     elif isinstance(config, DPOConfig):
         samples = dpo_samples(config)
         trainer, table = dpo_settings(config, samples.steps), DPO
-        schedule["rates"] = alignment_rates(config.optim, samples.steps)
+        schedule["rates"] = learning_rates(config.optim, samples.steps)
     else:
         samples = grpo_samples(config)
         trainer, table = grpo_settings(config, samples.steps), GRPO
-        schedule["rates"] = alignment_rates(config.optim, config.steps * config.inner_batches)
+        schedule["rates"] = learning_rates(config.optim, config.steps * config.inner_batches)
         schedule["temperatures"] = [
             annealed_temperature(step, config.steps, config.temperature) for step in range(config.steps)
         ]

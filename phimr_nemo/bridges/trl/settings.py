@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from phimr_nemo.bridges.counterparts import Counterpart, refused
+from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
 from phimr_nemo.config.alignment import StoredReference, TruncatedCorrection
 from phimr_nemo.config.sampler import LocalRollouts, RolloutServers, VLLMRollouts
@@ -33,6 +33,7 @@ COMMON: Final = (
     Counterpart("optim.min_lr", "patch", "schedule.json"),
     Counterpart("optim.warmup_fraction", "patch", "schedule.json", "TRL's warm-up begins at a rate of 0"),
     Counterpart("optim.schedule", "patch", "schedule.json"),
+    Counterpart("optim.decay_fraction", "patch", "schedule.json"),
     Counterpart("optim.weight_decay", "same", "weight_decay", "norms have none, as here"),
     Counterpart("optim.beta1", "same", "adam_beta1"),
     Counterpart("optim.beta2", "same", "adam_beta2"),
@@ -47,6 +48,13 @@ COMMON: Final = (
     Counterpart("parallel.data", "launcher", "accelerate launch --num_processes"),
     Counterpart("checkpoint.every", "same", "save_steps"),
     Counterpart("checkpoint.keep", "same", "save_total_limit"),
+    Counterpart("checkpoint.best", "translated", "load_best_model_at_end", "SFT's by validation loss, else refused"),
+    Counterpart("checkpoint.metric", "translated", "metric_for_best_model", "of checkpoint.best alone"),
+    Counterpart("checkpoint.asynchronous", "none", "", "how a checkpoint is written changes no number"),
+    Counterpart("guard.on_nan", "patch", "the runner stops at a loss that is not finite", "refused unless stop"),
+    Counterpart("guard.", "none", "", "a spike rule is refused"),
+    Counterpart("early_stopping", "none", "", "refused unless off"),
+    Counterpart("tracking.wandb", "launcher", "report_to", "none by default"),
 )
 SFT: Final = (
     *COMMON,
@@ -61,13 +69,7 @@ SFT: Final = (
     Counterpart("data_workers", "same", "dataloader_num_workers"),
     Counterpart("max_steps", "data", "max_steps"),
     Counterpart("overlap.", "none", "", "how communication is hidden changes no number"),
-    Counterpart("checkpoint.best", "translated", "load_best_model_at_end, metric_for_best_model"),
-    Counterpart("checkpoint.asynchronous", "none", "", "how a checkpoint is written changes no number"),
-    Counterpart("guard.on_nan", "patch", "the runner stops at a loss that is not finite", "refused unless stop"),
-    Counterpart("guard.", "none", "", "a spike rule is refused"),
-    Counterpart("early_stopping", "none", "", "refused unless off"),
     Counterpart("evaluation", "none", "", "refused unless off"),
-    Counterpart("tracking.wandb", "launcher", "report_to", "none by default"),
 )
 DPO: Final = (
     *COMMON,
@@ -122,11 +124,8 @@ def sft_settings(config: SFTConfig, steps: int) -> Settings:
     Raises:
         UserError: a setting without a counterpart.
     """
-    if config.guard.on_nan != "stop" or config.guard.spike_factor is not None:
-        raise refused("guard.on_nan=skip or a spike rule", TARGET, "guard.on_nan=stop guard.spike_factor=null")
-    for name in ("early_stopping", "evaluation"):
-        if getattr(config, name) is not None:
-            raise refused(f"{name} is on", TARGET, f"{name}=null")
+    if config.evaluation is not None:
+        raise refused("evaluation is on", TARGET, "evaluation=null")
     validated = config.validation_rows > 0
     return {
         **_common(config, steps),
@@ -243,6 +242,7 @@ def _sampler(config: GRPOConfig) -> Settings:
 
 
 def _common(config: SFTConfig | DPOConfig | GRPOConfig, steps: int) -> Settings:
+    check_common(config, TARGET)
     parallel = config.parallel
     if (parallel.tensor, parallel.pipeline, parallel.context) != (1, 1, 1):
         raise refused(
