@@ -19,10 +19,9 @@ from phimr_nemo.config.alignment import RewardConfig
 from phimr_nemo.config.sampler import OverlongResponses, SoftOverlong
 from phimr_nemo.errors import UserError
 from phimr_nemo.verify.extract import final_answer, visible_text
+from phimr_nemo.verify.verdict import UNGRADED
 
 CORRECT: Final = "correct"
-UNGRADED: Final = frozenset({"error", "timeout"})
-"""Verdicts that say something about the grader and nothing about the response."""
 
 
 @dataclass(frozen=True)
