@@ -11,8 +11,6 @@ from typing import Final
 import torch.distributed as dist
 
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.config import CheckpointConfig
-from phimr_nemo.errors import UserError
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import input_hash
@@ -48,20 +46,6 @@ def frozen_heap() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def check_checkpointing(config: CheckpointConfig) -> None:
-    """Refuse a checkpoint section that could lose work.
-
-    Raises:
-        UserError: `every` or `keep` below 1.
-    """
-    if config.every < 1 or config.keep < 1:
-        raise UserError(
-            f"checkpoint.every={config.every}, checkpoint.keep={config.keep}",
-            rule="both are at least 1: without checkpoints an interrupted run starts again",
-            remedy="set checkpoint.every to the steps that you can afford to repeat",
-        )
 
 
 def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:

@@ -26,12 +26,13 @@ LEAVE: Final = "/exit"
 
 
 def open_model(
-    directory: Path, *, max_length: int | None, dtype: Dtype
+    directory: Path, params: SamplingParams, *, max_length: int | None, dtype: Dtype
 ) -> tuple[LocalSampler, PreTrainedTokenizerFast]:
     """A model directory's sampler and tokenizer.
 
     Args:
         directory: a Hugging Face directory.
+        params: how tokens are drawn.
         max_length: longest conversation in tokens, which decides LongRoPE's factors; None: the model's context.
         dtype: to compute in.
 
@@ -39,10 +40,8 @@ def open_model(
         UserError: an unreadable model or tokenizer, or a length beyond the model's context.
     """
     silence_import_notes()
-    import torch
-
-    from phimr_nemo.data.chat import load_tokenizer
-    from phimr_nemo.generate.engines import local_sampler
+    from phimr_nemo.config import LocalEngine
+    from phimr_nemo.generate.engines import SampledModel, open_engine
     from phimr_nemo.model.files.hf import HFDirectory
 
     source = HFDirectory(directory)
@@ -53,13 +52,9 @@ def open_model(
             rule=f"from 1 to the model's context of {context} tokens",
             remedy="leave it out to use the whole context",
         )
-    sampler = local_sampler(
-        source,
-        max_length=max_length or context,
-        max_batch=1,
-        dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
-    )
-    return sampler, load_tokenizer(directory)
+    model = SampledModel(directory=directory, max_length=max_length or context)
+    opened = open_engine(LocalEngine(max_batch=1, dtype=dtype), model, params)
+    return opened.sampler, opened.tokenizer
 
 
 def chat(directory: Path, params: SamplingParams, *, seed: int, max_length: int | None, dtype: Dtype) -> None:
@@ -68,7 +63,7 @@ def chat(directory: Path, params: SamplingParams, *, seed: int, max_length: int 
     Raises:
         UserError: as :func:`open_model`, or a conversation without room for a reply.
     """
-    sampler, tokenizer = open_model(directory, max_length=max_length, dtype=dtype)
+    sampler, tokenizer = open_model(directory, params, max_length=max_length, dtype=dtype)
     from phimr_nemo.generate.chat import Turn, reply
 
     console = Console(highlight=False)
@@ -110,7 +105,7 @@ def sample(
     Raises:
         UserError: as :func:`open_model`, or a question that spells a special token or leaves no room.
     """
-    sampler, tokenizer = open_model(directory, max_length=max_length, dtype=dtype)
+    sampler, tokenizer = open_model(directory, params, max_length=max_length, dtype=dtype)
     from phimr_nemo.generate.chat import Turn, reply
 
     console = Console(highlight=False)

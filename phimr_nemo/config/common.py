@@ -6,38 +6,61 @@ their source, and not here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
-from typing_extensions import dataclass_transform
+from pydantic import BeforeValidator, Field
 
-T = TypeVar("T")
+from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
 
 Dtype = Literal["fp32", "bf16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
 Fp8Recipe = Literal["delayed", "current"]
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["cosine", "linear", "constant"]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+LARGEST_NUMBER: Final = 2**53
+"""Whole numbers up to here are exact everywhere, in JSON too."""
+LARGEST_SEED: Final = 2**32 - 1
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def config(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass in which an unknown key is an error."""
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
-    return dataclass(frozen=True, kw_only=True)(cls)
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise RuleBroken(f"{KEY}={value}", rule=f"{KEY} is a number", remedy=f"for example {KEY}=1")
+    return value
+
+
+def _no_empty_text(value: Any) -> Any:
+    if value == "":
+        raise RuleBroken(
+            f"{KEY} is empty", rule=f"{KEY} names a file or directory", remedy=f"for example {KEY}=runs/x"
+        )
+    return value
+
+
+IsNumber = BeforeValidator(_no_truth_value)
+"""YAML's `true` and `yes` are no numbers; pydantic would take them for 1."""
+Positive = Annotated[int, Field(ge=1, le=LARGEST_NUMBER), IsNumber]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST_NUMBER), IsNumber]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED), IsNumber]
+Number = Annotated[float, IsNumber]
+Share = Annotated[float, Field(ge=0.0, le=1.0), IsNumber]
+PositiveShare = Annotated[float, Field(gt=0.0, le=1.0), IsNumber]
+AboveZero = Annotated[float, Field(gt=0.0), IsNumber]
+AtLeastZero = Annotated[float, Field(ge=0.0), IsNumber]
+AtLeastOne = Annotated[float, Field(ge=1.0), IsNumber]
+AboveOne = Annotated[float, Field(gt=1.0), IsNumber]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0), IsNumber]
+Name = Annotated[str, Field(min_length=1)]
+Place = Annotated[Path, BeforeValidator(_no_empty_text)]
 
 
 @config
 class RunConfig:
     """Where a run writes and what seeds it."""
 
-    output: Path
-    seed: NonNegative
+    output: Place
+    seed: Seed
     log_every: Positive = 1
 
 
@@ -47,6 +70,14 @@ class ShardConfig:
 
     index: NonNegative = 0
     count: Positive = 1
+
+    def __post_init__(self) -> None:
+        if self.index >= self.count:
+            raise RuleBroken(
+                f"{AT}index={self.index} with {AT}count={self.count}",
+                rule=f"{AT}index counts from 0 and is below {AT}count",
+                remedy=f"use {AT}index={self.count - 1} or less, or raise {AT}count",
+            )
 
 
 @config
@@ -68,6 +99,20 @@ class ParallelConfig:
     sequence: bool = False
     context: Positive = 1
     virtual: Positive = 1
+
+    def __post_init__(self) -> None:
+        if self.virtual > 1 and self.pipeline == 1:
+            raise RuleBroken(
+                f"{AT}virtual={self.virtual} with {AT}pipeline=1",
+                rule=f"virtual pipelining splits the layers of a pipeline: {AT}pipeline is at least 2",
+                remedy=f"set {AT}virtual=1, or {AT}pipeline to 2 or more",
+            )
+        if self.sequence and self.tensor == 1:
+            raise RuleBroken(
+                f"{AT}sequence=true with {AT}tensor=1",
+                rule="sequence parallelism splits over the tensor-parallel group",
+                remedy=f"set {AT}sequence=false, or {AT}tensor to 2 or more",
+            )
 
     @property
     def world_size(self) -> int:
@@ -91,6 +136,14 @@ class ModelConfig:
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     recompute: Recompute = "none"
 
+    def __post_init__(self) -> None:
+        if self.fp8 is not None and self.dtype != "bf16":
+            raise RuleBroken(
+                f"{AT}fp8={self.fp8} with {AT}dtype={self.dtype}",
+                rule="8-bit products are a part of bf16 training",
+                remedy=f"set {AT}dtype=bf16, or {AT}fp8=null",
+            )
+
 
 @config
 class OptimConfig:
@@ -98,19 +151,28 @@ class OptimConfig:
 
     Attributes:
         warmup_fraction: share of the steps in which the rate rises linearly from 0 to `lr`.
+        clip_grad: largest norm of the gradient; 0 = any.
         distributed: Megatron's distributed optimizer (states sharded over the data-parallel ranks).
     """
 
-    lr: float
-    min_lr: float
+    lr: AtLeastZero
+    min_lr: AtLeastZero
     warmup_fraction: Share
     schedule: Schedule
-    weight_decay: float
-    beta1: Share
-    beta2: Share
-    eps: float
-    clip_grad: float
+    weight_decay: AtLeastZero
+    beta1: Decay
+    beta2: Decay
+    eps: AboveZero
+    clip_grad: AtLeastZero
     distributed: bool
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise RuleBroken(
+                f"{AT}min_lr={self.min_lr} with {AT}lr={self.lr}",
+                rule=f"0 <= {AT}min_lr <= {AT}lr",
+                remedy=f"set {AT}min_lr={self.lr} or less, or raise {AT}lr",
+            )
 
 
 @config

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import field
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
+from phimr_nemo.config.alignment import batches_fit
 from phimr_nemo.config.common import (
+    AboveOne,
+    AtLeastZero,
     CheckpointConfig,
     ModelConfig,
+    Name,
     NonNegative,
     OptimConfig,
     ParallelConfig,
+    Place,
     Positive,
     RunConfig,
-    Share,
-    config,
 )
+from phimr_nemo.config.engine import GraderName, LocalEngine, SamplingConfig
 from phimr_nemo.config.generation import Problems
-
-AboveOne = Annotated[float, Field(gt=1.0)]
-NonNegativeNumber = Annotated[float, Field(ge=0.0)]
+from phimr_nemo.config.rules import AT, RuleBroken, config
 
 
 @config
@@ -55,6 +54,14 @@ class GuardConfig:
     spike_window: Positive = 32
     on_spike: Literal["skip", "stop", "warn"] = "warn"
 
+    def __post_init__(self) -> None:
+        if self.spike_factor is None and self.on_spike != "warn":
+            raise RuleBroken(
+                f"{AT}on_spike={self.on_spike} without {AT}spike_factor",
+                rule=f"a spike is a loss above {AT}spike_factor times the median of those before it",
+                remedy=f"set {AT}spike_factor=3.0, or {AT}on_spike=warn",
+            )
+
 
 @config
 class EarlyStoppingConfig:
@@ -66,30 +73,27 @@ class EarlyStoppingConfig:
     """
 
     patience: Positive
-    min_delta: NonNegativeNumber
+    min_delta: AtLeastZero
 
 
 @config
-class TrainingEvaluationConfig:
+class TrainingEvaluationConfig(SamplingConfig):
     """A small pass@1 while training; the current weights are sampled in the first process.
 
     Attributes:
         every: steps between two evaluations.
-        samples: answers a question.
-        prompt: the user's turn; `{question}` stands in it once.
+        samples: answers per question.
+        engine: what samples, by `model.longrope` as it is trained.
+        workers: grader processes.
         grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
     """
 
     every: Positive
     problems: Problems
     samples: Positive
-    prompt: str
-    temperature: float
-    top_p: Share
-    max_new_tokens: Positive
-    max_batch: Positive = 256
+    engine: LocalEngine = field(default_factory=LocalEngine)
     workers: Positive = 1
-    grader: str | None = None
+    grader: GraderName | None = None
 
 
 @config
@@ -102,7 +106,7 @@ class WandbConfig:
         name: of the run; the run directory's name when None.
     """
 
-    project: str
+    project: Name
     mode: Literal["online", "offline"]
     name: str | None = None
 
@@ -148,8 +152,8 @@ class SupervisedConfig:
     """
 
     run: RunConfig
-    base: Path
-    data: Path
+    base: Place
+    data: Place
     sequence_length: Positive
     epochs: Positive
     micro_batch: Positive
@@ -168,6 +172,52 @@ class SupervisedConfig:
     evaluation: TrainingEvaluationConfig | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     max_steps: NonNegative = 0
+
+    def __post_init__(self) -> None:
+        batches_fit(self.micro_batch, self.global_batch, self.parallel.data)
+        self._check_validation()
+        self._check_overlap()
+        micro_batches = self.global_batch // (self.micro_batch * self.parallel.data)
+        if self.parallel.virtual > 1 and micro_batches % self.parallel.pipeline:
+            raise RuleBroken(
+                f"{micro_batches} micro-batches a step with {AT}parallel.pipeline={self.parallel.pipeline} and "
+                f"{AT}parallel.virtual={self.parallel.virtual}",
+                rule=f"with virtual pipelining {AT}parallel.pipeline divides the micro-batches of a step",
+                remedy=f"set {AT}parallel.virtual=1, or change {AT}micro_batch, {AT}global_batch or "
+                f"{AT}parallel.data",
+            )
+
+    def _check_validation(self) -> None:
+        if self.validation_rows % self.global_batch:
+            raise RuleBroken(
+                f"{AT}validation_rows={self.validation_rows} with {AT}global_batch={self.global_batch}",
+                rule="the validation rows are a whole number of global batches (0 = no validation)",
+                remedy=f"use {AT}validation_rows={-(-self.validation_rows // self.global_batch) * self.global_batch}",
+            )
+        wants = {"early_stopping": self.early_stopping is not None, "checkpoint.best": self.checkpoint.best}
+        for name, wanted in wants.items():
+            if wanted and self.validation_rows == 0:
+                raise RuleBroken(
+                    f"{AT}{name} with {AT}validation_rows=0",
+                    rule=f"{AT}{name} goes by the validation loss",
+                    remedy=f"use {AT}validation_rows={self.global_batch}, or leave {AT}{name} out",
+                )
+
+    def _check_overlap(self) -> None:
+        if self.overlap.param_gather and not (self.optim.distributed and self.overlap.grad_reduce):
+            raise RuleBroken(
+                f"{AT}overlap.param_gather=true with {AT}optim.distributed={self.optim.distributed} and "
+                f"{AT}overlap.grad_reduce={self.overlap.grad_reduce}",
+                rule="the distributed optimizer gathers weights ahead, and only where gradients are reduced ahead",
+                remedy=f"set {AT}optim.distributed=true {AT}overlap.grad_reduce=true, or "
+                f"{AT}overlap.param_gather=false",
+            )
+        if self.overlap.tensor and not self.parallel.sequence:
+            raise RuleBroken(
+                f"{AT}overlap.tensor=true with {AT}parallel.sequence=false",
+                rule="tensor-parallel exchange is overlapped under sequence parallelism only",
+                remedy=f"set {AT}overlap.tensor=false, or {AT}parallel.sequence=true",
+            )
 
 
 @config

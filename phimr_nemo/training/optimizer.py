@@ -66,11 +66,7 @@ def build_optimizer(
         models: model chunks inside Megatron's DistributedDataParallel.
         steps: optimizer steps of the whole run.
         dtype: of the parameters.
-
-    Raises:
-        UserError: min_lr above lr, or a warm-up share outside [0, 1].
     """
-    _check(config)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -133,19 +129,4 @@ def check_finite(name: str, value: float) -> None:
             f"{name} is {value}",
             rule="training goes on only with finite numbers",
             remedy="lower optim.lr or optim.clip_grad; the newest checkpoint is from before this step",
-        )
-
-
-def _check(config: OptimConfig) -> None:
-    if not 0.0 <= config.min_lr <= config.lr:
-        raise UserError(
-            f"optim.min_lr={config.min_lr} with optim.lr={config.lr}",
-            rule="0 <= min_lr <= lr",
-            remedy="lower optim.min_lr or raise optim.lr",
-        )
-    if not 0.0 <= config.warmup_fraction <= 1.0:
-        raise UserError(
-            f"optim.warmup_fraction={config.warmup_fraction}",
-            rule="a share of the steps between 0 and 1",
-            remedy="0.1 is the paper's value for stage 1",
         )

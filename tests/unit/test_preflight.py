@@ -61,6 +61,8 @@ INPUTS: list[tuple[str, str, Kind]] = [
     ("grpo", "prompts", "prompts"),
 ]
 TRAINING = ("midtrain", "sft", "dpo", "grpo")
+ENOUGH = 400
+"""Rows for a step of any preset."""
 # 12 heads in groups of 3, 6 layers: tensor 2 and 4 and pipeline 2, 3 and 6 fit, tensor 3 and pipeline 4 do not.
 ARCHITECTURE = small(
     hidden_size=96,
@@ -84,7 +86,7 @@ def records(directory: Path, kind: Kind, count: int = 1) -> Path:
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Path]:
     """A finished record directory of every kind, for reading."""
     root = tmp_path_factory.mktemp("shelf")
-    return {kind: records(root / kind, kind) for kind in ROWS}
+    return {kind: records(root / kind, kind, ENOUGH) for kind in ROWS}
 
 
 @pytest.fixture
@@ -311,7 +313,7 @@ def test_steps_follow_from_the_rows(stage: str, key: str, kind: Kind, tmp_path: 
 
 
 def test_numbers_of_a_grpo_step(tmp_path: Path, base: Path) -> None:
-    overrides = ["prompts_per_step=6", "group_size=5", "sequence_length=70", "steps=9"]
+    overrides = ["prompts_per_step=6", "group_size=5", "sequence_length=70", "max_new_tokens=60", "steps=9"]
     numbers = derived_numbers("grpo", stage_config("grpo", tmp_path, *overrides))
     assert numbers["responses a step"] == "30"
     assert numbers["tokens a step, at most"] == "2,100"

@@ -16,7 +16,7 @@ from phimr_nemo.align.dpo.log import DPOLog
 from phimr_nemo.align.dpo.objective import DPOObjective
 from phimr_nemo.align.dpo.pairs import PairCollate, load_pairs
 from phimr_nemo.align.dpo.reference import reference_identity, stored_reference
-from phimr_nemo.align.lifecycle import StopTimer, check_checkpointing, content_identity, export, frozen_heap
+from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap
 from phimr_nemo.align.plots import plot_dpo
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.align.trainer_log import metrics_writer
@@ -45,7 +45,6 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     read_manifest(config.pairs, "pairs")
-    check_checkpointing(config.checkpoint)
     base = HFDirectory(config.base)
     pad_id = base.architecture.pad_token_id
     pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
