@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Final, Literal
 
@@ -12,6 +13,8 @@ from phimr_nemo.config.common import (
     AtLeastZero,
     CheckpointConfig,
     Decay,
+    EarlyStoppingConfig,
+    GuardConfig,
     IsNumber,
     ModelConfig,
     NonNegative,
@@ -22,8 +25,9 @@ from phimr_nemo.config.common import (
     Positive,
     RunConfig,
     Share,
+    TrackingConfig,
 )
-from phimr_nemo.config.engine import QUESTION, GraderName, Prompt, TrainedEngine, VLLMEngine
+from phimr_nemo.config.engine import QUESTION, FunctionName, GraderName, Prompt, TrainedEngine, VLLMEngine
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
 SMALLEST_GROUP: Final = 2
@@ -111,6 +115,21 @@ DPOReference = Annotated[StoredReference | OnlineReference, Field(discriminator=
 Overlong = Literal["drop", "truncate", "error"]
 
 
+def _stops() -> GuardConfig:
+    return GuardConfig(on_nan="stop")
+
+
+@config
+class DPOCheckpointConfig(CheckpointConfig):
+    """Checkpoints of stage 3.
+
+    Attributes:
+        metric: what `best` and early stopping go by, as its mean between two checkpoints.
+    """
+
+    metric: Literal["loss", "accuracy", "margin"] = "loss"
+
+
 @config
 class DPOConfig:
     """Stage 3: rollout DPO.
@@ -142,7 +161,10 @@ class DPOConfig:
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig
+    checkpoint: DPOCheckpointConfig
+    guard: GuardConfig = field(default_factory=_stops)
+    early_stopping: EarlyStoppingConfig | None = None
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     max_steps: NonNegative = 0
 
     def __post_init__(self) -> None:
@@ -223,6 +245,33 @@ class PromptOptimizationConfig:
 
 
 @config
+class RewardConfig:
+    """What a response is worth: see :mod:`phimr_nemo.align.grpo.rewards`. Weights of 0 leave a part out.
+
+    Attributes:
+        correct, wrong: for the grader's verdict; +1 and -1 in the paper.
+        format: weight of a finished response with closed thinking and one boxed answer (0 or 1).
+        length: weight of the share of `max_new_tokens` that a response leaves unused (0 to 1).
+        functions: MODULE:FUNCTION -> weight, of functions of one :class:`phimr_nemo.align.grpo.rewards.Graded`.
+    """
+
+    correct: Number
+    wrong: Number
+    format: Number = 0.0
+    length: Number = 0.0
+    functions: Mapping[FunctionName, Number] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        is_flat = self.correct == self.wrong and not (self.format or self.length or any(self.functions.values()))
+        if self.correct < self.wrong or is_flat:
+            raise RuleBroken(
+                f"{AT}correct={self.correct} with {AT}wrong={self.wrong}",
+                rule="a correct response is worth more than a wrong one; otherwise nothing, or the wrong, is learnt",
+                remedy=f"use {AT}correct=1.0 {AT}wrong=-1.0",
+            )
+
+
+@config
 class MonitorConfig:
     """What is watched while GRPO runs, and when a warning says that it collapses: `align.grpo.collapse`.
 
@@ -236,6 +285,8 @@ class MonitorConfig:
         solved_pass_rate: from here on low entropy is no fault.
         max_entropy: largest healthy entropy of a sampled token, in nats.
         pass_rate_drop: by how much the pass rate may fall below the best that the run has had.
+        ungraded_warning: a warning where the grader gave up on a larger share of a round's responses.
+        ungraded_stop: the run stops where it gave up on a larger share than this.
     """
 
     dashboard_every: Positive
@@ -246,6 +297,19 @@ class MonitorConfig:
     solved_pass_rate: Share
     max_entropy: AboveZero
     pass_rate_drop: Share
+    ungraded_warning: Share
+    ungraded_stop: Share
+
+
+@config
+class GRPOCheckpointConfig(CheckpointConfig):
+    """Checkpoints of stage 4.
+
+    Attributes:
+        metric: what `best` and early stopping go by, as its mean between two checkpoints.
+    """
+
+    metric: Literal["pass_rate", "reward"] = "pass_rate"
 
 
 @config
@@ -301,7 +365,7 @@ class GRPOConfig:
         ahead: 1 samples the next round while a step trains, with weights one step old; wants a correction.
         stale: whether responses of older weights than asked for are sampled again or kept; that wants one too.
         overlong: what becomes of responses that near or hit the length limit.
-        reward_correct, reward_wrong: +1 and -1 in the paper.
+        reward: what a response is worth.
         verify_workers: grader processes on each data-parallel rank.
         grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
     """
@@ -325,8 +389,7 @@ class GRPOConfig:
     ahead: Literal[0, 1]
     stale: Stale
     overlong: OverlongResponses
-    reward_correct: Number
-    reward_wrong: Number
+    reward: RewardConfig
     verify_workers: Positive
     grader: GraderName | None = None
     temperature: TemperatureConfig
@@ -336,18 +399,21 @@ class GRPOConfig:
     model: ModelConfig
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig
+    checkpoint: GRPOCheckpointConfig
+    guard: GuardConfig = field(default_factory=_stops)
+    early_stopping: EarlyStoppingConfig | None = None
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         no_supervised_options(self.model, self.parallel)
         self._check_lengths()
         self._check_batches()
         self._check_sampling()
-        if self.reward_wrong >= self.reward_correct:
+        if self.guard.spike_factor is not None and self.guard.spike_of == "loss":
             raise RuleBroken(
-                f"{AT}reward_correct={self.reward_correct} with {AT}reward_wrong={self.reward_wrong}",
-                rule=f"{AT}reward_correct is above {AT}reward_wrong: otherwise nothing, or the wrong, is learnt",
-                remedy=f"use {AT}reward_correct=1.0 {AT}reward_wrong=-1.0",
+                f"{AT}guard.spike_factor={self.guard.spike_factor} with {AT}guard.spike_of=loss",
+                rule="a policy gradient's loss lies around 0: its median says nothing about spikes",
+                remedy=f"set {AT}guard.spike_of=grad_norm, or {AT}guard.spike_factor=null",
             )
 
     def _check_lengths(self) -> None:

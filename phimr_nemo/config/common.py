@@ -17,7 +17,7 @@ Dtype = Literal["fp32", "bf16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
 Fp8Recipe = Literal["delayed", "current"]
 Recompute = Literal["none", "selective", "full"]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 LARGEST_NUMBER: Final = 2**53
 """Whole numbers up to here are exact everywhere, in JSON too."""
@@ -147,10 +147,12 @@ class ModelConfig:
 
 @config
 class OptimConfig:
-    """AdamW and its learning-rate schedule.
+    """AdamW and its learning-rate schedule (:func:`phimr_nemo.training.schedule.learning_rate`).
 
     Attributes:
-        warmup_fraction: share of the steps in which the rate rises linearly from 0 to `lr`.
+        warmup_fraction: share of the steps in which the rate rises linearly to `lr`.
+        schedule: what follows: no decay, a linear or a cosine decay to `min_lr`, or warm-up/stable/decay.
+        decay_fraction: share of the steps, the last ones, in which `wsd` decays; belongs to it alone.
         clip_grad: largest norm of the gradient; 0 = any.
         distributed: Megatron's distributed optimizer (states sharded over the data-parallel ranks).
     """
@@ -165,6 +167,7 @@ class OptimConfig:
     eps: AboveZero
     clip_grad: AtLeastZero
     distributed: bool
+    decay_fraction: Share | None = None
 
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
@@ -173,16 +176,96 @@ class OptimConfig:
                 rule=f"0 <= {AT}min_lr <= {AT}lr",
                 remedy=f"set {AT}min_lr={self.lr} or less, or raise {AT}lr",
             )
+        if (self.schedule == "wsd") != (self.decay_fraction is not None):
+            raise RuleBroken(
+                f"{AT}schedule={self.schedule} with {AT}decay_fraction={self.decay_fraction}",
+                rule=f"wsd decays over the share {AT}decay_fraction of the steps; no other schedule has one",
+                remedy=f"set {AT}schedule=wsd {AT}decay_fraction=0.2, or "
+                f"{AT}decay_fraction=null with another schedule",
+            )
+        if self.warmup_fraction + (self.decay_fraction or 0.0) > 1.0:
+            raise RuleBroken(
+                f"{AT}warmup_fraction={self.warmup_fraction} with {AT}decay_fraction={self.decay_fraction}",
+                rule="warm-up and decay are shares of the same steps: together at most 1",
+                remedy=f"use {AT}warmup_fraction=0.0, or a smaller {AT}decay_fraction",
+            )
 
 
 @config
 class CheckpointConfig:
-    """Native checkpoints, which serve resume only.
+    """Native checkpoints, which serve resume, and the best of them the export.
 
     Attributes:
         every: steps between checkpoints; another is written when the run is told to stop.
         keep: how many of the newest are kept.
+        best: also keep the best one by the stage's `metric`, whatever its age, and export it in the end.
+        asynchronous: a process of its own writes while training goes on.
     """
 
     every: Positive
     keep: Positive = 1
+    best: bool = False
+    asynchronous: bool = False
+
+
+@config
+class GuardConfig:
+    """What happens to a batch that would do harm. A skipped batch changes no weight and no optimizer state.
+
+    Attributes:
+        on_nan: loss or gradient is not finite.
+        spike_factor: a value is a spike above this many times the median of the last `spike_window` accepted ones,
+            once there are that many; None = no such rule.
+        spike_window: see `spike_factor`.
+        spike_of: which value; a policy gradient's loss lies around 0 and has no spikes in this sense.
+        on_spike: what then; "warn" trains on the batch all the same.
+    """
+
+    on_nan: Literal["skip", "stop"]
+    spike_factor: AboveOne | None = None
+    spike_window: Positive = 32
+    spike_of: Literal["loss", "grad_norm"] = "loss"
+    on_spike: Literal["skip", "stop", "warn"] = "warn"
+
+    def __post_init__(self) -> None:
+        if self.spike_factor is None and self.on_spike != "warn":
+            raise RuleBroken(
+                f"{AT}on_spike={self.on_spike} without {AT}spike_factor",
+                rule=f"a spike is a value above {AT}spike_factor times the median of those before it",
+                remedy=f"set {AT}spike_factor=3.0, or {AT}on_spike=warn",
+            )
+
+
+@config
+class EarlyStoppingConfig:
+    """Training ends when the stage's measure, `checkpoint.metric`, gets no better.
+
+    Attributes:
+        patience: measurements in a row without progress that end training.
+        min_delta: progress is a measurement better than the best one by more than this, in the metric's unit.
+    """
+
+    patience: Positive
+    min_delta: AtLeastZero
+
+
+@config
+class WandbConfig:
+    """Weights & Biases; the key comes from its own environment variable or login.
+
+    Attributes:
+        project: name of the project there.
+        mode: "offline" writes to the run directory, for `wandb sync`.
+        name: of the run; the run directory's name when None.
+    """
+
+    project: Name
+    mode: Literal["online", "offline"]
+    name: str | None = None
+
+
+@config
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl and TensorBoard."""
+
+    wandb: WandbConfig | None = None

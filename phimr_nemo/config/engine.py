@@ -85,9 +85,23 @@ def _no_address(problem: str) -> RuleBroken:
     )
 
 
-def _function(grader: str) -> str:
-    module, _, function = grader.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), function)):
+def _is_function(name: str) -> bool:
+    module, _, function = name.partition(":")
+    return all(part.isidentifier() for part in (*module.split("."), function))
+
+
+def _function(name: str) -> str:
+    if not _is_function(name):
+        raise RuleBroken(
+            f"{KEY}: {name!r} names no function",
+            rule="a function is named as MODULE:FUNCTION",
+            remedy="for example my_domain.rewards:score",
+        )
+    return name
+
+
+def _grader(grader: str) -> str:
+    if not _is_function(grader):
         raise RuleBroken(
             f"{KEY}={grader!r}: no grader",
             rule=GRADER_RULE,
@@ -97,7 +111,8 @@ def _function(grader: str) -> str:
 
 
 Prompt = Annotated[str, AfterValidator(_holds_question)]
-GraderName = Annotated[str, AfterValidator(_function)]
+FunctionName = Annotated[str, AfterValidator(_function)]
+GraderName = Annotated[str, AfterValidator(_grader)]
 Variable = Annotated[str, AfterValidator(_variable)]
 BaseUrls = Annotated[tuple[Annotated[str, AfterValidator(_address)], ...], Field(min_length=1)]
 

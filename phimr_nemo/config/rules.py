@@ -14,7 +14,7 @@ import math
 import re
 import shlex
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from typing_extensions import dataclass_transform
@@ -91,14 +91,14 @@ def checked(schema: type[T], values: Mapping[str, Any], **context: Any) -> T:
     from pydantic import ValidationError
 
     try:
-        found: T = _adapter(schema).validate_python(values)
+        found: T = _adapter(typing.cast("Hashable", schema)).validate_python(values)
     except ValidationError as error:
         raise refusal(error, schema, values, **context) from None
     return found
 
 
 @functools.cache
-def _adapter(schema: Hashable) -> Any:
+def _adapter(schema: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(schema)

@@ -7,17 +7,17 @@ from typing import Literal
 
 from phimr_nemo.config.alignment import batches_fit
 from phimr_nemo.config.common import (
-    AboveOne,
-    AtLeastZero,
     CheckpointConfig,
+    EarlyStoppingConfig,
+    GuardConfig,
     ModelConfig,
-    Name,
     NonNegative,
     OptimConfig,
     ParallelConfig,
     Place,
     Positive,
     RunConfig,
+    TrackingConfig,
 )
 from phimr_nemo.config.engine import GraderName, LocalEngine, SamplingConfig
 from phimr_nemo.config.generation import Problems
@@ -26,54 +26,13 @@ from phimr_nemo.config.rules import AT, RuleBroken, config
 
 @config
 class SupervisedCheckpointConfig(CheckpointConfig):
-    """Native checkpoints of stages 1 and 2.
+    """Checkpoints of stages 1 and 2.
 
     Attributes:
-        best: also keep the one with the lowest validation loss, whatever its age.
-        asynchronous: a process of its own writes while training goes on.
+        metric: what `best` and early stopping go by: validation loss, pass@1, or mean loss between two checkpoints.
     """
 
-    best: bool = False
-    asynchronous: bool = False
-
-
-@config
-class GuardConfig:
-    """What happens to a batch that would do harm. A skipped batch changes no weight and no optimizer state.
-
-    Attributes:
-        on_nan: loss or gradient is not finite.
-        spike_factor: the loss is a spike above this many times the median of the last `spike_window` accepted
-            losses, once there are that many; None = no such rule.
-        spike_window: see `spike_factor`.
-        on_spike: what then; "warn" trains on the batch all the same.
-    """
-
-    on_nan: Literal["skip", "stop"]
-    spike_factor: AboveOne | None = None
-    spike_window: Positive = 32
-    on_spike: Literal["skip", "stop", "warn"] = "warn"
-
-    def __post_init__(self) -> None:
-        if self.spike_factor is None and self.on_spike != "warn":
-            raise RuleBroken(
-                f"{AT}on_spike={self.on_spike} without {AT}spike_factor",
-                rule=f"a spike is a loss above {AT}spike_factor times the median of those before it",
-                remedy=f"set {AT}spike_factor=3.0, or {AT}on_spike=warn",
-            )
-
-
-@config
-class EarlyStoppingConfig:
-    """Training ends when the validation loss no longer falls ("until validation saturates").
-
-    Attributes:
-        patience: measurements in a row without progress that end training.
-        min_delta: progress is a validation loss lower than the best one by more than this (nats a token).
-    """
-
-    patience: Positive
-    min_delta: AtLeastZero
+    metric: Literal["val_loss", "pass1", "loss"] = "val_loss"
 
 
 @config
@@ -94,28 +53,6 @@ class TrainingEvaluationConfig(SamplingConfig):
     engine: LocalEngine = field(default_factory=LocalEngine)
     workers: Positive = 1
     grader: GraderName | None = None
-
-
-@config
-class WandbConfig:
-    """Weights & Biases; the key comes from its own environment variable or login.
-
-    Attributes:
-        project: name of the project there.
-        mode: "offline" writes to the run directory, for `wandb sync`.
-        name: of the run; the run directory's name when None.
-    """
-
-    project: Name
-    mode: Literal["online", "offline"]
-    name: str | None = None
-
-
-@config
-class TrackingConfig:
-    """Where metrics go besides metrics.jsonl and TensorBoard."""
-
-    wandb: WandbConfig | None = None
 
 
 @config
@@ -194,14 +131,21 @@ class SupervisedConfig:
                 rule="the validation rows are a whole number of global batches (0 = no validation)",
                 remedy=f"use {AT}validation_rows={-(-self.validation_rows // self.global_batch) * self.global_batch}",
             )
-        wants = {"early_stopping": self.early_stopping is not None, "checkpoint.best": self.checkpoint.best}
-        for name, wanted in wants.items():
-            if wanted and self.validation_rows == 0:
-                raise RuleBroken(
-                    f"{AT}{name} with {AT}validation_rows=0",
-                    rule=f"{AT}{name} goes by the validation loss",
-                    remedy=f"use {AT}validation_rows={self.global_batch}, or leave {AT}{name} out",
-                )
+        metric = self.checkpoint.metric
+        measured = {
+            "val_loss": self.validation_rows > 0 and (not self.max_steps or self.validate_every <= self.max_steps),
+            "pass1": self.evaluation is not None,
+            "loss": True,
+        }
+        if (self.checkpoint.best or self.early_stopping is not None) and not measured[metric]:
+            raise RuleBroken(
+                f"{AT}checkpoint.metric={metric} is never measured, and {AT}checkpoint.best or "
+                f"{AT}early_stopping goes by it",
+                rule=f"val_loss needs {AT}validation_rows and {AT}validate_every within the run, pass1 needs "
+                f"{AT}evaluation",
+                remedy=f"use {AT}checkpoint.metric=loss, or set what it needs, or leave "
+                f"{AT}checkpoint.best and {AT}early_stopping out",
+            )
 
     def _check_overlap(self) -> None:
         if self.overlap.param_gather and not (self.optim.distributed and self.overlap.grad_reduce):

@@ -277,10 +277,10 @@ def _local(engine: LocalEngine, model: SampledModel, tokenizer: Any, max_length:
     from phimr_nemo.data.chat import stop_token_ids
     from phimr_nemo.generate.local.engine import LocalSampler
     from phimr_nemo.model.architecture import Architecture
+    from phimr_nemo.model.dtypes import torch_dtype
     from phimr_nemo.model.files.hf import HFDirectory
     from phimr_nemo.model.regime import warn_of_other_regime
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     named = engine.dtype or model.dtype
     if model.weights is None:
         source = HFDirectory(model.directory)
@@ -292,7 +292,7 @@ def _local(engine: LocalEngine, model: SampledModel, tokenizer: Any, max_length:
         assert named is not None, "a trainer says what it computes in"
         architecture = Architecture.from_directory(model.directory)
         tensors = model.weights
-        own = dtypes[named]
+        own = torch_dtype(named)
     return LocalSampler(
         architecture,
         tensors,
@@ -300,7 +300,7 @@ def _local(engine: LocalEngine, model: SampledModel, tokenizer: Any, max_length:
         max_batch=engine.max_batch,
         longrope_policy=model.longrope,
         max_length=max_length,
-        dtype=own if named is None else dtypes[named],
+        dtype=own if named is None else torch_dtype(named),
         device=model.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         cache_bytes=None if engine.cache_gib is None else int(engine.cache_gib * GIB),
     )

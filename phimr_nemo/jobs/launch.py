@@ -66,6 +66,7 @@ FREE_TO_CHANGE: Final = (
     "monitor.",
     *(f"{place}engine.{name}" for place in ("", "teacher.") for name in _ENGINE),
     *(f"{place}.ask.endpoint.{name}" for place in ("judge", "annotation") for name in _ENDPOINT),
+    *("judge.ask.max_", "annotation.ask.max_"),
 )
 # What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
 IMPORT_NOTES: Final = (

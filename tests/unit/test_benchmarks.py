@@ -231,7 +231,7 @@ def test_a_gpqa_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("GSM8K", "gsm8k_test.jsonl"),
     ],
 )
-def test_real_benchmark_files_are_read_whole(shared_data: Path, name: str, file: str) -> None:
+def test_real_benchmark_files_are_read_whole(shared_data: Path, name: Any, file: str) -> None:
     table, edition = read_benchmark(named(name, shared_data / "problems" / file))
     assert edition == "tested"
     assert all(answer.strip() for answer in table["answer"].to_pylist())

@@ -159,7 +159,7 @@ class ServerSampler:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"no rollout server answers at {', '.join(server.url for server in self._servers)}",
-                    rule="sampler.base_urls are servers that `phimr serve` started",
+                    rule="engine.base_urls are servers that `phimr serve` started",
                     remedy="start them, and run the same command again",
                 )
             await asyncio.sleep(self._config.probe_seconds)

@@ -19,6 +19,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
 from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
+from phimr_nemo.model.dtypes import TORCH_NAMES
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store.content import file_sha256
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
 AUTOMATIC: Final = "auto"
 IN_PROCESS: Final = "VLLM_ENABLE_V1_MULTIPROCESSING"
 WEIGHTS_BACKEND: Final = "phimr_files"
@@ -72,7 +72,7 @@ class VLLMSampler:
             model=str(model),
             trust_remote_code=False,
             load_format="safetensors",
-            dtype=AUTOMATIC if dtype is None else DTYPES[dtype],
+            dtype=AUTOMATIC if dtype is None else TORCH_NAMES[dtype],
             max_model_len=max_length,
             max_num_seqs=options.max_batch,
             gpu_memory_utilization=options.memory_share,
@@ -196,7 +196,7 @@ class FixedVLLM:
                 tokenizer=str(model),
                 trust_remote_code=False,
                 load_format="safetensors",
-                dtype=AUTOMATIC if dtype is None else DTYPES[dtype],
+                dtype=AUTOMATIC if dtype is None else TORCH_NAMES[dtype],
                 max_model_len=max_length,
                 max_num_seqs=options.max_batch,
                 tensor_parallel_size=options.tensor,
