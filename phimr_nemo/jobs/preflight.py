@@ -144,15 +144,16 @@ def keyed(config: Any) -> list[Addressed]:
 
 def _check_vllm(config: Any) -> None:
     """vLLM is to sample a finished model, and this environment has it."""
-    engine = config.engine if isinstance(config, EvaluateConfig) else None
+    engine, place = (config.engine if isinstance(config, EvaluateConfig) else None), ""
     if isinstance(config, GenerateConfig) and isinstance(config.teacher, ModelTeacher):
-        engine = config.teacher.engine
+        engine, place = config.teacher.engine, "teacher."
     if isinstance(engine, VLLMEngine) and importlib.util.find_spec("vllm") is None:
         raise UserError(
-            "engine.kind=vllm, but vLLM is not installed here",
+            f"{place}engine.kind=vllm, but vLLM is not installed here",
             rule="vLLM has an environment of its own",
             remedy="make setup-vllm, then .venv-vllm/bin/phimr with the same arguments; or serve the model "
-            "and set engine.kind=endpoint; or engine.kind=local engine.max_batch=64 engine.dtype=bf16",
+            f"and set {place}engine.kind=endpoint; or {place}engine.kind=local {place}engine.max_batch=64 "
+            f"{place}engine.dtype=bf16",
         )
 
 

@@ -204,6 +204,26 @@ def test_a_global_batch_that_the_ranks_cannot_share(
     preflight("sft", stage_config("sft", tmp_path, *overrides, *sizes, f"global_batch={suggested}"))
 
 
+@pytest.mark.parametrize(
+    ("stage", "key", "kind", "overrides"),
+    [
+        ("sft", "data", "conversations", ["global_batch=32", f"validation_rows={ENOUGH + 16}"]),
+        ("midtrain", "data", "rows", ["global_batch=2", f"validation_rows={ENOUGH}"]),
+        ("dpo", "pairs", "pairs", [f"global_batch={ENOUGH + 8}"]),
+    ],
+)
+def test_too_little_data_is_said_by_the_dry_run_too(
+    stage: str, key: str, kind: Kind, overrides: list[str], tmp_path: Path, shelf: dict[Kind, Path], base: Path
+) -> None:
+    config = stage_config(stage, tmp_path, f"{key}={shelf[kind]}", "micro_batch=1", "epochs=1", *overrides)
+    for check in (preflight, derived_numbers):
+        with pytest.raises(
+            UserError, match=f"holds {ENOUGH} {kind}, .* of them for validation: no step of"
+        ) as caught:
+            check(stage, config)
+        assert "lower global_batch or validation_rows" in caught.value.remedy
+
+
 def test_prompts_that_the_ranks_cannot_share(tmp_path: Path, shelf: dict[Kind, Path], base: Path) -> None:
     prompts = f"prompts={shelf['prompts']}"
     error = refusal("grpo", tmp_path, prompts, "prompts_per_step=32", "parallel.data=3")
