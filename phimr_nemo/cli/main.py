@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from phimr_nemo import __version__
+from phimr_nemo.cli.help import StageCommand
 from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
@@ -16,13 +20,29 @@ from phimr_nemo.store.atomic import keep_others_from_writing
 
 app = typer.Typer(
     name="phimr",
-    help="The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Reports on record directories, and their checks.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"phimr-nemo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def phimr(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner."""
+
 
 STAGE_HELP: Final = {
     "base": "Make a tiny randomly initialised model of the Phi-4-mini architecture with its tokenizer.",
@@ -59,9 +79,21 @@ def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry
             typer.echo(f"# {name}: {value}")
         return resolved
     preflight(stage, resolved)
+    started = time.monotonic()
     with _continuable():
         launch(stage, resolved)
+    _close(stage, resolved, path, time.monotonic() - started)
     return resolved
+
+
+def _close(stage: str, resolved: Any, preset: Path, seconds: float) -> None:
+    """Say what was made; of several ranks the first speaks."""
+    from phimr_nemo.jobs.closing import PART_OF, closing_lines
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for line in closing_lines(stage, resolved, preset, seconds, is_part=PART_OF in os.environ):
+        typer.echo(line)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -74,10 +106,10 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 for _stage in STAGE_HELP:
     if _stage != "export":
-        app.command(_stage)(_stage_command(_stage))
+        app.command(_stage, cls=StageCommand)(_stage_command(_stage))
 
 
-@app.command(help=STAGE_HELP["export"])
+@app.command(help=STAGE_HELP["export"], cls=StageCommand)
 def export(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -99,7 +131,7 @@ def export(
             typer.echo(push(resolved.run.output / "hf", push_to_hub, private=not public))
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def verify(
     arguments: Annotated[
         list[str] | None,
@@ -130,7 +162,7 @@ def verify(
     typer.echo("  ".join(f"{name}: {count}" for name, count in counts.items()))
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def quickstart(
     overrides: Overrides = None,
     config: ConfigFile = None,

@@ -99,6 +99,8 @@ class ExportConfig:
         licence: its identifier on the hub.
         stages: stage name -> run directory, for the model card.
         evaluations: row name -> directory of an evaluation, for the model card's table.
+        knows: what the model can be asked, in a sentence or two, with an example: for the model card and for the
+            first line of `phimr chat`.
     """
 
     run: RunConfig
@@ -107,3 +109,4 @@ class ExportConfig:
     licence: Name
     stages: dict[str, Place] = field(default_factory=dict)
     evaluations: dict[str, Place] = field(default_factory=dict)
+    knows: str | None = None

@@ -108,6 +108,28 @@ def _read_overrides(overrides: Sequence[str]) -> Any:
     return OmegaConf.from_dotlist(list(overrides))
 
 
+def read_preset(path: Path) -> dict[str, Any]:
+    """A YAML file's values, unchecked; over those of the one that it extends.
+
+    Raises:
+        UserError: there is no such file, or it extends what it may not.
+    """
+    from omegaconf import OmegaConf
+
+    return dict(OmegaConf.to_container(_read(find_config(path))))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted keys, as overrides name them."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def _read(source: Path) -> Any:
     """A YAML file, over the one that it extends.
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from phimr_nemo.config import EvaluateConfig
 
 RESULTS_FILE: Final = "results.json"
+VERDICTS: Final = "verdicts"
 NO_DIFFICULTY: Final = "unknown"
 SCORED_COLUMNS: Final = ("problem_id", "difficulty", "verdict", "extracted", "finish_reason", "tokens")
 QUANTILES: Final = (0.1, 0.5, 0.9, 0.99, 1.0)
@@ -123,7 +124,7 @@ def evaluate_model(config: EvaluateConfig, problems: pa.Table, facts: Mapping[st
         UserError: an unreadable model, bad problems, a directory begun with other settings, or a model that answers
             nothing at all.
     """
-    rollouts_dir, verdicts_dir = config.run.output / "rollouts", config.run.output / "verdicts"
+    rollouts_dir, verdicts_dir = config.run.output / "rollouts", config.run.output / VERDICTS
     write_rollouts(
         config.engine,
         config.model,

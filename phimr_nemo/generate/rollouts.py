@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tqdm import tqdm
-
 from phimr_nemo.data.chat import decode_response, render_prompts
 from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import Completion, Engine, Request, SamplingParams
+from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 from phimr_nemo.text.thinking import OPEN
 
@@ -54,13 +53,13 @@ def sample_rollouts(
     if is_complete(out_dir, "rollouts"):
         return True
     mine = plan.shards if shard_indices is None else shard_indices
-    with tqdm(total=sum(map(plan.count, mine)), unit="rollout", desc="sampling", dynamic_ncols=True) as bar:
+    with Progress(sum(map(plan.count, mine)), title="sampling", unit="rollout") as progress:
         for index in mine:
             if not shard_is_complete(out_dir, index):
                 rollouts = _sample_shard(plan.shard(index), sampler, tokenizer, params, plan.teacher)
                 write_shard(out_dir, index, rows_to_table(rollouts, "rollouts"), kind="rollouts")
-                bar.set_postfix(tokens=sum(row["tokens"] for row in rollouts))
-            bar.update(plan.count(index))
+                progress.show({"tokens in the shard": sum(row["tokens"] for row in rollouts)})
+            progress.update(plan.count(index))
     if not all(shard_is_complete(out_dir, index) for index in plan.shards):
         return False
     finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=rollout_counts(out_dir))

@@ -20,6 +20,7 @@ from phimr_nemo.data.sources.recorded import load_recorded_rollouts
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.progress import track
 from phimr_nemo.store.shards import (
     Manifest,
     finish,
@@ -119,12 +120,10 @@ def _write(
     inputs: list[Path],
 ) -> dict[str, Any] | None:
     """Make shards of `shard_size` rows of `table` that are not there yet."""
-    from tqdm import tqdm
-
     directory = config.run.output
     shards = range(-(-table.num_rows // config.shard_size))
     mine = shards[config.shard.index :: config.shard.count]
-    for index in tqdm(mine, desc="generate", unit="shard"):
+    for index in track(mine, title="generate", unit="shard"):
         if not shard_is_complete(directory, index):
             part = table.slice(index * config.shard_size, config.shard_size)
             write_shard(directory, index, make(part), kind="rollouts")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
+from phimr_nemo.config.load import flat
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.jobs.preflight import record_inputs
 from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
@@ -75,6 +76,8 @@ IMPORT_NOTES: Final = (
     "transformer_engine",
     "Apex",
 )
+# What reports there while it is imported: no Transformer Engine, no zarr.
+IMPORT_LOGGERS: Final = ("megatron", "NeMo", "nemo.collections.llm.gpt.model.megatron.hyena")
 # What torch's archive writer says when the disk took less than was written; the reason is lost in its C++.
 SHORT_WRITE: Final = ". unexpected pos "
 # A rendezvous of this launch alone, on a free port.
@@ -157,7 +160,8 @@ def silence_import_notes() -> None:
     for note in IMPORT_NOTES:
         warnings.filterwarnings("ignore", message=f".*{note}")
     os.environ.setdefault("PYTHONWARNINGS", f"ignore:{IMPORT_NOTES[0]}")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for name in IMPORT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_same_run(run: RunDirectory, config: Any) -> None:
@@ -171,7 +175,7 @@ def check_same_run(run: RunDirectory, config: Any) -> None:
     path = run.path / CONFIG_FILE
     if not path.is_file():
         return
-    before, now = _flatten(yaml.safe_load(path.read_text("utf-8"))), _flatten(to_dict(config))
+    before, now = flat(yaml.safe_load(path.read_text("utf-8"))), flat(to_dict(config))
     different = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
@@ -183,16 +187,6 @@ def check_same_run(run: RunDirectory, config: Any) -> None:
             rule="an output directory belongs to one configuration",
             remedy="choose another run.output, or remove the directory",
         )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def launch(stage: str, config: Any) -> None:

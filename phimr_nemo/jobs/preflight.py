@@ -35,6 +35,7 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout, check_length
 from phimr_nemo.model.regime import regime_name, warn_of_other_regime
 from phimr_nemo.plan.memory import largest_state
+from phimr_nemo.store.inputs import model_remedy
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import is_complete, read_manifest
 from phimr_nemo.verify import Grader
@@ -62,7 +63,7 @@ def preflight(stage: str, config: Any) -> None:
             raise UserError(
                 f"{path} does not exist",
                 rule=f"{stage} reads it",
-                remedy="run the stage that makes it first, or correct the path",
+                remedy=model_remedy(path),
             )
     for asked in keyed(config):
         read_key(asked)

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from phimr_nemo.config.tiny import shape_fault
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.inputs import model_remedy
 
 MODEL_TYPE: Final = "phi3"
 HF_CLASS: Final = "Phi3ForCausalLM"
@@ -201,7 +202,7 @@ class Architecture:
             raise UserError(
                 f"{path} has no {CONFIG_FILE}",
                 rule="a Hugging Face model directory holds config.json, *.safetensors and tokenizer files",
-                remedy="give the directory itself (for a hub cache: the folder under snapshots/)",
+                remedy=model_remedy(Path(path)),
             ) from error
         except (ValueError, RecursionError) as error:
             raise UserError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from matplotlib.figure import Figure
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.report.data_figures import COLORS, short_name
+from phimr_nemo.report.data_figures import COLORS, FONT_POINTS, short_name
 from phimr_nemo.report.picture import BAR_COLOR, BAR_WIDTH, TEXT_COLOR, labelled_bars, save_png, tidy
 from phimr_nemo.store.runs import METRICS_FILE, read_metrics
 
@@ -103,7 +103,8 @@ def draw_scores(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlim(0, max(1.0, *(height + error for height, error in zip(heights, errors, strict=True))) * HEADROOM)
     seeds = max((len(row.seeds) for row in rows), default=0)
     unit = f"over {seeds} seeds" if seeds > 1 else "clustered by question"
-    axes.set_xlabel(f"pass@1 (%), ± 1 stderr {unit}")
+    # Beneath the whole picture: names of models leave the axis little room.
+    figure.supxlabel(f"pass@1 (%) ± one standard error,\n{unit}", fontsize=FONT_POINTS, color=TEXT_COLOR)
     tidy(axes)
     axes.grid(visible=False, axis="y")
     save_png(figure, path, dpi=PAGE_DPI)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -40,6 +41,7 @@ RUN_FILE: Final = "run.json"
 CONFIG_FILE: Final = "config.yaml"
 DONE_FILE: Final = "DONE"
 LOCK_FILE: Final = ".lock"
+NEWEST_SHARE: Final = 0.1
 
 
 def git_sha() -> str:
@@ -200,6 +202,16 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def newest_mean(lines: Iterable[Mapping[str, Any]], metric: str) -> float | None:
+    """Mean of a metric over the newest tenth of the lines that hold it; None where none does.
+
+    One line tells of the last batch; a tenth tells where the run has come to.
+    """
+    values = [float(line[metric]) for line in lines if metric in line]
+    newest = values[-math.ceil(NEWEST_SHARE * len(values)) :]
+    return math.fsum(newest) / len(newest) if newest else None
 
 
 def read_metrics(directory: Path) -> Iterator[dict[str, Any]]:

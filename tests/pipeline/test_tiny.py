@@ -33,6 +33,7 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.convert import load_tensors
+from phimr_nemo.model.origin import Origin, read_origin
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 from phimr_nemo.store.shards import read_manifest, read_table
@@ -290,6 +291,13 @@ def test_without_one_right_answer_grpo_changes_nothing(run: Run) -> None:
 def test_a_model_is_a_plain_phi3_directory(name: str, run: Run) -> None:
     directory = run.model(name)
     config = json.loads((directory / "config.json").read_text())
+    made = read_origin(directory)
+    last = "grpo" if name == "release" else name
+    if last == "base":
+        assert made == Origin()
+    else:
+        stage = run.config(last)
+        assert (made.sequence_length, made.longrope) == (stage.sequence_length, stage.model.longrope)
     assert config["architectures"] == ["Phi3ForCausalLM"]
     assert "auto_map" not in config
     assert {path.suffix for path in directory.iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}

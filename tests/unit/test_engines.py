@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from phimr_nemo.config import BaseConfig, EndpointEngine, GenerateConfig, LocalEngine, load_config
+from phimr_nemo.config import BaseConfig, EndpointConfig, EndpointEngine, GenerateConfig, LocalEngine, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_prompts, stop_token_ids
 from phimr_nemo.generate.engines import SampledModel, TextEngine, open_engine
 from phimr_nemo.generate.local.engine import LocalSampler
@@ -22,7 +22,6 @@ from phimr_nemo.store.shards import read_table
 
 PARAMS = SamplingParams(1.0, 1.0, 12)
 QUESTIONS = ("What is 1+1?", "What is 12345 + 1?")
-POLICY = "long_when_max_length_exceeds_original"
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +83,15 @@ def test_a_trainers_weights_take_the_place_of_the_directorys(model: Path) -> Non
 def test_an_engine_is_named_by_what_it_samples(model: Path) -> None:
     source = SampledModel(directory=model, turns=QUESTIONS)
     assert open_engine(LocalEngine(), source, PARAMS).name == HFDirectory(model).weights_hash()
-    endpoint = {
-        "base_urls": ("http://h/v1",),
-        "model": "a-model",
-        **dict.fromkeys(("concurrency", "idle_seconds", "total_seconds", "attempts", "backoff_seconds"), 1),
-    }
+    endpoint = EndpointConfig(
+        base_urls=("http://h/v1",),
+        model="a-model",
+        concurrency=1,
+        idle_seconds=1.0,
+        total_seconds=1.0,
+        attempts=1,
+        backoff_seconds=1.0,
+    )
     asked = open_engine(EndpointEngine(kind="endpoint", endpoint=endpoint), None, PARAMS)
     assert isinstance(asked, TextEngine)
     assert asked.name == "a-model"

@@ -113,7 +113,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         "prompts_too_long": prompts.dropped_long,
         "collapses": log.watch.found,
         "base_weights": identity["base weights"],
-        **export(run, policy, config.base, store, trainer.step),
+        **export(run, policy, config, store, trainer.step),
         "seconds": time.monotonic() - started,
     }
 

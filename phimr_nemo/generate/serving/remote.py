@@ -17,8 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tqdm import tqdm
-
 from phimr_nemo.config import EndpointEngine
 from phimr_nemo.endpoint import ChatReply, ChatRequest, EndpointClient, Journal, RequestFailed, read_journal
 from phimr_nemo.endpoint.ask import cents
@@ -26,6 +24,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 
 MIN_FAILURES_IN_A_ROW: Final = 16
@@ -202,7 +201,7 @@ class _Generation:
         """
         total = done + sum(self._plan.count(index) for index in indices)
         self._unwritten = set(indices)
-        with tqdm(total=total, initial=done, unit="rollout", desc="generate", dynamic_ncols=True) as bar:
+        with Progress(total, done=done, unit="rollout", title="generate") as bar:
             items = self._items(indices, bar)
             async with EndpointClient(self._engine.endpoint) as client:
                 workers = [
@@ -220,12 +219,11 @@ class _Generation:
         if self._unwritten:
             raise self._failure(total)
 
-    def _items(self, indices: Sequence[int], bar: tqdm[Any]) -> Iterator[tuple[_Shard, Planned]]:
+    def _items(self, indices: Sequence[int], bar: Progress) -> Iterator[tuple[_Shard, Planned]]:
         """What is missing, shard by shard; a shard is opened when its turn comes."""
         for index in indices:
             shard = _Shard(self._plan, self._out_dir, index)
-            bar.initial += len(shard.planned) - shard.left
-            bar.update(len(shard.planned) - shard.left)
+            bar.found_done(len(shard.planned) - shard.left)
             if not shard.left:
                 self._close(shard)
                 continue
@@ -235,7 +233,7 @@ class _Generation:
                     return
                 yield shard, item
 
-    async def _work(self, client: EndpointClient, items: Iterator[tuple[_Shard, Planned]], bar: tqdm[Any]) -> None:
+    async def _work(self, client: EndpointClient, items: Iterator[tuple[_Shard, Planned]], bar: Progress) -> None:
         for shard, item in items:
             await self._ask(client, shard, item)
             shard.left -= 1
@@ -271,7 +269,7 @@ class _Generation:
         self._usage["prompt_tokens"] += max(0, reply.prompt_tokens)
         self._usage["completion_tokens"] += max(0, reply.completion_tokens)
 
-    def _show(self, client: EndpointClient, bar: tqdm[Any]) -> None:
+    def _show(self, client: EndpointClient, bar: Progress) -> None:
         """Rate and time to go are the bar's own."""
         prices = self._engine.endpoint.prices
         facts = {"tokens": self._usage["completion_tokens"], "retries": client.counts["retries"]}
@@ -279,7 +277,7 @@ class _Generation:
             facts["cents"] = cents(prices, self._usage["prompt_tokens"], self._usage["completion_tokens"])
         if self._failed:
             facts["failed"] = self._failed.total()
-        bar.set_postfix(facts, refresh=False)
+        bar.show(facts)
         bar.update()
 
     def _failure(self, total: int) -> UserError:

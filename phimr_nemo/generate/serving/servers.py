@@ -18,12 +18,14 @@ import httpx
 
 from phimr_nemo.config import ServerEngine, Stale
 from phimr_nemo.endpoint.settings import read_key
+from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.endpoint.wire import Transient, parse_object
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
 from phimr_nemo.generate.serving.replies import Wanted, check_identity, no_entry, read_completion
 from phimr_nemo.generate.serving.weights import GENERATE, IDENTITY, Identity
 from phimr_nemo.generate.serving.weightsync import label_number, push, version_label
+from phimr_nemo.store.progress import say
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +81,7 @@ class ServerSampler:
         self._config, self._wanted, self._stop = config, wanted, list(stop_token_ids)
         self._run, self._is_leader, self._stale = run, is_leader, stale
         self._servers = [_Server(url.rstrip("/")) for url in config.base_urls]
+        self._watch = Watch(config.base_urls, config.request_seconds, say if is_leader else lambda _: None)
         self._version = -1
         self.counts = dict.fromkeys(COUNTED, 0)
         asyncio.run(self._check_all())
@@ -137,9 +140,12 @@ class ServerSampler:
             if response.status_code in NO_ENTRY:
                 raise no_entry(server.url)
             response.raise_for_status()
-            return Identity.parse(parse_object(response.content))
-        except (httpx.HTTPError, TimeoutError, asyncio.TimeoutError, Transient, ValueError):
+            identity = Identity.parse(parse_object(response.content))
+        except (httpx.HTTPError, TimeoutError, asyncio.TimeoutError, Transient, ValueError) as error:
+            self._watch.failed(server.url, f"no rollout server answers ({type(error).__name__})")
             return None
+        self._watch.heard(server.url)
+        return identity
 
     async def _reachable(self, client: httpx.AsyncClient) -> list[tuple[_Server, Identity | None]]:
         """All servers with what they serve, as soon as one of them answers.

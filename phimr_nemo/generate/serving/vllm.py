@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
 from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
 from phimr_nemo.model.dtypes import TORCH_NAMES
+from phimr_nemo.model.regime import warn_of_other_regime
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store.content import file_sha256
 
@@ -234,7 +236,7 @@ class FixedVLLM:
             for request in requests
         ]
         try:
-            outputs = self._llm.generate(prompts, settings, use_tqdm=True)
+            outputs = self._llm.generate(prompts, settings, use_tqdm=sys.stderr.isatty())
         except ValueError as error:
             raise UserError(
                 f"vLLM refuses a prompt: {error}",
@@ -289,7 +291,7 @@ def load_any_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> None:
-    """Refuse a policy that vLLM and TensorRT-LLM do not follow at this length.
+    """Refuse a policy that vLLM and TensorRT-LLM do not follow at this length, and warn of one not trained with.
 
     They use the long factors for every sequence as soon as their maximum length exceeds the original one.
 
@@ -300,6 +302,7 @@ def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> 
     if config.get("model_type") != MODEL_TYPE:
         return
     architecture = Architecture.from_directory(directory)
+    warn_of_other_regime(architecture, directory, max_length, policy)
     original = architecture.original_max_position_embeddings
     if architecture.long_factor is None or max_length <= original:
         return
