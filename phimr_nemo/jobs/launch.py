@@ -39,6 +39,16 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "evaluate": "phimr_nemo.evaluate.stage:run_evaluate",
     "export": "phimr_nemo.report.export:run_export",
 }
+# Another server with the same model gives the same responses.
+_ENDPOINT: Final = (
+    *("base_urls", "api_key_env", "concurrency", "idle_seconds", "total_seconds", "attempts", "backoff_seconds"),
+    "prices",
+)
+_ENGINE: Final = (
+    *("base_urls", "api_key_env", "in_flight", "request_seconds", "attempts", "probe_seconds", "recovery_seconds"),
+    *("bucket_mb", "directory", "max_batch", "cache_gib", "tensor", "memory_share", "eager", "max_missing"),
+    *(f"endpoint.{name}" for name in _ENDPOINT),
+)
 # Settings that a continued run may change: they do not change what is computed.
 FREE_TO_CHANGE: Final = (
     "run.log_every",
@@ -55,52 +65,9 @@ FREE_TO_CHANGE: Final = (
     "workers",
     "verify_workers",
     "monitor.",
-    "max_batch",
-    "teacher.max_batch",
-    "teacher.max_missing",
-    "engine.max_batch",
-    "engine.tensor",
-    "engine.memory_share",
-    "engine.eager",
-    "engine.max_missing",
-    # Another server with the same model gives the same responses.
-    "sampler.base_urls",
-    "sampler.api_key_env",
-    "sampler.in_flight",
-    "sampler.request_seconds",
-    "sampler.attempts",
-    "sampler.probe_seconds",
-    "sampler.recovery_seconds",
-    "sampler.bucket_mb",
-    "sampler.directory",
-    "sampler.max_batch",
-    "sampler.cache_gib",
-    "sampler.memory_share",
-    "teacher.endpoint.base_urls",
-    "teacher.endpoint.api_key_env",
-    "teacher.endpoint.concurrency",
-    "teacher.endpoint.idle_seconds",
-    "teacher.endpoint.total_seconds",
-    "teacher.endpoint.attempts",
-    "teacher.endpoint.backoff_seconds",
-    "teacher.endpoint.prices",
-    "engine.endpoint.base_urls",
-    "engine.endpoint.api_key_env",
-    "engine.endpoint.concurrency",
-    "engine.endpoint.idle_seconds",
-    "engine.endpoint.total_seconds",
-    "engine.endpoint.attempts",
-    "engine.endpoint.backoff_seconds",
-    "engine.endpoint.prices",
-    "judge.ask.endpoint.base_urls",
-    "judge.ask.endpoint.api_key_env",
-    "judge.ask.endpoint.concurrency",
-    "judge.ask.endpoint.idle_seconds",
-    "judge.ask.endpoint.total_seconds",
-    "judge.ask.endpoint.attempts",
-    "judge.ask.endpoint.backoff_seconds",
-    "judge.ask.endpoint.prices",
-    "judge.ask.max_",
+    *(f"{place}engine.{name}" for place in ("", "teacher.") for name in _ENGINE),
+    *(f"{place}.ask.endpoint.{name}" for place in ("judge", "annotation") for name in _ENDPOINT),
+    *("judge.ask.max_", "annotation.ask.max_"),
 )
 # What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
 IMPORT_NOTES: Final = (

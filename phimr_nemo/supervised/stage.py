@@ -155,7 +155,7 @@ def _evaluation(config: SupervisedConfig, run: RunDirectory, monitor: RunMonitor
         config.evaluation,
         base=config.base,
         seed=config.run.seed,
-        longrope=config.model.longrope,
+        model=config.model,
         monitor=monitor,
     )
 
