@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.imports import lean_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +94,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no tokenizer.json there, or the Phi chat tokens or a chat template are missing.
     """
-    from transformers import AutoTokenizer
+    with lean_imports():
+        from transformers import AutoTokenizer
 
     if not (directory / "tokenizer.json").is_file():
         raise UserError(

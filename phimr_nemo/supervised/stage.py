@@ -1,4 +1,4 @@
-"""Stages 1 and 2 on NeMo 2.0: `llm.train` with `nl.MegatronStrategy`, from one Hugging Face directory to the next."""
+"""Stages 1 and 2 on NeMo 2.0: its trainer with `nl.MegatronStrategy`, from one Hugging Face directory to the next."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any, Final
 import lightning.pytorch as pl
 import torch
 from nemo import lightning as nl
-from nemo.collections import llm
+from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
 
 from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.megatron.configuration import has_transformer_engine
-from phimr_nemo.report.plots import plot_training
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.supervised import assembly
 from phimr_nemo.supervised.callbacks import RunMonitor, StopOnSignal
@@ -95,23 +94,24 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
         if newest is not None:
             # NeMo's AutoResume does this, for its own checkpoint callback.
             trainer.ckpt_path = str(newest)
-        llm.train(
-            model=model,
-            data=data,
-            trainer=trainer,
-            log=nl.NeMoLogger(
-                log_dir=str(run.path),
-                name="nemo",
-                use_datetime_version=False,
-                log_global_rank_0_only=True,
-            ),
-        )
+        # What NeMo's `llm.train` does with a log and no resume; its module imports every model and NeMo-Run.
+        configure_no_restart_validation_training_loop(trainer)
+        nl.NeMoLogger(
+            log_dir=str(run.path),
+            name="nemo",
+            use_datetime_version=False,
+            log_global_rank_0_only=True,
+        ).setup(trainer)
+        trainer.fit(model, data)
     saturated = saturation is not None and saturation.is_saturated
     if trainer.global_step < steps and not saturated:
         raise Preempted(f"{stage} stopped at step {trainer.global_step} of {steps}; run the same command to continue")
     tensors = exported(trainer.strategy.megatron_parallel, architecture)
     write_hf_export(tensors, architecture, config.base, run.path / "hf")
     if trainer.global_rank == 0:
+        # Here: matplotlib would stand between the start and the first step.
+        from phimr_nemo.report.plots import plot_training
+
         plot_training(run.path, run.path / PICTURE)
     return {
         "steps": trainer.global_step,
