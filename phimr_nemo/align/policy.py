@@ -31,6 +31,7 @@ from phimr_nemo.align.microbatch import (
     sequence_sums,
     trimmed_width,
     used_lengths,
+    work_of,
 )
 from phimr_nemo.config import ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
@@ -39,7 +40,9 @@ from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.configuration import recompute_fields
 from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
 from phimr_nemo.training import platform
-from phimr_nemo.training.optimizer import build_optimizer, check_finite
+from phimr_nemo.training.guard import BatchGuard
+from phimr_nemo.training.optimizer import build_optimizer
+from phimr_nemo.training.throughput import Speed, WorkCounter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -76,6 +79,7 @@ class MegatronPolicy(AlignableGenerativeInterface):
         sequence_length: the longest sequence (tokens).
         micro_batch: sequences a forward pass without gradient.
         global_batch: what NeMo-Aligner counts as one step's samples.
+        guard: told of every training batch's loss.
 
     Raises:
         UserError: the layout cannot hold the model, or the base does not fit its config.json.
@@ -93,7 +97,9 @@ class MegatronPolicy(AlignableGenerativeInterface):
         sequence_length: int,
         micro_batch: int,
         global_batch: int,
+        guard: BatchGuard,
     ) -> None:
+        self.guard, self.work = guard, WorkCounter(chunks=1)
         self.architecture: Architecture = base.architecture
         self.objective, self.parallel, self.micro_batch = objective, parallel, micro_batch
         self.temperature = 1.0
@@ -107,8 +113,13 @@ class MegatronPolicy(AlignableGenerativeInterface):
         )
         self.model = _build(base, model, parallel, optim, sequence_length)
         self.optimizer, self.scheduler = build_optimizer(optim, [self.model], steps=steps, dtype=DTYPES[model.dtype])
-        self._is_distributed = optim.distributed
+        self._is_distributed, self._fp8 = optim.distributed, model.fp8 is not None
         self._reference: list[Tensor] = []
+
+    def speed(self) -> Speed:
+        """Return what turns seconds into metrics of the training steps' throughput (collective when called)."""
+        fp8 = self._fp8
+        return Speed(self.work, processes=self.parallel.world_size, architecture=self.architecture, fp8=fp8)
 
     # ---- forward passes ------------------------------------------------------------------------------------
 
@@ -212,12 +223,15 @@ class MegatronPolicy(AlignableGenerativeInterface):
             logged = {"loss": loss.detach().clone(), "count": count, **sums}
             return loss, count.to(torch.int), logged
 
-        results = self._forward(self.objective.micro_batches(batch), head, forward_only=forward_only)
-        sums = _global_sums(results)
-        # Before Megatron's optimizer sees it: every rank has the same sums, so all of them stop here.
-        check_finite("the loss", sums["loss"])
-        summary = self.objective.summary(sums)
-        return summary.pop("loss"), summary
+        micros = self.objective.micro_batches(batch)
+        results = self._forward(micros, head, forward_only=forward_only)
+        summary = self.objective.summary(_global_sums(results))
+        loss = summary.pop("loss")
+        if not forward_only:
+            self.guard.note_loss(loss)
+            for micro in micros:
+                self.work.add_counts(work_of(micro))
+        return loss, summary
 
     # ---- NeMo-Aligner: Inferrable and AlignableGenerativeInterface -----------------------------------------
 
@@ -296,13 +310,13 @@ class MegatronPolicy(AlignableGenerativeInterface):
         if self._is_distributed:
             options["metadata"] = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
         state["optimizer"] = self.optimizer.megatron.sharded_state_dict(state, **options)
-        return {**state, "scheduler": self.scheduler.megatron.state_dict()}
+        return {**state, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`sharded_state_dict` saved."""
         self.model.module.load_state_dict(state["model"])
         self.optimizer.megatron.load_state_dict(state["optimizer"])
-        self.scheduler.megatron.load_state_dict(state["scheduler"])
+        self.scheduler.load_state_dict(state["scheduler"])
 
 
 def _build(
