@@ -1,7 +1,7 @@
 """Import upstream packages for what is used of them.
 
 NeMo's, Lightning's and torchmetrics' packages import every model, data set and metric of theirs before the first of
-their modules can be had. Within :func:`lean_imports` the packages of `NAMES` are entered without that: a submodule is
+their modules can be had. After :func:`lean_imports` the packages of `NAMES` are entered without that: a submodule is
 imported alone, a name of the table from the submodule that defines it, and any other name still runs the whole
 `__init__`, then and once. So nothing is missing and nothing is replaced; it is loaded later, or never.
 """
@@ -30,6 +30,7 @@ NAMES: Final[Mapping[str, Mapping[str, str]]] = {
     "nemo.collections.llm.gpt.model": {},
     "nemo.collections.llm.inference": {},
     "nemo.collections.llm.modelopt": {},
+    "nemo.collections.llm.modelopt.distill": {},
     "nemo.collections.nlp": {},
     "nemo.collections.nlp.data": {},
     "nemo.collections.nlp.data.language_modeling": {},
@@ -129,10 +130,10 @@ def _show_hidden() -> None:
 
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
-    """Within it, what is imported for the first time is imported for what is used of it."""
-    finder = _Finder()
+    """Enter the packages of `NAMES` lazily from here on; within it, take those of `UNUSED` for not installed."""
     collecting = gc.isenabled()
-    sys.meta_path.insert(0, finder)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
     # None is Python's own mark of a package that is not there.
     sys.modules.update(dict.fromkeys(UNUSED - sys.modules.keys()))  # type: ignore[arg-type]
     # Modules live as long as the process: looking for garbage among them takes a fifth of the time.
@@ -143,4 +144,3 @@ def lean_imports() -> Iterator[None]:
         if collecting:
             gc.enable()
         _show_hidden()
-        sys.meta_path.remove(finder)

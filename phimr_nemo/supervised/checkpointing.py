@@ -9,17 +9,10 @@ import lightning.pytorch as pl
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io.pl import MegatronCheckpointIO
 
-from phimr_nemo.imports import lean_imports
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
 from phimr_nemo.model.files.plaindata import only_plain_data
 from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.seal import checkpoint_name, checkpoint_step, refuse_all_damaged
-
-
-def import_for_checkpoints() -> None:
-    """Import what NeMo imports when it saves or loads, which would otherwise bring every model that NeMo has."""
-    with lean_imports():
-        import nemo.collections.llm.modelopt.model_utils  # noqa: F401
 
 
 class StoreIO(MegatronCheckpointIO):
@@ -88,7 +81,6 @@ class CheckpointKeeper(pl.Callback):
         if trainer.global_step == self._saved:
             return
         self._saved = trainer.global_step
-        import_for_checkpoints()
         trainer.save_checkpoint(self.store.directory / f"{checkpoint_name(self._saved)}.ckpt")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002

@@ -18,7 +18,7 @@ from phimr_nemo.model.megatron.configuration import has_transformer_engine
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.supervised import assembly
 from phimr_nemo.supervised.callbacks import GuardCallback, RunMonitor, StopOnSignal
-from phimr_nemo.supervised.checkpointing import CheckpointKeeper, StoreIO, import_for_checkpoints
+from phimr_nemo.supervised.checkpointing import CheckpointKeeper, StoreIO
 from phimr_nemo.supervised.data import SupervisedDataModule, midtrain_data, sft_data
 from phimr_nemo.supervised.nemo_model import Phi4MiniModel, phi4mini_config
 from phimr_nemo.supervised.pass1 import TrainingEvaluation
@@ -99,7 +99,6 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
         # The store saves beside training by itself.
         trainer.strategy.async_save = False
         if newest is not None:
-            import_for_checkpoints()
             # NeMo's AutoResume does this, for its own checkpoint callback.
             trainer.ckpt_path = str(newest)
         # What NeMo's `llm.train` does with a log and no resume; its module imports every model and NeMo-Run.
