@@ -52,8 +52,8 @@ NAMES: Final[Mapping[str, Mapping[str, str]]] = {
 LOGGER: Final = "_logger"
 """The one name that the head of torchmetrics' `__init__` makes for its own modules."""
 
-UNUSED: Final = frozenset({"modelopt", "sklearn"})
-"""Packages that others import where they are installed, for what nothing here calls."""
+UNUSED: Final[Mapping[str, str]] = {"modelopt": "modelopt", "sklearn": "transformers.utils.import_utils"}
+"""Packages that others import where they are installed, for what nothing here calls -> who looks whether they are."""
 
 STAR: Final = "__all__"
 """What `from package import *` asks for; the import system asks for other names with underscores, in passing."""
@@ -135,7 +135,8 @@ def lean_imports() -> Iterator[None]:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     # None is Python's own mark of a package that is not there.
-    sys.modules.update(dict.fromkeys(UNUSED - sys.modules.keys()))  # type: ignore[arg-type]
+    hidden = [name for name, asking in UNUSED.items() if not {name, asking} & sys.modules.keys()]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     # Modules live as long as the process: looking for garbage among them takes a fifth of the time.
     gc.disable()
     try:
