@@ -4,7 +4,8 @@
 
 CPU seconds (user and system, of the process and those that it has waited for) and wall-clock seconds, of processes of
 their own with one thread, the least of a few runs. A training stage is stopped when its first step stands in its
-metrics, with few and short rollouts. DIRECTORY is another checkout, whose code is measured on the same inputs. `import nemo.collections.llm`, the peer, trains nothing yet.
+metrics, with few and short rollouts. DIRECTORY is another checkout, whose code is measured on the same inputs.
+`import nemo.collections.llm`, the peer, trains nothing yet.
 """
 
 from __future__ import annotations
