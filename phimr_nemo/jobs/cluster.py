@@ -18,9 +18,10 @@ from typing import Annotated, Any, Final
 import typer
 import yaml
 
-from phimr_nemo.config import STAGES, ParallelConfig, load_config
+from phimr_nemo.config import STAGES, ParallelConfig, find_config, load_config, locate
 from phimr_nemo.errors import EXIT_USER, UserError
 
+EXAMPLE: Final = "conf/cluster/example.yaml"
 LAUNCHED: Final = tuple(stage for stage in STAGES if stage != "base")
 SIGNAL: Final = "USR1@120"
 """To the tasks, 120 s before the time limit: NeMo-Run's script would die of a signal of its own."""
@@ -43,10 +44,10 @@ def read_cluster(path: Path) -> dict[str, Any]:
     import nemo_run as run
 
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = yaml.safe_load(find_config(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
-            f"--cluster {path}: {error}", rule="a YAML file", remedy="copy and adapt conf/cluster/example.yaml"
+            f"--cluster {path}: {error}", rule="a YAML file", remedy=f"copy and adapt {locate(EXAMPLE)}"
         ) from error
     known = set(inspect.signature(run.SlurmExecutor).parameters)
     unknown = sorted(set(values) - known) if isinstance(values, dict) else [str(values)]
@@ -54,7 +55,7 @@ def read_cluster(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: {', '.join(map(str, unknown))}",
             rule="keys are the arguments of nemo_run.SlurmExecutor",
-            remedy="see conf/cluster/example.yaml",
+            remedy=f"see {locate(EXAMPLE)}",
         )
     return dict(values)
 
@@ -143,9 +144,7 @@ def launch(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of config values.")
     ] = None,
-    cluster: Annotated[Path, typer.Option(help="Arguments of NeMo-Run's SlurmExecutor.")] = Path(
-        "conf/cluster/example.yaml"
-    ),
+    cluster: Annotated[Path, typer.Option(help="Arguments of NeMo-Run's SlurmExecutor.")] = Path(EXAMPLE),
     config: Annotated[Path | None, typer.Option(help="YAML file; default conf/<stage>/paper.yaml.")] = None,
     python: Annotated[
         str | None, typer.Option(help="On the nodes; default this one, in a container python3.")

@@ -19,6 +19,7 @@ from typing import Any, Final
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
 from phimr_nemo.config.load import flat
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.imports import lean_imports
 from phimr_nemo.jobs.preflight import record_inputs
 from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
@@ -152,7 +153,8 @@ def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
     """The function behind a stage; it returns the closing facts, or None when other shards are still to come."""
     module, name = FUNCTIONS[stage].split(":")
     silence_import_notes()
-    return getattr(importlib.import_module(module), name)
+    with lean_imports():
+        return getattr(importlib.import_module(module), name)
 
 
 def silence_import_notes() -> None:

@@ -48,6 +48,8 @@ def git_sha() -> str:
     """The commit of the source tree, with "+dirty" when it has uncommitted changes; "unknown" outside git."""
     root = Path(__file__).resolve().parent
     try:
+        # An installed package may lie in a repository that is not its own.
+        _git(root, "ls-files", "--error-unmatch", Path(__file__).name)
         sha = _git(root, "rev-parse", "HEAD")
         return sha + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
