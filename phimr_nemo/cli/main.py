@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
+from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
+from phimr_nemo.process.stopping import stoppable
 from phimr_nemo.store.atomic import keep_others_from_writing
 
 app = typer.Typer(
@@ -48,20 +48,20 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, print the resolv
 def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool) -> Any:
     """Run a stage, or with `dry_run` describe it; its resolved configuration."""
     from phimr_nemo.config import STAGES, load_config, to_yaml
-    from phimr_nemo.jobs.launch import launch
-    from phimr_nemo.jobs.preflight import derived_numbers, preflight
+    from phimr_nemo.jobs.launch import start_stage
+    from phimr_nemo.jobs.machine import check_default
+    from phimr_nemo.jobs.preflight import derived_numbers
 
     path = config if config is not None else Path("conf") / stage / "paper.yaml"
-    resolved: Any = load_config(STAGES[stage], path, overrides or [])
     if dry_run:
+        resolved: Any = load_config(STAGES[stage], path, overrides or [])
         typer.echo(to_yaml(resolved), nl=False)
         for name, value in derived_numbers(stage, resolved).items():
             typer.echo(f"# {name}: {value}")
         return resolved
-    preflight(stage, resolved)
-    with _continuable():
-        launch(stage, resolved)
-    return resolved
+    if config is None:
+        check_default(stage, path)
+    return start_stage(stage, path, overrides or [])
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -95,7 +95,7 @@ def export(
         check_hub(push_to_hub)
     resolved = _run_stage("export", overrides, config, dry_run)
     if push_to_hub is not None and not dry_run:
-        with _continuable():
+        with stoppable("the upload"):
             typer.echo(push(resolved.run.output / "hf", push_to_hub, private=not public))
 
 
@@ -147,7 +147,7 @@ def quickstart(
         for step in plan_quickstart(path, numbers, out, overrides or []):
             typer.echo(step)
         return
-    with _continuable():
+    with stoppable("quickstart"):
         run_quickstart(path, numbers, out, overrides or [])
 
 
@@ -219,7 +219,7 @@ def adopt(
     from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
     from phimr_nemo.model.adopt import adopt as adopt_model
 
-    with _continuable():
+    with stoppable("adopt"):
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
 
 
@@ -234,7 +234,7 @@ def import_model(
     """A small model from a GGUF file as an equivalent Phi3-family directory with the reasoning chat template."""
     from phimr_nemo.model.files.gguf import import_gguf
 
-    with _continuable():
+    with stoppable("import"):
         architecture = import_gguf(source, target, system_prompt=system_prompt)
     typer.echo(f"{target}: {architecture.num_parameters:,} parameters")
 
@@ -259,7 +259,7 @@ def convert(
     from phimr_nemo.config import ParallelConfig
     from phimr_nemo.supervised.conversion import convert as convert_checkpoint
 
-    with _continuable():
+    with stoppable("convert"):
         kind = convert_checkpoint(source, target, kind=to, layout=ParallelConfig(tensor=tp, pipeline=pp), hf=hf)
     typer.echo(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
 
@@ -362,15 +362,6 @@ def doctor() -> None:
     findings = diagnose()
     print_report(findings)
     raise typer.Exit(exit_code(findings))
-
-
-@contextlib.contextmanager
-def _continuable() -> Iterator[None]:
-    """Ctrl-C is a stop that the same command continues, like a preemption."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Preempted("interrupted; what is finished is kept, run the same command to continue") from None
 
 
 def main() -> None:

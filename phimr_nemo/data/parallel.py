@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from phimr_nemo.process.children import start_pool_worker
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -34,7 +36,7 @@ def in_processes(
         return [function(item) for item in tqdm(items, desc=title, unit="shard")]
     # Not forked: a forked child of a process with threads (Arrow's, the tokenizer's) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=start_pool_worker) as pool:
         try:
             return list(tqdm(pool.map(function, items), desc=title, unit="shard", total=len(items)))
         except BaseException:
