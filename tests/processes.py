@@ -1,4 +1,4 @@
-"""Processes that tests start: they end with the test process, by SIGKILL too, and can have a terminal of their own."""
+"""Processes that tests start: they end when the test process does, by SIGKILL too, and may have a terminal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def start(command: Sequence[str | Path], *, ctrl_c: bool = False, **options: Any
     return subprocess.Popen([str(word) for word in command], preexec_fn=prepare, **options)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = PATIENCE_SECONDS) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = PATIENCE_SECONDS
+) -> None:
     """Wait until the condition holds; fails when the process ends before."""
     deadline = time.monotonic() + seconds
     while not condition():

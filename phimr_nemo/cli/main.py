@@ -10,6 +10,7 @@ import typer
 
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
+from phimr_nemo.jobs.cluster import check_layout, parse_allocation
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
 from phimr_nemo.process.stopping import stoppable
 from phimr_nemo.store.atomic import keep_others_from_writing
@@ -43,9 +44,15 @@ Overrides = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; default conf/<stage>/paper.yaml.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved config and derived numbers.")]
+Allocation = Annotated[
+    str | None,
+    typer.Option(metavar="NODESxPROCESSES", help="With --dry-run: the job that the layout has to fit, as 16x8."),
+]
 
 
-def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool) -> Any:
+def _run_stage(
+    stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool, allocation: str | None = None
+) -> Any:
     """Run a stage, or with `dry_run` describe it; its resolved configuration."""
     from phimr_nemo.config import STAGES, load_config, to_yaml
     from phimr_nemo.jobs.launch import start_stage
@@ -55,6 +62,8 @@ def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry
     path = config if config is not None else Path("conf") / stage / "paper.yaml"
     if dry_run:
         resolved: Any = load_config(STAGES[stage], path, overrides or [])
+        if allocation is not None:
+            check_layout(stage, resolved, *parse_allocation(allocation))
         typer.echo(to_yaml(resolved), nl=False)
         for name, value in derived_numbers(stage, resolved).items():
             typer.echo(f"# {name}: {value}")
@@ -65,8 +74,13 @@ def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
-    def command(overrides: Overrides = None, config: ConfigFile = None, dry_run: DryRun = False) -> None:
-        _run_stage(stage, overrides, config, dry_run)
+    def command(
+        overrides: Overrides = None,
+        config: ConfigFile = None,
+        dry_run: DryRun = False,
+        allocation: Allocation = None,
+    ) -> None:
+        _run_stage(stage, overrides, config, dry_run, allocation)
 
     command.__doc__ = STAGE_HELP[stage]
     return command

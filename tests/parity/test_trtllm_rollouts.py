@@ -19,6 +19,7 @@ import pytest
 import trtllm_standin
 from align_worker import run_case
 from distributed import run_distributed
+from processes import start
 from safetensors.torch import save
 from test_align_parity import CURVE_TOLERANCE, STEPS, make_case, make_inputs
 from test_rollout_rounds import ON_POLICY, SEQUENCE
@@ -181,7 +182,7 @@ def serving(model: Path, root: Path, max_length: int = MAX_LENGTH) -> Iterator[F
     variables, port = prepare(root), free_port()
     with (root / "log").open("wb") as log:
         command = serve_command(model, root, port, max_length)
-        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
+        process = start(command, env=variables, stdout=log, stderr=log)
     front = Front(f"http://127.0.0.1:{port}", process, root)
 
     def answers() -> bool:
