@@ -125,7 +125,7 @@ check_stage() {
   local stage=$1 python=$PHIMR_HOME/.venv/bin/python
   [[ ${PHIMR_CONTAINER_RUNTIME:-none} != none ]] || python=${PHIMR_PYTHON:-$python}
   local -a allocation=()
-  [[ $# == 1 ]] || allocation=(--allocation "$2x$3")
+  [[ $# == 1 ]] || allocation=(--allocation "$2x${3:-1}")
   if [[ -z $(command -v -- "$python") ]]; then
     printf 'not checked: there is no interpreter %q here\n' "$python" >&2
     return 0
@@ -224,6 +224,7 @@ run_plain() {
 # run_distributed STAGE [ARGUMENT ...]: torchrun on every node, meeting on the first.
 run_distributed() {
   take_arguments "$@"
+  check_stage "$1" "$(node_count)" "$(processes_per_node)"
   torchrun_on "$1" "$(node_count)" "$(rendezvous_host)"
 }
 
@@ -233,7 +234,6 @@ torchrun_on() {
   local job=${SLURM_JOB_ID:-0}
   shift 3
   processes=$(processes_per_node)
-  check_stage "$stage" "$nodes" "${processes:-1}"
   prepare_launch "$nodes" 1 "$@"
   # The port follows from the job, so that two jobs on one node do not meet.
   run_step "${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.jobs.node \
@@ -271,6 +271,7 @@ run_with_servers() {
   url_list=$(joined "${urls[@]}")
   # The configuration says which kind of servers.
   ARGUMENTS+=("sampler.base_urls=[$url_list]" sampler.api_key_env=PHIMR_KEY)
+  check_stage "$stage" "${#hosts[@]}" "$(processes_per_node)"
   start_servers "${#servers[@]}" "${count:-1}" "${server_options[@]}"
   torchrun_on "$stage" "${#hosts[@]}" "${PHIMR_RDZV_HOST:-${hosts[0]}}" "${trainer_options[@]}"
 }

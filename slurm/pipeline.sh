@@ -47,7 +47,8 @@ arguments_of() {
 
 # The nodes that each stage's preset asks for into `nodes`; what a stage would refuse ends this script.
 check_stages() {
-  local stage told python=$PHIMR_HOME/.venv/bin/python
+  local stage python=$PHIMR_HOME/.venv/bin/python
+  local -a words=()
   [[ ${PHIMR_CONTAINER_RUNTIME:-none} != none ]] || python=${PHIMR_PYTHON:-$python}
   if [[ -z $(command -v -- "$python") ]]; then
     printf 'not checked: there is no interpreter %q here\n' "$python" >&2
@@ -55,10 +56,17 @@ check_stages() {
   fi
   for stage in "${STAGES[@]}"; do
     arguments_of "$stage" "$@"
-    told=$("$python" -m phimr_nemo.cli "$stage" --dry-run --config "conf/$stage/${PHIMR_PRESET:-paper}.yaml" \
-      ${arguments[@]+"${arguments[@]}"}) || exit $?
-    nodes[$stage]=$(sed -n 's/^# nodes: //p' <<<"$told")
+    words+=(-- "$stage" --config "conf/$stage/${PHIMR_PRESET:-paper}.yaml" ${arguments[@]+"${arguments[@]}"})
   done
+  # The first separator stands before the first stage.
+  local told number
+  told=$("$python" -m phimr_nemo.jobs.chain "${words[@]:1}") || exit $?
+  for stage in "${STAGES[@]}"; do
+    read -r number || true
+    nodes[$stage]=$number
+  done <<<"$told"
+  # The trainer's, and those of its rollout servers.
+  if [[ -n ${nodes[grpo]} ]]; then nodes[grpo]=$((nodes[grpo] + ${PHIMR_SERVER_NODES:-0})); fi
 }
 
 take_back() {

@@ -435,9 +435,9 @@ def test_training_over_trtllm_is_that_of_the_built_in_sampler(tmp_path: Path) ->
 
 
 def test_training_at_another_temperature_is_refused_before_anything_is_sampled() -> None:
-    for start, end in ((1.0, 0.6), (0.9, 1.0)):
-        given = [f"temperature.start={start}", f"temperature.end={end}"]
-        with pytest.raises(UserError, match=rf"temperature\.start={start} temperature\.end={end}"):
+    for first, last in ((1.0, 0.6), (0.9, 1.0)):
+        given = [f"temperature.start={first}", f"temperature.end={last}"]
+        with pytest.raises(UserError, match=rf"temperature\.start={first} temperature\.end={last}"):
             check_sampler(load_config(GRPOConfig, CONF / "trtllm.yaml", given))
     check_sampler(load_config(GRPOConfig, CONF / "trtllm.yaml"))
     # vLLM's servers give the log-probabilities of any temperature.

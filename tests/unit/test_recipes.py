@@ -59,7 +59,7 @@ def test_a_recipe_that_is_refused_ends_as_the_command_does(capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("factory", "override", "named"),
+    ("factory", "named"),
     [
         (
             "phi4mini_midtrain(base={tmp},data={tmp}/absent,config={tiny},accelerator=cpu)",
@@ -71,11 +71,9 @@ def test_a_recipe_that_is_refused_ends_as_the_command_does(capsys: pytest.Captur
     ],
     ids=["no data", "no such recipe", "no such file"],
 )
-def test_nemo_runs_command_line_ends_with_2_for_a_users_mistake(
-    factory: str, override: list[str], named: str, tmp_path: Path
-) -> None:
+def test_nemo_runs_command_line_ends_with_2_for_a_users_mistake(factory: str, named: str, tmp_path: Path) -> None:
     tiny = REPOSITORY / "conf" / "midtrain" / "tiny.yaml"
-    words = ["--yes", "--factory", factory.format(tmp=tmp_path, tiny=tiny), *override]
+    words = ["--yes", "--factory", factory.format(tmp=tmp_path, tiny=tiny)]
     done = subprocess.run(
         [sys.executable, "-m", "recipes", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )

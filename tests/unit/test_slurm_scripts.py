@@ -58,7 +58,7 @@ OPEN = {
     "pack": ("tokenizer=models/b",),
     "midtrain": ("base=models/b",),
 }
-UNCHECKED = {"PHIMR_PYTHON": "no-such-interpreter"}
+UNCHECKED = {"PHIMR_PYTHON": "no-such-interpreter", "PHIMR_SERVER_PYTHON": "no-such-interpreter"}
 WAIT_SECONDS = 30.0
 
 
@@ -428,6 +428,7 @@ def test_grpo_with_servers_on_the_last_nodes() -> None:
 
 def test_grpo_keeps_the_kind_of_servers_that_it_is_given() -> None:
     extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "1", "PHIMR_SERVER_PYTHON": "/trt/python"}
+    extra["SLURM_JOB_NUM_NODES"] = "5"
     settings = environment(PHIMR_PRESET="trtllm", **extra)
     server, trainer = map(words, bash("slurm/grpo.sh", "base=models/b", env=settings).stdout.splitlines())
     assert follows(server, ["/trt/python", "-m", "phimr_nemo.jobs.server_node"])
