@@ -21,7 +21,7 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 Difficulty = Literal["elementary", "middle", "high_school", "college", "graduate"]
 DIFFICULTIES: Final[tuple[Difficulty, ...]] = get_args(Difficulty)
 
-VerdictName = Literal["correct", "wrong", "unparsable", "timeout", "error"]
+VerdictName = Literal["correct", "wrong", "unparsable", "gold_unreadable", "timeout", "error"]
 FinishReason = Literal["stop", "length"]
 
 

@@ -103,11 +103,11 @@ def _within_limit(seconds: float, work: Callable[[], dict[str, Any]]) -> dict[st
 def _grade(job: dict[str, Any]) -> dict[str, Any]:
     from phimr_nemo.verify.compare import judge
     from phimr_nemo.verify.extract import Extraction
-    from phimr_nemo.verify.symbolic import MathVerify
+    from phimr_nemo.verify.symbolic import Algebra
 
     extraction = Extraction(job["text"], tuple(job["parts"]), tuple(job["boxes"]))
     try:
-        verdict = judge(job["gold"], extraction, MathVerify())
+        verdict = judge(job["gold"], extraction, Algebra())
     except Exception as error:  # noqa: BLE001 - sympy raises anything; an answer that breaks it is reported as such
         return {"verdict": "error", "extracted": job["text"], "reason": f"math-verify failed: {type(error).__name__}"}
     return {"verdict": verdict.verdict, "extracted": verdict.extracted, "reason": verdict.reason}
