@@ -14,26 +14,15 @@ from typing import Final
 
 from phimr_nemo.verify.algebra.term import Undecided
 from phimr_nemo.verify.extract import Extraction
-from phimr_nemo.verify.read.choice import same_choice, without_choice_label
-from phimr_nemo.verify.read.expression import Relation, Symbolic, check_plain, same_expression
+from phimr_nemo.verify.read.brackets import Malformed, check_balance
+from phimr_nemo.verify.read.choice import same_choice, same_letters, without_choice_label
+from phimr_nemo.verify.read.expression import Symbolic, check_plain, same_expression
+from phimr_nemo.verify.read.nodes import Equation, Items, Leaf, Matrix, Node, Piecewise, Sequence, SetOf, Union
 from phimr_nemo.verify.read.normalise import canonical, key
 from phimr_nemo.verify.read.phrases import same_phrase
 from phimr_nemo.verify.read.quantity import Number, parse_number, split_quantity, without_remarks
-from phimr_nemo.verify.read.structure import (
-    Equation,
-    Items,
-    Leaf,
-    Malformed,
-    Matrix,
-    Node,
-    Piecewise,
-    Sequence,
-    SetOf,
-    Union,
-    check_balance,
-    is_label,
-    parse,
-)
+from phimr_nemo.verify.read.structure import is_label, parse
+from phimr_nemo.verify.relations import ORDER, Family, same_inequality, without_integers
 from phimr_nemo.verify.verdict import Unparsable, Verdict
 
 MAX_UNORDERED_COMPARISONS: Final = 64
@@ -94,11 +83,11 @@ def equivalent(gold: str, predicted: str, symbolic: Symbolic) -> bool:
     if key(left) == key(right):
         _check("response", right)
         return True
-    if same_phrase(left, right):
+    if same_letters(left, right) or same_phrase(left, right):
         return True
-    left, in_left = _without_integers(without_remarks(left))
-    right, in_right = _without_integers(without_remarks(right))
-    symbolic = _Family(symbolic) if in_left or in_right else symbolic
+    left, in_left = without_integers(without_remarks(left))
+    right, in_right = without_integers(without_remarks(right))
+    symbolic = Family(symbolic) if in_left or in_right else symbolic
     choice = same_choice(left, right)
     if choice is not None:
         return choice
@@ -112,32 +101,6 @@ def equivalent(gold: str, predicted: str, symbolic: Symbolic) -> bool:
         gold_node = Leaf(left) if whole[0] else gold_node
         predicted_node = Leaf(right) if whole[1] else predicted_node
     return _same(gold_node, predicted_node, symbolic)
-
-
-_INTEGERS = re.compile(
-    r"\s*[,;(]?\s*(?:\\text\{\s*,?\s*(?:where|for|with|and)?\s*\}\s*)?\(?\s*(?:[a-zA-Z]\s*\\in\s*(?:\\mathbb\s*\{?\s*Z\s*\}?|Z)"
-    r"|\\text\{\s*\(?(?:where |for )?(?:any |some )?(?:[a-zA-Z] )?(?:is )?(?:an |any )?integers?(?: [a-zA-Z])?\)?\s*\}"
-    r"|[a-zA-Z]\s*\\text\{\s*(?:is )?(?:an |any )?integer\s*\})\s*\)?\s*$"
-)
-
-
-def _without_integers(text: str) -> tuple[str, bool]:
-    r"""An answer without ``k \in \mathbb{Z}`` behind it, and whether that was there."""
-    match = _INTEGERS.search(text)
-    return (text[: match.start()].strip(), True) if match and match.start() > 0 else (text, False)
-
-
-class _Family:
-    """Decisions about expressions whose parameter stands for all integers."""
-
-    def __init__(self, symbolic: Symbolic) -> None:
-        self._symbolic = symbolic
-
-    def equal(self, gold: str, predicted: str, rounding: Number | None, *, family: bool = True) -> bool:
-        return self._symbolic.equal(gold, predicted, rounding, family=family)
-
-    def same_relation(self, gold: Relation, predicted: Relation) -> bool:
-        return self._symbolic.same_relation(gold, predicted)
 
 
 def _plain_digits(text: str) -> str:
@@ -179,8 +142,8 @@ def _same(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
         predicted = predicted.items[0]
     match gold, predicted:
         case Leaf(), Leaf():
-            if _ORDER.search(gold.text) or _ORDER.search(predicted.text):
-                return _same_inequality(gold.text, predicted.text, symbolic)
+            if ORDER.search(gold.text) or ORDER.search(predicted.text):
+                return same_inequality(gold.text, predicted.text, symbolic)
             return same_expression(gold.text, predicted.text, symbolic)
         case (Items(items=a) | SetOf(items=a), Items(items=b) | SetOf(items=b)):
             return _same_unordered(a, b, symbolic)
@@ -207,10 +170,10 @@ def _same(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
 
 
 def _values(nodes: Many[Node]) -> tuple[Node, ...]:
-    """The right sides of assignments, so that ``x=1, y=2`` can be compared with ``(1, 2)``; by name, if they have one."""
-    named = [node for node in nodes if isinstance(node, Equation) and re.fullmatch(r"[a-z]", node.left)]
-    if len(named) == len(nodes) and len({node.left for node in named}) == len(nodes):
-        nodes = sorted(named, key=lambda node: node.left)
+    """The right sides of assignments, in the order of their names: ``x=1, y=2`` compares with ``(1, 2)``."""
+    named = {node.left: node for node in nodes if isinstance(node, Equation) and re.fullmatch(r"[a-z]", node.left)}
+    if len(named) == len(nodes):
+        nodes = [named[name] for name in sorted(named)]
     return tuple(Leaf(node.right) if isinstance(node, Equation) else node for node in nodes)
 
 
@@ -258,35 +221,6 @@ def _same_matrix(gold: Matrix, predicted: Matrix, symbolic: Symbolic) -> bool:
     if gold.bars != predicted.bars or shapes[0] != shapes[1]:
         return False
     return all(_same_ordered(a, b, symbolic) for a, b in zip(gold.rows, predicted.rows, strict=True))
-
-
-_ORDER = re.compile(r"<|>|\\leq|\\geq")
-_FLIPPED: Final = {">": "<", r"\geq": r"\leq"}
-
-
-def _same_inequality(gold: str, predicted: str, symbolic: Symbolic) -> bool:
-    """Inequalities that are no bounds on one variable: the same up to a positive factor, read in either direction."""
-    first, second = _ascending(gold), _ascending(predicted)
-    if first is None or second is None or first[1] != second[1]:
-        return key(gold) == key(predicted)
-    if len(first[0]) > 2:
-        return all(same_expression(a, b, symbolic) for a, b in zip(first[0], second[0], strict=True))
-    for side, texts in (("answer", first[0]), ("response", second[0])):
-        for text in texts:
-            check_plain(side, text)
-    pair = [(texts[0], sign, texts[1]) for texts, (sign,) in (first, second)]
-    return symbolic.same_relation(pair[0], pair[1])
-
-
-def _ascending(text: str) -> tuple[list[str], list[str]] | None:
-    """The sides of a chain of inequalities from the smallest to the largest, with the signs between them."""
-    sides, signs = [part.strip() for part in _ORDER.split(text)], _ORDER.findall(text)
-    if not all(sides) or len(signs) != len(sides) - 1 or not signs:
-        return None
-    downward = [sign in _FLIPPED for sign in signs]
-    if all(downward):
-        return sides[::-1], [_FLIPPED[sign] for sign in signs][::-1]
-    return None if any(downward) else (sides, signs)
 
 
 def _same_pieces(gold: Piecewise, predicted: Piecewise, symbolic: Symbolic) -> bool:

@@ -30,6 +30,7 @@ _WORD_IN_FRONT = re.compile(r"[A-Za-z]{2,}[,:]?\s+[^\s=]|.{0,40}[.:]\s+[A-Za-z]{
 _OPEN_BRACE = re.compile(r"(?<!\\)\{")
 _CLOSED_BRACE = re.compile(r"(?<!\\)\}")
 _LIST_ITEM = re.compile(r"\s*(?:[-*•]|[0-9]{1,2}[.)])\s+\S")
+_SPACES = re.compile(r"[ \t]{2,}")
 _CUT_OFF = re.compile(r"[=+\-*/^_({,:]\s*$")
 
 _SPECIAL_TOKENS = re.compile(r"<\|[A-Za-z_]{1,40}\|>|</?s>|</?(?:answer|solution)>")
@@ -39,7 +40,7 @@ _BOX_JOIN = re.compile(
 )
 _MARKERS = re.compile(
     r"\#{4}(?!\#)[ \t]*(?=[^\n])"
-    r"|(?:(?<=\n)|(?<![\s\S]))[ \t]*(?:[^\w\s\\$]{0,8}[ \t]*)(?:\*\*)?"
+    r"|(?:(?<=\n)|(?<![\s\S]))[ \t]*(?:[^\w\s\\$]{1,8}[ \t]*)?"
     r"(?:A(?=[*]{0,2}[ \t]*[:：])|(?:the[ \t]+)?(?:final[ \t]+|correct[ \t]+)?ans(?:wer)?)"
     r"(?:\*\*)?(?:[ \t]*[:：.][ \t]*(?:\*\*)?|[ \t]+[-–—][ \t]+|[ \t]*(?:\*\*)?[ \t]*\n)"
     r"|答案[ \t]*(?:是|为|：|:|选)+"
@@ -48,14 +49,18 @@ _MARKERS = re.compile(
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(
-    r"(?:(?i:option|choice|answer)[ \t]*\(?(?P<named>[A-J])\)?[ \t]+(?i:is|are)[ \t]+(?i:the[ \t]+)?(?i:correct|right|best|true))"
-    r"|\bI(?:'d|[ \t]+would|[ \t]+will)?[ \t]+(?:choose|pick|select|go[ \t]+with)[ \t]+(?i:option|choice|answer)?[ \t]*\(?(?P<picked>[A-J])\)?(?![A-Za-z])"
-    r"|\b[iI]t(?:'s|[ \t]+is|[ \t]+must[ \t]+be|[ \t]+should[ \t]+be)[ \t]+(?i:option|choice)?[ \t]*\(?(?P<it>[A-J])\)?(?=[ \t]*(?:[.!]|$|\n))"
+    r"(?:(?i:option|choice|answer)[ \t]*\(?(?P<named>[A-J])\)?[ \t]+(?i:is|are)[ \t]+(?i:the[ \t]+)?"
+    r"(?i:correct|right|best|true))"
+    r"|\bI(?:'d|[ \t]+would|[ \t]+will)?[ \t]+(?:choose|pick|select|go[ \t]+with)[ \t]+"
+    r"(?i:option|choice|answer)?[ \t]*\(?(?P<picked>[A-J])\)?(?![A-Za-z])"
+    r"|\b[iI]t(?:'s|[ \t]+is|[ \t]+must[ \t]+be|[ \t]+should[ \t]+be)[ \t]+(?i:option|choice)?[ \t]*"
+    r"\(?(?P<it>[A-J])\)?(?=[ \t]*(?:[.!]|$|\n))"
     r"|(?:故|应|因此|所以)?(?:选择?|选项)[ \t]*(?:是|为)?[ \t]*[:：]?[ \t]*\(?(?P<chinese>[A-J](?:[、,，]?[A-J])*)\)?"
 )
 _LETTER_FIRST = re.compile(r"\s*\(?(?P<letter>[A-J])(?:\)|[.:]|\)[.:])\s+[A-Z][a-z]")
 _ADVERB = re.compile(
-    r"(?:surely|clearly|definitely|obviously|therefore|simply|thus|indeed|probably|just|exactly|option|choice|most likely)\s+",
+    r"(?:surely|clearly|definitely|obviously|therefore|simply|thus|indeed|probably|just|exactly|option|choice"
+    r"|most likely)\s+",
     re.IGNORECASE,
 )
 _TAGGED = re.compile(r"<answer>(.{0,20000}?)</answer>", re.DOTALL | re.IGNORECASE)
@@ -134,15 +139,15 @@ def _in_text(text: str, *, whole: bool) -> Extraction:
     boxes = _boxes(text)
     if boxes:
         return _from_boxes(text, boxes)
-    tail = _SPECIAL_TOKENS.sub(" ", text[-TAIL_CHARS:]).rstrip()
+    tail = _SPECIAL_TOKENS.sub(" ", _SPACES.sub(" ", text[-TAIL_CHARS:])).rstrip()
     marked = _after_marker(tail)
     if marked:
         return Extraction(marked, how="marker")
-    if len(text) <= MAX_BARE_CHARS and (whole or _is_bare(tail.strip())):
-        return Extraction(tail.strip() if whole else _trim_phrase(tail).removesuffix("$"), how="bare")
     chosen = _chosen_letter(tail)
     if chosen:
         return Extraction(chosen, how="choice")
+    if len(text) <= MAX_BARE_CHARS and (whole or _is_bare(tail.strip())):
+        return Extraction(tail.strip() if whole else _trim_phrase(tail).removesuffix("$"), how="bare")
     closing = _closing_value(tail)
     if closing:
         return Extraction(closing, how="closing")
@@ -194,7 +199,7 @@ def _gold_answer(answer: str) -> str:
     if "####" in answer:
         return answer.rsplit("####", 1)[1].strip()
     if "\n" in answer:
-        marked = _after_marker(answer[-TAIL_CHARS:])
+        marked = _after_marker(_SPACES.sub(" ", answer[-TAIL_CHARS:]))
         if marked:
             return marked
     return answer

@@ -1,7 +1,7 @@
 r"""What the project's own reader does not know (integrals, limits, derivatives, infinite sums), read by math-verify.
 
-Imported only in worker processes. math-verify folds case, drops primes and knows no bounds, so names are kept apart and
-expressions beyond the bounds are refused before it sees them. What it reads is turned into a
+Imported only in worker processes. math-verify folds case, drops primes and knows no bounds, so names are kept apart
+and expressions beyond the bounds are refused before it sees them. What it reads is turned into a
 :class:`~phimr_nemo.verify.algebra.term.Term` and compared like everything else: its own comparison rounds.
 """
 
@@ -91,7 +91,13 @@ _FUNCTIONS: Final[dict[str, str]] = {
     },
     **{f"a{name}": f"arc{name}" for name in words("sin cos tan cot sec csc")},
     **{f"a{name}": f"ar{name}" for name in words("sinh cosh tanh")},
-    **{"ceiling": "ceil", "Abs": "abs", "Max": "max", "Min": "min", "binomial": "binom", "re": "re", "im": "im"},
+    "ceiling": "ceil",
+    "Abs": "abs",
+    "Max": "max",
+    "Min": "min",
+    "binomial": "binom",
+    "re": "re",
+    "im": "im",
 }
 _CALCULUS: Final = (sympy.Integral, sympy.Limit, sympy.Derivative, sympy.Sum, sympy.Product)
 
@@ -123,18 +129,14 @@ def _term(expression: Any) -> Term:
     if isinstance(expression, sympy.log):
         base = _term(expression.args[1]) if len(expression.args) > 1 else Term("const", name="e")
         return Term("log", (_term(expression.args[0]), base))
-    name = _FUNCTIONS.get(type(expression).__name__)
-    if name:
-        return _folded(name, [_term(part) for part in expression.args])
+    function = _FUNCTIONS.get(type(expression).__name__)
+    if function:
+        return Term(function, tuple(_term(part) for part in expression.args))
     if isinstance(expression, _CALCULUS):
         done = expression.doit()
         if not done.has(*_CALCULUS):
             return _term(done)
     raise Unreadable(f"a {type(expression).__name__} that is not understood")
-
-
-def _folded(name: str, parts: list[Term]) -> Term:
-    return Term(name, tuple(parts))
 
 
 _COMMAND_OR_SUBSCRIPT = re.compile(r"(\\[A-Za-z]+|_\s*\{[^{}]*\}|_\s*[A-Za-z0-9])")

@@ -1,10 +1,10 @@
 r"""Whether two expressions are equal: exactly where they are rational, else by values with enough digits.
 
 Constants: rational numbers are compared exactly, very large ones modulo a prime that depends on the texts; all others
-by their difference, with a precision that grows with the numbers written, with the size of the summands and until the
-difference has settled. Functions: rational ones modulo a prime at random points (Schwartz-Zippel), all others at points
-of both signs, small and large, around the numbers that they contain, and at integers of all residues where a variable
-is an integer by its notation. A point without a (real) value says nothing.
+by their difference, with a precision that grows with the numbers written and with the size of the summands, until the
+difference has settled. Functions: rational ones modulo a prime at random points (Schwartz-Zippel), all others at
+points of both signs, small and large, around the numbers that they contain, and at integers of all residues where a
+variable is an integer by its notation. A point without a (real) value says nothing.
 """
 
 from __future__ import annotations

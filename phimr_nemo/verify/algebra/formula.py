@@ -12,42 +12,28 @@ from functools import lru_cache
 from typing import Final
 
 from phimr_nemo.verify.algebra.term import Term, Unreadable, number
-from phimr_nemo.verify.read.names import GREEK, words
+from phimr_nemo.verify.algebra.tokens import (
+    ACCENTS,
+    APPLIED,
+    CLOSING,
+    INDEX_NAMES,
+    INVERSE,
+    LETTERS,
+    MANY,
+    MODS,
+    OPERATORS,
+    SIDE_BY_SIDE,
+    SIMPLE,
+    STOPS,
+    SYMBOLS,
+    TIMES,
+    Cursor,
+    is_number,
+    tokens_of,
+)
 
 MAX_DEPTH: Final = 60
-MAX_TOKENS: Final = 1500
 READ_CACHE: Final = 4096
-_TOKEN = re.compile(
-    r"\s*(?P<token>\\[A-Za-z]+\*?|\\.|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[A-Za-z]|_\{[^{}]{0,40}\}|_[A-Za-z0-9]|[^\s])"
-)
-_SIDE_BY_SIDE = re.compile(r"[0-9.]\s+[0-9.]")
-_INDEX_NAMES: Final = frozenset("nkmijlt")
-_SIMPLE: Final = {
-    name: name
-    for name in words(
-        "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch arsinh arcosh "
-        "artanh"
-    )
-}
-_INVERSE: Final = {
-    **{name: f"arc{name}" for name in words("sin cos tan cot sec csc")},
-    "sinh": "arsinh",
-    "cosh": "arcosh",
-    "tanh": "artanh",
-}
-_MANY: Final = {name: name for name in words("gcd lcm max min")}
-_NAMED: Final = {"operatorname": ""}
-_APPLIED: Final = frozenset("fgFGP")
-_GREEK: Final = frozenset(GREEK) - {"pi"}
-_ACCENTS: Final = frozenset(
-    words("overline bar hat tilde dot ddot vec mathbb mathcal overrightarrow widehat underline")
-)
-_SYMBOLS: Final = frozenset(words("ell hbar angle triangle prime star partial nabla"))
-_CLOSING: Final = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-_STOPS: Final = frozenset([")", "]", "}", r"\}", r"\rfloor", r"\rceil", ",", "|", "=", "&", r"\mid"])
-_TIMES: Final = frozenset([r"\cdot", r"\times", "*", r"\ast"])
-_MODS: Final = frozenset([r"\bmod"])
-"""The operation; ``\\mod`` and ``\\pmod`` name a class of remainders."""
 
 
 @lru_cache(maxsize=READ_CACHE)
@@ -57,42 +43,24 @@ def read(text: str) -> Term:
     Raises:
         Unreadable: the text is no expression, or one of a notation that this reader does not know.
     """
-    if _SIDE_BY_SIDE.search(text):
+    if SIDE_BY_SIDE.search(text):
         raise Unreadable("two numbers side by side")
-    reader = _Reader([match["token"] for match in _TOKEN.finditer(text)])
+    text = text.replace("{}_", "_").replace("{}^", "^")
+    reader = _Reader(tokens_of(text))
     term = reader.expression()
     if reader.here():
         raise Unreadable(f"{reader.here()!r} is not understood")
     return term
 
 
-class _Reader:
+class _Reader(Cursor):
     """A recursive-descent parser over tokens."""
 
     def __init__(self, tokens: list[str]) -> None:
-        if len(tokens) > MAX_TOKENS:
-            raise Unreadable("too long")
-        self._tokens = tokens
-        self._at = 0
+        super().__init__(tokens)
         self._depth = 0
         self._bars = 0
         self._bound: list[str] = []
-
-    def here(self, ahead: int = 0) -> str:
-        """The token at this place; nothing at the end."""
-        place = self._at + ahead
-        return self._tokens[place] if place < len(self._tokens) else ""
-
-    def _take(self) -> str:
-        token = self.here()
-        if not token:
-            raise Unreadable("it ends too early")
-        self._at += 1
-        return token
-
-    def _expect(self, token: str) -> None:
-        if self._take() != token:
-            raise Unreadable(f"{token} is missing")
 
     # Sums, products, signs --------------------------------------------------------------------------
 
@@ -113,13 +81,13 @@ class _Reader:
         left = self._signed()
         while True:
             token = self.here()
-            if token in _TIMES:
+            if token in TIMES:
                 self._take()
                 left = Term("mul", (left, self._signed()))
             elif token in ("/", r"\div"):
                 self._take()
                 left = self._quotient(left)
-            elif token in _MODS:
+            elif token in MODS:
                 self._take()
                 left = Term("mod", (left, self._signed()))
             elif token in (":",):
@@ -130,7 +98,7 @@ class _Reader:
                 return left
 
     def _quotient(self, left: Term) -> Term:
-        if left.op == "num" and _is_number(self.here()) and self.here(1) != "!":
+        if left.op == "num" and is_number(self.here()) and self.here(1) != "!":
             # 1/2x is one half of x.
             return Term("div", (left, self._power()))
         return Term("div", (left, self._signed()))
@@ -149,24 +117,15 @@ class _Reader:
         if mixed and self._plain_fraction():
             factor = Term("add", (factor, self._power()))
         while self._starts_factor(self.here()):
-            if _is_number(self.here()) and _is_number(self.here(-1)):
+            if is_number(self.here()) and is_number(self.here(-1)):
                 raise Unreadable("two numbers side by side")
             factor = Term("mul", (factor, self._power()))
         return factor
 
-    def _plain_fraction(self) -> bool:
-        """Whether a fraction of two plain integers follows."""
-        tokens = [self.here(ahead) for ahead in range(1, 7)]
-        return tokens[0::3] == ["{", "{"] and tokens[2::3] == ["}", "}"] and all(t.isdigit() for t in tokens[1::3])
-
     def _starts_factor(self, token: str) -> bool:
-        if not token or token in _STOPS:
+        if not token or token in STOPS:
             return token == "|" and not self._bars
-        return (
-            token not in _TIMES
-            and token not in _MODS
-            and token not in ("+", "-", "/", r"\div", "^", "!", ":", "<", ">")
-        )
+        return token not in OPERATORS
 
     # Powers and atoms -------------------------------------------------------------------------------
 
@@ -194,7 +153,7 @@ class _Reader:
         if self.here() == "{":
             return self._group()
         token = self.here()
-        if _is_number(token) and len(token) > 1 and token.isdigit():
+        if is_number(token) and len(token) > 1 and token.isdigit():
             # ^23 has been given braces; here a command takes one digit: \frac12.
             self._tokens[self._at : self._at + 1] = [token[0], token[1:]]
         if token in ("+", "-"):
@@ -207,13 +166,13 @@ class _Reader:
         opening = self._take()
         bars, self._bars = self._bars, 0
         inner = self.expression()
-        self._expect(_CLOSING[opening])
+        self._expect(CLOSING[opening])
         self._bars = bars
         return inner
 
     def _atom(self) -> Term:
         token = self._take()
-        if _is_number(token):
+        if is_number(token):
             return number(Fraction(token))
         if token in ("(", "[", "{", r"\{"):
             self._at -= 1
@@ -266,12 +225,12 @@ class _Reader:
             else:
                 inner = token[1:].strip("{}")
                 if self._is_index(inner):
-                    index = read(inner) if not self._bound else _Reader(_tokens(inner))._within(self._bound)
+                    index = read(inner) if not self._bound else _Reader(tokens_of(inner))._within(self._bound)
                 else:
                     name += "_" + inner.replace(" ", "")
         if index is not None:
             return Term("apply", (index,), name=name + "_")
-        if name[0] in _APPLIED and self.here() == "(":
+        if name[0] in APPLIED and self.here() == "(":
             return Term("apply", tuple(self._arguments()), name=name)
         return Term("sym", name=name)
 
@@ -284,15 +243,9 @@ class _Reader:
 
     def _is_index(self, inner: str) -> bool:
         plain = inner.strip()
-        if plain in self._bound or plain in _INDEX_NAMES:
+        if plain in self._bound or plain in INDEX_NAMES:
             return True
         return bool(re.fullmatch(r"[0-9a-zA-Z+\-* ]+", plain)) and bool(re.search(r"[+\-*]", plain))
-
-    def _primes(self) -> int:
-        """How many tokens after a ``^`` are a prime."""
-        if self.here(1) == r"\prime":
-            return 1
-        return 3 if self.here(1) == "{" and self.here(2) == r"\prime" and self.here(3) == "}" else 0
 
     # Commands ---------------------------------------------------------------------------------------
 
@@ -304,11 +257,11 @@ class _Reader:
             return self._root()
         if name == "pi":
             return Term("const", name="pi")
-        if name in _SIMPLE:
+        if name in SIMPLE:
             return self._function(name)
         if name in ("ln", "log", "lg", "exp"):
             return self._logarithm(name)
-        if name in _MANY:
+        if name in MANY:
             return Term(name, tuple(self._arguments()))
         if name == "binom":
             return Term("binom", (self._argument(), self._argument()))
@@ -316,9 +269,9 @@ class _Reader:
             return self._series(name)
         if name == "infty":
             return Term("const", name="inf")
-        if name in _GREEK or name in _SYMBOLS:
+        if name in LETTERS or name in SYMBOLS:
             return self._name("\\" + name)
-        if name in _ACCENTS:
+        if name in ACCENTS:
             return self._accent(name)
         if name in ("imath", "jmath"):
             return self._name(name)
@@ -345,16 +298,16 @@ class _Reader:
         if self.here() == "^":
             self._take()
             power = self._argument()
-            if power == Term("neg", (number(1),)) and name in _INVERSE:
-                name, power = _INVERSE[name], None
-        value = Term(_SIMPLE[name], (self._operand(),))
+            if power == Term("neg", (number(1),)) and name in INVERSE:
+                name, power = INVERSE[name], None
+        value = Term(SIMPLE[name], (self._operand(),))
         return Term("pow", (value, power)) if power is not None else value
 
     def _logarithm(self, name: str) -> Term:
         base = number(10) if name in ("log", "lg") else Term("const", name="e")
         if self.here().startswith("_"):
             token = self._take()
-            base = self._argument() if token == "_" else _Reader(_tokens(token[1:].strip("{}"))).expression()
+            base = self._argument() if token == "_" else _Reader(tokens_of(token[1:].strip("{}"))).expression()
         power: Term | None = None
         if self.here() == "^":
             self._take()
@@ -373,7 +326,7 @@ class _Reader:
         factor = self._power()
         while self._starts_factor(self.here()) and not self._starts_function(self.here()) and self.here() != "(":
             factor = Term("mul", (factor, self._power()))
-        if self.here() == "/" and _is_number(self.here(1)):
+        if self.here() == "/" and is_number(self.here(1)):
             # \sin \pi/6
             self._take()
             factor = Term("div", (factor, self._power()))
@@ -381,7 +334,7 @@ class _Reader:
 
     @staticmethod
     def _starts_function(token: str) -> bool:
-        return token[1:] in _SIMPLE or token in (r"\ln", r"\log", r"\lg", r"\exp", r"\sum", r"\prod")
+        return token[1:] in SIMPLE or token in (r"\ln", r"\log", r"\lg", r"\exp", r"\sum", r"\prod")
 
     def _arguments(self) -> list[Term]:
         """``(a, b, ...)`` or ``\\{a, b\\}``."""
@@ -392,12 +345,12 @@ class _Reader:
         while self.here() == ",":
             self._take()
             found.append(self.expression())
-        self._expect(_CLOSING[opening])
+        self._expect(CLOSING[opening])
         return found
 
     def _series(self, name: str) -> Term:
         lower = self._take()
-        inner = _Reader(_tokens(lower[1:].strip("{}"))) if lower.startswith("_{") else None
+        inner = _Reader(tokens_of(lower[1:].strip("{}"))) if lower.startswith("_{") else None
         if inner is None or len(inner._tokens) < 3 or inner.here(1) != "=":
             raise Unreadable(f"a {name} without an index")
         variable = inner._take()
@@ -447,11 +400,3 @@ class _Reader:
             raise Unreadable("a subscript without a name")
         both = read(lower[1:].strip("{}")), read(upper[1:].strip("{}"))
         return Term("binom" if letter == "C" else "perm", both)
-
-
-def _tokens(text: str) -> list[str]:
-    return [match["token"] for match in _TOKEN.finditer(text)]
-
-
-def _is_number(token: str) -> bool:
-    return bool(token) and (token[0].isdigit() or (token[0] == "." and token[1:].isdigit())) and token.isascii()

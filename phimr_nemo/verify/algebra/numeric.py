@@ -68,6 +68,7 @@ class Evaluation:
         return value
 
     def values(self, term: Term) -> list[Any]:
+        """The values of the operands."""
         return [self.value(argument) for argument in term.args]
 
     def magnitude(self, value: Any) -> int:
@@ -75,6 +76,7 @@ class Evaluation:
         return int(self.context.mag(value))
 
     def exact(self, value: Fraction) -> Any:
+        """A rational number in the working precision."""
         return self.context.mpf(value.numerator) / value.denominator
 
     def nearest(self, value: Any) -> int | None:
@@ -86,6 +88,7 @@ class Evaluation:
         return int(rounded) if abs(value - rounded) <= size * self.context.ldexp(1, -self.precision // 2) else None
 
     def variable(self, name: str) -> Any:
+        """The value of a variable."""
         if name not in self._point:
             raise Inexact(name)
         return self.exact(self._point[name])
@@ -104,10 +107,12 @@ class Evaluation:
 
     @property
     def point(self) -> Mapping[str, Fraction]:
+        """The values of the variables."""
         return self._point
 
     @property
     def real(self) -> bool:
+        """Whether values must be real."""
         return self._real
 
 

@@ -68,7 +68,7 @@ def same_expression(gold: str, predicted: str, symbolic: Symbolic) -> bool:
         right = _with_letter_unit(left, right)
     if left.percent != right.percent:
         return not left.unit and not right.unit and _same_percent(left, right)
-    if left.unit and right.unit and not {left.unit, right.unit} == {"sterling", "pounds"}:
+    if left.unit and right.unit and {left.unit, right.unit} != {"sterling", "pounds"}:
         units = parse_unit(left.unit), parse_unit(right.unit)
         if units[0] and units[1]:
             if units[0].dimension != units[1].dimension:

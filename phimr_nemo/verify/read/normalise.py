@@ -29,7 +29,8 @@ _UNICODE: Final = {
     ), strict=True)},
     ord("\u00a0"): " ", ord("\u2009"): " ", ord("\u202f"): " ", ord("\u200b"): "",
     **{0xFF01 + offset: chr(0x21 + offset) for offset in range(94) if chr(0x21 + offset) not in "%<>"},
-    ord("＜"): "<", ord("＞"): ">", ord("、"): ",", ord("⁄"): "/", ord("∕"): "/", ord("≦"): r"\leq ", ord("≧"): r"\geq ",
+    ord("＜"): "<", ord("＞"): ">", ord("、"): ",", ord("⁄"): "/", ord("∕"): "/", 
+    ord("≦"): r"\leq ", ord("≧"): r"\geq ",
     ord("ℝ"): r"\mathbb{R}", ord("‑"): "-", ord("。"): ".", ord("\ufeff"): "", ord("\u2060"): "",
 }  # fmt: skip
 _SUPERSCRIPTS: Final = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
@@ -38,6 +39,7 @@ _SUBSCRIPTS: Final = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789
 _LETTER_CONSTANTS: Final = frozenset("dei")
 _TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|sf|tt)|mbox|hbox|operatorname\*?)"
 _TEXT = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}")
+_ROMAN_UNIT = re.compile(r"(?<=[0-9}) ~,])\\(?:mathrm|text|rm)\s*\{((?:[^{}\\]|\\[,; ~]|\\cdot|\{[-0-9]+\}){1,60})\}")
 _OLD_FONT = re.compile(r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}|\\(?:rm|bf|it)(?![a-zA-Z])")
 _SEGMENTS = re.compile(r"(\\text\{[^{}]*\})")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
@@ -138,6 +140,7 @@ def canonical(answer: str) -> str:
         text = _CHINESE_AND.sub(r" \\text{and} ", _CHINESE_OR.sub(r" \\text{or} ", text))
     text = _OLD_FONT.sub(lambda m: rf"\text{{{m.group(1)}}}" if m.group(1) else "", text)
     text = _THOUSANDS.sub(lambda m: m.group(1) + _THOUSANDS_GAP.sub("", m.group(2)), text)
+    text = _ROMAN_UNIT.sub(_roman_unit, text)
     text = _TEXT.sub(_text_segment, text)
     text = _BRACED_ARRAY.sub(r"\\begin{cases}\1\\end{cases}", text)
     for pattern, replacement in _SIMPLE:
@@ -183,6 +186,16 @@ def _strip_edges(text: str) -> str:
     while text.endswith((".", ",", ";", ":", "\\")) and not text.endswith("\\\\"):
         text = text[:-1].rstrip()
     return _LEADING.sub("", text).strip()
+
+
+def _roman_unit(match: re.Match[str]) -> str:
+    """A unit with powers in braces, which then has none: ``m\\,s^{-2}`` -> ``m s^-2``."""
+    content = match.group(1)
+    if "{" not in content:
+        return match.group()
+    words = re.sub(r"\\[,; ~]", " ", content).replace("{", "").replace("}", "")
+    words = re.sub(r"([A-Za-z]+)\^-([0-9])", r"/\1^\2", words)
+    return rf"\text{{{words}}}"
 
 
 def _text_segment(match: re.Match[str]) -> str:

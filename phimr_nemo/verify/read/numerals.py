@@ -31,7 +31,10 @@ SCALES: Final[dict[str, Fraction]] = {
     "dozen": Fraction(12),
     **{word: Fraction(value) for word, value in _LARGE.items()},
     **{word: Fraction(1, value) for word, value in _PARTS.items()},
-    **{"万": Fraction(10**4), "亿": Fraction(10**8), "千万": Fraction(10**7), "百万": Fraction(10**6)},
+    "万": Fraction(10**4),
+    "亿": Fraction(10**8),
+    "千万": Fraction(10**7),
+    "百万": Fraction(10**6),
 }
 """Words that multiply the number before them."""
 CHANGING: Final = frozenset(

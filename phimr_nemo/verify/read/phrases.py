@@ -27,9 +27,8 @@ _NOUNS: Final = frozenset(
 """Nouns that may be left out behind the adjective that answers."""
 _PRODUCTS: Final = (frozenset("abc"), frozenset("xyz"), frozenset("pqr"), frozenset("uvw"), frozenset("mnk"))
 _LETTERS = re.compile(r"[A-Za-z]{3,}")
-_SHORT_WORDS: Final = frozenset(
-    words("yes odd dne red all one two six ten max min tie cat dog sun mon tue wed thu fri sat")
-)
+_VOWEL_WITHIN = re.compile("(?<=.)[aeiouy]")
+_SHORTEST: Final = frozenset(["no"])
 
 
 def letters_differ(gold: str, predicted: str) -> bool:
@@ -39,16 +38,15 @@ def letters_differ(gold: str, predicted: str) -> bool:
     if gold == predicted or sorted(gold.lower()) != sorted(predicted.lower()):
         return False
     if gold.lower() == predicted.lower():
-        return (
-            len(gold) <= MAX_SHORT_WORD
-            and gold.lower() not in _SHORT_WORDS
-            and (gold.isupper() != predicted.isupper())
-        )
+        # Names of points or outcomes keep their case, words do not.
+        return gold.isupper() != predicted.isupper() and _VOWEL_WITHIN.search(gold.lower()) is None
     return not any(set(gold) <= family and set(predicted) <= family for family in _PRODUCTS)
 
 
 def same_phrase(gold: str, predicted: str) -> bool | None:
     """Compare answers made of words; None where neither is, or where bare letters may be a product."""
+    if letters_differ(gold.replace(" ", ""), predicted.replace(" ", "")):
+        return False
     left, right = _words_of(gold), _words_of(predicted)
     if left is None and right is None:
         return None
@@ -70,7 +68,11 @@ def _words_of(text: str) -> str | None:
     if not _WORDS.fullmatch(plain):
         return None
     marked = r"\text{" in text
-    if not marked and (len(plain) < 3 or (" " not in plain and not plain.isalpha())):
+    if (
+        not marked
+        and plain.lower() not in _SHORTEST
+        and (len(plain) < 3 or (" " not in plain and not plain.isalpha()))
+    ):
         return None
     lowered = plain.lower().replace("’", "'")
     for pattern, word in _SYNONYMS:

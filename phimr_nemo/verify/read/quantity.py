@@ -123,20 +123,24 @@ _PERCENT = re.compile(
     r"\s*(?:\\%|%|\\text\{\s*(?:\\?%|per\s?cent|percentage|pct)[^{}]*\}|\b(?:percent|per cent|pct)\b)\s*$"
 )
 _UNIT_TAIL = re.compile(
-    r"(?:\\text\{[^{}]*\}|\^\{?-?[0-9]\}?|[²³]|\\cdot|\\times|/|\*|\s|\\circ|\^\\circ|\(|\)|\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}(?:\^\{?[0-9]\}?)?\})+"
+    r"(?:\\text\{[^{}]*\}|\^\{?-?[0-9]\}?|[²³]|\\cdot|\\times|/|\*|\s|\\circ|\^\\circ|\(|\)"
+    r"|\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}(?:\^\{?[0-9]\}?)?\})+"
 )
 _WORD_UNIT = re.compile(
-    r"^(?P<core>.*[0-9})])(?P<gap>\s*)(?P<unit>[A-Za-z\u4e00-\u9fff][A-Za-z\u4e00-\u9fff ./]*(?:\^\{?[0-9]\}?|[²³])?(?:/[A-Za-z]+)?)$"
+    r"^(?P<core>.*[0-9})])(?P<gap>\s*)"
+    r"(?P<unit>[A-Za-z\u4e00-\u9fff][A-Za-z\u4e00-\u9fff ./]*(?:\^\{?[0-9]\}?|[²³])?(?:/[A-Za-z]+)?)$"
 )
 _DEGREE_TAIL = re.compile(r"\s*\^\\circ\s*(?P<scale>\\text\{[^{}]*\}|[CFK])?\s*$")
 _LEADING_WORDS = re.compile(
     r"^\\text\{\s*(?:[^{}]*(?::|\b(?:is|are|equals|=)))\s*\}\s*(?=[^\s])"
-    r"|^\\text\{\s*(?:approximately|approx\.?|about|roughly|around|exactly|only|just|therefore|thus|so|hence|answer)\s*\}\s*(?=[^\s])",
+    r"|^\\text\{\s*(?:approximately|approx\.?|about|roughly|around|exactly|only|just|therefore|thus|so|hence|answer)"
+    r"\s*\}\s*(?=[^\s])",
     re.IGNORECASE,
 )
 _REMARK = re.compile(
-    r"[\s,;]*(?:\\text\{\s*\(|\(\s*\\text\{)\s*(?:(?:about|approximately|approx\.?|roughly|rounded|simplified|exact(?:ly)?|double root"
-    r"|reduced|with multiplicity|multiplicity|in simplest form|nearest|to the nearest|exact value|repeated root)\b[^()]*"
+    r"[\s,;]*(?:\\text\{\s*\(|\(\s*(?:\\text\{)?)\s*"
+    r"(?:(?:about|approximately|approx\.?|roughly|rounded|simplified|exact(?:ly)?"
+    r"|double root|reduced|with multiplicity|multiplicity|in simplest form|nearest|to the nearest|exact value|repeated root)\b[^()]*"
     r"|[^()]*\b(?:rejected|extraneous|discarded|invalid|not valid|inadmissible)[^()]*)\)\s*\}?\s*$",
     re.IGNORECASE,
 )
@@ -158,10 +162,14 @@ def split_quantity(text: str) -> Quantity:
     """Separate currency signs, percent signs, degrees, scale words and units from a canonical answer."""
     text = text.strip()
     match = _CURRENCY.search(text)
-    if match:
-        sign = re.sub(r"[\\{}.]|text", "", match["sign"])
-        rest = split_quantity(match[1] + text[match.end() :])
-        return Quantity(rest.core, rest.unit or _CURRENCIES.get(sign, "dollar"), rest.percent)
+    if not match:
+        return _split(text)
+    sign = re.sub(r"[\\{}.]|text", "", match["sign"])
+    rest = _split(match[1] + text[match.end() :])
+    return Quantity(rest.core, rest.unit or _CURRENCIES.get(sign, "dollar"), rest.percent)
+
+
+def _split(text: str) -> Quantity:
     match = _PERCENT.search(text)
     if match and match.start() > 0:
         return Quantity(text[: match.start()].strip(), percent=True)
@@ -194,9 +202,10 @@ def _with_tail(core: str, tail: str) -> Quantity | None:
     if found and scale != 1 and found[0].lower() == "of":
         found.pop(0)
     lowered = [word.lower().strip("().,") for word in found]
-    if any(word in CHANGING or word in NUMBER_WORDS for word in lowered if word != "square"):
-        if not (len(lowered) > 1 and lowered[-1] in ("squared", "cubed") and is_unit(plain_words(tail))):
-            return None
+    changed = any(word in CHANGING or word in NUMBER_WORDS for word in lowered)
+    raised = len(lowered) > 1 and lowered[-1] in ("squared", "cubed") and is_unit(plain_words(tail))
+    if changed and not raised:
+        return None
     if any(re.search(r"[0-9](?<!\^[0-9])(?<!\^-[0-9])", word) for word in found) and not is_unit(" ".join(found)):
         return None
     if r"," in re.sub(r"\\text\{([^{}]*)\}", r"\1", tail) and any(word.isdigit() for word in lowered):

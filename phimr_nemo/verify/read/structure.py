@@ -6,94 +6,12 @@ Parsing is string work with bounded depth on canonical text (:mod:`phimr_nemo.ve
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, TypeAlias
 
+from phimr_nemo.verify.read.brackets import MAX_ITEMS, MAX_NESTING, Malformed, split_top
+from phimr_nemo.verify.read.nodes import Equation, Items, Leaf, Matrix, Node, Piecewise, Sequence, SetOf, Union
 from phimr_nemo.verify.read.quantity import parse_number
 
-MAX_NESTING: Final = 24
-MAX_ITEMS: Final = 512
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One expression, number, word or letter."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Items:
-    """Values in no particular order: a bare list, or both values of a plus-minus."""
-
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class SetOf:
-    """A set in braces."""
-
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A tuple, vector or interval: ordered values between an opening and a closing bracket."""
-
-    opening: str
-    closing: str
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Union:
-    """A union of sets or intervals."""
-
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Rows of entries; `bars` marks a determinant."""
-
-    rows: tuple[tuple[Node, ...], ...]
-    bars: bool = False
-
-
-@dataclass(frozen=True)
-class Piecewise:
-    """Values with their conditions."""
-
-    rows: tuple[tuple[Node, Node], ...]
-
-
-@dataclass(frozen=True)
-class Equation:
-    """``left = right``; in a chain `left` is the first part, `right` the last exact one, `between` the others.
-
-    `rounded` is a part that follows an approximation sign, if any.
-    """
-
-    left: str
-    right: str
-    rounded: str = ""
-    between: tuple[str, ...] = ()
-
-
-Node: TypeAlias = Leaf | Items | SetOf | Sequence | Union | Matrix | Piecewise | Equation
-
-
-class Malformed(ValueError):
-    """Brackets that do not match, or nesting or a number of items beyond the bounds."""
-
-
-_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
-_OPEN: Final = frozenset(["(", "[", "{", r"\{", r"\langle", r"\begin", r"\lfloor", r"\lceil"])
-_CLOSE: Final = {
-    ")": "([", "]": "([", "}": "{", r"\}": (r"\{",), r"\rangle": (r"\langle",), r"\end": (r"\begin",),
-    r"\rfloor": (r"\lfloor",), r"\rceil": (r"\lceil",),
-}  # fmt: skip
 _MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|smallmatrix|array)\}(.*)\\end\{\1\}", re.DOTALL)
 _ARRAY_COLUMNS = re.compile(r"^\s*\{[lcr|\s]*\}")
 _NAME = r"(?:\\?[A-Za-z]+'*(?:_\{?[0-9A-Za-z]+\}?)?)"
@@ -141,40 +59,6 @@ def is_label(left: str) -> bool:
         return False
     power = re.search(r"\^\{?[0-9]", left)
     return not (power and set("xyz") & set(letters))
-
-
-def check_balance(text: str) -> None:
-    """Raise :class:`Malformed` unless every bracket is closed by one that may close it, within the bound on depth."""
-    split_top(text, frozenset())
-
-
-def split_top(text: str, separators: frozenset[str]) -> list[str]:
-    """Split at separators outside all brackets.
-
-    Raises:
-        Malformed: unbalanced or too deeply nested brackets.
-    """
-    stack: list[str] = []
-    parts, start = [], 0
-    for match in _TOKEN.finditer(text):
-        token = match.group()
-        if token in _OPEN:
-            stack.append(token)
-            if len(stack) > MAX_NESTING:
-                raise Malformed(f"nested deeper than {MAX_NESTING}")
-        elif token in _CLOSE:
-            if not stack or stack[-1] not in _CLOSE[token]:
-                raise Malformed("unbalanced brackets")
-            stack.pop()
-        elif not stack and token in separators:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    if stack:
-        raise Malformed("unbalanced brackets")
-    parts.append(text[start:])
-    if len(parts) > MAX_ITEMS:
-        raise Malformed(f"more than {MAX_ITEMS} items")
-    return parts
 
 
 def parse(text: str, depth: int = 0) -> Node:
@@ -353,13 +237,13 @@ def _block(text: str, depth: int) -> Node | None:
         return inner if isinstance(inner, Sequence) else None
     scaled = _SCALED_MATRIX.match(plain)
     if scaled and not transposed and scaled["matrix"].count(r"\begin") == 1:
-        made = parse(scaled["matrix"], depth + 1)
-        if isinstance(made, Matrix) and all(isinstance(cell, Leaf) for row in made.rows for cell in row):
+        plain_matrix = parse(scaled["matrix"], depth + 1)
+        if isinstance(plain_matrix, Matrix) and all(isinstance(c, Leaf) for row in plain_matrix.rows for c in row):
             factor = {"-": "-1", "+": "1"}.get(scaled["factor"].strip(), scaled["factor"].strip())
             return Matrix(
                 tuple(
                     tuple(Leaf(rf"({factor})\cdot ({cell.text})") for cell in row if isinstance(cell, Leaf))
-                    for row in made.rows
+                    for row in plain_matrix.rows
                 )
             )
     return None
@@ -381,13 +265,9 @@ def _cases(body: str, depth: int) -> Node:
         value, _, condition = row.partition("&")
         words = _CONDITION_WORDS.sub("", condition.replace("&", " ")).strip(" ,.;")
         parts.append((parse(value.strip(" ,;"), depth + 1), parse(words, depth + 1) if words else Leaf("")))
-    if all(
-        condition == Leaf("") or _RELATION.match(row.partition("&")[2].strip())
-        for (_, condition), row in zip(parts, rows, strict=True)
-    ):
+    if all(re.match(r"\s*(?:=|\\approx)", row.partition("&")[2]) for row in rows):
         # "x &= 1": the sign stands behind the alignment mark; a system, not pieces.
-        if all(re.match(r"\s*(?:=|\\approx)", row.partition("&")[2]) for row in rows):
-            return _items([parse(row.replace("&", ""), depth + 1) for row in rows])
+        return _items([parse(row.replace("&", ""), depth + 1) for row in rows])
     return Piecewise(tuple(parts))
 
 

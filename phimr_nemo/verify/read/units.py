@@ -21,8 +21,27 @@ _GALLON: Final = 231 * _INCH**3
 _ATMOSPHERE: Final = 101_325
 _CALORIE: Final = Fraction(4184, 1000)
 _PREFIXES: Final = {
-    **{"n": -9, "μ": -6, "u": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9, "T": 12, "p": -12, "f": -15},
-    **{"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9, "tera": 12},
+    "n": -9,
+    "μ": -6,
+    "u": -6,
+    "m": -3,
+    "c": -2,
+    "d": -1,
+    "k": 3,
+    "M": 6,
+    "G": 9,
+    "T": 12,
+    "p": -12,
+    "f": -15,
+    "nano": -9,
+    "micro": -6,
+    "milli": -3,
+    "centi": -2,
+    "deci": -1,
+    "kilo": 3,
+    "mega": 6,
+    "giga": 9,
+    "tera": 12,
 }
 
 # Dimensions are products of powers: "length^2 time^-1". The gram and not the kilogram is the base of mass.
