@@ -1,4 +1,4 @@
-"""The tags around a response's thinking, as this recipe's models write them; :mod:`phimr_nemo.verify.turn` reads others."""
+"""The tags around a response's thinking, as this recipe's models write them; `verify.turn` reads those of others."""
 
 from __future__ import annotations
 
