@@ -3,6 +3,8 @@
 from phimr_nemo.config.alignment import DPOConfig, GRPOConfig, RebalanceConfig, TemperatureConfig
 from phimr_nemo.config.common import (
     CheckpointConfig,
+    EarlyStoppingConfig,
+    GuardConfig,
     LongRopePolicy,
     ModelConfig,
     OptimConfig,
@@ -10,6 +12,8 @@ from phimr_nemo.config.common import (
     Recompute,
     RunConfig,
     ShardConfig,
+    TrackingConfig,
+    WandbConfig,
 )
 from phimr_nemo.config.curation import CurateConfig, PackConfig
 from phimr_nemo.config.endpoint import AskConfig, EndpointConfig, Prices
@@ -50,16 +54,11 @@ from phimr_nemo.config.preparation import (
 from phimr_nemo.config.sampler import LocalRollouts, RolloutSampler, RolloutServers, Stale, VLLMRollouts
 from phimr_nemo.config.stages import STAGES
 from phimr_nemo.config.supervised import (
-    EarlyStoppingConfig,
-    GuardConfig,
     MidtrainConfig,
     OverlapConfig,
     SFTConfig,
-    SupervisedCheckpointConfig,
     SupervisedConfig,
-    TrackingConfig,
     TrainingEvaluationConfig,
-    WandbConfig,
 )
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
@@ -115,7 +114,6 @@ __all__ = [
     "ShardConfig",
     "SourceConfig",
     "Stale",
-    "SupervisedCheckpointConfig",
     "SupervisedConfig",
     "SyntheticProblems",
     "TemperatureConfig",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from phimr_nemo.config.common import (
     CheckpointConfig,
+    EarlyStoppingConfig,
+    GuardConfig,
     ModelConfig,
     NonNegative,
     OptimConfig,
@@ -17,56 +17,22 @@ from phimr_nemo.config.common import (
     Positive,
     RunConfig,
     Share,
+    TrackingConfig,
     config,
 )
 from phimr_nemo.config.generation import Problems
-
-AboveOne = Annotated[float, Field(gt=1.0)]
-NonNegativeNumber = Annotated[float, Field(ge=0.0)]
+from phimr_nemo.errors import UserError
 
 
 @config
 class SupervisedCheckpointConfig(CheckpointConfig):
-    """Native checkpoints of stages 1 and 2.
+    """Checkpoints of stages 1 and 2.
 
     Attributes:
-        best: also keep the one with the lowest validation loss, whatever its age.
-        asynchronous: a process of its own writes while training goes on.
+        metric: what `best` and early stopping go by: validation loss, pass@1, or mean loss between two checkpoints.
     """
 
-    best: bool = False
-    asynchronous: bool = False
-
-
-@config
-class GuardConfig:
-    """What happens to a batch that would do harm. A skipped batch changes no weight and no optimizer state.
-
-    Attributes:
-        on_nan: loss or gradient is not finite.
-        spike_factor: the loss is a spike above this many times the median of the last `spike_window` accepted
-            losses, once there are that many; None = no such rule.
-        spike_window: see `spike_factor`.
-        on_spike: what then; "warn" trains on the batch all the same.
-    """
-
-    on_nan: Literal["skip", "stop"]
-    spike_factor: AboveOne | None = None
-    spike_window: Positive = 32
-    on_spike: Literal["skip", "stop", "warn"] = "warn"
-
-
-@config
-class EarlyStoppingConfig:
-    """Training ends when the validation loss no longer falls ("until validation saturates").
-
-    Attributes:
-        patience: measurements in a row without progress that end training.
-        min_delta: progress is a validation loss lower than the best one by more than this (nats a token).
-    """
-
-    patience: Positive
-    min_delta: NonNegativeNumber
+    metric: Literal["val_loss", "pass1", "loss"] = "val_loss"
 
 
 @config
@@ -90,28 +56,6 @@ class TrainingEvaluationConfig:
     max_batch: Positive = 256
     workers: Positive = 1
     grader: str | None = None
-
-
-@config
-class WandbConfig:
-    """Weights & Biases; the key comes from its own environment variable or login.
-
-    Attributes:
-        project: name of the project there.
-        mode: "offline" writes to the run directory, for `wandb sync`.
-        name: of the run; the run directory's name when None.
-    """
-
-    project: str
-    mode: Literal["online", "offline"]
-    name: str | None = None
-
-
-@config
-class TrackingConfig:
-    """Where metrics go besides metrics.jsonl and TensorBoard."""
-
-    wandb: WandbConfig | None = None
 
 
 @config
@@ -168,6 +112,20 @@ class SupervisedConfig:
     evaluation: TrainingEvaluationConfig | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     max_steps: NonNegative = 0
+
+    def __post_init__(self) -> None:
+        metric = self.checkpoint.metric
+        measured = {
+            "val_loss": self.validation_rows > 0 and (not self.max_steps or self.validate_every <= self.max_steps),
+            "pass1": self.evaluation is not None,
+            "loss": True,
+        }
+        if (self.checkpoint.best or self.early_stopping is not None) and not measured[metric]:
+            raise UserError(
+                f"checkpoint.metric={metric} is never measured, and checkpoint.best or early_stopping goes by it",
+                rule="val_loss needs validation_rows and validate_every within the run, pass1 needs evaluation",
+                remedy="set what it needs, choose another checkpoint.metric, or leave best and early_stopping out",
+            )
 
 
 @config

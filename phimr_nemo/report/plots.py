@@ -28,14 +28,6 @@ INCHES_PER_STEP: Final = 0.42
 NARROWEST_INCHES: Final = 5.0
 LINE_COLOR: Final = "#4c78a8"
 HEADROOM: Final = 1.15
-TRAINING_PANELS: Final[Mapping[str, str]] = {
-    "loss": "training loss",
-    "val_loss": "validation loss",
-    "grad_norm": "gradient norm",
-    "tokens_per_second_per_gpu": "tokens/s/GPU",
-    "mfu": "model FLOPs utilisation",
-    "pass1": "pass@1",
-}
 
 
 @dataclass(frozen=True)
@@ -138,18 +130,6 @@ def draw_curves(curves: Mapping[str, Curve], name: str, path: Path) -> None:
 def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
     """Training loss of each stage over its steps; a panel each, because the losses have different scales."""
     _plot_panels({f"{short_name(stage)}: loss": curve for stage, curve in curves.items()}, path)
-
-
-def plot_training(run_directory: Path, path: Path) -> None:
-    """What a run's `metrics.jsonl` holds of loss, throughput and score, a panel each; nothing when it is empty."""
-    metrics = list(read_metrics(run_directory))
-    curves: dict[str, Curve] = {}
-    for name, title in TRAINING_PANELS.items():
-        points = [(row["step"], row[name]) for row in metrics if name in row]
-        if points:
-            curves[title] = Curve([step for step, _ in points], [value for _, value in points])
-    if curves:
-        _plot_panels(curves, path)
 
 
 def plot_reward_and_length(reward: Curve, length: Curve, path: Path) -> None:

@@ -8,7 +8,6 @@ survive damaged checkpoints and preemption, and a recipe where NeMo-Run's execut
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -22,6 +21,7 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.origin import Origin
 from phimr_nemo.store.shards import read_manifest
 from phimr_nemo.supervised import assembly
+from phimr_nemo.supervised.assembly import described
 from phimr_nemo.supervised.data import SupervisedDataModule, midtrain_data, require_parent, sft_data, training_steps
 from phimr_nemo.supervised.nemo_model import Phi4MiniConfig, Phi4MiniModel, phi4mini_config
 from phimr_nemo.training import platform
@@ -40,13 +40,6 @@ KINDS: Final[dict[Stage, Literal["rows", "conversations"]]] = {"midtrain": "rows
 CHECKPOINT_NAME: Final = "{step}"
 TRAIN: Final = llm.train
 """What a recipe calls."""
-
-
-def described(value: Any, make: Describe) -> Any:
-    """A configuration with its dataclasses and paths as descriptions."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return make(type(value), **{f.name: described(getattr(value, f.name), make) for f in fields(value)})
-    return make(Path, str(value)) if isinstance(value, Path) else value
 
 
 def starting_model(

@@ -229,6 +229,25 @@ def write_hf_export(
     dist.barrier()
 
 
+def export_checkpoint(checkpoint: Path, base: Path, target: Path, origin: Origin) -> None:
+    """Write the weights of a native checkpoint as a Hugging Face directory. Collective; process 0 writes.
+
+    Args:
+        checkpoint: `step=N` of a run, whole.
+        base, target, origin: as for :func:`write_hf_export`.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    from phimr_nemo.model.files.checkpoints import open_checkpoint, write_hf
+
+    if dist.get_rank() == 0:
+        if target.exists():
+            shutil.rmtree(target)
+        write_hf(target, open_checkpoint(checkpoint, base), origin)
+    dist.barrier()
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside Megatron's DistributedDataParallel and Float16Module."""
     while hasattr(model, "module"):

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from align_inputs import make_case, make_inputs
 from align_worker import run_case
 from distributed import RanksFailed, run_distributed
 from rollout_server import RolloutServer
@@ -15,8 +16,6 @@ from test_align_parity import (
     STEPS,
     STOP,
     curve,
-    make_case,
-    make_inputs,
     weights_differ_by,
 )
 

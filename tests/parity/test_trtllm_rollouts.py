@@ -17,10 +17,11 @@ from typing import Any
 import httpx
 import pytest
 import trtllm_standin
+from align_inputs import make_case, make_inputs
 from align_worker import run_case
 from distributed import run_distributed
 from safetensors.torch import save
-from test_align_parity import CURVE_TOLERANCE, STEPS, make_case, make_inputs
+from test_align_parity import CURVE_TOLERANCE, STEPS
 from test_rollout_rounds import ON_POLICY, SEQUENCE
 from test_rollout_rounds import difference as rounds_difference
 from test_rollout_servers import (

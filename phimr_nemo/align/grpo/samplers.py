@@ -8,7 +8,7 @@ from typing import Final
 
 import torch.distributed as dist
 
-from phimr_nemo.align.policy import DTYPES, MegatronPolicy
+from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import GRPOConfig, LocalRollouts, VLLMRollouts
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local.engine import LocalSampler
@@ -17,6 +17,7 @@ from phimr_nemo.generate.serving.replies import Wanted
 from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.generate.serving.vllm import VLLMSampler, check_longrope
 from phimr_nemo.generate.serving.weights import LOGPROBS, RAW_LOGPROBS, tokenizer_hash
+from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.training import platform
 
 ROLLOUT_BATCH: Final = 256
@@ -111,7 +112,7 @@ def _local(
         max_batch=ROLLOUT_BATCH,
         longrope_policy=config.model.longrope,
         max_length=config.sequence_length,
-        dtype=DTYPES[config.model.dtype],
+        dtype=torch_dtype(config.model.dtype),
         device=platform.device(),
         cache_bytes=int(options.cache_gib * GIB),
     )

@@ -8,7 +8,7 @@ from typing import Any, Final
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from phimr_nemo.align.checkpoint import CheckpointStore
+from phimr_nemo.align.checkpoint import TrainerCheckpoints
 from phimr_nemo.align.compat import MegatronPretrainingBatchSampler
 from phimr_nemo.align.grpo.log import GRPOLog
 from phimr_nemo.align.grpo.objective import GRPOObjective
@@ -17,17 +17,21 @@ from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
 from phimr_nemo.align.grpo.samplers import check_sampler, open_sampler
 from phimr_nemo.align.grpo.stabilisers import check_temperature
 from phimr_nemo.align.grpo.trainer import GRPOTrainer, RoundInterrupted
-from phimr_nemo.align.lifecycle import StopTimer, check_checkpointing, content_identity, export, frozen_heap
+from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.align.trainer_log import metrics_writer
-from phimr_nemo.config import GRPOConfig
+from phimr_nemo.config import GRPOConfig, to_dict
 from phimr_nemo.data.chat import load_tokenizer, stop_token_ids
 from phimr_nemo.data.rows.batches import EpochOrder
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import read_manifest
+from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
+from phimr_nemo.training.early_stopping import Judge
+from phimr_nemo.training.guard import BatchGuard
+from phimr_nemo.training.metrics import metrics_of
+from phimr_nemo.training.tracking import open_log
 from phimr_nemo.verify import Grader
 
 SMALLEST_GROUP: Final = 2
@@ -48,7 +52,6 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     read_manifest(config.prompts, "prompts")
-    check_checkpointing(config.checkpoint)
     check_temperature(config.temperature)
     check_sampler(config)
     _check_batches(config)
@@ -58,17 +61,22 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
 
     run = RunDirectory(config.run.output)
     start_process_group(config.parallel, config.run.seed)
-    with PreemptionGuard() as guard, Grader(workers=config.verify_workers, function=config.grader) as grader:
-        policy = _policy(config, base)
+    metric = metrics_of("grpo")[config.checkpoint.metric]
+    judge = Judge(run.path, metric, config.early_stopping, every=config.checkpoint.every, last=config.steps)
+    store = CheckpointStore(run.checkpoints, config.checkpoint, judge)
+    batch_guard = BatchGuard(run.path, config.guard, lambda _: trainer.prompts_of_the_round())
+    with PreemptionGuard() as signals, Grader(workers=config.verify_workers, function=config.grader) as grader:
+        policy = build_policy(config, base, batch_guard)
         if config.kl > 0:
             policy.keep_reference()
         identity = content_identity(base, config.prompts)
-        checkpoints = CheckpointStore(run.checkpoints, policy, keep=config.checkpoint.keep, identity=identity)
+        checkpoints = TrainerCheckpoints(store, policy, batch_guard, identity)
         counters = checkpoints.restore()
         sampler = open_sampler(config, policy, identity["base weights"], stop_token_ids(tokenizer))
         rounds = Rounds(sampler, policy.weights, pending_directory(run))
-        with metrics_writer(run.path, counters["step"]) as writer:
-            log = GRPOLog(writer, policy.optimizer, config.run.log_every, config.monitor, run.path)
+        with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
+            sinks = lines, policy.optimizer, config.run.log_every, policy.speed()
+            log = GRPOLog(*sinks, monitor=config.monitor, directory=run.path)
             trainer = GRPOTrainer(
                 config=config,
                 prompts=prompts,
@@ -84,33 +92,41 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
                 ),
                 logger=log,
                 ckpt_callback=checkpoints,
-                run_timer=StopTimer(guard),
+                run_timer=StopTimer(signals, store, lambda: trainer.step),
             )
             trainer.load_state_dict(counters)
+            batch_guard.attach(policy.optimizer.megatron, lambda: trainer.reinforce_optimization_step + 1)
             trainer.take_up()
             try:
                 with frozen_heap():
-                    trainer.fit()
+                    # A run that had converged, and died before its export, does not train on.
+                    if not judge.has_converged(trainer.step):
+                        trainer.fit()
             except RoundInterrupted:
                 trainer.save()
+            store.finish_writing(wait=True)
             log.draw()
         rounds.close()
         sampler.close()
-    if trainer.step < config.steps:
+    converged = judge.has_converged(trainer.step)
+    if trainer.step < config.steps and not converged:
         raise Preempted(f"grpo stopped at step {trainer.step} of {config.steps}; run the same command to continue")
     return {
-        "steps": config.steps,
+        "steps": trainer.step,
+        "converged": converged,
+        "skipped_batches": batch_guard.skipped,
         "prompts": len(prompts.prompts),
         "prompts_uneven": prompts.dropped_uneven,
         "prompts_too_long": prompts.dropped_long,
         "collapses": log.watch.found,
         "base_weights": identity["base weights"],
-        "hf": export(run, policy, config),
+        **export(run, policy, config, store, trainer.step),
         "seconds": time.monotonic() - started,
     }
 
 
-def _policy(config: GRPOConfig, base: HFDirectory) -> MegatronPolicy:
+def build_policy(config: GRPOConfig, base: HFDirectory, guard: BatchGuard) -> MegatronPolicy:
+    """The policy with the stage's objective; Megatron's groups are up already."""
     objective = GRPOObjective(
         config,
         multiple=config.parallel.tensor if config.parallel.sequence else 1,
@@ -126,6 +142,7 @@ def _policy(config: GRPOConfig, base: HFDirectory) -> MegatronPolicy:
         sequence_length=config.sequence_length,
         micro_batch=config.micro_batch,
         global_batch=config.prompts_per_step,
+        guard=guard,
     )
 
 

@@ -22,6 +22,7 @@ from phimr_nemo.generate.plan import QUESTION
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
 from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
+from phimr_nemo.model.dtypes import TORCH_NAMES
 from phimr_nemo.model.regime import warn_of_other_regime
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store.content import file_sha256
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
 IN_PROCESS: Final = "VLLM_ENABLE_V1_MULTIPROCESSING"
 WEIGHTS_BACKEND: Final = "phimr_files"
 """The name under which our engine for new weights is registered with vLLM."""
@@ -78,7 +78,7 @@ class VLLMSampler:
             model=str(model),
             trust_remote_code=False,
             load_format="safetensors",
-            dtype=DTYPES[dtype],
+            dtype=TORCH_NAMES[dtype],
             max_model_len=max_length,
             max_num_seqs=options.max_batch,
             gpu_memory_utilization=options.memory_share,
@@ -192,7 +192,7 @@ class VLLMEngine:
                 tokenizer=str(teacher.path),
                 trust_remote_code=False,
                 load_format="safetensors",
-                dtype=DTYPES[teacher.dtype],
+                dtype=TORCH_NAMES[teacher.dtype],
                 max_model_len=max_length,
                 max_num_seqs=teacher.max_batch,
                 tensor_parallel_size=teacher.tensor,

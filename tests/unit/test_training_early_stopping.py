@@ -7,15 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from phimr_nemo.training.early_stopping import is_saturated
+from phimr_nemo.training.early_stopping import has_converged
+from phimr_nemo.training.metrics import metrics_of
 
+LOSS = metrics_of("sft")["val_loss"]
 FLOOR, FALL, RATE = 1.0, 2.0, 0.5
 
 
 def stops_at(losses: list[float], patience: int, min_delta: float) -> int | None:
     """The first measurement (from 0) after which training ends."""
     for count in range(1, len(losses) + 1):
-        if is_saturated(losses[:count], patience, min_delta):
+        if has_converged(losses[:count], patience, min_delta, LOSS):
             return count - 1
     return None
 
@@ -64,5 +66,5 @@ def test_brute_force() -> None:
     for _ in range(200):
         losses = [float(x) for x in rng.random(rng.integers(1, 9))]
         patience, min_delta = int(rng.integers(1, 4)), float(rng.choice([0.0, 0.1, 0.3]))
-        assert is_saturated(losses, patience, min_delta) == (since_progress(losses, min_delta)[0] >= patience)
-    assert not is_saturated([], 1, 0.0)
+        assert has_converged(losses, patience, min_delta, LOSS) == (since_progress(losses, min_delta)[0] >= patience)
+    assert not has_converged([], 1, 0.0, LOSS)

@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from phimr_nemo.align.dpo import objective as preference
+from phimr_nemo.align.dpo import objective as dpo_objective
 from phimr_nemo.align.dpo.log import COLLAPSE_SHIFT, DPOLog
 from phimr_nemo.align.dpo.objective import DPOObjective, pair_sums
 from phimr_nemo.align.microbatch import MicroBatch, balanced_shares, packed_row, sequence_sums
-from phimr_nemo.align.plots import plot_dpo
 from phimr_nemo.align.policy import packed_parameters
 from phimr_nemo.config import DPOConfig, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import file_inputs
 from phimr_nemo.losses import IGNORED_LABEL, dpo_loss
 from phimr_nemo.store.runs import METRICS_FILE
+from phimr_nemo.training.plots import plot_dpo
 
 PAD = 0
 CHOSEN_LENGTHS, REJECTED_LENGTHS = [7, 3, 12, 5, 9], [4, 12, 6, 8, 3]
@@ -300,7 +300,7 @@ class Lines:
 def test_a_collapse_is_warned_of_once_at_its_first_step(caplog: pytest.LogCaptureFixture) -> None:
     """The rule is the constant's: a shift at it is none yet. Steps that are not logged are watched too."""
     writer: Any = Lines()
-    log = DPOLog(writer, SimpleNamespace(grad_norm=1.0), every=2)  # type: ignore[arg-type]
+    log = DPOLog(writer, SimpleNamespace(grad_norm=1.0), every=2, speed=lambda _: {})  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
         for step, shift in enumerate((0.0, COLLAPSE_SHIFT, COLLAPSE_SHIFT - 0.01, -5.0)):
             log.log_metrics(row(shift), step, "train/")
@@ -312,7 +312,7 @@ def test_a_collapse_is_warned_of_once_at_its_first_step(caplog: pytest.LogCaptur
 
 
 def test_another_rank_sees_the_collapse_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    log = DPOLog(None, SimpleNamespace(grad_norm=1.0), every=1)  # type: ignore[arg-type]
+    log = DPOLog(None, SimpleNamespace(grad_norm=1.0), every=1, speed=lambda _: {})  # type: ignore[arg-type]
     log.log_metrics(row(-1.0), 0, "train/")
     assert log.collapsed_at == 1
     assert not caplog.records
@@ -326,6 +326,6 @@ def test_the_picture_is_made_of_the_metrics(tmp_path: Path) -> None:
 
 def test_log_probabilities_come_from_the_model_alone() -> None:
     """16 K tokens times 200,064 words fit because the model returns log-probabilities in chunks, never logits."""
-    for path in Path(preference.__file__).parent.glob("*.py"):
+    for path in Path(dpo_objective.__file__).parent.glob("*.py"):
         source = path.read_text("utf-8")
         assert not [name for name in ("log_softmax", "cross_entropy", "logits", ".gather(") if name in source], path
