@@ -95,7 +95,8 @@ def read_preset(path: Path) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    return dict(OmegaConf.to_container(_read(find_config(path))))
+    values: Any = OmegaConf.to_container(_read(find_config(path)))
+    return dict(values)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Progress:
         self.close()
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):
     """tqdm with one figure before its clock and the others behind it."""
 
     _shown = ""
