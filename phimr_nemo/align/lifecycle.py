@@ -83,8 +83,8 @@ def export(
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    best = store.best_whole(done)
     origin = Origin(config.sequence_length, config.model.longrope)
+    best = store.best_whole(done)
     if best is None or best.step == done:
         export_hf([policy.model], policy.architecture, config.base, run.path / HF_DIRECTORY, origin)
     else:

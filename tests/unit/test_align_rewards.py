@@ -18,8 +18,7 @@ from phimr_nemo.align.grpo.rewards import (
     reward_parts,
 )
 from phimr_nemo.config import GRPOConfig, load_config
-from phimr_nemo.config.alignment import RewardConfig
-from phimr_nemo.config.sampler import KeptOverlong, SoftOverlong
+from phimr_nemo.config.alignment import KeptOverlong, RewardConfig, SoftOverlong
 from phimr_nemo.errors import UserError
 from phimr_nemo.verify import grade
 

@@ -31,7 +31,7 @@ def a_run(path: Path, stage: str, *, model: bool = True) -> Path:
 
 def records(path: Path, kind: Kind = "prompts") -> Path:
     path.mkdir(parents=True)
-    absent = {key: {} for key in ("shards", "config", "inputs", "counts", "versions")}
+    absent: dict[str, dict[str, str]] = {key: {} for key in ("shards", "config", "inputs", "counts", "versions")}
     (path / MANIFEST).write_text(json.dumps({"kind": kind, "rows": 0, "schema_version": SCHEMA_VERSION, **absent}))
     return path
 
