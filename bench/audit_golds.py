@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from audit_arithmetic import CannotRead, Undefined
 from audit_classes import FRAMES, Pair
-from audit_truth import CannotRead, Undefined, same_number
+from audit_truth import same_number
 
 from phimr_nemo.data.sources.problems import read_problems
 from phimr_nemo.errors import UserError

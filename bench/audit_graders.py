@@ -2,8 +2,8 @@
 
     python bench/audit_graders.py NAME PAIRS VERDICTS
 
-PAIRS holds JSON lines with gold, answer and response; VERDICTS gets a line for each as it is decided: `accepted` (null:
-given up), `why`, and the processor time used so far. `environment(NAME, DIR)` makes the virtual environment
+PAIRS holds JSON lines with gold, answer and response; VERDICTS gets a line for each as it is decided: `accepted`
+(null: given up), `why`, and the processor time used so far. `environment(NAME, DIR)` makes the virtual environment
 that this file runs in for NAME; only the packages that a grader needs are installed, so the packages' own
 `__init__`, which import torch or datasets, are passed over (`bare_packages`). For the benchmark only.
 """
@@ -219,7 +219,7 @@ def ours() -> tuple[Callable[[Sequence[Row]], Iterator[tuple[bool | None, str]]]
         for start in range(0, len(rows), BATCH):
             part = [(row["response"], row["gold"]) for row in rows[start : start + BATCH]]
             for verdict in grader.grade_many(part):
-                given_up = verdict.verdict in ("timeout", "error")
+                given_up = verdict.verdict not in ("correct", "wrong", "unparsable")
                 yield None if given_up else verdict.verdict == "correct", f"{verdict.verdict}: {verdict.reason}"
 
     return decide, grader.close

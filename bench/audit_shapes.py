@@ -9,7 +9,8 @@ import re
 from fractions import Fraction
 from typing import Final
 
-from audit_truth import CannotRead, evaluate, same_items, same_number, value_of
+from audit_arithmetic import CannotRead
+from audit_truth import evaluate, same_items, same_number, value_of
 
 OPENING: Final = "([{"
 CLOSING: Final = ")]}"

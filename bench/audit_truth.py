@@ -11,27 +11,33 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from math import factorial
-from typing import Any, Final
+from typing import Final
 
-from mpmath import MPContext
+from audit_arithmetic import (
+    CannotRead,
+    Undefined,
+    Value,
+    add,
+    choose,
+    divide,
+    fact,
+    floor,
+    modulo,
+    mp,
+    multiply,
+    power,
+    root,
+    same_value,
+    to_mp,
+)
 
-mp: Final[Any] = MPContext()
-Value = Any
-"""A Fraction where the value is exact, else an mpmath number."""
 Names = Mapping[str, Value]
 
-DIGITS: Final = 60
-"""Of inexact arithmetic; what must be told apart differs by far more than `CLOSE` of its size, or is exact."""
-mp.dps = DIGITS
-CLOSE: Final = mp.mpf(10) ** -40
-MAX_EXACT_BITS: Final = 100_000
 POINTS: Final = 12
 FEWEST_POINTS: Final = 4
 """Of the points at which both functions are defined."""
 INTEGERS: Final = range(-7, 18)
 """Every residue of the small moduli, of both signs."""
-MAX_FACTORIAL: Final = 2_000
 _TOKEN = re.compile(
     r"\s*(?P<number>\d+(?:(?:,|\{,\}|\\,|\\!)\d{3})*(?:\.\d+|\.(?=\\overline))?(?:\\overline\{\d+\})?|\.\d+)"
     r"|\s*(?P<name>\\[A-Za-z]+|[A-Za-z])|\s*(?P<sign>[-+*/^_(){}\[\]|!,=<>&;:.])"
@@ -41,14 +47,6 @@ FUNCTIONS: Final[dict[str, Callable[..., Value]]] = {
     r"\arctan": mp.atan, r"\arcsin": mp.asin, r"\arccos": mp.acos,
     r"\ln": mp.log, r"\log": mp.log, r"\exp": mp.exp,
 }  # fmt: skip
-
-
-class CannotRead(Exception):
-    """Text outside the generators' forms, or a value outside the bounds."""
-
-
-class Undefined(Exception):
-    """No value at this point."""
 
 
 def number(text: str) -> Fraction:
@@ -257,99 +255,6 @@ class Reader:
         return value if exponent is None else power(value, exponent)
 
 
-def to_mp(value: Value) -> Value:
-    return mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
-
-
-def _both(a: Value, b: Value) -> tuple[Value, Value]:
-    return (a, b) if isinstance(a, Fraction) and isinstance(b, Fraction) else (to_mp(a), to_mp(b))
-
-
-def add(a: Value, b: Value) -> Value:
-    a, b = _both(a, b)
-    return a + b
-
-
-def multiply(a: Value, b: Value) -> Value:
-    a, b = _both(a, b)
-    return a * b
-
-
-def divide(a: Value, b: Value) -> Value:
-    if b == 0:
-        raise Undefined
-    a, b = _both(a, b)
-    return a / b
-
-
-def modulo(a: Value, b: Value) -> Value:
-    if not (isinstance(a, Fraction) and isinstance(b, Fraction)) or b == 0:
-        raise CannotRead("a remainder of what is not exact")
-    return a % b
-
-
-def floor(value: Value) -> Fraction:
-    if isinstance(value, Fraction):
-        return Fraction(value.numerator // value.denominator)
-    nearest = mp.nint(value)
-    if abs(value - nearest) < CLOSE:
-        raise CannotRead("a floor too close to an integer")
-    return Fraction(int(mp.floor(value)))
-
-
-def fact(value: Value) -> Fraction:
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL:
-        raise CannotRead("a factorial out of bounds")
-    return Fraction(factorial(int(value)))
-
-
-def choose(n: Value, k: Value) -> Fraction:
-    if not (isinstance(n, Fraction) and isinstance(k, Fraction)) or k < 0 or k.denominator != 1:
-        raise CannotRead("a binomial out of bounds")
-    value = Fraction(1)
-    for index in range(int(k)):
-        value = value * (n - index) / (index + 1)
-    return value
-
-
-def power(base: Value, exponent: Value) -> Value:
-    if base == 0 and (isinstance(exponent, Fraction) and exponent <= 0):
-        raise Undefined
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        bits = max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(int(exponent))
-        if bits > MAX_EXACT_BITS:
-            raise CannotRead("a power out of bounds")
-        return base ** int(exponent)
-    if isinstance(exponent, Fraction) and exponent.numerator == 1 and exponent.denominator > 1:
-        return root(base, Fraction(exponent.denominator))
-    if isinstance(exponent, Fraction) and exponent.denominator == 1:
-        return to_mp(base) ** int(exponent)
-    return mp.power(to_mp(base), to_mp(exponent))
-
-
-def root(value: Value, degree: Value) -> Value:
-    """The principal root; of a negative number the real one where the degree is odd."""
-    if not isinstance(degree, Fraction) or degree.denominator != 1:
-        raise CannotRead("the degree of a root")
-    order = int(degree)
-    if isinstance(value, Fraction) and value >= 0:
-        top, bottom = _exact_root(value.numerator, order), _exact_root(value.denominator, order)
-        if top is not None and bottom is not None:
-            return Fraction(top, bottom)
-    plain = to_mp(value)
-    if order % 2 and isinstance(plain, mp.mpf) and plain < 0:
-        return -mp.root(-plain, order)
-    return mp.sqrt(plain) if order == 2 else mp.root(plain, order)
-
-
-def _exact_root(value: int, order: int) -> int | None:
-    low, high = 0, 1 << (value.bit_length() // order + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**order <= value else (low, middle - 1)
-    return low if low**order == value else None
-
-
 def evaluate(text: str, names: Names | None = None) -> Value:
     """The value of an expression.
 
@@ -358,14 +263,6 @@ def evaluate(text: str, names: Names | None = None) -> Value:
         Undefined: it has no value here.
     """
     return Reader(text, names or {}).whole()
-
-
-def same_value(a: Value, b: Value) -> bool:
-    """Exactly, where both are exact; else to `CLOSE` of their size."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    a, b = to_mp(a), to_mp(b)
-    return bool(abs(a - b) <= CLOSE * max(abs(a), abs(b), CLOSE))
 
 
 def value_of(text: str) -> str:

@@ -4,10 +4,10 @@
 
 Every class (bench/audit_classes.py) makes right answers written otherwise and wrong ones changed by as little as can
 be; an independent reader (bench/audit_truth.py) confirms every truth before a grader sees it. DIR holds problem files
-whose gold answers are graded against themselves, rewritten and changed. Each grader runs in a process of its own, the
-other packages' in virtual environments made for this (--environments); slow ones get a share of every class, the same
-pairs for all. A false negative is a right answer that is not accepted, whether rejected, unread or given up. Rates are
-per second of processor time, started workers included. FILE gets our grader's errors as JSON lines.
+whose gold answers are graded against themselves, rewritten and changed. Each grader runs in a process of its own,
+those of other packages in virtual environments made for this (--environments); slow ones get a share of every class,
+the same pairs for all. A false negative is a right answer that is not accepted, whether rejected, unread or given up.
+Rates are per second of processor time, started workers included. FILE gets our grader's errors as JSON lines.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,6 +68,12 @@ def sample(pairs: Sequence[Pair], share: float, seed: int) -> list[Pair]:
             taken[kind] += 1
             places.append(place)
     return [pairs[place] for place in sorted(places)]
+
+
+def share_of(name: str, scale: float) -> float:
+    """The share of every class that a peer gets; quick ones get all whatever the scale."""
+    share = PEERS[name].share
+    return share if share == 1.0 else share * scale
 
 
 def run_grader(name: str, pairs: Sequence[Pair], environments: Path) -> tuple[list[dict[str, Any]], float]:
@@ -122,7 +129,7 @@ def _watch(command: list[str], found: Path) -> str:
 
 def processor_seconds(cumulative: Sequence[float]) -> float:
     """The sum over processes of what each had used at its end; a counter that falls is another process's."""
-    peaks = [before for before, after in zip(cumulative, cumulative[1:], strict=False) if after < before]
+    peaks = [before for before, after in pairwise(cumulative) if after < before]
     return sum(peaks) + (cumulative[-1] if cumulative else 0.0)
 
 
@@ -186,6 +193,7 @@ def main() -> None:
     parser.add_argument("--golds", type=Path, default=None, help="a folder of problem files")
     parser.add_argument("--graders", nargs="+", choices=[OURS, *PEERS], default=None)
     parser.add_argument("--environments", type=Path, default=REPOSITORY / "runs" / "audit-graders")
+    parser.add_argument("--peer-share", type=float, default=1.0, help="of the share that slow graders get")
     parser.add_argument("--findings", type=Path, default=None)
     options = parser.parse_args()
     wanted = options.graders or ([OURS, "math-verify"] if options.quick else [OURS, *PEERS])
@@ -198,7 +206,7 @@ def main() -> None:
         print(f"{sum(pair.kind == GOLDS for pair in pairs)} pairs from the golds of {options.golds.name}", flush=True)
     results: dict[str, dict[str, Any]] = {}
     for name in wanted:
-        part = pairs if name == OURS else sample(pairs, PEERS[name].share, options.seed)
+        part = pairs if name == OURS else sample(pairs, share_of(name, options.peer_share), options.seed)
         try:
             verdicts, seconds = run_grader(name, part, options.environments)
         except (RuntimeError, subprocess.CalledProcessError) as error:
@@ -207,8 +215,9 @@ def main() -> None:
         counts = count(part, verdicts)
         results[name] = {"classes": counts, "per_cpu_second": len(part) / max(seconds, 1e-9), "cpu_seconds": seconds}
         total = totals(counts)
+        wrong, missed = total["false_positives"], total["false_negatives"]
         print(
-            f"{name}: {len(part)} pairs, {total['false_positives']} false positives, {total['false_negatives']} false negatives, {seconds:.0f} CPU s",
+            f"{name}: {len(part)} pairs, {wrong} accepted wrongly, {missed} right missed, {seconds:.0f} CPU s",
             flush=True,
         )
         if name == OURS and options.findings:
