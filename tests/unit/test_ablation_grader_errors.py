@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         grader_errors.plan(errors_config(tmp_path, arms="{start: exact}"))
 
 
-def scored(directory: Path, answers: list[tuple[str, object]]) -> None:
+def scored(directory: Path, answers: Sequence[tuple[str, object]]) -> None:
     """An evaluation of one response to each question, given as (gold answer, what the box holds)."""
     right = {f"q{place}": float(gold == str(value)) for place, (gold, value) in enumerate(answers)}
     pass1 = sum(right.values()) / len(right)
