@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from phimr_nemo.verify import Grader
 from phimr_nemo.verify.answer import _decide
 from phimr_nemo.verify.compare import equivalent
-from phimr_nemo.verify.read.expression import for_math_verify
+from phimr_nemo.verify.mathverify import for_math_verify
 from phimr_nemo.verify.read.quantity import parse_number
 from phimr_nemo.verify.verdict import Unparsable
 from phimr_nemo.verify.workers.pool import Job

@@ -23,6 +23,7 @@ ROUGH_BITS: Final = 64
 GUARD_BITS: Final = 128
 EXTRA_FACTOR: Final = 2
 MAX_PRECISION: Final = 1 << 19
+MAX_POINT_PRECISION: Final = 1 << 13
 MIN_POINTS: Final = 3
 MAX_SYMBOLS: Final = 16
 MAX_CONSTANTS: Final = 6
@@ -122,14 +123,18 @@ def _exactly(gold: Term, predicted: Term, point: Mapping[str, Fraction]) -> bool
 
 
 def _numerically(gold: Term, predicted: Term, point: Mapping[str, Fraction], *, real: bool) -> bool:
-    """Equality by the difference of the values, with growing precision."""
+    """Equality by the difference of the values, with growing precision.
+
+    Raises:
+        Undecided: it takes more digits than the bounds allow; of functions, than a point is worth.
+    """
     rough = Evaluation(ROUGH_BITS, point, real=real)
     for term in (gold, predicted):
         rough.noted(rough.value(term))
     sizes = sum(value.numerator.bit_length() + value.denominator.bit_length() for value in point.values())
     enough = GUARD_BITS + max(0, rough.largest) + EXTRA_FACTOR * (bits_needed(gold, predicted) + sizes)
     precision = GUARD_BITS + max(0, rough.largest)
-    if enough > MAX_PRECISION:
+    if enough > (MAX_POINT_PRECISION if point else MAX_PRECISION):
         raise Undecided("more digits than the bounds allow")
     before = _gap(gold, predicted, point, precision, real=real)
     while True:

@@ -200,6 +200,8 @@ def _same_proportion(gold: str, predicted: str, symbolic: Symbolic) -> bool:
     second = [*second, "1"] if len(second) == 1 else second
     if len(first) != len(second) or not all(part.strip() for part in (*first, *second)):
         return False
+    check_plain("answer", gold)
+    check_plain("response", predicted)
     return all(
         _same_core(rf"({a})\cdot ({second[0]})", rf"({b})\cdot ({first[0]})", symbolic)
         for a, b in zip(first[1:], second[1:], strict=True)

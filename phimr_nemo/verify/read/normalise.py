@@ -104,7 +104,7 @@ _FRACTION_FORMS: Final = (
     (re.compile(r"\\sqrt\s*([0-9a-zA-Z])"), r"\\sqrt{\1}"),
     (re.compile(r"\\binom\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])"), r"\\binom{\1}{\2}"),
 )
-_THOUSANDS = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:\\[,!;: ]|\{,\}\\?!?|,\\!\s?|~)[0-9]{3})+)(?![0-9])")
+_THOUSANDS = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:'|\\[,!;: ]|\{,\}\\?!?|,\\!\s?|~)[0-9]{3})+)(?![0-9])")
 _THOUSANDS_GAP = re.compile(r"[^0-9]")
 _TIGHT_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _MIXED_PLAIN = re.compile(r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])")

@@ -292,7 +292,9 @@ def _related(text: str, depth: int) -> Node | None:
         if len(exact) == 1:
             value = rounded if is_label(exact[0]) else exact[0]
             return Equation(exact[0], value, parts[-1].strip())
-        return Equation(exact[0], exact[-1], rounded, tuple(exact[1:-1]))
+        last = len(operators) - 1 - operators[::-1].index("=")
+        between = [part.strip() for part in parts[1 : last + 1]]
+        return Equation(exact[0], exact[-1], rounded, tuple(between))
     return _interval(parts, operators, depth)
 
 
