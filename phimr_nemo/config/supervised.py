@@ -116,14 +116,14 @@ class SupervisedConfig:
     def __post_init__(self) -> None:
         metric = self.checkpoint.metric
         measured = {
-            "val_loss": self.validation_rows > 0 and (not self.max_steps or self.validate_every <= self.max_steps),
+            "val_loss": self.validation_rows > 0,
             "pass1": self.evaluation is not None,
             "loss": True,
         }
         if (self.checkpoint.best or self.early_stopping is not None) and not measured[metric]:
             raise UserError(
                 f"checkpoint.metric={metric} is never measured, and checkpoint.best or early_stopping goes by it",
-                rule="val_loss needs validation_rows and validate_every within the run, pass1 needs evaluation",
+                rule="val_loss needs validation_rows above 0, pass1 needs evaluation",
                 remedy="set what it needs, choose another checkpoint.metric, or leave best and early_stopping out",
             )
 

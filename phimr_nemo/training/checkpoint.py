@@ -173,11 +173,15 @@ class CheckpointStore:
         return None
 
     def best_whole(self, done: int) -> Measured | None:
-        """Return the best measured step of the first `done` whose checkpoint is whole; None without `best`, or where
-        nothing was measured. A better one that is damaged is named."""
+        """Return the best measured step of the first `done` whose checkpoint is whole; None without `best`.
+
+        Where nothing was measured it is None as well, with a warning. A better one that is damaged is named.
+        """
         if not self.config.best:
             return None
         history = self.judge.history(done)
+        if not history:
+            _warn(f"{self.judge.metric.name} was never measured: the last step, {done}, is exported as the best")
         while (best := best_of(history, self.judge.metric)) is not None:
             path = self.path(best.step)
             box: list[Any] = [is_sealed(path)]
