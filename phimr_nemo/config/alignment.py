@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -203,6 +204,24 @@ class PromptOptimizationConfig:
 
 
 @config
+class RewardConfig:
+    """What a response is worth: see :mod:`phimr_nemo.align.grpo.rewards`. Weights of 0 leave a part out.
+
+    Attributes:
+        correct, wrong: for the grader's verdict; +1 and -1 in the paper.
+        format: weight of a finished response with closed thinking and one boxed answer (0 or 1).
+        length: weight of the share of `max_new_tokens` that a response leaves unused (0 to 1).
+        functions: MODULE:FUNCTION -> weight, of functions of one :class:`phimr_nemo.align.grpo.rewards.Graded`.
+    """
+
+    correct: float
+    wrong: float
+    format: float = 0.0
+    length: float = 0.0
+    functions: Mapping[str, float] = field(default_factory=dict)
+
+
+@config
 class MonitorConfig:
     """What is watched while GRPO runs, and when a warning says that it collapses: `align.grpo.collapse`.
 
@@ -216,6 +235,8 @@ class MonitorConfig:
         solved_pass_rate: from here on low entropy is no fault.
         max_entropy: largest healthy entropy of a sampled token, in nats.
         pass_rate_drop: by how much the pass rate may fall below the best that the run has had.
+        ungraded_warning: a warning where the grader gave up on a larger share of a round's responses.
+        ungraded_stop: the run stops where it gave up on a larger share than this.
     """
 
     dashboard_every: Positive
@@ -226,6 +247,8 @@ class MonitorConfig:
     solved_pass_rate: Share
     max_entropy: AboveZero
     pass_rate_drop: Share
+    ungraded_warning: Share
+    ungraded_stop: Share
 
 
 @config
@@ -260,7 +283,7 @@ class GRPOConfig:
         ahead: 1 samples the next round while a step trains, with weights one step old; wants a correction.
         stale: whether responses of older weights than asked for are sampled again or kept; that wants one too.
         overlong: what becomes of responses that near or hit the length limit.
-        reward_correct, reward_wrong: +1 and -1 in the paper.
+        reward: what a response is worth.
         verify_workers: grader processes on each data-parallel rank.
         grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
     """
@@ -283,8 +306,7 @@ class GRPOConfig:
     ahead: Literal[0, 1]
     stale: Stale
     overlong: OverlongResponses
-    reward_correct: float
-    reward_wrong: float
+    reward: RewardConfig
     verify_workers: Positive
     grader: str | None = None
     temperature: TemperatureConfig

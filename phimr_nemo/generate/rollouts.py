@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 from tqdm import tqdm
 
 from phimr_nemo.data.chat import decode_response, render_prompts
-from phimr_nemo.endpoint.wire import OPENING
 from phimr_nemo.generate.plan import QUESTION, Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import Completion, Engine, Request, SamplingParams
 from phimr_nemo.store.shards import conform, finish, is_complete, rows_to_table, shard_is_complete, write_shard
+from phimr_nemo.text.thinking import OPEN
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -119,4 +119,4 @@ def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
 def opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
     """The think tag that some chat templates open at the end of the prompt: it belongs to the response."""
     tail = tokenizer.decode(list(prompt_ids[-OPENING_TOKENS:]), clean_up_tokenization_spaces=False)
-    return f"{OPENING}\n" if tail.rstrip().endswith(OPENING) else ""
+    return f"{OPEN}\n" if tail.rstrip().endswith(OPEN) else ""

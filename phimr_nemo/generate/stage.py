@@ -114,7 +114,7 @@ def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any
         raise UserError(
             f"{teacher.path} holds no response to the given problems ({counts})",
             rule="a recorded response belongs to a problem with the same question and answer",
-            remedy="leave problems out to use every recorded question, or correct the columns",
+            remedy="problems=null uses every recorded question; or correct the columns",
         )
     return _write(config, rollouts, lambda part: part, counts, inputs=[teacher.path, *_problem_files(config)])
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -137,10 +138,13 @@ class RunDirectory:
 
     def withdraw(self) -> None:
         """Undo :meth:`describe` for a stage that refused its input; a directory that holds more stays as it is."""
-        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}:
-            for entry in self.path.iterdir():
-                entry.unlink()
-            self.path.rmdir()
+        files = [entry for entry in self.path.rglob("*") if not entry.is_dir()]
+        if self.path.is_dir() and {str(file.relative_to(self.path)) for file in files} <= {
+            CONFIG_FILE,
+            RUN_FILE,
+            LOCK_FILE,
+        }:
+            shutil.rmtree(self.path)
 
     def finish(self, **facts: object) -> None:
         """Mark the run as finished and record its closing facts."""

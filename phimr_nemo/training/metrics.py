@@ -124,7 +124,12 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("length_margin_correlation", "1", "Pearson's r of margin and length difference over the batch", DPO),
     Metric("nll", "nats", "negative log-likelihood of the chosen responses per token (loss.kind=rpo)", DPO),
     # ---- stage 4 ----
-    Metric("reward", "1", "mean over all sampled responses, before any stabilization", GRPO, "", "higher"),
+    Metric("reward", "1", "mean over all sampled and graded responses, before any stabilization", GRPO, "", "higher"),
+    Metric("reward_correctness", "1", "of this, by the verdict (where the reward has further parts)", GRPO),
+    Metric("reward_format", "1", "reward.format x finished, closed thinking and one boxed answer", GRPO),
+    Metric("reward_length", "1", "reward.length x share of max_new_tokens left", GRPO),
+    Metric("reward_overlong", "1", "the soft overlong punishment (overlong.kind=soft)", GRPO),
+    Metric("ungraded", "1", "share of responses that the grader gave up on; they are in no other mean", GRPO),
     Metric("pass_rate", "1", "share of correct responses among them", GRPO, "", "higher"),
     *(
         Metric(name, "groups", f"groups with {label} correct", GRPO, label)

@@ -11,14 +11,10 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from phimr_nemo.text.thinking import KNOWN
 from phimr_nemo.verify.read.names import words
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 
-THINK_MARKS: Final = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-)
 BOX_COMMANDS: Final = ("\\boxed", "\\fbox")
 MAX_BOXES: Final = 32
 MAX_BOX_JOIN_CHARS: Final = 60
@@ -86,11 +82,11 @@ class Extraction:
 def visible_text(response: str) -> str | None:
     """The text after the thinking, without special tokens; None when the thinking never ended."""
     start = 0
-    for _, closing in THINK_MARKS:
+    for _, closing in KNOWN:
         found = response.rfind(closing)
         if found >= 0:
             start = max(start, found + len(closing))
-    if any(response.find(opening, start) >= 0 for opening, _ in THINK_MARKS):
+    if any(response.find(opening, start) >= 0 for opening, _ in KNOWN):
         return None
     return response[start:]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 TIERS = (
-    {"", "errors", "redact", "store", "config", "endpoint"},
+    {"", "errors", "redact", "text", "store", "config", "endpoint"},
     {"losses", "data", "verify"},
     {"model"},
     {"generate"},

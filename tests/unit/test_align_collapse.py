@@ -17,6 +17,7 @@ import pytest
 
 from phimr_nemo.align.grpo.collapse import REMEDIES, RISING, CollapseWatch
 from phimr_nemo.align.grpo.log import GRPOLog
+from phimr_nemo.align.grpo.rewards import Graded
 from phimr_nemo.align.grpo.rollouts import Rollout, graded_rollouts, rollout_metrics
 from phimr_nemo.config import GRPOConfig, TrackingConfig, load_config
 from phimr_nemo.config.alignment import MonitorConfig
@@ -118,9 +119,10 @@ def metrics_of(texts: list[str], right: bool) -> dict[str, float]:
         Completion(f"{number // GROUP}/{number % GROUP}", (1,) * len(text), (-0.3,) * len(text), "stop")
         for number, text in enumerate(whole)
     ]
-    verdicts = [SimpleNamespace(verdict="correct" if right else "wrong")] * len(whole)
-    rollouts = graded_rollouts(completions, whole, verdicts, dict.fromkeys(range(len(whole) // GROUP), 0))
-    return rollout_metrics(rollouts, [1.0 if right else -1.0] * len(whole))
+    verdict, reward = ("correct", 1.0) if right else ("wrong", -1.0)
+    graded = [Graded(text, "1", verdict, len(text), len(text), is_truncated=False) for text in whole]
+    prompt_of = dict.fromkeys(range(len(whole) // GROUP), 0)
+    return rollout_metrics(graded_rollouts(completions, graded, prompt_of, lambda _: {"correctness": reward}))
 
 
 def test_loops_alarm_and_healthy_solutions_do_not(monitor: MonitorConfig) -> None:
@@ -161,6 +163,19 @@ def test_recorded_runs_alarm_where_they_collapsed_and_nowhere_else(repository: P
     assert list(found.values()) == [{}, {}, {}]
 
 
+def test_a_grader_that_gives_up_alarms_and_an_older_run_that_did_not_count_that_does_not(
+    monitor: MonitorConfig,
+) -> None:
+    """A window of five with one round at 6 %: 1.2 % on the mean, above the bound of 1 %."""
+    assert (monitor.window, monitor.ungraded_warning) == (5, 0.01)
+    lost = {**HEALTHY, "ungraded": 0.06}
+    watch = CollapseWatch(monitor)
+    assert not steps(watch, [HEALTHY] * 8)
+    said = steps(watch, [lost], 9)
+    assert watch.found == {"grader": 9}
+    assert "gave up on 1.2%" in said[0][1]
+
+
 # ---- the log -----------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +185,7 @@ def rollout(slot: int, sample: int, *, correct: bool) -> Rollout:
 
 def log_round(log: GRPOLog, step: int, rollouts: list[Rollout]) -> None:
     """What the trainer sends in a round, in its order."""
-    log.log_metrics({**rollout_metrics(rollouts, [1.0] * len(rollouts)), "temperature": 0.6}, step, "train_rollouts/")
+    log.log_metrics({**rollout_metrics(rollouts), "temperature": 0.6}, step, "train_rollouts/")
     log.log_metrics({"loss": 0.5, "optim_step": 7}, step, "train_optim/")
     log.log_metrics({"loss": 1.5, "optim_step": 8}, step, "train_optim/")
     log.log_metrics({"sample": 2.0, "rollout_time": 3.0, "train_time": 4.0}, step, "timers/")

@@ -17,7 +17,7 @@ from phimr_nemo.align.grpo.objective import GRPOObjective, advantages_of
 from phimr_nemo.align.grpo.stage import _check_batches
 from phimr_nemo.config import GRPOConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.losses import IGNORED_LABEL, PolicyLoss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
+from phimr_nemo.losses import IGNORED_LABEL, PolicyBatch, PolicyLoss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
 from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
 
 PAD = 0
@@ -98,17 +98,15 @@ def test_grpo_micro_batches_add_up_to_the_whole(
     totals = added_up(objective, batch)
     weights = torch.exp(batch["old_logprobs"] - batch["sampler_logprobs"]).clamp(max=CAP)
     mask = batch["labels"] != IGNORED_LABEL
-    whole = LOSSES[kind](
+    responses = PolicyBatch(
         model(batch["response_tokens"], batch["labels"]),
         batch["old_logprobs"],
         batch["advantages"],
         mask,
-        clip_low=0.2,
-        clip_high=0.28,
         ref_logprobs=batch["reference_logprobs"],
-        kl_coefficient=0.1,
         importance_weights=weights if correction == "truncated" else None,
     )
+    whole = LOSSES[kind](responses, clip_low=0.2, clip_high=0.28, kl_coefficient=0.1)
     assert totals["count"] == float(whole.denominator)
     assert totals["loss"] == pytest.approx(float(whole.loss_sum), rel=1e-5)
     assert totals["clipped_low"] + totals["clipped_high"] == float(

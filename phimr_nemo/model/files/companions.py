@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from phimr_nemo.data.chat import END
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
 
@@ -24,7 +25,6 @@ TOKENIZER_FILES: Final = (
     "merges.txt",
     "chat_template.jinja",
 )
-END_OF_TURN: Final = "<|end|>"
 
 
 def write_model_files(directory: Path, arch: Architecture, tokenizer_from: Path, dtype: torch.dtype | None) -> None:
@@ -51,7 +51,7 @@ def write_model_files(directory: Path, arch: Architecture, tokenizer_from: Path,
 def generation_config(arch: Architecture, added_tokens: Mapping[str, int]) -> dict[str, Any]:
     """End tokens for generation: [end of turn, end of text], as in Phi-4-mini's own generation_config.json."""
     ends = [arch.eos_token_id]
-    end_of_turn = added_tokens.get(END_OF_TURN)
+    end_of_turn = added_tokens.get(END)
     if end_of_turn is not None and end_of_turn not in ends:
         ends.insert(0, end_of_turn)
     return {
