@@ -116,3 +116,15 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
     left_over.write_text("{}", "utf-8")
     store(tmp_path, {}).clear_unfinished()
     assert sorted((tmp_path / "checkpoints").iterdir()) == [whole]
+
+
+def test_a_damaged_one_takes_no_place_among_those_that_are_kept(tmp_path: Path) -> None:
+    """2 is continued from, 3 is damaged, 5 is new: two are kept, and 3 is none of them."""
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    damage(tmp_path / "checkpoints" / checkpoint_name(3))
+    kept = store(tmp_path, {}, keep=2, best=False)
+    assert kept.newest_whole() == kept.path(2)
+    make(tmp_path, 5)
+    kept._prune(5)
+    assert kept.steps() == [2, 5]
