@@ -17,7 +17,7 @@ from phimr_nemo.bridges.samples import Sample, dpo_samples, grpo_samples, sft_sa
 from phimr_nemo.bridges.schedule import torch_schedulers
 from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
 from phimr_nemo.config.alignment import RPOLoss, TruncatedCorrection
-from phimr_nemo.config.sampler import VLLMRollouts
+from phimr_nemo.config.engine import VLLMEngine
 from phimr_nemo.model import Architecture
 
 TARGET: Final = "NeMo-RL"
@@ -111,7 +111,7 @@ GRPO: Final = (
     Counterpart("inner_batches", "translated", "policy.train_global_batch_size"),
     Counterpart("micro_batch", "same", "policy.train_micro_batch_size", "sequences"),
     Counterpart("packed", "same", "policy.sequence_packing.enabled"),
-    Counterpart("sampler.", "translated", "policy.generation", "vLLM beside the trainer, whatever samples here"),
+    Counterpart("engine.", "translated", "policy.generation", "vLLM beside the trainer, whatever samples here"),
     Counterpart("ahead", "none", "", "refused unless 0"),
     Counterpart("stale", "none", "", "of responses sampled ahead alone"),
     Counterpart("overlong.", "translated", "grpo.overlong_filtering", "the soft penalty is refused"),
@@ -273,9 +273,7 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
             "top_p": 1.0,
             "top_k": None,
             "vllm_cfg": {
-                "gpu_memory_utilization": config.sampler.memory_share
-                if isinstance(config.sampler, VLLMRollouts)
-                else 0.6
+                "gpu_memory_utilization": config.engine.memory_share if isinstance(config.engine, VLLMEngine) else 0.6
             },
         },
     }

@@ -50,11 +50,12 @@ class OpenModel:
     notes: tuple[str, ...]
 
 
-def open_model(directory: Path, *, max_length: int | None, dtype: Dtype) -> OpenModel:
+def open_model(directory: Path, params: SamplingParams, *, max_length: int | None, dtype: Dtype) -> OpenModel:
     """Open a model directory with the LongRoPE factors that it was trained with.
 
     Args:
         directory: a Hugging Face directory.
+        params: how tokens are drawn.
         max_length: longest conversation in tokens; None: the longest that its training covers, else its context.
         dtype: to compute in.
 
@@ -62,10 +63,8 @@ def open_model(directory: Path, *, max_length: int | None, dtype: Dtype) -> Open
         UserError: an unreadable model or tokenizer, or a length beyond the model's context.
     """
     silence_import_notes()
-    import torch
-
-    from phimr_nemo.data.chat import load_tokenizer
-    from phimr_nemo.generate.engines import local_sampler
+    from phimr_nemo.config import LocalEngine
+    from phimr_nemo.generate.engines import SampledModel, open_engine
     from phimr_nemo.model.files.hf import HFDirectory
     from phimr_nemo.model.origin import read_origin
     from phimr_nemo.model.regime import opening_as_trained
@@ -81,16 +80,11 @@ def open_model(directory: Path, *, max_length: int | None, dtype: Dtype) -> Open
         )
     origin = read_origin(directory)
     opening = opening_as_trained(architecture, origin, max_length)
-    sampler = local_sampler(
-        source,
-        max_length=opening.max_length,
-        max_batch=1,
-        longrope=opening.policy,
-        dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
-    )
+    described = SampledModel(directory=directory, longrope=opening.policy, max_length=opening.max_length)
+    opened = open_engine(LocalEngine(max_batch=1, dtype=dtype), described, params)
     size = f"{architecture.num_parameters:,} parameters, conversations of up to {opening.max_length:,} tokens"
     words = f"{directory} ({size})" + (f" knows {origin.knows}" if origin.knows else "")
-    return OpenModel(sampler, load_tokenizer(directory), words, opening.notes)
+    return OpenModel(opened.sampler, opened.tokenizer, words, opening.notes)
 
 
 def chat(directory: Path, params: SamplingParams, *, seed: int, max_length: int | None, dtype: Dtype) -> None:
@@ -99,7 +93,7 @@ def chat(directory: Path, params: SamplingParams, *, seed: int, max_length: int 
     Raises:
         UserError: as :func:`open_model`, or a conversation without room for a reply.
     """
-    model = open_model(directory, max_length=max_length, dtype=dtype)
+    model = open_model(directory, params, max_length=max_length, dtype=dtype)
     from phimr_nemo.generate.chat import Turn, reply
 
     console = Console(highlight=False)
@@ -146,7 +140,7 @@ def sample(
     Raises:
         UserError: as :func:`open_model`, or a question that spells a special token or leaves no room.
     """
-    model = open_model(directory, max_length=max_length, dtype=dtype)
+    model = open_model(directory, params, max_length=max_length, dtype=dtype)
     from phimr_nemo.generate.chat import Turn, reply
 
     greet(Console(highlight=False, stderr=True), model)

@@ -18,9 +18,8 @@ from typing import Any, Final
 from phimr_nemo.config import AskConfig, Prices
 from phimr_nemo.endpoint.client import EndpointClient
 from phimr_nemo.endpoint.journal import Journal, read_journal
-from phimr_nemo.endpoint.settings import check_endpoint
+from phimr_nemo.endpoint.settings import read_key
 from phimr_nemo.endpoint.wire import ChatReply, ChatRequest, RequestFailed
-from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.progress import Progress
 
@@ -62,17 +61,11 @@ class Asker:
             so that processes which share a directory share their replies.
 
     Raises:
-        UserError: bad endpoint settings, or the journal cannot be written.
+        UserError: the key's variable is not set, or the journal cannot be written.
     """
 
     def __init__(self, config: AskConfig, journal: Path) -> None:
-        check_endpoint(config.endpoint)
-        if config.max_cost is not None and config.endpoint.prices is None:
-            raise UserError(
-                f"max_cost={config.max_cost} without prices",
-                rule="a limit of cost needs the endpoint's prices",
-                remedy="give endpoint.prices.input_per_million and output_per_million, or max_total_tokens instead",
-            )
+        read_key(config.endpoint)
         self._config = config
         self._counts: Counter[str] = Counter()
         self._replies: dict[str, str] = {}

@@ -17,7 +17,7 @@ import httpx
 import tenacity
 
 from phimr_nemo.config import EndpointConfig
-from phimr_nemo.endpoint.settings import check_endpoint, read_key
+from phimr_nemo.endpoint.settings import read_key
 from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.endpoint.wire import (
     END_OF_STREAM,
@@ -75,7 +75,6 @@ class EndpointClient:
     """
 
     def __init__(self, config: EndpointConfig) -> None:
-        check_endpoint(config)
         key = read_key(config)
         self.config = config
         self.counts: Counter[str] = Counter()

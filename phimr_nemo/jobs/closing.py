@@ -149,7 +149,7 @@ def next_command(stage: str, output: Path, preset: Path, facts: Mapping[str, Any
         return _phimr("generate", "--config", str(_preset("generate", name)))
     if stage == "prepare" and "rollouts" not in facts:
         asked = f"problems.path={output / 'problems'}"
-        return _phimr("generate", "problems.kind=records", asked, f"teacher.endpoint.base_urls=[{A_SERVER}]")
+        return _phimr("generate", "problems.kind=records", asked, f"teacher.engine.endpoint.base_urls=[{A_SERVER}]")
     if stage == "evaluate":
         return _phimr("report", str(output))
     if stage == "export":

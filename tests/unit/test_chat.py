@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phimr_nemo.cli.chat import COMMANDS
-from phimr_nemo.config import BaseConfig, load_config
+from phimr_nemo.config import BaseConfig, LocalEngine, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_prompt, render_turns
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.chat import Piece, Turn, decode_stream, mark_thinking, printable, reply
-from phimr_nemo.generate.engines import local_sampler
+from phimr_nemo.generate.engines import SampledModel, open_engine
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.model.base import run_base
@@ -41,9 +42,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sampler(model: Path) -> Iterator[LocalSampler]:
-    opened = local_sampler(HFDirectory(model), max_length=LENGTH, max_batch=4)
-    yield opened
-    opened.close()
+    source = SampledModel(directory=model, max_length=LENGTH)
+    with closing(open_engine(LocalEngine(max_batch=4), source, SamplingParams(1.0, 1.0, NEW_TOKENS))) as opened:
+        yield opened.sampler
 
 
 def pieces(text: str, cuts: list[int]) -> list[str]:
@@ -151,8 +152,8 @@ def run(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
 
 def test_the_commands_say_what_the_sampler_samples(model: Path) -> None:
     context = HFDirectory(model).architecture.max_position_embeddings
-    own = local_sampler(HFDirectory(model), max_length=context, max_batch=1)
     params = SamplingParams(0.6, 0.95, NEW_TOKENS)
+    own = open_engine(LocalEngine(max_batch=1), SampledModel(directory=model, max_length=context), params).sampler
 
     def answer(turns: list[Turn], seed: int) -> str:
         return printable("".join(p.text for p in reply(own, load_tokenizer(model), turns, params, seed=seed)))
@@ -180,7 +181,8 @@ def test_a_model_is_talked_to_with_the_factors_of_its_training(length: int, mode
     params, tokenizer = SamplingParams(0.6, 0.95, NEW_TOKENS), load_tokenizer(model)
 
     def answer(longest: int) -> str:
-        sampler = local_sampler(source, max_length=longest, max_batch=1)
+        described = SampledModel(directory=model, max_length=longest)
+        sampler = open_engine(LocalEngine(max_batch=1), described, params).sampler
         return printable("".join(p.text for p in reply(sampler, tokenizer, [Turn("user", QUESTION)], params, seed=0)))
 
     original = source.architecture.original_max_position_embeddings

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def relabelled(source: Path, target: Path, *, halves: bool) -> Path:
     """The same data files under the names of the newer Megatron-Core: the index alone tells a layout."""
     shutil.copytree(source, target)
     index = read_index(target / INDEX_FILE)
-    entries, storage = {}, {}
+    entries: dict[str, Any] = {}
+    storage: dict[Any, Any] = {}
     for key, entry in index.state_dict_metadata.items():
         if not isinstance(entry, dcp.TensorStorageMetadata) or not key.startswith(LAYERS):
             entries[key] = entry

@@ -24,8 +24,8 @@ from phimr_nemo.endpoint import (
     Journal,
     Prompt,
     RequestFailed,
-    check_endpoint,
     read_journal,
+    read_key,
     watch,
 )
 from phimr_nemo.endpoint.watch import Watch
@@ -338,7 +338,7 @@ def test_a_long_run_of_random_faults_loses_and_mixes_nothing() -> None:
 )
 def test_an_address_that_cannot_work_is_refused_and_secrets_are_not_repeated(url: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as caught:
-        check_endpoint(settings(url))
+        settings(url)
     assert "secret" not in str(caught.value)
 
 
@@ -348,7 +348,7 @@ def test_a_key_that_cannot_work_is_refused(value: str | None, monkeypatch: pytes
     if value is not None:
         monkeypatch.setenv("TEACHER_KEY", value)
     with pytest.raises(UserError, match="TEACHER_KEY"):
-        check_endpoint(settings("http://host/v1", api_key_env="TEACHER_KEY"))
+        read_key(settings("http://host/v1", api_key_env="TEACHER_KEY"))
 
 
 # The journal -----------------------------------------------------------------------------------------
@@ -440,10 +440,9 @@ def test_the_budget_holds_over_calls_and_runs(tmp_path: Path, limit: dict[str, A
         assert len(server.bodies) == answered
 
 
-def test_a_cost_limit_needs_prices(tmp_path: Path) -> None:
-    config = AskConfig(endpoint=settings("http://host/v1"), temperature=0.0, max_tokens=1, max_cost=1.0)
+def test_a_cost_limit_needs_prices() -> None:
     with pytest.raises(UserError, match="max_cost"):
-        Asker(config, tmp_path / "replies.jsonl")
+        AskConfig(endpoint=settings("http://host/v1"), temperature=0.0, max_tokens=1, max_cost=1.0)
 
 
 def test_a_failed_question_has_no_reply_and_is_asked_again(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_key_is_described() -> None:
         (("sft", "--optim.lr=1e-3"), "write optim.lr=1e-3"),
         (("sft", "-optim.lr=1e-3", "x"), "optim.lr=1e-5"),
         (("midtrain", "--max_steps", "3"), "write max_steps=3"),
-        (("grpo", "--sampler.kind", "--dry-run"), "write sampler.kind=VALUE"),
+        (("grpo", "--engine.kind", "--dry-run"), "write engine.kind=VALUE"),
         (("dpo", "--beta", "base=x"), "write beta=VALUE"),
         (("verify", "--workers.x=2"), "write workers.x=2"),
     ],

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from phimr_nemo.config.alignment import RewardConfig
-from phimr_nemo.config.sampler import OverlongResponses, SoftOverlong
+from phimr_nemo.config.alignment import OverlongResponses, RewardConfig, SoftOverlong
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.records import UNGRADED_VERDICTS
 from phimr_nemo.verify.extract import final_answer, visible_text
 from phimr_nemo.verify.verdict import UNGRADED
 
@@ -50,7 +50,7 @@ RewardFunction = Callable[[Graded], float]
 
 def is_graded(verdict: str) -> bool:
     """Whether a verdict judges the response; the others are failed measurements and no rewards."""
-    return verdict not in UNGRADED
+    return verdict not in UNGRADED_VERDICTS
 
 
 def correctness(graded: Graded, correct: float, wrong: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
 from phimr_nemo.config.alignment import StoredReference, TruncatedCorrection
-from phimr_nemo.config.sampler import LocalRollouts, RolloutServers, VLLMRollouts
+from phimr_nemo.config.engine import LocalEngine, ServerEngine, VLLMEngine
 
 TARGET: Final = "TRL"
 Settings = dict[str, Any]
@@ -102,7 +102,7 @@ GRPO: Final = (
     Counterpart("inner_batches", "translated", "steps_per_generation"),
     Counterpart("micro_batch", "same", "per_device_train_batch_size", "sequences"),
     Counterpart("packed", "none", "", "the same gradient as unpacked"),
-    Counterpart("sampler.", "translated", "use_vllm, vllm_mode, vllm_server_base_url"),
+    Counterpart("engine.", "translated", "use_vllm, vllm_mode, vllm_server_base_url"),
     Counterpart("ahead", "none", "", "refused unless 0"),
     Counterpart("stale", "none", "", "of responses sampled ahead alone"),
     Counterpart("overlong.", "translated", "mask_truncated_completions", "the soft penalty is refused"),
@@ -202,7 +202,7 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
         "epsilon_high": config.loss.clip_high,
         "beta": config.kl,
         "mask_truncated_completions": config.overlong.kind == "mask",
-        **_sampler(config),
+        **_engine(config),
         "vllm_importance_sampling_correction": corrected,
         **(
             {
@@ -215,29 +215,29 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
     }
 
 
-def _sampler(config: GRPOConfig) -> Settings:
-    sampler = config.sampler
-    if isinstance(sampler, LocalRollouts):
+def _engine(config: GRPOConfig) -> Settings:
+    engine = config.engine
+    if isinstance(engine, LocalEngine):
         return {"use_vllm": False}
-    if isinstance(sampler, VLLMRollouts):
+    if isinstance(engine, VLLMEngine):
         return {
             "use_vllm": True,
             "vllm_mode": "colocate",
-            "vllm_gpu_memory_utilization": sampler.memory_share,
+            "vllm_gpu_memory_utilization": engine.memory_share,
             "vllm_max_model_length": config.sequence_length,
         }
-    assert isinstance(sampler, RolloutServers)
-    if sampler.kind != "vllm_server" or len(sampler.base_urls) != 1:
+    assert isinstance(engine, ServerEngine)
+    if engine.kind != "vllm_server" or len(engine.base_urls) != 1:
         raise refused(
-            f"sampler.kind={sampler.kind} with {len(sampler.base_urls)} servers",
+            f"engine.kind={engine.kind} with {len(engine.base_urls)} servers",
             TARGET,
-            "sampler.kind=vllm_server with one address (there it is `trl vllm-serve`)",
+            "engine.kind=vllm_server with one address (there it is `trl vllm-serve`)",
         )
     return {
         "use_vllm": True,
         "vllm_mode": "server",
-        "vllm_server_base_url": sampler.base_urls[0],
-        "vllm_server_timeout": sampler.recovery_seconds,
+        "vllm_server_base_url": engine.base_urls[0],
+        "vllm_server_timeout": engine.recovery_seconds,
     }
 
 
