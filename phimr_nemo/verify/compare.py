@@ -320,6 +320,8 @@ def _says(predicted: Equation, gold: Node, symbolic: Symbolic) -> bool:
     claimed = _is_quantity(first) and _is_quantity(predicted.right)
     if claimed and not _same(Leaf(first), Leaf(predicted.right), symbolic):
         return False
+    if _contradicts_itself(predicted, symbolic):
+        return False
     if _same(gold, _parse("response", predicted.right), symbolic):
         return named or claimed or predicted.left == predicted.right or _same(gold, Leaf(predicted.left), symbolic)
     if not predicted.rounded or not _same(gold, _parse("response", predicted.rounded), symbolic):
@@ -327,8 +329,23 @@ def _says(predicted: Equation, gold: Node, symbolic: Symbolic) -> bool:
     return _rounds_to(predicted.rounded, Leaf(predicted.right), symbolic)
 
 
-def _rounds_to(rounded: str, exact: Node, symbolic: Symbolic) -> bool:
-    """Whether a value rounds to one that is written behind an approximation sign."""
+def _contradicts_itself(predicted: Equation, symbolic: Symbolic) -> bool:
+    """Whether ``166 \\approx 167`` names two answers; of a named value only where both are plain integers."""
+    if not predicted.rounded or predicted.rounded == predicted.right:
+        return False
+    unnamed = predicted.left == predicted.right
+    integers = _PLAIN_INTEGER.fullmatch(predicted.rounded) and _PLAIN_INTEGER.fullmatch(predicted.right)
+    if not (unnamed or (integers and not predicted.between)):
+        return False
+    exact, rounded = split_quantity(predicted.right), split_quantity(predicted.rounded)
+    number = parse_number(key(rounded.core))
+    if number is None or rounded.percent or exact.percent or (exact.unit and rounded.unit):
+        return False
+    return not _rounds_to(predicted.rounded, Leaf(predicted.right), symbolic, cut_off=True)
+
+
+def _rounds_to(rounded: str, exact: Node, symbolic: Symbolic, *, cut_off: bool = False) -> bool:
+    """Whether a value rounds (or is cut off) to one that is written behind an approximation sign."""
     number = parse_number(key(split_quantity(rounded).core))
     if number is None or not isinstance(exact, Leaf):
         return False
@@ -336,6 +353,8 @@ def _rounds_to(rounded: str, exact: Node, symbolic: Symbolic) -> bool:
     own = parse_number(key(core))
     place = number.last_place or Fraction(1)
     if own is not None:
-        return abs(own.value - number.value) * 2 <= place
+        gap = abs(own.value - number.value)
+        return gap < place if cut_off else gap * 2 <= place
+    place *= 2 if cut_off else 1
     check_plain("response", core)
     return symbolic.equal(key(split_quantity(rounded).core), core, Number(number.value, number.digits, place))
