@@ -21,6 +21,7 @@ from phimr_nemo.verify.read.nodes import Equation, Items, Leaf, Matrix, Node, Pi
 from phimr_nemo.verify.read.normalise import canonical, key
 from phimr_nemo.verify.read.phrases import same_phrase
 from phimr_nemo.verify.read.quantity import Number, parse_number, split_quantity, without_remarks
+from phimr_nemo.verify.read.residue import parse_residues
 from phimr_nemo.verify.read.structure import is_label, parse
 from phimr_nemo.verify.relations import ORDER, Family, same_inequality, without_integers
 from phimr_nemo.verify.verdict import Unparsable, Verdict
@@ -85,6 +86,9 @@ def equivalent(gold: str, predicted: str, symbolic: Symbolic) -> bool:
         return True
     if same_letters(left, right) or same_phrase(left, right):
         return True
+    residues = parse_residues(left), parse_residues(right)
+    if any(residues):
+        return residues[0] == residues[1]
     left, in_left = without_integers(without_remarks(left))
     right, in_right = without_integers(without_remarks(right))
     symbolic = Family(symbolic) if in_left or in_right else symbolic
