@@ -326,6 +326,8 @@ def _closing_value(tail: str) -> str:
     if not _FINISHED.search(tail) and not _CONCLUDING_LINE.search(tail):
         return ""
     sentences = [part for part in _SENTENCE_END.split(tail[-CLOSING_CHARS:]) if part and part.strip()]
+    if tail.endswith("?"):
+        sentences = sentences[:-1]  # a question claims nothing
     for sentence in reversed(sentences[-CLOSING_SENTENCES:]):
         if _NUMBER.search(sentence):
             return _value_in_sentence(sentence)

@@ -1,16 +1,32 @@
-"""No hostile response is graded correct, breaks a worker, or takes the blame off the response."""
+"""No hostile response is graded correct, breaks a worker, or takes the blame off the response.
+
+tests/golden/verify_hostile.jsonl holds them by kind: two candidates in one box in any disguise, tautologies, echoes of
+the prompt, numbers (huge, tiny, almost equal, not a number), look-alike characters, commands, forged turns and thoughts,
+units.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from verify_hostile import GROUPS
 
 from phimr_nemo.verify import Grader
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 
-MIN_RESPONSES = 150
+MIN_RESPONSES = 300
+CASES = Path(__file__).resolve().parents[1] / "golden" / "verify_hostile.jsonl"
+
+
+def hostile() -> dict[str, list[tuple[str, str]]]:
+    """Kind -> (response, gold answer) each."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for line in CASES.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        kinds.setdefault(row["kind"], []).append((row["response"], row["answer"]))
+    return kinds
 
 
 @pytest.fixture(scope="module")
@@ -20,29 +36,22 @@ def grader() -> Iterator[Grader]:
 
 
 def test_there_are_many_different_ones() -> None:
-    everything = [pair for pairs in GROUPS.values() for pair in pairs]
-    assert len(set(everything)) >= MIN_RESPONSES
+    assert len({pair for pairs in hostile().values() for pair in pairs}) >= MIN_RESPONSES
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_no_hostile_response_is_correct(grader: Grader, group: str) -> None:
-    pairs = [(response, gold) for gold, response in GROUPS[group]]
+@pytest.mark.parametrize("kind", hostile())
+def test_no_hostile_response_is_correct(grader: Grader, kind: str) -> None:
+    pairs = hostile()[kind]
     verdicts = grader.grade_many(pairs)
-    gamed = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.verdict == "correct"]
-    blamed = [
-        (pair, verdict)
-        for pair, verdict in zip(pairs, verdicts, strict=True)
-        if verdict.verdict in ("error", "gold_unreadable")
-    ]
-    assert not gamed
-    assert not blamed
+    assert not [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.verdict == "correct"]
+    blamed = ("error", "gold_unreadable")
+    assert not [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.verdict in blamed]
     assert all(len(verdict.extracted) <= MAX_ANSWER_CHARS for verdict in verdicts)
 
 
-def test_the_gold_answers_of_the_hostile_responses_are_accepted_when_given_plainly(grader: Grader) -> None:
+def test_their_gold_answers_are_accepted_when_given_plainly(grader: Grader) -> None:
     """The twin: what is refused above is refused for the response's sake."""
-    golds = sorted({gold for pairs in GROUPS.values() for gold, _ in pairs})
+    golds = sorted({gold for pairs in hostile().values() for _, gold in pairs})
     verdicts = grader.grade_many([(rf"so $\boxed{{{gold}}}$.", gold) for gold in golds])
-    assert {gold: verdict.verdict for gold, verdict in zip(golds, verdicts, strict=True)} == dict.fromkeys(
-        golds, "correct"
-    )
+    found = {gold: verdict.verdict for gold, verdict in zip(golds, verdicts, strict=True)}
+    assert found == dict.fromkeys(golds, "correct")

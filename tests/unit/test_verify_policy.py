@@ -21,8 +21,8 @@ from phimr_nemo.verify.verdict import Unparsable
 from phimr_nemo.verify.workers.pool import Job
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "verification.md"
-ROW = re.compile(r"^\| (?P<rule>[^|]+?) \| `(?P<answer>.+?)` \| `(?P<response>.+)` \| (?P<verdict>[a-z]+) \|$")
-MIN_ROWS = 60
+ROW = re.compile(r"^\| (?P<rule>[^|]+?) \| `(?P<answer>.+?)` \| `(?P<response>.+)` \| (?P<verdict>[a-z_]+) \|$")
+MIN_ROWS = 170
 
 
 def policy_rows() -> list[tuple[str, str, str, str]]:

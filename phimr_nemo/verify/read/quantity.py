@@ -140,7 +140,8 @@ _LEADING_WORDS = re.compile(
 _REMARK = re.compile(
     r"[\s,;]*(?:\\text\{\s*\(|\(\s*(?:\\text\{)?)\s*"
     r"(?:(?:about|approximately|approx\.?|roughly|rounded|simplified|exact(?:ly)?"
-    r"|double root|reduced|with multiplicity|multiplicity|in simplest form|nearest|to the nearest|exact value|repeated root)\b[^()]*"
+    r"|double root|reduced|with multiplicity|multiplicity|in simplest form|nearest"
+    r"|to the nearest|exact value|repeated root)\b[^()]*"
     r"|[^()]*\b(?:rejected|extraneous|discarded|invalid|not valid|inadmissible)[^()]*)\)\s*\}?\s*$",
     re.IGNORECASE,
 )
