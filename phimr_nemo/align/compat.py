@@ -3,6 +3,8 @@
 Nothing of the trainers' behaviour is changed here. What upstream needs to be imported at all:
 
 - `nemo_aligner.utils.trt_llm` imports TensorRT-LLM at module level, for a generator that we do not use.
+- Models of NeMo 1, a tokenizer of tables and scikit-learn's metrics are imported, with all that they need, to be
+  named in annotations and in functions that we do not call.
 - NeMo scripts a few functions with TorchScript while it is imported; TorchScript cannot read the factories
   that `training.platform` redirects on a machine without CUDA, and eager functions do the same there.
 """
@@ -22,7 +24,32 @@ import torch.distributed as dist
 
 from phimr_nemo.store.progress import Progress
 
-_TRT_LLM_MODULE: Final = "nemo_aligner.utils.trt_llm"
+_TRT_LLM: Final = "nemo_aligner.utils.trt_llm"
+_NAMED_ONLY: Final = (
+    "nemo_aligner.models.nlp.gpt.gpt_reward_model",
+    "nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor",
+    "nemo.collections.common.tokenizers.tabular_tokenizer",
+    "sklearn.metrics",
+)
+
+
+class _Placeholder(types.ModuleType):
+    """A module whose every name is an empty class."""
+
+    def __getattr__(self, name: str) -> type:
+        return type(name, (), {})
+
+
+@contextlib.contextmanager
+def _named_only(modules: Iterable[str]) -> Iterator[None]:
+    """Within it, modules that were not imported before are placeholders."""
+    absent = [module for module in modules if module not in sys.modules]
+    sys.modules.update({module: _Placeholder(module) for module in absent})
+    try:
+        yield
+    finally:
+        for module in absent:
+            del sys.modules[module]
 
 
 @contextlib.contextmanager
@@ -30,15 +57,13 @@ def _importable() -> Iterator[None]:
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.WARNING)
-    if importlib.util.find_spec("tensorrt_llm") is None:
-        stub = types.ModuleType(_TRT_LLM_MODULE)
-        stub.GPTGenerateTRTLLM = object  # type: ignore[attr-defined]
-        sys.modules.setdefault(_TRT_LLM_MODULE, stub)
+    unused = _NAMED_ONLY if importlib.util.find_spec("tensorrt_llm") else (*_NAMED_ONLY, _TRT_LLM)
     scripting = bool(torch.jit._state._enabled)
     if not torch.cuda.is_available():
         torch.jit._state.disable()
     try:
-        yield
+        with _named_only(unused):
+            yield
     finally:
         if scripting:
             torch.jit._state.enable()

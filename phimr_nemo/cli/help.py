@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import click
 from typer.core import TyperCommand
 
 from phimr_nemo.errors import UserError
@@ -24,7 +23,7 @@ ATTRIBUTE: Final = re.compile(r"^    (?:    )?(\w+(?:, \w+)*): (.*)$")
 class StageCommand(TyperCommand):
     """A stage's command: its help ends with examples and keys, and a key written like an option is explained."""
 
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help."""
         super().format_help(ctx, formatter)
         stage = str(ctx.info_name)
@@ -34,7 +33,7 @@ class StageCommand(TyperCommand):
         for line in key_lines(stage):
             formatter.write(f"{line}\n")
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, but say of `--optim.lr 1e-3` how it is written.
 
         Raises:

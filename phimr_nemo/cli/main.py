@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -13,9 +12,11 @@ import typer
 
 from phimr_nemo import __version__
 from phimr_nemo.cli.help import StageCommand
-from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
+from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
+from phimr_nemo.jobs.cluster import check_layout, parse_allocation
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
+from phimr_nemo.process.stopping import stoppable
 from phimr_nemo.store.atomic import keep_others_from_writing
 
 app = typer.Typer(
@@ -63,42 +64,57 @@ Overrides = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; default conf/<stage>/paper.yaml.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved config and derived numbers.")]
+Allocation = Annotated[
+    str | None,
+    typer.Option(metavar="NODESxPROCESSES", help="With --dry-run: the job that the layout has to fit, as 16x8."),
+]
 
 
-def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool) -> Any:
+def _run_stage(
+    stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool, allocation: str | None = None
+) -> Any:
     """Run a stage, or with `dry_run` describe it; its resolved configuration."""
     from phimr_nemo.config import STAGES, load_config, to_yaml
-    from phimr_nemo.jobs.launch import launch
-    from phimr_nemo.jobs.preflight import derived_numbers, preflight
+    from phimr_nemo.jobs.launch import start_stage
+    from phimr_nemo.jobs.machine import check_default
+    from phimr_nemo.jobs.preflight import derived_numbers
 
     path = config if config is not None else Path("conf") / stage / "paper.yaml"
-    resolved: Any = load_config(STAGES[stage], path, overrides or [])
     if dry_run:
+        resolved: Any = load_config(STAGES[stage], path, overrides or [])
+        if allocation is not None:
+            check_layout(stage, resolved, *parse_allocation(allocation))
         typer.echo(to_yaml(resolved), nl=False)
         for name, value in derived_numbers(stage, resolved).items():
             typer.echo(f"# {name}: {value}")
         return resolved
-    preflight(stage, resolved)
+    if config is None:
+        check_default(stage, path)
     started = time.monotonic()
-    with _continuable():
-        launch(stage, resolved)
+    resolved = start_stage(stage, path, overrides or [])
     _close(stage, resolved, path, time.monotonic() - started)
     return resolved
 
 
 def _close(stage: str, resolved: Any, preset: Path, seconds: float) -> None:
-    """Say what was made; of several ranks the first speaks."""
+    """Say what was made; of several ranks the first speaks, or the process that started them."""
     from phimr_nemo.jobs.closing import PART_OF, closing_lines
+    from phimr_nemo.jobs.launch import CHECKED
 
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or CHECKED in os.environ:
         return
     for line in closing_lines(stage, resolved, preset, seconds, is_part=PART_OF in os.environ):
         typer.echo(line)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
-    def command(overrides: Overrides = None, config: ConfigFile = None, dry_run: DryRun = False) -> None:
-        _run_stage(stage, overrides, config, dry_run)
+    def command(
+        overrides: Overrides = None,
+        config: ConfigFile = None,
+        dry_run: DryRun = False,
+        allocation: Allocation = None,
+    ) -> None:
+        _run_stage(stage, overrides, config, dry_run, allocation)
 
     command.__doc__ = STAGE_HELP[stage]
     return command
@@ -127,7 +143,7 @@ def export(
         check_hub(push_to_hub)
     resolved = _run_stage("export", overrides, config, dry_run)
     if push_to_hub is not None and not dry_run:
-        with _continuable():
+        with stoppable("the upload"):
             typer.echo(push(resolved.run.output / "hf", push_to_hub, private=not public))
 
 
@@ -179,7 +195,7 @@ def quickstart(
         for step in plan_quickstart(path, numbers, out, overrides or []):
             typer.echo(step)
         return
-    with _continuable():
+    with stoppable("quickstart"):
         run_quickstart(path, numbers, out, overrides or [])
 
 
@@ -240,6 +256,22 @@ def data_check(
 
 
 @app.command()
+def bridge(
+    target: Annotated[Literal["trl", "nemo-rl", "nemotron"], typer.Argument(help="The other trainer.")],
+    stage: Annotated[Literal["sft", "dpo", "grpo"], typer.Argument(help="The stage of the recipe.")],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """A stage's configuration and data for TRL, NeMo-RL or Nemotron, with a table of what becomes of each setting."""
+    from phimr_nemo.bridges.command import run_bridge
+
+    path = config if config is not None else Path("conf") / stage / "paper.yaml"
+    facts = run_bridge(target, stage, path, out, overrides or [])
+    typer.echo("  ".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+@app.command()
 def adopt(
     source: Annotated[Path, typer.Argument(help="A Phi-family Hugging Face directory with its tokenizer.")],
     target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],
@@ -251,7 +283,7 @@ def adopt(
     from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
     from phimr_nemo.model.adopt import adopt as adopt_model
 
-    with _continuable():
+    with stoppable("adopt"):
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
 
 
@@ -266,7 +298,7 @@ def import_model(
     """A small model from a GGUF file as an equivalent Phi3-family directory with the reasoning chat template."""
     from phimr_nemo.model.files.gguf import import_gguf
 
-    with _continuable():
+    with stoppable("import"):
         architecture = import_gguf(source, target, system_prompt=system_prompt)
     typer.echo(f"{target}: {architecture.num_parameters:,} parameters")
 
@@ -291,7 +323,7 @@ def convert(
     from phimr_nemo.config import ParallelConfig
     from phimr_nemo.supervised.conversion import convert as convert_checkpoint
 
-    with _continuable():
+    with stoppable("convert"):
         kind = convert_checkpoint(source, target, kind=to, layout=ParallelConfig(tensor=tp, pipeline=pp), hf=hf)
     typer.echo(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
 
@@ -394,15 +426,6 @@ def doctor() -> None:
     findings = diagnose()
     print_report(findings)
     raise typer.Exit(exit_code(findings))
-
-
-@contextlib.contextmanager
-def _continuable() -> Iterator[None]:
-    """Ctrl-C is a stop that the same command continues, like a preemption."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Preempted("interrupted; what is finished is kept, run the same command to continue") from None
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ from phimr_nemo.config.generation import (
     SyntheticProblems,
     VerifyConfig,
 )
-from phimr_nemo.config.load import find_config, load_config, parse_config, to_dict, to_yaml
+from phimr_nemo.config.load import find_config, load_config, locate, parse_config, to_dict, to_yaml
 from phimr_nemo.config.planning import GenerationPlanConfig, TrainingPlanConfig
 from phimr_nemo.config.preparation import (
     AnnotationConfig,
@@ -128,6 +128,7 @@ __all__ = [
     "WandbConfig",
     "find_config",
     "load_config",
+    "locate",
     "parse_config",
     "to_dict",
     "to_yaml",

@@ -91,6 +91,7 @@ class ParallelConfig:
         sequence: whether the tensor ranks share the tokens between the matrices as well.
         context: processes that share the tokens of every sequence.
         virtual: parts of the model in each pipeline process, taken in turn so that it waits less.
+        nodes: machines that a job of this layout asks for; None = what its script says.
     """
 
     tensor: Positive = 1
@@ -99,6 +100,7 @@ class ParallelConfig:
     sequence: bool = False
     context: Positive = 1
     virtual: Positive = 1
+    nodes: Positive | None = None
 
     def __post_init__(self) -> None:
         if self.virtual > 1 and self.pipeline == 1:

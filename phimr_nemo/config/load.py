@@ -13,27 +13,35 @@ from phimr_nemo.redact import redact
 
 T = TypeVar("T")
 
+PACKAGE: Final = Path(__file__).resolve().parents[1]
+CONF: Final = "conf"
+"""The directory of the presets: a link in the source tree's package, files in a wheel's."""
+
 MAX_SHOWN: Final = 500
 MISSING_VALUE: Final = "???"
 EXTENDS: Final = "extends"
 """The key of a YAML file that names another one beside it, whose values it changes."""
 
 
+def locate(path: Path | str) -> Path:
+    """A file or directory of conf/ where it can be opened: relative to the working directory, else in the package."""
+    return Path(path) if Path(path).exists() else PACKAGE / path
+
+
 def find_config(path: Path) -> Path:
-    """A config file as given, or the same relative path in the source tree.
+    """A config file as given, or the same relative path in the package, wherever `phimr` is called from.
 
     Raises:
         UserError: there is no such file; the ones beside it are listed.
     """
-    source_tree = Path(__file__).resolve().parents[2]
-    for candidate in (path, source_tree / path):
-        if candidate.is_file():
-            return candidate
-    siblings = sorted(str(p.name) for p in (source_tree / path).parent.glob("*.yaml"))
+    found = locate(path)
+    if found.is_file():
+        return found
+    siblings = sorted({file.name for root in (Path(), PACKAGE) for file in (root / path).parent.glob("*.yaml")})
     raise UserError(
         f"config file {path} does not exist",
-        rule="--config names a YAML file, relative to the working directory or to the source tree",
-        remedy=f"use one of {siblings} in {path.parent}" if siblings else "see the files in conf/",
+        rule="a YAML file, relative to the working directory, or one that comes with the package",
+        remedy=f"use one of {siblings} in {path.parent}" if siblings else f"see the files in {locate(CONF)}",
     )
 
 
@@ -78,7 +86,7 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
         raise UserError(
             f"config {path} holds a {type(values).__name__}",
             rule="a config is a YAML mapping of keys to values",
-            remedy="look at the files in conf/ for examples",
+            remedy=f"look at the files in {locate(CONF)} for examples",
         )
     refuse_secrets(values)
     return parse_config(schema, {str(key): value for key, value in values.items()}, overrides)
@@ -116,7 +124,8 @@ def read_preset(path: Path) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    return dict(OmegaConf.to_container(_read(find_config(path))))
+    values: Any = OmegaConf.to_container(_read(find_config(path)))
+    return dict(values)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

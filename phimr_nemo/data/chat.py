@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.imports import lean_imports
 from phimr_nemo.store.inputs import model_remedy
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no tokenizer.json there, or the Phi chat tokens or a chat template are missing.
     """
-    from transformers import AutoTokenizer
+    with lean_imports():
+        from transformers import AutoTokenizer
 
     if not (directory / "tokenizer.json").is_file():
         raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
+from phimr_nemo.process.children import start_pool_worker
 from phimr_nemo.store.progress import track
 
 Item = TypeVar("Item")
@@ -34,7 +35,7 @@ def in_processes(
         return [function(item) for item in track(items, title=title, unit="shard")]
     # Not forked: a forked child of a process with threads (Arrow's, the tokenizer's) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=start_pool_worker) as pool:
         try:
             return list(track(pool.map(function, items), title=title, unit="shard", total=len(items)))
         except BaseException:

@@ -186,6 +186,8 @@ def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
     if not isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
         return {}
     numbers = {"processes": str(config.parallel.world_size)}
+    if config.parallel.nodes is not None:
+        numbers["nodes"] = str(config.parallel.nodes)
     check_steps(stage, config)
     if config.base.is_dir():
         architecture = Architecture.from_directory(config.base)

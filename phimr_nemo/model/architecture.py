@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from phimr_nemo.config import locate
 from phimr_nemo.config.tiny import shape_fault
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.inputs import model_remedy
@@ -243,7 +244,7 @@ class Architecture:
             raise UserError(
                 f"model preset with unknown fields {unknown}, missing {missing}, unfilled {empty}",
                 rule=f"exactly the fields {sorted(names)}",
-                remedy="see conf/model/phi4mini.yaml; a null vocab_size or token id comes from the tokenizer",
+                remedy=f"see {locate('conf/model/phi4mini.yaml')}; a null there comes from the tokenizer",
             )
         for name in ("short_factor", "long_factor"):
             merged[name] = None if merged[name] is None else tuple(float(x) for x in merged[name])

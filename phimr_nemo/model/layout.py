@@ -71,3 +71,19 @@ def check_length(arch: Architecture, length: int) -> None:
 def _common_divisors(arch: Architecture) -> list[int]:
     counts = (arch.num_attention_heads, arch.num_key_value_heads, arch.vocab_size, arch.intermediate_size)
     return [n for n in range(1, arch.num_key_value_heads + 1) if all(count % n == 0 for count in counts)]
+
+
+def check_world(parallel: ParallelConfig, world: int) -> None:
+    """The processes that were started are those of the layout.
+
+    Raises:
+        UserError: they are more or fewer.
+    """
+    if world == parallel.world_size:
+        return
+    layout = " x ".join(f"{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline", "context", "data"))
+    raise UserError(
+        f"{world} processes were started for parallel.{layout}",
+        rule=f"the layout needs tensor x pipeline x context x data = {parallel.world_size} processes",
+        remedy=f"start {parallel.world_size} processes, or set parallel.data so that the product is {world}",
+    )

@@ -150,7 +150,14 @@ def _figure(height: float) -> tuple[Figure, Any]:
 
 def _legend(axes: Any, names: Sequence[str]) -> None:
     columns = min(len(names), 2 if any(len(name) > LONG_NAME_CHARACTERS for name in names) else 3)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=FONT_POINTS - 1)
+    # Of the whole picture: long names beside the axes leave those little room.
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        fontsize=FONT_POINTS - 1,
+    )
 
 
 def _tokens(value: float) -> str:

@@ -61,7 +61,7 @@ def model_remedy(path: Path) -> str:
 
 def records_remedy(directory: Path, kind: Kind) -> str:
     """What to do when a directory holds no finished records of a kind, or is not there."""
-    made = f"records of this kind are made by `{MADE_BY[kind]}`"
+    made = f"run the step that makes it first, `{MADE_BY[kind]}`"
     if (directory / MODEL_FILE).is_file():
         return f"{directory} is a model; {made}"
     # The preceding step often writes several directories side by side.
@@ -72,7 +72,7 @@ def records_remedy(directory: Path, kind: Kind) -> str:
             return did_you_mean(found)
     stage = _read(directory / RUN_FILE).get("stage")
     if stage is not None and _kind(directory) is None:
-        return f"finish the run of {stage} in {directory} (its command continues it), or give another; {made}"
+        return f"finish the run of {stage} in {directory} (its command continues it), or give another"
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 REDRAW_SECONDS: Final = 0.5
+USUAL_COLUMNS: Final = 80
+USUAL_ROWS: Final = 24
 LOG_SECONDS: Final = 30.0
 """Between two lines where nobody watches."""
 SECONDS_A_MINUTE: Final = 60
@@ -59,8 +62,8 @@ class Progress:
                 desc=title,
                 unit=unit,
                 bar_format=LAYOUT,
-                dynamic_ncols=True,
                 mininterval=REDRAW_SECONDS,
+                nrows=USUAL_ROWS,
                 file=self._stream,
             )
 
@@ -115,7 +118,7 @@ class Progress:
         self.close()
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):
     """tqdm with one figure before its clock and the others behind it."""
 
     _shown = ""
@@ -129,7 +132,15 @@ class _Bar(tqdm):  # type: ignore[type-arg]
     @property
     def format_dict(self) -> dict[str, Any]:
         """What :data:`LAYOUT` is filled with."""
-        return {**super().format_dict, "shown": self._shown}
+        return {**super().format_dict, "ncols": columns(self.fp), "shown": self._shown}
+
+
+def columns(terminal: Any) -> int:
+    """Width of a terminal now; of one that does not know its own, which happens in containers, the usual one."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or USUAL_COLUMNS
+    except (OSError, ValueError):
+        return USUAL_COLUMNS
 
 
 def track(

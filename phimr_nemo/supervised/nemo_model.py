@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+# NeMo imports these in the middle of a run, to build the model and in the first step.
+import nemo.collections.llm.modelopt.distill.utils
+import nemo.collections.llm.modelopt.model_utils  # noqa: F401
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams

@@ -1,4 +1,4 @@
-"""Stages 1 and 2 on NeMo 2.0: `llm.train` with `nl.MegatronStrategy`, from one Hugging Face directory to the next."""
+"""Stages 1 and 2 on NeMo 2.0: its trainer with `nl.MegatronStrategy`, from one Hugging Face directory to the next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from nemo import lightning as nl
-from nemo.collections import llm
+from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
 
 from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig
 from phimr_nemo.errors import Preempted, UserError
@@ -102,17 +102,15 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
         if newest is not None:
             # NeMo's AutoResume does this, for its own checkpoint callback.
             trainer.ckpt_path = str(newest)
-        llm.train(
-            model=model,
-            data=data,
-            trainer=trainer,
-            log=nl.NeMoLogger(
-                log_dir=str(run.path),
-                name="nemo",
-                use_datetime_version=False,
-                log_global_rank_0_only=True,
-            ),
-        )
+        # What NeMo's `llm.train` does with a log and no resume; its module imports every model and NeMo-Run.
+        configure_no_restart_validation_training_loop(trainer)
+        nl.NeMoLogger(
+            log_dir=str(run.path),
+            name="nemo",
+            use_datetime_version=False,
+            log_global_rank_0_only=True,
+        ).setup(trainer)
+        trainer.fit(model, data)
     done = trainer.global_step
     converged = store.judge.has_converged(done)
     if done < steps and not converged:

@@ -20,6 +20,7 @@ import trtllm_standin
 from align_inputs import make_case, make_inputs
 from align_worker import run_case
 from distributed import run_distributed
+from processes import start
 from safetensors.torch import save
 from test_align_parity import CURVE_TOLERANCE, STEPS
 from test_rollout_rounds import ON_POLICY, SEQUENCE
@@ -181,7 +182,7 @@ def serving(model: Path, root: Path, max_length: int = MAX_LENGTH) -> Iterator[F
     variables, port = prepare(root), free_port()
     with (root / "log").open("wb") as log:
         command = serve_command(model, root, port, max_length)
-        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
+        process = start(command, env=variables, stdout=log, stderr=log)
     front = Front(f"http://127.0.0.1:{port}", process, root)
 
     def answers() -> bool:
@@ -434,9 +435,9 @@ def test_training_over_trtllm_is_that_of_the_built_in_sampler(tmp_path: Path) ->
 
 
 def test_training_at_another_temperature_is_refused_before_anything_is_sampled() -> None:
-    for start, end in ((1.0, 0.6), (0.9, 1.0)):
-        given = [f"temperature.start={start}", f"temperature.end={end}"]
-        with pytest.raises(UserError, match=rf"temperature\.start={start} temperature\.end={end}"):
+    for first, last in ((1.0, 0.6), (0.9, 1.0)):
+        given = [f"temperature.start={first}", f"temperature.end={last}"]
+        with pytest.raises(UserError, match=rf"temperature\.start={first} temperature\.end={last}"):
             load_config(GRPOConfig, CONF / "trtllm.yaml", given)
     load_config(GRPOConfig, CONF / "trtllm.yaml")
     # vLLM's servers give the log-probabilities of any temperature.

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from processes import start
 from safetensors.torch import load_file
 
 from phimr_nemo.config import ParallelConfig, QuickstartConfig, load_config
@@ -93,7 +93,7 @@ def plan(root: Path) -> list[Step]:
 
 def run_and_kill(step: Step) -> None:
     """Start a training step and kill it without warning as soon as it has trained."""
-    process = subprocess.Popen([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], start_new_session=True)
+    process = start([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], start_new_session=True)
     while not list(read_metrics(step.output)) and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)

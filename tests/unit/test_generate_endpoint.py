@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from openai_server import Fault, OpenAIServer, Reply, user_text
 
@@ -269,15 +270,8 @@ def start(out: Path, problems: Path, url: str, repository: Path) -> subprocess.P
         f"run.output={out}",
         *overrides(problems, url),
     ]
-    return subprocess.Popen(
-        command,
-        cwd=repository,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # A shell's background job ignores Ctrl-C, and its children would, too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return processes.start(command, ctrl_c=True, cwd=repository, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from processes import start
 
 from phimr_nemo.config import BaseConfig, GenerateConfig, LongRopePolicy, load_config
 from phimr_nemo.endpoint import ChatReply
@@ -163,7 +164,7 @@ def served(python: Path, variables: dict[str, str], model: Path, name: str, log:
     ]
     with log.open("wb") as output:
         # A group of its own: the server starts processes that would outlive it.
-        server = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
+        server = start(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(SERVER_START_SECONDS):

@@ -31,7 +31,7 @@ def a_run(path: Path, stage: str, *, model: bool = True) -> Path:
 
 def records(path: Path, kind: Kind = "prompts") -> Path:
     path.mkdir(parents=True)
-    absent = {key: {} for key in ("shards", "config", "inputs", "counts", "versions")}
+    absent: dict[str, dict[str, str]] = {key: {} for key in ("shards", "config", "inputs", "counts", "versions")}
     (path / MANIFEST).write_text(json.dumps({"kind": kind, "rows": 0, "schema_version": SCHEMA_VERSION, **absent}))
     return path
 
@@ -98,7 +98,7 @@ def test_the_command_that_makes_a_kind(kind: Kind, tmp_path: Path) -> None:
 
 def test_a_model_for_records(tmp_path: Path) -> None:
     model = a_run(tmp_path / "x" / "y" / "z" / "sft", "sft") / "hf"
-    assert records_remedy(model, "rows") == f"{model} is a model; records of this kind are made by `phimr pack`"
+    assert records_remedy(model, "rows") == f"{model} is a model; run the step that makes it first, `phimr pack`"
     written = records(tmp_path / "rows", "rows")
     assert f"{written} holds 'rows' records" in model_remedy(written)
 

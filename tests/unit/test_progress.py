@@ -31,10 +31,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("columns", [40, 80, 200, 0])
 def test_the_first_figure_survives_every_width(columns: int) -> None:
     reading, writing = pty.openpty()
-    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
     with os.fdopen(writing, "w") as terminal:
         bar = Progress(1005, title="midtrain", unit="step", done=599, stream=terminal)
         bar.show(FIGURES)
@@ -45,7 +45,8 @@ def test_the_first_figure_survives_every_width(columns: int) -> None:
             shown += os.read(reading, 65536)
     os.close(reading)
     lines = [line for line in re.split(r"[\r\n]+", shown.decode()) if line.strip()]
-    assert all(len(line) <= columns for line in lines)
+    # A terminal in a container may not know its size.
+    assert all(len(line) <= (columns or 80) for line in lines)
     assert lines[-1].startswith("midtrain  60% 600/1005 loss=0.0990")
     assert ("GiB=1.1" in lines[-1]) is (columns == 200)
 

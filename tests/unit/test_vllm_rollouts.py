@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from processes import start
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -149,7 +150,7 @@ def served(python: Path, variables: dict[str, str], model: Path, log: Path) -> I
     command += ["--dtype", "fp32", "--port", str(port), "--max-batch", "4", "--api-key-env", "PHIMR_TEST_KEY"]
     with log.open("wb") as output:
         # A group of its own: the server starts processes that would outlive it.
-        server = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
+        server = start(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(START_SECONDS):

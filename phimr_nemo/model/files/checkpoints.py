@@ -109,8 +109,8 @@ def write_hf(target: Path, checkpoint: Checkpoint, origin: Origin | None = None)
     """Write a Hugging Face directory, whole or not at all.
 
     Args:
-        target: the new directory.
-        checkpoint: what it is made of.
+        target: where to; must not exist or be empty.
+        checkpoint: weights and tokenizer.
         origin: how the model was made; None: as the tokenizer's directory says.
 
     Raises:
