@@ -50,7 +50,7 @@ def test_every_example_is_shown_and_can_be_typed(stage: str) -> None:
 
 
 def test_a_key_is_described() -> None:
-    assert any(re.fullmatch(r"  optim\.schedule  cosine\|linear\|constant", line) for line in key_lines("sft"))
+    assert any(re.fullmatch(r"  optim\.schedule  constant\|linear\|cosine\|wsd", line) for line in key_lines("sft"))
     (line,) = (line for line in key_lines("dpo") if line.startswith("  beta  float"))
     assert line.endswith("strength of the implied KL penalty.")
 
