@@ -1,4 +1,4 @@
-"""Stages 1 and 2 on NeMo 2.0: `llm.train` with `nl.MegatronStrategy`, from one Hugging Face directory to the next."""
+"""Stages 1 and 2 on NeMo 2.0: its trainer with `nl.MegatronStrategy`, from one Hugging Face directory to the next."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from nemo import lightning as nl
-from nemo.collections import llm
+from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
 
 from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.megatron.configuration import has_transformer_engine
+from phimr_nemo.model.origin import Origin
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.supervised import assembly
 from phimr_nemo.supervised.callbacks import GuardCallback, RunMonitor, StopOnSignal
@@ -101,27 +102,26 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
         if newest is not None:
             # NeMo's AutoResume does this, for its own checkpoint callback.
             trainer.ckpt_path = str(newest)
-        llm.train(
-            model=model,
-            data=data,
-            trainer=trainer,
-            log=nl.NeMoLogger(
-                log_dir=str(run.path),
-                name="nemo",
-                use_datetime_version=False,
-                log_global_rank_0_only=True,
-            ),
-        )
+        # What NeMo's `llm.train` does with a log and no resume; its module imports every model and NeMo-Run.
+        configure_no_restart_validation_training_loop(trainer)
+        nl.NeMoLogger(
+            log_dir=str(run.path),
+            name="nemo",
+            use_datetime_version=False,
+            log_global_rank_0_only=True,
+        ).setup(trainer)
+        trainer.fit(model, data)
     done = trainer.global_step
     converged = store.judge.has_converged(done)
     if done < steps and not converged:
         raise Preempted(f"{stage} stopped at step {done} of {steps}; run the same command to continue")
+    origin = Origin(config.sequence_length, config.model.longrope)
     best = store.best_whole(done)
     if best is None or best.step == done:
         tensors = exported(trainer.strategy.megatron_parallel, architecture)
-        write_hf_export(tensors, architecture, config.base, run.path / "hf")
+        write_hf_export(tensors, architecture, config.base, run.path / "hf", origin)
     else:
-        export_checkpoint(store.path(best.step), config.base, run.path / "hf")
+        export_checkpoint(store.path(best.step), config.base, run.path / "hf", origin)
     if trainer.global_rank == 0:
         plot_supervised(run.path)
     return {
@@ -153,7 +153,7 @@ def _evaluation(config: SupervisedConfig, run: RunDirectory, monitor: RunMonitor
         config.evaluation,
         base=config.base,
         seed=config.run.seed,
-        longrope=config.model.longrope,
+        model=config.model,
         monitor=monitor,
     )
 
