@@ -11,6 +11,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from phimr_nemo.data.curate.shape import LENGTH_BINS, TIERS
 from phimr_nemo.report import data_figures, plots
@@ -96,7 +97,8 @@ def test_a_verdict_has_its_colour_whatever_stands_beside_it(
     data_figures.draw_lengths(lengths(verdicts), tmp_path / "x.png", stacked=True)
     (axes,) = drawn[0].axes
     handles, labels = axes.get_legend_handles_labels()
-    assert {label: to_hex(handle.get_facecolor()) for label, handle in zip(labels, handles, strict=True)} == {
+    patches = [handle for handle in handles if isinstance(handle, Patch)]
+    assert {label: to_hex(patch.get_facecolor()) for label, patch in zip(labels, patches, strict=True)} == {
         verdict: VERDICT_COLORS[verdict] for verdict in verdicts
     }
     red, green, blue = (int(VERDICT_COLORS["wrong"][start : start + 2], 16) for start in (1, 3, 5))
