@@ -237,6 +237,7 @@ def adopt(
 
     with stoppable("adopt"):
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+    typer.echo(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
 
 
 @app.command("import")
