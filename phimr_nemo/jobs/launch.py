@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import Preempted, UserError
-from phimr_nemo.jobs.machine import check_machine
+from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
 from phimr_nemo.jobs.preflight import preflight, record_inputs
 from phimr_nemo.process.children import follow_parent
@@ -238,13 +238,14 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def start_stage(stage: str, path: Path, overrides: Sequence[str]) -> Any:
+def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default: bool = False) -> Any:
     """`phimr STAGE`: what every way to start a stage comes down to.
 
     Args:
         stage: a key of :data:`phimr_nemo.config.STAGES`.
         path: its YAML file.
         overrides: `key.sub=value` items.
+        is_default: nobody has asked for this file.
 
     Returns:
         The resolved configuration.
@@ -253,6 +254,8 @@ def start_stage(stage: str, path: Path, overrides: Sequence[str]) -> Any:
         UserError, Preempted, RuntimeError: as :func:`launch`.
     """
     resolved: Any = load_config(STAGES[stage], path, overrides)
+    if is_default:
+        check_default(stage, path)
     if is_rank(resolved):
         follow_parent()
     with stoppable(stage, lambda: kept(resolved.run.output)):
