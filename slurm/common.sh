@@ -270,7 +270,7 @@ run_with_servers() {
   done
   url_list=$(joined "${urls[@]}")
   # The configuration says which kind of servers.
-  ARGUMENTS+=("sampler.base_urls=[$url_list]" sampler.api_key_env=PHIMR_KEY)
+  ARGUMENTS+=("engine.base_urls=[$url_list]" engine.api_key_env=PHIMR_KEY)
   check_stage "$stage" "${#hosts[@]}" "$(processes_per_node)"
   start_servers "${#servers[@]}" "${count:-1}" "${server_options[@]}"
   torchrun_on "$stage" "${#hosts[@]}" "${PHIMR_RDZV_HOST:-${hosts[0]}}" "${trainer_options[@]}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from phimr_nemo import __version__
+from phimr_nemo.cli.help import StageCommand
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
 from phimr_nemo.jobs.cluster import check_layout, parse_allocation
@@ -17,13 +21,29 @@ from phimr_nemo.store.atomic import keep_others_from_writing
 
 app = typer.Typer(
     name="phimr",
-    help="The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Reports on record directories, and their checks.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"phimr-nemo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def phimr(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner."""
+
 
 STAGE_HELP: Final = {
     "base": "Make a tiny randomly initialised model of the Phi-4-mini architecture with its tokenizer.",
@@ -67,7 +87,21 @@ def _run_stage(
         for name, value in derived_numbers(stage, resolved).items():
             typer.echo(f"# {name}: {value}")
         return resolved
-    return start_stage(stage, path, overrides or [], is_default=config is None)
+    started = time.monotonic()
+    resolved = start_stage(stage, path, overrides or [], is_default=config is None)
+    _close(stage, resolved, path, time.monotonic() - started)
+    return resolved
+
+
+def _close(stage: str, resolved: Any, preset: Path, seconds: float) -> None:
+    """Say what was made; of several ranks the first speaks, or the process that started them."""
+    from phimr_nemo.jobs.closing import PART_OF, closing_lines
+    from phimr_nemo.jobs.launch import CHECKED
+
+    if os.environ.get("RANK", "0") != "0" or CHECKED in os.environ:
+        return
+    for line in closing_lines(stage, resolved, preset, seconds, is_part=PART_OF in os.environ):
+        typer.echo(line)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -85,10 +119,10 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 for _stage in STAGE_HELP:
     if _stage != "export":
-        app.command(_stage)(_stage_command(_stage))
+        app.command(_stage, cls=StageCommand)(_stage_command(_stage))
 
 
-@app.command(help=STAGE_HELP["export"])
+@app.command(help=STAGE_HELP["export"], cls=StageCommand)
 def export(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -110,7 +144,7 @@ def export(
             typer.echo(push(resolved.run.output / "hf", push_to_hub, private=not public))
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def verify(
     arguments: Annotated[
         list[str] | None,
@@ -141,7 +175,7 @@ def verify(
     typer.echo("  ".join(f"{name}: {count}" for name, count in counts.items()))
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def quickstart(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -216,6 +250,22 @@ def data_check(
             forget_damaged(damage)
     if not redo and any(damage.shards for damage in found):
         raise typer.Exit(EXIT_USER)
+
+
+@app.command()
+def bridge(
+    target: Annotated[Literal["trl", "nemo-rl", "nemotron"], typer.Argument(help="The other trainer.")],
+    stage: Annotated[Literal["sft", "dpo", "grpo"], typer.Argument(help="The stage of the recipe.")],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """A stage's configuration and data for TRL, NeMo-RL or Nemotron, with a table of what becomes of each setting."""
+    from phimr_nemo.bridges.command import run_bridge
+
+    path = config if config is not None else Path("conf") / stage / "paper.yaml"
+    facts = run_bridge(target, stage, path, out, overrides or [])
+    typer.echo("  ".join(f"{name}: {value}" for name, value in facts.items()))
 
 
 @app.command()

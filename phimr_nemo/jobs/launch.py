@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
+from phimr_nemo.config.load import flat
 from phimr_nemo.errors import Preempted, UserError
+from phimr_nemo.imports import lean_imports
 from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
 from phimr_nemo.jobs.preflight import preflight, record_inputs
@@ -39,6 +41,16 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "evaluate": "phimr_nemo.evaluate.stage:run_evaluate",
     "export": "phimr_nemo.report.export:run_export",
 }
+# Another server with the same model gives the same responses.
+_ENDPOINT: Final = (
+    *("base_urls", "api_key_env", "concurrency", "idle_seconds", "total_seconds", "attempts", "backoff_seconds"),
+    "prices",
+)
+_ENGINE: Final = (
+    *("base_urls", "api_key_env", "in_flight", "request_seconds", "attempts", "probe_seconds", "recovery_seconds"),
+    *("bucket_mb", "directory", "max_batch", "cache_gib", "tensor", "memory_share", "eager", "max_missing"),
+    *(f"endpoint.{name}" for name in _ENDPOINT),
+)
 # Settings that a continued run may change: they do not change what is computed.
 FREE_TO_CHANGE: Final = (
     "run.log_every",
@@ -55,52 +67,9 @@ FREE_TO_CHANGE: Final = (
     "workers",
     "verify_workers",
     "monitor.",
-    "max_batch",
-    "teacher.max_batch",
-    "teacher.max_missing",
-    "engine.max_batch",
-    "engine.tensor",
-    "engine.memory_share",
-    "engine.eager",
-    "engine.max_missing",
-    # Another server with the same model gives the same responses.
-    "sampler.base_urls",
-    "sampler.api_key_env",
-    "sampler.in_flight",
-    "sampler.request_seconds",
-    "sampler.attempts",
-    "sampler.probe_seconds",
-    "sampler.recovery_seconds",
-    "sampler.bucket_mb",
-    "sampler.directory",
-    "sampler.max_batch",
-    "sampler.cache_gib",
-    "sampler.memory_share",
-    "teacher.endpoint.base_urls",
-    "teacher.endpoint.api_key_env",
-    "teacher.endpoint.concurrency",
-    "teacher.endpoint.idle_seconds",
-    "teacher.endpoint.total_seconds",
-    "teacher.endpoint.attempts",
-    "teacher.endpoint.backoff_seconds",
-    "teacher.endpoint.prices",
-    "engine.endpoint.base_urls",
-    "engine.endpoint.api_key_env",
-    "engine.endpoint.concurrency",
-    "engine.endpoint.idle_seconds",
-    "engine.endpoint.total_seconds",
-    "engine.endpoint.attempts",
-    "engine.endpoint.backoff_seconds",
-    "engine.endpoint.prices",
-    "judge.ask.endpoint.base_urls",
-    "judge.ask.endpoint.api_key_env",
-    "judge.ask.endpoint.concurrency",
-    "judge.ask.endpoint.idle_seconds",
-    "judge.ask.endpoint.total_seconds",
-    "judge.ask.endpoint.attempts",
-    "judge.ask.endpoint.backoff_seconds",
-    "judge.ask.endpoint.prices",
-    "judge.ask.max_",
+    *(f"{place}engine.{name}" for place in ("", "teacher.") for name in _ENGINE),
+    *(f"{place}.ask.endpoint.{name}" for place in ("judge", "annotation") for name in _ENDPOINT),
+    *("judge.ask.max_", "annotation.ask.max_"),
 )
 # What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
 IMPORT_NOTES: Final = (
@@ -109,6 +78,8 @@ IMPORT_NOTES: Final = (
     "transformer_engine",
     "Apex",
 )
+# What reports there while it is imported: no Transformer Engine, no zarr.
+IMPORT_LOGGERS: Final = ("megatron", "NeMo", "nemo.collections.llm.gpt.model.megatron.hyena")
 # What torch's archive writer says when the disk took less than was written; the reason is lost in its C++.
 SHORT_WRITE: Final = ". unexpected pos "
 CHECKED: Final = "PHIMR_CHECKED"
@@ -192,7 +163,8 @@ def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
     """The function behind a stage; it returns the closing facts, or None when other shards are still to come."""
     module, name = FUNCTIONS[stage].split(":")
     silence_import_notes()
-    return getattr(importlib.import_module(module), name)
+    with lean_imports():
+        return getattr(importlib.import_module(module), name)
 
 
 def silence_import_notes() -> None:
@@ -200,7 +172,8 @@ def silence_import_notes() -> None:
     for note in IMPORT_NOTES:
         warnings.filterwarnings("ignore", message=f".*{note}")
     os.environ.setdefault("PYTHONWARNINGS", f"ignore:{IMPORT_NOTES[0]}")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for name in IMPORT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_same_run(run: RunDirectory, config: Any) -> None:
@@ -214,7 +187,7 @@ def check_same_run(run: RunDirectory, config: Any) -> None:
     path = run.path / CONFIG_FILE
     if not path.is_file():
         return
-    before, now = _flatten(yaml.safe_load(path.read_text("utf-8"))), _flatten(to_dict(config))
+    before, now = flat(yaml.safe_load(path.read_text("utf-8"))), flat(to_dict(config))
     different = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
@@ -226,16 +199,6 @@ def check_same_run(run: RunDirectory, config: Any) -> None:
             rule="an output directory belongs to one configuration",
             remedy="choose another run.output, or remove the directory",
         )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default: bool = False) -> Any:

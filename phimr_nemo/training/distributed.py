@@ -24,6 +24,7 @@ from phimr_nemo.training import platform
 
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
+    from phimr_nemo.model.origin import Origin
 
 SILENT_LOGGERS: Final = ("megatron.core.rerun_state_machine",)
 """They warn about a feature that is off."""
@@ -173,22 +174,24 @@ def exported(parallel: Any, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     return export_tensors([unwrapped(chunk.module) for chunk in parallel], arch)
 
 
-def export_hf(models: Sequence[nn.Module], arch: Architecture, base: Path, target: Path) -> None:
+def export_hf(models: Sequence[nn.Module], arch: Architecture, base: Path, target: Path, origin: Origin) -> None:
     """Write the trained model as a Hugging Face directory. Collective; process 0 writes.
 
     Args:
         models: this process's model chunks, with or without Megatron's wrappers.
-        arch, base, target: as for :func:`write_hf_export`.
+        arch, base, target, origin: as for :func:`write_hf_export`.
 
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
     from phimr_nemo.model.megatron.convert import export_tensors
 
-    write_hf_export(export_tensors([unwrapped(model) for model in models], arch), arch, base, target)
+    write_hf_export(export_tensors([unwrapped(model) for model in models], arch), arch, base, target, origin)
 
 
-def write_hf_export(tensors: Iterator[tuple[str, Tensor]], arch: Architecture, base: Path, target: Path) -> None:
+def write_hf_export(
+    tensors: Iterator[tuple[str, Tensor]], arch: Architecture, base: Path, target: Path, origin: Origin
+) -> None:
     """Write exported weights as a Hugging Face directory. Collective; process 0 writes.
 
     Args:
@@ -196,6 +199,7 @@ def write_hf_export(tensors: Iterator[tuple[str, Tensor]], arch: Architecture, b
         arch: the model.
         base: the directory whose tokenizer and chat template go with it.
         target: the new directory. One left there by a run that died right after its export is replaced.
+        origin: longest sequence and LongRoPE policy of the run, which stand in the directory's config.json.
 
     Raises:
         UserError: the disk is full or the place cannot be written.
@@ -205,10 +209,29 @@ def write_hf_export(tensors: Iterator[tuple[str, Tensor]], arch: Architecture, b
     if dist.get_rank() == 0:
         if target.exists():
             shutil.rmtree(target)
-        write_hf_directory(target, arch, tensors, tokenizer_from=base)
+        write_hf_directory(target, arch, tensors, tokenizer_from=base, origin=origin)
     else:
         for _ in tensors:
             continue
+    dist.barrier()
+
+
+def export_checkpoint(checkpoint: Path, base: Path, target: Path, origin: Origin) -> None:
+    """Write the weights of a native checkpoint as a Hugging Face directory. Collective; process 0 writes.
+
+    Args:
+        checkpoint: `step=N` of a run, whole.
+        base, target, origin: as for :func:`write_hf_export`.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    from phimr_nemo.model.files.checkpoints import open_checkpoint, write_hf
+
+    if dist.get_rank() == 0:
+        if target.exists():
+            shutil.rmtree(target)
+        write_hf(target, open_checkpoint(checkpoint, base), origin)
     dist.barrier()
 
 

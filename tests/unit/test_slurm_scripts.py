@@ -411,7 +411,7 @@ def test_grpo_with_servers_on_the_last_nodes() -> None:
     extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "2", "PHIMR_SERVERS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "6"}
     server, trainer = map(words, bash("slurm/grpo.sh", "steps=3", env=environment(**extra)).stdout.splitlines())
     urls = ",".join(f"http://node-{node}:{port}" for node in (5, 6) for port in (8000, 8001))
-    added = ["steps=3", f"sampler.base_urls=[{urls}]", "sampler.api_key_env=PHIMR_KEY"]
+    added = ["steps=3", f"engine.base_urls=[{urls}]", "engine.api_key_env=PHIMR_KEY"]
     assert trainer[:3] == ["srun", "--nodes=4", "--ntasks=4"]
     assert "--nodelist=node-1,node-2,node-3,node-4" in trainer
     assert follows(trainer, ["--nnodes", "4"])
@@ -455,7 +455,7 @@ def test_grpo_as_a_heterogeneous_job(cluster: Path) -> None:
     assert "--het-group=0" in trainer
     assert follows(trainer, ["--rdzv-endpoint", "train:22345"])
     assert "--het-group=1" in server
-    assert "sampler.base_urls=[http://serve:8000]" in trainer
+    assert "engine.base_urls=[http://serve:8000]" in trainer
 
 
 # --- the pipeline ------------------------------------------------------------------------------------------

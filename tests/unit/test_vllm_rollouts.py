@@ -21,7 +21,7 @@ from processes import start
 from safetensors.torch import save_file
 from torch import Tensor
 
-from phimr_nemo.config import BaseConfig, RolloutServers, load_config
+from phimr_nemo.config import BaseConfig, ServerEngine, load_config
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
 from phimr_nemo.generate.serving import servers
@@ -191,7 +191,7 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
         assert httpx.get(url + IDENTITY).status_code == httpx.codes.UNAUTHORIZED
         # What would let anyone run anything is not there.
         assert httpx.post(url + "/collective_rpc", json={"method": "x"}).status_code == httpx.codes.NOT_FOUND
-        config = RolloutServers(
+        config = ServerEngine(
             kind="vllm_server",
             base_urls=(url,),
             api_key_env="PHIMR_TEST_KEY",

@@ -50,7 +50,7 @@ def find_program() -> str:
         raise UserError(
             f"phimr serve --engine trtllm: there is no command {PROGRAM}",
             rule="TensorRT-LLM has an environment or a container of its own, in which this command runs",
-            remedy="run it there, or serve with vLLM (--engine vllm, sampler.kind=vllm_server)",
+            remedy="run it there, or serve with vLLM (--engine vllm, engine.kind=vllm_server)",
         )
     return found
 
