@@ -48,6 +48,7 @@ help:
 	@echo "make setup | setup-vllm | setup-slurm | quickstart | test | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
 
 setup: $(STAMP)
+	@$(if $(filter setup,$(MAKECMDGOALS)),echo "next: . $(BIN)/activate && phimr quickstart --out $(OUT)",:)
 
 $(STAMP): setup.cfg requirements/aligner.txt $(PHIMR_CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] < (3, 13) else \

@@ -21,7 +21,8 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+
+from phimr_nemo.store.progress import Progress
 
 _TRT_LLM: Final = "nemo_aligner.utils.trt_llm"
 _NAMED_ONLY: Final = (
@@ -82,32 +83,35 @@ ReinforceTrainer: Any = _reinforce.ReinforceTrainer
 __all__ = ["AlignableGenerativeInterface", "DPOTrainer", "MegatronPretrainingBatchSampler", "ReinforceTrainer"]
 
 
-class StageBar(tqdm):
-    """The trainers' bar, on process 0 only, with the stage's name and a few numbers instead of all of them.
+class StageProgress:
+    """What the trainers take for tqdm: a stage's progress on process 0, with a few of their numbers.
 
     It counts a step when the trainer reports on it, which happens once a step and at its end.
     """
 
     TITLES: Final = {"Training steps": "dpo", "REINFORCE Global Step": "grpo"}
-    SHOWN: Final = ("train_loss", "train_accuracy", "train_reward", "train_pass_rate", "train_response_length")
+    SHOWN: Final = {
+        "dpo": ("train_loss", "train_accuracy"),
+        "grpo": ("train_reward", "train_pass_rate", "train_response_length", "train_loss"),
+    }
 
-    def __init__(self, iterable: Iterable[Any], *, desc: str, **options: Any) -> None:
-        title = self.TITLES.get(desc, desc)
-        super().__init__(iterable, desc=title, disable=dist.get_rank() != 0, unit="step", mininterval=1.0, **options)
+    def __init__(self, iterable: Iterable[Any], *, desc: str, total: int, initial: int = 0, **_: Any) -> None:
+        self._iterable, self._title = iterable, self.TITLES.get(desc, desc)
+        hidden = dist.get_rank() != 0
+        self._progress = Progress(total, title=self._title, unit="step", done=initial, hidden=hidden)
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from self.iterable
+            yield from self._iterable
         finally:
-            self.close()
+            self._progress.close()
 
-    def set_postfix(self, ordered_dict: Mapping[str, Any] | None = None, *_: Any, **__: Any) -> None:
+    def set_postfix(self, values: Mapping[str, Any]) -> None:
         """Show the few numbers that a person watches, and count the step."""
-        values = ordered_dict or {}
-        shown = {name[len("train_") :]: f"{values[name]:.3f}" for name in self.SHOWN if name in values}
-        super().set_postfix(shown, refresh=False)
-        self.update(1)
+        shown = self.SHOWN.get(self._title, ())
+        self._progress.show({n.removeprefix("train_"): f"{values[n]:.3f}" for n in shown if n in values})
+        self._progress.update()
 
 
-_dpo.tqdm = StageBar
-_reinforce.tqdm = StageBar
+_dpo.tqdm = StageProgress
+_reinforce.tqdm = StageProgress

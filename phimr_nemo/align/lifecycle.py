@@ -11,7 +11,9 @@ from typing import Any, Final
 import torch.distributed as dist
 
 from phimr_nemo.align.policy import MegatronPolicy
+from phimr_nemo.config import DPOConfig, GRPOConfig
 from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.origin import Origin
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import input_hash
 from phimr_nemo.training.checkpoint import CheckpointStore, exported_step
@@ -71,7 +73,7 @@ def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:
 
 
 def export(
-    run: RunDirectory, policy: MegatronPolicy, base: Path, store: CheckpointStore, done: int
+    run: RunDirectory, policy: MegatronPolicy, config: DPOConfig | GRPOConfig, store: CheckpointStore, done: int
 ) -> dict[str, Any]:
     """Write the trained model to `<run>/hf`: the last step, or the best one (collective).
 
@@ -81,9 +83,10 @@ def export(
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
+    origin = Origin(config.sequence_length, config.model.longrope)
     best = store.best_whole(done)
     if best is None or best.step == done:
-        export_hf([policy.model], policy.architecture, base, run.path / HF_DIRECTORY)
+        export_hf([policy.model], policy.architecture, config.base, run.path / HF_DIRECTORY, origin)
     else:
-        export_checkpoint(store.path(best.step), base, run.path / HF_DIRECTORY)
+        export_checkpoint(store.path(best.step), config.base, run.path / HF_DIRECTORY, origin)
     return {"hf": HF_DIRECTORY, **exported_step(done, best, store.judge)}

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from phimr_nemo.align.collectives import broadcast_from_last_stage, global_sums
 from phimr_nemo.align.compat import AlignableGenerativeInterface
 from phimr_nemo.align.microbatch import (
     MicroBatch,
@@ -36,6 +36,7 @@ from phimr_nemo.align.microbatch import (
 from phimr_nemo.config import ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model import Architecture, build_model, transformer_config
+from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.configuration import recompute_fields
 from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
@@ -43,8 +44,6 @@ from phimr_nemo.training import platform
 from phimr_nemo.training.guard import BatchGuard
 from phimr_nemo.training.optimizer import build_optimizer
 from phimr_nemo.training.throughput import Speed, WorkCounter
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 LossSums = tuple[Tensor, Tensor, dict[str, Tensor]]
 """(sum of the loss with gradient, count to divide it by, sums to log)."""
@@ -112,7 +111,9 @@ class MegatronPolicy(AlignableGenerativeInterface):
             }
         )
         self.model = _build(base, model, parallel, optim, sequence_length)
-        self.optimizer, self.scheduler = build_optimizer(optim, [self.model], steps=steps, dtype=DTYPES[model.dtype])
+        self.optimizer, self.scheduler = build_optimizer(
+            optim, [self.model], steps=steps, dtype=torch_dtype(model.dtype)
+        )
         self._is_distributed, self._fp8 = optim.distributed, model.fp8 is not None
         self._reference: list[Tensor] = []
 
@@ -225,7 +226,7 @@ class MegatronPolicy(AlignableGenerativeInterface):
 
         micros = self.objective.micro_batches(batch)
         results = self._forward(micros, head, forward_only=forward_only)
-        summary = self.objective.summary(_global_sums(results))
+        summary = self.objective.summary(global_sums(results))
         loss = summary.pop("loss")
         if not forward_only:
             self.guard.note_loss(loss)
@@ -332,7 +333,7 @@ def _build(
     config = transformer_config(
         base.architecture,
         parallel,
-        dtype=DTYPES[model.dtype],
+        dtype=torch_dtype(model.dtype),
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         **overrides,
@@ -375,28 +376,3 @@ def _on_last_stage(
     non_loss_data: bool = False,  # noqa: ARG001  Megatron's schedule passes it
 ) -> Any:
     return head(micro, -output)
-
-
-def _global_sums(results: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Sums over micro-batches and data-parallel ranks, equal on all ranks; only last stages bring results."""
-    box: list[dict[str, float] | None] = [None]
-    if results:
-        names = sorted(results[0])
-        totals = torch.stack([torch.stack([result[name].double() for name in names]) for result in results]).sum(0)
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-        box = [dict(zip(names, totals.tolist(), strict=True))]
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        source = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast_object_list(box, source, parallel_state.get_pipeline_model_parallel_group())
-    assert box[0] is not None
-    return box[0]
-
-
-def broadcast_from_last_stage(values: Tensor) -> Tensor:
-    """The last pipeline stage's tensor on all stages, which hold one of the same shape and dtype."""
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return values
-    sent = values.to(platform.device())
-    source = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(sent, source, parallel_state.get_pipeline_model_parallel_group())
-    return sent.cpu()

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
+from phimr_nemo import __version__
+from phimr_nemo.cli.help import StageCommand
+from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
+from phimr_nemo.jobs.cluster import check_layout, parse_allocation
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
+from phimr_nemo.process.stopping import stoppable
 from phimr_nemo.store.atomic import keep_others_from_writing
 
 app = typer.Typer(
     name="phimr",
-    help="The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Reports on record directories, and their checks.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"phimr-nemo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def phimr(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner."""
+
 
 STAGE_HELP: Final = {
     "base": "Make a tiny randomly initialised model of the Phi-4-mini architecture with its tokenizer.",
@@ -43,30 +64,57 @@ Overrides = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; default conf/<stage>/paper.yaml.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved config and derived numbers.")]
+Allocation = Annotated[
+    str | None,
+    typer.Option(metavar="NODESxPROCESSES", help="With --dry-run: the job that the layout has to fit, as 16x8."),
+]
 
 
-def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool) -> Any:
+def _run_stage(
+    stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool, allocation: str | None = None
+) -> Any:
     """Run a stage, or with `dry_run` describe it; its resolved configuration."""
     from phimr_nemo.config import STAGES, load_config, to_yaml
-    from phimr_nemo.jobs.launch import launch
-    from phimr_nemo.jobs.preflight import derived_numbers, preflight
+    from phimr_nemo.jobs.launch import start_stage
+    from phimr_nemo.jobs.machine import check_default
+    from phimr_nemo.jobs.preflight import derived_numbers
 
     path = config if config is not None else Path("conf") / stage / "paper.yaml"
-    resolved: Any = load_config(STAGES[stage], path, overrides or [])
     if dry_run:
+        resolved: Any = load_config(STAGES[stage], path, overrides or [])
+        if allocation is not None:
+            check_layout(stage, resolved, *parse_allocation(allocation))
         typer.echo(to_yaml(resolved), nl=False)
         for name, value in derived_numbers(stage, resolved).items():
             typer.echo(f"# {name}: {value}")
         return resolved
-    preflight(stage, resolved)
-    with _continuable():
-        launch(stage, resolved)
+    if config is None:
+        check_default(stage, path)
+    started = time.monotonic()
+    resolved = start_stage(stage, path, overrides or [])
+    _close(stage, resolved, path, time.monotonic() - started)
     return resolved
 
 
+def _close(stage: str, resolved: Any, preset: Path, seconds: float) -> None:
+    """Say what was made; of several ranks the first speaks, or the process that started them."""
+    from phimr_nemo.jobs.closing import PART_OF, closing_lines
+    from phimr_nemo.jobs.launch import CHECKED
+
+    if os.environ.get("RANK", "0") != "0" or CHECKED in os.environ:
+        return
+    for line in closing_lines(stage, resolved, preset, seconds, is_part=PART_OF in os.environ):
+        typer.echo(line)
+
+
 def _stage_command(stage: str) -> Callable[..., None]:
-    def command(overrides: Overrides = None, config: ConfigFile = None, dry_run: DryRun = False) -> None:
-        _run_stage(stage, overrides, config, dry_run)
+    def command(
+        overrides: Overrides = None,
+        config: ConfigFile = None,
+        dry_run: DryRun = False,
+        allocation: Allocation = None,
+    ) -> None:
+        _run_stage(stage, overrides, config, dry_run, allocation)
 
     command.__doc__ = STAGE_HELP[stage]
     return command
@@ -74,10 +122,10 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 for _stage in STAGE_HELP:
     if _stage != "export":
-        app.command(_stage)(_stage_command(_stage))
+        app.command(_stage, cls=StageCommand)(_stage_command(_stage))
 
 
-@app.command(help=STAGE_HELP["export"])
+@app.command(help=STAGE_HELP["export"], cls=StageCommand)
 def export(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -95,11 +143,11 @@ def export(
         check_hub(push_to_hub)
     resolved = _run_stage("export", overrides, config, dry_run)
     if push_to_hub is not None and not dry_run:
-        with _continuable():
+        with stoppable("the upload"):
             typer.echo(push(resolved.run.output / "hf", push_to_hub, private=not public))
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def verify(
     arguments: Annotated[
         list[str] | None,
@@ -130,7 +178,7 @@ def verify(
     typer.echo("  ".join(f"{name}: {count}" for name, count in counts.items()))
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def quickstart(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -147,7 +195,7 @@ def quickstart(
         for step in plan_quickstart(path, numbers, out, overrides or []):
             typer.echo(step)
         return
-    with _continuable():
+    with stoppable("quickstart"):
         run_quickstart(path, numbers, out, overrides or [])
 
 
@@ -219,7 +267,7 @@ def adopt(
     from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
     from phimr_nemo.model.adopt import adopt as adopt_model
 
-    with _continuable():
+    with stoppable("adopt"):
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
 
 
@@ -234,7 +282,7 @@ def import_model(
     """A small model from a GGUF file as an equivalent Phi3-family directory with the reasoning chat template."""
     from phimr_nemo.model.files.gguf import import_gguf
 
-    with _continuable():
+    with stoppable("import"):
         architecture = import_gguf(source, target, system_prompt=system_prompt)
     typer.echo(f"{target}: {architecture.num_parameters:,} parameters")
 
@@ -259,7 +307,7 @@ def convert(
     from phimr_nemo.config import ParallelConfig
     from phimr_nemo.supervised.conversion import convert as convert_checkpoint
 
-    with _continuable():
+    with stoppable("convert"):
         kind = convert_checkpoint(source, target, kind=to, layout=ParallelConfig(tensor=tp, pipeline=pp), hf=hf)
     typer.echo(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
 
@@ -362,15 +410,6 @@ def doctor() -> None:
     findings = diagnose()
     print_report(findings)
     raise typer.Exit(exit_code(findings))
-
-
-@contextlib.contextmanager
-def _continuable() -> Iterator[None]:
-    """Ctrl-C is a stop that the same command continues, like a preemption."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Preempted("interrupted; what is finished is kept, run the same command to continue") from None
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Typed configuration: YAML and `key=value` overrides into frozen dataclasses. Needs no torch."""
 
-from phimr_nemo.config.alignment import DPOConfig, GRPOConfig, RebalanceConfig, TemperatureConfig
+from phimr_nemo.config.alignment import DPOConfig, GRPOConfig, RebalanceConfig, Stale, TemperatureConfig
 from phimr_nemo.config.common import (
     CheckpointConfig,
     EarlyStoppingConfig,
@@ -16,19 +16,25 @@ from phimr_nemo.config.common import (
     WandbConfig,
 )
 from phimr_nemo.config.curation import CurateConfig, PackConfig
-from phimr_nemo.config.endpoint import AskConfig, EndpointConfig, Prices
+from phimr_nemo.config.engine import (
+    AskConfig,
+    EndpointConfig,
+    EndpointEngine,
+    Engine,
+    LocalEngine,
+    Prices,
+    SamplingConfig,
+    ServerEngine,
+    TrainedEngine,
+    VLLMEngine,
+)
 from phimr_nemo.config.evaluation import (
     BenchmarkProblems,
-    EndpointSampling,
     EvaluateConfig,
     EvaluatedProblems,
     ExportConfig,
-    LocalSampling,
-    Sampling,
-    VLLMSampling,
 )
 from phimr_nemo.config.generation import (
-    EndpointTeacher,
     FileProblems,
     GenerateConfig,
     JudgeConfig,
@@ -39,7 +45,6 @@ from phimr_nemo.config.generation import (
     RecordProblems,
     SyntheticProblems,
     VerifyConfig,
-    VLLMTeacher,
 )
 from phimr_nemo.config.load import find_config, load_config, locate, parse_config, to_dict, to_yaml
 from phimr_nemo.config.planning import GenerationPlanConfig, TrainingPlanConfig
@@ -51,7 +56,6 @@ from phimr_nemo.config.preparation import (
     PrepareConfig,
     SourceConfig,
 )
-from phimr_nemo.config.sampler import LocalRollouts, RolloutSampler, RolloutServers, Stale, VLLMRollouts
 from phimr_nemo.config.stages import STAGES
 from phimr_nemo.config.supervised import (
     MidtrainConfig,
@@ -74,8 +78,8 @@ __all__ = [
     "DecontaminationConfig",
     "EarlyStoppingConfig",
     "EndpointConfig",
-    "EndpointSampling",
-    "EndpointTeacher",
+    "EndpointEngine",
+    "Engine",
     "EvaluateConfig",
     "EvaluatedProblems",
     "EvaluationSetConfig",
@@ -86,8 +90,7 @@ __all__ = [
     "GenerationPlanConfig",
     "GuardConfig",
     "JudgeConfig",
-    "LocalRollouts",
-    "LocalSampling",
+    "LocalEngine",
     "LongRopePolicy",
     "MidtrainConfig",
     "ModelConfig",
@@ -106,11 +109,10 @@ __all__ = [
     "Recompute",
     "RecordProblems",
     "RecordedTeacher",
-    "RolloutSampler",
-    "RolloutServers",
     "RunConfig",
     "SFTConfig",
-    "Sampling",
+    "SamplingConfig",
+    "ServerEngine",
     "ShardConfig",
     "SourceConfig",
     "Stale",
@@ -118,11 +120,10 @@ __all__ = [
     "SyntheticProblems",
     "TemperatureConfig",
     "TrackingConfig",
+    "TrainedEngine",
     "TrainingEvaluationConfig",
     "TrainingPlanConfig",
-    "VLLMRollouts",
-    "VLLMSampling",
-    "VLLMTeacher",
+    "VLLMEngine",
     "VerifyConfig",
     "WandbConfig",
     "find_config",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from phimr_nemo.config.common import Positive, Share, config
+from pydantic import Field
+
+from phimr_nemo.config.common import AtLeastZero, Place, Positive, Share
+from phimr_nemo.config.rules import AT, RuleBroken, config
 
 
 @config
@@ -17,8 +19,35 @@ class ForgettingConfig:
         quickstarts: outputs of finished quickstarts.
     """
 
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
+
+
+@config
+class GraderErrorsConfig:
+    """The same reinforcement learning with graders that err.
+
+    Attributes:
+        output: where the arms, the tables and the pictures go.
+        base: Hugging Face directory of the model that every arm starts from.
+        prompts: of every arm.
+        seeds: of GRPO and of the evaluation's sampling.
+        steps: rounds of each arm.
+        settings: that differ from conf/grpo/tiny.yaml in every arm.
+        arms: name -> function of recipes/ablations/erring_grader.py; the others are compared with the first.
+        heldout_problems: questions of the evaluation.
+        evaluation_samples: answers a question.
+    """
+
     output: Path
-    quickstarts: tuple[Path, ...]
+    base: Path
+    prompts: Path
+    seeds: tuple[int, ...]
+    steps: Positive
+    settings: tuple[str, ...]
+    arms: dict[str, str]
+    heldout_problems: Positive
+    evaluation_samples: Positive
 
 
 @config
@@ -35,8 +64,8 @@ class GRPORemediesConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     steps: Positive
     arms: dict[str, tuple[str, ...]]
     equal: str
@@ -60,8 +89,8 @@ class GRPOSizesConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     sizes: dict[str, tuple[str, ...]]
     midtrain_epochs: Positive
     sft_epochs: Positive
@@ -89,8 +118,8 @@ class SecondDomainConfig:
         maths_problems, maths_samples: as the quickstarts were evaluated, so that the questions are the same.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     train_problems: Positive
     heldout_problems: Positive
     solutions_per_problem: Positive
@@ -117,8 +146,8 @@ class TeachersConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     teachers: dict[str, tuple[str, ...]]
     problems: Positive
     epochs: Positive
@@ -135,8 +164,8 @@ class StoppingConfig:
         quickstarts: outputs of finished quickstarts.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
 
 
 @config
@@ -154,8 +183,8 @@ class MidtrainScalingConfig:
         evaluation_samples: answers a question; as many as the quickstart's.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     problems: tuple[Positive, ...]
     epochs: Positive
     updates: Positive | None = None
@@ -181,17 +210,25 @@ class MidtrainPackingConfig:
         evaluation_samples: answers a question; as many as there.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
-    scaling: Path
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
+    scaling: Place
     problems: Positive
     epochs: Positive
     batch: Positive
-    lr: float
-    min_lr: float
+    lr: AtLeastZero
+    min_lr: AtLeastZero
     sequence_length: Positive
     heldout_problems: Positive
     evaluation_samples: Positive
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise RuleBroken(
+                f"{AT}min_lr={self.min_lr} with {AT}lr={self.lr}",
+                rule=f"{AT}min_lr is at most {AT}lr",
+                remedy=f"use {AT}min_lr={self.lr} or less",
+            )
 
 
 @config
@@ -208,9 +245,9 @@ class DirectSFTConfig:
         evaluation_samples: answers a question; as many as the quickstart's.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
-    scaling: Path
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
+    scaling: Place
     small: Positive
     epochs: Positive
     heldout_problems: Positive
@@ -229,8 +266,8 @@ class DPONegativesConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     modes: tuple[Literal["near_miss", "random"], ...]
     heldout_problems: Positive
     evaluation_samples: Positive

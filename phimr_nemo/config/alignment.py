@@ -4,29 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from phimr_nemo.config.common import (
+    AboveZero,
+    AtLeastZero,
     CheckpointConfig,
+    Decay,
     EarlyStoppingConfig,
     GuardConfig,
+    IsNumber,
     ModelConfig,
     NonNegative,
+    Number,
     OptimConfig,
     ParallelConfig,
+    Place,
     Positive,
     RunConfig,
     Share,
     TrackingConfig,
-    config,
 )
-from phimr_nemo.config.sampler import OverlongResponses, RolloutSampler, Stale
-from phimr_nemo.errors import UserError
+from phimr_nemo.config.engine import QUESTION, FunctionName, GraderName, Prompt, TrainedEngine, VLLMEngine
+from phimr_nemo.config.rules import AT, RuleBroken, config
 
-AboveZero = Annotated[float, Field(gt=0.0)]
+SMALLEST_GROUP: Final = 2
+"""A response is compared with the others of its group."""
+Stale = Literal["resample", "keep"]
+GroupSize = Annotated[int, Field(ge=SMALLEST_GROUP), IsNumber]
+Smoothing = Annotated[float, Field(ge=0.0, lt=0.5), IsNumber]
+
+
+def batches_fit(micro_batch: int, global_batch: int, data: int) -> None:
+    """The data-parallel ranks share a global batch in whole micro-batches.
+
+    Raises:
+        RuleBroken: they cannot.
+    """
+    share = micro_batch * data
+    if global_batch % share:
+        raise RuleBroken(
+            f"{AT}global_batch={global_batch} with {AT}micro_batch={micro_batch} and {AT}parallel.data={data}",
+            rule=f"{AT}global_batch is a multiple of {AT}micro_batch x {AT}parallel.data = {share}",
+            remedy=f"use {AT}global_batch={max(1, round(global_batch / share)) * share}",
+        )
+
+
+def no_supervised_options(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Alignment has neither 8-bit products nor virtual pipelining.
+
+    Raises:
+        RuleBroken: one of them is asked for.
+    """
+    if model.fp8 is not None or parallel.virtual > 1:
+        raise RuleBroken(
+            f"{AT}model.fp8={model.fp8}, {AT}parallel.virtual={parallel.virtual} in an alignment stage",
+            rule="8-bit products and virtual pipelining are for mid-training and SFT",
+            remedy=f"set {AT}model.fp8=null {AT}parallel.virtual=1",
+        )
 
 
 @config
@@ -41,7 +78,7 @@ class SmoothedLoss:
     """DPO on pairs of which the share `label_smoothing` may be labelled the wrong way round."""
 
     kind: Literal["label_smoothed_dpo"]
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)]
+    label_smoothing: Smoothing
 
 
 @config
@@ -64,7 +101,7 @@ class StoredReference:
     """
 
     kind: Literal["stored"]
-    path: Path | None = None
+    path: Place | None = None
 
 
 @config
@@ -110,8 +147,8 @@ class DPOConfig:
     """
 
     run: RunConfig
-    base: Path
-    pairs: Path
+    base: Place
+    pairs: Place
     sequence_length: Positive
     overlong: Overlong
     beta: AboveZero
@@ -130,6 +167,10 @@ class DPOConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     max_steps: NonNegative = 0
 
+    def __post_init__(self) -> None:
+        batches_fit(self.micro_batch, self.global_batch, self.parallel.data)
+        no_supervised_options(self.model, self.parallel)
+
 
 @config
 class PolicyLossConfig:
@@ -142,8 +183,8 @@ class PolicyLossConfig:
     """
 
     kind: Literal["grpo", "dr_grpo", "dapo", "gspo"]
-    clip_low: Annotated[float, Field(ge=0.0, lt=1.0)]
-    clip_high: Annotated[float, Field(ge=0.0)]
+    clip_low: Decay
+    clip_high: AtLeastZero
 
 
 @config
@@ -168,8 +209,8 @@ SamplerCorrection = Annotated[NoCorrection | TruncatedCorrection, Field(discrimi
 class TemperatureConfig:
     """Temperature annealing: linear from `start` to `end` over `fraction` of the steps, then `end`."""
 
-    start: float
-    end: float
+    start: AboveZero
+    end: AboveZero
     fraction: Share
 
 
@@ -200,7 +241,7 @@ class PromptOptimizationConfig:
     """
 
     enabled: bool
-    max_length_spread: float
+    max_length_spread: AtLeastZero
 
 
 @config
@@ -214,11 +255,20 @@ class RewardConfig:
         functions: MODULE:FUNCTION -> weight, of functions of one :class:`phimr_nemo.align.grpo.rewards.Graded`.
     """
 
-    correct: float
-    wrong: float
-    format: float = 0.0
-    length: float = 0.0
-    functions: Mapping[str, float] = field(default_factory=dict)
+    correct: Number
+    wrong: Number
+    format: Number = 0.0
+    length: Number = 0.0
+    functions: Mapping[FunctionName, Number] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        is_flat = self.correct == self.wrong and not (self.format or self.length or any(self.functions.values()))
+        if self.correct < self.wrong or is_flat:
+            raise RuleBroken(
+                f"{AT}correct={self.correct} with {AT}wrong={self.wrong}",
+                rule="a correct response is worth more than a wrong one; otherwise nothing, or the wrong, is learnt",
+                remedy=f"use {AT}correct=1.0 {AT}wrong=-1.0",
+            )
 
 
 @config
@@ -263,13 +313,44 @@ class GRPOCheckpointConfig(CheckpointConfig):
 
 
 @config
+class KeptOverlong:
+    """A response that hit the length limit is graded like any other: unanswered, so most often wrong."""
+
+    kind: Literal["keep"]
+
+
+@config
+class MaskedOverlong:
+    """A response that hit the length limit is not trained on (DAPO's overlong filtering)."""
+
+    kind: Literal["mask"]
+
+
+@config
+class SoftOverlong:
+    """Responses lose reward as they near the length limit (DAPO's soft overlong punishment).
+
+    Attributes:
+        buffer: tokens before the limit in which the loss of reward grows from 0 to `penalty`.
+        penalty: what a response of the full length loses.
+    """
+
+    kind: Literal["soft"]
+    buffer: Positive
+    penalty: AboveZero
+
+
+OverlongResponses = Annotated[KeptOverlong | MaskedOverlong | SoftOverlong, Field(discriminator="kind")]
+
+
+@config
 class GRPOConfig:
     """Stage 4: GRPO with a verifiable reward.
 
     Attributes:
         prompts: `prompts` record directory.
         sequence_length: longest prompt + response.
-        max_new_tokens: longest response.
+        max_new_tokens: longest response; a prompt has the rest of `sequence_length`.
         steps: optimisation rounds.
         prompts_per_step, group_size: a round samples their product.
         loss: which policy-gradient loss.
@@ -279,7 +360,8 @@ class GRPOConfig:
         micro_batch: in sequences.
         packed: sequences end to end in rows of up to micro_batch x sequence_length tokens, the memory of a padded
             micro-batch; the same gradient as unpacked.
-        sampler: what samples the responses.
+        engine: what samples the responses, by `model.longrope` as it is trained.
+        prompt: the user's turn, with `{question}` in it once.
         ahead: 1 samples the next round while a step trains, with weights one step old; wants a correction.
         stale: whether responses of older weights than asked for are sampled again or kept; that wants one too.
         overlong: what becomes of responses that near or hit the length limit.
@@ -289,26 +371,27 @@ class GRPOConfig:
     """
 
     run: RunConfig
-    base: Path
-    prompts: Path
+    base: Place
+    prompts: Place
     sequence_length: Positive
     max_new_tokens: Positive
     steps: Positive
     prompts_per_step: Positive
-    group_size: Positive
+    group_size: GroupSize
     loss: PolicyLossConfig
     correction: SamplerCorrection
-    kl: float
+    kl: AtLeastZero
     inner_batches: Positive
     micro_batch: Positive
     packed: bool
-    sampler: RolloutSampler
+    engine: TrainedEngine
+    prompt: Prompt = QUESTION
     ahead: Literal[0, 1]
     stale: Stale
     overlong: OverlongResponses
     reward: RewardConfig
     verify_workers: Positive
-    grader: str | None = None
+    grader: GraderName | None = None
     temperature: TemperatureConfig
     rebalance: RebalanceConfig
     prompt_optimization: PromptOptimizationConfig
@@ -322,9 +405,75 @@ class GRPOConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        no_supervised_options(self.model, self.parallel)
+        self._check_lengths()
+        self._check_batches()
+        self._check_sampling()
         if self.guard.spike_factor is not None and self.guard.spike_of == "loss":
-            raise UserError(
-                f"guard.spike_factor={self.guard.spike_factor} with guard.spike_of=loss",
+            raise RuleBroken(
+                f"{AT}guard.spike_factor={self.guard.spike_factor} with {AT}guard.spike_of=loss",
                 rule="a policy gradient's loss lies around 0: its median says nothing about spikes",
-                remedy="set guard.spike_of=grad_norm",
+                remedy=f"set {AT}guard.spike_of=grad_norm, or {AT}guard.spike_factor=null",
+            )
+
+    def _check_lengths(self) -> None:
+        if self.max_new_tokens >= self.sequence_length:
+            raise RuleBroken(
+                f"{AT}max_new_tokens={self.max_new_tokens} with {AT}sequence_length={self.sequence_length}",
+                rule=f"{AT}sequence_length holds prompt and response",
+                remedy=f"raise {AT}sequence_length above {AT}max_new_tokens by the longest prompt, "
+                f"for example {AT}sequence_length={2 * self.max_new_tokens}",
+            )
+        if isinstance(self.overlong, SoftOverlong) and self.overlong.buffer > self.max_new_tokens:
+            raise RuleBroken(
+                f"{AT}overlong.buffer={self.overlong.buffer} with {AT}max_new_tokens={self.max_new_tokens}",
+                rule="the buffer is the end of the longest response",
+                remedy=f"use {AT}overlong.buffer={self.max_new_tokens} or less",
+            )
+
+    def _check_batches(self) -> None:
+        data = self.parallel.data
+        if self.prompts_per_step % data:
+            raise RuleBroken(
+                f"{AT}prompts_per_step={self.prompts_per_step} with {AT}parallel.data={data}",
+                rule=f"{AT}parallel.data divides {AT}prompts_per_step",
+                remedy=f"use {AT}prompts_per_step={-(-self.prompts_per_step // data) * data}",
+            )
+        rollouts, shares = self.prompts_per_step * self.group_size, self.inner_batches * data
+        if rollouts % shares:
+            raise RuleBroken(
+                f"{AT}prompts_per_step={self.prompts_per_step} x {AT}group_size={self.group_size} rollouts per "
+                f"round for {AT}inner_batches={self.inner_batches} and {AT}parallel.data={data}",
+                rule=f"{AT}inner_batches x {AT}parallel.data divides {AT}prompts_per_step x {AT}group_size",
+                remedy=f"use {AT}inner_batches=1, or a {AT}prompts_per_step that is a multiple of {shares}",
+            )
+
+    def _check_sampling(self) -> None:
+        """Responses of another policy are not trained on as if they were the policy's own."""
+        start, end = self.temperature.start, self.temperature.end
+        if self.engine.kind == "trtllm_server" and (start, end) != (1.0, 1.0):
+            raise RuleBroken(
+                f"{AT}engine.kind=trtllm_server with {AT}temperature.start={start} {AT}temperature.end={end}",
+                rule="TensorRT-LLM's server returns log-probabilities before the temperature; the trainer needs "
+                "those of the distribution that is sampled from, and at temperature 1 they are the same",
+                remedy=f"use {AT}temperature.start=1.0 {AT}temperature.end=1.0, or vLLM servers "
+                f"({AT}engine.kind=vllm_server)",
+            )
+        if isinstance(self.engine, VLLMEngine) and self.engine.tensor > 1:
+            raise RuleBroken(
+                f"{AT}engine.tensor={self.engine.tensor} in the trainer's processes",
+                rule="every process of the trainer has its own vLLM, on its own GPU",
+                remedy=f"use {AT}engine.tensor=1, or servers ({AT}engine.kind=vllm_server)",
+            )
+        dtype = self.engine.dtype
+        used = [f"{AT}ahead=1"] if self.ahead else []
+        used += [f"{AT}stale=keep"] if self.stale == "keep" else []
+        used += [f"{AT}engine.dtype={dtype}"] if dtype not in (None, self.model.dtype) else []
+        if used and self.correction.kind == "none":
+            raise RuleBroken(
+                f"{' and '.join(used)} with {AT}correction.kind=none",
+                rule="responses of older weights, or of another precision, are weighed by how probable the trained "
+                "weights find them",
+                remedy=f"use {AT}correction.kind=truncated {AT}correction.cap=2, or {AT}ahead=0 {AT}stale=resample "
+                f"{AT}engine.dtype=null",
             )

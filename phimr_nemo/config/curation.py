@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import Positive, RunConfig, ShardConfig, Share, config
+from phimr_nemo.config.common import AtLeastOne, AtLeastZero, Number, Place, Positive, RunConfig, ShardConfig, Share
+from phimr_nemo.config.rules import AT, RuleBroken, config
 from phimr_nemo.store.records import Difficulty
 
 
@@ -35,7 +35,7 @@ class SFTSet:
         size: rows to keep, balanced over difficulty and length; None = all.
     """
 
-    difficulties: tuple[Difficulty, ...]
+    difficulties: Annotated[tuple[Difficulty, ...], Field(min_length=1)]
     max_per_problem: Positive
     max_repetition: Share
     one_boxed_answer: bool
@@ -56,7 +56,7 @@ class PairSet:
     mode: Literal["near_miss", "random"]
     nearness: Literal["common_steps", "common_beginning"]
     max_per_problem: Positive
-    max_length_ratio: Annotated[float, Field(ge=1.0)] | None = None
+    max_length_ratio: AtLeastOne | None = None
 
 
 @config
@@ -70,11 +70,20 @@ class PromptSet:
         max_length_spread: coefficient of variation of the response lengths at most; None = any.
     """
 
-    min_pass: float
-    max_pass: float
+    min_pass: Number
+    max_pass: Number
     hard_below: Share
     min_samples: Positive
-    max_length_spread: Annotated[float, Field(ge=0.0)] | None = None
+    max_length_spread: AtLeastZero | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.min_pass < self.max_pass and self.min_pass < 1.0 and self.max_pass > 0.0):
+            raise RuleBroken(
+                f"{AT}min_pass={self.min_pass} {AT}max_pass={self.max_pass}",
+                rule=f"a pass rate, from 0 to 1, lies strictly between {AT}min_pass and {AT}max_pass",
+                remedy=f"use {AT}min_pass=0.0 {AT}max_pass=1.0 for every prompt that is sometimes right and "
+                "sometimes wrong",
+            )
 
 
 @config
@@ -87,15 +96,23 @@ class CurateConfig:
     """
 
     run: RunConfig
-    verdicts: Path | tuple[Path, ...]
+    verdicts: Place | Annotated[tuple[Place, ...], Field(min_length=1)]
     workers: Positive
     midtrain: MidtrainSet | None = None
     sft: SFTSet | None = None
     pairs: PairSet | None = None
     prompts: PromptSet | None = None
 
+    def __post_init__(self) -> None:
+        if self.midtrain is None and self.sft is None and self.pairs is None and self.prompts is None:
+            raise RuleBroken(
+                f"none of {AT}midtrain, {AT}sft, {AT}pairs and {AT}prompts is configured",
+                rule="curate makes at least one training set",
+                remedy=f"set for example {AT}midtrain.max_per_problem=8",
+            )
+
     @property
-    def verdict_directories(self) -> tuple[Path, ...]:
+    def verdict_directories(self) -> tuple[Place, ...]:
         """All directories of verdicts."""
         return self.verdicts if isinstance(self.verdicts, tuple) else (self.verdicts,)
 
@@ -113,8 +130,8 @@ class PackConfig:
     """
 
     run: RunConfig
-    conversations: Path
-    tokenizer: Path
+    conversations: Place
+    tokenizer: Place
     sequence_length: Positive
     placement: Literal["length", "mixed"]
     workers: Positive

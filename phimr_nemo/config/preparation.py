@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import NonNegative, Positive, RunConfig, Share, config
-from phimr_nemo.config.endpoint import AskConfig
+from phimr_nemo.config.common import IsNumber, Name, NonNegative, Place, Positive, PositiveShare, RunConfig
+from phimr_nemo.config.engine import AskConfig
+from phimr_nemo.config.rules import AT, RuleBroken, config
 
 Preset = Literal[
     "openr1_math",
@@ -47,8 +47,8 @@ class SourceConfig:
         teacher: who wrote the responses; None = as the preset or the row says.
     """
 
-    name: Annotated[str, Field(min_length=1)]
-    path: Annotated[str, Field(min_length=1)]
+    name: Name
+    path: Name
     preset: Preset | None = None
     limit: NonNegative = 0
     hub: bool = False
@@ -60,6 +60,15 @@ class SourceConfig:
     response: str | None = None
     teacher: str | None = None
 
+    def __post_init__(self) -> None:
+        given = [name for name in ("question", "answer", "solution", "response") if getattr(self, name) is not None]
+        if self.preset is not None and given:
+            raise RuleBroken(
+                f"source {self.name}: {AT}preset={self.preset} and the columns {given}",
+                rule="a preset knows its columns; columns are named where there is no preset",
+                remedy="set " + " ".join(f"{AT}{name}=null" for name in given) + f", or {AT}preset=null",
+            )
+
 
 @config
 class NearDuplicatesConfig:
@@ -70,8 +79,8 @@ class NearDuplicatesConfig:
         permutations: MinHash permutations; a multiple of 5.
     """
 
-    threshold: Share
-    permutations: Annotated[int, Field(ge=5, multiple_of=5)]
+    threshold: PositiveShare
+    permutations: Annotated[int, Field(ge=5, multiple_of=5), IsNumber]
 
 
 @config
@@ -84,8 +93,8 @@ class EvaluationSetConfig:
         question: column of the question; found when None.
     """
 
-    name: Annotated[str, Field(min_length=1)]
-    path: Path
+    name: Name
+    path: Place
     question: str | None = None
 
 
@@ -101,7 +110,7 @@ class DecontaminationConfig:
 
     sets: Annotated[tuple[EvaluationSetConfig, ...], Field(min_length=1)]
     ngram: Positive
-    overlap: Share
+    overlap: PositiveShare
 
 
 @config
@@ -131,3 +140,13 @@ class PrepareConfig:
     decontamination: DecontaminationConfig | None = None
     annotation: AnnotationConfig | None = None
     shard_size: Positive
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise RuleBroken(
+                f"{AT}sources: {repeated} occur more than once",
+                rule="every source has its own name: it stands in the records and in the counts",
+                remedy="rename one of them",
+            )

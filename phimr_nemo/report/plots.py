@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from matplotlib.figure import Figure
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.report.data_figures import COLORS, short_name
+from phimr_nemo.report.data_figures import COLORS, FONT_POINTS, short_name
 from phimr_nemo.report.picture import BAR_COLOR, BAR_WIDTH, TEXT_COLOR, labelled_bars, save_png, tidy
 from phimr_nemo.store.runs import METRICS_FILE, read_metrics
 
@@ -76,7 +76,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("pass@1 (%)")
     seeds = max((len(row.seeds) for row in rows), default=0)
     unit = f"across {seeds} seeds" if seeds > 1 else "clustered by question"
-    axes.set_title(f"Accuracy per stage (bars: one standard error, {unit})", fontsize=10)
+    axes.set_title(f"Accuracy per stage\n(bars: one standard error, {unit})", fontsize=10)
     tidy(axes)
     figure.tight_layout()
     save_png(figure, path, dpi=DPI)
@@ -103,7 +103,8 @@ def draw_scores(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlim(0, max(1.0, *(height + error for height, error in zip(heights, errors, strict=True))) * HEADROOM)
     seeds = max((len(row.seeds) for row in rows), default=0)
     unit = f"over {seeds} seeds" if seeds > 1 else "clustered by question"
-    axes.set_xlabel(f"pass@1 (%), ± 1 stderr {unit}")
+    # Beneath the whole picture: names of models leave the axis little room.
+    figure.supxlabel(f"pass@1 (%) ± one standard error,\n{unit}", fontsize=FONT_POINTS, color=TEXT_COLOR)
     tidy(axes)
     axes.grid(visible=False, axis="y")
     save_png(figure, path, dpi=PAGE_DPI)
@@ -120,14 +121,15 @@ def draw_curves(curves: Mapping[str, Curve], name: str, path: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(name)
     if 1 < len(curves) <= MOST_NAMED:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
+        handles = axes.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=2, frameon=False, fontsize=FONT_POINTS - 1)
     tidy(axes)
     save_png(figure, path, dpi=PAGE_DPI)
 
 
 def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
     """Training loss of each stage over its steps; a panel each, because the losses have different scales."""
-    _plot_panels({f"{stage}: loss": curve for stage, curve in curves.items()}, path)
+    _plot_panels({f"{short_name(stage)}: loss": curve for stage, curve in curves.items()}, path)
 
 
 def plot_reward_and_length(reward: Curve, length: Curve, path: Path) -> None:

@@ -16,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 
 from phimr_nemo.config import SupervisedConfig
-from phimr_nemo.supervised.nemo_model import DTYPES
+from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.supervised.schedule import Schedule
 from phimr_nemo.training.precision import precision_plugins
 
@@ -59,7 +59,7 @@ def optimizer(config: SupervisedConfig, steps: int, make: Make = call) -> Any:
             clip_grad=optim.clip_grad,
             use_distributed_optimizer=optim.distributed,
             bf16=config.model.dtype == "bf16",
-            params_dtype=DTYPES[config.model.dtype],
+            params_dtype=torch_dtype(config.model.dtype),
         ),
         lr_scheduler=make(Schedule, optim=described(optim, make), max_steps=steps),
     )
@@ -81,7 +81,7 @@ def strategy(config: SupervisedConfig, *, on_gpu: bool, make: Make = call) -> An
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
-        pipeline_dtype=DTYPES[config.model.dtype],
+        pipeline_dtype=torch_dtype(config.model.dtype),
         process_group_backend="nccl" if on_gpu else "gloo",
         ddp=make(
             DistributedDataParallelConfig,

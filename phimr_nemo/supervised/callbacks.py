@@ -8,10 +8,10 @@ from typing import Any, Final
 
 import lightning.pytorch as pl
 from torch import Tensor
-from tqdm import tqdm
 
 from phimr_nemo.config import SupervisedConfig, to_dict
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 from phimr_nemo.supervised.checkpointing import CheckpointKeeper, validates_now
 from phimr_nemo.training.distributed import PreemptionGuard
@@ -53,7 +53,7 @@ class RunMonitor(pl.Callback):
         self._step_started, self._rate = 0.0, 0.0
         self._run_started, self._first_step = 0.0, 0
         self._validated: set[int] = set()
-        self._bar: tqdm[Any] | None = None
+        self._bar: Progress | None = None
         self._log: RunLog | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -75,7 +75,7 @@ class RunMonitor(pl.Callback):
             return
         self._validated = {row["step"] for row in read_metrics(self.run.path) if "val_loss" in row}
         self._log = RunLog(self.run.path, self.config.tracking, to_dict(self.config), done=step)
-        self._bar = tqdm(total=int(trainer.max_steps), initial=step, desc=self.title, unit="step", mininterval=1.0)
+        self._bar = Progress(int(trainer.max_steps), done=step, title=self.title, unit="step")
 
     def on_train_batch_start(
         self,
@@ -114,7 +114,7 @@ class RunMonitor(pl.Callback):
         self._steps, self._seconds = 0, 0.0
         if self._bar is not None:
             shown = {SHORT_NAMES.get(k, k): form.format(metrics[k]) for k, form in SHOWN.items() if k in metrics}
-            self._bar.set_postfix(shown)
+            self._bar.show(shown)
         self.write(trainer.global_step, metrics)
 
     def _from_trainer(self, trainer: pl.Trainer) -> dict[str, float]:

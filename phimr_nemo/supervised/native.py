@@ -15,9 +15,10 @@ import lightning.pytorch as pl
 from nemo import lightning as nl
 from nemo.collections import llm
 
-from phimr_nemo.config import ModelConfig, ParallelConfig, SupervisedConfig
+from phimr_nemo.config import LongRopePolicy, ModelConfig, ParallelConfig, SupervisedConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.origin import Origin
 from phimr_nemo.store.shards import read_manifest
 from phimr_nemo.supervised import assembly
 from phimr_nemo.supervised.assembly import described
@@ -62,16 +63,18 @@ class HFExport(pl.Callback):
     Args:
         base: where tokenizer and chat template come from.
         target: the new directory; one that is there is replaced.
+        sequence_length, longrope: of the run; see :class:`phimr_nemo.model.origin.Origin`.
     """
 
-    def __init__(self, base: Path, target: Path) -> None:
+    def __init__(self, base: Path, target: Path, sequence_length: int, longrope: LongRopePolicy) -> None:
         self.base, self.target = base, target
+        self.origin = Origin(sequence_length, longrope)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Write (Lightning's hook)."""
         architecture = Architecture.from_directory(self.base)
         tensors = exported(trainer.strategy.megatron_parallel, architecture)
-        write_hf_export(tensors, architecture, self.base, self.target)
+        write_hf_export(tensors, architecture, self.base, self.target, self.origin)
 
 
 def native_parts(
@@ -102,7 +105,15 @@ def native_parts(
     steps = training_steps(config, read_manifest(config.data, KINDS[stage]).rows)
     validation_steps = config.validation_rows // config.global_batch
     on_gpu = accelerator == "gpu"
-    callbacks = [make(HFExport, base=described(config.base, make), target=described(config.run.output / "hf", make))]
+    callbacks = [
+        make(
+            HFExport,
+            base=described(config.base, make),
+            target=described(config.run.output / "hf", make),
+            sequence_length=config.sequence_length,
+            longrope=config.model.longrope,
+        )
+    ]
     if config.overlap.tensor:
         callbacks.append(assembly.tensor_overlap(config, make))
     model = make(

@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tqdm import tqdm
-
 from phimr_nemo.config import JudgeConfig, VerifyConfig, to_dict
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_file
+from phimr_nemo.store.inputs import TABLES, table_remedy
+from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.shards import (
     check_shard,
     finish,
@@ -27,7 +27,8 @@ from phimr_nemo.store.shards import (
 from phimr_nemo.verify.answer import DEADLINE_SECONDS, Grader
 from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_rows, write_row
 from phimr_nemo.verify.judge import Judge, judged_grader, write_report
-from phimr_nemo.verify.verdict import Verdict
+from phimr_nemo.verify.plug import plugged_name
+from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,9 +96,13 @@ def verify_rollouts(
         UserError: the rollouts are absent, unfinished or damaged, or the judge's endpoint fails.
     """
     manifest = read_manifest(rollouts_dir, "rollouts")
+    name_of_grader = GRADER_VERSION if function is None else plugged_name(function)
+    if judge is not None:
+        name_of_grader = judged_grader(name_of_grader, judge)
     if is_complete(out_dir, "verdicts"):
         done = read_manifest(out_dir, "verdicts")
-        if done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}:
+        same = done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}
+        if same and _graders(out_dir) <= {name_of_grader}:
             return {"rows": done.rows, **done.counts}
     shards = sorted(manifest.shards.items(), key=lambda item: (len(item[0]), item[0]))
     with (
@@ -105,9 +110,8 @@ def verify_rollouts(
         contextlib.nullcontext()
         if judge is None
         else Judge(judge, out_dir / JUDGE_DIRECTORY, shard_index) as judging,
-        tqdm(total=manifest.rows, desc="verify", unit="answer") as bar,
+        Progress(manifest.rows, title="verify", unit="answer") as progress,
     ):
-        name_of_grader = grader.name if judge is None else judged_grader(grader.name, judge)
         for index, (name, sha256) in enumerate(shards):
             if index % shard_count != shard_index:
                 continue
@@ -117,7 +121,7 @@ def verify_rollouts(
                 if judging is not None:
                     verdicts = _named(judging.review(verdicts), name_of_grader)
                 write_shard(out_dir, index, verdicts, kind="verdicts")
-            bar.update(table.num_rows)
+            progress.update(table.num_rows)
     _check_no_stale(out_dir, len(shards))
     if not all(shard_is_complete(out_dir, index) for index in range(len(shards))):
         return None
@@ -164,6 +168,14 @@ def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
     return rows_to_table(rows, "verdicts")
 
 
+def _graders(out_dir: Path) -> set[str]:
+    """What graded the verdicts of a directory."""
+    import pyarrow.parquet as pq
+
+    parts = sorted(out_dir.glob("part-*.parquet"))
+    return {name for path in parts for name in pq.read_table(path, columns=["grader"])["grader"].unique().to_pylist()}
+
+
 def _named(verdicts: pa.Table, grader: str) -> pa.Table:
     import pyarrow as pa
 
@@ -202,10 +214,19 @@ def verify_file(source: Path, target: Path, *, response: str, answer: str, worke
             is missing. Nothing is written then.
     """
     if not source.is_file():
+        is_directory = source.is_dir()
         raise UserError(
-            f"input {source} does not exist",
+            f"input {source} {'is a directory' if is_directory else 'does not exist'}",
             rule="IN is a file of JSON lines or parquet",
-            remedy="correct the path",
+            remedy=f"to grade rollouts: phimr verify rollouts={source} run.output=..."
+            if is_directory
+            else "correct the path",
+        )
+    if source.suffix.lower() in TABLES:
+        raise UserError(
+            f"input {source} is a table of text",
+            rule="IN is a file of JSON lines or parquet",
+            remedy=table_remedy(source),
         )
     if target.exists() and source.samefile(target):
         raise UserError(f"IN and OUT are both {source}", rule="OUT is another file", remedy="name another OUT")

@@ -8,7 +8,7 @@ from typing import Final
 from phimr_nemo.store.records import VerdictName
 
 MATH_VERIFY_VERSION: Final = "0.9.0"
-POLICY_VERSION: Final = "1"
+POLICY_VERSION: Final = "2"
 GRADER_VERSION: Final = f"phimr-{POLICY_VERSION}+math-verify-{MATH_VERIFY_VERSION}"
 
 MAX_ANSWER_CHARS: Final = 2048
@@ -21,8 +21,9 @@ class Verdict:
 
     Attributes:
         verdict: "correct"; "wrong"; "unparsable" (no final answer, or one that is no mathematics);
-            "timeout" (not decided within the limits); "error" (the gold answer is unusable, or the
-            worker died on it twice).
+            "timeout" (not decided within the limits); "error" (the gold answer is empty or too long, or the
+            grader failed on the pair); "gold_unreadable" (the gold answer is no mathematics). The last three
+            say nothing about the response.
         extracted: the final answer found in the response, at most `MAX_ANSWER_CHARS` characters.
         reason: how the verdict came about, for people and for counting.
     """

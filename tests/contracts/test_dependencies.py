@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 TIERS = (
-    {"", "errors", "redact", "imports", "text", "store", "config", "endpoint"},
+    {"", "errors", "redact", "imports", "text", "process", "store", "config", "endpoint"},
     {"losses", "data", "verify"},
     {"model"},
     {"generate"},
@@ -21,8 +21,10 @@ TIERS = (
     {"report"},
     {"training"},
     {"supervised", "align"},
-    {"jobs", "recipes"},
+    {"jobs"},
     {"cli"},
+    # A recipe is the command.
+    {"recipes"},
 )
 LIGHT = (
     "phimr_nemo",
@@ -146,7 +148,7 @@ def test_heavy_packages_stay_at_home(repository: Path) -> None:
         ("data/x.py", "from phimr_nemo import cli\n", "phimr_nemo.data.x -> phimr_nemo.cli"),
         ("data/x.py", "from .. import generate\n", "phimr_nemo.data.x -> phimr_nemo.generate"),
         ("model/__init__.py", "from ..align.dpo import x\n", "phimr_nemo.model -> phimr_nemo.align.dpo.x"),
-        ("generate/x.py", "import recipes.sft\n", "phimr_nemo.generate.x -> recipes.sft"),
+        ("generate/x.py", "import recipes.native\n", "phimr_nemo.generate.x -> recipes.native"),
         ("data/x.py", "F = 'phimr_nemo.training.adam:Adam'\n", "phimr_nemo.data.x -> phimr_nemo.training.adam:Adam"),
     ],
 )

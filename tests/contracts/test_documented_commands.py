@@ -100,9 +100,8 @@ def check_slurm(words: list[str], settings: dict[str, str]) -> None:
     stage = Path(script).stem
     if stage in STAGES:
         printed = shlex.split(done.stdout)
-        recipe = f"recipes.{stage}"
-        start = 1 + (printed.index(recipe) if recipe in printed else printed.index("phimr_nemo.cli") + 1)
-        assert printed[start - 1] in (recipe, stage)
+        start = printed.index("phimr_nemo.cli") + 2
+        assert printed[start - 1] == stage
         assert printed[start] == "--config"
         load_config(STAGES[stage], Path(printed[start + 1]), printed[start + 2 :])
 

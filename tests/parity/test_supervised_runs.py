@@ -224,9 +224,10 @@ def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
 ) -> None:
     """On a pipeline: the weights come from two processes. The last answers are those of the exported model, and the
     configuration's grader judges them."""
+    from phimr_nemo.config import LocalEngine
     from phimr_nemo.data.chat import decode_response, load_tokenizer, render_prompts
     from phimr_nemo.data.synthetic.problems import generate_problems
-    from phimr_nemo.generate.engines import open_local
+    from phimr_nemo.generate.engines import SampledModel, open_engine
     from phimr_nemo.generate.sampler import Request, SamplingParams
     from phimr_nemo.store.content import content_seed
 
@@ -253,14 +254,16 @@ def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
     assert written["grader"].startswith("even_length:grade")
     problems = generate_problems(0, count, "heldout").to_pylist()
     questions = [problem["question"] for problem in problems]
-    sampler, _ = open_local(run / "hf", questions, max_new_tokens=tokens, max_batch=8)
+    params = SamplingParams(0.6, 0.95, tokens)
+    model = SampledModel(directory=run / "hf", turns=questions)
+    sampler = open_engine(LocalEngine(max_batch=8), model, params).sampler
     tokenizer = load_tokenizer(run / "hf")
     requests = [
         Request(f"{problem['id']}:{n}", tuple(ids), content_seed("0", problem["id"], str(n)))
         for problem, ids in zip(problems, render_prompts(tokenizer, questions), strict=True)
         for n in range(2)
     ]
-    completions = sampler.sample(requests, SamplingParams(0.6, 0.95, tokens))
+    completions = sampler.sample(requests, params)
     assert [row["response"] for row in rows] == [decode_response(tokenizer, c.token_ids) for c in completions]
 
 

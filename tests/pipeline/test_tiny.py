@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from processes import start
 from safetensors.torch import load_file
 
 from phimr_nemo.config import ParallelConfig, QuickstartConfig, load_config
@@ -33,6 +33,7 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.convert import load_tensors
+from phimr_nemo.model.origin import Origin, read_origin
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 from phimr_nemo.store.shards import read_manifest, read_table
@@ -92,7 +93,7 @@ def plan(root: Path) -> list[Step]:
 
 def run_and_kill(step: Step) -> None:
     """Start a training step and kill it without warning as soon as it has trained."""
-    process = subprocess.Popen([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], start_new_session=True)
+    process = start([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], start_new_session=True)
     while not list(read_metrics(step.output)) and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -290,6 +291,13 @@ def test_without_one_right_answer_grpo_changes_nothing(run: Run) -> None:
 def test_a_model_is_a_plain_phi3_directory(name: str, run: Run) -> None:
     directory = run.model(name)
     config = json.loads((directory / "config.json").read_text())
+    made = read_origin(directory)
+    last = "grpo" if name == "release" else name
+    if last == "base":
+        assert made == Origin()
+    else:
+        stage = run.config(last)
+        assert (made.sequence_length, made.longrope) == (stage.sequence_length, stage.model.longrope)
     assert config["architectures"] == ["Phi3ForCausalLM"]
     assert "auto_map" not in config
     assert {path.suffix for path in directory.iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from phimr_nemo.align.grpo.objective import GRPOObjective, advantages_of
-from phimr_nemo.align.grpo.stage import _check_batches
-from phimr_nemo.config import GRPOConfig, ParallelConfig, load_config
+from phimr_nemo.config import CheckpointConfig, GRPOConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses import IGNORED_LABEL, PolicyBatch, PolicyLoss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
 from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
@@ -69,7 +68,7 @@ def grpo_batch() -> dict[str, Tensor]:
 
 LOSSES: dict[str, Callable[..., PolicyLoss]] = {
     "grpo": grpo_loss,
-    "dr_grpo": partial(dr_grpo_loss, max_new_tokens=96),
+    "dr_grpo": partial(dr_grpo_loss, max_new_tokens=8),
     "dapo": dapo_loss,
     "gspo": gspo_loss,
 }
@@ -91,7 +90,7 @@ def test_grpo_micro_batches_add_up_to_the_whole(
     repository: Path, kind: str, correction: str, micro_batch: int, packed: str
 ) -> None:
     """To the configured loss of all rows at once. Rows that only fill up are in no micro-batch."""
-    settings = (f"micro_batch={micro_batch}", f"packed={packed}", "sequence_length=12", "kl=0.1")
+    settings = (f"micro_batch={micro_batch}", f"packed={packed}", "sequence_length=12", "max_new_tokens=8", "kl=0.1")
     config = grpo_config(repository, *settings, *loss_settings(kind), *CORRECTIONS[correction])
     objective = GRPOObjective(config, multiple=1, pad_id=PAD)
     batch = grpo_batch()
@@ -181,7 +180,12 @@ def test_a_rank_without_rows_still_takes_part(repository: Path, packed: str) -> 
 )
 def test_impossible_rounds_are_refused(repository: Path, override: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        _check_batches(grpo_config(repository, override))
+        grpo_config(repository, override)
+
+
+def test_a_run_without_checkpoints_is_refused() -> None:
+    with pytest.raises(UserError, match=r"every=0"):
+        CheckpointConfig(every=0)
 
 
 def test_a_layout_for_other_processes_is_refused_before_anything_starts() -> None:

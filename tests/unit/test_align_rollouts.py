@@ -196,6 +196,14 @@ def test_prompts_are_filtered_by_spread_and_length_and_hard_ones_repeated(
     assert (prompts.dropped_uneven, prompts.dropped_long) == (1, 1)
 
 
+def test_the_policy_is_asked_with_the_configured_prompt(
+    tmp_path: Path, repository: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = written_prompts(tmp_path / "prompts", ["What is 1 + 1?"], [0.2], [False])
+    prompts = load_prompts(path, tokenizer, grpo_config(repository, 'prompt="Think. {question}"'))
+    assert prompts.prompts[0].token_ids == tuple(render_prompt(tokenizer, "Think. What is 1 + 1?"))
+
+
 @pytest.mark.parametrize(
     ("spreads", "message", "remedy"),
     [

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from processes import start
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.verify import Grader, grade
@@ -91,7 +92,8 @@ def test_an_answer_after_a_mountain_of_text_is_found(grader: Grader) -> None:
 def test_a_hostile_gold_answer_is_an_error_or_equal_as_text(grader: Grader) -> None:
     assert grader.grade(BOX % "5", "").verdict == "error"
     assert grader.grade(BOX % "5", "7" * (MAX_ANSWER_CHARS + 1)).verdict == "error"
-    assert grader.grade(BOX % "5", "9^{9^{9}}").verdict == "unparsable"
+    assert grader.grade(BOX % "5", "9^{9^{9}}").verdict == "wrong"
+    assert grader.grade(BOX % "5", "9^{9^{9^{9^{9}}}}").verdict == "gold_unreadable"
     assert grader.grade(BOX % "9^{9^{9}}", "9^{9^{9}}").verdict == "correct"
 
 
@@ -199,7 +201,7 @@ def test_no_process_outlives_a_killed_parent() -> None:
         time.sleep(600)
         """
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    parent = start([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]

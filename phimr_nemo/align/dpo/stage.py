@@ -112,7 +112,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         "pairs_truncated": pairs.truncated,
         "collapsed_at_step": log.collapsed_at,
         "base_weights": identity["base weights"],
-        **export(run, policy, config.base, store, trainer.step),
+        **export(run, policy, config, store, trainer.step),
         "seconds": time.monotonic() - started,
     }
 

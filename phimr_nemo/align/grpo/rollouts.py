@@ -15,6 +15,7 @@ from torch import Tensor
 from phimr_nemo.align.grpo.rewards import CORRECT, Graded, is_graded
 from phimr_nemo.align.grpo.stabilisers import oversampled, uniform_prompts
 from phimr_nemo.config import GRPOConfig
+from phimr_nemo.config.engine import QUESTION
 from phimr_nemo.data.chat import render_prompts
 from phimr_nemo.data.repetition import REPETITIVE_ABOVE, repetition
 from phimr_nemo.errors import UserError
@@ -108,7 +109,7 @@ def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GR
     rows = read_table(directory, "prompts").to_pylist()
     _check_answers(directory, rows)
     even = uniform_prompts([row["length_spread"] for row in rows], config.prompt_optimization)
-    token_ids = render_prompts(tokenizer, [rows[i]["question"] for i in even])
+    token_ids = render_prompts(tokenizer, [config.prompt.replace(QUESTION, rows[i]["question"]) for i in even])
     room = config.sequence_length - config.max_new_tokens
     prompts = [
         Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"])

@@ -31,20 +31,6 @@ def annealed_temperature(step: int, steps: int, config: TemperatureConfig) -> fl
     return config.start + (config.end - config.start) * progress
 
 
-def check_temperature(config: TemperatureConfig) -> None:
-    """Refuse a schedule that cannot be sampled with.
-
-    Raises:
-        UserError: a temperature that is not positive, or a share outside [0, 1].
-    """
-    if not (config.start > 0 and config.end > 0 and 0.0 <= config.fraction <= 1.0):
-        raise UserError(
-            f"temperature from {config.start} to {config.end} over {config.fraction} of the steps",
-            rule="temperatures are positive, the share is between 0 and 1",
-            remedy="the paper's values are 1.0, 0.6 and 0.5",
-        )
-
-
 def uniform_prompts(length_spreads: Sequence[float], config: PromptOptimizationConfig) -> list[int]:
     """Prompts whose responses are uniform in length.
 

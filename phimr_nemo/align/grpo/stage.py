@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Any
 
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
@@ -14,15 +14,14 @@ from phimr_nemo.align.grpo.log import GRPOLog
 from phimr_nemo.align.grpo.objective import GRPOObjective
 from phimr_nemo.align.grpo.rollouts import load_prompts
 from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
-from phimr_nemo.align.grpo.samplers import check_sampler, open_sampler
-from phimr_nemo.align.grpo.stabilisers import check_temperature
+from phimr_nemo.align.grpo.samplers import open_sampler
 from phimr_nemo.align.grpo.trainer import GRPOTrainer, RoundInterrupted
 from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import GRPOConfig, to_dict
-from phimr_nemo.data.chat import load_tokenizer, stop_token_ids
+from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.rows.batches import EpochOrder
-from phimr_nemo.errors import Preempted, UserError
+from phimr_nemo.errors import Preempted
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import read_manifest
@@ -33,9 +32,6 @@ from phimr_nemo.training.guard import BatchGuard
 from phimr_nemo.training.metrics import metrics_of
 from phimr_nemo.training.tracking import open_log
 from phimr_nemo.verify import Grader
-
-SMALLEST_GROUP: Final = 2
-"""A response is compared with the others of its group."""
 
 
 def run_grpo(config: GRPOConfig) -> dict[str, Any]:
@@ -52,9 +48,6 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     read_manifest(config.prompts, "prompts")
-    check_temperature(config.temperature)
-    check_sampler(config)
-    _check_batches(config)
     base = HFDirectory(config.base)
     tokenizer = load_tokenizer(config.base)
     prompts = load_prompts(config.prompts, tokenizer, config)
@@ -72,7 +65,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         identity = content_identity(base, config.prompts)
         checkpoints = TrainerCheckpoints(store, policy, batch_guard, identity)
         counters = checkpoints.restore()
-        sampler = open_sampler(config, policy, identity["base weights"], stop_token_ids(tokenizer))
+        sampler = open_sampler(config, policy, identity["base weights"])
         rounds = Rounds(sampler, policy.weights, pending_directory(run))
         with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
             sinks = lines, policy.optimizer, config.run.log_every, policy.speed()
@@ -120,7 +113,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         "prompts_too_long": prompts.dropped_long,
         "collapses": log.watch.found,
         "base_weights": identity["base weights"],
-        **export(run, policy, config.base, store, trainer.step),
+        **export(run, policy, config, store, trainer.step),
         "seconds": time.monotonic() - started,
     }
 
@@ -181,29 +174,3 @@ def _trainer_options(config: GRPOConfig) -> Any:
             "model_gbs": config.prompts_per_step * config.group_size // config.inner_batches,
         }
     )
-
-
-def _check_batches(config: GRPOConfig) -> None:
-    sizes = (config.steps, config.prompts_per_step, config.inner_batches, config.micro_batch, config.max_new_tokens)
-    if min(sizes) < 1 or config.group_size < SMALLEST_GROUP:
-        raise UserError(
-            f"steps={config.steps}, prompts_per_step={config.prompts_per_step}, group_size={config.group_size}, "
-            f"inner_batches={config.inner_batches}, micro_batch={config.micro_batch}, "
-            f"max_new_tokens={config.max_new_tokens}",
-            rule=f"group_size is at least {SMALLEST_GROUP}, the others at least 1",
-            remedy="correct the value that is too small",
-        )
-    rollouts, shares = config.prompts_per_step * config.group_size, config.inner_batches * config.parallel.data
-    if rollouts % shares:
-        raise UserError(
-            f"{rollouts} rollouts a round for inner_batches={config.inner_batches} and "
-            f"parallel.data={config.parallel.data}",
-            rule="inner_batches x parallel.data divides prompts_per_step x group_size",
-            remedy=f"use a prompts_per_step x group_size that is a multiple of {shares}",
-        )
-    if config.max_new_tokens >= config.sequence_length:
-        raise UserError(
-            f"max_new_tokens={config.max_new_tokens} with sequence_length={config.sequence_length}",
-            rule="sequence_length holds prompt and response",
-            remedy="raise sequence_length above max_new_tokens by the longest prompt",
-        )

@@ -15,7 +15,7 @@ def serve(
     model: Annotated[Path, typer.Argument(help="The run's base: a Hugging Face directory.")],
     max_length: Annotated[int, typer.Option(help="Prompt and response together: the run's sequence_length.")],
     engine: Annotated[
-        Literal["vllm", "trtllm"], typer.Option(help="Of the run's sampler.kind: vllm_server or trtllm_server.")
+        Literal["vllm", "trtllm"], typer.Option(help="Of the run's engine.kind: vllm_server or trtllm_server.")
     ] = "vllm",
     dtype: Annotated[
         Literal["fp32", "bf16"], typer.Option(help="What to compute in: the run's model.dtype.")
