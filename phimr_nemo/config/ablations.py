@@ -39,9 +39,9 @@ class GraderErrorsConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    base: Path
-    prompts: Path
+    output: Place
+    base: Place
+    prompts: Place
     seeds: tuple[int, ...]
     steps: Positive
     settings: tuple[str, ...]

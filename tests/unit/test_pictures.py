@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from phimr_nemo.data.curate.shape import LENGTH_BINS, TIERS
 from phimr_nemo.report import data_figures, plots
@@ -96,8 +97,8 @@ def test_a_verdict_has_its_colour_whatever_stands_beside_it(
     data_figures.draw_lengths(lengths(verdicts), tmp_path / "x.png", stacked=True)
     (axes,) = drawn[0].axes
     handles, labels = axes.get_legend_handles_labels()
-    assert {label: to_hex(handle.get_facecolor()) for label, handle in zip(labels, handles, strict=True)} == {
-        verdict: VERDICT_COLORS[verdict] for verdict in verdicts
-    }
+    assert {
+        label: to_hex(cast(Patch, handle).get_facecolor()) for label, handle in zip(labels, handles, strict=True)
+    } == {verdict: VERDICT_COLORS[verdict] for verdict in verdicts}
     red, green, blue = (int(VERDICT_COLORS["wrong"][start : start + 2], 16) for start in (1, 3, 5))
     assert red > 2 * max(green, blue)
