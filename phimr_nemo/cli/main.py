@@ -75,7 +75,6 @@ def _run_stage(
     """Run a stage, or with `dry_run` describe it; its resolved configuration."""
     from phimr_nemo.config import STAGES, load_config, to_yaml
     from phimr_nemo.jobs.launch import start_stage
-    from phimr_nemo.jobs.machine import check_default
     from phimr_nemo.jobs.preflight import derived_numbers
 
     path = config if config is not None else Path("conf") / stage / "paper.yaml"
@@ -87,10 +86,8 @@ def _run_stage(
         for name, value in derived_numbers(stage, resolved).items():
             typer.echo(f"# {name}: {value}")
         return resolved
-    if config is None:
-        check_default(stage, path)
     started = time.monotonic()
-    resolved = start_stage(stage, path, overrides or [])
+    resolved = start_stage(stage, path, overrides or [], is_default=config is None)
     _close(stage, resolved, path, time.monotonic() - started)
     return resolved
 
@@ -237,6 +234,7 @@ def adopt(
 
     with stoppable("adopt"):
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+    typer.echo(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
 
 
 @app.command("import")

@@ -19,7 +19,6 @@ from phimr_nemo.config.alignment import OverlongResponses, RewardConfig, SoftOve
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.records import UNGRADED_VERDICTS
 from phimr_nemo.verify.extract import final_answer, visible_text
-from phimr_nemo.verify.verdict import UNGRADED
 
 CORRECT: Final = "correct"
 
