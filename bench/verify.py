@@ -7,6 +7,10 @@ beside the repository are taken if they are there ($PHIMR_SHARED_DATA), else the
 All three grade the same sample, taken at even steps; the grader also grades everything, and hostile answers.
 As many processes per item run at once as the grader has workers; each is forked from a process that has
 math-verify loaded, which is the fastest form of it. math-verify called directly works in one thread only.
+
+Then both, one answer after another, on answers of every class of bench/audit_classes.py: in a line, and behind
+12,000 characters of reasoning; a second of processor time counts here, workers included, and how long the slowest
+answer took.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
+from audit_classes import CLASSES, make_pairs
+from audit_graders import processor_seconds
 from common import machine, print_result, versions
 
 from phimr_nemo.verify import Grader
@@ -40,6 +46,10 @@ MIB: Final = 1 << 20
 TARGET: Final = 10.0
 SAMPLE: Final = {False: 400, True: 60}
 EVERYTHING: Final = {False: 1_000_000, True: 600}
+SPEED_TARGETS: Final = {"short answers": 4.0, "long responses": 3.0}
+"""Times math-verify's answers per second of processor time."""
+SPEED_EACH_CLASS: Final = {False: 40, True: 3}
+LONG_CHARS: Final = 12_000
 EXAMPLE = re.compile(r"^\| [^|]+ \| `(?P<gold>.+?)` \| `(?P<response>.+)` \| (?P<verdict>[a-z]+) \|$")
 HOSTILE: Final = [
     r"\boxed{9^{9^{9}}}",
@@ -179,6 +189,66 @@ def measure_hostile(workers: int) -> Row:
     }
 
 
+def reasoning(characters: int) -> str:
+    """Text as models write it: sentences with short formulas."""
+    steps = (
+        rf"Step {n}: we have ${n} \cdot 7 + 3 = {7 * n + 3}$, so $x_{{{n}}} = \frac{{{n}}}{{{n + 1}}}$; check it. "
+        for n in range(1, characters)
+    )
+    text = ""
+    for step in steps:
+        text += step
+        if len(text) >= characters:
+            break
+    return text[:characters].rpartition(". ")[0] + ".\n"
+
+
+def measure_speed(rows: list[Row], grade: Callable[[str, str], bool]) -> Row:
+    """Answers per second of processor time, one after another, and the wall time of the slowest."""
+    seconds = []
+    before = processor_seconds()
+    for row in rows:
+        start = time.perf_counter()
+        grade(row["response"], row["gold"])
+        seconds.append(time.perf_counter() - start)
+    rate = len(rows) / (processor_seconds() - before)
+    return {
+        "n": len(rows),
+        "per_cpu_second": round(rate, 1),
+        "slowest_seconds": round(max(seconds), 2),
+        "over_limit": sum(taken > DEADLINE_SECONDS for taken in seconds),
+    }
+
+
+def compare_speed(quick: bool) -> dict[str, Row]:
+    """Ours and math-verify on the same answers, short ones and long responses."""
+    answers = {}
+    for seed, (name, before) in enumerate({"short answers": "", "long responses": reasoning(LONG_CHARS)}.items()):
+        pairs = [pair for kind in CLASSES for pair in make_pairs(kind, SPEED_EACH_CLASS[quick], seed)]
+        answers[name] = [{"response": before + pair.response, "gold": pair.gold} for pair in pairs]
+    results: dict[str, Row] = {}
+    with Grader(workers=1) as grader:
+        grader.grade(r"\boxed{x+1}", "1+x")
+        direct(r"$\boxed{x+1}$", "1+x")
+        for name, rows in answers.items():
+            ours = measure_speed(rows, lambda response, gold: grader.grade(response, gold).verdict == "correct")
+            peer = measure_speed(rows, direct)
+            ratio = round(ours["per_cpu_second"] / peer["per_cpu_second"], 2)
+            results[name] = {"ours": ours, "math-verify": peer, "ratio": ratio, "target": SPEED_TARGETS[name]}
+    return results
+
+
+def print_speed(speed: dict[str, Row]) -> None:
+    columns = f"{'n':>6}{'ours':>9}{'math-verify':>13}{'ratio':>7}{'slowest':>9}{'over limit':>12}"
+    print(f"{'answers per CPU second':26}{columns}")
+    for name, row in speed.items():
+        ours, peer = row["ours"], row["math-verify"]
+        print(
+            f"{name:26}{ours['n']:>6}{ours['per_cpu_second']:>9}{peer['per_cpu_second']:>13}{row['ratio']:>7}"
+            f"{ours['slowest_seconds']:>8}s{ours['over_limit']:>12}"
+        )
+
+
 def print_table(results: dict[str, Row]) -> None:
     print(f"{'':36}{'n':>8}{'answers/s':>12}{'agreement':>12}{'peak MiB':>10}")
     for name, row in results.items():
@@ -202,7 +272,9 @@ def main() -> None:
         "grader, everything": measure_grader(everything, options.workers),
     }
     hostile = measure_hostile(options.workers)
+    speed = compare_speed(options.quick)
     print_table(results)
+    print_speed(speed)
     print(f"hostile answers: {hostile}")
     ours, peer = results["grader, sample"]["per_second"], results["math-verify, a process per item"]["per_second"]
     result = {
@@ -216,6 +288,8 @@ def main() -> None:
         "ratio_direct": round(ours / results["math-verify, called directly"]["per_second"], 2),
         "rows": results,
         "hostile": hostile,
+        "speed": speed,
+        "deadline_seconds": DEADLINE_SECONDS,
         "versions": versions("math-verify", "sympy", "antlr4-python3-runtime"),
         "machine": machine(workers=options.workers),
     }

@@ -24,6 +24,33 @@ class ForgettingConfig:
 
 
 @config
+class GraderErrorsConfig:
+    """The same reinforcement learning with graders that err.
+
+    Attributes:
+        output: where the arms, the tables and the pictures go.
+        base: Hugging Face directory of the model that every arm starts from.
+        prompts: of every arm.
+        seeds: of GRPO and of the evaluation's sampling.
+        steps: rounds of each arm.
+        settings: that differ from conf/grpo/tiny.yaml in every arm.
+        arms: name -> function of recipes/ablations/erring_grader.py; the others are compared with the first.
+        heldout_problems: questions of the evaluation.
+        evaluation_samples: answers a question.
+    """
+
+    output: Place
+    base: Place
+    prompts: Place
+    seeds: tuple[int, ...]
+    steps: Positive
+    settings: tuple[str, ...]
+    arms: dict[str, str]
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+
+@config
 class GRPORemediesConfig:
     """The ablation of GRPO's temperature, remedies and reward.
 

@@ -133,7 +133,7 @@ class SupervisedConfig:
             )
         metric = self.checkpoint.metric
         measured = {
-            "val_loss": self.validation_rows > 0 and (not self.max_steps or self.validate_every <= self.max_steps),
+            "val_loss": self.validation_rows > 0,
             "pass1": self.evaluation is not None,
             "loss": True,
         }
@@ -141,8 +141,7 @@ class SupervisedConfig:
             raise RuleBroken(
                 f"{AT}checkpoint.metric={metric} is never measured, and {AT}checkpoint.best or "
                 f"{AT}early_stopping goes by it",
-                rule=f"val_loss needs {AT}validation_rows and {AT}validate_every within the run, pass1 needs "
-                f"{AT}evaluation",
+                rule=f"val_loss needs {AT}validation_rows above 0, pass1 needs {AT}evaluation",
                 remedy=f"use {AT}checkpoint.metric=loss, or set what it needs, or leave "
                 f"{AT}checkpoint.best and {AT}early_stopping out",
             )

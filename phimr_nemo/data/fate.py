@@ -36,6 +36,7 @@ class Fate(IntEnum):
     TOO_HARD = 21
     FEW_SAMPLES = 22
     UNEVEN = 23
+    GOLD_UNREADABLE = 24
 
     @property
     def reason(self) -> str:
@@ -49,6 +50,7 @@ REASONS: Final[dict[Fate, str]] = {
     Fate.UNPARSABLE: "verdict unparsable",
     Fate.TIMEOUT: "verdict timeout",
     Fate.ERROR: "verdict error",
+    Fate.GOLD_UNREADABLE: "verdict gold_unreadable",
     Fate.CUT_OFF: "cut off",
     Fate.SPECIAL_TOKEN: "special token in text",
     Fate.DUPLICATE: "duplicate response",

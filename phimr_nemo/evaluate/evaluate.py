@@ -19,6 +19,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.statistics import majority_at_k, mean_and_clustered_error, pass_at_k
 from phimr_nemo.generate.engines import write_rollouts
 from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.records import UNGRADED_VERDICTS
 from phimr_nemo.store.shards import iter_shards, read_manifest, read_table
 from phimr_nemo.verify import GRADER_VERSION
 from phimr_nemo.verify.plug import plugged_name
@@ -84,12 +85,13 @@ class Result:
         truncated: share that ran into the token limit.
         stopped: share that ended by itself.
         unparsable: share without a final answer that could be read.
-        ungraded: share on which the grader timed out or failed; they count as not correct.
+        ungraded: share on which the grader timed out, failed or could not read the gold answer; not correct.
         mean_tokens: mean response length in tokens; NaN where nobody counted them.
         by_difficulty: score within each difficulty.
         per_question: problem id -> accuracy, for paired comparisons.
         majority_at_k: k -> maj@k of k responses drawn from those there are, for the same k as `pass_at_k`.
         lengths: of the responses; None where nobody counted tokens.
+        gold_unreadable: share whose gold answer the grader cannot read, a part of `ungraded`.
     """
 
     questions: int
@@ -107,6 +109,7 @@ class Result:
     per_question: Mapping[str, float]
     majority_at_k: Mapping[int, float]
     lengths: Lengths | None
+    gold_unreadable: float = 0.0
 
 
 def evaluate_model(config: EvaluateConfig, problems: pa.Table, facts: Mapping[str, Any]) -> Result:
@@ -204,12 +207,13 @@ def summarise(verdicts: pa.Table) -> Result:
         truncated=share("finish_reason", "length"),
         stopped=share("finish_reason", "stop"),
         unparsable=share("verdict", "unparsable"),
-        ungraded=share("verdict", "timeout", "error"),
+        ungraded=share("verdict", *UNGRADED_VERDICTS),
         mean_tokens=_mean([row["tokens"] for row in rows if row["tokens"] >= 0]),
         by_difficulty={name: _score(group) for name, group in sorted(groups.items())},
         per_question={question: sum(values) / len(values) for question, values in correct.items()},
         majority_at_k={k: sum(scores[k] for scores in majority) / len(majority) for k in draws},
         lengths=_lengths(rows),
+        gold_unreadable=share("verdict", "gold_unreadable"),
     )
 
 
@@ -306,6 +310,7 @@ def _result_of(values: Mapping[str, Any], path: Path) -> Result:
                 wrong=_number(lengths["wrong"]),
                 bins=tuple(int(count) for count in lengths["bins"]),
             ),
+            gold_unreadable=float(values.get("gold_unreadable", 0.0)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, repr(error)) from error

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PAGE: Final = "report.html"
 DROPPED: Final = "dropped: "
 INPUT: Final = "input: "
-GRADED: Final = ("correct", "wrong", "unparsable", "timeout", "error")
+GRADED: Final = ("correct", "wrong", "unparsable", "timeout", "error", "gold_unreadable")
 # Rows of these kinds are made of others: one input row may give none or several.
 ROLLOUTS_A_PAIR: Final = 2
 Counts = npt.NDArray[np.int64]

@@ -21,7 +21,10 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 Difficulty = Literal["elementary", "middle", "high_school", "college", "graduate"]
 DIFFICULTIES: Final[tuple[Difficulty, ...]] = get_args(Difficulty)
 
-VerdictName = Literal["correct", "wrong", "unparsable", "timeout", "error"]
+VerdictName = Literal["correct", "wrong", "unparsable", "timeout", "error", "gold_unreadable"]
+UNGRADED_VERDICTS: Final[tuple[VerdictName, ...]] = ("timeout", "error", "gold_unreadable")
+"""Verdicts that say nothing about the response: the grader gave up or failed, or the gold answer is at fault."""
+
 FinishReason = Literal["stop", "length"]
 
 

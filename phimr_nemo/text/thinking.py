@@ -1,4 +1,4 @@
-"""The tags around a response's thinking: ours, and those that other models write."""
+"""The tags around a response's thinking, as this recipe's models write them; `verify.turn` reads those of others."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ from typing import Final
 
 OPEN: Final = "<think>"
 CLOSE: Final = "</think>"
-KNOWN: Final = (
-    (OPEN, CLOSE),
-    ("<thinking>", "</thinking>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-)
-"""Opening and closing tags of reasoning models, ours first."""
 
 
 def with_thinking(thinking: str, answer: str, *, gap: str = "\n") -> str:

@@ -55,6 +55,7 @@ class CheckpointStore:
     def __init__(self, directory: Path, config: CheckpointConfig, judge: Judge) -> None:
         self.directory, self.config, self.judge = directory, config, judge
         self._best: int | None = None
+        self._damaged: set[int] = set()
         self._writing = AsyncCallsQueue()
 
     def path(self, step: int) -> Path:
@@ -132,9 +133,12 @@ class CheckpointStore:
 
     def _prune(self, newest: int) -> None:
         """Delete what is neither among the newest nor the best (process 0)."""
+        self._damaged.discard(newest)
         older = [path for path in checkpoints(self.directory) if checkpoint_step(path) <= newest and is_sealed(path)]
-        for path in older[self.config.keep :]:
-            if checkpoint_step(path) != self._best:
+        sound = [path for path in older if checkpoint_step(path) not in self._damaged]
+        keep = {*map(checkpoint_step, sound[: self.config.keep]), self._best}
+        for path in older:
+            if checkpoint_step(path) not in keep:
                 remove_checkpoint(path)
 
     def clear_unfinished(self) -> None:
@@ -165,6 +169,7 @@ class CheckpointStore:
         for path in usable:
             note = damage(path)
             if not note:
+                self._damaged = {step for step in self.steps() if step > checkpoint_step(path)}
                 return Path(path)
             notes.append(note)
             _warn(note)
@@ -173,11 +178,15 @@ class CheckpointStore:
         return None
 
     def best_whole(self, done: int) -> Measured | None:
-        """Return the best measured step of the first `done` whose checkpoint is whole; None without `best`, or where
-        nothing was measured. A better one that is damaged is named."""
+        """Return the best measured step of the first `done` whose checkpoint is whole; None without `best`.
+
+        Where nothing was measured it is None as well, with a warning. A better one that is damaged is named.
+        """
         if not self.config.best:
             return None
         history = self.judge.history(done)
+        if not history:
+            _warn(f"{self.judge.metric.name} was never measured: the last step, {done}, is exported as the best")
         while (best := best_of(history, self.judge.metric)) is not None:
             path = self.path(best.step)
             box: list[Any] = [is_sealed(path)]

@@ -13,23 +13,23 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.verify.compare import judge
 from phimr_nemo.verify.extract import Extraction, final_answer, gold_answer
 from phimr_nemo.verify.plug import MAX_RESPONSE_CHARS, plugged_name
-from phimr_nemo.verify.read.expression import Symbolic
+from phimr_nemo.verify.read.expression import Relation, Symbolic
 from phimr_nemo.verify.read.quantity import Number
 from phimr_nemo.verify.verdict import GRADER_VERSION, MAX_ANSWER_CHARS, NeedsWorker, Verdict
 from phimr_nemo.verify.workers.pool import Job, Pool
 
-SOFT_SECONDS: Final = 3.0
-DEADLINE_SECONDS: Final = 15.0
+SOFT_SECONDS: Final = 2.0
+DEADLINE_SECONDS: Final = 5.0
 MEMORY_BYTES: Final = 1 << 30
 
 
 class _Refuse:
     """A :class:`Symbolic` for the parent, where math-verify never runs."""
 
-    def equal(self, _gold: str, _predicted: str, _rounding: Number | None) -> bool:
+    def equal(self, _gold: str, _predicted: str, _rounding: Number | None, **_: bool) -> bool:
         raise NeedsWorker
 
-    def same_equation(self, _gold: tuple[str, str], _predicted: tuple[str, str]) -> bool:
+    def same_relation(self, _gold: Relation, _predicted: Relation) -> bool:
         raise NeedsWorker
 
 

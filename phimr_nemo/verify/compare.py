@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence as Many
+from fractions import Fraction
 from typing import Final
 
+from phimr_nemo.verify.algebra.term import Undecided
 from phimr_nemo.verify.extract import Extraction
-from phimr_nemo.verify.read.choice import same_choice, without_choice_label
-from phimr_nemo.verify.read.expression import Symbolic, check_expression, for_math_verify, same_expression
+from phimr_nemo.verify.read.brackets import Malformed, check_balance
+from phimr_nemo.verify.read.choice import same_choice, same_letters, without_choice_label
+from phimr_nemo.verify.read.expression import Symbolic, check_plain, same_expression
+from phimr_nemo.verify.read.nodes import Equation, Items, Leaf, Matrix, Node, Piecewise, Sequence, SetOf, Union
 from phimr_nemo.verify.read.normalise import canonical, key
-from phimr_nemo.verify.read.quantity import parse_number, split_quantity
-from phimr_nemo.verify.read.structure import (
-    Equation,
-    Items,
-    Leaf,
-    Malformed,
-    Matrix,
-    Node,
-    Sequence,
-    SetOf,
-    Union,
-    check_balance,
-    parse,
-)
+from phimr_nemo.verify.read.phrases import same_phrase
+from phimr_nemo.verify.read.quantity import Number, parse_number, split_quantity, without_remarks
+from phimr_nemo.verify.read.residue import parse_residues
+from phimr_nemo.verify.read.structure import is_label, parse
+from phimr_nemo.verify.relations import ORDER, Family, same_inequality, without_integers
 from phimr_nemo.verify.verdict import Unparsable, Verdict
 
 MAX_UNORDERED_COMPARISONS: Final = 64
@@ -56,7 +51,11 @@ def judge(gold: str, extraction: Extraction, symbolic: Symbolic) -> Verdict:
         if parts and equivalent(gold, parts, symbolic):
             return Verdict("correct", parts, "the boxes together are equal to the answer")
     except Unparsable as error:
-        return Verdict("unparsable", text, f"the {error.side}'s final answer: {error.problem}")
+        if error.side == "answer":
+            return Verdict("gold_unreadable", text, f"the gold answer: {error.problem}")
+        return Verdict("unparsable", text, f"the response's final answer: {error.problem}")
+    except Undecided as error:
+        return Verdict("timeout", text, f"not decided within the bounds: {error}")
     return Verdict("wrong", text, "not equal to the answer")
 
 
@@ -85,6 +84,14 @@ def equivalent(gold: str, predicted: str, symbolic: Symbolic) -> bool:
     if key(left) == key(right):
         _check("response", right)
         return True
+    if same_letters(left, right) or same_phrase(left, right):
+        return True
+    residues = parse_residues(left), parse_residues(right)
+    if any(residues):
+        return residues[0] == residues[1]
+    left, in_left = without_integers(without_remarks(left))
+    right, in_right = without_integers(without_remarks(right))
+    symbolic = Family(symbolic) if in_left or in_right else symbolic
     choice = same_choice(left, right)
     if choice is not None:
         return choice
@@ -127,7 +134,7 @@ def _parse(side: str, text: str) -> Node:
 
 def _is_quantity(text: str) -> bool:
     """Whether a canonical answer is one plain number, perhaps with a unit, a currency or a percent sign."""
-    return parse_number(key(split_quantity(text).core)) is not None
+    return parse_number(key(split_quantity(text).core)) is not None and not _SPACED_COMMA.search(text)
 
 
 def _same(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
@@ -139,6 +146,8 @@ def _same(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
         predicted = predicted.items[0]
     match gold, predicted:
         case Leaf(), Leaf():
+            if ORDER.search(gold.text) or ORDER.search(predicted.text):
+                return same_inequality(gold.text, predicted.text, symbolic)
             return same_expression(gold.text, predicted.text, symbolic)
         case (Items(items=a) | SetOf(items=a), Items(items=b) | SetOf(items=b)):
             return _same_unordered(a, b, symbolic)
@@ -148,6 +157,12 @@ def _same(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
             return _same_unordered(a, b, symbolic)
         case Sequence(), Sequence():
             return _same_sequence(gold, predicted, symbolic)
+        case Piecewise(), Piecewise():
+            return _same_pieces(gold, predicted, symbolic)
+        case (Sequence() | Matrix(), Leaf()):
+            return _same_vector(gold, predicted, symbolic)
+        case (Leaf(), Sequence() | Matrix()):
+            return _same_vector(predicted, gold, symbolic)
         case Matrix(), Matrix():
             return _same_matrix(gold, predicted, symbolic)
         case Matrix(), Sequence():
@@ -159,7 +174,10 @@ def _same(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
 
 
 def _values(nodes: Many[Node]) -> tuple[Node, ...]:
-    """The right sides of assignments, so that ``x=1, y=2`` can be compared with ``(1, 2)``."""
+    """The right sides of assignments, in the order of their names: ``x=1, y=2`` compares with ``(1, 2)``."""
+    named = {node.left: node for node in nodes if isinstance(node, Equation) and re.fullmatch(r"[a-z]", node.left)}
+    if len(named) == len(nodes):
+        nodes = [named[name] for name in sorted(named)]
     return tuple(Leaf(node.right) if isinstance(node, Equation) else node for node in nodes)
 
 
@@ -209,12 +227,55 @@ def _same_matrix(gold: Matrix, predicted: Matrix, symbolic: Symbolic) -> bool:
     return all(_same_ordered(a, b, symbolic) for a, b in zip(gold.rows, predicted.rows, strict=True))
 
 
+def _same_pieces(gold: Piecewise, predicted: Piecewise, symbolic: Symbolic) -> bool:
+    """Functions by pieces: the same values under the same conditions, in any order."""
+    if len(gold.rows) != len(predicted.rows):
+        return False
+    remaining = list(predicted.rows)
+    for value, condition in gold.rows:
+        found = next(
+            (
+                row
+                for row in remaining
+                if _same(value, row[0], symbolic) and (condition == row[1] or _same(condition, row[1], symbolic))
+            ),
+            None,
+        )
+        if found is None:
+            return False
+        remaining.remove(found)
+    return True
+
+
+_UNIT_VECTORS: Final = (r"\hat{i}", r"\hat{j}", r"\hat{k}")
+
+
+def _same_vector(vector: Sequence | Matrix, written: Leaf, symbolic: Symbolic) -> bool:
+    r"""A tuple or column against a sum of unit vectors, ``\hat{i}+2\hat{j}``."""
+    entries = vector.items if isinstance(vector, Sequence) else _vector(vector)
+    if not any(name in key(written.text) for name in _UNIT_VECTORS) or not 2 <= len(entries) <= len(_UNIT_VECTORS):
+        return False
+    if not all(isinstance(entry, Leaf) for entry in entries):
+        return False
+    total = " + ".join(
+        rf"({entry.text}) {name}"
+        for entry, name in zip(entries, _UNIT_VECTORS, strict=False)
+        if isinstance(entry, Leaf)
+    )
+    check_plain("response", written.text)
+    check_plain("answer", total)
+    return symbolic.equal(total, written.text, None)
+
+
 def _without_text(equation: Equation) -> tuple[str, ...]:
     """Both sides as keys, words with or without a text command alike."""
     return tuple(key(re.sub(r"\\text\{([^{}]*)\}", r"\1", side)) for side in (equation.left, equation.right))
 
 
+_SPACED_COMMA = re.compile(r"[0-9],\s+[0-9]")
 _PLAIN_INTEGER = re.compile(r"-?[0-9]+")
+_BRACKETED = re.compile(r"\s*[(\[][^()\[\]]*[0-9][^()\[\]]*,")
+_CONSTANT = re.compile(r"(?:[0-9.,+\-*/^(){}!\s%|:]|\\[a-z]+)+")
 _NAME = re.compile(r"^(?:\\text\{[^{}]*\}|\\?[A-Za-z][A-Za-z ]*)'*(?:_\{?[^{}=]{1,20}\}?)?'*(?:\([^()=]{1,40}\))?$")
 _APPLIED = re.compile(r"\([^()]{1,40}\)$")
 
@@ -222,25 +283,82 @@ _APPLIED = re.compile(r"\([^()]{1,40}\)$")
 def _same_equation(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
     """Equations against equations as such; an equation against a value by what it says the value is."""
     if isinstance(gold, Equation) and isinstance(predicted, Equation):
-        if _without_text(gold) == _without_text(predicted):
-            return True
-        if key(gold.left) == key(predicted.left):
-            return _same(_parse("answer", gold.right), _parse("response", predicted.right), symbolic)
-        names = _NAME.match(gold.left) is not None and _NAME.match(predicted.left) is not None
-        applied = bool(_APPLIED.search(gold.left)) != bool(_APPLIED.search(predicted.left))
-        if names and applied:
-            return _same(_parse("answer", gold.right), _parse("response", predicted.right), symbolic)
-        sides = (gold.left, gold.right), (predicted.left, predicted.right)
-        for side, pair in zip(("answer", "response"), sides, strict=True):
-            for text in pair:
-                check_expression(side, text)
-        prepared = for_math_verify(*sides[0], *sides[1])
-        return symbolic.same_equation((prepared[0], prepared[1]), (prepared[2], prepared[3]))
+        return _same_equations(gold, predicted, symbolic)
     if isinstance(predicted, Equation):
-        if _same(gold, _parse("response", predicted.right), symbolic):
-            return True
-        return bool(predicted.rounded) and _same(gold, _parse("response", predicted.rounded), symbolic)
+        return _says(predicted, gold, symbolic)
     assert isinstance(gold, Equation)
-    if not _NAME.match(gold.left):
+    if not (is_label(gold.left) or (gold.rounded and gold.left == gold.right)):
         return False
-    return _same(_parse("answer", gold.right), predicted, symbolic)
+    if _same(_parse("answer", gold.right), predicted, symbolic):
+        return True
+    return bool(gold.rounded) and _rounds_to(gold.rounded, predicted, symbolic)
+
+
+def _same_equations(gold: Equation, predicted: Equation, symbolic: Symbolic) -> bool:
+    if _without_text(gold) == _without_text(predicted):
+        return True
+    labels = is_label(gold.left) and is_label(predicted.left)
+    applied = bool(_APPLIED.search(gold.left)) != bool(_APPLIED.search(predicted.left))
+    tuples = gold.left.startswith("(") and predicted.left.startswith("(")
+    if key(gold.left) == key(predicted.left) or (labels and (applied or tuples)):
+        return _says(predicted, _parse("answer", gold.right), symbolic)
+    if gold.between or predicted.between or gold.rounded or predicted.rounded:
+        return labels and _NAME.match(gold.left) is None and _says(predicted, _parse("answer", gold.right), symbolic)
+    sides = (gold.left, gold.right), (predicted.left, predicted.right)
+    for side, pair in zip(("answer", "response"), sides, strict=True):
+        for text in pair:
+            check_plain(side, text)
+    return symbolic.same_relation((sides[0][0], "=", sides[0][1]), (sides[1][0], "=", sides[1][1]))
+
+
+def _says(predicted: Equation, gold: Node, symbolic: Symbolic) -> bool:
+    """Whether an equation of the response says that its value is the gold one, and no other value beside it."""
+    if predicted.left.lstrip().startswith((r"\{", r"\begin")) or _BRACKETED.match(predicted.left):
+        sides = [_parse("response", side) for side in (predicted.left, *predicted.between, predicted.right)]
+        return all(_same(gold, side, symbolic) for side in sides)
+    constant = _CONSTANT.fullmatch(predicted.left) is not None
+    named = is_label(predicted.left)
+    if not (named or constant):
+        return False
+    first = predicted.between[0] if named and predicted.between else predicted.left if not named else predicted.right
+    claimed = _is_quantity(first) and _is_quantity(predicted.right)
+    if claimed and not _same(Leaf(first), Leaf(predicted.right), symbolic):
+        return False
+    if _contradicts_itself(predicted, symbolic):
+        return False
+    if _same(gold, _parse("response", predicted.right), symbolic):
+        return named or claimed or predicted.left == predicted.right or _same(gold, Leaf(predicted.left), symbolic)
+    if not predicted.rounded or not _same(gold, _parse("response", predicted.rounded), symbolic):
+        return False
+    return _rounds_to(predicted.rounded, Leaf(predicted.right), symbolic)
+
+
+def _contradicts_itself(predicted: Equation, symbolic: Symbolic) -> bool:
+    """Whether ``166 \\approx 167`` names two answers; of a named value only where both are plain integers."""
+    if not predicted.rounded or predicted.rounded == predicted.right:
+        return False
+    unnamed = predicted.left == predicted.right
+    integers = _PLAIN_INTEGER.fullmatch(predicted.rounded) and _PLAIN_INTEGER.fullmatch(predicted.right)
+    if not (unnamed or (integers and not predicted.between)):
+        return False
+    exact, rounded = split_quantity(predicted.right), split_quantity(predicted.rounded)
+    number = parse_number(key(rounded.core))
+    if number is None or rounded.percent or exact.percent or (exact.unit and rounded.unit):
+        return False
+    return not _rounds_to(predicted.rounded, Leaf(predicted.right), symbolic, cut_off=True)
+
+
+def _rounds_to(rounded: str, exact: Node, symbolic: Symbolic, *, cut_off: bool = False) -> bool:
+    """Whether a value rounds (or is cut off) to one that is written behind an approximation sign."""
+    number = parse_number(key(split_quantity(rounded).core))
+    if number is None or not isinstance(exact, Leaf):
+        return False
+    core = split_quantity(exact.text).core
+    own = parse_number(key(core))
+    place = number.last_place or Fraction(1)
+    if own is not None:
+        gap = abs(own.value - number.value)
+        return gap < place if cut_off else gap * 2 <= place
+    place *= 2 if cut_off else 1
+    check_plain("response", core)
+    return symbolic.equal(key(split_quantity(rounded).core), core, Number(number.value, number.digits, place))

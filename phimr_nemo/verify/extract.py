@@ -11,16 +11,27 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from phimr_nemo.text.thinking import KNOWN
 from phimr_nemo.verify.read.names import words
+from phimr_nemo.verify.turn import visible_text
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 
 BOX_COMMANDS: Final = ("\\boxed", "\\fbox")
 MAX_BOXES: Final = 32
+MAX_MISSING_BRACES: Final = 3
 MAX_BOX_JOIN_CHARS: Final = 60
 TAIL_CHARS: Final = 4096
 CLOSING_CHARS: Final = 1200
 CLOSING_SENTENCES: Final = 8
+MAX_BARE_CHARS: Final = 300
+MAX_BARE_TEXT: Final = 40
+MAX_BARE_WORDS: Final = 3
+MAX_BARE_CJK: Final = 4
+_WORD_IN_FRONT = re.compile(r"[A-Za-z]{2,}[,:]?\s+[^\s=]|.{0,40}[.:]\s+[A-Za-z]{2,}\s")
+_OPEN_BRACE = re.compile(r"(?<!\\)\{")
+_CLOSED_BRACE = re.compile(r"(?<!\\)\}")
+_LIST_ITEM = re.compile(r"\s*(?:[-*•]|[0-9]{1,2}[.)])\s+\S")
+_SPACES = re.compile(r"[ \t]{2,}")
+_CUT_OFF = re.compile(r"[=+\-*/^_({,:]\s*$")
 
 _SPECIAL_TOKENS = re.compile(r"<\|[A-Za-z_]{1,40}\|>|</?s>|</?(?:answer|solution)>")
 _BOX_JOIN = re.compile(
@@ -28,16 +39,40 @@ _BOX_JOIN = re.compile(
     r"[\s$(\[\\]*(?:,|;|and\b|or\b)?[\s$(\[\\]*(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?[\s$]*"
 )
 _MARKERS = re.compile(
-    r"\#{4}[ \t]*(?P<hash>[^\n]+)"
-    r"|(?:^|\n)[ \t]*(?:\*\*)?(?:A|Answer|Final answer)(?:\*\*)?[ \t]*[:：](?P<line>[^\n]*\n?[^\n]*)"
-    r"|答案[ \t]*(?:是|为|：|:)(?P<chinese>[^\n]*)"
-    r"|\b(?:final[ \t]+)?(?:answer|option|choice)(?:[ \t]+(?:for|to)[ \t][^\n.:]{1,80})?[ \t]*(?:\*\*)?[ \t]*"
-    r"(?:is|are|=|:|：|should be|must be|would be)(?:\*\*)?(?P<phrase>[^\n]*\n?\s*[^\n]*)",
+    r"\#{4}(?!\#)[ \t]*(?=[^\n])"
+    r"|(?:(?<=\n)|(?<![\s\S]))[ \t]*(?:[^\w\s\\$]{1,8}[ \t]*)?"
+    r"(?:A(?=[*]{0,2}[ \t]*[:：])|(?:the[ \t]+)?(?:final[ \t]+|correct[ \t]+)?ans(?:wer)?)"
+    r"(?:\*\*)?(?:[ \t]*[:：.][ \t]*(?:\*\*)?|[ \t]+[-–—][ \t]+|[ \t]*(?:\*\*)?[ \t]*\n)"
+    r"|答案[ \t]*(?:是|为|：|:|选)+"
+    r"|\b(?:final[ \t]+)?(?:answer|option|choice)(?:[ \t]+(?:for|to|of)[ \t][^\n.:]{1,80}?)?[ \t]*(?:\*\*)?[ \t]*"
+    r"(?:is|are|=|:|：|should be|must be|would be)(?![A-Za-z])(?:\*\*)?",
     re.IGNORECASE,
 )
+_CHOSEN = re.compile(
+    r"(?:(?i:option|choice|answer)[ \t]*\(?(?P<named>[A-J])\)?[ \t]+(?i:is|are)[ \t]+(?i:the[ \t]+)?"
+    r"(?i:correct|right|best|true))"
+    r"|\bI(?:'d|[ \t]+would|[ \t]+will)?[ \t]+(?:choose|pick|select|go[ \t]+with)[ \t]+"
+    r"(?i:option|choice|answer)?[ \t]*\(?(?P<picked>[A-J])\)?(?![A-Za-z])"
+    r"|\b[iI]t(?:'s|[ \t]+is|[ \t]+must[ \t]+be|[ \t]+should[ \t]+be)[ \t]+(?i:option|choice)?[ \t]*"
+    r"\(?(?P<it>[A-J])\)?(?=[ \t]*(?:[.!]|$|\n))"
+    r"|(?:故|应|因此|所以)?(?:选择?|选项)[ \t]*(?:是|为)?[ \t]*[:：]?[ \t]*\(?(?P<chinese>[A-J](?:[、,，]?[A-J])*)\)?"
+)
+_LETTER_FIRST = re.compile(r"\s*\(?(?P<letter>[A-J])(?:\)|[.:]|\)[.:])\s+[A-Z][a-z]")
+_ADVERB = re.compile(
+    r"(?:surely|clearly|definitely|obviously|therefore|simply|thus|indeed|probably|just|exactly|option|choice"
+    r"|most likely)\s+",
+    re.IGNORECASE,
+)
+_TAGGED = re.compile(r"<answer>(.{0,20000}?)</answer>", re.DOTALL | re.IGNORECASE)
+_CONCLUDES = re.compile(
+    r"\b(?:so|therefore|thus|hence|answer|result|conclude|follows|finally|solution|equals|value)\b", re.IGNORECASE
+)
+_PLAIN_EQUATION = re.compile(r"(?<![\w(])([A-Za-z][A-Za-z0-9_]{0,8}(?:\([a-z]\))?\s*=\s*[^=,;]{1,80})$")
+_STRAY_DOLLAR = re.compile(r"^.*\\\$\s*=\s*", re.DOTALL)
+_FOR_ALL = re.compile(r"\s*,?\s*\bfor (?:all|every|any)\b.*$")
 _MATH = re.compile(
     r"\$\$(?P<display>[^$]{1,2000})\$\$|\\\[(?P<bracket>.{1,2000}?)\\\]"
-    r"|\\\((?P<paren>.{1,2000}?)\\\)|(?<![\\$])\$(?P<inline>[^$\n]{1,2000})\$(?![0-9])",
+    r"|\\\((?P<paren>.{1,2000}?)\\\)|(?<![\\$])\$(?P<inline>(?:[^$\n\\]|\\.){1,2000})\$(?![0-9])",
     re.DOTALL,
 )
 _SENTENCE_END = re.compile(r"(?<=[a-zA-Z0-9)}$%\]*])[.!?](?:\*\*)?(?=\s|$)|\n|。")
@@ -79,18 +114,6 @@ class Extraction:
     how: str = ""
 
 
-def visible_text(response: str) -> str | None:
-    """The text after the thinking, without special tokens; None when the thinking never ended."""
-    start = 0
-    for _, closing in KNOWN:
-        found = response.rfind(closing)
-        if found >= 0:
-            start = max(start, found + len(closing))
-    if any(response.find(opening, start) >= 0 for opening, _ in KNOWN):
-        return None
-    return response[start:]
-
-
 def final_answer(response: str) -> Extraction:
     """The final answer of a model's response.
 
@@ -105,21 +128,70 @@ def final_answer(response: str) -> Extraction:
         return Extraction("", how="the thinking never ended")
     if not text.strip():
         return Extraction("", how="the response is empty")
+    tagged = _TAGGED.findall(text)
+    if tagged and tagged[-1].strip():
+        return _in_text(tagged[-1].strip(), whole=True)
+    return _in_text(text, whole=False)
+
+
+def _in_text(text: str, *, whole: bool) -> Extraction:
+    """The answer in a text; where `whole`, the text is the answer unless it announces one."""
     boxes = _boxes(text)
     if boxes:
         return _from_boxes(text, boxes)
-    tail = _SPECIAL_TOKENS.sub(" ", text[-TAIL_CHARS:]).rstrip()
+    tail = _SPECIAL_TOKENS.sub(" ", _SPACES.sub(" ", text[-TAIL_CHARS:])).rstrip()
     marked = _after_marker(tail)
     if marked:
         return Extraction(marked, how="marker")
+    chosen = _chosen_letter(tail)
+    if chosen:
+        return Extraction(chosen, how="choice")
+    if len(text) <= MAX_BARE_CHARS and (whole or _is_bare(tail.strip())):
+        return Extraction(tail.strip() if whole else _trim_phrase(tail).removesuffix("$"), how="bare")
     closing = _closing_value(tail)
     if closing:
         return Extraction(closing, how="closing")
     return Extraction("", how="no final answer in the response")
 
 
+def _is_bare(text: str) -> bool:
+    """Whether a text is nothing but an answer: one line or formula, with hardly any words."""
+    formula = _MATH.fullmatch(text)
+    if formula:
+        return True
+    if "\n" in text or not text:
+        return False
+    if any(command in text for command in BOX_COMMANDS) or len(re.findall("[\u4e00-\u9fff]", text)) > MAX_BARE_CJK:
+        return False
+    found = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\text\{[^{}]*\}", "", text))
+    if re.search(r"[0-9]|\\[A-Za-z]", text):
+        in_front = _WORD_IN_FRONT.match(text) is not None
+        return len(found) <= MAX_BARE_WORDS and not in_front and not _CUT_OFF.search(text)
+    if re.fullmatch(r"\(?[A-J]\)?[.:]?", text):
+        return True
+    return 0 < len(found) <= 2 and not re.search(r"\bI\b|[.?!:]\s*$", text) and len(text) <= MAX_BARE_TEXT
+
+
+def _chosen_letter(tail: str) -> str:
+    """The letter that a sentence chooses, the last one that does."""
+    found = list(_CHOSEN.finditer(tail))
+    if found:
+        return found[-1].group(found[-1].lastgroup or 0)
+    first = _LETTER_FIRST.match(tail)
+    return first["letter"] if first and len(tail) <= MAX_BARE_CHARS else ""
+
+
 def gold_answer(answer: str) -> str:
-    """The gold answer itself, from a bare answer or from a worked solution that ends in one."""
+    """The gold answer itself, from a bare answer or from a worked solution that ends in one.
+
+    Braces that a source has cut off at the end are put back.
+    """
+    found = _gold_answer(answer)
+    missing = len(_OPEN_BRACE.findall(found)) - len(_CLOSED_BRACE.findall(found))
+    return found + "}" * missing if 0 < missing <= MAX_MISSING_BRACES else found
+
+
+def _gold_answer(answer: str) -> str:
     answer = answer.strip()
     boxes = _boxes(answer)
     if boxes:
@@ -127,7 +199,7 @@ def gold_answer(answer: str) -> str:
     if "####" in answer:
         return answer.rsplit("####", 1)[1].strip()
     if "\n" in answer:
-        marked = _after_marker(answer[-TAIL_CHARS:])
+        marked = _after_marker(_SPACES.sub(" ", answer[-TAIL_CHARS:]))
         if marked:
             return marked
     return answer
@@ -200,8 +272,7 @@ def _from_boxes(text: str, boxes: list[_Box]) -> Extraction:
 def _after_marker(tail: str) -> str:
     """The answer after the last phrase that announces one."""
     for match in reversed(list(_MARKERS.finditer(tail))):
-        name = match.lastgroup or ""
-        value = _trim_phrase(match.group(name))
+        value = _trim_phrase(_following(tail, match.end()))
         if value.lower() in _NO_ANSWERS:
             continue
         if value and (re.search(r"[0-9]|\\[A-Za-z]|^\(?[A-Za-z]\)?\b", value) or len(value.split()) <= 3):
@@ -209,8 +280,28 @@ def _after_marker(tail: str) -> str:
     return ""
 
 
+def _following(tail: str, start: int) -> str:
+    """The rest of the line, with the next one: a formula may stand there."""
+    rest = tail[start:].lstrip()
+    lines = [line for line in rest.split("\n") if line.strip()]
+    if len(lines) > 1 and all(_LIST_ITEM.match(line) for line in lines[:2]):
+        return ""  # a list of several results announces none of them
+    if rest.startswith(("$$", r"\[")):
+        return rest
+    line, _, more = rest.partition("\n")
+    after = more.lstrip()
+    return (
+        line
+        if line.strip("*_ :") and not line.rstrip().endswith(("$", "("))
+        else line + "\n" + after.partition("\n")[0]
+    )
+
+
 def _trim_phrase(phrase: str) -> str:
     """Cut a phrase down to the value that it starts with: a formula, a bold part, else its first sentence."""
+    phrase = (
+        _ADVERB.sub("", phrase.strip().lstrip(":：*").strip(), count=1) if _ADVERB.match(phrase.strip()) else phrase
+    )
     phrase = phrase.strip().lstrip(":：*").strip()
     formula = _MATH.match(phrase)
     if formula and formula.lastgroup:
@@ -235,9 +326,18 @@ def _closing_value(tail: str) -> str:
     if not _FINISHED.search(tail) and not _CONCLUDING_LINE.search(tail):
         return ""
     sentences = [part for part in _SENTENCE_END.split(tail[-CLOSING_CHARS:]) if part and part.strip()]
+    if tail.endswith("?"):
+        sentences = sentences[:-1]  # a question claims nothing
     for sentence in reversed(sentences[-CLOSING_SENTENCES:]):
         if _NUMBER.search(sentence):
             return _value_in_sentence(sentence)
+        if _CONCLUDES.search(sentence):
+            formulas = [match for match in _MATH.finditer(sentence) if match.lastgroup]
+            if formulas:
+                return formulas[-1].group(formulas[-1].lastgroup or 0).strip()
+            equation = _PLAIN_EQUATION.search(_FOR_ALL.sub("", sentence.strip()))
+            if equation:
+                return equation.group(1).strip()
     return ""
 
 
@@ -254,4 +354,4 @@ def _value_in_sentence(sentence: str) -> str:
     after = [value for value in values if claims and value.start() >= claims[-1].end()]
     ends_in_equation = values[-1] in formulas and "=" in values[-1].group()
     chosen = after[0] if after and not ends_in_equation else values[-1]
-    return chosen.group(chosen.lastgroup or 0).strip()
+    return _STRAY_DOLLAR.sub("", chosen.group(chosen.lastgroup or 0)).strip()

@@ -27,7 +27,8 @@ from phimr_nemo.store.shards import (
 from phimr_nemo.verify.answer import DEADLINE_SECONDS, Grader
 from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_rows, write_row
 from phimr_nemo.verify.judge import Judge, judged_grader, write_report
-from phimr_nemo.verify.verdict import Verdict
+from phimr_nemo.verify.plug import plugged_name
+from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,9 +96,13 @@ def verify_rollouts(
         UserError: the rollouts are absent, unfinished or damaged, or the judge's endpoint fails.
     """
     manifest = read_manifest(rollouts_dir, "rollouts")
+    name_of_grader = GRADER_VERSION if function is None else plugged_name(function)
+    if judge is not None:
+        name_of_grader = judged_grader(name_of_grader, judge)
     if is_complete(out_dir, "verdicts"):
         done = read_manifest(out_dir, "verdicts")
-        if done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}:
+        same = done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}
+        if same and _graders(out_dir) <= {name_of_grader}:
             return {"rows": done.rows, **done.counts}
     shards = sorted(manifest.shards.items(), key=lambda item: (len(item[0]), item[0]))
     with (
@@ -107,7 +112,6 @@ def verify_rollouts(
         else Judge(judge, out_dir / JUDGE_DIRECTORY, shard_index) as judging,
         Progress(manifest.rows, title="verify", unit="answer") as progress,
     ):
-        name_of_grader = grader.name if judge is None else judged_grader(grader.name, judge)
         for index, (name, sha256) in enumerate(shards):
             if index % shard_count != shard_index:
                 continue
@@ -162,6 +166,14 @@ def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
     for row, verdict in zip(rows, verdicts, strict=True):
         row.update(verdict=verdict.verdict, extracted=verdict.extracted, reason=verdict.reason, grader=grader.name)
     return rows_to_table(rows, "verdicts")
+
+
+def _graders(out_dir: Path) -> set[str]:
+    """What graded the verdicts of a directory."""
+    import pyarrow.parquet as pq
+
+    parts = sorted(out_dir.glob("part-*.parquet"))
+    return {name for path in parts for name in pq.read_table(path, columns=["grader"])["grader"].unique().to_pylist()}
 
 
 def _named(verdicts: pa.Table, grader: str) -> pa.Table:

@@ -8,8 +8,11 @@ from typing import Final
 from phimr_nemo.store.records import VerdictName
 
 MATH_VERIFY_VERSION: Final = "0.9.0"
-POLICY_VERSION: Final = "1"
+POLICY_VERSION: Final = "2"
 GRADER_VERSION: Final = f"phimr-{POLICY_VERSION}+math-verify-{MATH_VERIFY_VERSION}"
+
+UNGRADED: Final[frozenset[VerdictName]] = frozenset({"error", "timeout"})
+"""Verdicts that say something about the grader and nothing about the response."""
 
 MAX_ANSWER_CHARS: Final = 2048
 """A longer final answer is never looked at: no answer of the supported sources is half as long."""
@@ -21,8 +24,9 @@ class Verdict:
 
     Attributes:
         verdict: "correct"; "wrong"; "unparsable" (no final answer, or one that is no mathematics);
-            "timeout" (not decided within the limits); "error" (the gold answer is unusable, or the
-            worker died on it twice).
+            "timeout" (not decided within the limits); "error" (the gold answer is empty or too long, or the
+            grader failed on the pair); "gold_unreadable" (the gold answer is no mathematics). The last three
+            say nothing about the response.
         extracted: the final answer found in the response, at most `MAX_ANSWER_CHARS` characters.
         reason: how the verdict came about, for people and for counting.
     """

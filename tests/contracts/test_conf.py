@@ -22,6 +22,7 @@ from phimr_nemo.config.ablations import (
     DirectSFTConfig,
     DPONegativesConfig,
     ForgettingConfig,
+    GraderErrorsConfig,
     GRPORemediesConfig,
     GRPOSizesConfig,
     MidtrainPackingConfig,
@@ -43,6 +44,7 @@ OTHERS = ("model", "cluster", "plan", "ablations")
 ABLATIONS: dict[str, type[Any]] = {
     "dpo_negatives": DPONegativesConfig,
     "forgetting": ForgettingConfig,
+    "grader_errors": GraderErrorsConfig,
     "grpo_remedies": GRPORemediesConfig,
     "grpo_sizes": GRPOSizesConfig,
     "stopping": StoppingConfig,

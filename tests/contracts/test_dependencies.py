@@ -20,7 +20,7 @@ TIERS = (
     {"evaluate", "plan"},
     {"report"},
     {"training"},
-    {"supervised", "align"},
+    {"supervised", "align", "bridges"},
     {"jobs"},
     {"cli"},
     # A recipe is the command.
@@ -44,15 +44,16 @@ LIGHT = (
 )
 HEAVY = ("torch", "transformers", "nemo", "nemo_run", "megatron", "nemo_aligner", "lightning", "vllm", "datasets")
 # The parts that a package may be imported in, and in how many files.
-MAX_MEGATRON_FILES = 24
+MAX_MEGATRON_FILES = 26
 # In the process, in the server, in its workers.
 MAX_VLLM_FILES = 3
 HOMES = {
-    "megatron": ({"model", "losses", "training", "supervised", "align"}, MAX_MEGATRON_FILES),
+    "megatron": ({"model", "losses", "training", "supervised", "align", "bridges"}, MAX_MEGATRON_FILES),
     "nemo": ({"training", "supervised", "align"}, None),
     "nemo_aligner": ({"align"}, None),
     "nemo_run": ({"recipes", "jobs"}, None),
     "vllm": ({"generate"}, MAX_VLLM_FILES),
+    "trl": ({"bridges"}, 1),
 }
 POINTER = re.compile(r"(phimr_nemo|recipes)(\.\w+)*:\w+")
 OWN_NAME = re.compile(r"(phimr_nemo|recipes)(\.\w+)*(:\w+)?")

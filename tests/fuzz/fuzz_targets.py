@@ -75,7 +75,7 @@ def answer() -> Target:
             assert decided.gold
             assert decided.text
             return
-        assert decided.verdict in ("correct", "wrong", "unparsable", "error")
+        assert decided.verdict in ("correct", "wrong", "unparsable", "error", "gold_unreadable", "timeout")
         assert len(decided.extracted) <= MAX_ANSWER_CHARS
         if decided.verdict == "correct":
             assert response.strip()

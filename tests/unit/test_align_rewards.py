@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -20,6 +21,7 @@ from phimr_nemo.align.grpo.rewards import (
 from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.config.alignment import KeptOverlong, RewardConfig, SoftOverlong
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.records import VerdictName
 from phimr_nemo.verify import grade
 
 KEEP = KeptOverlong(kind="keep")
@@ -94,8 +96,5 @@ def test_a_function_that_is_not_there_is_named(spec: str) -> None:
 
 
 def test_the_grader_s_giving_up_is_no_verdict_on_the_response() -> None:
-    assert [name for name in ("correct", "wrong", "unparsable", "timeout", "error") if not is_graded(name)] == [
-        "timeout",
-        "error",
-    ]
+    assert {name for name in get_args(VerdictName) if not is_graded(name)} == {"timeout", "error", "gold_unreadable"}
     assert not is_graded(grade("\\boxed{2}", "").verdict)

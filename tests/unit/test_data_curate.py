@@ -26,6 +26,7 @@ from phimr_nemo.data.curate.narrow import VERDICTS, Narrow, narrow_columns
 from phimr_nemo.data.fate import MAX_CANDIDATES, REASONS, Fate
 from phimr_nemo.data.repetition import repetition
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.records import UNGRADED_VERDICTS
 from phimr_nemo.store.shards import rows_to_table
 
 NUMBERS = itertools.count()
@@ -87,6 +88,7 @@ def test_midtrain_keeps_the_verified_and_says_why_not_the_rest() -> None:
         (verdict("a", "three"), "OVER_LIMIT"),
         (verdict("b", "x", "wrong"), "WRONG"),
         (verdict("b", "y", "timeout"), "TIMEOUT"),
+        (verdict("b", "z", "gold_unreadable"), "GOLD_UNREADABLE"),
         (verdict("b", "z", finish_reason="length"), "CUT_OFF"),
         (verdict("b", "forged <|end|><|user|>"), "SPECIAL_TOKEN"),
         (verdict("b", "not forged <| end |>"), "KEPT"),
@@ -199,7 +201,7 @@ def test_one_boxed_answer_counts_after_the_thinking(response: str, kept: bool) -
 def test_pair_candidates_against_the_rule_row_by_row(drawn: list[dict[str, Any]]) -> None:
     expected = []
     for row in drawn:
-        if row["verdict"] in ("timeout", "error"):
+        if row["verdict"] in UNGRADED_VERDICTS:
             expected.append("UNGRADED")
         elif row["verdict"] == "correct" and row["finish_reason"] != "stop":
             expected.append("CUT_OFF")
@@ -329,7 +331,7 @@ def test_prompt_numbers_are_those_of_numpy(drawn: list[dict[str, Any]]) -> None:
     for place, first in enumerate(found.row.tolist()):
         mine = [row for row in drawn if row["problem_id"] == drawn[first]["problem_id"]]
         assert mine[0] == drawn[first]
-        graded = [row for row in mine if row["verdict"] not in ("timeout", "error")]
+        graded = [row for row in mine if row["verdict"] not in UNGRADED_VERDICTS]
         if not graded:
             assert found.fates[place] in (Fate.FEW_SAMPLES, Fate.SPECIAL_TOKEN)
             continue

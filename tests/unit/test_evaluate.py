@@ -92,6 +92,15 @@ def test_the_summary_counts_right() -> None:
     assert got.by_difficulty["unknown"].pass1 == 0.5
 
 
+def test_gold_answers_that_cannot_be_read_are_counted_apart() -> None:
+    rows = verdict_table().to_pylist()
+    rows[0]["verdict"] = "gold_unreadable"
+    got = summarise(pa.Table.from_pylist(rows))
+    assert got.gold_unreadable == pytest.approx(1 / 16)
+    assert got.ungraded == pytest.approx(2 / 16)
+    assert got.unparsable == pytest.approx(2 / 16)
+
+
 def test_the_result_reads_back(tmp_path: Path) -> None:
     result = summarise(verdict_table())
     write_result(tmp_path / "results.json", result, {"samples": 4})

@@ -1,4 +1,4 @@
-"""Early stopping as a pure function of the validation curve."""
+"""What a run is judged by: measurements from its metrics, the best of them, early stopping as a pure function."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from phimr_nemo.training.early_stopping import has_converged
+from phimr_nemo.training.early_stopping import Measured, best_of, has_converged, measurements
 from phimr_nemo.training.metrics import metrics_of
 
 LOSS = metrics_of("sft")["val_loss"]
@@ -68,3 +68,45 @@ def test_brute_force() -> None:
         patience, min_delta = int(rng.integers(1, 4)), float(rng.choice([0.0, 0.1, 0.3]))
         assert has_converged(losses, patience, min_delta, LOSS) == (since_progress(losses, min_delta)[0] >= patience)
     assert not has_converged([], 1, 0.0, LOSS)
+
+
+def test_a_metric_that_rises_is_the_mirror_image_of_one_that_falls() -> None:
+    rate = metrics_of("grpo")["pass_rate"]
+    rng = np.random.default_rng(2)
+    for _ in range(100):
+        values = [float(x) for x in rng.random(rng.integers(1, 9))]
+        patience, min_delta = int(rng.integers(1, 4)), float(rng.choice([0.0, 0.1, 0.3]))
+        mirrored = has_converged([-value for value in values], patience, min_delta, LOSS)
+        assert has_converged(values, patience, min_delta, rate) == mirrored
+
+
+def rows(name: str, values: list[float]) -> list[dict[str, float]]:
+    return [{"step": step, name: value} for step, value in enumerate(values, start=1)]
+
+
+def test_a_metric_of_the_log_is_the_mean_since_the_checkpoint_before() -> None:
+    """Checkpoints after steps 2, 4 and the last, 5; a step that was skipped has no finite loss."""
+    loss = metrics_of("dpo")["loss"]
+    lines = rows("loss", [8.0, 4.0, 2.0, math.nan, 1.0])
+    for done, expected in (
+        (1, []),
+        (2, [Measured(2, 6.0)]),
+        (3, [Measured(2, 6.0)]),
+        (4, [Measured(2, 6.0), Measured(4, 2.0)]),
+        (5, [Measured(2, 6.0), Measured(4, 2.0), Measured(5, 1.0)]),
+    ):
+        assert measurements(lines, loss, every=2, last=5, done=done) == expected
+
+
+def test_a_validation_speaks_for_its_own_step() -> None:
+    lines = [{"step": 2, "loss": 1.0}, {"step": 2, "val_loss": 3.0}, {"step": 4, "val_loss": 2.0}]
+    assert measurements(lines, LOSS, every=2, last=6, done=6) == [Measured(2, 3.0), Measured(4, 2.0)]
+    # A run that continues at step 3 does not know yet what came after it.
+    assert measurements(lines, LOSS, every=2, last=6, done=3) == [Measured(2, 3.0)]
+
+
+def test_the_best_is_the_first_of_the_best_in_the_metrics_direction() -> None:
+    history = [Measured(1, 2.0), Measured(2, 1.0), Measured(3, 1.0), Measured(4, 3.0), Measured(5, 3.0)]
+    assert best_of(history, LOSS) == Measured(2, 1.0)
+    assert best_of(history, metrics_of("grpo")["reward"]) == Measured(4, 3.0)
+    assert best_of([], LOSS) is None

@@ -38,3 +38,13 @@ def test_no_spike_before_the_window_is_full_and_none_without_a_rule() -> None:
     assert judge(1e9, 1.0, [1.0] * (WINDOW - 1), config).action == "train"
     assert judge(1e9, 1.0, [1.0] * WINDOW, config).action == "stop"
     assert judge(1e9, 1.0, [1.0] * WINDOW, GuardConfig(on_nan="stop")).action == "train"
+
+
+def test_the_spike_can_be_the_gradients() -> None:
+    """A policy gradient's loss lies around 0: only the norm tells."""
+    config = GuardConfig(on_nan="stop", spike_factor=2.0, spike_window=WINDOW, on_spike="skip", spike_of="grad_norm")
+    accepted = [1.0] * WINDOW
+    assert judge(-5.0, 2.0, accepted, config).action == "train"
+    finding = judge(-5.0, 2.5, accepted, config)
+    assert finding.action == "skip"
+    assert "grad_norm 2.5000" in finding.reason

@@ -69,6 +69,24 @@ def test_bad_values_are_named(overrides: str, key: str) -> None:
         settings("midtrain", *overrides.split())
 
 
+@pytest.mark.parametrize(
+    ("stage", "overrides", "named"),
+    [
+        ("midtrain", "checkpoint.best=true validation_rows=0", "checkpoint.metric=val_loss is never measured"),
+        (
+            "sft",
+            "checkpoint.metric=pass1 early_stopping.patience=1 early_stopping.min_delta=0",
+            "checkpoint.metric=pass1",
+        ),
+        ("dpo", "checkpoint.metric=val_loss", "checkpoint.metric"),
+        ("grpo", "guard.on_nan=skip guard.spike_factor=2", "guard.spike_of=loss"),
+    ],
+)
+def test_a_measure_that_there_never_is_is_refused(stage: str, overrides: str, named: str) -> None:
+    with pytest.raises(UserError, match=named.replace(".", r"\.")):
+        settings(stage, *overrides.split())
+
+
 LAYERS = {4: [(2, 2)], 8: [(2, 2), (4, 2), (2, 4)]}
 
 

@@ -10,6 +10,7 @@ import torch
 from architectures import small
 
 from phimr_nemo.data.rows.batches import Row, collate_packed, collate_padded
+from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model.flops import model_flops
 from phimr_nemo.training.throughput import WORK, Work, counted, rates
 
@@ -55,3 +56,17 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert rates(work, 2.0, 5, arch, fp8=False)["mfu"] == pytest.approx(flops / 989e12)
     assert rates(work, 2.0, 5, arch, fp8=True)["mfu"] == pytest.approx(flops / (2 * 989e12))
+
+
+def test_the_work_of_padded_and_packed_rows_is_that_of_their_documents() -> None:
+    """Two responses of 5 and 3 places behind prompts; what follows the last label is no work, and neither is a
+    document of padding."""
+    from phimr_nemo.align.microbatch import MicroBatch, work_of
+
+    none, expected_pairs = IGNORED_LABEL, 5 * 6 // 2 + 3 * 4 // 2
+    padded = torch.tensor([[none, none, 4, 5, 6, none], [none, 7, 8, none, none, none]])
+    work = work_of(MicroBatch(torch.zeros_like(padded), padded))
+    assert work == Work(slots=12, tokens=8, valid=5, pairs=expected_pairs)
+    packed = torch.cat([padded[0, :5], padded[1, :3], torch.full((2,), none)])[None]
+    work = work_of(MicroBatch(torch.zeros_like(packed), packed, documents=(5, 3, 2)))
+    assert work == Work(slots=10, tokens=8, valid=5, pairs=expected_pairs)

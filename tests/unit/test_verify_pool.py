@@ -92,7 +92,8 @@ def test_an_answer_after_a_mountain_of_text_is_found(grader: Grader) -> None:
 def test_a_hostile_gold_answer_is_an_error_or_equal_as_text(grader: Grader) -> None:
     assert grader.grade(BOX % "5", "").verdict == "error"
     assert grader.grade(BOX % "5", "7" * (MAX_ANSWER_CHARS + 1)).verdict == "error"
-    assert grader.grade(BOX % "5", "9^{9^{9}}").verdict == "unparsable"
+    assert grader.grade(BOX % "5", "9^{9^{9}}").verdict == "wrong"
+    assert grader.grade(BOX % "5", "9^{9^{9^{9^{9}}}}").verdict == "gold_unreadable"
     assert grader.grade(BOX % "9^{9^{9}}", "9^{9^{9}}").verdict == "correct"
 
 

@@ -185,6 +185,27 @@ def test_a_rerun_redoes_only_what_is_missing_or_damaged(
     assert snapshot(out) == whole
 
 
+def test_verdicts_of_an_older_grader_are_made_again(
+    rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "verdicts"
+    with monkeypatch.context() as older:
+        for module in ("phimr_nemo.verify.answer", "phimr_nemo.verify.stage"):
+            older.setattr(f"{module}.GRADER_VERSION", "phimr-0")
+        verify_rollouts(rollouts, out, workers=1, config={})
+    assert set(read_table(out, "verdicts")["grader"].to_pylist()) == {"phimr-0"}
+    verify_rollouts(rollouts, out, workers=1, config={})
+    assert set(read_table(out, "verdicts")["grader"].to_pylist()) == {GRADER_VERSION}
+
+
+def test_gold_answers_that_cannot_be_read_are_counted_apart(rollouts: Path, tmp_path: Path) -> None:
+    rows = [{**rollout(200 + n), "answer": "2 3" if n == 0 else str((200 + n) // 2)} for n in range(4)]
+    write_shard(rollouts, 1, rows_to_table(rows, "rollouts"), kind="rollouts")
+    finish(rollouts, kind="rollouts", config={})
+    summary = verify_rollouts(rollouts, tmp_path / "verdicts", workers=1, config={})
+    assert summary == {"rows": 12, "gold_unreadable": 1, "correct": 5, "wrong": 6}
+
+
 def test_verdicts_of_other_rollouts_are_made_again(rollouts: Path, tmp_path: Path) -> None:
     out = tmp_path / "verdicts"
     verify_rollouts(rollouts, out, workers=1, config={})

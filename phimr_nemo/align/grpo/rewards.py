@@ -17,11 +17,10 @@ from typing import Final
 
 from phimr_nemo.config.alignment import OverlongResponses, RewardConfig, SoftOverlong
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.records import UNGRADED_VERDICTS
 from phimr_nemo.verify.extract import final_answer, visible_text
 
 CORRECT: Final = "correct"
-UNGRADED: Final = frozenset({"error", "timeout"})
-"""Verdicts that say something about the grader and nothing about the response."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ RewardFunction = Callable[[Graded], float]
 
 def is_graded(verdict: str) -> bool:
     """Whether a verdict judges the response; the others are failed measurements and no rewards."""
-    return verdict not in UNGRADED
+    return verdict not in UNGRADED_VERDICTS
 
 
 def correctness(graded: Graded, correct: float, wrong: float) -> float:

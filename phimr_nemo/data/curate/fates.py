@@ -18,15 +18,18 @@ import numpy.typing as npt
 
 from phimr_nemo.data.curate.narrow import CORRECT, UNKNOWN_DIFFICULTY, VERDICTS, Narrow
 from phimr_nemo.data.fate import MAX_CANDIDATES, Fate
-from phimr_nemo.store.records import DIFFICULTIES, Difficulty
+from phimr_nemo.store.records import DIFFICULTIES, UNGRADED_VERDICTS, Difficulty
 
 Fates = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
 
 
-OF_VERDICT: Final = np.array([Fate.KEPT, Fate.WRONG, Fate.UNPARSABLE, Fate.TIMEOUT, Fate.ERROR], np.uint8)
+OF_VERDICT: Final = np.array(
+    [Fate.KEPT, Fate.WRONG, Fate.UNPARSABLE, Fate.TIMEOUT, Fate.ERROR, Fate.GOLD_UNREADABLE], np.uint8
+)
 """The fate that each verdict alone decides, in the order of :data:`phimr_nemo.data.curate.narrow.VERDICTS`."""
+UNGRADED: Final = [VERDICTS.index(name) for name in UNGRADED_VERDICTS]
 LENGTH_EDGES: Final = (1024, 2048, 4096, 8192, 16384)
 """Tokens at which the length classes of the SFT balance part: powers of two up to the paper's 16 K."""
 CHARACTERS_PER_TOKEN: Final = 3.3
@@ -137,7 +140,7 @@ def pair_fates(narrow: Narrow) -> Fates:
     """
     fates = np.zeros(len(narrow), np.uint8)
     right = narrow["verdict"] == CORRECT
-    _drop(fates, np.isin(narrow["verdict"], [VERDICTS.index("timeout"), VERDICTS.index("error")]), Fate.UNGRADED)
+    _drop(fates, np.isin(narrow["verdict"], UNGRADED), Fate.UNGRADED)
     _drop(fates, right & ~narrow["stopped"], Fate.CUT_OFF)
     _drop(fates, narrow["blank"], Fate.BLANK)
     _drop(fates, narrow["forged_question"] | narrow["forged_response"], Fate.SPECIAL_TOKEN)
@@ -185,7 +188,7 @@ def prompts(
         max_length_spread: keep problems with at most this spread; None = any (prompt optimisation off).
     """
     _, first, problem = np.unique(narrow["problem"], return_index=True, return_inverse=True)
-    graded = ~np.isin(narrow["verdict"], [VERDICTS.index("timeout"), VERDICTS.index("error")])
+    graded = ~np.isin(narrow["verdict"], UNGRADED)
 
     def total(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
         return np.bincount(problem[graded], values[graded].astype(np.float64), len(first)).astype(np.float64)

@@ -48,3 +48,26 @@ def without_choice_label(text: str, other: str) -> str:
         return text
     rest = labelled.group(3).strip()
     return rest.removesuffix("}") if rest.count("}") > rest.count("{") else rest
+
+
+_LETTERS = re.compile(r"[A-J](?:[,;]?[A-J])+")
+
+
+def same_letters(gold: str, predicted: str) -> bool:
+    r"""Whether two answers are the same several letters, however they are joined: ``AC``, ``A, C``, ``(A) and (C)``.
+
+    Letters without anything between them must be in alphabetical order, for others may be a name.
+    """
+    found, joined = [], 0
+    for text in (gold, predicted):
+        plain = re.sub(r"\\text\{\s*([^{}]*)\}", r" \1 ", text)
+        plain = re.sub(r"[(){}\s]", "", re.sub(r"\band\b", ",", plain))
+        if not _LETTERS.fullmatch(plain):
+            return False
+        letters = re.sub(r"[,;]", "", plain)
+        if letters == plain:
+            joined += 1
+            if letters != "".join(sorted(letters)):
+                return False
+        found.append(sorted(letters))
+    return joined < len(found) and found[0] == found[1] and len(set(found[0])) == len(found[0])

@@ -1,49 +1,47 @@
-"""Whether two single expressions are equal: text, numbers, percent, units, bases, ratios, words, then math-verify."""
+"""Whether two single expressions are equal: text, numbers, percent, units, bases, ratios, words, then algebra."""
 
 from __future__ import annotations
 
-import math
 import re
+from fractions import Fraction
 from typing import Final, Protocol
 
 from phimr_nemo.verify.read.names import words
 from phimr_nemo.verify.read.normalise import key
+from phimr_nemo.verify.read.numerals import number_of_words
+from phimr_nemo.verify.read.phrases import letters_differ, same_phrase
 from phimr_nemo.verify.read.quantity import (
     MIN_ROUNDED_DIGITS,
     Number,
     Quantity,
+    lone_letter,
     numbers_equal,
     parse_number,
     split_quantity,
-    words_of,
+    without_remarks,
 )
-from phimr_nemo.verify.read.units import unit_size
+from phimr_nemo.verify.read.units import Unit, parse_unit, stems
 from phimr_nemo.verify.verdict import Unparsable
 
-MAX_EXPRESSION_CHARS: Final = 600
-"""The longest single expression that math-verify is asked to read."""
-MAX_POWER_DIGITS: Final = 5
-"""An exponent with more digits than this, written out or as a power of its own, is refused."""
-MAX_FACTORIAL_DIGITS: Final = 4
 MIN_PERCENT_AS_NUMBER: Final = 1
 """Where only the response has a percent sign, "50%" means 50 for a gold answer of at least this size."""
 PERCENT: Final = 100
-MAX_SHORT_WORD: Final = 4
-NUMBER_WORDS: Final = {
-    word: str(value)
-    for value, word in enumerate(words("zero one two three four five six seven eight nine ten eleven twelve"))
-}
+MAX_EXPRESSION_CHARS: Final = 2048
+
+
+Relation = tuple[str, str, str]
+"""A left side, one of the signs ``=``, ``<`` and ``\\leq``, and a right side."""
 
 
 class Symbolic(Protocol):
-    """Decides what text cannot: see :class:`phimr_nemo.verify.symbolic.MathVerify`."""
+    """Decides what text cannot: see :class:`phimr_nemo.verify.symbolic.Algebra`."""
 
-    def equal(self, gold: str, predicted: str, rounding: Number | None, /) -> bool:
+    def equal(self, gold: str, predicted: str, rounding: Number | None, /, *, family: bool = False) -> bool:
         """Whether two expressions are equal."""
         ...
 
-    def same_equation(self, gold: tuple[str, str], predicted: tuple[str, str], /) -> bool:
-        """Whether two equations, each a left and a right side, are equivalent."""
+    def same_relation(self, gold: Relation, predicted: Relation, /) -> bool:
+        """Whether two equations or inequalities are equivalent."""
         ...
 
 
@@ -62,17 +60,47 @@ def same_expression(gold: str, predicted: str, symbolic: Symbolic) -> bool:
     """
     if key(gold) == key(predicted):
         return True
+    gold, predicted = without_remarks(gold), without_remarks(predicted)
+    if key(gold) == key(predicted):
+        return True
     left, right = split_quantity(gold), split_quantity(predicted)
+    if not right.unit and not right.percent:
+        right = _with_letter_unit(left, right)
     if left.percent != right.percent:
-        return _same_percent(left, right)
-    if left.unit and right.unit:
-        sizes = unit_size(left.unit), unit_size(right.unit)
-        if sizes[0] and sizes[1] and sizes[0] != sizes[1]:
-            numbers = number_pair(left.core, right.core)
-            if sizes[0][0] != sizes[1][0] or numbers is None:
+        return not left.unit and not right.unit and _same_percent(left, right)
+    if left.unit and right.unit and {left.unit, right.unit} != {"sterling", "pounds"}:
+        units = parse_unit(left.unit), parse_unit(right.unit)
+        if units[0] and units[1]:
+            if units[0].dimension != units[1].dimension:
                 return False
-            return numbers[0].value * sizes[0][1] == numbers[1].value * sizes[1][1]
+            if units[0].size != units[1].size:
+                return _converted(left.core, units[0], right.core, units[1], symbolic)
+        elif not _same_counted(left.unit, right.unit):
+            return False
     return _same_core(left.core, right.core, symbolic)
+
+
+def _with_letter_unit(gold: Quantity, predicted: Quantity) -> Quantity:
+    """``12 m`` where the gold answer is a bare number, or has a unit itself: then the letter is one."""
+    letter = lone_letter(predicted.core)
+    if letter is None or not (gold.unit or parse_number(key(gold.core))):
+        return predicted
+    return Quantity(letter[0], unit=letter[1])
+
+
+def _converted(gold: str, from_unit: Unit, predicted: str, to_unit: Unit, symbolic: Symbolic) -> bool:
+    numbers = number_pair(gold, predicted)
+    factor = to_unit.size / from_unit.size
+    if numbers is not None:
+        second = numbers[1]
+        return numbers_equal(numbers[0], Number(second.value * factor, second.digits, second.last_place * factor))
+    return _same_core(gold, rf"({predicted})\cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}", symbolic)
+
+
+def _same_counted(gold: str, predicted: str) -> bool:
+    """Whether two things counted may be the same: one names no other thing than the other."""
+    left, right = stems(gold), stems(predicted)
+    return left <= right or right <= left
 
 
 def _same_percent(gold: Quantity, predicted: Quantity) -> bool:
@@ -91,7 +119,15 @@ def _hundredth(number: Number) -> Number:
     return Number(number.value / PERCENT, number.digits, number.last_place / PERCENT)
 
 
-_BASE = re.compile(r"([-+]?[0-9A-F]+(?:\.[0-9A-F]+)?)_\{?(?:\\text\{)?([0-9]{1,2}|two|eight|ten|sixteen)\}?\}?")
+_BASE_NAMES: Final = {
+    name: str(value)
+    for value, name in enumerate(
+        words("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"), start=2
+    )
+}
+_BASE = re.compile(
+    r"\(?([-+]?[0-9A-F]+(?:\.[0-9A-F]+)?)\)?(?:_\{?\(?|(?:\\text\{|)base(?:-|\}|))([0-9]{1,2}|[a-z]{3,8})\)?\}?\}?"
+)
 _RATIO = re.compile(r"[0-9.]+(?::[0-9.]+)+")
 _CLOCK = re.compile(r"(?:[01]?[0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9])?")
 
@@ -103,28 +139,40 @@ def _same_core(gold: str, predicted: str, symbolic: Symbolic) -> bool:
     numbers = number_pair(gold, predicted)
     if numbers is not None:
         return numbers_equal(*numbers)
-    bases = _BASE.fullmatch(left), _BASE.fullmatch(right)
+    bases = _base(left), _base(right)
     if bases[0] or bases[1]:
         return _same_base(left, right, *bases)
     if _RATIO.fullmatch(left) or _RATIO.fullmatch(right):
         return _same_ratio(left, right)
+    if _CLOCK.match(left) or _CLOCK.match(right):
+        return re.sub(r"[{}.]|\\text", "", left).lower() == re.sub(r"[{}.]|\\text", "", right).lower()
+    if ":" in left or ":" in right:
+        return _same_proportion(gold, predicted, symbolic)
+    if letters_differ(left, right):
+        return False
     same = _same_words(gold, predicted)
     if same is not None:
         return same
-    check_expression("answer", gold)
-    check_expression("response", predicted)
+    check_plain("answer", gold)
+    check_plain("response", predicted)
     shown = parse_number(left)
     rounding = shown if shown and shown.digits >= MIN_ROUNDED_DIGITS else None
-    left, right = for_math_verify(gold, predicted)
-    return symbolic.equal(left, right, rounding)
+    return symbolic.equal(gold, predicted, rounding)
 
 
-def _same_base(left: str, right: str, gold: re.Match[str] | None, predicted: re.Match[str] | None) -> bool:
+def _base(text: str) -> tuple[str, str] | None:
+    """The digits and the base of a numeral with a base."""
+    match = _BASE.fullmatch(text)
+    base = _BASE_NAMES.get(match[2], match[2]) if match else ""
+    return (match[1], base) if match and base.isdigit() else None
+
+
+def _same_base(left: str, right: str, gold: tuple[str, str] | None, predicted: tuple[str, str] | None) -> bool:
     """Numerals with a base: the digits must agree, and the bases where both are given."""
     if gold and predicted:
-        return gold.groups() == predicted.groups()
-    digits = gold.group(1) if gold else left, predicted.group(1) if predicted else right
-    return digits[0] == digits[1]
+        return gold == predicted
+    digits = gold[0] if gold else left, predicted[0] if predicted else right
+    return digits[0] == digits[1] and bool(gold)
 
 
 def _same_ratio(left: str, right: str) -> bool:
@@ -137,112 +185,49 @@ def _same_ratio(left: str, right: str) -> bool:
         return False
     first, second = values
     if len(first) == 1:
-        first = [first[0], first[0] / first[0]] if first[0] else first
+        first = [first[0], Fraction(1)] if first[0] else first
     if len(second) == 1:
-        second = [second[0], second[0] / second[0]] if second[0] else second
+        second = [second[0], Fraction(1)] if second[0] else second
     if len(first) != len(second) or not all(first) or not all(second):
         return first == second
     return all(a * second[0] == b * first[0] for a, b in zip(first, second, strict=True))
 
 
+def _same_proportion(gold: str, predicted: str, symbolic: Symbolic) -> bool:
+    r"""Ratios of expressions, ``\sqrt{2}:1`` against ``2:\sqrt{2}``."""
+    first, second = gold.split(":"), predicted.split(":")
+    first = [*first, "1"] if len(first) == 1 else first
+    second = [*second, "1"] if len(second) == 1 else second
+    if len(first) != len(second) or not all(part.strip() for part in (*first, *second)):
+        return False
+    check_plain("answer", gold)
+    check_plain("response", predicted)
+    return all(
+        _same_core(rf"({a})\cdot ({second[0]})", rf"({b})\cdot ({first[0]})", symbolic)
+        for a, b in zip(first[1:], second[1:], strict=True)
+    )
+
+
 def _same_words(gold: str, predicted: str) -> bool | None:
     """Compare answers made of words; None where neither is, or where bare letters may be a product."""
-    left, right = words_of(gold), words_of(predicted)
-    if left is None and right is None:
-        return None
-    if left is not None and right is not None:
-        marked = r"\text{" in gold + predicted or max(len(left), len(right)) > MAX_SHORT_WORD
-        return True if left == right else (False if marked else None)
-    for word, other in ((left, predicted), (right, gold)):
-        if word in NUMBER_WORDS:
-            return parse_number(key(other)) == parse_number(NUMBER_WORDS[word])
-    only = gold if left is not None else predicted
-    return False if r"\text{" in only or len(only) > MAX_SHORT_WORD else None
-
-
-_COMMAND_OR_SUBSCRIPT = re.compile(r"(\\[A-Za-z]+|_\s*\{[^{}]*\}|_\s*[A-Za-z0-9])")
-_SHORT_RUN_WITH_I = re.compile(r"(?<![A-Za-z])([A-Za-z]{0,2})i([A-Za-z]{0,2})(?![A-Za-z])")
-_INDEX_I = re.compile(r"_\s*\{\s*i\s*=")
-_DERIVATIVE = re.compile(
-    r"\\frac\s*\{\s*d\s*(?P<over>\\?[A-Za-z]+)(?:\s*\([A-Za-z]\))?\s*\}\s*\{\s*d\s*[A-Za-z]\s*\}"
-    r"|\\dot\s*\{\s*(?P<dotted>\\?[A-Za-z]+)\s*\}"
-)
-_PRIMES = re.compile(r"(?P<name>\\?[A-Za-z]+)\s*(?:\^\s*\{?\s*(?P<command>(?:\\prime\s*)+)\}?|(?P<quotes>'+))")
-_UPPER = re.compile(r"\\(?:Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega)(?![A-Za-z])|[A-Z]")
-_FREE_SYMBOLS: Final = tuple(rf"\{name} " for name in words("kappa chi xi nu zeta upsilon iota psi eta"))
-_ALWAYS_RENAMED: Final = frozenset("EI")
-"""math-verify reads I as the imaginary unit and cannot read E with a subscript."""
-_CONSTANT_OF_INTEGRATION: Final = "C"
-
-
-def for_math_verify(*texts: str) -> tuple[str, ...]:
-    r"""Write expressions so that math-verify, which folds case and drops primes, keeps different names apart.
-
-    A capital letter that also occurs as a small one becomes a Greek letter that occurs nowhere. The constant of
-    integration is exempt: ``C`` and ``c`` are told apart only within one expression. Derivatives by dot, prime or
-    quotient become one name. The letter i, except as the index of a sum, becomes the imaginary unit.
-    """
-    prepared = []
-    for text in texts:
-        text = _DERIVATIVE.sub(lambda m: f"{m['over'] or m['dotted']}_{{p}} ", text)
-        text = _PRIMES.sub(_primed_name, text)
-        prepared.append(text)
-    together = " ".join(prepared)
-    free = iter([name for name in _FREE_SYMBOLS if name.strip() not in together])
-    for name in sorted(set(_UPPER.findall(together))):
-        small = name.lower()
-        folded = [small in _names(text) and name in _names(text) for text in prepared]
-        both = any(folded) if name == _CONSTANT_OF_INTEGRATION else small in _names(together)
-        if both or name in _ALWAYS_RENAMED:
-            replacement = next(free, None)
-            if replacement is None:
-                raise Unparsable("response", "too many names that differ in case alone")
-            prepared = [_rename(text, name, replacement) for text in prepared]
-    return tuple(prepared) if _INDEX_I.search(together) else tuple(map(_imaginary_unit, prepared))
-
-
-def _imaginary_unit(text: str) -> str:
-    """The letter i as the capital that math-verify takes for the imaginary unit."""
-    segments = _COMMAND_OR_SUBSCRIPT.split(text)
-    segments[::2] = [_SHORT_RUN_WITH_I.sub(r"\1 I \2", segment) for segment in segments[::2]]
-    return "".join(segments)
-
-
-def _primed_name(match: re.Match[str]) -> str:
-    count = match["command"].count("prime") if match["command"] else len(match["quotes"])
-    return f"{match['name']}_{{{'p' * count}}} "
-
-
-def _names(text: str) -> frozenset[str]:
-    """Single letters and commands that occur in an expression, subscripts aside."""
-    commands = re.findall(r"\\[A-Za-z]+", text)
-    letters = re.sub(r"\\[A-Za-z]+|_\s*\{[^{}]*\}|_\s*[A-Za-z0-9]", " ", text)
-    return frozenset([*commands, *letters])
-
-
-def _rename(text: str, name: str, replacement: str) -> str:
-    if name.startswith("\\"):
-        return re.sub(re.escape(name) + r"(?![A-Za-z])", lambda _: replacement, text)
-    segments = _COMMAND_OR_SUBSCRIPT.split(text)
-    segments[::2] = [segment.replace(name, replacement) for segment in segments[::2]]
-    return "".join(segments)
+    same = same_phrase(gold, predicted)
+    if same is not True:
+        for text, other in ((gold, predicted), (predicted, gold)):
+            value = number_of_words(re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+            number = parse_number(key(other))
+            if value is not None and number is not None:
+                return value == number.value
+    return same
 
 
 _SIDE_BY_SIDE = re.compile(r"[0-9]\s+[0-9]")
-_POWER_OF_POWER = re.compile(r"\^\s*\{?\s*\(?\s*([0-9]{1,20})\s*\^\s*\{?\s*([0-9]{1,20})")
-_BIG_POWER = re.compile(rf"\^\s*\{{?\s*\(?\s*[-+]?\s*[0-9]{{{MAX_POWER_DIGITS + 1},}}")
-_BIG_FACTORIAL = re.compile(
-    rf"[0-9]{{{MAX_FACTORIAL_DIGITS + 1},}}\s*[)}}]*\s*!|[\^!][^+\-*/]{{0,40}}[)}}]\s*!|!\s*!"
-)
-_BIG_BINOMIAL = re.compile(rf"\\binom\s*\{{[^{{}}]*(?:\^|[0-9]{{{MAX_POWER_DIGITS + 1},}})")
 
 
-def check_expression(side: str, text: str) -> None:
-    """Refuse what math-verify must not be given.
+def check_plain(side: str, text: str) -> None:
+    """Refuse what is no expression.
 
     Raises:
-        Unparsable: words, a percent or currency sign, or an expression beyond the bounds on its length, exponents
-            and factorials.
+        Unparsable: words, a percent or currency sign, two numbers side by side, or too many characters.
     """
     if len(text) > MAX_EXPRESSION_CHARS:
         raise Unparsable(side, f"an expression of more than {MAX_EXPRESSION_CHARS} characters")
@@ -252,8 +237,3 @@ def check_expression(side: str, text: str) -> None:
         raise Unparsable(side, "two numbers side by side")
     if len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}\s", text)) > 1:
         raise Unparsable(side, "prose instead of an expression")
-    if _BIG_POWER.search(text) or _BIG_FACTORIAL.search(text) or _BIG_BINOMIAL.search(text):
-        raise Unparsable(side, "a power, factorial or binomial beyond the bounds")
-    for base, power in _POWER_OF_POWER.findall(text):
-        if int(power) * math.log10(max(int(base), 2)) > MAX_POWER_DIGITS:
-            raise Unparsable(side, "a power tower beyond the bounds")

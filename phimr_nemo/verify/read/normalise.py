@@ -28,8 +28,10 @@ _UNICODE: Final = {
         r"\frac{1}{2}", r"\frac{1}{3}", r"\frac{2}{3}", r"\frac{1}{4}", r"\frac{3}{4}",
     ), strict=True)},
     ord("\u00a0"): " ", ord("\u2009"): " ", ord("\u202f"): " ", ord("\u200b"): "",
-    ord("，"): ",", ord("（"): "(", ord("）"): ")", ord("："): ":", ord("；"): ";",
-    ord("ℝ"): r"\mathbb{R}", ord("‑"): "-", ord("。"): ".",
+    **{0xFF01 + offset: chr(0x21 + offset) for offset in range(94) if chr(0x21 + offset) not in "%<>"},
+    ord("＜"): "<", ord("＞"): ">", ord("、"): ",", ord("⁄"): "/", ord("∕"): "/", 
+    ord("≦"): r"\leq ", ord("≧"): r"\geq ",
+    ord("ℝ"): r"\mathbb{R}", ord("‑"): "-", ord("。"): ".", ord("\ufeff"): "", ord("\u2060"): "",
 }  # fmt: skip
 _SUPERSCRIPTS: Final = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _SUBSCRIPTS: Final = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -37,6 +39,7 @@ _SUBSCRIPTS: Final = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789
 _LETTER_CONSTANTS: Final = frozenset("dei")
 _TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|sf|tt)|mbox|hbox|operatorname\*?)"
 _TEXT = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}")
+_ROMAN_UNIT = re.compile(r"(?<=[0-9}) ~,])\\(?:mathrm|text|rm)\s*\{((?:[^{}\\]|\\[,; ~]|\\cdot|\{[-0-9]+\}){1,60})\}")
 _OLD_FONT = re.compile(r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}|\\(?:rm|bf|it)(?![a-zA-Z])")
 _SEGMENTS = re.compile(r"(\\text\{[^{}]*\})")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
@@ -67,6 +70,8 @@ _SIMPLE: Final = (
     (re.compile(r"\\(?:infinity)(?![a-zA-Z])"), r"\\infty "),
     (re.compile(r"\\var(epsilon|theta|phi)(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])"), r"^\\circ "),
+    (re.compile(r"\\(?:vec|hat|overrightarrow|mathbf|boldsymbol|bm)\s*\{\s*\\?([ijk])(?:math)?\s*\}"), r"\\hat{\1}"),
+    (re.compile(r"\\(?:vec|hat|mathbf)\s*\\([ij])math(?![a-zA-Z])"), r"\\hat{\1}"),
     (re.compile(r"\\(?:vec|overrightarrow|math(?:bf|it|normal|cal)|boldsymbol|bm)\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"_\s*\{\s*\\text\{([^{}]*)\}\s*\}"), r"_{\1}"),
     (re.compile(r"_\s*\\text\{([^{}]*)\}"), r"_{\1}"),
@@ -78,6 +83,19 @@ _SIMPLE: Final = (
     (re.compile(r"_\s*([0-9]+)"), r"_{\1}"),
     (re.compile(r"\^\s*\(([^()]{1,80})\)"), r"^{\1}"),
 )
+_BRACED_ARRAY = re.compile(
+    r"\\left\s*\\(?:\{|lbrace)\s*\\begin\{(?:array|aligned|matrix|split|align\*?)\}(?:\s*\{[lcr|\s]*\})?([^\0]*?)"
+    r"\\end\{(?:array|aligned|matrix|split|align\*?)\}\s*\\right(?:\s*\.|\s*$)"
+)
+_QUANTIFIED = re.compile(
+    r"\s*(?:\\text\{)?\s*,?\s*\bfor (?:all|every|any)(?: real| integers?| positive)?(?:[ }]|\\text\{).{0,60}$"
+)
+_CJK = re.compile("[\u4e00-\u9fff]")
+_MATHEMATICAL = re.compile("[0-9=<>\u2460-\u2473]")
+_CIRCLED = re.compile(r"(?<=[\u2460-\u2473])\s*(?=[\u2460-\u2473])")
+_CHINESE_OR = re.compile(r"\s*(?:或者?|还是)\s*")
+_CHINESE_AND = re.compile(r"\s*(?:和|与|以及|且)\s*")
+_CHINESE_TEXT = re.compile(r"\\text\{\s*(或者?|和|与|且|以及)\s*\}")
 _FRACTION_FORMS: Final = (
     (re.compile(r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*([0-9a-zA-Z])\s*\{"), r"\\frac{\1}{"),
@@ -86,7 +104,7 @@ _FRACTION_FORMS: Final = (
     (re.compile(r"\\sqrt\s*([0-9a-zA-Z])"), r"\\sqrt{\1}"),
     (re.compile(r"\\binom\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])"), r"\\binom{\1}{\2}"),
 )
-_THOUSANDS = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:\\[,!;: ]|\{,\}\\?!?|,\\!|~)[0-9]{3})+)(?![0-9])")
+_THOUSANDS = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:'|\\[,!;: ]|\{,\}\\?!?|,\\!\s?|~)[0-9]{3})+)(?![0-9])")
 _THOUSANDS_GAP = re.compile(r"[^0-9]")
 _TIGHT_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _MIXED_PLAIN = re.compile(r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])")
@@ -116,9 +134,15 @@ def canonical(answer: str) -> str:
     if "matrix" not in text and "array" not in text and "cases" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", lambda _: "\\", text)
     text = text.replace("\n", " ").replace("\t", " ")
+    text = _CIRCLED.sub(",", text)
+    if _CJK.search(text) and _MATHEMATICAL.search(text):
+        text = _CHINESE_TEXT.sub(r"\1", text)
+        text = _CHINESE_AND.sub(r" \\text{and} ", _CHINESE_OR.sub(r" \\text{or} ", text))
     text = _OLD_FONT.sub(lambda m: rf"\text{{{m.group(1)}}}" if m.group(1) else "", text)
     text = _THOUSANDS.sub(lambda m: m.group(1) + _THOUSANDS_GAP.sub("", m.group(2)), text)
+    text = _ROMAN_UNIT.sub(_roman_unit, text)
     text = _TEXT.sub(_text_segment, text)
+    text = _BRACED_ARRAY.sub(r"\\begin{cases}\1\\end{cases}", text)
     for pattern, replacement in _SIMPLE:
         text = pattern.sub(replacement, text)
     text = _COMMAND.sub(_unglue, text)
@@ -130,7 +154,7 @@ def canonical(answer: str) -> str:
     text = _ROOT_PARENTHESES.sub(r"\\sqrt{\1}", text)
     if any(rf"\{name}" in text for name in TRIGONOMETRIC):
         text = _DEGREES.sub(r"{\\frac{\1\\pi}{180}}", text)
-    return _strip_edges(re.sub(r"\s+", " ", text))
+    return _strip_edges(_QUANTIFIED.sub("", re.sub(r"\s+", " ", text)))
 
 
 def key(text: str) -> str:
@@ -164,12 +188,24 @@ def _strip_edges(text: str) -> str:
     return _LEADING.sub("", text).strip()
 
 
+def _roman_unit(match: re.Match[str]) -> str:
+    """A unit with powers in braces, which then has none: ``m\\,s^{-2}`` -> ``m s^-2``."""
+    content = match.group(1)
+    if "{" not in content:
+        return match.group()
+    words = re.sub(r"\\[,; ~]", " ", content).replace("{", "").replace("}", "")
+    words = re.sub(r"([A-Za-z]+)\^-([0-9])", r"/\1^\2", words)
+    return rf"\text{{{words}}}"
+
+
 def _text_segment(match: re.Match[str]) -> str:
     content = match.group(1)
     bare = content.strip()
-    if bare in FUNCTIONS:
+    if bare in FUNCTIONS and not (bare == "min" and re.search(r"[0-9}]\s*$", match.string[: match.start()])):
         return rf"\{bare} "
-    if re.fullmatch(r"[-+0-9.,/()]*", bare) or (bare in _LETTER_CONSTANTS and match.group().startswith(r"\mathrm")):
+    if re.fullmatch(r"[-+0-9.,/()\u2460-\u2473]*", bare) or (
+        bare in _LETTER_CONSTANTS and match.group().startswith(r"\mathrm")
+    ):
         return bare
     return rf"\text{{{bare}}}"
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Final
 
-from phimr_nemo.verify.read.units import is_unit
+from phimr_nemo.verify.read.numerals import CHANGING, NUMBER_WORDS, scale_of
+from phimr_nemo.verify.read.units import SINGLE_LETTERS, is_unit, parse_unit, plain_words
 
 MAX_NUMBER_DIGITS: Final = 2000
 """Longer integers are compared digit by digit as text, never converted."""
 MAX_POWER_OF_TEN: Final = 2000
+QUANTITY_CACHE: Final = 4096
 MIN_ROUNDED_DIGITS: Final = 6
 """A gold decimal with this many significant digits is read as a rounding; a shorter one as exact."""
 
@@ -100,7 +103,7 @@ class Quantity:
     """An answer taken apart.
 
     Attributes:
-        core: the mathematics, a canonical string.
+        core: the mathematics, a canonical string, with scale words multiplied in.
         unit: the unit or counted thing as written; empty when there is none.
         percent: whether a percent sign followed.
     """
@@ -111,67 +114,155 @@ class Quantity:
 
 
 _CURRENCY = re.compile(
-    r"^([-+]?)\s*(?:\\\$|\$|£|€|¥|₹|\\pounds|\\euro|US\\?\$|USD|Rs\.?|\\text\{(?:Rs\.?|USD)\})\s*(?=[-0-9.\\(])"
+    r"^([-+]?)\s*(?P<sign>(?:US|C|A)?\\?\$|£|€|¥|₹|\\pounds|\\euro|USD|Rs\.?|\\text\{(?:Rs\.?|USD|£|€|¥|US\\?\$)\})\s*(?=[-0-9.\\(])"
 )
+_CURRENCIES: Final = {
+    "£": "sterling", "pounds": "sterling", "€": "euro", "euro": "euro", "¥": "yen", "₹": "rupee", "Rs": "rupee"
+}  # fmt: skip
 _PERCENT = re.compile(
     r"\s*(?:\\%|%|\\text\{\s*(?:\\?%|per\s?cent|percentage|pct)[^{}]*\}|\b(?:percent|per cent|pct)\b)\s*$"
 )
 _UNIT_TAIL = re.compile(
-    r"(?:\\text\{[^{}]*\}|\^\{?-?[0-9]\}?|[²³]|\\cdot|\\times|/|\*|\s|\\circ|\^\\circ|\(|\)|\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}(?:\^\{?[0-9]\}?)?\})+"
+    r"(?:\\text\{[^{}]*\}|\^\{?-?[0-9]\}?|[²³]|\\cdot|\\times|/|\*|\s|\\circ|\^\\circ|\(|\)"
+    r"|\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}(?:\^\{?[0-9]\}?)?\})+"
 )
 _WORD_UNIT = re.compile(
-    r"^(?P<core>.*[0-9})])\s*(?P<unit>[A-Za-z][A-Za-z ./]*(?:\^\{?[0-9]\}?|[²³])?(?:/[A-Za-z]+)?)$"
+    r"^(?P<core>.*[0-9})])(?P<gap>\s*)"
+    r"(?P<unit>[A-Za-z\u4e00-\u9fff][A-Za-z\u4e00-\u9fff ./]*(?:\^\{?[0-9]\}?|[²³])?(?:/[A-Za-z]+)?)$"
 )
-_DEGREE_TAIL = re.compile(r"\s*\^\\circ\s*(?:\\text\{[^{}]*\}|[CFK])?\s*$")
-_QUALIFIED = re.compile(r"\\text\{[^{}]*\b(?:or|more|less|fewer|least|most|than|not|between|to|if|when|where|for)\b")
+_DEGREE_TAIL = re.compile(r"\s*\^\\circ\s*(?P<scale>\\text\{[^{}]*\}|[CFK])?\s*$")
+_LEADING_WORDS = re.compile(
+    r"^\\text\{\s*(?:[^{}]*(?::|\b(?:is|are|equals|=)))\s*\}\s*(?=[^\s])"
+    r"|^\\text\{\s*(?:approximately|approx\.?|about|roughly|around|exactly|only|just|therefore|thus|so|hence|answer)"
+    r"\s*\}\s*(?=[^\s])",
+    re.IGNORECASE,
+)
+_REMARK = re.compile(
+    r"[\s,;]*(?:\\text\{\s*\(|\(\s*(?:\\text\{)?)\s*"
+    r"(?:(?:about|approximately|approx\.?|roughly|rounded|simplified|exact(?:ly)?"
+    r"|double root|reduced|with multiplicity|multiplicity|in simplest form|nearest"
+    r"|to the nearest|exact value|repeated root)\b[^()]*"
+    r"|[^()]*\b(?:rejected|extraneous|discarded|invalid|not valid|inadmissible)[^()]*)\)\s*\}?\s*$",
+    re.IGNORECASE,
+)
+_COMPOUND = re.compile(
+    r"(?P<value>[0-9]+(?:\.[0-9]+)?)\s*(?:\\text\{\s*(?P<boxed>[A-Za-z.]+)[\s,]*\}|(?P<bare>[A-Za-z]{2,}))[\s,]*"
+)
 _SYMBOL_WORDS: Final = frozenset({"pi", "e", "i", "x", "y", "z", "n", "k"})
+_LONE_LETTER = re.compile(r"^(?P<core>.*[0-9})])\s*(?:\\text\{\s*)?(?P<unit>[A-Za-z])(?:\s*\})?$")
 
 
+def without_remarks(text: str) -> str:
+    """A canonical answer without words around its value that say nothing about it."""
+    text = _REMARK.sub("", text)
+    return _LEADING_WORDS.sub("", text)
+
+
+@lru_cache(maxsize=QUANTITY_CACHE)
 def split_quantity(text: str) -> Quantity:
-    """Separate currency signs, percent signs, degrees and units from a canonical answer."""
-    text = _CURRENCY.sub(r"\1", text.strip())
+    """Separate currency signs, percent signs, degrees, scale words and units from a canonical answer."""
+    text = text.strip()
+    match = _CURRENCY.search(text)
+    if not match:
+        return _split(text)
+    sign = re.sub(r"[\\{}.]|text", "", match["sign"])
+    rest = _split(match[1] + text[match.end() :])
+    return Quantity(rest.core, rest.unit or _CURRENCIES.get(sign, "dollar"), rest.percent)
+
+
+def _split(text: str) -> Quantity:
     match = _PERCENT.search(text)
     if match and match.start() > 0:
         return Quantity(text[: match.start()].strip(), percent=True)
+    compound = _compound(text)
+    if compound is not None:
+        return compound
     match = _DEGREE_TAIL.search(text)
     if match and match.start() > 0:
-        return Quantity(text[: match.start()].strip(), unit="degree")
-    start = -1 if _QUALIFIED.search(text) else text.find(r"\text{")
+        return Quantity(text[: match.start()].strip(), unit="°" + plain_words(match["scale"] or ""))
+    start = text.find(r"\text{")
     while start > 0:
         if _UNIT_TAIL.fullmatch(text, start) and re.search(r"[0-9A-Za-z})]\s*$", text[:start]):
-            return Quantity(text[:start].strip(), unit=text[start:])
+            return _with_tail(text[:start].strip(), text[start:]) or Quantity(text)
         start = text.find(r"\text{", start + 1)
     match = re.search(r"\\frac\{\\text\{", text)
     if match and match.start() > 0 and _UNIT_TAIL.fullmatch(text, match.start()):
-        return Quantity(text[: match.start()].strip(), unit=text[match.start() :])
+        return _with_tail(text[: match.start()].strip(), text[match.start() :]) or Quantity(text)
     match = _WORD_UNIT.match(text)
-    if match and parse_number(match["core"].replace(" ", "")) and _is_word_unit(match["unit"], text):
-        return Quantity(match["core"].strip(), unit=match["unit"])
+    if match and parse_number(match["core"].replace(" ", "")) and _is_word_unit(match["unit"], match["gap"]):
+        return _with_tail(match["core"].strip(), match["unit"]) or Quantity(text)
     return Quantity(text)
 
 
-def _is_word_unit(unit: str, text: str) -> bool:
+def _with_tail(core: str, tail: str) -> Quantity | None:
+    """A number with the words behind it: scale words multiply, a unit stays; None where a word changes the value."""
+    found = [word for word in re.split(r"[\s,]+", plain_words(tail)) if word]
+    scale = Fraction(1)
+    while found and scale_of(found[0]) is not None:
+        scale *= scale_of(found.pop(0)) or 1
+    if found and scale != 1 and found[0].lower() == "of":
+        found.pop(0)
+    lowered = [word.lower().strip("().,") for word in found]
+    changed = any(word in CHANGING or word in NUMBER_WORDS for word in lowered)
+    raised = len(lowered) > 1 and lowered[-1] in ("squared", "cubed") and is_unit(plain_words(tail))
+    if changed and not raised:
+        return None
+    if any(re.search(r"[0-9](?<!\^[0-9])(?<!\^-[0-9])", word) for word in found) and not is_unit(" ".join(found)):
+        return None
+    if r"," in re.sub(r"\\text\{([^{}]*)\}", r"\1", tail) and any(word.isdigit() for word in lowered):
+        return None
+    return Quantity(core if scale == 1 else scaled(core, scale), unit=" ".join(found))
+
+
+def scaled(core: str, scale: Fraction) -> str:
+    """A canonical expression times a rational number."""
+    number = parse_number(core.replace(" ", ""))
+    if number is not None:
+        value = number.value * scale
+        return (
+            str(value.numerator) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+        )
+    return rf"({core})\cdot \frac{{{scale.numerator}}}{{{scale.denominator}}}"
+
+
+def _compound(text: str) -> Quantity | None:
+    """``2 hr 30 min`` as 5/2 hr: quantities of one dimension, the larger units first."""
+    total, before, position, count = Fraction(0), None, 0, 0
+    first = ""
+    while match := _COMPOUND.match(text, position):
+        name = match["boxed"] or match["bare"]
+        unit = parse_unit(name)
+        if unit is None or (before is not None and (unit.dimension != before.dimension or unit.size >= before.size)):
+            return None
+        total += Fraction(match["value"]) * unit.size
+        first, before, position, count = first or name, unit, match.end(), count + 1
+    if count < 2 or position != len(text) or before is None:
+        return None
+    value = total / (parse_unit(first) or before).size
+    return Quantity(rf"\frac{{{value.numerator}}}{{{value.denominator}}}", unit=first)
+
+
+def lone_letter(text: str) -> tuple[str, str] | None:
+    """A number before a single letter that may be a unit: ``12 m`` -> ("12", "m")."""
+    match = _LONE_LETTER.match(text)
+    if not match or match["unit"] not in SINGLE_LETTERS or parse_number(key_of(match["core"])) is None:
+        return None
+    return match["core"].strip(), match["unit"]
+
+
+def key_of(text: str) -> str:
+    """A core without spaces."""
+    return text.replace(" ", "")
+
+
+def _is_word_unit(unit: str, gap: str) -> bool:
     """Whether bare letters after a number are a unit: a known one of two letters or more, or a word after a space."""
     unit = unit.strip()
+    if re.match(r"[\u4e00-\u9fff]", unit):
+        return True
     if len(unit) == 1:
         return False
     if is_unit(unit):
         return True
     first = re.split(r"[ ./^]", unit)[0]
-    return len(first) >= 3 and text[: -len(unit)].endswith(" ") and first not in _SYMBOL_WORDS
-
-
-_WORDS = re.compile(r"[A-Za-z][A-Za-z'’\- ]*")
-_FILLER = re.compile(r"\b(?:the|a|an|is|are|has|have|there|it|its)\b")
-
-
-def words_of(text: str) -> str | None:
-    r"""The words that an answer consists of, lower case; None when it is not made of words alone."""
-    plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip(" .,;:!")
-    if not _WORDS.fullmatch(plain):
-        return None
-    marked = r"\text{" in text
-    if not marked and (len(plain) < 3 or (" " not in plain and not plain.isalpha())):
-        return None
-    lowered = _FILLER.sub(" ", plain.lower().replace("’", "'"))
-    return re.sub(r"[\s\-]+", " ", lowered).strip() or plain.lower()
+    return len(first) >= 3 and bool(gap) and first not in _SYMBOL_WORDS

@@ -6,129 +6,59 @@ Parsing is string work with bounded depth on canonical text (:mod:`phimr_nemo.ve
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, TypeAlias
 
-MAX_NESTING: Final = 24
-MAX_ITEMS: Final = 512
+from phimr_nemo.verify.read.brackets import MAX_ITEMS, MAX_NESTING, Malformed, split_top
+from phimr_nemo.verify.read.nodes import Equation, Items, Leaf, Matrix, Node, Piecewise, Sequence, SetOf, Union
+from phimr_nemo.verify.read.quantity import parse_number
 
-
-@dataclass(frozen=True)
-class Leaf:
-    """One expression, number, word or letter."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Items:
-    """Values in no particular order: a bare list, or both values of a plus-minus."""
-
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class SetOf:
-    """A set in braces."""
-
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A tuple, vector or interval: ordered values between an opening and a closing bracket."""
-
-    opening: str
-    closing: str
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Union:
-    """A union of sets or intervals."""
-
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Rows of entries; `bars` marks a determinant."""
-
-    rows: tuple[tuple[Node, ...], ...]
-    bars: bool = False
-
-
-@dataclass(frozen=True)
-class Equation:
-    """``left = right``; in a chain `left` is the first part and `right` the last exact one.
-
-    `rounded` is a part that follows an approximation sign, if any.
-    """
-
-    left: str
-    right: str
-    rounded: str = ""
-
-
-Node: TypeAlias = Leaf | Items | SetOf | Sequence | Union | Matrix | Equation
-
-
-class Malformed(ValueError):
-    """Brackets that do not match, or nesting or a number of items beyond the bounds."""
-
-
-_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
-_OPEN: Final = frozenset(["(", "[", "{", r"\{", r"\langle", r"\begin", r"\lfloor", r"\lceil"])
-_CLOSE: Final = {
-    ")": "([", "]": "([", "}": "{", r"\}": (r"\{",), r"\rangle": (r"\langle",), r"\end": (r"\begin",),
-    r"\rfloor": (r"\lfloor",), r"\rceil": (r"\lceil",),
-}  # fmt: skip
 _MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|smallmatrix|array)\}(.*)\\end\{\1\}", re.DOTALL)
 _ARRAY_COLUMNS = re.compile(r"^\s*\{[lcr|\s]*\}")
 _NAME = r"(?:\\?[A-Za-z]+'*(?:_\{?[0-9A-Za-z]+\}?)?)"
 _MEMBERSHIP = re.compile(rf"^\s*{_NAME}\s*\\in\s+(?=[\[(\\{{])|^\s*{_NAME}\s*\\in(?=[\[(\\{{])")
+_BOUND = re.compile(r"\\leq|\\geq|<|>")
 _RELATION = re.compile(r"\\leq|\\geq|\\neq|\\approx|\\equiv|<|>|=")
-_VARIABLE = re.compile(rf"^\s*{_NAME}\s*$")
+_VARIABLE = re.compile(rf"^\s*(?:{_NAME}(?:\({_NAME}\))?|\|{_NAME}\|)\s*$")
 _REALS = re.compile(r"\\mathbb\{R\}|\\mathbb\s*R|\\Re(?![a-zA-Z])|\\text\{all real numbers\}")
-_REALS_WITHOUT = re.compile(
-    r"^\(-\\infty,\\infty\)\s*(?:\\setminus|\\backslash|\\text\{\s*except\s*\}|-)\s*\\\{(.*)\\\}$"
+_WITHOUT = re.compile(
+    r"^([(\[])([^()\[\]]+),([^()\[\]]+)([)\]])\s*(?:\\setminus|\\backslash|\\text\{\s*except\s*\}|-)\s*\\\{(.*)\\\}$"
 )
+_BUILDER = re.compile(
+    rf"^\\\{{\s*(?:{_NAME}|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*(?:\\in\s*\(-\\infty,\\infty\)\s*)?(?:\||\\mid(?![a-zA-Z])|:)\s*(?P<condition>.*)\\\}}$"
+)
+_CASES = re.compile(r"^\\begin\{cases\}(.*)\\end\{cases\}$", re.DOTALL)
+_AND = re.compile(r",?\s*(?:\\text\{and\}|\\land(?![a-zA-Z])|\\wedge(?![a-zA-Z]))\s*")
+_UNEQUAL = re.compile(rf"^\s*({_NAME})\s*\\neq\s*(.+)$")
+_SCALED_MATRIX = re.compile(
+    r"^(?P<factor>[^=<>&]+?)\s*(?:\\cdot\s*|\\times\s*)?(?P<matrix>\\begin\{([pbB]matrix)\}.*\\end\{\3\})$", re.DOTALL
+)
+_TRANSPOSED = re.compile(r"\s*\^\s*\{?\s*(?:\\text\{\s*T\s*\}|T|\\top|\\prime)\s*\}?\s*$")
 _FUSED_TUPLES = re.compile(r"\)\s*\(")
 
 
-def check_balance(text: str) -> None:
-    """Raise :class:`Malformed` unless every bracket is closed by one that may close it, within the bound on depth."""
-    split_top(text, frozenset())
+_ASIDE = re.compile(
+    r"\([^()]*\)|_\{(?:[^{}]|\{[^{}]*\})*\}|_[0-9A-Za-z]|\^\{-1\}|\^\{?[0-9]\}?|\\text\{[^{}]*\}|\\[A-Za-z]+"
+)
+_TUPLE_OF_NAMES = re.compile(rf"^\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\)$")
 
 
-def split_top(text: str, separators: frozenset[str]) -> list[str]:
-    """Split at separators outside all brackets.
+def is_label(left: str) -> bool:
+    """Whether the left side of an equation is a name for its right side: a variable, ``f(2)``, ``|AB|``, ``a+b``.
 
-    Raises:
-        Malformed: unbalanced or too deeply nested brackets.
+    A number is none, nor is a side whose digits make the equation one about x and y (``2x``, ``x^2+y^2``).
     """
-    stack: list[str] = []
-    parts, start = [], 0
-    for match in _TOKEN.finditer(text):
-        token = match.group()
-        if token in _OPEN:
-            stack.append(token)
-            if len(stack) > MAX_NESTING:
-                raise Malformed(f"nested deeper than {MAX_NESTING}")
-        elif token in _CLOSE:
-            if not stack or stack[-1] not in _CLOSE[token]:
-                raise Malformed("unbalanced brackets")
-            stack.pop()
-        elif not stack and token in separators:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    if stack:
-        raise Malformed("unbalanced brackets")
-    parts.append(text[start:])
-    if len(parts) > MAX_ITEMS:
-        raise Malformed(f"more than {MAX_ITEMS} items")
-    return parts
+    if _VARIABLE.match(left) or _TUPLE_OF_NAMES.match(left.strip()):
+        return True
+    bare = left
+    for _ in range(3):
+        bare = _ASIDE.sub(" ", bare)
+    letters = re.findall(r"[A-Za-z]", bare)
+    if not letters and not re.search(r"\\[A-Za-z]+|[A-Za-z]", left):
+        return False
+    if re.search(r"[0-9]", bare):
+        return False
+    power = re.search(r"\^\{?[0-9]", left)
+    return not (power and set("xyz") & set(letters))
 
 
 def parse(text: str, depth: int = 0) -> Node:
@@ -140,9 +70,17 @@ def parse(text: str, depth: int = 0) -> Node:
     if depth > MAX_NESTING:
         raise Malformed(f"nested deeper than {MAX_NESTING}")
     text = _MEMBERSHIP.sub("", _REALS.sub(r"(-\\infty,\\infty)", text)).strip()
-    without = _REALS_WITHOUT.match(text)
+    without = _WITHOUT.match(text)
     if without:
-        text = _reals_without(without.group(1))
+        text = _without(without[1], without[2], without[3], without[4], without[5])
+    built = _BUILDER.match(text)
+    if built:
+        inner = parse(built["condition"], depth + 1)
+        if not isinstance(inner, Leaf):
+            return SetOf(inner.items) if isinstance(inner, Items) else inner
+    special = _both(text, depth) or _unequal(text, depth)
+    if special is not None:
+        return special
     for separators, build in ((frozenset([r"\cup", r"\lor"]), _union), (frozenset(",;"), _items)):
         parts = [part for part in split_top(_words_to_separators(text), separators) if part.strip()]
         if len(parts) > 1:
@@ -151,9 +89,9 @@ def parse(text: str, depth: int = 0) -> Node:
     bracketed = _bracketed(text, depth)
     if bracketed is not None:
         return bracketed
-    matrix = _MATRIX.fullmatch(text)
-    if matrix and matrix.group(2).count(r"\begin") == 0:
-        return _matrix(matrix.group(1), matrix.group(2), depth)
+    block = _block(text, depth)
+    if block is not None:
+        return block
     related = _related(text, depth)
     if related is not None:
         return related
@@ -179,6 +117,8 @@ def _no_leading_plus(text: str) -> str:
 
 def _union(nodes: list[Node]) -> Node:
     flat = [inner for node in nodes for inner in (node.items if isinstance(node, Union) else (node,))]
+    if all(isinstance(node, SetOf) for node in flat):
+        return SetOf(tuple(dict.fromkeys(item for node in flat if isinstance(node, SetOf) for item in node.items)))
     return Union(tuple(flat))
 
 
@@ -187,10 +127,57 @@ def _items(nodes: list[Node]) -> Node:
     return Items(tuple(flat))
 
 
-def _reals_without(points: str) -> str:
-    """The reals without finitely many points, as a union of open intervals in the order given."""
-    ends = [r"-\infty", *(part.strip() for part in split_top(points, frozenset(","))), r"\infty"]
-    return r" \cup ".join(f"({left},{right})" for left, right in pairwise(ends))
+def _without(opening: str, low: str, high: str, closing: str, points: str) -> str:
+    """An interval without finitely many points, as a union of intervals; points that are numbers are put in order."""
+    found = [part.strip() for part in split_top(points, frozenset(",")) if part.strip()]
+    numbers = [parse_number(part.replace(" ", "")) for part in found]
+    if all(numbers):
+        found = [
+            part
+            for _, part in sorted((number.value, part) for number, part in zip(numbers, found, strict=True) if number)
+        ]
+    ends = [low.strip(), *found, high.strip()]
+    parts = [f"({left},{right})" for left, right in pairwise(ends)]
+    parts[0], parts[-1] = opening + parts[0][1:], parts[-1][:-1] + closing
+    if len(parts) == 1:
+        return f"{opening}{ends[0]},{ends[-1]}{closing}"
+    return r" \cup ".join(parts)
+
+
+def _both(text: str, depth: int) -> Node | None:
+    r"""``x \geq 1 \text{ and } x \leq 2`` as [1, 2]: two bounds on one variable, both of which hold."""
+    parts = _AND.split(text)
+    if len(parts) != 2 or not all(_BOUND.search(part) for part in parts):
+        return None
+    names = [[side.strip() for side in _RELATION.split(part) if _VARIABLE.match(side)] for part in parts]
+    if [len(found) for found in names] != [1, 1] or names[0] != names[1]:
+        return None
+    low, high = (parse(part, depth + 1) for part in parts)
+    if not (isinstance(low, Sequence) and isinstance(high, Sequence)):
+        return None
+    if low.items[0] == Leaf(r"-\infty"):
+        low, high = high, low
+    if low.items[1] != Leaf(r"\infty") or high.items[0] != Leaf(r"-\infty"):
+        return None
+    return Sequence(low.opening, high.closing, (low.items[0], high.items[1]))
+
+
+def _unequal(text: str, depth: int) -> Node | None:
+    r"""``x \neq 2`` (and other values) as the reals without them."""
+    if r"\neq" not in text:
+        return None
+    parts = [part for part in split_top(_AND.sub(",", text), frozenset(",")) if part.strip()]
+    found = [_UNEQUAL.match(part) for part in parts]
+    name = found[0][1] if found and found[0] else ""
+    values = []
+    for part, match in zip(parts, found, strict=True):
+        if match and match[1] != name:
+            return None
+        value = match[2] if match else part
+        if not name or _RELATION.search(value) or (not match and not parse_number(value.replace(" ", ""))):
+            return None
+        values += [value.replace(r"\pm", "-"), value.replace(r"\pm", "")] if r"\pm" in value else [value]
+    return parse(_without("(", r"-\infty", r"\infty", ")", ",".join(values)), depth + 1) if values else None
 
 
 def _bracketed(text: str, depth: int) -> Node | None:
@@ -234,6 +221,56 @@ def _fused_tuples(text: str, depth: int) -> Node | None:
     return None
 
 
+def _block(text: str, depth: int) -> Node | None:
+    """A matrix, perhaps with a factor or transposed, or cases: a system of equations or a function by pieces."""
+    cases = _CASES.match(text)
+    if cases and r"\begin" not in cases[1]:
+        return _cases(cases[1], depth)
+    transposed = _TRANSPOSED.search(text)
+    plain = text[: transposed.start()] if transposed else text
+    matrix = _MATRIX.fullmatch(plain)
+    if matrix and r"\begin" not in matrix[2]:
+        made = _matrix(matrix[1], matrix[2], depth)
+        return Matrix(tuple(zip(*made.rows, strict=True)), made.bars) if transposed and _is_even(made) else made
+    if transposed and plain.startswith("(") and plain.endswith(")"):
+        inner = _bracketed(plain, depth)
+        return inner if isinstance(inner, Sequence) else None
+    scaled = _SCALED_MATRIX.match(plain)
+    if scaled and not transposed and scaled["matrix"].count(r"\begin") == 1:
+        plain_matrix = parse(scaled["matrix"], depth + 1)
+        if isinstance(plain_matrix, Matrix) and all(isinstance(c, Leaf) for row in plain_matrix.rows for c in row):
+            factor = {"-": "-1", "+": "1"}.get(scaled["factor"].strip(), scaled["factor"].strip())
+            return Matrix(
+                tuple(
+                    tuple(Leaf(rf"({factor})\cdot ({cell.text})") for cell in row if isinstance(cell, Leaf))
+                    for row in plain_matrix.rows
+                )
+            )
+    return None
+
+
+def _is_even(matrix: Matrix) -> bool:
+    return len({len(row) for row in matrix.rows}) == 1
+
+
+_CONDITION_WORDS = re.compile(r"\\text\{\s*(?:if|when|for|where|otherwise,?)?\s*\}|^\s*(?:if|when|for|where)\b")
+
+
+def _cases(body: str, depth: int) -> Node:
+    rows = [row.strip(" ,.;") for row in re.split(r"\\\\(?:\[[^\]]*\])?", body) if row.strip()]
+    if not any("&" in row for row in rows):
+        return _items([parse(row, depth + 1) for row in rows])
+    parts = []
+    for row in rows:
+        value, _, condition = row.partition("&")
+        words = _CONDITION_WORDS.sub("", condition.replace("&", " ")).strip(" ,.;")
+        parts.append((parse(value.strip(" ,;"), depth + 1), parse(words, depth + 1) if words else Leaf("")))
+    if all(re.match(r"\s*(?:=|\\approx)", row.partition("&")[2]) for row in rows):
+        # "x &= 1": the sign stands behind the alignment mark; a system, not pieces.
+        return _items([parse(row.replace("&", ""), depth + 1) for row in rows])
+    return Piecewise(tuple(parts))
+
+
 def _matrix(environment: str, body: str, depth: int) -> Matrix:
     body = _ARRAY_COLUMNS.sub("", body)
     rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", body.replace(r"\hline", "")) if row.strip()]
@@ -250,12 +287,14 @@ def _related(text: str, depth: int) -> Node | None:
         return None
     operators = _top_operators(text, parts)
     if all(operator in ("=", r"\approx") for operator in operators):
-        exact = [part for index, part in enumerate(parts) if index == 0 or operators[index - 1] == "="]
-        rounded = next((parts[i + 1] for i, operator in enumerate(operators) if operator == r"\approx"), "")
+        exact = [part.strip() for index, part in enumerate(parts) if index == 0 or operators[index - 1] == "="]
+        rounded = next((parts[i + 1] for i, operator in enumerate(operators) if operator == r"\approx"), "").strip()
         if len(exact) == 1:
-            value = parts[-1] if _VARIABLE.match(parts[0]) else parts[0]
-            return Equation(parts[0].strip(), value.strip(), parts[-1].strip())
-        return Equation(parts[0].strip(), exact[-1].strip(), rounded.strip())
+            value = rounded if is_label(exact[0]) else exact[0]
+            return Equation(exact[0], value, parts[-1].strip())
+        last = len(operators) - 1 - operators[::-1].index("=")
+        between = [part.strip() for part in parts[1 : last + 1]]
+        return Equation(exact[0], exact[-1], rounded, tuple(between))
     return _interval(parts, operators, depth)
 
 

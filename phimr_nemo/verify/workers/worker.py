@@ -95,7 +95,7 @@ def _within_limit(seconds: float, work: Callable[[], dict[str, Any]]) -> dict[st
     except SoftLimit:
         return {"verdict": "timeout", "reason": f"more than {seconds:g} s of processor time"}
     except RecursionError:
-        return {"verdict": "unparsable", "reason": "nested too deeply for math-verify"}
+        return {"verdict": "unparsable", "reason": "nested too deeply"}
     except MemoryError:
         return {"verdict": "error", "reason": "the memory limit was reached", "last": True}
 
@@ -103,13 +103,17 @@ def _within_limit(seconds: float, work: Callable[[], dict[str, Any]]) -> dict[st
 def _grade(job: dict[str, Any]) -> dict[str, Any]:
     from phimr_nemo.verify.compare import judge
     from phimr_nemo.verify.extract import Extraction
-    from phimr_nemo.verify.symbolic import MathVerify
+    from phimr_nemo.verify.symbolic import Algebra
 
     extraction = Extraction(job["text"], tuple(job["parts"]), tuple(job["boxes"]))
     try:
-        verdict = judge(job["gold"], extraction, MathVerify())
+        verdict = judge(job["gold"], extraction, Algebra())
     except Exception as error:  # noqa: BLE001 - sympy raises anything; an answer that breaks it is reported as such
-        return {"verdict": "error", "extracted": job["text"], "reason": f"math-verify failed: {type(error).__name__}"}
+        return {
+            "verdict": "error",
+            "extracted": job["text"],
+            "reason": f"the comparison failed: {type(error).__name__}",
+        }
     return {"verdict": verdict.verdict, "extracted": verdict.extracted, "reason": verdict.reason}
 
 

@@ -1,0 +1,1 @@
+"""Exact equality of expressions: reading them into terms, exact, modular and adaptive numeric values, test points."""
