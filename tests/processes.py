@@ -22,6 +22,7 @@ POLL_SECONDS: Final = 0.02
 PATIENCE_SECONDS: Final = 300.0
 ROWS, COLUMNS = 24, 80
 CTRL_C: Final = b"\x03"
+MOST_CHARACTERS: Final = 2000
 
 
 def start(command: Sequence[str | Path], *, ctrl_c: bool = False, **options: Any) -> subprocess.Popen[Any]:
@@ -120,8 +121,11 @@ class Terminal:
         return self.text
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
-        """:func:`wait_for`, while what the command writes is taken away."""
-        wait_for(lambda: bool(self.read() is None or condition()), self.process, seconds)
+        """As :func:`wait_for`, while what the command writes is taken away."""
+        try:
+            wait_for(lambda: bool(self.read() is None or condition()), self.process, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.read()[-MOST_CHARACTERS:]}") from error
 
     def press_ctrl_c(self) -> None:
         """As on a keyboard."""

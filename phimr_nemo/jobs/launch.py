@@ -17,13 +17,14 @@ from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_y
 from phimr_nemo.config.load import flat
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
-from phimr_nemo.jobs.machine import check_machine
+from phimr_nemo.jobs.kept import kept
+from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
 from phimr_nemo.jobs.preflight import preflight, record_inputs
 from phimr_nemo.process.children import follow_parent
 from phimr_nemo.process.stopping import KEPT, stoppable
 from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
-from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory, kept
+from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 from phimr_nemo.store.shards import input_hash
 
 # Stage -> "module:function" taking the stage's config and returning the facts that close the run.
@@ -201,13 +202,14 @@ def check_same_run(run: RunDirectory, config: Any) -> None:
         )
 
 
-def start_stage(stage: str, path: Path, overrides: Sequence[str]) -> Any:
+def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default: bool = False) -> Any:
     """`phimr STAGE`: what every way to start a stage comes down to.
 
     Args:
         stage: a key of :data:`phimr_nemo.config.STAGES`.
         path: its YAML file.
         overrides: `key.sub=value` items.
+        is_default: nobody has asked for this file.
 
     Returns:
         The resolved configuration.
@@ -216,6 +218,8 @@ def start_stage(stage: str, path: Path, overrides: Sequence[str]) -> Any:
         UserError, Preempted, RuntimeError: as :func:`launch`.
     """
     resolved: Any = load_config(STAGES[stage], path, overrides)
+    if is_default:
+        check_default(stage, path)
     if is_rank(resolved):
         follow_parent()
     with stoppable(stage, lambda: kept(resolved.run.output)):

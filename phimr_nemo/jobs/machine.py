@@ -105,7 +105,8 @@ def check_machine(stage: str, config: Any) -> None:
     if not isinstance(config, Training):
         return
     parallel = config.parallel
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+    is_rank = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    if is_rank:
         check_world(parallel, int(os.environ["WORLD_SIZE"]))
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     else:
@@ -119,7 +120,8 @@ def check_machine(stage: str, config: Any) -> None:
             rule="one process per GPU, or without GPUs at most one per core",
             remedy=_smaller(stage, config, room),
         )
-    if not gpus:
+    # The other ranks of this machine may have taken their share already.
+    if not gpus and not is_rank:
         _check_memory(stage, config, here)
 
 

@@ -18,11 +18,12 @@ from phimr_nemo.config import QuickstartConfig, load_config
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.jobs.closing import PART_OF
 from phimr_nemo.jobs.demonstration import answers, to_type
+from phimr_nemo.jobs.kept import kept
 from phimr_nemo.process.children import run_child
 from phimr_nemo.process.stopping import CONTINUE, KEPT
 from phimr_nemo.store.progress import duration
 from phimr_nemo.store.records import Kind
-from phimr_nemo.store.runs import METRICS_FILE, RunDirectory, kept, read_metrics
+from phimr_nemo.store.runs import METRICS_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import is_complete, read_manifest
 
 # The step whose model a row of the paper's table of stages evaluates, and the row's name, in the paper's order.

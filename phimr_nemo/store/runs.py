@@ -174,20 +174,6 @@ class RunDirectory:
         return dict(json.loads((self.path / DONE_FILE).read_text("utf-8")))
 
 
-def kept(path: Path) -> str:
-    """What of an unfinished run is on the disk and will not be done again, in words."""
-    found = path / "checkpoints"
-    checkpoints = (
-        [entry for entry in found.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-        if found.is_dir()
-        else []
-    )
-    if checkpoints:
-        return str(max(checkpoints, key=lambda entry: entry.stat().st_mtime_ns))
-    shards = sum(1 for _ in path.rglob("part-*.json"))
-    return f"{shards} finished shards in {path}" if shards else f"nothing yet in {path}"
-
-
 class MetricsWriter:
     """Appends metrics to metrics.jsonl and to TensorBoard. Use as a context manager on one process.
 

@@ -78,7 +78,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
 def arguments(stage: str, inputs: Path, output: Path) -> list[str]:
     """Of a training stage that would go on for a very long time."""
     own = {
-        "midtrain": (f"data={inputs / 'rows'}", "sequence_length=256", "validation_rows=2", "epochs=10000"),
+        "midtrain": (f"data={inputs / 'rows'}", "sequence_length=256", "validation_rows=4", "epochs=10000"),
         "sft": (f"data={inputs / 'teacher/sets/sft'}", "validation_rows=4", "epochs=10000"),
         "dpo": (f"pairs={inputs / 'own/sets/pairs'}", "epochs=10000"),
         "grpo": (

@@ -15,10 +15,12 @@ from processes import start
 
 from phimr_nemo.config import BaseConfig, GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
+from phimr_nemo.jobs.kept import kept
 from phimr_nemo.jobs.launch import _launch_ranks, check_same_run, run_stage, start_stage
 from phimr_nemo.store.atomic import atomic_write_text
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 from phimr_nemo.store.shards import read_table
+from phimr_nemo.training.seal import write_seal
 
 PROBLEMS, ROLLOUTS, SHARD = 7, 2, 3
 
@@ -265,3 +267,21 @@ def test_a_full_disk_inside_a_library_is_one_message(
         run_stage("generate", generate(tmp_path / "run"))
     assert type(caught.value) is expected
     assert (expected is UserError) == ("no space left" in str(caught.value))
+
+
+def test_what_is_kept_is_the_newest_whole_checkpoint_or_the_finished_shards(tmp_path: Path) -> None:
+    assert kept(tmp_path) == f"nothing yet in {tmp_path}"
+    for number in range(3):
+        (tmp_path / "sets").mkdir(exist_ok=True)
+        (tmp_path / "sets" / f"part-{number:05d}.json").touch()
+    assert kept(tmp_path) == f"3 finished shards in {tmp_path}"
+    for step, has_ended in ((9, True), (10, True), (11, False)):
+        checkpoint = tmp_path / "checkpoints" / f"step={step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights").write_text("w" * step)
+        if has_ended:
+            write_seal(checkpoint, {})
+    # The process ended in the middle of the eleventh.
+    assert kept(tmp_path) == str(tmp_path / "checkpoints" / "step=10")
+    (tmp_path / "checkpoints" / "step=10" / "weights").write_text("cut")
+    assert kept(tmp_path) == str(tmp_path / "checkpoints" / "step=9")

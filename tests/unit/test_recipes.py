@@ -63,11 +63,10 @@ def test_a_recipe_that_is_refused_ends_as_the_command_does(capsys: pytest.Captur
     [
         (
             "phi4mini_midtrain(base={tmp},data={tmp}/absent,config={tiny},accelerator=cpu)",
-            [],
             "absent does not exist",
         ),
-        ("phi4mini_no_such()", [], "phi4mini_no_such"),
-        ("phi4mini_midtrain(config={tmp}/no.yaml)", [], "no.yaml"),
+        ("phi4mini_no_such()", "phi4mini_no_such"),
+        ("phi4mini_midtrain(config={tmp}/no.yaml)", "no.yaml"),
     ],
     ids=["no data", "no such recipe", "no such file"],
 )
