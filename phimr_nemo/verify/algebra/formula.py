@@ -274,8 +274,6 @@ class _Reader(Cursor):
             return self._name("\\" + name)
         if name in ACCENTS:
             return self._accent(name)
-        if name in ("imath", "jmath"):
-            return self._name(name)
         if name in ("Re", "Im", "arg"):
             return Term(name.lower(), (self._operand(),))
         raise Unreadable(f"\\{name} is not understood")
