@@ -11,13 +11,14 @@ from typing import Any, Final
 import torch.distributed as dist
 
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.config import DPOConfig, GRPOConfig
+from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.origin import Origin
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import input_hash
 from phimr_nemo.training.checkpoint import CheckpointStore, exported_step
 from phimr_nemo.training.distributed import PreemptionGuard, export_checkpoint, export_hf
+from phimr_nemo.training.throughput import Speed
 
 HF_DIRECTORY: Final = "hf"
 
@@ -41,6 +42,16 @@ class StopTimer:
         """Whether any process was told to stop, or training has converged (collective)."""
         self._store.finish_writing(wait=False)
         return self._guard.stop_agreed() or self._store.judge.has_converged(self._done())
+
+
+def speed_of(policy: MegatronPolicy, model: ModelConfig) -> Speed:
+    """Return what turns seconds into metrics of the training steps' throughput (collective when called)."""
+    return Speed(
+        policy.work,
+        processes=policy.parallel.world_size,
+        architecture=policy.architecture,
+        fp8=model.fp8 is not None,
+    )
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
 from phimr_nemo.training import platform
 from phimr_nemo.training.guard import BatchGuard
 from phimr_nemo.training.optimizer import build_optimizer
-from phimr_nemo.training.throughput import Speed, WorkCounter
+from phimr_nemo.training.throughput import WorkCounter
 
 LossSums = tuple[Tensor, Tensor, dict[str, Tensor]]
 """(sum of the loss with gradient, count to divide it by, sums to log)."""
@@ -114,13 +114,8 @@ class MegatronPolicy(AlignableGenerativeInterface):
         self.optimizer, self.scheduler = build_optimizer(
             optim, [self.model], steps=steps, dtype=torch_dtype(model.dtype)
         )
-        self._is_distributed, self._fp8 = optim.distributed, model.fp8 is not None
+        self._is_distributed = optim.distributed
         self._reference: list[Tensor] = []
-
-    def speed(self) -> Speed:
-        """Return what turns seconds into metrics of the training steps' throughput (collective when called)."""
-        fp8 = self._fp8
-        return Speed(self.work, processes=self.parallel.world_size, architecture=self.architecture, fp8=fp8)
 
     # ---- forward passes ------------------------------------------------------------------------------------
 

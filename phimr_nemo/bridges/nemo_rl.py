@@ -52,7 +52,8 @@ COMMON: Final = (
     Counterpart("parallel.sequence", "same", "policy.dtensor_cfg.sequence_parallel"),
     Counterpart("parallel.pipeline", "none", "", "refused unless 1"),
     Counterpart("parallel.virtual", "none", "", "of pipelines alone"),
-    Counterpart("parallel.data", "launcher", "cluster.gpus_per_node, cluster.num_nodes"),
+    Counterpart("parallel.data", "launcher", "cluster.gpus_per_node"),
+    Counterpart("parallel.nodes", "launcher", "cluster.num_nodes"),
     Counterpart("checkpoint.every", "same", "checkpointing.save_period"),
     Counterpart("checkpoint.keep", "same", "checkpointing.keep_top_k"),
     Counterpart(
@@ -111,6 +112,7 @@ GRPO: Final = (
     Counterpart("inner_batches", "translated", "policy.train_global_batch_size"),
     Counterpart("micro_batch", "same", "policy.train_micro_batch_size", "sequences"),
     Counterpart("packed", "same", "policy.sequence_packing.enabled"),
+    Counterpart("prompt", "data", TRAIN),
     Counterpart("engine.", "translated", "policy.generation", "vLLM beside the trainer, whatever samples here"),
     Counterpart("ahead", "none", "", "refused unless 0"),
     Counterpart("stale", "none", "", "of responses sampled ahead alone"),

@@ -51,6 +51,7 @@ _THERE: Final = {
     "parallel.context": "distributed.cp_size",
     "parallel.sequence": "distributed.sequence_parallel",
     "parallel.data": "torchrun --nproc-per-node",
+    "parallel.nodes": "torchrun --nnodes",
     "checkpoint.every": "step_scheduler.ckpt_every_steps",
     "checkpoint.keep": "",
     "checkpoint.best": "",

@@ -9,6 +9,7 @@ from typing import Any
 from phimr_nemo.align.dpo.pairs import load_pairs
 from phimr_nemo.align.grpo.rollouts import load_prompts
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
+from phimr_nemo.config.engine import QUESTION
 from phimr_nemo.data.chat import decode_response, load_tokenizer
 from phimr_nemo.data.rows.batches import IGNORED_LABEL, EpochOrder, Row
 from phimr_nemo.data.rows.tokenize import prompt_frame
@@ -102,7 +103,7 @@ def dpo_samples(config: DPOConfig) -> Samples:
 
 
 def grpo_samples(config: GRPOConfig) -> Samples:
-    """Prompts, one a slot: `id`, `question`, `answer`, `prompt` (rendered) and `prompt_ids`.
+    """Prompts, one a slot: `id`, `question` (the user's turn), `answer`, `prompt` (rendered) and `prompt_ids`.
 
     Raises:
         UserError: data or tokenizer are not usable, as in the stage itself.
@@ -117,7 +118,7 @@ def grpo_samples(config: GRPOConfig) -> Samples:
         prompt = prompts.prompts[prompts.epoch[order[slot]]]
         return {
             "id": prompt.id,
-            "question": questions[prompt.id],
+            "question": config.prompt.replace(QUESTION, questions[prompt.id]),
             "answer": prompt.answer,
             "prompt": tokenizer.decode(prompt.token_ids),
             "prompt_ids": list(prompt.token_ids),

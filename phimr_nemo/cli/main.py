@@ -11,8 +11,11 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from phimr_nemo import __version__
+from phimr_nemo.cli.bridge import bridge
+from phimr_nemo.cli.data import data_app
 from phimr_nemo.cli.help import StageCommand
-from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
+from phimr_nemo.cli.options import ConfigFile, Overrides
+from phimr_nemo.errors import UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
 from phimr_nemo.jobs.cluster import check_layout, parse_allocation
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
@@ -26,8 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Reports on record directories, and their checks.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(bridge)
 
 
 def _version(asked: bool) -> None:
@@ -59,10 +62,6 @@ STAGE_HELP: Final = {
     "export": "A trained directory -> a release directory with its model card.",
 }
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of config values, NeMo-style.")
-]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; default conf/<stage>/paper.yaml.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved config and derived numbers.")]
 Allocation = Annotated[
     str | None,
@@ -221,53 +220,6 @@ def report(
     write_report(runs, out)
 
 
-@data_app.command("report")
-def data_report(
-    directories: Annotated[list[Path], typer.Argument(help="Outputs of data steps, or directories above them.")],
-    out: Annotated[Path, typer.Option(help="Where to write the page and the pictures.")] = Path("runs/data-report"),
-) -> None:
-    """Funnels with the reason of every drop, lengths, difficulty and pass rates: report.html and PNGs."""
-    from phimr_nemo.report.data import write_data_report
-
-    typer.echo(write_data_report(directories, out))
-
-
-@data_app.command("check")
-def data_check(
-    directories: Annotated[list[Path], typer.Argument(help="Record or run directories.")],
-    redo: Annotated[
-        bool, typer.Option("--redo", help="Let the steps that made damaged shards make them, and only them, again.")
-    ] = False,
-) -> None:
-    """Compare every shard with its checksum; name what is truncated, changed or half-written. Exit code 2 if any."""
-    from phimr_nemo.store.check import check_directory, forget_damaged
-
-    found = [damage for root in directories for damage in check_directory(root)]
-    for damage in found:
-        state = f"damaged: {', '.join(damage.shards)}" if damage.shards else "sound"
-        typer.echo(f"{damage.directory}: {damage.count} shards, {state}")
-        if redo:
-            forget_damaged(damage)
-    if not redo and any(damage.shards for damage in found):
-        raise typer.Exit(EXIT_USER)
-
-
-@app.command()
-def bridge(
-    target: Annotated[Literal["trl", "nemo-rl", "nemotron"], typer.Argument(help="The other trainer.")],
-    stage: Annotated[Literal["sft", "dpo", "grpo"], typer.Argument(help="The stage of the recipe.")],
-    out: Annotated[Path, typer.Option(help="The directory to write.")],
-    overrides: Overrides = None,
-    config: ConfigFile = None,
-) -> None:
-    """A stage's configuration and data for TRL, NeMo-RL or Nemotron, with a table of what becomes of each setting."""
-    from phimr_nemo.bridges.command import run_bridge
-
-    path = config if config is not None else Path("conf") / stage / "paper.yaml"
-    facts = run_bridge(target, stage, path, out, overrides or [])
-    typer.echo("  ".join(f"{name}: {value}" for name, value in facts.items()))
-
-
 @app.command()
 def adopt(
     source: Annotated[Path, typer.Argument(help="A Phi-family Hugging Face directory with its tokenizer.")],
@@ -282,6 +234,7 @@ def adopt(
 
     with stoppable("adopt"):
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+    typer.echo(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
 
 
 @app.command("import")

@@ -37,7 +37,7 @@ VARIABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def _holds_question(prompt: str) -> str:
     if prompt.count(QUESTION) != 1:
         raise RuleBroken(
-            f"{KEY}={prompt!r} as a prompt template",
+            f"prompt template {prompt!r} in {KEY}",
             rule=f"a prompt template holds {QUESTION} once",
             remedy=f"put {QUESTION} where the question belongs, for example '{KEY}=\"{QUESTION}\"'",
         )

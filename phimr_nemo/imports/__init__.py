@@ -31,6 +31,8 @@ NAMES: Final[Mapping[str, Mapping[str, str]]] = {
     "nemo.collections.llm.inference": {},
     "nemo.collections.llm.modelopt": {},
     "nemo.collections.llm.modelopt.distill": {},
+    "nemo.collections.llm.recipes": {},
+    "nemo.collections.llm.recipes.tp_overlap_configs": {},
     "nemo.collections.nlp": {},
     "nemo.collections.nlp.data": {},
     "nemo.collections.nlp.data.language_modeling": {},

@@ -21,6 +21,7 @@ from phimr_nemo.verify.read.nodes import Equation, Items, Leaf, Matrix, Node, Pi
 from phimr_nemo.verify.read.normalise import canonical, key
 from phimr_nemo.verify.read.phrases import same_phrase
 from phimr_nemo.verify.read.quantity import Number, parse_number, split_quantity, without_remarks
+from phimr_nemo.verify.read.residue import parse_residues
 from phimr_nemo.verify.read.structure import is_label, parse
 from phimr_nemo.verify.relations import ORDER, Family, same_inequality, without_integers
 from phimr_nemo.verify.verdict import Unparsable, Verdict
@@ -85,6 +86,9 @@ def equivalent(gold: str, predicted: str, symbolic: Symbolic) -> bool:
         return True
     if same_letters(left, right) or same_phrase(left, right):
         return True
+    residues = parse_residues(left), parse_residues(right)
+    if any(residues):
+        return residues[0] == residues[1]
     left, in_left = without_integers(without_remarks(left))
     right, in_right = without_integers(without_remarks(right))
     symbolic = Family(symbolic) if in_left or in_right else symbolic
@@ -320,6 +324,8 @@ def _says(predicted: Equation, gold: Node, symbolic: Symbolic) -> bool:
     claimed = _is_quantity(first) and _is_quantity(predicted.right)
     if claimed and not _same(Leaf(first), Leaf(predicted.right), symbolic):
         return False
+    if _contradicts_itself(predicted, symbolic):
+        return False
     if _same(gold, _parse("response", predicted.right), symbolic):
         return named or claimed or predicted.left == predicted.right or _same(gold, Leaf(predicted.left), symbolic)
     if not predicted.rounded or not _same(gold, _parse("response", predicted.rounded), symbolic):
@@ -327,8 +333,23 @@ def _says(predicted: Equation, gold: Node, symbolic: Symbolic) -> bool:
     return _rounds_to(predicted.rounded, Leaf(predicted.right), symbolic)
 
 
-def _rounds_to(rounded: str, exact: Node, symbolic: Symbolic) -> bool:
-    """Whether a value rounds to one that is written behind an approximation sign."""
+def _contradicts_itself(predicted: Equation, symbolic: Symbolic) -> bool:
+    """Whether ``166 \\approx 167`` names two answers; of a named value only where both are plain integers."""
+    if not predicted.rounded or predicted.rounded == predicted.right:
+        return False
+    unnamed = predicted.left == predicted.right
+    integers = _PLAIN_INTEGER.fullmatch(predicted.rounded) and _PLAIN_INTEGER.fullmatch(predicted.right)
+    if not (unnamed or (integers and not predicted.between)):
+        return False
+    exact, rounded = split_quantity(predicted.right), split_quantity(predicted.rounded)
+    number = parse_number(key(rounded.core))
+    if number is None or rounded.percent or exact.percent or (exact.unit and rounded.unit):
+        return False
+    return not _rounds_to(predicted.rounded, Leaf(predicted.right), symbolic, cut_off=True)
+
+
+def _rounds_to(rounded: str, exact: Node, symbolic: Symbolic, *, cut_off: bool = False) -> bool:
+    """Whether a value rounds (or is cut off) to one that is written behind an approximation sign."""
     number = parse_number(key(split_quantity(rounded).core))
     if number is None or not isinstance(exact, Leaf):
         return False
@@ -336,6 +357,8 @@ def _rounds_to(rounded: str, exact: Node, symbolic: Symbolic) -> bool:
     own = parse_number(key(core))
     place = number.last_place or Fraction(1)
     if own is not None:
-        return abs(own.value - number.value) * 2 <= place
+        gap = abs(own.value - number.value)
+        return gap < place if cut_off else gap * 2 <= place
+    place *= 2 if cut_off else 1
     check_plain("response", core)
     return symbolic.equal(key(split_quantity(rounded).core), core, Number(number.value, number.digits, place))

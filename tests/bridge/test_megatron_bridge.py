@@ -182,6 +182,13 @@ def test_the_real_config_has_every_parameter_and_comes_back(
     assert Architecture.from_directory(tmp_path) == dataclasses.replace(arch, sliding_window=None)
 
 
+def test_the_published_config_is_that_model(
+    phi4_mini: tuple[Path, Architecture], shared_data: Path, in_bridge: Run
+) -> None:
+    published, ours = (in_bridge("on_meta", 1, place)[0] for place in (shared_data / "phi4-mini", phi4_mini[0]))
+    assert published == ours
+
+
 def token_ids(arch: Architecture) -> dict[str, int]:
     """What a provider does not carry: Megatron-Core's model has no special tokens."""
     return {name: getattr(arch, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))
 FRONT = ("README.md", "recipes/README.md", "CONTRIBUTING.md")
 DOCUMENTS = (*FRONT, "bench/results/README.md", *DOCS)
-BLOCK = re.compile(r"^```(?:bash|sh|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(?:bash|sh|shell)(?: \w+)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 # Commands of the system that a README may use; what they do is not ours to check.
 SYSTEM = {"git", "cd", "cp", "source", "export", "pip", "python3", "tail", "cat", "less", "ls", "."}

@@ -83,7 +83,7 @@ def test_prepared_problems_go_to_a_teacher() -> None:
     words = shlex.split(next_command("prepare", Path("runs/x"), Path("conf/prepare/tiny.yaml"), {"problems": 3}))
     config = load_config(STAGES["generate"], Path("conf/generate/paper.yaml"), words[2:])
     assert (config.problems.kind, config.problems.path) == ("records", Path("runs/x/problems"))
-    assert config.teacher.kind == "endpoint"
+    assert config.teacher.engine.kind == "endpoint"
 
 
 def test_a_training_stage_tells_of_its_newest_tenth(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_bad_input_is_one_clear_error(
         ((f"model={tmp_path / 'no'}", *own(problems)), ("no does not exist",)),
         (("model=null", *own(problems)), ("no model for engine.kind=local",)),
         ((given, *own(problems), "prompt=hello"), ("prompt template 'hello'",)),
-        ((given, *own(problems), "engine.kind=magic"), ("engine=", "magic")),
+        ((given, *own(problems), "engine.kind=magic"), ("engine.kind='magic'", "local, vllm, endpoint")),
     ]
     if importlib.util.find_spec("vllm") is None:
         vllm = ("engine.kind=vllm", "engine.max_batch=1", "engine.dtype=fp32", "engine.memory_share=0.5")

@@ -45,7 +45,8 @@ def export_config(tmp_path: Path, model: Path, *overrides: str) -> ExportConfig:
 def trained(path: Path, *, steps: int, lr: float, seed: int, finished: bool = True) -> Path:
     """A run directory as SFT leaves it."""
     run = RunDirectory(path)
-    overrides = [f"run.output={path}", f"run.seed={seed}", f"optim.lr={lr}", "sequence_length=96"]
+    overrides = [f"run.output={path}", f"run.seed={seed}", f"optim.lr={lr}", "optim.min_lr=0"]
+    overrides += ["sequence_length=96"]
     settings = load_config(SFTConfig, Path("conf/sft/tiny.yaml"), overrides)
     run.describe(stage="sft", config_yaml=to_yaml(settings), seed=seed, facts={})
     if finished:

@@ -135,3 +135,15 @@ def test_upstream_packages_still_have_every_name() -> None:
         "print(json.dumps([llm.train.__module__, llm.LlamaModel.__name__, torchmetrics.Accuracy.__name__]))"
     )
     assert python(program) == ["nemo.collections.llm.api", "LlamaModel", "Accuracy"]
+
+
+def test_what_a_stage_imports_on_a_gpu_alone_is_found() -> None:
+    program = (
+        "import json\nfrom pathlib import Path\nfrom phimr_nemo.config import STAGES, load_config\n"
+        "from phimr_nemo.jobs.launch import stage_function\nstage_function('midtrain')\n"
+        "from phimr_nemo.supervised import assembly\n"
+        "config = load_config(STAGES['midtrain'], Path('conf/midtrain/tiny.yaml'))\n"
+        "callback = assembly.tensor_overlap(config, make=lambda kind, **arguments: kind)\n"
+        "print(json.dumps([callback.__name__]))"
+    )
+    assert python(program) == ["MegatronCommOverlapCallback"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,8 +97,9 @@ def test_a_verdict_has_its_colour_whatever_stands_beside_it(
     data_figures.draw_lengths(lengths(verdicts), tmp_path / "x.png", stacked=True)
     (axes,) = drawn[0].axes
     handles, labels = axes.get_legend_handles_labels()
-    assert {
-        label: to_hex(cast(Patch, handle).get_facecolor()) for label, handle in zip(labels, handles, strict=True)
-    } == {verdict: VERDICT_COLORS[verdict] for verdict in verdicts}
+    patches = [handle for handle in handles if isinstance(handle, Patch)]
+    assert {label: to_hex(patch.get_facecolor()) for label, patch in zip(labels, patches, strict=True)} == {
+        verdict: VERDICT_COLORS[verdict] for verdict in verdicts
+    }
     red, green, blue = (int(VERDICT_COLORS["wrong"][start : start + 2], 16) for start in (1, 3, 5))
     assert red > 2 * max(green, blue)

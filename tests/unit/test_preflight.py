@@ -130,7 +130,7 @@ def test_a_stage_before_its_input(stage: str, key: str, kind: Kind, tmp_path: Pa
     write_shard(missing, 0, rows_to_table([ROWS[kind]], kind), kind=kind)
     unfinished = refusal(stage, tmp_path, f"{key}={missing}")
     assert f"{missing} is not finished" in unfinished.problem
-    assert "run the step that makes it first" in unfinished.remedy
+    assert "are made by `phimr" in unfinished.remedy
 
 
 @pytest.mark.parametrize(("stage", "key", "kind"), INPUTS)

@@ -146,6 +146,22 @@ def test_it_is_a_warning(tmp_path: Path, phi4mini: Architecture, caplog: pytest.
     assert "trained with LongRoPE's long factors" in caplog.text
 
 
+def test_engines_that_choose_by_length_warn(
+    tmp_path: Path, phi4mini: Architecture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM and TensorRT-LLM, in the process and served."""
+    from phimr_nemo.generate.serving.vllm import check_longrope
+
+    origin = Origin(1024, DEFAULT)
+    (tmp_path / "config.json").write_text(json.dumps({**phi4mini.to_hf_config(), **origin.to_config()}))
+    with caplog.at_level(logging.WARNING):
+        check_longrope(tmp_path, DEFAULT, 4096)
+        assert not caplog.records
+        check_longrope(tmp_path, DEFAULT, 8192)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "short factors" in caplog.text
+
+
 def test_it_needs_no_torch() -> None:
     code = "import sys, phimr_nemo.model.regime; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

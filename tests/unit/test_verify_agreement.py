@@ -17,8 +17,10 @@ from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.store.content import content_id
 from phimr_nemo.verify import Grader, Verdict
+from phimr_nemo.verify.extract import gold_answer
 
-MIN_DECIDED_AGREEMENT = 0.995
+MIN_DECIDED_AGREEMENT = 0.9985
+MIN_GOLDS = 5000
 EXTRACTED_CHARS = 200
 """The hashes are of this many characters of an extracted answer."""
 
@@ -62,12 +64,26 @@ def test_agreement_with_the_graded_gsm8k_solutions_is_complete(shared_data: Path
     assert verdicts == labels
 
 
+def published_golds(problems: Path) -> list[str]:
+    """Every different final answer in a directory of published problems."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(problems.iterdir()):
+        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+        with opened as handle:
+            if ".jsonl" in path.suffixes:
+                rows += [json.loads(line) for line in handle]
+            else:
+                read = json.load(handle)
+                rows += read if isinstance(read, list) else next(iter(read.values()))
+    found = [str(row.get("answer", row.get("Answer", row.get("solution")))) for row in rows]
+    return sorted({gold for gold in map(gold_answer, found) if gold})
+
+
 def test_every_published_answer_equals_itself(shared_data: Path) -> None:
-    rows = [json.loads(line) for line in (shared_data / "problems" / "math500.jsonl").read_text("utf-8").splitlines()]
-    with gzip.open(shared_data / "problems" / "deepscaler_level_3.json.gz", "rt", encoding="utf-8") as handle:
-        answers = [str(row["answer"]) for row in json.load(handle)[:1000]]
-    pairs = [(row["solution"], row["answer"]) for row in rows] + [(rf"\boxed{{{a}}}", a) for a in answers]
-    assert Counter(verdict.verdict for verdict in grade_all(pairs)) == {"correct": len(pairs)}
+    golds = published_golds(shared_data / "problems")
+    assert len(golds) >= MIN_GOLDS
+    verdicts = grade_all([(rf"\boxed{{{gold}}}", gold) for gold in golds])
+    assert [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict.verdict != "correct"] == []
 
 
 def test_the_programmatic_teacher_is_graded_as_it_meant() -> None:

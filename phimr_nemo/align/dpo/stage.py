@@ -16,7 +16,7 @@ from phimr_nemo.align.dpo.log import DPOLog
 from phimr_nemo.align.dpo.objective import DPOObjective
 from phimr_nemo.align.dpo.pairs import PairCollate, Pairs, load_pairs
 from phimr_nemo.align.dpo.reference import reference_identity, stored_reference
-from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap
+from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap, speed_of
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, to_dict
 from phimr_nemo.config.alignment import StoredReference
@@ -74,7 +74,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         checkpoints = TrainerCheckpoints(store, policy, batch_guard, identity)
         counters = checkpoints.restore()
         with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
-            log = DPOLog(lines, policy.optimizer, config.run.log_every, policy.speed())
+            log = DPOLog(lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model))
             trainer = _trainer(
                 config,
                 policy,

@@ -16,7 +16,7 @@ from phimr_nemo.align.grpo.rollouts import load_prompts
 from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
 from phimr_nemo.align.grpo.samplers import open_sampler
 from phimr_nemo.align.grpo.trainer import GRPOTrainer, RoundInterrupted
-from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap
+from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap, speed_of
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import GRPOConfig, to_dict
 from phimr_nemo.data.chat import load_tokenizer
@@ -68,7 +68,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         sampler = open_sampler(config, policy, identity["base weights"])
         rounds = Rounds(sampler, policy.weights, pending_directory(run))
         with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
-            sinks = lines, policy.optimizer, config.run.log_every, policy.speed()
+            sinks = lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model)
             log = GRPOLog(*sinks, monitor=config.monitor, directory=run.path)
             trainer = GRPOTrainer(
                 config=config,

@@ -8,21 +8,23 @@ reward of this project's grader.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from phimr_nemo.bridges.files import SCHEDULE, SETTINGS, TRAIN, VALIDATION
 from phimr_nemo.verify import Grader
+from phimr_nemo.verify.verdict import UNGRADED
 
 LOG: Final = "log.json"
 
@@ -79,19 +81,21 @@ def run(export: Path, output: Path, max_steps: int | None = None) -> list[dict[s
     }
     if max_steps is not None:
         arguments["max_steps"] = max_steps
-    model = load_model(settings)
     parts: dict[str, Any] = {
-        "model": model,
+        "model": load_model(settings),
         "processing_class": AutoTokenizer.from_pretrained(settings["model"]),
-        "train_dataset": _rows(export / TRAIN),
         "callbacks": [FiniteLoss()],
     }
-    trainer = _trainer(settings, schedule, arguments, parts, export)
-    if trainer.optimizer is None:
-        trainer.create_optimizer()
-    rates, largest = schedule["rates"], settings["trainer"]["learning_rate"]
-    trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: rates[min(step, len(rates) - 1)] / largest)
-    trainer.train()
+    for name, file in (("train_dataset", TRAIN), ("eval_dataset", VALIDATION)):
+        if (export / file).exists():
+            parts[name] = Dataset.from_json(str(export / file), cache_dir=str(output / ".cache"))
+    with contextlib.ExitStack() as processes:
+        trainer = _trainer(settings, schedule, arguments, parts, processes)
+        if trainer.optimizer is None:
+            trainer.create_optimizer()
+        rates, largest = schedule["rates"], settings["trainer"]["learning_rate"]
+        trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: rates[min(step, len(rates) - 1)] / largest)
+        trainer.train()
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         # The model computed with one set of factors; what is saved is what it was made from.
@@ -118,33 +122,29 @@ def load_model(settings: dict[str, Any]) -> PreTrainedModel:
 
 
 def _trainer(
-    settings: dict[str, Any], schedule: dict[str, Any], arguments: dict[str, Any], parts: dict[str, Any], export: Path
+    settings: dict[str, Any],
+    schedule: dict[str, Any],
+    arguments: dict[str, Any],
+    parts: dict[str, Any],
+    processes: contextlib.ExitStack,
 ) -> Any:
     if settings["stage"] == "sft":
-        validation = {"eval_dataset": _rows(export / VALIDATION)} if (export / VALIDATION).exists() else {}
-        return SFTTrainer(args=SFTConfig(**arguments), **parts, **validation)
+        return SFTTrainer(args=SFTConfig(**arguments), **parts)
     if settings["stage"] == "dpo":
         return TokenisedDPOTrainer(args=DPOConfig(**arguments), **parts)
-    trainer = AnnealedGRPOTrainer(args=GRPOConfig(**arguments), reward_funcs=reward(settings["reward"]), **parts)
-    trainer.temperatures = schedule["temperatures"]
-    trainer.inner_batches = settings["reward"]["inner_batches"]
-    return trainer
+    given = settings["reward"]
+    grader = processes.enter_context(Grader(workers=given["workers"], function=given["grader"]))
+    worth = {"correct": given["correct"], **dict.fromkeys(UNGRADED)}
 
-
-def reward(settings: dict[str, Any]) -> Callable[..., list[float | None]]:
-    """The stage's reward of completions: the grader's verdict; None, which TRL leaves out, where it gave up."""
-    grader = Grader(workers=settings["workers"], function=settings["grader"])
-
-    def graded(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
-        worth = {"correct": settings["correct"], "error": None, "timeout": None}
+    def reward(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+        """The verdict's worth; None, which TRL leaves out, where the grader gave up."""
         verdicts = grader.grade_many(list(zip(completions, answer, strict=True)))
-        return [worth.get(verdict.verdict, settings["wrong"]) for verdict in verdicts]
+        return [worth.get(verdict.verdict, given["wrong"]) for verdict in verdicts]
 
-    return graded
-
-
-def _rows(file: Path) -> Dataset:
-    return load_dataset("json", data_files=str(file), split="train", cache_dir=str(file.parent / ".cache"))
+    trainer = AnnealedGRPOTrainer(args=GRPOConfig(**arguments), reward_funcs=reward, **parts)
+    trainer.temperatures = schedule["temperatures"]
+    trainer.inner_batches = given["inner_batches"]
+    return trainer
 
 
 def main() -> None:
