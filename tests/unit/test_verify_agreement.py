@@ -68,10 +68,9 @@ def published_golds(problems: Path) -> list[str]:
     """Every different final answer in a directory of published problems."""
     rows: list[dict[str, Any]] = []
     for path in sorted(problems.iterdir()):
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if ".jsonl" in path.suffixes:
-            rows += [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows += [json.loads(line) for line in text.splitlines()]
         else:
             read = json.loads(text)
             rows += read if isinstance(read, list) else next(iter(read.values()))
