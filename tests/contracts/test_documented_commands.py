@@ -65,7 +65,7 @@ def check(command: str) -> None:
         assert targets, f"{command}: no target"
     elif program in ("phimr", ".venv/bin/phimr", ".venv-vllm/bin/phimr"):
         check_phimr(arguments)
-    elif program == "sbatch" or any(word.startswith("slurm/") for word in words[:2]):
+    elif program in ("sbatch", "bash") or program.startswith("slurm/"):
         check_slurm(words, settings)
     elif program in ("python", ".venv/bin/python"):
         check_python(arguments)
