@@ -30,7 +30,7 @@ Config = SFTConfig | DPOConfig | GRPOConfig
 COMMON: Final = (
     Counterpart("run.output", "same", "checkpointing.checkpoint_dir"),
     Counterpart("run.seed", "data", "seed", "the order of the data is in the file"),
-    Counterpart("run.log_every", "none", "", "NeMo-RL logs every step"),
+    Counterpart("run.log_every", "none", "", "every step is logged there"),
     Counterpart("base", "same", "policy.model_name"),
     Counterpart("model.dtype", "translated", "policy.precision"),
     Counterpart("model.fp8", "none", "", "refused unless off"),
