@@ -15,6 +15,8 @@ DIGITS: Final = 60
 """Of inexact arithmetic; what must be told apart differs by far more than `CLOSE` of its size, or is exact."""
 mp.dps = DIGITS
 CLOSE: Final = mp.mpf(10) ** -40
+ZERO: Final = mp.mpf(10) ** -50
+"""What rounding leaves of nothing; the generators' inexact values are below a million."""
 MAX_EXACT_BITS: Final = 100_000
 MAX_FACTORIAL: Final = 2_000
 
@@ -121,8 +123,8 @@ def _exact_root(value: int, order: int) -> int | None:
 
 
 def same_value(a: Value, b: Value) -> bool:
-    """Exactly, where both are exact; else to `CLOSE` of their size."""
+    """Exactly, where both are exact; else to `CLOSE` of their size, or to `ZERO` where they cancel to nothing."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
     a, b = to_mp(a), to_mp(b)
-    return bool(abs(a - b) <= CLOSE * max(abs(a), abs(b), CLOSE))
+    return bool(abs(a - b) <= max(CLOSE * max(abs(a), abs(b)), ZERO))

@@ -97,7 +97,7 @@ def trigonometric(draw: random.Random) -> Case:
     if draw.random() < 0.5:
         angle, exact = draw.choice(EXACT_ANGLES)
         factor = "" if multiple == 1 else rf"{multiple} \cdot "
-        tail = signed(offset) if offset else ""
+        tail = signed(offset) if offset and exact != r"\frac{1}{2}" else ""  # nothing has no other sign
         left, right = f"{factor}\\left({angle}\\right){tail}", f"{factor}\\left({exact}\\right){tail}"
         gold, other = draw.choice([(left, right), (right, left)])
         wrong = [

@@ -21,6 +21,8 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 
 KIND: Final = "golds of problem sets"
+UNBRACED: Final = re.compile(r"\\(?:[dt]?frac|sqrt|binom)\s*[0-9]")
+r"""Digits that are arguments, not a number: ``\frac43``, and ``\frac431`` is the same."""
 CHANGED: Final = re.compile(r"(?<![0-9.])(?!0[0-9])[0-9]+(?![0-9]*\.[0-9])(?![0-9])")
 """A whole number, to which one can be added."""
 ENDINGS: Final = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -66,7 +68,7 @@ def rewritten(gold: str) -> dict[str, str]:
 def changed(gold: str, draw: random.Random) -> dict[str, str]:
     """What was changed -> another answer."""
     found = list(CHANGED.finditer(gold))
-    if not found:
+    if not found or UNBRACED.search(gold):
         return {}
     place = draw.choice(found)
     value = int(place.group())

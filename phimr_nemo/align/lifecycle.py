@@ -13,7 +13,7 @@ import torch.distributed as dist
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig
 from phimr_nemo.model.files.hf import HFDirectory
-from phimr_nemo.model.origin import Origin
+from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import input_hash
 from phimr_nemo.training.checkpoint import CheckpointStore, exported_step
@@ -94,7 +94,7 @@ def export(
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    origin = Origin(config.sequence_length, config.model.longrope)
+    origin = trained_from(config.base, config.sequence_length, config.model.longrope)
     best = store.best_whole(done)
     if best is None or best.step == done:
         export_hf([policy.model], policy.architecture, config.base, run.path / HF_DIRECTORY, origin)

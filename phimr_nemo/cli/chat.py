@@ -42,12 +42,14 @@ class OpenModel:
         tokenizer: its tokenizer.
         words: what it is and what it can be asked, for people.
         notes: on how it was opened, a sentence each.
+        single_turn: whether each question is to stand alone, because it has never seen several.
     """
 
     sampler: LocalSampler
     tokenizer: PreTrainedTokenizerFast
     words: str
     notes: tuple[str, ...]
+    single_turn: bool
 
 
 def open_model(directory: Path, params: SamplingParams, *, max_length: int | None, dtype: Dtype) -> OpenModel:
@@ -84,7 +86,7 @@ def open_model(directory: Path, params: SamplingParams, *, max_length: int | Non
     opened = open_engine(LocalEngine(max_batch=1, dtype=dtype), described, params)
     size = f"{architecture.num_parameters:,} parameters, conversations of up to {opening.max_length:,} tokens"
     words = f"{directory} ({size})" + (f" knows {origin.knows}" if origin.knows else "")
-    return OpenModel(opened.sampler, opened.tokenizer, words, opening.notes)
+    return OpenModel(opened.sampler, opened.tokenizer, words, opening.notes, bool(origin.single_turn))
 
 
 def chat(directory: Path, params: SamplingParams, *, seed: int, max_length: int | None, dtype: Dtype) -> None:
@@ -98,7 +100,8 @@ def chat(directory: Path, params: SamplingParams, *, seed: int, max_length: int 
 
     console = Console(highlight=False)
     greet(console, model)
-    console.print(f"Type a question, or {HELP}.", markup=False)
+    alone = " Each one stands alone: the model was trained on single questions." if model.single_turn else ""
+    console.print(f"Type a question, or {HELP}.{alone}", markup=False)
     turns: list[Turn] = []
     while True:
         try:
@@ -122,7 +125,7 @@ def chat(directory: Path, params: SamplingParams, *, seed: int, max_length: int 
         except UserError as error:
             console.print(f"error: {error}", markup=False)
             continue
-        turns = [*asked, Turn("assistant", answer)]
+        turns = [] if model.single_turn else [*asked, Turn("assistant", answer)]
 
 
 def sample(

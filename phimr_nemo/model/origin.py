@@ -26,11 +26,13 @@ class Origin:
         sequence_length: longest sequence of the last training run (tokens).
         longrope: its policy for LongRoPE's factors.
         knows: what the model can be asked, in one or two sentences for people.
+        single_turn: whether it has never seen a conversation of several questions; stages hand it on.
     """
 
     sequence_length: int | None = None
     longrope: LongRopePolicy | None = None
     knows: str | None = None
+    single_turn: bool | None = None
 
     def to_config(self) -> dict[str, Any]:
         """The field for config.json; {} when nothing is known."""
@@ -48,10 +50,16 @@ def read_origin(directory: Path) -> Origin:
     stated = config.get(ORIGIN_FIELD) if isinstance(config, Mapping) else None
     if not isinstance(stated, Mapping):
         return Origin()
-    length, policy, knows = (stated.get(item.name) for item in fields(Origin))
+    length, policy, knows, single_turn = (stated.get(item.name) for item in fields(Origin))
     is_length = isinstance(length, int) and not isinstance(length, bool) and length >= 1
     return Origin(
         sequence_length=length if is_length else None,
         longrope=policy if policy in get_args(LongRopePolicy) else None,
         knows=knows if isinstance(knows, str) else None,
+        single_turn=single_turn if isinstance(single_turn, bool) else None,
     )
+
+
+def trained_from(base: Path, sequence_length: int, longrope: LongRopePolicy) -> Origin:
+    """The origin of what a training run makes of `base`: this project trains on single questions."""
+    return Origin(sequence_length, longrope, single_turn=read_origin(base).single_turn)

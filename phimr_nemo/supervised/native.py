@@ -18,7 +18,7 @@ from nemo.collections import llm
 from phimr_nemo.config import LongRopePolicy, ModelConfig, ParallelConfig, SupervisedConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.origin import Origin
+from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.shards import read_manifest
 from phimr_nemo.supervised import assembly
 from phimr_nemo.supervised.assembly import described
@@ -63,18 +63,19 @@ class HFExport(pl.Callback):
     Args:
         base: where tokenizer and chat template come from.
         target: the new directory; one that is there is replaced.
-        sequence_length, longrope: of the run; see :class:`phimr_nemo.model.origin.Origin`.
+        sequence_length, longrope: of the run; see :func:`phimr_nemo.model.origin.trained_from`.
     """
 
     def __init__(self, base: Path, target: Path, sequence_length: int, longrope: LongRopePolicy) -> None:
         self.base, self.target = base, target
-        self.origin = Origin(sequence_length, longrope)
+        self.sequence_length, self.longrope = sequence_length, longrope
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Write (Lightning's hook)."""
         architecture = Architecture.from_directory(self.base)
         tensors = exported(trainer.strategy.megatron_parallel, architecture)
-        write_hf_export(tensors, architecture, self.base, self.target, self.origin)
+        origin = trained_from(self.base, self.sequence_length, self.longrope)
+        write_hf_export(tensors, architecture, self.base, self.target, origin)
 
 
 def native_parts(

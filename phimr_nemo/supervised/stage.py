@@ -15,7 +15,7 @@ from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.megatron.configuration import has_transformer_engine
-from phimr_nemo.model.origin import Origin
+from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.supervised import assembly
 from phimr_nemo.supervised.callbacks import GuardCallback, RunMonitor, StopOnSignal
@@ -115,7 +115,7 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
     converged = store.judge.has_converged(done)
     if done < steps and not converged:
         raise Preempted(f"{stage} stopped at step {done} of {steps}; run the same command to continue")
-    origin = Origin(config.sequence_length, config.model.longrope)
+    origin = trained_from(config.base, config.sequence_length, config.model.longrope)
     best = store.best_whole(done)
     if best is None or best.step == done:
         tensors = exported(trainer.strategy.megatron_parallel, architecture)

@@ -27,6 +27,14 @@ MAX_BARE_TEXT: Final = 40
 MAX_BARE_WORDS: Final = 3
 MAX_BARE_CJK: Final = 4
 _WORD_IN_FRONT = re.compile(r"[A-Za-z]{2,}[,:]?\s+[^\s=]|.{0,40}[.:]\s+[A-Za-z]{2,}\s")
+_DERIVING: Final = frozenset(words("so thus hence therefore then since because"))
+_NEGATED = re.compile(r"\b(?:cannot|can't|not|isn't|never)\s+(?:be\s+|equal\s+(?:to\s+)?)?\$?[-−]?[0-9][^0-9]*$")
+_NO_SOLUTION = re.compile(
+    r"\bno (?:real |integer |such )?(?:solutions?|values?|numbers?)(?: exists?)?$", re.IGNORECASE
+)
+_ENDS_IN_CLAIM = re.compile(r"\b(?:is|are|equals)\s+(?:\$[^$]*\$|\\\([^$]*\\\))\s*$")
+_ASKS = re.compile(r"\s*(?:what|which|how|find|is|are|does|do|can|could|write|determine|compute)\b", re.IGNORECASE)
+_HEDGE = re.compile(r"(?<=[0-9)$}])\s*,?\s+(?:but|because|since|which|where)\b")
 _OPEN_BRACE = re.compile(r"(?<!\\)\{")
 _CLOSED_BRACE = re.compile(r"(?<!\\)\}")
 _LIST_ITEM = re.compile(r"\s*(?:[-*•]|[0-9]{1,2}[.)])\s+\S")
@@ -41,9 +49,10 @@ _BOX_JOIN = re.compile(
 _MARKERS = re.compile(
     r"\#{4}(?!\#)[ \t]*(?=[^\n])"
     r"|(?:(?<=\n)|(?<![\s\S]))[ \t]*(?:[^\w\s\\$]{1,8}[ \t]*)?"
-    r"(?:A(?=[*]{0,2}[ \t]*[:：])|(?:the[ \t]+)?(?:final[ \t]+|correct[ \t]+)?ans(?:wer)?)"
+    r"(?:A(?=[*]{0,2}[ \t]*[:：])|(?:the[ \t]+)?(?:final[ \t]+|correct[ \t]+)?(?:ans(?:wer)?|result))"
     r"(?:\*\*)?(?:[ \t]*[:：.][ \t]*(?:\*\*)?|[ \t]+[-–—][ \t]+|[ \t]*(?:\*\*)?[ \t]*\n)"
-    r"|答案[ \t]*(?:是|为|：|:|选)+"
+    r"|答案?[ \t]*(?:(?<=案)[ \t]*(?:是|为|选)|[：:])+"
+    r"|\banswers[ \t]+are(?=[ \t]*[-$\\(0-9])"
     r"|\b(?:final[ \t]+)?(?:answer|option|choice)(?:[ \t]+(?:for|to|of)[ \t][^\n.:]{1,80}?)?[ \t]*(?:\*\*)?[ \t]*"
     r"(?:is|are|=|:|：|should be|must be|would be)(?![A-Za-z])(?:\*\*)?",
     re.IGNORECASE,
@@ -67,7 +76,9 @@ _TAGGED = re.compile(r"<answer>(.{0,20000}?)</answer>", re.DOTALL | re.IGNORECAS
 _CONCLUDES = re.compile(
     r"\b(?:so|therefore|thus|hence|answer|result|conclude|follows|finally|solution|equals|value)\b", re.IGNORECASE
 )
-_PLAIN_EQUATION = re.compile(r"(?<![\w(])([A-Za-z][A-Za-z0-9_]{0,8}(?:\([a-z]\))?\s*=\s*[^=,;]{1,80})$")
+_PLAIN_EQUATION = re.compile(
+    r"(?<![\w(\\])([A-Za-z](?:_\w{1,3})?(?:\([a-z]\))?\s*=\s*(?:(?![A-Za-z]{3}|\*\*)[^=,;]){1,80})$"
+)
 _STRAY_DOLLAR = re.compile(r"^.*\\\$\s*=\s*", re.DOTALL)
 _FOR_ALL = re.compile(r"\s*,?\s*\bfor (?:all|every|any)\b.*$")
 _MATH = re.compile(
@@ -77,7 +88,7 @@ _MATH = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<=[a-zA-Z0-9)}$%\]*])[.!?](?:\*\*)?(?=\s|$)|\n|。")
 _NUMBER = re.compile(
-    r"(?<![A-Za-z0-9_.^])[-−]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?%?"
+    r"(?<![A-Za-z0-9_.^√])[-−]?√?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:π|√[0-9]+)?(?:/[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?%?"
     r"|(?<![0-9A-Za-z])[-−]?\.[0-9]+"
 )
 _FINISHED = re.compile(r"(?:[.!?。*$\"'”’`]|\\[\])])\s*$")
@@ -147,7 +158,10 @@ def _in_text(text: str, *, whole: bool) -> Extraction:
     if chosen:
         return Extraction(chosen, how="choice")
     if len(text) <= MAX_BARE_CHARS and (whole or _is_bare(tail.strip())):
-        return Extraction(tail.strip() if whole else _trim_phrase(tail).removesuffix("$"), how="bare")
+        value = tail.strip() if whole else _trim_phrase(tail).removesuffix("$")
+        if whole and not _is_bare(value):
+            value = _closing_value(value.rstrip(".") + ".") or value
+        return Extraction(value, how="bare")
     closing = _closing_value(tail)
     if closing:
         return Extraction(closing, how="closing")
@@ -166,8 +180,9 @@ def _is_bare(text: str) -> bool:
     found = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\text\{[^{}]*\}", "", text))
     if re.search(r"[0-9]|\\[A-Za-z]", text):
         in_front = _WORD_IN_FRONT.match(text) is not None
-        return len(found) <= MAX_BARE_WORDS and not in_front and not _CUT_OFF.search(text)
-    if re.fullmatch(r"\(?[A-J]\)?[.:]?", text):
+        derived = any(word.lower() in _DERIVING for word in found)
+        return len(found) <= MAX_BARE_WORDS and not in_front and not derived and not _CUT_OFF.search(text)
+    if re.fullmatch(r"\(?[A-Za-z]\)?[.:]?", text):
         return True
     return 0 < len(found) <= 2 and not re.search(r"\bI\b|[.?!:]\s*$", text) and len(text) <= MAX_BARE_TEXT
 
@@ -283,7 +298,7 @@ def _after_marker(tail: str) -> str:
 def _following(tail: str, start: int) -> str:
     """The rest of the line, with the next one: a formula may stand there."""
     rest = tail[start:].lstrip()
-    lines = [line for line in rest.split("\n") if line.strip()]
+    lines = [line for line in rest.lstrip(":：* \n").split("\n") if line.strip()]
     if len(lines) > 1 and all(_LIST_ITEM.match(line) for line in lines[:2]):
         return ""  # a list of several results announces none of them
     if rest.startswith(("$$", r"\[")):
@@ -312,7 +327,7 @@ def _trim_phrase(phrase: str) -> str:
     bold = re.match(r"\*\*(.{1,400}?)\*\*", phrase)
     if bold:
         return _trim_phrase(bold.group(1))
-    sentence = _SENTENCE_END.split(phrase, maxsplit=1)[0]
+    sentence = _HEDGE.split(_SENTENCE_END.split(phrase, maxsplit=1)[0], maxsplit=1)[0]
     letter = _CHOICE_THEN_PROSE.match(sentence)
     if letter:
         return letter.group(1)
@@ -329,9 +344,16 @@ def _closing_value(tail: str) -> str:
     if tail.endswith("?"):
         sentences = sentences[:-1]  # a question claims nothing
     for sentence in reversed(sentences[-CLOSING_SENTENCES:]):
+        if _NEGATED.search(sentence):
+            continue
         if _NUMBER.search(sentence):
             return _value_in_sentence(sentence)
-        if _CONCLUDES.search(sentence):
+        if _ASKS.match(sentence):
+            continue
+        nothing = _NO_SOLUTION.search(sentence)
+        if nothing:
+            return nothing.group()
+        if _ENDS_IN_CLAIM.search(sentence) or _CONCLUDES.search(sentence):
             formulas = [match for match in _MATH.finditer(sentence) if match.lastgroup]
             if formulas:
                 return formulas[-1].group(formulas[-1].lastgroup or 0).strip()
@@ -344,6 +366,9 @@ def _closing_value(tail: str) -> str:
 def _value_in_sentence(sentence: str) -> str:
     """The value a sentence claims: what follows its last "is" or equals sign, else its last value."""
     formulas = [match for match in _MATH.finditer(sentence) if match.lastgroup]
+    equation = None if formulas else _PLAIN_EQUATION.search(_FOR_ALL.sub("", sentence.strip()))
+    if equation and re.search(r"=.*[A-Za-z]", equation.group(1)) and not _PROSE.search(equation.group(1)):
+        return equation.group(1).strip()
     covered = [match.span() for match in formulas]
 
     def outside(match: re.Match[str]) -> bool:

@@ -119,9 +119,9 @@ def test_every_setting_of_every_stage_is_in_the_table(stage: str, table: Any, pr
     [
         ("sft", "parallel.tensor=2", "parallel.tensor=2"),
         ("sft", "guard.on_nan=skip", "guard.on_nan"),
-        ("sft", "micro_batch=3", "micro-batches of 3"),
         ("dpo", "loss={kind: rpo, nll_weight: 1.0}", "loss.kind=rpo"),
         ("dpo", "loss={kind: ipo}", "loss.kind=ipo"),
+        ("grpo", "micro_batch=3", "micro-batches of 3"),
         ("grpo", "rebalance.enabled=true", "equal negatives"),
         ("grpo", "overlong={kind: soft, buffer: 4, penalty: 1.0}", "overlong.kind=soft"),
         ("grpo", "reward.length=0.5", "reward.length"),

@@ -31,12 +31,17 @@ IMPORTS = {
     "phimr_nemo/supervised/nemo_model.py": {
         "nemo.collections.common.tokenizers.AutoTokenizer",
         "nemo.collections.llm",
+        "nemo.collections.llm.modelopt.distill.utils",
+        "nemo.collections.llm.modelopt.model_utils",
         "nemo.lightning",
         "nemo.lightning.io",
         "nemo.lightning.io.pl.TrainerContext",
     },
     "phimr_nemo/supervised/schedule.py": {"nemo.lightning.pytorch.optim.LRSchedulerModule"},
-    "phimr_nemo/supervised/stage.py": {"nemo.collections.llm", "nemo.lightning"},
+    "phimr_nemo/supervised/stage.py": {
+        "nemo.lightning",
+        "nemo.lightning.pytorch.trainer.configure_no_restart_validation_training_loop",
+    },
     "phimr_nemo/training/platform.py": {"nemo.lightning.io.pl"},
     "phimr_nemo/training/precision.py": {"nemo.lightning"},
 }

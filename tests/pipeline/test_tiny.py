@@ -294,10 +294,11 @@ def test_a_model_is_a_plain_phi3_directory(name: str, run: Run) -> None:
     made = read_origin(directory)
     last = "grpo" if name == "release" else name
     if last == "base":
-        assert made == Origin()
+        assert made == Origin(single_turn=True)
     else:
         stage = run.config(last)
         assert (made.sequence_length, made.longrope) == (stage.sequence_length, stage.model.longrope)
+        assert made.single_turn
     assert config["architectures"] == ["Phi3ForCausalLM"]
     assert "auto_map" not in config
     assert {path.suffix for path in directory.iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}

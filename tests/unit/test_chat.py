@@ -198,6 +198,19 @@ def test_a_model_is_talked_to_with_the_factors_of_its_training(length: int, mode
     assert ("note: the model was trained on sequences of up to 32 tokens" in asked_beyond.stderr) is (length == 32)
 
 
+@pytest.mark.parametrize("single_turn", [True, False])
+def test_a_model_of_single_questions_is_asked_each_alone(single_turn: bool, model: Path, tmp_path: Path) -> None:
+    made = tmp_path / "hf"
+    copy_hf_directory(made, HFDirectory(model), tokenizer_from=model, origin=Origin(single_turn=single_turn))
+    limit = f"--max-new-tokens={NEW_TOKENS}"
+    twice = run("chat", str(made), limit, said=f"hello\n{QUESTION}\n").stdout
+    alone = run("chat", str(made), limit, said=f"{QUESTION}\n").stdout
+    answer = alone.partition("> ")[2].strip(" >\n")
+    assert answer
+    assert twice.strip(" >\n").endswith(answer) is single_turn
+    assert ("Each one stands alone" in twice) is single_turn
+
+
 def test_help_lists_the_commands(model: Path) -> None:
     done = run("chat", str(model), said="/help\n/what\n/exit\n")
     lines = [line.removeprefix("> ").split(maxsplit=1) for line in done.stdout.splitlines()]

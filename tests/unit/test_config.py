@@ -194,7 +194,7 @@ def test_a_file_of_the_working_directory_comes_before_the_source_trees(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name = Path("conf/verify/tiny.yaml")
-    assert find_config(name) == repository / name
+    assert find_config(name).samefile(repository / name)
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text(yaml.safe_dump(VERIFY))
     assert load_config(VerifyConfig, name).run.output == Path("out")

@@ -79,6 +79,7 @@ def test_nothing_to_say_about_models_from_elsewhere_or_without_longrope(
         {"sequence_length": True, "longrope": "always_short"},
         {"sequence_length": 16384, "longrope": ["always_short"]},
         {"sequence_length": -1, "longrope": DEFAULT},
+        {"single_turn": 1, "knows": ["x"]},
         [16384],
         None,
     ]

@@ -112,6 +112,13 @@ def test_the_reader_refuses_what_it_cannot_read(text: str) -> None:
         evaluate(text)
 
 
+def test_what_cancels_is_nothing_and_what_is_tiny_is_not() -> None:
+    assert same_number(r"6 \cdot \left(\sin\frac{\pi}{6}\right)-3", "0")
+    assert not same_number(r"\sin\pi", r"10^{-45}")
+    assert not same_number("2^{-98}", "2^{-99}")
+    assert not same_number(r"\sqrt{2}", r"\sqrt{2}+10^{-30}")
+
+
 def test_points_tell_functions_apart() -> None:
     assert same_function(r"\lfloor\frac{n}{2}\rfloor", r"\frac{2n-1+(-1)^n}{4}")
     assert not same_function(r"\lfloor\frac{n}{2}\rfloor+1", r"\lceil\frac{n}{2}\rceil")

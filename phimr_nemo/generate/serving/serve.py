@@ -33,7 +33,7 @@ def serve(
         ServedLongRope, typer.Option(help="The run's model.longrope.")
     ] = "long_when_max_length_exceeds_original",
     weights_directory: Annotated[
-        Path | None, typer.Option(help="The run's sampler.directory; without it weights come over HTTP.")
+        Path | None, typer.Option(help="The run's engine.directory; without it weights come over HTTP.")
     ] = None,
     eager: Annotated[bool, typer.Option(help="vllm: no CUDA graphs and no compilation.")] = False,
     refit_directory: Annotated[

@@ -190,8 +190,8 @@ def series_range(term: Term, point: Point) -> range:
     low, high = rational(term.args[0], point), rational(term.args[1], point)
     if low.denominator != 1 or high.denominator != 1:
         raise Undefined
-    if high < low - 1:
-        raise Undefined
+    if high < low:
+        raise Undefined  # an empty series: whether it counts depends on the author
     if high - low > MAX_SERIES_TERMS:
         raise Inexact("too many terms")
     return range(int(low), int(high) + 1)

@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Final
 
-from phimr_nemo.verify.algebra.term import Term, Unreadable, number
+from phimr_nemo.verify.algebra.term import Term, Unreadable, has, number
 from phimr_nemo.verify.algebra.tokens import (
     ACCENTS,
     APPLIED,
@@ -24,6 +24,7 @@ from phimr_nemo.verify.algebra.tokens import (
     OPERATORS,
     SIDE_BY_SIDE,
     SIMPLE,
+    STARTS_FUNCTION,
     STOPS,
     SYMBOLS,
     TIMES,
@@ -273,8 +274,6 @@ class _Reader(Cursor):
             return self._name("\\" + name)
         if name in ACCENTS:
             return self._accent(name)
-        if name in ("imath", "jmath"):
-            return self._name(name)
         if name in ("Re", "Im", "arg"):
             return Term(name.lower(), (self._operand(),))
         raise Unreadable(f"\\{name} is not understood")
@@ -324,17 +323,13 @@ class _Reader(Cursor):
         while self.here() in ("+", "-"):
             negative ^= self._take() == "-"
         factor = self._power()
-        while self._starts_factor(self.here()) and not self._starts_function(self.here()) and self.here() != "(":
+        while self._starts_factor(self.here()) and self.here() not in STARTS_FUNCTION and self.here() != "(":
             factor = Term("mul", (factor, self._power()))
         if self.here() == "/" and is_number(self.here(1)):
             # \sin \pi/6
             self._take()
             factor = Term("div", (factor, self._power()))
         return Term("neg", (factor,)) if negative else factor
-
-    @staticmethod
-    def _starts_function(token: str) -> bool:
-        return token[1:] in SIMPLE or token in (r"\ln", r"\log", r"\lg", r"\exp", r"\sum", r"\prod")
 
     def _arguments(self) -> list[Term]:
         """``(a, b, ...)`` or ``\\{a, b\\}``."""
@@ -358,6 +353,8 @@ class _Reader(Cursor):
         low = inner.expression()
         self._expect("^")
         high = self._argument()
+        if has(low, "inf") or has(high, "inf"):
+            raise Unreadable("an infinite series")
         self._bound.append(variable)
         body = self._product()
         self._bound.pop()

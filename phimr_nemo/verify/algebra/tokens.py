@@ -21,6 +21,7 @@ SIMPLE: Final = {
         "sinh cosh tanh coth sech csch arsinh arcosh artanh"
     )
 }
+STARTS_FUNCTION: Final = frozenset(rf"\{name}" for name in (*SIMPLE, "ln", "log", "lg", "exp", "sum", "prod"))
 INVERSE: Final = {
     **{name: f"arc{name}" for name in words("sin cos tan cot sec csc")},
     "sinh": "arsinh",

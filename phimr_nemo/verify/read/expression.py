@@ -11,6 +11,7 @@ from phimr_nemo.verify.read.normalise import key
 from phimr_nemo.verify.read.numerals import number_of_words
 from phimr_nemo.verify.read.phrases import letters_differ, same_phrase
 from phimr_nemo.verify.read.quantity import (
+    CLOCK,
     MIN_ROUNDED_DIGITS,
     Number,
     Quantity,
@@ -129,7 +130,6 @@ _BASE = re.compile(
     r"\(?([-+]?[0-9A-F]+(?:\.[0-9A-F]+)?)\)?(?:_\{?\(?|(?:\\text\{|)base(?:-|\}|))([0-9]{1,2}|[a-z]{3,8})\)?\}?\}?"
 )
 _RATIO = re.compile(r"[0-9.]+(?::[0-9.]+)+")
-_CLOCK = re.compile(r"(?:[01]?[0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9])?")
 
 
 def _same_core(gold: str, predicted: str, symbolic: Symbolic) -> bool:
@@ -144,7 +144,7 @@ def _same_core(gold: str, predicted: str, symbolic: Symbolic) -> bool:
         return _same_base(left, right, *bases)
     if _RATIO.fullmatch(left) or _RATIO.fullmatch(right):
         return _same_ratio(left, right)
-    if _CLOCK.match(left) or _CLOCK.match(right):
+    if CLOCK.match(left) or CLOCK.match(right):
         return re.sub(r"[{}.]|\\text", "", left).lower() == re.sub(r"[{}.]|\\text", "", right).lower()
     if ":" in left or ":" in right:
         return _same_proportion(gold, predicted, symbolic)
@@ -177,7 +177,7 @@ def _same_base(left: str, right: str, gold: tuple[str, str] | None, predicted: t
 
 def _same_ratio(left: str, right: str) -> bool:
     """``2:3`` as a proportion, also against ``2/3``; what may be a time of day only as it stands."""
-    if _CLOCK.fullmatch(left) and len(left.split(":")[1]) == 2:
+    if CLOCK.fullmatch(left) and len(left.split(":")[1]) == 2:
         return left.lstrip("0") == right.lstrip("0")
     sides = [[parse_number(part) for part in text.split(":")] for text in (left, right)]
     values = [[number.value for number in side if number] for side in sides]

@@ -105,6 +105,7 @@ _FRACTION_FORMS: Final = (
     (re.compile(r"\\binom\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])"), r"\\binom{\1}{\2}"),
 )
 _THOUSANDS = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:'|\\[,!;: ]|\{,\}\\?!?|,\\!\s?|~)[0-9]{3})+)(?![0-9])")
+_SPACED_MILLIONS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?: [0-9]{3}){2,}(?![0-9])")
 _THOUSANDS_GAP = re.compile(r"[^0-9]")
 _TIGHT_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _MIXED_PLAIN = re.compile(r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])")
@@ -139,6 +140,7 @@ def canonical(answer: str) -> str:
         text = _CHINESE_TEXT.sub(r"\1", text)
         text = _CHINESE_AND.sub(r" \\text{and} ", _CHINESE_OR.sub(r" \\text{or} ", text))
     text = _OLD_FONT.sub(lambda m: rf"\text{{{m.group(1)}}}" if m.group(1) else "", text)
+    text = _SPACED_MILLIONS.sub(lambda m: m.group().replace(" ", ""), text)
     text = _THOUSANDS.sub(lambda m: m.group(1) + _THOUSANDS_GAP.sub("", m.group(2)), text)
     text = _ROMAN_UNIT.sub(_roman_unit, text)
     text = _TEXT.sub(_text_segment, text)
@@ -224,7 +226,7 @@ def _unglue(match: re.Match[str]) -> str:
 def _plain_segment(text: str) -> str:
     for pattern, replacement in _PLAIN_WORDS:
         text = pattern.sub(replacement, text)
-    text = re.sub(r"\s(?:and|or|AND|OR)\s", lambda m: rf" \text{{{m.group().strip().lower()}}} ", text)
+    text = re.sub(r"(?:(?<=,)|\s)(?:and|or|AND|OR)\s", lambda m: rf" \text{{{m.group().strip().lower()}}} ", text)
     text = _MIXED_PLAIN.sub(r"\1\\frac{\2}{\3}", text)
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _SCIENTIFIC.sub(_scientific, text)

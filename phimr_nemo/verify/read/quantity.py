@@ -113,6 +113,7 @@ class Quantity:
     percent: bool = False
 
 
+CLOCK = re.compile(r"(?:[01]?[0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9])?(?![0-9])")
 _CURRENCY = re.compile(
     r"^([-+]?)\s*(?P<sign>(?:US|C|A)?\\?\$|£|€|¥|₹|\\pounds|\\euro|USD|Rs\.?|\\text\{(?:Rs\.?|USD|£|€|¥|US\\?\$)\})\s*(?=[-0-9.\\(])"
 )
@@ -171,6 +172,8 @@ def split_quantity(text: str) -> Quantity:
 
 
 def _split(text: str) -> Quantity:
+    if CLOCK.match(text):
+        return Quantity(text)
     match = _PERCENT.search(text)
     if match and match.start() > 0:
         return Quantity(text[: match.start()].strip(), percent=True)

@@ -147,6 +147,9 @@ def _without(opening: str, low: str, high: str, closing: str, points: str) -> st
 def _both(text: str, depth: int) -> Node | None:
     r"""``x \geq 1 \text{ and } x \leq 2`` as [1, 2]: two bounds on one variable, both of which hold."""
     parts = _AND.split(text)
+    listed = len(parts) == 1
+    if listed and _BOUND.search(text):
+        parts = split_top(text, frozenset(","))
     if len(parts) != 2 or not all(_BOUND.search(part) for part in parts):
         return None
     names = [[side.strip() for side in _RELATION.split(part) if _VARIABLE.match(side)] for part in parts]
@@ -159,7 +162,14 @@ def _both(text: str, depth: int) -> Node | None:
         low, high = high, low
     if low.items[1] != Leaf(r"\infty") or high.items[0] != Leaf(r"-\infty"):
         return None
-    return Sequence(low.opening, high.closing, (low.items[0], high.items[1]))
+    both = Sequence(low.opening, high.closing, (low.items[0], high.items[1]))
+    if not listed:
+        return both
+    # With a comma alone the numbers tell: bounds that exclude each other are two parts, others hold together.
+    ends = [parse_number(end.text.replace(" ", "")) if isinstance(end, Leaf) else None for end in both.items]
+    if ends[0] is None or ends[1] is None:
+        return None
+    return both if ends[0].value < ends[1].value else Union((high, low))
 
 
 def _unequal(text: str, depth: int) -> Node | None:

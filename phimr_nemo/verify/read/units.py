@@ -198,6 +198,8 @@ def parse_unit(unit: str) -> Unit | None:
     """The unit that a text is; None where a word of it is none."""
     text = plain_words(unit)
     text = re.sub(r"\bper\b", "/", text).replace("每", "/")
+    text = re.sub(r"(?:\bdegrees?|°)\s*(?:C\b|[Cc]elsius\b)", "°C", text)
+    text = re.sub(r"(?:\bdegrees?|°)\s*(?:F\b|[Ff]ahrenheit\b)", "°F", text)
     text = re.sub(r"\b(light)[ -](year)", r"\1\2", text).replace("fl oz", "floz").replace("fluid ounce", "floz")
     tokens = _WORD.findall(text)
     if not tokens or re.sub(r"\s", "", text) != "".join(tokens):
