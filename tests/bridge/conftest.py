@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Ranks of the trainers' own side are started by what starts them there.
@@ -55,7 +56,7 @@ def in_bridge(
     log = tmp_path_factory.mktemp("bridge") / "log.txt"
     with (
         log.open("w") as errors,
-        subprocess.Popen(
+        start(
             [bridge_python, SERVER],
             env=bridge_variables,
             stdin=subprocess.PIPE,
