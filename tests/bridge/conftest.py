@@ -70,9 +70,9 @@ def in_bridge(
 
         def run(function: str, world_size: int, *arguments: Any) -> list[Any]:
             request = {"function": function, "world_size": world_size, "arguments": arguments}
-            process.stdin.write(json.dumps(request, default=str) + "\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-            line = process.stdout.readline()  # type: ignore[union-attr]
+            process.stdin.write(json.dumps(request, default=str) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
             assert line, f"the bridge's process ended: {log.read_text()[-3000:]}"
             outcomes = json.loads(line)
             failures = [value for ok, value in outcomes if not ok]
