@@ -36,6 +36,10 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+AUTO_MAP = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+}
 # Of the step that both sides take.
 ADAM: dict[str, Any] = {
     "optimizer": "adam",
@@ -67,8 +71,9 @@ def save(directory: Path, variant: str, layout: str) -> None:
     Args:
         directory: to be made.
         variant: a key of ``VARIANTS``.
-        layout: whose config.json: ``transformers4`` (rope_scaling beside rope_theta) or ``transformers5``
-            (rope_parameters, as the installed version writes it).
+        layout: whose config.json: ``transformers4`` (rope_scaling beside rope_theta), ``transformers5``
+            (rope_parameters, as the installed version writes it) or ``published`` (as Microsoft's: transformers 4's
+            that names code of its own, which nobody runs).
     """
     settings = {**SHAPE, **VARIANTS[variant]}
     torch.manual_seed(0)
@@ -80,7 +85,8 @@ def save(directory: Path, variant: str, layout: str) -> None:
     model.save_pretrained(directory)
     words = WordLevel({str(word): word for word in range(VOCABULARY)}, unk_token="0")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(directory)
-    if layout == "transformers4":
+    if layout != "transformers5":
         written = json.loads((directory / "config.json").read_text())
         del written["rope_parameters"]
-        (directory / "config.json").write_text(json.dumps({**written, **settings}, indent=2))
+        own_code = {"auto_map": AUTO_MAP} if layout == "published" else {}
+        (directory / "config.json").write_text(json.dumps({**written, **settings, **own_code}, indent=2))

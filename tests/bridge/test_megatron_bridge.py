@@ -89,6 +89,16 @@ def test_a_config_of_transformers_5_gives_the_same_model(hf: Any, in_bridge: Run
     assert found["gradients"] <= GRADIENTS
 
 
+def test_a_config_that_names_code_of_its_own_gives_the_same_model(hf: Any, in_bridge: Run, tmp_path: Path) -> None:
+    source = hf("tied", "published")
+    assert "auto_map" in json.loads((source / "config.json").read_text())
+    found = worst(in_bridge("compare", 1, source, 1, 1, [32, 200]))
+    assert found["logits"] <= LOGITS
+    assert found["gradients"] <= GRADIENTS
+    in_bridge("round_trip", 1, source, tmp_path / "back", 1, 1)
+    assert_same_weights(source, tmp_path / "back")
+
+
 @pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
 def test_every_byte_comes_back(tensor: int, pipeline: int, hf: Any, in_bridge: Run, tmp_path: Path) -> None:
     source, target = hf("untied"), tmp_path / "back"

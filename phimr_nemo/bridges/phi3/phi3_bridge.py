@@ -54,6 +54,10 @@ class FusedGatedMLPMapping(MegatronParamMapping[Tensor]):
         return type(self)(*self._resolve_names(captures))
 
 
+# By name as well: so AutoBridge asks for a config with `auto_map`, which Microsoft's have, whatever code is trusted.
+@MegatronModelBridge.register_bridge(
+    source=Phi3ForCausalLM.__name__, target=GPTModel, provider=Phi3ModelProvider, model_type="phi3"
+)
 @MegatronModelBridge.register_bridge(
     source=Phi3ForCausalLM, target=GPTModel, provider=Phi3ModelProvider, model_type="phi3"
 )
