@@ -25,5 +25,5 @@ RUN python3 -m pip install --no-cache-dir --no-deps --no-build-isolation -e .
 
 # Fails the build on an image of another generation.
 RUN python3 -c "from phimr_nemo.jobs.node import REPORTED, check_versions, installed_versions; \
-        check_versions('recipes.grpo', installed_versions(REPORTED))" \
+        check_versions('grpo', installed_versions(REPORTED))" \
     && phimr --help >/dev/null

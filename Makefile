@@ -1,5 +1,6 @@
 # Everything a newcomer types: make setup, make quickstart, make test. Each sets itself up; a repeat is a no-op.
 # make setup-vllm makes the environment of vLLM's own, which the tests of the sampler and of exported models use.
+# make setup-bridge makes the environment of Megatron-Bridge and TRL, which tests/bridge use.
 # make setup-slurm installs Debian's Slurm, which tests/slurm start for themselves; they are skipped without it.
 #
 #   PYTHON             interpreter for the environment (3.10 to 3.12; default python3.11, else python3)
@@ -38,16 +39,25 @@ VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -qq -
 # Where vLLM's CPU wheels exist. Elsewhere the tests that need them are skipped, and say so.
 VLLM_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
 	and platform.machine() in ("x86_64", "aarch64") and (3, 11) <= sys.version_info[:2] < (3, 14)))')
+# Megatron-Bridge wants a newer Megatron-Core and transformers 5.
+BRIDGE_VENV := .venv-bridge
+BRIDGE_STAMP := $(BRIDGE_VENV)/setup.stamp
+BRIDGE_PACKAGES := requirements/bridge-cpu.txt
+BRIDGE_INSTALL := $(BRIDGE_VENV)/bin/python -m pip --disable-pip-version-check -qq --log $(BRIDGE_VENV)/setup.log install
+# Where Megatron-Core has wheels, short of 3.13, for which Megatron-Bridge has none.
+BRIDGE_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
+	and platform.machine() in ("x86_64", "aarch64") and (3, 11) <= sys.version_info[:2] < (3, 13)))')
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm setup-slurm quickstart test faults fuzz audit gpu lint format clean
+.PHONY: help setup setup-vllm setup-bridge setup-slurm quickstart test faults fuzz audit gpu lint format clean
 
 help:
-	@echo "make setup | setup-vllm | setup-slurm | quickstart | test | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
+	@echo "make setup | setup-vllm | setup-bridge | setup-slurm | quickstart | test | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
 
 setup: $(STAMP)
+	@$(if $(filter setup,$(MAKECMDGOALS)),echo "next: . $(BIN)/activate && phimr quickstart --out $(OUT)",:)
 
 $(STAMP): setup.cfg requirements/aligner.txt $(PHIMR_CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] < (3, 13) else \
@@ -79,6 +89,20 @@ $(VLLM_STAMP): setup.cfg $(VLLM_PACKAGES)
 	@$(VLLM_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
+setup-bridge: $(BRIDGE_STAMP)
+
+$(BRIDGE_STAMP): setup.cfg $(BRIDGE_PACKAGES)
+	@test -n "$(BRIDGE_WHEELS)" || { echo "Megatron-Bridge is for Linux and Python 3.11 or 3.12: \
+		make setup-bridge PYTHON=python3.11"; exit 1; }
+	@test -x $(BRIDGE_VENV)/bin/python && $(BRIDGE_VENV)/bin/python -m pip --version >/dev/null 2>&1 \
+		|| { echo "[1/3] environment in $(BRIDGE_VENV) ($(PYTHON))"; $(PYTHON) -m venv --clear $(BRIDGE_VENV); }
+	@echo "[2/3] torch; full log in $(BRIDGE_VENV)/setup.log"
+	@$(BRIDGE_INSTALL) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "[3/3] Megatron-Bridge, TRL and phimr-nemo"
+	@$(BRIDGE_INSTALL) --no-deps --ignore-requires-python -r $(BRIDGE_PACKAGES)
+	@$(BRIDGE_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
 # Nothing is started here. A policy file of our own keeps the packages from doing it, where there is none yet.
 setup-slurm:
 	@PATH="$$PATH:/usr/sbin"; for name in slurmctld slurmd munged sbatch; do \
@@ -93,7 +117,7 @@ quickstart: setup
 	$(BIN)/phimr quickstart --seeds $(SEEDS) --out $(OUT)
 
 # One thread a process: the parallel tests start up to four of them.
-test: setup $(if $(VLLM_WHEELS),setup-vllm)
+test: setup $(if $(VLLM_WHEELS),setup-vllm) $(if $(BRIDGE_WHEELS),setup-bridge)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg \
 		$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
@@ -133,4 +157,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(BRIDGE_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -47,7 +47,7 @@ def entry(draw: random.Random) -> tuple[str, str, str]:
         return (
             frac(part),
             draw.choice([str(float(part)), frac(part, r"\dfrac")]),
-            frac(part + draw.choice([-1, 1, Fraction(1, 8)])),
+            frac(part + draw.choice([Fraction(-1), Fraction(1), Fraction(1, 8)])),
         )
     c, k = draw.choice([2, 3, 5, 7]), draw.randint(2, 9)
     if kind == "root":

@@ -218,6 +218,7 @@ def run_memory(root: Path, options: argparse.Namespace) -> dict[str, float]:
     from phimr_nemo.losses import IGNORED_LABEL, sft_loss
     from phimr_nemo.model.files.hf import HFDirectory
     from phimr_nemo.training.distributed import start_process_group
+    from phimr_nemo.training.guard import BatchGuard
 
     class SFTObjective:
         """SFT's loss on the chosen and the rejected sides alike: the same sequences, no reference."""
@@ -238,7 +239,7 @@ def run_memory(root: Path, options: argparse.Namespace) -> dict[str, float]:
     base = HFDirectory(config.base)
     pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
     before = status_bytes("VmRSS")
-    policy = build_policy(config, base, steps=10)
+    policy = build_policy(config, base, 10, BatchGuard(config.run.output, config.guard, lambda _: []))
     case = options.child
     if case == "sft":
         policy.objective = SFTObjective(policy.objective)

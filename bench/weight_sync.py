@@ -132,7 +132,7 @@ def send(connection: Connection, method: str, port: int, options: argparse.Names
     import torch
     from safetensors.torch import save_file
 
-    from phimr_nemo.config import RolloutServers
+    from phimr_nemo.config import ServerEngine
     from phimr_nemo.generate.serving.weightsync import push
 
     torch.zeros(1)
@@ -145,7 +145,7 @@ def send(connection: Connection, method: str, port: int, options: argparse.Names
         connection.send(str(file))
         connection.recv()
     else:
-        config = RolloutServers(
+        config = ServerEngine(
             kind="vllm_server",
             base_urls=(f"http://127.0.0.1:{port}",),
             in_flight=1,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from phimr_nemo.redact import redact
@@ -46,12 +50,27 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Around a program: the user's mistake becomes one clear message and exit code 2, a preemption 3."""
+    """Around a program: the user's mistake becomes one clear message and exit code 2, a preemption 3.
+
+    One of several ranks hands its message to the launcher that started it, so that it is shown once.
+    """
     try:
         yield
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        message = redact(str(error))
+        _tell(
+            f"error: {message}", {"user_error": [redact(part) for part in (error.problem, error.rule, error.remedy)]}
+        )
         sys.exit(EXIT_USER)
     except Preempted as stopped:
-        print(str(stopped), file=sys.stderr)
+        _tell(str(stopped), {"preempted": str(stopped)})
         sys.exit(EXIT_PREEMPTED)
+
+
+def _tell(message: str, facts: dict[str, object]) -> None:
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        print(message, file=sys.stderr)
+        return
+    # In torchrun's own form, so that torchrun without our launcher shows it too.
+    Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time()), **facts}), "utf-8")

@@ -6,16 +6,21 @@ In Python, with any executor: `run.run(midtrain_recipe(base="models/phi-4-mini")
 :mod:`phimr_nemo.supervised.native` for what `phimr midtrain` and `phimr sft` do beyond it.
 """
 
+import sys
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Final, Literal, Optional
 
 import nemo_run as run
+import typer
+from nemo_run.cli.cli_parser import CLIException
 
 from phimr_nemo.config import STAGES, SupervisedConfig, load_config
-from phimr_nemo.errors import exit_with_message
+from phimr_nemo.errors import EXIT_USER, UserError
 from phimr_nemo.supervised.native import TRAIN, Stage, native_parts
-from recipes.midtrain import PAPER as MIDTRAIN_PAPER
-from recipes.sft import PAPER as SFT_PAPER
+from recipes import default_preset
+
+MISTAKES: Final = (UserError, CLIException)
+MIDTRAIN_PRESET, SFT_PRESET = default_preset("midtrain"), default_preset("sft")
 
 # NeMo-Run reads the annotations of factories: real types, not their names.
 
@@ -25,7 +30,7 @@ def midtrain_recipe(
     base: Optional[str] = None,  # noqa: UP045
     data: Optional[str] = None,  # noqa: UP045
     dir: Optional[str] = None,  # noqa: UP045
-    config: str = MIDTRAIN_PAPER,
+    config: str = MIDTRAIN_PRESET,
     num_nodes: int = 1,
     accelerator: str = "gpu",
 ) -> run.Partial:
@@ -50,7 +55,7 @@ def sft_recipe(
     base: Optional[str] = None,  # noqa: UP045
     data: Optional[str] = None,  # noqa: UP045
     dir: Optional[str] = None,  # noqa: UP045
-    config: str = SFT_PAPER,
+    config: str = SFT_PRESET,
     num_nodes: int = 1,
     accelerator: str = "gpu",
 ) -> run.Partial:
@@ -81,6 +86,27 @@ def native_recipe(
 
 
 def main() -> None:
-    """The command line of `llm.train` with these factories: `python -m recipes`."""
-    with exit_with_message():
-        run.cli.main(TRAIN, default_factory=midtrain_recipe)
+    """The command line of `llm.train` with these factories: `python -m recipes`.
+
+    NeMo-Run's own would print an error and exit with 0.
+
+    Raises:
+        SystemExit: 0 done, 2 the user's mistake, 1 ours.
+    """
+    entry = TRAIN.cli_entrypoint
+    entry.default_factory = midtrain_recipe
+    app = typer.Typer(pretty_exceptions_enable=False)
+    entry._add_command(app, is_main=True)
+    try:
+        app()
+    except SystemExit as ended:
+        sys.exit(EXIT_USER if ended.code and _is_users_mistake(ended) else ended.code)
+
+
+def _is_users_mistake(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised in place of, is one in the command line or the configuration."""
+    while error is not None:
+        if isinstance(error, MISTAKES):
+            return True
+        error = error.__context__
+    return False

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # What the stage scripts share. Sourced with PHIMR_HOME set; provides run_plain and run_distributed.
 #
-#   DRY_RUN=1          print the command instead of running it (works without Slurm)
+#   DRY_RUN=1          check the stage's configuration and whether it fits the job, and print the command instead of
+#                      running it (works without Slurm)
 #   PHIMR_PRESET       preset of conf/<stage>/ (default: paper); `--config FILE` as the first argument wins
 #   PHIMR_SHARDS       tasks that share an array step; needed only when a part of the array is submitted again
 # and the settings of slurm/site.env (see site.env.example).
@@ -13,6 +14,8 @@ readonly DIED_OF_USR1=138 DIED_OF_TERM=143
 # A node's part may end this much later than the first one's: it is writing its share of a checkpoint. After a death
 # the other nodes wait in a collective call for ever, and are ended by this.
 readonly LAST_NODE_SECONDS=60
+# How often Ctrl-C was pressed.
+INTERRUPTED=0
 # As in phimr_nemo/jobs/server_node.py.
 readonly FIRST_SERVER_PORT=8000
 
@@ -116,6 +119,21 @@ take_arguments() {
   fi
 }
 
+# check_stage STAGE [NODES PROCESSES-PER-NODE]: in a dry run, the stage's own, with the layout and the job compared.
+check_stage() {
+  is_dry_run || return 0
+  local stage=$1 python=$PHIMR_HOME/.venv/bin/python
+  [[ ${PHIMR_CONTAINER_RUNTIME:-none} != none ]] || python=${PHIMR_PYTHON:-$python}
+  local -a allocation=()
+  [[ $# == 1 ]] || allocation=(--allocation "$2x${3:-1}")
+  if [[ -z $(command -v -- "$python") ]]; then
+    printf 'not checked: there is no interpreter %q here\n' "$python" >&2
+    return 0
+  fi
+  "$python" -m phimr_nemo.cli "$stage" --dry-run ${allocation[@]+"${allocation[@]}"} --config "$CONFIG" "${ARGUMENTS[@]}" |
+    sed -n '/^# /p' >&2 || exit "${PIPESTATUS[0]}"
+}
+
 # A part of an array that is submitted again must split the work as the whole array did.
 shard_count() {
   if [[ -n ${PHIMR_SHARDS:-} ]]; then
@@ -141,14 +159,21 @@ run_step() {
   "$@" &
   local step=$!
   trap 'stopping=1; kill -USR1 "$step" || true' USR1
+  # From a terminal, in an allocation of salloc: the first is a stop that nothing puts back, the second ends the step.
+  trap 'stop_by_hand "$step"' INT
   # A trap ends `wait` early, before the step has ended.
   wait "$step" || code=$?
   while kill -0 "$step" 2>/dev/null; do
     code=0
     wait "$step" || code=$?
   done
-  continue_later "$code" "$stopping"
+  if [[ $INTERRUPTED == 0 ]]; then continue_later "$code" "$stopping"; fi
   return "$code"
+}
+
+# stop_by_hand STEP
+stop_by_hand() {
+  if [[ $((INTERRUPTED++)) == 0 ]]; then kill -USR1 "$1"; else kill -KILL "$1"; fi 2>/dev/null || true
 }
 
 # Requeue a job whose step has saved its state or was stopped: a preempted job that leaves within its grace time is
@@ -191,6 +216,7 @@ count_failure() {
 run_plain() {
   local stage=$1
   take_arguments "$@"
+  check_stage "$stage"
   prepare_launch 1 1
   run_step "${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.cli "$stage" --config "$CONFIG" "${ARGUMENTS[@]}"
 }
@@ -198,6 +224,7 @@ run_plain() {
 # run_distributed STAGE [ARGUMENT ...]: torchrun on every node, meeting on the first.
 run_distributed() {
   take_arguments "$@"
+  check_stage "$1" "$(node_count)" "$(processes_per_node)"
   torchrun_on "$1" "$(node_count)" "$(rendezvous_host)"
 }
 
@@ -213,7 +240,7 @@ torchrun_on() {
     --nnodes "$nodes" --nproc-per-node "${processes:-1}" \
     --rdzv-backend c10d --rdzv-endpoint "$host:$((20000 + job % 10000))" \
     --rdzv-id "$job-${SLURM_RESTART_COUNT:-0}" --max-restarts 0 \
-    -m "recipes.$stage" --config "$CONFIG" "${ARGUMENTS[@]}"
+    -m phimr_nemo.cli "$stage" --config "$CONFIG" "${ARGUMENTS[@]}"
 }
 
 # run_with_servers STAGE [ARGUMENT ...]: as run_distributed, with rollout servers on the last PHIMR_SERVER_NODES nodes
@@ -243,7 +270,8 @@ run_with_servers() {
   done
   url_list=$(joined "${urls[@]}")
   # The configuration says which kind of servers.
-  ARGUMENTS+=("sampler.base_urls=[$url_list]" sampler.api_key_env=PHIMR_KEY)
+  ARGUMENTS+=("engine.base_urls=[$url_list]" engine.api_key_env=PHIMR_KEY)
+  check_stage "$stage" "${#hosts[@]}" "$(processes_per_node)"
   start_servers "${#servers[@]}" "${count:-1}" "${server_options[@]}"
   torchrun_on "$stage" "${#hosts[@]}" "${PHIMR_RDZV_HOST:-${hosts[0]}}" "${trainer_options[@]}"
 }

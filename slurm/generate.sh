@@ -2,7 +2,7 @@
 # Problems -> rollouts, one array task for each part of the shards.
 #   sbatch slurm/generate.sh [--config conf/generate/PRESET.yaml] [key=value ...]
 # The paper's preset asks servers that run elsewhere and needs no GPU. A teacher in the process (conf/generate/vllm.yaml):
-#   sbatch --gpus-per-node=8 slurm/generate.sh --config conf/generate/vllm.yaml teacher.tensor=8 ...
+#   sbatch --gpus-per-node=8 slurm/generate.sh --config conf/generate/vllm.yaml teacher.engine.tensor=8 ...
 #SBATCH --job-name=phimr-generate
 #SBATCH --array=0-15
 #SBATCH --nodes=1

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+MAX_NAME_CHARS = 60
+NOT_A_WORD = re.compile(r"[^A-Za-z0-9.=+<>/-]+")
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name the cases of a test in plain words: no bytes (some hold the clock), no escapes, no memory addresses.
+
+    Returns:
+        The name of the value; its argument's for what has no words (pytest numbers those); None for pytest's own.
+    """
+    if isinstance(val, bytes):
+        return argname
+    if isinstance(val, str):
+        return NOT_A_WORD.sub(" ", val).strip()[:MAX_NAME_CHARS].strip() or argname
+    if callable(val) and getattr(val, "__name__", "<lambda>") == "<lambda>":
+        return argname
+    return None
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 Nothing of the trainers' behaviour is changed here. What upstream needs to be imported at all:
 
 - `nemo_aligner.utils.trt_llm` imports TensorRT-LLM at module level, for a generator that we do not use.
+- Models of NeMo 1, a tokenizer of tables and scikit-learn's metrics are imported, with all that they need, to be
+  named in annotations and in functions that we do not call.
 - NeMo scripts a few functions with TorchScript while it is imported; TorchScript cannot read the factories
   that `training.platform` redirects on a machine without CUDA, and eager functions do the same there.
 """
@@ -19,9 +21,35 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-_TRT_LLM_MODULE: Final = "nemo_aligner.utils.trt_llm"
+from phimr_nemo.store.progress import Progress
+
+_TRT_LLM: Final = "nemo_aligner.utils.trt_llm"
+_NAMED_ONLY: Final = (
+    "nemo_aligner.models.nlp.gpt.gpt_reward_model",
+    "nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor",
+    "nemo.collections.common.tokenizers.tabular_tokenizer",
+    "sklearn.metrics",
+)
+
+
+class _Placeholder(types.ModuleType):
+    """A module whose every name is an empty class."""
+
+    def __getattr__(self, name: str) -> type:
+        return type(name, (), {})
+
+
+@contextlib.contextmanager
+def _named_only(modules: Iterable[str]) -> Iterator[None]:
+    """Within it, modules that were not imported before are placeholders."""
+    absent = [module for module in modules if module not in sys.modules]
+    sys.modules.update({module: _Placeholder(module) for module in absent})
+    try:
+        yield
+    finally:
+        for module in absent:
+            del sys.modules[module]
 
 
 @contextlib.contextmanager
@@ -29,15 +57,13 @@ def _importable() -> Iterator[None]:
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.WARNING)
-    if importlib.util.find_spec("tensorrt_llm") is None:
-        stub = types.ModuleType(_TRT_LLM_MODULE)
-        stub.GPTGenerateTRTLLM = object  # type: ignore[attr-defined]
-        sys.modules.setdefault(_TRT_LLM_MODULE, stub)
+    unused = _NAMED_ONLY if importlib.util.find_spec("tensorrt_llm") else (*_NAMED_ONLY, _TRT_LLM)
     scripting = bool(torch.jit._state._enabled)
     if not torch.cuda.is_available():
         torch.jit._state.disable()
     try:
-        yield
+        with _named_only(unused):
+            yield
     finally:
         if scripting:
             torch.jit._state.enable()
@@ -57,32 +83,35 @@ ReinforceTrainer: Any = _reinforce.ReinforceTrainer
 __all__ = ["AlignableGenerativeInterface", "DPOTrainer", "MegatronPretrainingBatchSampler", "ReinforceTrainer"]
 
 
-class StageBar(tqdm):
-    """The trainers' bar, on process 0 only, with the stage's name and a few numbers instead of all of them.
+class StageProgress:
+    """What the trainers take for tqdm: a stage's progress on process 0, with a few of their numbers.
 
     It counts a step when the trainer reports on it, which happens once a step and at its end.
     """
 
     TITLES: Final = {"Training steps": "dpo", "REINFORCE Global Step": "grpo"}
-    SHOWN: Final = ("train_loss", "train_accuracy", "train_reward", "train_pass_rate", "train_response_length")
+    SHOWN: Final = {
+        "dpo": ("train_loss", "train_accuracy"),
+        "grpo": ("train_reward", "train_pass_rate", "train_response_length", "train_loss"),
+    }
 
-    def __init__(self, iterable: Iterable[Any], *, desc: str, **options: Any) -> None:
-        title = self.TITLES.get(desc, desc)
-        super().__init__(iterable, desc=title, disable=dist.get_rank() != 0, unit="step", mininterval=1.0, **options)
+    def __init__(self, iterable: Iterable[Any], *, desc: str, total: int, initial: int = 0, **_: Any) -> None:
+        self._iterable, self._title = iterable, self.TITLES.get(desc, desc)
+        hidden = dist.get_rank() != 0
+        self._progress = Progress(total, title=self._title, unit="step", done=initial, hidden=hidden)
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from self.iterable
+            yield from self._iterable
         finally:
-            self.close()
+            self._progress.close()
 
-    def set_postfix(self, ordered_dict: Mapping[str, Any] | None = None, *_: Any, **__: Any) -> None:
+    def set_postfix(self, values: Mapping[str, Any]) -> None:
         """Show the few numbers that a person watches, and count the step."""
-        values = ordered_dict or {}
-        shown = {name[len("train_") :]: f"{values[name]:.3f}" for name in self.SHOWN if name in values}
-        super().set_postfix(shown, refresh=False)
-        self.update(1)
+        shown = self.SHOWN.get(self._title, ())
+        self._progress.show({n.removeprefix("train_"): f"{values[n]:.3f}" for n in shown if n in values})
+        self._progress.update()
 
 
-_dpo.tqdm = StageBar
-_reinforce.tqdm = StageBar
+_dpo.tqdm = StageProgress
+_reinforce.tqdm = StageProgress

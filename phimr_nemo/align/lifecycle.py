@@ -4,35 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch.distributed as dist
 
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.config import CheckpointConfig
-from phimr_nemo.errors import UserError
+from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig
 from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import input_hash
-from phimr_nemo.training.distributed import PreemptionGuard, export_hf
+from phimr_nemo.training.checkpoint import CheckpointStore, exported_step
+from phimr_nemo.training.distributed import PreemptionGuard, export_checkpoint, export_hf
+from phimr_nemo.training.throughput import Speed
 
 HF_DIRECTORY: Final = "hf"
 
 
 class StopTimer:
-    """NeMo-Aligner's `run_timer`: asked after every step; True makes the trainer save and return."""
+    """NeMo-Aligner's `run_timer`: asked after every step; True makes the trainer save and return.
 
-    def __init__(self, guard: PreemptionGuard) -> None:
-        self._guard = guard
+    Args:
+        guard: whether a signal came.
+        store: what it has written beside training is finished here, and its judge knows whether training converged.
+        done: steps done.
+    """
+
+    def __init__(self, guard: PreemptionGuard, store: CheckpointStore, done: Callable[[], int]) -> None:
+        self._guard, self._store, self._done = guard, store, done
 
     def start_time(self) -> None:
         """Nothing: the scheduler keeps the time and sends a signal."""
 
     def is_finished(self) -> bool:
-        """Whether any process was told to stop (collective)."""
-        return self._guard.stop_agreed()
+        """Whether any process was told to stop, or training has converged (collective)."""
+        self._store.finish_writing(wait=False)
+        return self._guard.stop_agreed() or self._store.judge.has_converged(self._done())
+
+
+def speed_of(policy: MegatronPolicy, model: ModelConfig) -> Speed:
+    """Return what turns seconds into metrics of the training steps' throughput (collective when called)."""
+    return Speed(
+        policy.work,
+        processes=policy.parallel.world_size,
+        architecture=policy.architecture,
+        fp8=model.fp8 is not None,
+    )
 
 
 @contextlib.contextmanager
@@ -50,20 +69,6 @@ def frozen_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def check_checkpointing(config: CheckpointConfig) -> None:
-    """Refuse a checkpoint section that could lose work.
-
-    Raises:
-        UserError: `every` or `keep` below 1.
-    """
-    if config.every < 1 or config.keep < 1:
-        raise UserError(
-            f"checkpoint.every={config.every}, checkpoint.keep={config.keep}",
-            rule="both are at least 1: without checkpoints an interrupted run starts again",
-            remedy="set checkpoint.every to the steps that you can afford to repeat",
-        )
-
-
 def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:
     """What a resumed run must find unchanged, by content; its settings are compared when a stage is launched.
 
@@ -78,14 +83,21 @@ def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:
     return {"base weights": box[0], "data": input_hash(data)}
 
 
-def export(run: RunDirectory, policy: MegatronPolicy, base: Path) -> str:
-    """Write the trained model to `<run>/hf` (collective).
+def export(
+    run: RunDirectory, policy: MegatronPolicy, config: DPOConfig | GRPOConfig, store: CheckpointStore, done: int
+) -> dict[str, Any]:
+    """Write the trained model to `<run>/hf`: the last step, or the best one (collective).
 
     Returns:
-        The export's name in the run directory.
+        What DONE says of it.
 
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    export_hf([policy.model], policy.architecture, base, run.path / HF_DIRECTORY)
-    return HF_DIRECTORY
+    origin = trained_from(config.base, config.sequence_length, config.model.longrope)
+    best = store.best_whole(done)
+    if best is None or best.step == done:
+        export_hf([policy.model], policy.architecture, config.base, run.path / HF_DIRECTORY, origin)
+    else:
+        export_checkpoint(store.path(best.step), config.base, run.path / HF_DIRECTORY, origin)
+    return {"hf": HF_DIRECTORY, **exported_step(done, best, store.judge)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from phimr_nemo.losses import IGNORED_LABEL
+from phimr_nemo.training.throughput import Work
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,19 @@ def used_lengths(labels: Tensor) -> Tensor:
     """
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     return torch.where(labels != IGNORED_LABEL, places, 0).amax(dim=1)
+
+
+def work_of(micro: MicroBatch) -> Work:
+    """Return what a micro-batch asks for: places, tokens of documents, predicted tokens, causal pairs."""
+    labelled = micro.labels != IGNORED_LABEL
+    if micro.documents:
+        parts = labelled[0].split(list(micro.documents))
+        # A packed row may end with a document of padding.
+        lengths = [len(part) for part in parts if bool(part.any())]
+    else:
+        lengths = used_lengths(micro.labels).tolist()
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    return Work(micro.tokens.numel(), sum(lengths), int(labelled.sum()), pairs)
 
 
 def chunks_by_length(lengths: Tensor, size: int) -> list[Tensor]:

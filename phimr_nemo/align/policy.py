@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from phimr_nemo.align.collectives import broadcast_from_last_stage, global_sums
 from phimr_nemo.align.compat import AlignableGenerativeInterface
 from phimr_nemo.align.microbatch import (
     MicroBatch,
@@ -31,17 +31,19 @@ from phimr_nemo.align.microbatch import (
     sequence_sums,
     trimmed_width,
     used_lengths,
+    work_of,
 )
 from phimr_nemo.config import ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model import Architecture, build_model, transformer_config
+from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.configuration import recompute_fields
 from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
 from phimr_nemo.training import platform
-from phimr_nemo.training.optimizer import build_optimizer, check_finite
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from phimr_nemo.training.guard import BatchGuard
+from phimr_nemo.training.optimizer import build_optimizer
+from phimr_nemo.training.throughput import WorkCounter
 
 LossSums = tuple[Tensor, Tensor, dict[str, Tensor]]
 """(sum of the loss with gradient, count to divide it by, sums to log)."""
@@ -76,6 +78,7 @@ class MegatronPolicy(AlignableGenerativeInterface):
         sequence_length: the longest sequence (tokens).
         micro_batch: sequences a forward pass without gradient.
         global_batch: what NeMo-Aligner counts as one step's samples.
+        guard: told of every training batch's loss.
 
     Raises:
         UserError: the layout cannot hold the model, or the base does not fit its config.json.
@@ -93,7 +96,9 @@ class MegatronPolicy(AlignableGenerativeInterface):
         sequence_length: int,
         micro_batch: int,
         global_batch: int,
+        guard: BatchGuard,
     ) -> None:
+        self.guard, self.work = guard, WorkCounter(chunks=1)
         self.architecture: Architecture = base.architecture
         self.objective, self.parallel, self.micro_batch = objective, parallel, micro_batch
         self.temperature = 1.0
@@ -106,7 +111,9 @@ class MegatronPolicy(AlignableGenerativeInterface):
             }
         )
         self.model = _build(base, model, parallel, optim, sequence_length)
-        self.optimizer, self.scheduler = build_optimizer(optim, [self.model], steps=steps, dtype=DTYPES[model.dtype])
+        self.optimizer, self.scheduler = build_optimizer(
+            optim, [self.model], steps=steps, dtype=torch_dtype(model.dtype)
+        )
         self._is_distributed = optim.distributed
         self._reference: list[Tensor] = []
 
@@ -212,12 +219,15 @@ class MegatronPolicy(AlignableGenerativeInterface):
             logged = {"loss": loss.detach().clone(), "count": count, **sums}
             return loss, count.to(torch.int), logged
 
-        results = self._forward(self.objective.micro_batches(batch), head, forward_only=forward_only)
-        sums = _global_sums(results)
-        # Before Megatron's optimizer sees it: every rank has the same sums, so all of them stop here.
-        check_finite("the loss", sums["loss"])
-        summary = self.objective.summary(sums)
-        return summary.pop("loss"), summary
+        micros = self.objective.micro_batches(batch)
+        results = self._forward(micros, head, forward_only=forward_only)
+        summary = self.objective.summary(global_sums(results))
+        loss = summary.pop("loss")
+        if not forward_only:
+            self.guard.note_loss(loss)
+            for micro in micros:
+                self.work.add_counts(work_of(micro))
+        return loss, summary
 
     # ---- NeMo-Aligner: Inferrable and AlignableGenerativeInterface -----------------------------------------
 
@@ -296,13 +306,13 @@ class MegatronPolicy(AlignableGenerativeInterface):
         if self._is_distributed:
             options["metadata"] = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
         state["optimizer"] = self.optimizer.megatron.sharded_state_dict(state, **options)
-        return {**state, "scheduler": self.scheduler.megatron.state_dict()}
+        return {**state, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`sharded_state_dict` saved."""
         self.model.module.load_state_dict(state["model"])
         self.optimizer.megatron.load_state_dict(state["optimizer"])
-        self.scheduler.megatron.load_state_dict(state["scheduler"])
+        self.scheduler.load_state_dict(state["scheduler"])
 
 
 def _build(
@@ -318,7 +328,7 @@ def _build(
     config = transformer_config(
         base.architecture,
         parallel,
-        dtype=DTYPES[model.dtype],
+        dtype=torch_dtype(model.dtype),
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         **overrides,
@@ -361,28 +371,3 @@ def _on_last_stage(
     non_loss_data: bool = False,  # noqa: ARG001  Megatron's schedule passes it
 ) -> Any:
     return head(micro, -output)
-
-
-def _global_sums(results: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Sums over micro-batches and data-parallel ranks, equal on all ranks; only last stages bring results."""
-    box: list[dict[str, float] | None] = [None]
-    if results:
-        names = sorted(results[0])
-        totals = torch.stack([torch.stack([result[name].double() for name in names]) for result in results]).sum(0)
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-        box = [dict(zip(names, totals.tolist(), strict=True))]
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        source = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast_object_list(box, source, parallel_state.get_pipeline_model_parallel_group())
-    assert box[0] is not None
-    return box[0]
-
-
-def broadcast_from_last_stage(values: Tensor) -> Tensor:
-    """The last pipeline stage's tensor on all stages, which hold one of the same shape and dtype."""
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return values
-    sent = values.to(platform.device())
-    source = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(sent, source, parallel_state.get_pipeline_model_parallel_group())
-    return sent.cpu()

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.distributed as dist
-
-from phimr_nemo.store.runs import MetricsWriter
 from phimr_nemo.training.optimizer import TrainerOptimizer
-
-
-@contextlib.contextmanager
-def metrics_writer(directory: Path, done_steps: int) -> Iterator[MetricsWriter | None]:
-    """A writer on process 0, None elsewhere; lines of steps after the `done_steps` first are dropped."""
-    if dist.get_rank() != 0:
-        yield None
-        return
-    with MetricsWriter(directory, from_step=done_steps + 1) as writer:
-        yield writer
+from phimr_nemo.training.tracking import RunLog
 
 
 class TrainerLog:
-    """The part of a Lightning logger that the trainers call. A step is written as the number of steps done."""
+    """The part of a Lightning logger that the trainers call. A step is written as the number of steps done.
 
-    def __init__(self, writer: MetricsWriter | None, optimizer: TrainerOptimizer, every: int) -> None:
-        self._writer, self._optimizer, self._every = writer, optimizer, every
+    Args:
+        log: where lines go; None on other processes than 0.
+        optimizer: knows the gradient norm.
+        every: steps between two lines.
+        speed: seconds since its last call -> throughput and memory (collective).
+    """
 
-    def _write(self, step: int, row: Mapping[str, float]) -> None:
-        if self._writer is not None and step % self._every == 0:
-            self._writer.write(step, row)
+    def __init__(
+        self,
+        log: RunLog | None,
+        optimizer: TrainerOptimizer,
+        every: int,
+        speed: Callable[[float], Mapping[str, float]],
+    ) -> None:
+        self._log, self._optimizer, self._every, self._speed = log, optimizer, every, speed
+        self._seconds = 0.0
+
+    def _write(self, step: int, row: Mapping[str, float], seconds: float) -> None:
+        """Write a step's line when it is time (collective); `seconds` were spent on forward, backward and update."""
+        self._seconds += seconds
+        if step % self._every:
+            return
+        speed, self._seconds = self._speed(self._seconds), 0.0
+        if self._log is not None:
+            self._log.write(step, {**row, **speed})
 
     def log_table(self, *_: Any, **__: Any) -> None:
         """Nothing: sample responses are not kept."""
 
     def finalize(self) -> None:
-        """Nothing: the writer's context closes it."""
+        """Nothing: the log's context closes it."""

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
+from phimr_nemo import __version__
+from phimr_nemo.cli.bridge import bridge
+from phimr_nemo.cli.data import data_app
+from phimr_nemo.cli.help import StageCommand
+from phimr_nemo.cli.options import ConfigFile, Overrides
+from phimr_nemo.errors import UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
+from phimr_nemo.jobs.cluster import check_layout, parse_allocation
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
+from phimr_nemo.process.stopping import stoppable
 from phimr_nemo.store.atomic import keep_others_from_writing
 
 app = typer.Typer(
     name="phimr",
-    help="The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Reports on record directories, and their checks.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(bridge)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"phimr-nemo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def phimr(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The Phi-4-Mini-Reasoning recipe on NeMo, Megatron-Core and NeMo-Aligner."""
+
 
 STAGE_HELP: Final = {
     "base": "Make a tiny randomly initialised model of the Phi-4-mini architecture with its tokenizer.",
@@ -38,35 +62,55 @@ STAGE_HELP: Final = {
     "export": "A trained directory -> a release directory with its model card.",
 }
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of config values, NeMo-style.")
-]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; default conf/<stage>/paper.yaml.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved config and derived numbers.")]
+Allocation = Annotated[
+    str | None,
+    typer.Option(metavar="NODESxPROCESSES", help="With --dry-run: the job that the layout has to fit, as 16x8."),
+]
 
 
-def _run_stage(stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool) -> Any:
+def _run_stage(
+    stage: str, overrides: list[str] | None, config: Path | None, dry_run: bool, allocation: str | None = None
+) -> Any:
     """Run a stage, or with `dry_run` describe it; its resolved configuration."""
     from phimr_nemo.config import STAGES, load_config, to_yaml
-    from phimr_nemo.jobs.launch import launch
-    from phimr_nemo.jobs.preflight import derived_numbers, preflight
+    from phimr_nemo.jobs.launch import start_stage
+    from phimr_nemo.jobs.preflight import derived_numbers
 
     path = config if config is not None else Path("conf") / stage / "paper.yaml"
-    resolved: Any = load_config(STAGES[stage], path, overrides or [])
     if dry_run:
+        resolved: Any = load_config(STAGES[stage], path, overrides or [])
+        if allocation is not None:
+            check_layout(stage, resolved, *parse_allocation(allocation))
         typer.echo(to_yaml(resolved), nl=False)
         for name, value in derived_numbers(stage, resolved).items():
             typer.echo(f"# {name}: {value}")
         return resolved
-    preflight(stage, resolved)
-    with _continuable():
-        launch(stage, resolved)
+    started = time.monotonic()
+    resolved = start_stage(stage, path, overrides or [], is_default=config is None)
+    _close(stage, resolved, path, time.monotonic() - started)
     return resolved
 
 
+def _close(stage: str, resolved: Any, preset: Path, seconds: float) -> None:
+    """Say what was made; of several ranks the first speaks, or the process that started them."""
+    from phimr_nemo.jobs.closing import PART_OF, closing_lines
+    from phimr_nemo.jobs.launch import CHECKED
+
+    if os.environ.get("RANK", "0") != "0" or CHECKED in os.environ:
+        return
+    for line in closing_lines(stage, resolved, preset, seconds, is_part=PART_OF in os.environ):
+        typer.echo(line)
+
+
 def _stage_command(stage: str) -> Callable[..., None]:
-    def command(overrides: Overrides = None, config: ConfigFile = None, dry_run: DryRun = False) -> None:
-        _run_stage(stage, overrides, config, dry_run)
+    def command(
+        overrides: Overrides = None,
+        config: ConfigFile = None,
+        dry_run: DryRun = False,
+        allocation: Allocation = None,
+    ) -> None:
+        _run_stage(stage, overrides, config, dry_run, allocation)
 
     command.__doc__ = STAGE_HELP[stage]
     return command
@@ -74,10 +118,10 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 for _stage in STAGE_HELP:
     if _stage != "export":
-        app.command(_stage)(_stage_command(_stage))
+        app.command(_stage, cls=StageCommand)(_stage_command(_stage))
 
 
-@app.command(help=STAGE_HELP["export"])
+@app.command(help=STAGE_HELP["export"], cls=StageCommand)
 def export(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -95,11 +139,11 @@ def export(
         check_hub(push_to_hub)
     resolved = _run_stage("export", overrides, config, dry_run)
     if push_to_hub is not None and not dry_run:
-        with _continuable():
+        with stoppable("the upload"):
             typer.echo(push(resolved.run.output / "hf", push_to_hub, private=not public))
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def verify(
     arguments: Annotated[
         list[str] | None,
@@ -130,7 +174,7 @@ def verify(
     typer.echo("  ".join(f"{name}: {count}" for name, count in counts.items()))
 
 
-@app.command()
+@app.command(cls=StageCommand)
 def quickstart(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -147,7 +191,7 @@ def quickstart(
         for step in plan_quickstart(path, numbers, out, overrides or []):
             typer.echo(step)
         return
-    with _continuable():
+    with stoppable("quickstart"):
         run_quickstart(path, numbers, out, overrides or [])
 
 
@@ -176,37 +220,6 @@ def report(
     write_report(runs, out)
 
 
-@data_app.command("report")
-def data_report(
-    directories: Annotated[list[Path], typer.Argument(help="Outputs of data steps, or directories above them.")],
-    out: Annotated[Path, typer.Option(help="Where to write the page and the pictures.")] = Path("runs/data-report"),
-) -> None:
-    """Funnels with the reason of every drop, lengths, difficulty and pass rates: report.html and PNGs."""
-    from phimr_nemo.report.data import write_data_report
-
-    typer.echo(write_data_report(directories, out))
-
-
-@data_app.command("check")
-def data_check(
-    directories: Annotated[list[Path], typer.Argument(help="Record or run directories.")],
-    redo: Annotated[
-        bool, typer.Option("--redo", help="Let the steps that made damaged shards make them, and only them, again.")
-    ] = False,
-) -> None:
-    """Compare every shard with its checksum; name what is truncated, changed or half-written. Exit code 2 if any."""
-    from phimr_nemo.store.check import check_directory, forget_damaged
-
-    found = [damage for root in directories for damage in check_directory(root)]
-    for damage in found:
-        state = f"damaged: {', '.join(damage.shards)}" if damage.shards else "sound"
-        typer.echo(f"{damage.directory}: {damage.count} shards, {state}")
-        if redo:
-            forget_damaged(damage)
-    if not redo and any(damage.shards for damage in found):
-        raise typer.Exit(EXIT_USER)
-
-
 @app.command()
 def adopt(
     source: Annotated[Path, typer.Argument(help="A Phi-family Hugging Face directory with its tokenizer.")],
@@ -219,8 +232,9 @@ def adopt(
     from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
     from phimr_nemo.model.adopt import adopt as adopt_model
 
-    with _continuable():
+    with stoppable("adopt"):
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+    typer.echo(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
 
 
 @app.command("import")
@@ -234,7 +248,7 @@ def import_model(
     """A small model from a GGUF file as an equivalent Phi3-family directory with the reasoning chat template."""
     from phimr_nemo.model.files.gguf import import_gguf
 
-    with _continuable():
+    with stoppable("import"):
         architecture = import_gguf(source, target, system_prompt=system_prompt)
     typer.echo(f"{target}: {architecture.num_parameters:,} parameters")
 
@@ -259,7 +273,7 @@ def convert(
     from phimr_nemo.config import ParallelConfig
     from phimr_nemo.supervised.conversion import convert as convert_checkpoint
 
-    with _continuable():
+    with stoppable("convert"):
         kind = convert_checkpoint(source, target, kind=to, layout=ParallelConfig(tensor=tp, pipeline=pp), hf=hf)
     typer.echo(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
 
@@ -362,15 +376,6 @@ def doctor() -> None:
     findings = diagnose()
     print_report(findings)
     raise typer.Exit(exit_code(findings))
-
-
-@contextlib.contextmanager
-def _continuable() -> Iterator[None]:
-    """Ctrl-C is a stop that the same command continues, like a preemption."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Preempted("interrupted; what is finished is kept, run the same command to continue") from None
 
 
 def main() -> None:

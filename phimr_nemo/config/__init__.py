@@ -1,8 +1,9 @@
 """Typed configuration: YAML and `key=value` overrides into frozen dataclasses. Needs no torch."""
 
-from phimr_nemo.config.alignment import DPOConfig, GRPOConfig, RebalanceConfig, TemperatureConfig
 from phimr_nemo.config.common import (
     CheckpointConfig,
+    EarlyStoppingConfig,
+    GuardConfig,
     LongRopePolicy,
     ModelConfig,
     OptimConfig,
@@ -10,21 +11,39 @@ from phimr_nemo.config.common import (
     Recompute,
     RunConfig,
     ShardConfig,
+    TrackingConfig,
+    WandbConfig,
 )
-from phimr_nemo.config.curation import CurateConfig, PackConfig
-from phimr_nemo.config.endpoint import AskConfig, EndpointConfig, Prices
+from phimr_nemo.config.data import (
+    AnnotationConfig,
+    CurateConfig,
+    DecontaminationConfig,
+    EvaluationSetConfig,
+    NearDuplicatesConfig,
+    PackConfig,
+    PrepareConfig,
+    SourceConfig,
+)
+from phimr_nemo.config.dpo import DPOConfig
+from phimr_nemo.config.engine import (
+    AskConfig,
+    EndpointConfig,
+    EndpointEngine,
+    Engine,
+    LocalEngine,
+    Prices,
+    SamplingConfig,
+    ServerEngine,
+    TrainedEngine,
+    VLLMEngine,
+)
 from phimr_nemo.config.evaluation import (
     BenchmarkProblems,
-    EndpointSampling,
     EvaluateConfig,
     EvaluatedProblems,
     ExportConfig,
-    LocalSampling,
-    Sampling,
-    VLLMSampling,
 )
 from phimr_nemo.config.generation import (
-    EndpointTeacher,
     FileProblems,
     GenerateConfig,
     JudgeConfig,
@@ -35,31 +54,17 @@ from phimr_nemo.config.generation import (
     RecordProblems,
     SyntheticProblems,
     VerifyConfig,
-    VLLMTeacher,
 )
-from phimr_nemo.config.load import find_config, load_config, parse_config, to_dict, to_yaml
+from phimr_nemo.config.grpo import GRPOConfig, RebalanceConfig, Stale, TemperatureConfig
+from phimr_nemo.config.load import find_config, load_config, locate, parse_config, to_dict, to_yaml
 from phimr_nemo.config.planning import GenerationPlanConfig, TrainingPlanConfig
-from phimr_nemo.config.preparation import (
-    AnnotationConfig,
-    DecontaminationConfig,
-    EvaluationSetConfig,
-    NearDuplicatesConfig,
-    PrepareConfig,
-    SourceConfig,
-)
-from phimr_nemo.config.sampler import LocalRollouts, RolloutSampler, RolloutServers, Stale, VLLMRollouts
 from phimr_nemo.config.stages import STAGES
 from phimr_nemo.config.supervised import (
-    EarlyStoppingConfig,
-    GuardConfig,
     MidtrainConfig,
     OverlapConfig,
     SFTConfig,
-    SupervisedCheckpointConfig,
     SupervisedConfig,
-    TrackingConfig,
     TrainingEvaluationConfig,
-    WandbConfig,
 )
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
@@ -75,8 +80,8 @@ __all__ = [
     "DecontaminationConfig",
     "EarlyStoppingConfig",
     "EndpointConfig",
-    "EndpointSampling",
-    "EndpointTeacher",
+    "EndpointEngine",
+    "Engine",
     "EvaluateConfig",
     "EvaluatedProblems",
     "EvaluationSetConfig",
@@ -87,8 +92,7 @@ __all__ = [
     "GenerationPlanConfig",
     "GuardConfig",
     "JudgeConfig",
-    "LocalRollouts",
-    "LocalSampling",
+    "LocalEngine",
     "LongRopePolicy",
     "MidtrainConfig",
     "ModelConfig",
@@ -107,28 +111,26 @@ __all__ = [
     "Recompute",
     "RecordProblems",
     "RecordedTeacher",
-    "RolloutSampler",
-    "RolloutServers",
     "RunConfig",
     "SFTConfig",
-    "Sampling",
+    "SamplingConfig",
+    "ServerEngine",
     "ShardConfig",
     "SourceConfig",
     "Stale",
-    "SupervisedCheckpointConfig",
     "SupervisedConfig",
     "SyntheticProblems",
     "TemperatureConfig",
     "TrackingConfig",
+    "TrainedEngine",
     "TrainingEvaluationConfig",
     "TrainingPlanConfig",
-    "VLLMRollouts",
-    "VLLMSampling",
-    "VLLMTeacher",
+    "VLLMEngine",
     "VerifyConfig",
     "WandbConfig",
     "find_config",
     "load_config",
+    "locate",
     "parse_config",
     "to_dict",
     "to_yaml",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from phimr_nemo.config.common import Positive, Share, config
+from pydantic import Field
+
+from phimr_nemo.config.common import AtLeastZero, Place, Positive, Share
+from phimr_nemo.config.rules import AT, RuleBroken, config
 
 
 @config
@@ -17,8 +19,8 @@ class ForgettingConfig:
         quickstarts: outputs of finished quickstarts.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
 
 
 @config
@@ -37,9 +39,9 @@ class GraderErrorsConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    base: Path
-    prompts: Path
+    output: Place
+    base: Place
+    prompts: Place
     seeds: tuple[int, ...]
     steps: Positive
     settings: tuple[str, ...]
@@ -62,8 +64,8 @@ class GRPORemediesConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     steps: Positive
     arms: dict[str, tuple[str, ...]]
     equal: str
@@ -87,8 +89,8 @@ class GRPOSizesConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     sizes: dict[str, tuple[str, ...]]
     midtrain_epochs: Positive
     sft_epochs: Positive
@@ -116,8 +118,8 @@ class SecondDomainConfig:
         maths_problems, maths_samples: as the quickstarts were evaluated, so that the questions are the same.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     train_problems: Positive
     heldout_problems: Positive
     solutions_per_problem: Positive
@@ -144,8 +146,8 @@ class TeachersConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     teachers: dict[str, tuple[str, ...]]
     problems: Positive
     epochs: Positive
@@ -162,8 +164,8 @@ class StoppingConfig:
         quickstarts: outputs of finished quickstarts.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
 
 
 @config
@@ -181,8 +183,8 @@ class MidtrainScalingConfig:
         evaluation_samples: answers a question; as many as the quickstart's.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     problems: tuple[Positive, ...]
     epochs: Positive
     updates: Positive | None = None
@@ -208,17 +210,25 @@ class MidtrainPackingConfig:
         evaluation_samples: answers a question; as many as there.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
-    scaling: Path
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
+    scaling: Place
     problems: Positive
     epochs: Positive
     batch: Positive
-    lr: float
-    min_lr: float
+    lr: AtLeastZero
+    min_lr: AtLeastZero
     sequence_length: Positive
     heldout_problems: Positive
     evaluation_samples: Positive
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise RuleBroken(
+                f"{AT}min_lr={self.min_lr} with {AT}lr={self.lr}",
+                rule=f"{AT}min_lr is at most {AT}lr",
+                remedy=f"use {AT}min_lr={self.lr} or less",
+            )
 
 
 @config
@@ -235,9 +245,9 @@ class DirectSFTConfig:
         evaluation_samples: answers a question; as many as the quickstart's.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
-    scaling: Path
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
+    scaling: Place
     small: Positive
     epochs: Positive
     heldout_problems: Positive
@@ -256,8 +266,8 @@ class DPONegativesConfig:
         evaluation_samples: answers a question.
     """
 
-    output: Path
-    quickstarts: tuple[Path, ...]
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     modes: tuple[Literal["near_miss", "random"], ...]
     heldout_problems: Positive
     evaluation_samples: Positive

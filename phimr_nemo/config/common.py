@@ -6,38 +6,61 @@ their source, and not here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
-from typing_extensions import dataclass_transform
+from pydantic import BeforeValidator, Field
 
-T = TypeVar("T")
+from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
 
 Dtype = Literal["fp32", "bf16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
 Fp8Recipe = Literal["delayed", "current"]
 Recompute = Literal["none", "selective", "full"]
-Schedule = Literal["cosine", "linear", "constant"]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
+
+LARGEST_NUMBER: Final = 2**53
+"""Whole numbers up to here are exact everywhere, in JSON too."""
+LARGEST_SEED: Final = 2**32 - 1
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def config(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass in which an unknown key is an error."""
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
-    return dataclass(frozen=True, kw_only=True)(cls)
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise RuleBroken(f"{KEY}={value}", rule=f"{KEY} is a number", remedy=f"for example {KEY}=1")
+    return value
+
+
+def _no_empty_text(value: Any) -> Any:
+    if value == "":
+        raise RuleBroken(
+            f"{KEY} is empty", rule=f"{KEY} names a file or directory", remedy=f"for example {KEY}=runs/x"
+        )
+    return value
+
+
+IsNumber = BeforeValidator(_no_truth_value)
+"""YAML's `true` and `yes` are no numbers; pydantic would take them for 1."""
+Positive = Annotated[int, Field(ge=1, le=LARGEST_NUMBER), IsNumber]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST_NUMBER), IsNumber]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED), IsNumber]
+Number = Annotated[float, IsNumber]
+Share = Annotated[float, Field(ge=0.0, le=1.0), IsNumber]
+PositiveShare = Annotated[float, Field(gt=0.0, le=1.0), IsNumber]
+AboveZero = Annotated[float, Field(gt=0.0), IsNumber]
+AtLeastZero = Annotated[float, Field(ge=0.0), IsNumber]
+AtLeastOne = Annotated[float, Field(ge=1.0), IsNumber]
+AboveOne = Annotated[float, Field(gt=1.0), IsNumber]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0), IsNumber]
+Name = Annotated[str, Field(min_length=1)]
+Place = Annotated[Path, BeforeValidator(_no_empty_text)]
 
 
 @config
 class RunConfig:
     """Where a run writes and what seeds it."""
 
-    output: Path
-    seed: NonNegative
+    output: Place
+    seed: Seed
     log_every: Positive = 1
 
 
@@ -47,6 +70,14 @@ class ShardConfig:
 
     index: NonNegative = 0
     count: Positive = 1
+
+    def __post_init__(self) -> None:
+        if self.index >= self.count:
+            raise RuleBroken(
+                f"{AT}index={self.index} with {AT}count={self.count}",
+                rule=f"{AT}index counts from 0 and is below {AT}count",
+                remedy=f"use {AT}index={self.count - 1} or less, or raise {AT}count",
+            )
 
 
 @config
@@ -60,6 +91,7 @@ class ParallelConfig:
         sequence: whether the tensor ranks share the tokens between the matrices as well.
         context: processes that share the tokens of every sequence.
         virtual: parts of the model in each pipeline process, taken in turn so that it waits less.
+        nodes: machines that a job of this layout asks for; None = what its script says.
     """
 
     tensor: Positive = 1
@@ -68,6 +100,21 @@ class ParallelConfig:
     sequence: bool = False
     context: Positive = 1
     virtual: Positive = 1
+    nodes: Positive | None = None
+
+    def __post_init__(self) -> None:
+        if self.virtual > 1 and self.pipeline == 1:
+            raise RuleBroken(
+                f"{AT}virtual={self.virtual} with {AT}pipeline=1",
+                rule=f"virtual pipelining splits the layers of a pipeline: {AT}pipeline is at least 2",
+                remedy=f"set {AT}virtual=1, or {AT}pipeline to 2 or more",
+            )
+        if self.sequence and self.tensor == 1:
+            raise RuleBroken(
+                f"{AT}sequence=true with {AT}tensor=1",
+                rule="sequence parallelism splits over the tensor-parallel group",
+                remedy=f"set {AT}sequence=false, or {AT}tensor to 2 or more",
+            )
 
     @property
     def world_size(self) -> int:
@@ -91,36 +138,170 @@ class ModelConfig:
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     recompute: Recompute = "none"
 
+    def __post_init__(self) -> None:
+        if self.fp8 is not None and self.dtype != "bf16":
+            raise RuleBroken(
+                f"{AT}fp8={self.fp8} with {AT}dtype={self.dtype}",
+                rule="8-bit products are a part of bf16 training",
+                remedy=f"set {AT}dtype=bf16, or {AT}fp8=null",
+            )
+
 
 @config
 class OptimConfig:
-    """AdamW and its learning-rate schedule.
+    """AdamW and its learning-rate schedule (:func:`phimr_nemo.training.schedule.learning_rate`).
 
     Attributes:
-        warmup_fraction: share of the steps in which the rate rises linearly from 0 to `lr`.
+        warmup_fraction: share of the steps in which the rate rises linearly to `lr`.
+        schedule: what follows: no decay, a linear or a cosine decay to `min_lr`, or warm-up/stable/decay.
+        decay_fraction: share of the steps, the last ones, in which `wsd` decays; belongs to it alone.
+        clip_grad: largest norm of the gradient; 0 = any.
         distributed: Megatron's distributed optimizer (states sharded over the data-parallel ranks).
     """
 
-    lr: float
-    min_lr: float
+    lr: AtLeastZero
+    min_lr: AtLeastZero
     warmup_fraction: Share
     schedule: Schedule
-    weight_decay: float
-    beta1: Share
-    beta2: Share
-    eps: float
-    clip_grad: float
+    weight_decay: AtLeastZero
+    beta1: Decay
+    beta2: Decay
+    eps: AboveZero
+    clip_grad: AtLeastZero
     distributed: bool
+    decay_fraction: Share | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise RuleBroken(
+                f"{AT}min_lr={self.min_lr} with {AT}lr={self.lr}",
+                rule=f"0 <= {AT}min_lr <= {AT}lr",
+                remedy=f"set {AT}min_lr={self.lr} or less, or raise {AT}lr",
+            )
+        if (self.schedule == "wsd") != (self.decay_fraction is not None):
+            raise RuleBroken(
+                f"{AT}schedule={self.schedule} with {AT}decay_fraction={self.decay_fraction}",
+                rule=f"wsd decays over the share {AT}decay_fraction of the steps; no other schedule has one",
+                remedy=f"set {AT}schedule=wsd {AT}decay_fraction=0.2, or "
+                f"{AT}decay_fraction=null with another schedule",
+            )
+        if self.warmup_fraction + (self.decay_fraction or 0.0) > 1.0:
+            raise RuleBroken(
+                f"{AT}warmup_fraction={self.warmup_fraction} with {AT}decay_fraction={self.decay_fraction}",
+                rule="warm-up and decay are shares of the same steps: together at most 1",
+                remedy=f"use {AT}warmup_fraction=0.0, or a smaller {AT}decay_fraction",
+            )
 
 
 @config
 class CheckpointConfig:
-    """Native checkpoints, which serve resume only.
+    """Native checkpoints, which serve resume, and the best of them the export.
 
     Attributes:
         every: steps between checkpoints; another is written when the run is told to stop.
         keep: how many of the newest are kept.
+        best: also keep the best one by the stage's `metric`, whatever its age, and export it in the end.
+        asynchronous: a process of its own writes while training goes on.
     """
 
     every: Positive
     keep: Positive = 1
+    best: bool = False
+    asynchronous: bool = False
+
+
+@config
+class GuardConfig:
+    """What happens to a batch that would do harm. A skipped batch changes no weight and no optimizer state.
+
+    Attributes:
+        on_nan: loss or gradient is not finite.
+        spike_factor: a value is a spike above this many times the median of the last `spike_window` accepted ones,
+            once there are that many; None = no such rule.
+        spike_window: see `spike_factor`.
+        spike_of: which value; a policy gradient's loss lies around 0 and has no spikes in this sense.
+        on_spike: what then; "warn" trains on the batch all the same.
+    """
+
+    on_nan: Literal["skip", "stop"]
+    spike_factor: AboveOne | None = None
+    spike_window: Positive = 32
+    spike_of: Literal["loss", "grad_norm"] = "loss"
+    on_spike: Literal["skip", "stop", "warn"] = "warn"
+
+    def __post_init__(self) -> None:
+        if self.spike_factor is None and self.on_spike != "warn":
+            raise RuleBroken(
+                f"{AT}on_spike={self.on_spike} without {AT}spike_factor",
+                rule=f"a spike is a value above {AT}spike_factor times the median of those before it",
+                remedy=f"set {AT}spike_factor=3.0, or {AT}on_spike=warn",
+            )
+
+
+@config
+class EarlyStoppingConfig:
+    """Training ends when the stage's measure, `checkpoint.metric`, gets no better.
+
+    Attributes:
+        patience: measurements in a row without progress that end training.
+        min_delta: progress is a measurement better than the best one by more than this, in the metric's unit.
+    """
+
+    patience: Positive
+    min_delta: AtLeastZero
+
+
+@config
+class WandbConfig:
+    """Weights & Biases; the key comes from its own environment variable or login.
+
+    Attributes:
+        project: name of the project there.
+        mode: "offline" writes to the run directory, for `wandb sync`.
+        name: of the run; the run directory's name when None.
+    """
+
+    project: Name
+    mode: Literal["online", "offline"]
+    name: str | None = None
+
+
+@config
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl and TensorBoard."""
+
+    wandb: WandbConfig | None = None
+
+
+def batches_fit(micro_batch: int, global_batch: int, data: int) -> None:
+    """The data-parallel ranks share a global batch in whole micro-batches.
+
+    Raises:
+        RuleBroken: they cannot.
+    """
+    share = micro_batch * data
+    if global_batch % share:
+        raise RuleBroken(
+            f"{AT}global_batch={global_batch} with {AT}micro_batch={micro_batch} and {AT}parallel.data={data}",
+            rule=f"{AT}global_batch is a multiple of {AT}micro_batch x {AT}parallel.data = {share}",
+            remedy=f"use {AT}global_batch={max(1, round(global_batch / share)) * share}",
+        )
+
+
+def no_supervised_options(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Alignment has neither 8-bit products nor virtual pipelining.
+
+    Raises:
+        RuleBroken: one of them is asked for.
+    """
+    if model.fp8 is not None or parallel.virtual > 1:
+        raise RuleBroken(
+            f"{AT}model.fp8={model.fp8}, {AT}parallel.virtual={parallel.virtual} in an alignment stage",
+            rule="8-bit products and virtual pipelining are for mid-training and SFT",
+            remedy=f"set {AT}model.fp8=null {AT}parallel.virtual=1",
+        )
+
+
+def stops_on_nan() -> GuardConfig:
+    """Return the guard of a stage that skips no batch by default."""
+    return GuardConfig(on_nan="stop")

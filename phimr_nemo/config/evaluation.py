@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import field
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import Dtype, LongRopePolicy, Positive, RunConfig, Share, config
-from phimr_nemo.config.endpoint import EndpointConfig
+from phimr_nemo.config.common import LongRopePolicy, Name, Place, Positive, RunConfig
+from phimr_nemo.config.engine import Engine, GraderName, SamplingConfig, own_directory
 from phimr_nemo.config.generation import FileProblems, RecordProblems, SyntheticProblems
+from phimr_nemo.config.rules import AT, RuleBroken, config
+
+BenchmarkName = Literal[
+    "AIME24", "AIME25", "AMC23", "AMC", "MATH-500", "GSM8K", "OlympiadBench", "GPQA-Diamond", "Omni-MATH"
+]
+FROM_FILES_ONLY: Final[dict[BenchmarkName, str]] = {
+    "AMC": "",
+    "GPQA-Diamond": ": its authors ask that it is not passed on",
+}
+"""Benchmarks that are not read from the hub, and why."""
 
 
 @config
@@ -24,9 +33,23 @@ class BenchmarkProblems:
     """
 
     kind: Literal["benchmark"]
-    name: str
-    path: Path | None = None
+    name: BenchmarkName
+    path: Place | None = None
     hub: bool = False
+
+    def __post_init__(self) -> None:
+        if self.path is None and not self.hub:
+            raise RuleBroken(
+                f"benchmark {self.name} without a place to read it from",
+                rule="a benchmark comes from your own copy or from the Hugging Face hub; none ships here",
+                remedy=f"set {AT}path=FILE, or {AT}hub=true",
+            )
+        if self.path is None and self.name in FROM_FILES_ONLY:
+            raise RuleBroken(
+                f"benchmark {self.name} with {AT}hub=true",
+                rule=f"it is read from a file only{FROM_FILES_ONLY[self.name]}",
+                remedy=f"download it and set {AT}path=FILE",
+            )
 
 
 EvaluatedProblems = Annotated[
@@ -35,63 +58,12 @@ EvaluatedProblems = Annotated[
 
 
 @config
-class LocalSampling:
-    """The built-in engine in this process.
-
-    Attributes:
-        max_batch: sequences computed together.
-    """
-
-    kind: Literal["local"]
-    max_batch: Positive
-    dtype: Dtype
-
-
-@config
-class VLLMSampling:
-    """vLLM in this process, which then runs in vLLM's environment.
-
-    Attributes:
-        max_batch: sequences computed together.
-        tensor: GPUs that share the model.
-        memory_share: of each GPU's memory; on a CPU, VLLM_CPU_KVCACHE_SPACE counts.
-        eager: no CUDA graphs and no compilation.
-    """
-
-    kind: Literal["vllm"]
-    max_batch: Positive
-    dtype: Dtype
-    tensor: Positive = 1
-    memory_share: Share
-    eager: bool = False
-
-
-@config
-class EndpointSampling:
-    """A server with an OpenAI-compatible interface.
-
-    Attributes:
-        system: the system's turn; None leaves it out (a model of this recipe brings its own in the chat template).
-        max_missing: the share of responses that may be missing for good (refused or failed).
-    """
-
-    kind: Literal["endpoint"]
-    endpoint: EndpointConfig
-    system: str | None = None
-    max_missing: Share = 0.0
-
-
-Sampling = Annotated[LocalSampling | VLLMSampling | EndpointSampling, Field(discriminator="kind")]
-
-
-@config
-class EvaluateConfig:
+class EvaluateConfig(SamplingConfig):
     """Scores of a model on problems.
 
     Attributes:
         model: Hugging Face directory; None only behind an endpoint, which has the model.
-        samples: answers a question.
-        prompt: the user's turn; `{question}` stands in it once.
+        samples: answers per question.
         engine: what samples.
         longrope: the training run's policy; the longest sequence is the longest prompt and `max_new_tokens`. A
             served model has the server's.
@@ -103,19 +75,18 @@ class EvaluateConfig:
     """
 
     run: RunConfig
-    model: Path | None = None
+    model: Place | None = None
     problems: EvaluatedProblems
     samples: Positive
-    prompt: str
-    temperature: float
-    top_p: Share
-    max_new_tokens: Positive
-    engine: Sampling
+    engine: Engine
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     shard_questions: Positive
     workers: Positive = 1
-    grader: str | None = None
+    grader: GraderName | None = None
     row: str | None = None
+
+    def __post_init__(self) -> None:
+        own_directory("model", self.model, self.engine)
 
 
 @config
@@ -128,11 +99,14 @@ class ExportConfig:
         licence: its identifier on the hub.
         stages: stage name -> run directory, for the model card.
         evaluations: row name -> directory of an evaluation, for the model card's table.
+        knows: what the model can be asked, in a sentence or two, with an example: for the model card and for the
+            first line of `phimr chat`.
     """
 
     run: RunConfig
-    model: Path
-    base_model: str
-    licence: str
-    stages: dict[str, Path] = field(default_factory=dict)
-    evaluations: dict[str, Path] = field(default_factory=dict)
+    model: Place
+    base_model: Name
+    licence: Name
+    stages: dict[str, Place] = field(default_factory=dict)
+    evaluations: dict[str, Place] = field(default_factory=dict)
+    knows: str | None = None

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import field
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from phimr_nemo.config.common import (
-    Dtype,
+    AboveZero,
+    IsNumber,
     LongRopePolicy,
     NonNegative,
+    Place,
     Positive,
     RunConfig,
     ShardConfig,
     Share,
-    config,
 )
-from phimr_nemo.config.endpoint import AskConfig, EndpointConfig
+from phimr_nemo.config.engine import (
+    AskConfig,
+    EndpointEngine,
+    Engine,
+    GraderName,
+    SamplingConfig,
+    own_directory,
+)
+from phimr_nemo.config.rules import AT, RuleBroken, config
+
+LARGEST_SYNTHETIC: Final = 300_000
+"""So many distinct problems there are on either side of the split (measured by making them)."""
+SyntheticCount = Annotated[int, Field(ge=1, le=LARGEST_SYNTHETIC), IsNumber]
 
 
 @config
@@ -31,7 +43,7 @@ class SyntheticProblems:
     """
 
     kind: Literal["synthetic"]
-    count: Positive
+    count: SyntheticCount
     split: Literal["train", "heldout"]
 
 
@@ -46,7 +58,7 @@ class FileProblems:
     """
 
     kind: Literal["file"]
-    path: Path
+    path: Place
     question: str | None = None
     answer: str | None = None
     solution: str | None = None
@@ -63,7 +75,7 @@ class RecordProblems:
     """
 
     kind: Literal["records"]
-    path: Path
+    path: Place
     limit: NonNegative = 0
 
 
@@ -96,7 +108,7 @@ class RecordedTeacher:
     """
 
     kind: Literal["recorded"]
-    path: Path
+    path: Place
     question: str | None = None
     answer: str | None = None
     response: str | None = None
@@ -104,68 +116,32 @@ class RecordedTeacher:
 
 
 @config
-class ModelTeacher:
-    """A model in a Hugging Face directory, sampled in this process."""
+class ModelTeacher(SamplingConfig):
+    """A model that is sampled: one in a Hugging Face directory, or a served one.
+
+    Attributes:
+        path: the directory; None only behind an endpoint, which has the model.
+        engine: what samples.
+        longrope: how a model with LongRoPE was trained; the longest sequence is the longest prompt and
+            `max_new_tokens`. A served model has the server's.
+    """
 
     kind: Literal["model"]
-    path: Path
-    temperature: float
-    top_p: Share
-    max_new_tokens: Positive
-    max_batch: Positive = 256
-
-
-@config
-class EndpointTeacher:
-    """A model behind an OpenAI-compatible endpoint: served by vLLM, SGLang or trtllm-serve, or an API.
-
-    Attributes:
-        max_new_tokens: of a response, reasoning included.
-        prompt: the user's turn, with `{question}` in it once.
-        system: the system's turn; None leaves it out.
-        max_missing: the share of a shard's responses that may be missing for good (refused or failed).
-    """
-
-    kind: Literal["endpoint"]
-    endpoint: EndpointConfig
-    temperature: float
-    top_p: Share
-    max_new_tokens: Positive
-    prompt: str
-    system: str | None = None
-    max_missing: Share = 0.0
-
-
-@config
-class VLLMTeacher:
-    """A model in a Hugging Face directory, sampled by vLLM in this process.
-
-    Attributes:
-        prompt: the user's turn, with `{question}` in it once.
-        max_batch: sequences computed together.
-        tensor: GPUs that share the model.
-        memory_share: of each GPU's memory, for weights and KV cache; on a CPU, VLLM_CPU_KVCACHE_SPACE counts.
-        longrope: how a model with LongRoPE was trained; vLLM picks one set of factors for all lengths.
-        eager: no CUDA graphs and no compilation.
-    """
-
-    kind: Literal["vllm"]
-    path: Path
-    temperature: float
-    top_p: Share
-    max_new_tokens: Positive
-    prompt: str
-    max_batch: Positive
-    dtype: Dtype
-    tensor: Positive = 1
-    memory_share: Share
+    path: Place | None = None
+    engine: Engine
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
-    eager: bool = False
+
+    def __post_init__(self) -> None:
+        own_directory("path", self.path, self.engine)
+        if self.path is not None and isinstance(self.engine, EndpointEngine):
+            raise RuleBroken(
+                f"{AT}path={self.path} with {AT}engine.kind=endpoint",
+                rule=f"the server has the model, by the name {AT}engine.endpoint.model",
+                remedy=f"set {AT}path=null",
+            )
 
 
-Teacher = Annotated[
-    ProgrammaticTeacher | RecordedTeacher | ModelTeacher | EndpointTeacher | VLLMTeacher, Field(discriminator="kind")
-]
+Teacher = Annotated[ProgrammaticTeacher | RecordedTeacher | ModelTeacher, Field(discriminator="kind")]
 
 
 @config
@@ -185,6 +161,22 @@ class GenerateConfig:
     shard_size: Positive
     shard: ShardConfig = field(default_factory=ShardConfig)
 
+    def __post_init__(self) -> None:
+        if self.problems is None and not isinstance(self.teacher, RecordedTeacher):
+            raise RuleBroken(
+                f"{AT}teacher.kind={self.teacher.kind} without problems",
+                rule="only a recorded teacher brings its own questions",
+                remedy=f"set {AT}problems.kind=synthetic {AT}problems.count=1000 {AT}problems.split=train, or "
+                f"{AT}problems.kind=file {AT}problems.path=FILE",
+            )
+        if isinstance(self.teacher, ProgrammaticTeacher) and not isinstance(self.problems, SyntheticProblems):
+            raise RuleBroken(
+                f"{AT}teacher.kind=programmatic with {AT}problems.kind={self.problems and self.problems.kind}",
+                rule="the programmatic teacher solves the project's own synthetic problems only",
+                remedy=f"set {AT}problems.kind=synthetic {AT}problems.count=1000 {AT}problems.split=train, or use "
+                f"{AT}teacher.kind=model or {AT}teacher.kind=recorded",
+            )
+
 
 @config
 class JudgeConfig:
@@ -197,7 +189,7 @@ class JudgeConfig:
     """
 
     ask: AskConfig
-    verdicts: tuple[Literal["wrong", "unparsable"], ...]
+    verdicts: Annotated[tuple[Literal["wrong", "unparsable"], ...], Field(min_length=1)]
     overrules: bool
 
 
@@ -213,9 +205,9 @@ class VerifyConfig:
     """
 
     run: RunConfig
-    rollouts: Path
+    rollouts: Place
     workers: Positive
-    deadline_seconds: float
+    deadline_seconds: AboveZero
     judge: JudgeConfig | None = None
-    grader: str | None = None
+    grader: GraderName | None = None
     shard: ShardConfig = field(default_factory=ShardConfig)

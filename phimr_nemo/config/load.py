@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from phimr_nemo.config.rules import INTERPOLATION, KIND, checked, quoted_override
 from phimr_nemo.errors import UserError
 from phimr_nemo.redact import redact
 
 T = TypeVar("T")
 
-SUGGESTIONS: Final = 3
+PACKAGE: Final = Path(__file__).resolve().parents[1]
+CONF: Final = "conf"
+"""The directory of the presets: a link in the source tree's package, files in a wheel's."""
+
 MAX_SHOWN: Final = 500
-SIMILAR_ENOUGH: Final = 0.5
 MISSING_VALUE: Final = "???"
 EXTENDS: Final = "extends"
 """The key of a YAML file that names another one beside it, whose values it changes."""
 
-KIND: Final = "kind"
-"""The key that tells which dataclass of a union a section fills."""
+
+def locate(path: Path | str) -> Path:
+    """A file or directory of conf/ where it can be opened: relative to the working directory, else in the package."""
+    return Path(path) if Path(path).exists() else PACKAGE / path
 
 
 def find_config(path: Path) -> Path:
-    """A config file as given, or the same relative path in the source tree.
+    """A config file as given, or the same relative path in the package, wherever `phimr` is called from.
 
     Raises:
         UserError: there is no such file; the ones beside it are listed.
     """
-    source_tree = Path(__file__).resolve().parents[2]
-    for candidate in (path, source_tree / path):
-        if candidate.is_file():
-            return candidate
-    siblings = sorted(str(p.name) for p in (source_tree / path).parent.glob("*.yaml"))
+    found = locate(path)
+    if found.is_file():
+        return found
+    siblings = sorted({file.name for root in (Path(), PACKAGE) for file in (root / path).parent.glob("*.yaml")})
     raise UserError(
         f"config file {path} does not exist",
-        rule="--config names a YAML file, relative to the working directory or to the source tree",
-        remedy=f"use one of {siblings} in {path.parent}" if siblings else "see the files in conf/",
+        rule="a YAML file, relative to the working directory, or one that comes with the package",
+        remedy=f"use one of {siblings} in {path.parent}" if siblings else f"see the files in {locate(CONF)}",
     )
 
 
@@ -66,25 +69,74 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
                 remedy="for example optim.lr=1e-5 parallel.tensor=2",
             )
     source = None if path is None else find_config(path)
+    given = _read_overrides(overrides)
     try:
         merged = OmegaConf.create() if source is None else _read(source)
         _drop_other_kinds(merged, overrides)
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(merged, given)
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"cannot read the configuration {path}: {str(error)[:MAX_SHOWN]}",
             rule="a config is a YAML mapping; overrides have the form key.sub=value",
-            remedy="correct the named place",
+            remedy="; ".join([f"quote the text: {quoted_override(one)}" for one in overrides if INTERPOLATION in one])
+            or "correct the named place",
         ) from error
     if not isinstance(values, Mapping):
         raise UserError(
             f"config {path} holds a {type(values).__name__}",
             rule="a config is a YAML mapping of keys to values",
-            remedy="look at the files in conf/ for examples",
+            remedy=f"look at the files in {locate(CONF)} for examples",
         )
     refuse_secrets(values)
-    return parse_config(schema, {str(key): value for key, value in values.items()})
+    return parse_config(schema, {str(key): value for key, value in values.items()}, overrides)
+
+
+def _read_overrides(overrides: Sequence[str]) -> Any:
+    """Overrides as nested values.
+
+    Raises:
+        UserError: a value is no YAML, or refers to what is not there; the item is named, with the quotes it needs.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for item in overrides:
+        try:
+            OmegaConf.from_dotlist([item])
+        except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+            quoted = quoted_override(item)
+            reason = " ".join(str(error).split())[:MAX_SHOWN]
+            raise UserError(
+                f"cannot read the override {item!r}: {reason}",
+                rule="the value of an override is YAML, in which braces, brackets, quotes and ': ' have a meaning",
+                remedy="quote it where it has none" + ("" if quoted is None else f": {quoted}"),
+            ) from error
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def read_preset(path: Path) -> dict[str, Any]:
+    """A YAML file's values, unchecked; over those of the one that it extends.
+
+    Raises:
+        UserError: there is no such file, or it extends what it may not.
+    """
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(_read(find_config(path)))
+    return dict(values)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted keys, as overrides name them."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
 
 
 def _read(source: Path) -> Any:
@@ -120,23 +172,21 @@ def _drop_other_kinds(values: Any, overrides: Sequence[str]) -> None:
             OmegaConf.update(values, section, {}, merge=False)
 
 
-def parse_config(schema: type[T], values: Mapping[str, Any]) -> T:
+def parse_config(schema: type[T], values: Mapping[str, Any], overrides: Sequence[str] = ()) -> T:
     """Plain values -> a frozen dataclass, checked.
 
-    Raises:
-        UserError: unknown key, wrong type or missing value: every such place is listed.
-    """
-    from pydantic import TypeAdapter, ValidationError
+    Args:
+        schema: the dataclass.
+        values: its fields, nested.
+        overrides: the `key=value` items among them, for the remedies.
 
-    try:
-        return TypeAdapter(schema).validate_python(_without_missing(values))
-    except ValidationError as error:
-        problems = [_explain(item, schema, values) for item in error.errors()]
-        raise UserError(
-            "; ".join(problems),
-            rule=f"the keys and types of {schema.__name__} ({schema.__module__})",
-            remedy="correct the named keys in the YAML file or on the command line (key.sub=value)",
-        ) from error
+    Raises:
+        UserError: unknown key, wrong type, missing value, a value out of range, values that do not go together:
+            every such place is listed.
+    """
+    from phimr_nemo.config.stages import MOVED
+
+    return checked(schema, _without_missing(values), overrides=overrides, moved=MOVED.get(schema))
 
 
 def _without_missing(values: Any) -> Any:
@@ -146,41 +196,6 @@ def _without_missing(values: Any) -> Any:
     if isinstance(values, list):
         return [_without_missing(v) for v in values]
     return values
-
-
-def _explain(item: Mapping[str, Any], schema: type, values: Mapping[str, Any]) -> str:
-    key = ".".join(_written(item["loc"], values))
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = {name for name in _all_keys(schema) if name != key}
-        similar = difflib.get_close_matches(key, sorted(known), SUGGESTIONS, SIMILAR_ENOUGH)
-        return f"unknown key {key!r}" + (f" (did you mean {' or '.join(similar)}?)" if similar else "")
-    if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{key!r} is not given"
-    return f"{key}={item['input']!r}: {item['msg']}"
-
-
-def _written(location: Sequence[str | int], values: Any) -> list[str]:
-    """A place in the config as the user writes it: without the kinds that pydantic puts between the keys."""
-    parts = []
-    for part in location:
-        if isinstance(values, Mapping) and part not in values and part == values.get(KIND):
-            continue
-        parts.append(str(part))
-        values = values.get(part) if isinstance(values, Mapping) else None
-    return parts
-
-
-def _all_keys(schema: type, prefix: str = "") -> list[str]:
-    import typing
-
-    keys: list[str] = []
-    hints = typing.get_type_hints(schema)
-    for item in dataclasses.fields(schema):
-        keys.append(prefix + item.name)
-        for option in (hints[item.name], *typing.get_args(hints[item.name])):
-            if dataclasses.is_dataclass(option) and isinstance(option, type):
-                keys.extend(_all_keys(option, f"{prefix}{item.name}."))
-    return keys
 
 
 def to_dict(config: object) -> dict[str, Any]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from phimr_nemo.config.common import Positive, Share, config
-
-AboveZero = Annotated[float, Field(gt=0.0)]
+from phimr_nemo.config.common import AboveZero, Decay, Name, Positive, PositiveShare
+from phimr_nemo.config.rules import config
 
 
 @config
@@ -27,13 +24,13 @@ class TrainingPlanConfig:
     """
 
     stage: Literal["midtrain", "sft", "dpo", "grpo"]
-    model: str
-    gpu: str
+    model: Name
+    gpu: Name
     gpus: Positive
     samples: Positive | None = None
     mean_tokens: Positive
-    trained_share: Share = 1.0
-    head_room: Share
+    trained_share: PositiveShare = 1.0
+    head_room: Decay
 
 
 @config
@@ -56,7 +53,7 @@ class GenerationPlanConfig:
     problems: Positive
     rollouts: Positive
     mean_tokens: Positive
-    gpu: str
+    gpu: Name
     gpus: Positive
     tokens_a_gpu_second: AboveZero
     answers_a_core_second: AboveZero

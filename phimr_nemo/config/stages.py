@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
-from phimr_nemo.config.alignment import DPOConfig, GRPOConfig
-from phimr_nemo.config.curation import CurateConfig, PackConfig
+from phimr_nemo.config.data import CurateConfig, PackConfig, PrepareConfig
+from phimr_nemo.config.dpo import DPOConfig
 from phimr_nemo.config.evaluation import EvaluateConfig, ExportConfig
 from phimr_nemo.config.generation import GenerateConfig, VerifyConfig
-from phimr_nemo.config.preparation import PrepareConfig
+from phimr_nemo.config.grpo import GRPOConfig
 from phimr_nemo.config.supervised import MidtrainConfig, SFTConfig
 from phimr_nemo.config.tiny import BaseConfig
 
@@ -26,3 +26,16 @@ STAGES: dict[str, type[Any]] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
 }
+
+_TEACHER: Final = ("max_batch", "dtype", "tensor", "memory_share", "eager", "endpoint", "system", "max_missing")
+MOVED: Final[dict[type[Any], dict[str, str]]] = {
+    GenerateConfig: {
+        "teacher.kind=vllm": "teacher.kind=model teacher.engine.kind=vllm",
+        "teacher.kind=endpoint": "teacher.kind=model teacher.engine.kind=endpoint",
+        **{f"teacher.{name}": f"teacher.engine.{name}" for name in _TEACHER},
+    },
+    MidtrainConfig: {"evaluation.max_batch": "evaluation.engine.max_batch"},
+    SFTConfig: {"evaluation.max_batch": "evaluation.engine.max_batch"},
+    GRPOConfig: {"sampler": "engine", "reward_correct": "reward.correct", "reward_wrong": "reward.wrong"},
+}
+"""Former keys and kinds, by configuration -> what they are called now: for the message that refuses them."""

@@ -3,115 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import field
-from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from phimr_nemo.config.common import (
     CheckpointConfig,
+    EarlyStoppingConfig,
+    GuardConfig,
     ModelConfig,
     NonNegative,
     OptimConfig,
     ParallelConfig,
+    Place,
     Positive,
     RunConfig,
-    Share,
-    config,
+    TrackingConfig,
+    batches_fit,
 )
+from phimr_nemo.config.engine import GraderName, LocalEngine, SamplingConfig
 from phimr_nemo.config.generation import Problems
-
-AboveOne = Annotated[float, Field(gt=1.0)]
-NonNegativeNumber = Annotated[float, Field(ge=0.0)]
+from phimr_nemo.config.rules import AT, RuleBroken, config
 
 
 @config
 class SupervisedCheckpointConfig(CheckpointConfig):
-    """Native checkpoints of stages 1 and 2.
+    """Checkpoints of stages 1 and 2.
 
     Attributes:
-        best: also keep the one with the lowest validation loss, whatever its age.
-        asynchronous: a process of its own writes while training goes on.
+        metric: what `best` and early stopping go by: validation loss, pass@1, or mean loss between two checkpoints.
     """
 
-    best: bool = False
-    asynchronous: bool = False
+    metric: Literal["val_loss", "pass1", "loss"] = "val_loss"
 
 
 @config
-class GuardConfig:
-    """What happens to a batch that would do harm. A skipped batch changes no weight and no optimizer state.
-
-    Attributes:
-        on_nan: loss or gradient is not finite.
-        spike_factor: the loss is a spike above this many times the median of the last `spike_window` accepted
-            losses, once there are that many; None = no such rule.
-        spike_window: see `spike_factor`.
-        on_spike: what then; "warn" trains on the batch all the same.
-    """
-
-    on_nan: Literal["skip", "stop"]
-    spike_factor: AboveOne | None = None
-    spike_window: Positive = 32
-    on_spike: Literal["skip", "stop", "warn"] = "warn"
-
-
-@config
-class EarlyStoppingConfig:
-    """Training ends when the validation loss no longer falls ("until validation saturates").
-
-    Attributes:
-        patience: measurements in a row without progress that end training.
-        min_delta: progress is a validation loss lower than the best one by more than this (nats a token).
-    """
-
-    patience: Positive
-    min_delta: NonNegativeNumber
-
-
-@config
-class TrainingEvaluationConfig:
+class TrainingEvaluationConfig(SamplingConfig):
     """A small pass@1 while training; the current weights are sampled in the first process.
 
     Attributes:
         every: steps between two evaluations.
-        samples: answers a question.
-        prompt: the user's turn; `{question}` stands in it once.
+        samples: answers per question.
+        engine: what samples, by `model.longrope` as it is trained.
+        workers: grader processes.
         grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
     """
 
     every: Positive
     problems: Problems
     samples: Positive
-    prompt: str
-    temperature: float
-    top_p: Share
-    max_new_tokens: Positive
-    max_batch: Positive = 256
+    engine: LocalEngine = field(default_factory=LocalEngine)
     workers: Positive = 1
-    grader: str | None = None
-
-
-@config
-class WandbConfig:
-    """Weights & Biases; the key comes from its own environment variable or login.
-
-    Attributes:
-        project: name of the project there.
-        mode: "offline" writes to the run directory, for `wandb sync`.
-        name: of the run; the run directory's name when None.
-    """
-
-    project: str
-    mode: Literal["online", "offline"]
-    name: str | None = None
-
-
-@config
-class TrackingConfig:
-    """Where metrics go besides metrics.jsonl and TensorBoard."""
-
-    wandb: WandbConfig | None = None
+    grader: GraderName | None = None
 
 
 @config
@@ -148,8 +89,8 @@ class SupervisedConfig:
     """
 
     run: RunConfig
-    base: Path
-    data: Path
+    base: Place
+    data: Place
     sequence_length: Positive
     epochs: Positive
     micro_batch: Positive
@@ -168,6 +109,58 @@ class SupervisedConfig:
     evaluation: TrainingEvaluationConfig | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     max_steps: NonNegative = 0
+
+    def __post_init__(self) -> None:
+        batches_fit(self.micro_batch, self.global_batch, self.parallel.data)
+        self._check_validation()
+        self._check_overlap()
+        micro_batches = self.global_batch // (self.micro_batch * self.parallel.data)
+        if self.parallel.virtual > 1 and micro_batches % self.parallel.pipeline:
+            raise RuleBroken(
+                f"{micro_batches} micro-batches a step with {AT}parallel.pipeline={self.parallel.pipeline} and "
+                f"{AT}parallel.virtual={self.parallel.virtual}",
+                rule=f"with virtual pipelining {AT}parallel.pipeline divides the micro-batches of a step",
+                remedy=f"set {AT}parallel.virtual=1, or change {AT}micro_batch, {AT}global_batch or "
+                f"{AT}parallel.data",
+            )
+
+    def _check_validation(self) -> None:
+        if self.validation_rows % self.global_batch:
+            raise RuleBroken(
+                f"{AT}validation_rows={self.validation_rows} with {AT}global_batch={self.global_batch}",
+                rule="the validation rows are a whole number of global batches (0 = no validation)",
+                remedy=f"use {AT}validation_rows={-(-self.validation_rows // self.global_batch) * self.global_batch}",
+            )
+        metric = self.checkpoint.metric
+        measured = {
+            "val_loss": self.validation_rows > 0,
+            "pass1": self.evaluation is not None,
+            "loss": True,
+        }
+        if (self.checkpoint.best or self.early_stopping is not None) and not measured[metric]:
+            raise RuleBroken(
+                f"{AT}checkpoint.metric={metric} is never measured, and {AT}checkpoint.best or "
+                f"{AT}early_stopping goes by it",
+                rule=f"val_loss needs {AT}validation_rows above 0, pass1 needs {AT}evaluation",
+                remedy=f"use {AT}checkpoint.metric=loss, or set what it needs, or leave "
+                f"{AT}checkpoint.best and {AT}early_stopping out",
+            )
+
+    def _check_overlap(self) -> None:
+        if self.overlap.param_gather and not (self.optim.distributed and self.overlap.grad_reduce):
+            raise RuleBroken(
+                f"{AT}overlap.param_gather=true with {AT}optim.distributed={self.optim.distributed} and "
+                f"{AT}overlap.grad_reduce={self.overlap.grad_reduce}",
+                rule="the distributed optimizer gathers weights ahead, and only where gradients are reduced ahead",
+                remedy=f"set {AT}optim.distributed=true {AT}overlap.grad_reduce=true, or "
+                f"{AT}overlap.param_gather=false",
+            )
+        if self.overlap.tensor and not self.parallel.sequence:
+            raise RuleBroken(
+                f"{AT}overlap.tensor=true with {AT}parallel.sequence=false",
+                rule="tensor-parallel exchange is overlapped under sequence parallelism only",
+                remedy=f"set {AT}overlap.tensor=false, or {AT}parallel.sequence=true",
+            )
 
 
 @config

@@ -2,7 +2,43 @@
 
 from __future__ import annotations
 
-from phimr_nemo.config.common import Positive, RunConfig, config
+from typing import Annotated, Final
+
+from pydantic import Field
+
+from phimr_nemo.config.common import AboveZero, AtLeastZero, IsNumber, Positive, PositiveShare, RunConfig
+from phimr_nemo.config.generation import SyntheticCount
+from phimr_nemo.config.rules import AT, RuleBroken, config
+
+SMALLEST_VOCABULARY: Final = 261
+"""256 bytes and five special tokens."""
+LARGEST_VOCABULARY: Final = 521
+"""So many entries the synthetic problems fill."""
+LARGEST_GROWTH: Final = 1e6
+
+
+def shape_fault(hidden_size: int, heads: int, key_value_heads: int, rotary_factor: float) -> tuple[str, str] | None:
+    """Why no model of the family has this shape, and the rule; None where one can.
+
+    Args:
+        hidden_size: of the model.
+        heads, key_value_heads: of attention.
+        rotary_factor: share of a head's dimensions that are rotated.
+    """
+    if hidden_size % heads:
+        return f"hidden_size {hidden_size} with {heads} attention heads", "num_attention_heads divides hidden_size"
+    if heads % key_value_heads:
+        return (
+            f"{heads} attention heads with {key_value_heads} key/value heads",
+            "num_key_value_heads divides num_attention_heads",
+        )
+    rotated = int(hidden_size // heads * rotary_factor)
+    if not 0.0 < rotary_factor <= 1.0 or rotated % 2 or rotated == 0:
+        return (
+            f"partial_rotary_factor {rotary_factor} of head_dim {hidden_size // heads}",
+            "0 < factor <= 1, and int(head_dim * factor) even and positive",
+        )
+    return None
 
 
 @config
@@ -12,31 +48,44 @@ class BaseConfig:
     Attributes:
         vocab_size: of the tokenizer that is trained on the synthetic problems.
         system_prompt: what the chat template puts before every conversation.
+        long_factor_growth: LongRoPE's long factors rise linearly from 1 by so much.
     """
 
     run: RunConfig
-    vocab_size: Positive
+    vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY, le=LARGEST_VOCABULARY), IsNumber]
     system_prompt: str
     hidden_size: Positive
     intermediate_size: Positive
     num_hidden_layers: Positive
     num_attention_heads: Positive
     num_key_value_heads: Positive
-    partial_rotary_factor: float
-    rope_theta: float
-    rms_norm_eps: float
+    partial_rotary_factor: PositiveShare
+    rope_theta: AboveZero
+    rms_norm_eps: AtLeastZero
     max_position_embeddings: Positive
-    original_max_position_embeddings: Positive
-    long_factor_growth: float
-    initializer_range: float
+    original_max_position_embeddings: Annotated[int, Field(ge=2), IsNumber]
+    long_factor_growth: Annotated[float, Field(ge=0.0, le=LARGEST_GROWTH), IsNumber]
+    initializer_range: PositiveShare
+
+    def __post_init__(self) -> None:
+        fault = shape_fault(
+            self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.partial_rotary_factor
+        )
+        if fault is not None:
+            raise RuleBroken(
+                f"{AT}{fault[0]}",
+                rule=fault[1],
+                remedy=f"for example {AT}hidden_size=128 {AT}num_attention_heads=8 {AT}num_key_value_heads=2 "
+                f"{AT}partial_rotary_factor=0.75",
+            )
 
 
 @config
 class QuickstartConfig:
-    """The whole recipe on a tiny model: one preset a step, and the sizes that are the quickstart's own."""
+    """The whole recipe on a tiny model: one preset per step, and the sizes that are the quickstart's own."""
 
     run: RunConfig
-    train_problems: Positive
-    heldout_problems: Positive
-    rl_problems: Positive
+    train_problems: SyntheticCount
+    heldout_problems: SyntheticCount
+    rl_problems: SyntheticCount
     evaluation_samples: Positive

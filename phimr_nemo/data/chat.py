@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.imports import lean_imports
+from phimr_nemo.store.inputs import model_remedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,13 +95,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no tokenizer.json there, or the Phi chat tokens or a chat template are missing.
     """
-    from transformers import AutoTokenizer
+    with lean_imports():
+        from transformers import AutoTokenizer
 
     if not (directory / "tokenizer.json").is_file():
         raise UserError(
             f"{directory} holds no tokenizer.json",
             rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
-            remedy="give the model's directory, or build a tokenizer first",
+            remedy=model_remedy(directory),
         )
     tokenizer = AutoTokenizer.from_pretrained(
         directory, local_files_only=True, trust_remote_code=False, use_fast=True

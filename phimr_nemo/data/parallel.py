@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
-from tqdm import tqdm
+from phimr_nemo.process.children import start_pool_worker
+from phimr_nemo.store.progress import track
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,12 +32,12 @@ def in_processes(
         Exception: the first that a call raised; calls that have not begun are then not made.
     """
     if workers == 1 or len(items) < 2:
-        return [function(item) for item in tqdm(items, desc=title, unit="shard")]
+        return [function(item) for item in track(items, title=title, unit="shard")]
     # Not forked: a forked child of a process with threads (Arrow's, the tokenizer's) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=start_pool_worker) as pool:
         try:
-            return list(tqdm(pool.map(function, items), desc=title, unit="shard", total=len(items)))
+            return list(track(pool.map(function, items), title=title, unit="shard", total=len(items)))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from phimr_nemo.endpoint.ask import Asker, Prompt
 from phimr_nemo.endpoint.client import EndpointClient, RequestFailed
 from phimr_nemo.endpoint.journal import Journal, read_journal
-from phimr_nemo.endpoint.settings import check_endpoint
+from phimr_nemo.endpoint.settings import read_key
 from phimr_nemo.endpoint.wire import ChatReply, ChatRequest
 
 __all__ = [
@@ -16,6 +16,6 @@ __all__ = [
     "Journal",
     "Prompt",
     "RequestFailed",
-    "check_endpoint",
     "read_journal",
+    "read_key",
 ]

@@ -15,15 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from tqdm import tqdm
-
 from phimr_nemo.config import AskConfig, Prices
 from phimr_nemo.endpoint.client import EndpointClient
 from phimr_nemo.endpoint.journal import Journal, read_journal
-from phimr_nemo.endpoint.settings import check_endpoint
+from phimr_nemo.endpoint.settings import read_key
 from phimr_nemo.endpoint.wire import ChatReply, ChatRequest, RequestFailed
-from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import content_id
+from phimr_nemo.store.progress import Progress
 
 JOURNAL_SUFFIX: Final = ".jsonl"
 MILLION: Final = 1_000_000
@@ -63,17 +61,11 @@ class Asker:
             so that processes which share a directory share their replies.
 
     Raises:
-        UserError: bad endpoint settings, or the journal cannot be written.
+        UserError: the key's variable is not set, or the journal cannot be written.
     """
 
     def __init__(self, config: AskConfig, journal: Path) -> None:
-        check_endpoint(config.endpoint)
-        if config.max_cost is not None and config.endpoint.prices is None:
-            raise UserError(
-                f"max_cost={config.max_cost} without prices",
-                rule="a limit of cost needs the endpoint's prices",
-                remedy="give endpoint.prices.input_per_million and output_per_million, or max_total_tokens instead",
-            )
+        read_key(config.endpoint)
         self._config = config
         self._counts: Counter[str] = Counter()
         self._replies: dict[str, str] = {}
@@ -129,14 +121,14 @@ class Asker:
 
     async def _ask_new(self, new: dict[str, Prompt], desc: str) -> None:
         waiting = iter(new.items())
-        with tqdm(total=len(new), desc=desc, unit="question", dynamic_ncols=True) as bar:
+        with Progress(len(new), title=desc, unit="question") as progress:
             async with EndpointClient(self._config.endpoint) as client:
 
                 async def work() -> None:
                     # Workers, not one task a question: the budget is looked at just before each.
                     for key, prompt in waiting:
                         await self._ask_one(client, key, prompt)
-                        bar.update()
+                        progress.update()
 
                 workers = [
                     asyncio.create_task(work()) for _ in range(min(self._config.endpoint.concurrency, len(new)))

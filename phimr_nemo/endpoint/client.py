@@ -17,7 +17,8 @@ import httpx
 import tenacity
 
 from phimr_nemo.config import EndpointConfig
-from phimr_nemo.endpoint.settings import check_endpoint, read_key
+from phimr_nemo.endpoint.settings import read_key
+from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.endpoint.wire import (
     END_OF_STREAM,
     MAX_BODY_BYTES,
@@ -54,7 +55,8 @@ class _Host:
     """One address, until when it is rested, and until when it asked to be left alone."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/") + "/chat/completions"
+        self.address = url.rstrip("/")
+        self.url = self.address + "/chat/completions"
         self.rested_until = self.closed_until = 0.0
         self.failures = 0
 
@@ -73,13 +75,14 @@ class EndpointClient:
     """
 
     def __init__(self, config: EndpointConfig) -> None:
-        check_endpoint(config)
         key = read_key(config)
         self.config = config
         self.counts: Counter[str] = Counter()
         self._key = key
         self._hosts = [_Host(url) for url in config.base_urls]
         self._next_host = 0
+        self._watch = Watch([host.address for host in self._hosts], config.idle_seconds)
+        self._watching: asyncio.Task[None] | None = None
         self._slots = asyncio.Semaphore(config.concurrency)
         self._answered = self._refused = 0
         self._certificates = httpx.create_ssl_context()
@@ -88,11 +91,14 @@ class EndpointClient:
         self._clients: list[httpx.AsyncClient] = []
 
     async def __aenter__(self) -> EndpointClient:
+        self._watching = asyncio.create_task(self._watch.run())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         for client in self._clients:
             await client.aclose()
 
@@ -190,6 +196,7 @@ class EndpointClient:
             transient = error if isinstance(error, Transient) else _explain(error)
             if transient.is_hosts_fault:
                 self._rest(host, transient)
+                self._watch.failed(host.address, transient.reason)
             raise transient from error
         host.failures = 0
         return reply
@@ -200,6 +207,7 @@ class EndpointClient:
         async with client.stream("POST", host.url, json=body) as response:
             if response.status_code != httpx.codes.OK:
                 await self._refuse(host, response)
+            self._watch.heard(host.address)
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise Transient("the reply is compressed, which was not asked for")
             if response.headers.get("content-type", "").startswith("text/event-stream"):

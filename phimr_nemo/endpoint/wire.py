@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from phimr_nemo.config import EndpointConfig
 from phimr_nemo.store.records import FinishReason
+from phimr_nemo.text.thinking import CLOSE, OPEN
 
 UNKNOWN: Final = -1
 MAX_BODY_BYTES: Final = 16 << 20
@@ -25,7 +26,6 @@ MAX_MESSAGE_CHARS: Final = 300
 END_OF_STREAM: Final = "[DONE]"
 REASONING_FIELDS: Final = ("reasoning_content", "reasoning")
 """Where DeepSeek's interface, vLLM and SGLang put what a reasoning parser cut off; newer vLLM has the second."""
-OPENING, CLOSING = "<think>", "</think>"
 
 
 class Transient(Exception):
@@ -120,10 +120,10 @@ class ChatReply:
         prompt leave a reply with a closing tag alone, and the opening one is put back.
         """
         if self.reasoning.strip():
-            opened = f"{OPENING}\n{self.reasoning.strip()}"
-            return f"{opened}\n{CLOSING}\n{self.text}" if self.text.strip() else opened
-        if CLOSING in self.text and OPENING not in self.text.partition(CLOSING)[0]:
-            return f"{OPENING}\n{self.text.lstrip()}"
+            opened = f"{OPEN}\n{self.reasoning.strip()}"
+            return f"{opened}\n{CLOSE}\n{self.text}" if self.text.strip() else opened
+        if CLOSE in self.text and OPEN not in self.text.partition(CLOSE)[0]:
+            return f"{OPEN}\n{self.text.lstrip()}"
         return self.text
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from phimr_nemo.config import BenchmarkProblems, SourceConfig
+from phimr_nemo.config.evaluation import BenchmarkName
 from phimr_nemo.data.sources.item import Item, UnusableRow
 from phimr_nemo.data.sources.presets import PRESETS
 from phimr_nemo.data.sources.source import read_items, source_rows
@@ -53,7 +54,7 @@ class Benchmark:
         edition: digest of the questions of the edition that the project's tests read.
     """
 
-    name: str
+    name: BenchmarkName
     questions: tuple[int, ...]
     hub: Hub | None = None
     preset: Literal["olympiad_bench", "omni_math"] | None = None
@@ -61,7 +62,7 @@ class Benchmark:
     edition: str | None = None
 
 
-BENCHMARKS: Final[Mapping[str, Benchmark]] = {
+BENCHMARKS: Final[Mapping[BenchmarkName, Benchmark]] = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark(
@@ -101,35 +102,6 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
 }
 
 
-def check_benchmark(problems: BenchmarkProblems) -> Benchmark:
-    """The benchmark that is named, when its questions can be found; nothing is read.
-
-    Raises:
-        UserError: an unknown name, no path and no hub, or a benchmark that is not read from the hub.
-    """
-    benchmark = BENCHMARKS.get(problems.name)
-    if benchmark is None:
-        raise UserError(
-            f"unknown benchmark {problems.name!r}",
-            rule=f"problems.name is one of {list(BENCHMARKS)}",
-            remedy="correct the name; for questions of your own use problems.kind=file problems.path=FILE",
-        )
-    if problems.path is None and not problems.hub:
-        raise UserError(
-            f"benchmark {problems.name} without a place to read it from",
-            rule="a benchmark comes from your own copy or from the Hugging Face hub; none ships with this project",
-            remedy="set problems.path=FILE, or problems.hub=true",
-        )
-    if problems.path is None and benchmark.hub is None:
-        raise UserError(
-            f"benchmark {problems.name} with problems.hub=true",
-            rule="it is read from a file only"
-            + (": its authors ask that it is not passed on" if benchmark.name == GPQA else ""),
-            remedy="download it and set problems.path=FILE",
-        )
-    return benchmark
-
-
 def read_benchmark(problems: BenchmarkProblems) -> tuple[pa.Table, Edition]:
     """Read a benchmark, whole.
 
@@ -138,10 +110,10 @@ def read_benchmark(problems: BenchmarkProblems) -> tuple[pa.Table, Edition]:
         project's tests read ("unknown" where there is none).
 
     Raises:
-        UserError: see :func:`check_benchmark`; or the copy cannot be read, has other columns, lacks answers, has
+        UserError: the copy cannot be read, has other columns, lacks answers, has
             another number of questions, or other answers than the benchmark.
     """
-    benchmark = check_benchmark(problems)
+    benchmark = BENCHMARKS[problems.name]
     if benchmark.name == GPQA:
         table = read_gpqa(problems.path)  # type: ignore[arg-type]  # there is no hub
         read = table.num_rows

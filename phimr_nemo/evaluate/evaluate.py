@@ -16,8 +16,8 @@ import numpy as np
 
 from phimr_nemo.data.curate.shape import LENGTH_BINS, length_bins
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.sampling import sample_responses
 from phimr_nemo.evaluate.statistics import majority_at_k, mean_and_clustered_error, pass_at_k
+from phimr_nemo.generate.engines import write_rollouts
 from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.records import UNGRADED_VERDICTS
 from phimr_nemo.store.shards import iter_shards, read_manifest, read_table
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from phimr_nemo.config import EvaluateConfig
 
 RESULTS_FILE: Final = "results.json"
+VERDICTS: Final = "verdicts"
 NO_DIFFICULTY: Final = "unknown"
 SCORED_COLUMNS: Final = ("problem_id", "difficulty", "verdict", "extracted", "finish_reason", "tokens")
 QUANTILES: Final = (0.1, 0.5, 0.9, 0.99, 1.0)
@@ -126,8 +127,18 @@ def evaluate_model(config: EvaluateConfig, problems: pa.Table, facts: Mapping[st
         UserError: an unreadable model, bad problems, a directory begun with other settings, or a model that answers
             nothing at all.
     """
-    rollouts_dir, verdicts_dir = config.run.output / "rollouts", config.run.output / "verdicts"
-    sample_responses(config, problems, rollouts_dir)
+    rollouts_dir, verdicts_dir = config.run.output / "rollouts", config.run.output / VERDICTS
+    write_rollouts(
+        config.engine,
+        config.model,
+        config,
+        problems,
+        rollouts_dir,
+        longrope=config.longrope,
+        samples=config.samples,
+        shard_size=config.shard_questions,
+        seed=config.run.seed,
+    )
     graded = {"evaluates": str(rollouts_dir)} | ({} if config.grader is None else {"grader": config.grader})
     verify_rollouts(rollouts_dir, verdicts_dir, workers=config.workers, config=graded, function=config.grader)
     _check_not_silent(verdicts_dir)

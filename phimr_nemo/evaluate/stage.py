@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from phimr_nemo.config import BenchmarkProblems, EndpointSampling, EvaluateConfig, FileProblems, SyntheticProblems
+from phimr_nemo.config import BenchmarkProblems, EndpointEngine, EvaluateConfig, FileProblems, SyntheticProblems
 from phimr_nemo.evaluate.benchmarks import read_benchmark
 from phimr_nemo.evaluate.evaluate import evaluate_model
-from phimr_nemo.evaluate.sampling import own_model
 from phimr_nemo.generate.stage import read_configured_problems
 from phimr_nemo.store.runs import RUN_FILE
 
@@ -62,11 +61,11 @@ def row_name(config: EvaluateConfig) -> str:
     """The model's name in tables: as given, else the stage of the run that made it, else its directory's name."""
     if config.row is not None:
         return config.row
-    if isinstance(config.engine, EndpointSampling):
+    if isinstance(config.engine, EndpointEngine):
         return config.engine.endpoint.model
-    model = own_model(config)
-    stage = stage_of_model(model)
-    return ROW_OF_STAGE.get(stage or "", model.name if stage is None else stage)
+    assert config.model is not None, "the configuration has a model for an engine in this process"
+    stage = stage_of_model(config.model)
+    return ROW_OF_STAGE.get(stage or "", config.model.name if stage is None else stage)
 
 
 def stage_of_model(model: Path) -> str | None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
 from phimr_nemo.data.chat import render_turns
 from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.store.content import content_seed
+from phimr_nemo.text import thinking as thinking_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from phimr_nemo.generate.local.engine import LocalSampler
-
-THINK_OPEN: Final = "<think>"
-THINK_CLOSE: Final = "</think>"
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,16 @@ def decode_stream(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) 
 def mark_thinking(texts: Iterable[str]) -> Iterator[Piece]:
     """Set a leading <think> ... </think> apart, its tags included; tags may be cut anywhere between texts."""
     source, held = iter(texts), ""
-    while len(held) < len(THINK_OPEN) and THINK_OPEN.startswith(held):
+    while len(held) < len(thinking_tags.OPEN) and thinking_tags.OPEN.startswith(held):
         text = next(source, None)
         if text is None:
             break
         held += text
-    thinking = held.startswith(THINK_OPEN)
+    thinking = held.startswith(thinking_tags.OPEN)
     for text in chain([""], source):
         held += text
         if thinking:
-            before, close, after = held.partition(THINK_CLOSE)
+            before, close, after = held.partition(thinking_tags.CLOSE)
             kept = 0 if close else _open_end(before)
             yield from _piece(before[: len(before) - kept] + close, True)
             held = after if close else before[len(before) - kept :]
@@ -96,6 +94,11 @@ def mark_thinking(texts: Iterable[str]) -> Iterator[Piece]:
     yield from _piece(held, thinking)
 
 
+def printable(text: str) -> str:
+    """The text with every control character but line break and tab as its escape: a terminal obeys none."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def _piece(text: str, thinking: bool) -> Iterator[Piece]:
     if text:
         yield Piece(text, thinking)
@@ -103,5 +106,5 @@ def _piece(text: str, thinking: bool) -> Iterator[Piece]:
 
 def _open_end(text: str) -> int:
     """Length of the longest end of `text` that may be the beginning of </think>."""
-    longest = min(len(text), len(THINK_CLOSE) - 1)
-    return next((n for n in range(longest, 0, -1) if THINK_CLOSE.startswith(text[-n:])), 0)
+    longest = min(len(text), len(thinking_tags.CLOSE) - 1)
+    return next((n for n in range(longest, 0, -1) if thinking_tags.CLOSE.startswith(text[-n:])), 0)

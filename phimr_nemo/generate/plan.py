@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from phimr_nemo.config.engine import QUESTION
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.content import content_id, content_seed
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SETTINGS_FILE: Final = "settings.json"
-QUESTION: Final = "{question}"
-"""Where a prompt template holds the question; by itself the template that adds nothing."""
 TOKENS_UNKNOWN: Final = -1
 
 
@@ -76,7 +75,7 @@ class Plan:
         prompt_template: the user's turn, with `{question}` in it once.
 
     Raises:
-        UserError: there are no problems, ids repeat, a number is not positive, or the template holds no question.
+        UserError: there are no problems, or ids repeat.
     """
 
     problems: pa.Table
@@ -87,13 +86,6 @@ class Plan:
     prompt_template: str = QUESTION
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("rollouts_per_problem", self.rollouts_per_problem),
-            ("shard_size", self.shard_size),
-        ):
-            if value < 1:
-                raise UserError(f"{name} is {value}", rule=f"{name} is at least 1", remedy="correct it")
-        check_template(self.prompt_template)
         _check_problems(self.problems)
 
     @property
@@ -130,20 +122,6 @@ class Plan:
                     Planned(content_id("rollout", *parts), content_seed(*parts), sample_index, prompt, problem)
                 )
         return planned
-
-
-def check_template(prompt_template: str) -> None:
-    """Refuse a prompt template that does not hold the question once.
-
-    Raises:
-        UserError: it does not.
-    """
-    if prompt_template.count(QUESTION) != 1:
-        raise UserError(
-            f"prompt template {prompt_template!r}",
-            rule=f"a prompt template holds {QUESTION} once",
-            remedy=f"put {QUESTION} where the question belongs",
-        )
 
 
 def _check_problems(problems: pa.Table) -> None:

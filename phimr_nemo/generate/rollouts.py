@@ -7,16 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tqdm import tqdm
-
 from phimr_nemo.data.chat import decode_response, render_prompts
-from phimr_nemo.endpoint.wire import OPENING
-from phimr_nemo.generate.plan import QUESTION, Plan, Planned, keep_settings, rollout_counts
+from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import Completion, Engine, Request, SamplingParams
-from phimr_nemo.store.shards import conform, finish, is_complete, rows_to_table, shard_is_complete, write_shard
+from phimr_nemo.store.progress import Progress
+from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
+from phimr_nemo.text.thinking import OPEN
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 OPENING_TOKENS: Final = 16
@@ -24,33 +22,23 @@ OPENING_TOKENS: Final = 16
 
 
 def sample_rollouts(
-    problems: pa.Table,
+    plan: Plan,
     sampler: Engine,
     tokenizer: PreTrainedTokenizerBase,
     out_dir: Path,
     *,
-    rollouts_per_problem: int,
     params: SamplingParams,
-    teacher_name: str,
-    shard_size: int,
-    stage_seed: int,
-    prompt_template: str = QUESTION,
     shard_indices: Sequence[int] | None = None,
     inputs: Sequence[Path] = (),
 ) -> bool:
     """Sample several responses to every problem into a record directory of kind "rollouts".
 
     Args:
-        problems: a table of kind "problems" with distinct ids.
+        plan: which rollouts of which problems.
         sampler: draws the responses.
         tokenizer: the sampled model's tokenizer.
         out_dir: the record directory; finished shards in it are kept.
-        rollouts_per_problem: responses to each problem.
         params: how tokens are drawn.
-        teacher_name: names the sampled model; a part of ids and seeds.
-        shard_size: problems a shard.
-        stage_seed: another one gives other responses.
-        prompt_template: the user's turn, with `{question}` in it once.
         shard_indices: make only these shards (for an array of processes); all when None.
         inputs: what the problems were read from, for the manifest.
 
@@ -58,29 +46,20 @@ def sample_rollouts(
         Whether all shards are there; the manifest is then written.
 
     Raises:
-        UserError: there are no problems, ids repeat, a number is not positive, the template holds no question,
-            the directory was begun with other settings, or the sampler refuses a prompt.
+        UserError: the directory was begun with other settings, or the sampler refuses a prompt.
     """
-    plan = Plan(
-        problems=conform(problems, "problems"),
-        rollouts_per_problem=rollouts_per_problem,
-        shard_size=shard_size,
-        teacher=teacher_name,
-        stage_seed=stage_seed,
-        prompt_template=prompt_template,
-    )
     settings = {**plan.settings, "params": asdict(params)}
     keep_settings(out_dir, settings)
     if is_complete(out_dir, "rollouts"):
         return True
     mine = plan.shards if shard_indices is None else shard_indices
-    with tqdm(total=sum(map(plan.count, mine)), unit="rollout", desc="sampling", dynamic_ncols=True) as bar:
+    with Progress(sum(map(plan.count, mine)), title="sampling", unit="rollout") as progress:
         for index in mine:
             if not shard_is_complete(out_dir, index):
-                rollouts = _sample_shard(plan.shard(index), sampler, tokenizer, params, teacher_name)
+                rollouts = _sample_shard(plan.shard(index), sampler, tokenizer, params, plan.teacher)
                 write_shard(out_dir, index, rows_to_table(rollouts, "rollouts"), kind="rollouts")
-                bar.set_postfix(tokens=sum(row["tokens"] for row in rollouts))
-            bar.update(plan.count(index))
+                progress.show({"tokens in the shard": sum(row["tokens"] for row in rollouts)})
+            progress.update(plan.count(index))
     if not all(shard_is_complete(out_dir, index) for index in plan.shards):
         return False
     finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=rollout_counts(out_dir))
@@ -119,4 +98,4 @@ def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
 def opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
     """The think tag that some chat templates open at the end of the prompt: it belongs to the response."""
     tail = tokenizer.decode(list(prompt_ids[-OPENING_TOKENS:]), clean_up_tokenization_spaces=False)
-    return f"{OPENING}\n" if tail.rstrip().endswith(OPENING) else ""
+    return f"{OPEN}\n" if tail.rstrip().endswith(OPEN) else ""

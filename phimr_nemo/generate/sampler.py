@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -123,6 +123,11 @@ class Sampler(Engine, Protocol):
     @property
     def version(self) -> int:
         """The version of the weights in use."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What it met with since the start, by name, the same names in every process; {} if it counts nothing."""
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimr_nemo.config import (
-    EndpointTeacher,
     FileProblems,
     GenerateConfig,
     ModelTeacher,
@@ -14,7 +13,6 @@ from phimr_nemo.config import (
     ProgrammaticTeacher,
     RecordedTeacher,
     RecordProblems,
-    VLLMTeacher,
     to_dict,
 )
 from phimr_nemo.data.sources.problems import load_problems
@@ -22,9 +20,9 @@ from phimr_nemo.data.sources.recorded import load_recorded_rollouts
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.progress import track
 from phimr_nemo.store.shards import (
     Manifest,
-    conform,
     finish,
     read_manifest,
     read_table,
@@ -49,19 +47,10 @@ def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
     """
     if isinstance(config.teacher, RecordedTeacher):
         return _recorded(config, config.teacher)
-    if config.problems is None:
-        raise UserError(
-            f"teacher.kind={config.teacher.kind} without problems",
-            rule="only a recorded teacher brings its own questions",
-            remedy="set problems.kind=synthetic or problems.kind=file problems.path=FILE",
-        )
+    assert config.problems is not None, "the configuration has problems for a teacher that brings none"
     problems, counts = read_configured_problems(config.problems, config.run.seed)
     if isinstance(config.teacher, ModelTeacher):
         return _sampled(config, config.teacher, problems)
-    if isinstance(config.teacher, EndpointTeacher):
-        return _requested(config, config.teacher, problems)
-    if isinstance(config.teacher, VLLMTeacher):
-        return _sampled_by_vllm(config, config.teacher, problems)
     teacher: ProgrammaticTeacher = config.teacher
 
     def solve(part: pa.Table) -> pa.Table:
@@ -114,7 +103,7 @@ def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any
         raise UserError(
             f"{teacher.path} holds no response to the given problems ({counts})",
             rule="a recorded response belongs to a problem with the same question and answer",
-            remedy="leave problems out to use every recorded question, or correct the columns",
+            remedy="problems=null uses every recorded question; or correct the columns",
         )
     return _write(config, rollouts, lambda part: part, counts, inputs=[teacher.path, *_problem_files(config)])
 
@@ -131,12 +120,10 @@ def _write(
     inputs: list[Path],
 ) -> dict[str, Any] | None:
     """Make shards of `shard_size` rows of `table` that are not there yet."""
-    from tqdm import tqdm
-
     directory = config.run.output
     shards = range(-(-table.num_rows // config.shard_size))
     mine = shards[config.shard.index :: config.shard.count]
-    for index in tqdm(mine, desc="generate", unit="shard"):
+    for index in track(mine, title="generate", unit="shard"):
         if not shard_is_complete(directory, index):
             part = table.slice(index * config.shard_size, config.shard_size)
             write_shard(directory, index, make(part), kind="rollouts")
@@ -152,83 +139,21 @@ def closing_facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) -> dict[str, Any] | None:
-    from phimr_nemo.data.chat import load_tokenizer
-    from phimr_nemo.generate.engines import open_local
-    from phimr_nemo.generate.rollouts import sample_rollouts
-    from phimr_nemo.generate.sampler import SamplingParams
+    from phimr_nemo.generate.engines import write_rollouts
 
-    tokenizer = load_tokenizer(teacher.path)
-    shards = range(-(-problems.num_rows // config.shard_size))
-    sampler, name = open_local(
+    # The weights' hash names the teacher in every row; this is the rest of the model.
+    own = () if teacher.path is None else (teacher.path / "config.json", teacher.path / "tokenizer.json")
+    complete = write_rollouts(
+        teacher.engine,
         teacher.path,
-        problems.column("question").to_pylist(),
-        max_new_tokens=teacher.max_new_tokens,
-        max_batch=teacher.max_batch,
-    )
-    try:
-        complete = sample_rollouts(
-            problems,
-            sampler,
-            tokenizer,
-            config.run.output,
-            rollouts_per_problem=config.rollouts_per_problem,
-            params=SamplingParams(teacher.temperature, teacher.top_p, teacher.max_new_tokens),
-            teacher_name=name,
-            shard_size=config.shard_size,
-            stage_seed=config.run.seed,
-            shard_indices=shards[config.shard.index :: config.shard.count],
-            # The weights' hash names the teacher in every row; this is the rest of the model.
-            inputs=[teacher.path / "config.json", teacher.path / "tokenizer.json", *_problem_files(config)],
-        )
-    finally:
-        sampler.close()
-    return closing_facts(read_manifest(config.run.output, "rollouts")) if complete else None
-
-
-def _requested(config: GenerateConfig, teacher: EndpointTeacher, problems: pa.Table) -> dict[str, Any] | None:
-    from phimr_nemo.generate.plan import Plan
-    from phimr_nemo.generate.serving.remote import request_rollouts
-
-    plan = Plan(
-        problems=conform(problems, "problems"),
-        rollouts_per_problem=config.rollouts_per_problem,
-        shard_size=config.shard_size,
-        teacher=teacher.endpoint.model,
-        stage_seed=config.run.seed,
-        prompt_template=teacher.prompt,
-    )
-    complete = request_rollouts(
-        plan,
         teacher,
+        problems,
         config.run.output,
-        shard_indices=plan.shards[config.shard.index :: config.shard.count],
-        inputs=_problem_files(config),
+        longrope=teacher.longrope,
+        samples=config.rollouts_per_problem,
+        shard_size=config.shard_size,
+        seed=config.run.seed,
+        shard=config.shard,
+        inputs=[*own, *_problem_files(config)],
     )
-    return closing_facts(read_manifest(config.run.output, "rollouts")) if complete else None
-
-
-def _sampled_by_vllm(config: GenerateConfig, teacher: VLLMTeacher, problems: pa.Table) -> dict[str, Any] | None:
-    from phimr_nemo.generate.rollouts import sample_rollouts
-    from phimr_nemo.generate.sampler import SamplingParams
-    from phimr_nemo.generate.serving.vllm import open_vllm
-
-    shards = range(-(-problems.num_rows // config.shard_size))
-    engine, tokenizer, name = open_vllm(teacher, problems.column("question").to_pylist())
-    try:
-        complete = sample_rollouts(
-            problems,
-            engine,
-            tokenizer,
-            config.run.output,
-            rollouts_per_problem=config.rollouts_per_problem,
-            params=SamplingParams(teacher.temperature, teacher.top_p, teacher.max_new_tokens),
-            teacher_name=name,
-            shard_size=config.shard_size,
-            stage_seed=config.run.seed,
-            prompt_template=teacher.prompt,
-            shard_indices=shards[config.shard.index :: config.shard.count],
-            inputs=[teacher.path / "config.json", teacher.path / "tokenizer.json", *_problem_files(config)],
-        )
-    finally:
-        engine.close()
     return closing_facts(read_manifest(config.run.output, "rollouts")) if complete else None

@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
-import json
 import logging
 import os
-import sys
-import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
-from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
-from phimr_nemo.jobs.preflight import record_inputs
+from phimr_nemo.config.load import flat
+from phimr_nemo.errors import Preempted, UserError
+from phimr_nemo.imports import lean_imports
+from phimr_nemo.jobs.kept import kept
+from phimr_nemo.jobs.machine import check_default, check_machine
+from phimr_nemo.jobs.node import run_workers
+from phimr_nemo.jobs.preflight import preflight, record_inputs
+from phimr_nemo.process.children import follow_parent
+from phimr_nemo.process.stopping import KEPT, stoppable
 from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 from phimr_nemo.store.shards import input_hash
@@ -38,6 +42,16 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "evaluate": "phimr_nemo.evaluate.stage:run_evaluate",
     "export": "phimr_nemo.report.export:run_export",
 }
+# Another server with the same model gives the same responses.
+_ENDPOINT: Final = (
+    *("base_urls", "api_key_env", "concurrency", "idle_seconds", "total_seconds", "attempts", "backoff_seconds"),
+    "prices",
+)
+_ENGINE: Final = (
+    *("base_urls", "api_key_env", "in_flight", "request_seconds", "attempts", "probe_seconds", "recovery_seconds"),
+    *("bucket_mb", "directory", "max_batch", "cache_gib", "tensor", "memory_share", "eager", "max_missing"),
+    *(f"endpoint.{name}" for name in _ENDPOINT),
+)
 # Settings that a continued run may change: they do not change what is computed.
 FREE_TO_CHANGE: Final = (
     "run.log_every",
@@ -54,52 +68,9 @@ FREE_TO_CHANGE: Final = (
     "workers",
     "verify_workers",
     "monitor.",
-    "max_batch",
-    "teacher.max_batch",
-    "teacher.max_missing",
-    "engine.max_batch",
-    "engine.tensor",
-    "engine.memory_share",
-    "engine.eager",
-    "engine.max_missing",
-    # Another server with the same model gives the same responses.
-    "sampler.base_urls",
-    "sampler.api_key_env",
-    "sampler.in_flight",
-    "sampler.request_seconds",
-    "sampler.attempts",
-    "sampler.probe_seconds",
-    "sampler.recovery_seconds",
-    "sampler.bucket_mb",
-    "sampler.directory",
-    "sampler.max_batch",
-    "sampler.cache_gib",
-    "sampler.memory_share",
-    "teacher.endpoint.base_urls",
-    "teacher.endpoint.api_key_env",
-    "teacher.endpoint.concurrency",
-    "teacher.endpoint.idle_seconds",
-    "teacher.endpoint.total_seconds",
-    "teacher.endpoint.attempts",
-    "teacher.endpoint.backoff_seconds",
-    "teacher.endpoint.prices",
-    "engine.endpoint.base_urls",
-    "engine.endpoint.api_key_env",
-    "engine.endpoint.concurrency",
-    "engine.endpoint.idle_seconds",
-    "engine.endpoint.total_seconds",
-    "engine.endpoint.attempts",
-    "engine.endpoint.backoff_seconds",
-    "engine.endpoint.prices",
-    "judge.ask.endpoint.base_urls",
-    "judge.ask.endpoint.api_key_env",
-    "judge.ask.endpoint.concurrency",
-    "judge.ask.endpoint.idle_seconds",
-    "judge.ask.endpoint.total_seconds",
-    "judge.ask.endpoint.attempts",
-    "judge.ask.endpoint.backoff_seconds",
-    "judge.ask.endpoint.prices",
-    "judge.ask.max_",
+    *(f"{place}engine.{name}" for place in ("", "teacher.") for name in _ENGINE),
+    *(f"{place}.ask.endpoint.{name}" for place in ("judge", "annotation") for name in _ENDPOINT),
+    *("judge.ask.max_", "annotation.ask.max_"),
 )
 # What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
 IMPORT_NOTES: Final = (
@@ -108,8 +79,12 @@ IMPORT_NOTES: Final = (
     "transformer_engine",
     "Apex",
 )
+# What reports there while it is imported: no Transformer Engine, no zarr.
+IMPORT_LOGGERS: Final = ("megatron", "NeMo", "nemo.collections.llm.gpt.model.megatron.hyena")
 # What torch's archive writer says when the disk took less than was written; the reason is lost in its C++.
 SHORT_WRITE: Final = ". unexpected pos "
+CHECKED: Final = "PHIMR_CHECKED"
+"""Environment variable of the ranks that this launcher starts: it has checked inputs and machine for all of them."""
 # A rendezvous of this launch alone, on a free port.
 ELASTIC_ARGUMENTS: Final = ("--nnodes=1", "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
@@ -129,7 +104,7 @@ def run_stage(stage: str, config: Any) -> None:
     check_same_run(run, config)
     if run.is_done:
         return
-    first_rank = os.environ.get("RANK", "0") == "0"
+    first_rank = not is_rank(config) or os.environ["RANK"] == "0"
     with contextlib.ExitStack() as claim:
         if first_rank and _works_alone(config):
             with explain_os_errors(run.path):
@@ -154,6 +129,8 @@ def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool
         # Libraries that write checkpoints and logs know nothing of our messages.
         with explain_os_errors(run.path):
             facts = _with_os_errors(stage_function(stage), config)
+    except Preempted as stopped:
+        raise _with_what_is_kept(stopped, run) from None
     except UserError:
         # Settings that were refused must not stand in the way of the corrected ones.
         if first_rank and is_new:
@@ -161,6 +138,11 @@ def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool
         raise
     if first_rank and facts is not None:
         run.finish(**facts)
+
+
+def _with_what_is_kept(stopped: Preempted, run: RunDirectory) -> Preempted:
+    """The message with a line that says where the state is, unless a rank has said so."""
+    return stopped if KEPT in str(stopped) else Preempted(f"{stopped}{KEPT}{kept(run.path)}")
 
 
 def _with_os_errors(function: Callable[[Any], Mapping[str, Any] | None], config: Any) -> Mapping[str, Any] | None:
@@ -182,7 +164,8 @@ def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
     """The function behind a stage; it returns the closing facts, or None when other shards are still to come."""
     module, name = FUNCTIONS[stage].split(":")
     silence_import_notes()
-    return getattr(importlib.import_module(module), name)
+    with lean_imports():
+        return getattr(importlib.import_module(module), name)
 
 
 def silence_import_notes() -> None:
@@ -190,7 +173,8 @@ def silence_import_notes() -> None:
     for note in IMPORT_NOTES:
         warnings.filterwarnings("ignore", message=f".*{note}")
     os.environ.setdefault("PYTHONWARNINGS", f"ignore:{IMPORT_NOTES[0]}")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for name in IMPORT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_same_run(run: RunDirectory, config: Any) -> None:
@@ -204,7 +188,7 @@ def check_same_run(run: RunDirectory, config: Any) -> None:
     path = run.path / CONFIG_FILE
     if not path.is_file():
         return
-    before, now = _flatten(yaml.safe_load(path.read_text("utf-8"))), _flatten(to_dict(config))
+    before, now = flat(yaml.safe_load(path.read_text("utf-8"))), flat(to_dict(config))
     different = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
@@ -218,14 +202,32 @@ def check_same_run(run: RunDirectory, config: Any) -> None:
         )
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default: bool = False) -> Any:
+    """`phimr STAGE`: what every way to start a stage comes down to.
+
+    Args:
+        stage: a key of :data:`phimr_nemo.config.STAGES`.
+        path: its YAML file.
+        overrides: `key.sub=value` items.
+        is_default: nobody has asked for this file.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        UserError, Preempted, RuntimeError: as :func:`launch`.
+    """
+    resolved: Any = load_config(STAGES[stage], path, overrides)
+    if is_default:
+        check_default(stage, path)
+    if is_rank(resolved):
+        follow_parent()
+    with stoppable(stage, lambda: kept(resolved.run.output)):
+        if CHECKED not in os.environ:
+            preflight(stage, resolved)
+            check_machine(stage, resolved)
+        launch(stage, resolved)
+    return resolved
 
 
 def launch(stage: str, config: Any) -> None:
@@ -238,7 +240,7 @@ def launch(stage: str, config: Any) -> None:
     """
     keep_others_from_writing()
     parallel: ParallelConfig | None = getattr(config, "parallel", None)
-    if parallel is None or parallel.world_size == 1 or "RANK" in os.environ:
+    if parallel is None or parallel.world_size == 1 or is_rank(config):
         run_stage(stage, config)
         return
     run = RunDirectory(config.run.output)
@@ -250,69 +252,24 @@ def launch(stage: str, config: Any) -> None:
     atomic_write_text(resolved, to_yaml(config))
     try:
         _launch_ranks(stage, resolved, parallel.world_size)
+    except Preempted as stopped:
+        raise _with_what_is_kept(stopped, run) from None
     except UserError:
         if is_new:
             run.withdraw()
         raise
 
 
+def is_rank(config: Any) -> bool:
+    """Whether torchrun has started this process as one of several; a stage without a layout is always alone."""
+    return hasattr(config, "parallel") and {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def _launch_ranks(stage: str, resolved: Path, processes: int) -> None:
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, parse_args
-
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    arguments = parse_args(
-        [
-            *ELASTIC_ARGUMENTS,
-            f"--rdzv-id={uuid.uuid4()}",
-            f"--nproc-per-node={processes}",
-            *("-m", "phimr_nemo.jobs.launch", stage, str(resolved)),
-        ]
-    )
-    # It reports a failed rank at length; the rank's own message says it better.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    elastic, command, command_arguments = config_from_args(arguments)
+    command = ("-m", "phimr_nemo.cli", stage, "--config", str(resolved))
+    os.environ[CHECKED] = "1"
     try:
-        elastic_launch(config=elastic, entrypoint=command)(*command_arguments)
-    except SignalException as error:
-        raise Preempted(f"{stage} was stopped; run the same command to continue") from error
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == EXIT_PREEMPTED:
-            raise Preempted(
-                f"{stage} was stopped and has saved its state; run the same command to continue"
-            ) from error
-        if failure.exitcode == EXIT_USER:
-            problem, rule, remedy = json.loads(failure.message)
-            raise UserError(problem, rule=rule, remedy=remedy) from error
-        raise RuntimeError(f"{stage}: rank {rank} ended with exit code {failure.exitcode}, see above") from error
-
-
-def main(arguments: list[str]) -> int:
-    """`python -m phimr_nemo.jobs.launch STAGE CONFIG`: one rank of a stage. Returns the exit code."""
-    stage, path = arguments
-    try:
-        run_stage(stage, load_config(STAGES[stage], Path(path)))
-    except UserError as error:
-        _tell(error)
-        return EXIT_USER
-    except Preempted as stopped:
-        print(str(stopped), file=sys.stderr)
-        return EXIT_PREEMPTED
-    return 0
-
-
-def _tell(error: UserError) -> None:
-    """Hand an error to the process that started the ranks, so that it is shown once."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is None:
-        print(f"error: {error}", file=sys.stderr)
-        return
-    message = json.dumps([error.problem, error.rule, error.remedy])
-    Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), "utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        run_workers([*ELASTIC_ARGUMENTS, f"--rdzv-id={uuid.uuid4()}", f"--nproc-per-node={processes}", *command])
+    finally:
+        del os.environ[CHECKED]

@@ -1,8 +1,8 @@
-"""One node's share of a cluster job: `python -m phimr_nemo.jobs.node TORCHRUN-ARGUMENTS -m recipes.STAGE ...`.
+"""One node's share of a job: `python -m phimr_nemo.jobs.node TORCHRUN-ARGUMENTS -m phimr_nemo.cli STAGE ...`.
 
-It is torchrun (the same arguments, run in this process) with what a scheduler needs around it: versions are checked
-before anything is imported, SIGUSR1 and SIGTERM go to the workers, who save and leave, and the exit code is theirs.
-torchrun alone dies of the one, ends its workers 30 s after the other, and answers 1 to everything.
+It is torchrun (the same arguments, run in this process) with what a scheduler and a terminal need around it: versions
+are checked before anything is imported, stop signals go to the workers, who save and leave, and the exit code is
+theirs. torchrun alone dies of SIGUSR1, ends its workers 30 s after the others, and answers 1 to everything.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from phimr_nemo.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_PREEMPTED, EXIT_USER, UserError
+from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError, exit_with_message
+from phimr_nemo.process.children import Relay
 
-STOP_SIGNALS: Final = (signal.SIGUSR1, signal.SIGTERM)
-"""Slurm's before the end of the time limit, and at a preemption."""
 POLL_SECONDS: Final = 0.2
+STOPPED: Final = "stopped; run the same command to continue"
 
 GENERATION: Final[Mapping[str, str]] = {"nemo-toolkit": "2.4", "megatron-core": "0.13"}
 """What the training code is written against: distribution -> major.minor."""
 ALIGNER: Final[Mapping[str, str]] = {"nemo-aligner": "0.7"}
 """Of the stages in `ALIGNED` as well."""
-ALIGNED: Final = ("recipes.dpo", "recipes.grpo")
+ALIGNED: Final = ("dpo", "grpo")
 REPORTED: Final = ("phimr-nemo", "torch", *GENERATION, *ALIGNER, "transformer-engine")
 
 
@@ -41,17 +41,17 @@ def installed_versions(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def check_versions(module: str, found: Mapping[str, str]) -> None:
+def check_versions(stage: str, found: Mapping[str, str]) -> None:
     """Refuse another generation of NeMo than the code is written against.
 
     Args:
-        module: what is about to run, for instance "recipes.dpo".
+        stage: what is about to run, for instance "dpo".
         found: installed distributions.
 
     Raises:
         UserError: one is absent or of another generation.
     """
-    needed = {**GENERATION, **(ALIGNER if module in ALIGNED else {})}
+    needed = {**GENERATION, **(ALIGNER if stage in ALIGNED else {})}
     wrong = [
         f"{name} {found.get(name, 'is absent')}"
         for name, version in needed.items()
@@ -59,20 +59,24 @@ def check_versions(module: str, found: Mapping[str, str]) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{platform.node()}: {', '.join(wrong)}, with {sys.executable}",
-            rule=f"{module} needs {', '.join(f'{name} {version}.x' for name, version in needed.items())}",
+            f"{stage} on {platform.node()}: {', '.join(wrong)}, with {sys.executable}",
+            rule=f"it runs on {', '.join(f'{name} {version}.x' for name, version in needed.items())}",
             remedy="make setup without a GPU; with one, an image made from the Dockerfile, or PHIMR_PYTHON",
         )
 
 
-def run_workers(arguments: Sequence[str]) -> int:
-    """Run torchrun until its workers have ended; the exit code is that of the first worker that failed.
+def run_workers(arguments: Sequence[str]) -> None:
+    """Run torchrun until its workers have ended.
 
-    Must be called in the main thread. A worker that a stop signal ended before it could save has lost nothing, so
-    that counts as a preemption too.
+    Call in the main thread: there the stop signals arrive that are passed on. A worker that one of them ended before
+    it could save has lost nothing, so that counts as a preemption too.
 
     Args:
         arguments: torchrun's.
+
+    Raises:
+        UserError, Preempted: the first worker that failed said so.
+        RuntimeError: a worker failed otherwise, and is named; its own message stands above.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -81,23 +85,35 @@ def run_workers(arguments: Sequence[str]) -> int:
     # It reports a failed worker at length; the worker's own message says it better.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     elastic, command, command_arguments = config_from_args(parse_args(list(arguments)))
-    stops: list[int] = []
-    outcome = _run_in_thread(lambda: elastic_launch(config=elastic, entrypoint=command)(*command_arguments), stops)
+    with Relay() as relay:
+        outcome = _run_in_thread(
+            lambda: elastic_launch(config=elastic, entrypoint=command)(*command_arguments), relay
+        )
     if outcome is None:
-        return EXIT_DONE
+        return
     if not isinstance(outcome, ChildFailedError):
-        print(f"{platform.node()}: {type(outcome).__name__}: {outcome}", file=sys.stderr)
-        return EXIT_PREEMPTED if stops else EXIT_INTERNAL
+        if relay.signals:
+            raise Preempted(STOPPED) from outcome
+        raise RuntimeError(f"{platform.node()}: {type(outcome).__name__}: {outcome}") from outcome
     rank, failure = outcome.get_first_failure()
-    if failure.exitcode in (EXIT_USER, EXIT_PREEMPTED):
-        return int(failure.exitcode)
-    if stops and -failure.exitcode in STOP_SIGNALS:
-        return EXIT_PREEMPTED
-    print(f"{platform.node()}: rank {rank} ended with {_named(failure.exitcode)}", file=sys.stderr)
-    return EXIT_INTERNAL
+    told = failure.error_file_data or {}
+    if failure.exitcode == EXIT_PREEMPTED or relay.ended(failure.exitcode):
+        raise Preempted(told.get("preempted", STOPPED)) from outcome
+    if "user_error" in told:
+        problem, rule, remedy = told["user_error"]
+        raise UserError(problem, rule=rule, remedy=remedy) from outcome
+    if failure.exitcode == EXIT_USER:
+        raise UserError(
+            f"rank {rank} refused its command line",
+            rule="after the module come the stage and its arguments",
+            remedy="correct what is named above",
+        ) from outcome
+    raise RuntimeError(
+        f"{platform.node()}: rank {rank} ended with {_named(failure.exitcode)}, see above"
+    ) from outcome
 
 
-def _run_in_thread(function: Callable[[], Any], stops: list[int]) -> BaseException | None:
+def _run_in_thread(function: Callable[[], Any], relay: Relay) -> BaseException | None:
     """Call a function beside the main thread, which takes the signals; what it raised.
 
     In the main thread torch would install signal handlers of its own, which end the workers after 30 s.
@@ -112,49 +128,34 @@ def _run_in_thread(function: Callable[[], Any], stops: list[int]) -> BaseExcepti
         else:
             outcome.append(None)
 
-    pending: list[int] = []
-    previous = {number: signal.signal(number, lambda number, _: pending.append(number)) for number in STOP_SIGNALS}
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            if pending:
-                stops.extend(pending)
-                pending.clear()
-                _tell_workers()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        relay.tell()
     return outcome[0]
-
-
-def _tell_workers() -> None:
-    import psutil
-
-    for worker in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.send_signal(signal.SIGUSR1)
 
 
 def _named(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Check, report, run. Returns the exit code."""
-    module = arguments[arguments.index("-m") + 1] if "-m" in arguments else ""
+def main(arguments: Sequence[str]) -> None:
+    """Check, report, run.
+
+    Raises:
+        UserError, Preempted, RuntimeError: as :func:`run_workers`.
+    """
+    after = arguments[arguments.index("-m") + 2 :] if "-m" in arguments else []
+    stage = after[0] if after else ""
     found = installed_versions(REPORTED)
-    try:
-        check_versions(module, found)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    check_versions(stage, found)
     versions = ", ".join(f"{name} {version}" for name, version in found.items())
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     print(f"{platform.node()}: start {restart}, Python {platform.python_version()}, {versions}", flush=True)
-    return run_workers(arguments)
+    run_workers(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with exit_with_message():
+        main(sys.argv[1:])

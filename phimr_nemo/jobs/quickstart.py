@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,12 @@ from typing import Final
 
 from phimr_nemo.config import QuickstartConfig, load_config
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.jobs.closing import PART_OF
+from phimr_nemo.jobs.demonstration import answers, to_type
+from phimr_nemo.jobs.kept import kept
+from phimr_nemo.process.children import run_child
+from phimr_nemo.process.stopping import CONTINUE, KEPT
+from phimr_nemo.store.progress import duration
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import METRICS_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import is_complete, read_manifest
@@ -136,13 +141,19 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
     """
     steps = plan_quickstart(path, seeds, out, overrides)
     started = time.monotonic()
+    os.environ[PART_OF] = "quickstart"
     for number, step in enumerate(steps, 1):
         if RunDirectory(step.output).is_done:
             continue
         print(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}", flush=True)
         run_step(step)
     write_report([out], out)
-    print(f"finished in {time.monotonic() - started:.0f} s; table, plots and models are in {out}")
+    root = out / f"seed-{seeds[0]}"
+    print(f"Held-out questions, and how the model of seed {seeds[0]} answers after GRPO:")
+    for line in answers(root / f"evaluate-{TRAINED[-1]}"):
+        print(line)
+    print(f"finished in {duration(time.monotonic() - started)}; table, pictures and models are in {out}")
+    print(f"next: {to_type('chat', str(root / 'release' / 'hf'))}")
 
 
 def run_step(step: Step) -> None:
@@ -151,17 +162,17 @@ def run_step(step: Step) -> None:
     Raises:
         UserError, Preempted, RuntimeError: as the command says by its exit code.
     """
-    done = subprocess.run([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], env=os.environ, check=False)
-    if done.returncode == EXIT_USER:
+    code = run_child([sys.executable, "-m", "phimr_nemo.cli", *step.arguments])
+    if code == EXIT_USER:
         raise UserError(
             f"the step {step.name!r} refused its input, see above",
             rule="every step of the quickstart finishes",
             remedy=f"correct the named value; the command was: {step}",
         )
-    if done.returncode == EXIT_PREEMPTED:
-        raise Preempted(f"stopped in {step.name}; run the same command to continue")
-    if done.returncode != EXIT_DONE:
-        raise RuntimeError(f"the step {step.name!r} failed with exit code {done.returncode}, see above: {step}")
+    if code == EXIT_PREEMPTED:
+        raise Preempted(f"stopped in {step.name}; {CONTINUE}{KEPT}{kept(step.output)}")
+    if code != EXIT_DONE:
+        raise RuntimeError(f"the step {step.name!r} failed with exit code {code}, see above: {step}")
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:

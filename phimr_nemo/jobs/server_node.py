@@ -2,7 +2,7 @@
 
 It reads from the run's configuration what `phimr serve` must be told, listens on the port after the ones of the other
 servers on its node, and starts the server again when it dies: the trainer gives a new one the current weights.
-Runs in the environment of vLLM or TensorRT-LLM, whichever the run's `sampler.kind` names.
+Runs in the environment of vLLM or TensorRT-LLM, whichever the run's `engine.kind` names.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Annotated, Final
 
 import typer
 
-from phimr_nemo.config import GRPOConfig, RolloutServers, load_config
+from phimr_nemo.config import GRPOConfig, ServerEngine, load_config
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 
 FIRST_PORT: Final = 8000
 """As in slurm/common.sh."""
 RESTART_SECONDS: Final = 5.0
 ENGINES: Final = {"vllm_server": "vllm", "trtllm_server": "trtllm"}
-"""sampler.kind -> the engine of `phimr serve`."""
+"""engine.kind -> the engine of `phimr serve`."""
 
 
 def serve_arguments(config: GRPOConfig, number: int) -> list[str]:
@@ -38,24 +38,24 @@ def serve_arguments(config: GRPOConfig, number: int) -> list[str]:
     Raises:
         UserError: the run samples in the trainer's processes, or its servers have no key.
     """
-    sampler = config.sampler
-    if not isinstance(sampler, RolloutServers):
+    engine = config.engine
+    if not isinstance(engine, ServerEngine):
         raise UserError(
-            f"sampler.kind={sampler.kind} needs no servers",
-            rule=f"servers serve runs with sampler.kind={' or '.join(ENGINES)}",
+            f"engine.kind={engine.kind} needs no servers",
+            rule=f"servers serve runs with engine.kind={' or '.join(ENGINES)}",
             remedy="set it, or PHIMR_SERVER_NODES=0",
         )
-    if sampler.api_key_env is None:
+    if engine.api_key_env is None:
         raise UserError(
-            "sampler.api_key_env is not set",
+            "engine.api_key_env is not set",
             rule="a server that other nodes reach has a key",
-            remedy="name the environment variable that holds it: sampler.api_key_env=PHIMR_KEY",
+            remedy="name the environment variable that holds it: engine.api_key_env=PHIMR_KEY",
         )
-    directory = [] if sampler.directory is None else ["--weights-directory", str(sampler.directory)]
+    directory = [] if engine.directory is None else ["--weights-directory", str(engine.directory)]
     return [
-        *(str(config.base), "--engine", ENGINES[sampler.kind], "--max-length", str(config.sequence_length)),
-        *("--dtype", config.model.dtype),
-        *("--host", "0.0.0.0", "--port", str(FIRST_PORT + number), "--api-key-env", sampler.api_key_env),
+        *(str(config.base), "--engine", ENGINES[engine.kind], "--max-length", str(config.sequence_length)),
+        *("--dtype", engine.dtype or config.model.dtype),
+        *("--host", "0.0.0.0", "--port", str(FIRST_PORT + number), "--api-key-env", engine.api_key_env),
         *("--longrope", config.model.longrope, *directory),
     ]
 

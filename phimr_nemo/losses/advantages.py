@@ -7,6 +7,8 @@ from torch import Tensor
 
 from phimr_nemo.losses.sequences import check_sequence_shapes
 
+__all__ = ["centered_advantages", "group_advantages"]
+
 ADVANTAGE_EPSILON = 1e-4
 """Added to a group's standard deviation of reward, as in TRL; it is 1e-4 of a +1/-1 reward's scale."""
 

@@ -19,6 +19,15 @@ from torch.nn.functional import logsigmoid
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses.sequences import check_positive, check_sequence_shapes
 
+__all__ = [
+    "dpo_loss",
+    "ipo_loss",
+    "label_smoothed_dpo_loss",
+    "length_normalized_dpo_loss",
+    "length_normalized_ipo_loss",
+    "rpo_loss",
+]
+
 Metrics = dict[str, Tensor]
 
 MAX_LABEL_SMOOTHING = 0.5

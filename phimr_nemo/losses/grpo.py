@@ -22,6 +22,7 @@ token in the mask (padding rows, overlong responses masked out) count nowhere.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,17 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses.sequences import check_positive, check_token_shapes
+
+__all__ = [
+    "PolicyBatch",
+    "PolicyLoss",
+    "dapo_loss",
+    "dr_grpo_loss",
+    "grpo_loss",
+    "gspo_loss",
+    "k3_kl",
+    "truncated_importance_weights",
+]
 
 LOG_RATIO_LIMIT = 20.0
 """Beyond it (a factor 5e8) exp would soon overflow float32; such a token gets no gradient."""
@@ -88,71 +100,74 @@ def k3_kl(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
     return torch.expm1(q) - q
 
 
-def grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    ref_logprobs: Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    importance_weights: Tensor | None = None,
-) -> PolicyLoss:
-    """GRPO: every response weighs the same; sum of each response's mean token loss, over responses.
+@dataclass(frozen=True)
+class PolicyBatch:
+    """The token tensors of S sampled responses, as every loss of this module takes them.
 
-    Args:
+    Attributes:
         logprobs: [S, T] log pi of the sampled tokens (nats, at the sampling temperature), with gradient.
         old_logprobs: [S, T] of the policy at the start of the round; in the first update of a round
             ``logprobs.detach()``, which makes the ratio 1 and the gradient the plain policy gradient.
         advantages: [S] one per response.
         loss_mask: [S, T], nonzero at response tokens.
+        ref_logprobs: [S, T] of the reference policy, needed when a loss's kl_coefficient > 0.
+        importance_weights: [S, T] constants that multiply the clipped term only.
+
+    Raises:
+        UserError: shapes that do not fit.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    loss_mask: Tensor
+    ref_logprobs: Tensor | None = None
+    importance_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_token_shapes(
+            self.logprobs,
+            old_logprobs=self.old_logprobs,
+            loss_mask=self.loss_mask,
+            ref_logprobs=self.ref_logprobs,
+            importance_weights=self.importance_weights,
+        )
+        if self.advantages.shape != self.logprobs.shape[:1]:
+            raise UserError(
+                f"advantages {tuple(self.advantages.shape)} do not fit log-probs {tuple(self.logprobs.shape)}",
+                rule="one advantage per response: [S] for [S, T]",
+                remedy="compute them with group_advantages from one reward per response",
+            )
+
+
+def grpo_loss(batch: PolicyBatch, *, clip_low: float, clip_high: float, kl_coefficient: float = 0.0) -> PolicyLoss:
+    """GRPO: every response weighs the same; sum of each response's mean token loss, over responses.
+
+    Args:
+        batch: the responses.
         clip_low: the ratio is clipped below at 1 - clip_low; 0 <= clip_low < 1.
         clip_high: and above at 1 + clip_high; >= 0 (DAPO's "clip higher" when larger than clip_low).
-        ref_logprobs: [S, T] of the reference policy, needed when kl_coefficient > 0.
         kl_coefficient: weight of the k3 term; 0 leaves it out.
-        importance_weights: [S, T] constants that multiply the clipped term only.
 
     Returns:
         PolicyLoss with the number of responses as its denominator.
 
     Raises:
-        UserError: shapes that do not fit, clip bounds or coefficient out of range, coefficient without reference.
+        UserError: clip bounds or coefficient out of range, coefficient without reference.
     """
-    tokens = _token_losses(
-        logprobs,
-        old_logprobs,
-        advantages,
-        loss_mask,
-        clip_low,
-        clip_high,
-        ref_logprobs,
-        kl_coefficient,
-        importance_weights,
-    )
+    tokens = _token_losses(batch, clip_low, clip_high, kl_coefficient)
     return PolicyLoss(_sum_of_means(tokens.losses, tokens.mask), tokens.metrics["sequences"], tokens.metrics)
 
 
 def dr_grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    max_new_tokens: int,
-    ref_logprobs: Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    importance_weights: Tensor | None = None,
+    batch: PolicyBatch, *, clip_low: float, clip_high: float, max_new_tokens: int, kl_coefficient: float = 0.0
 ) -> PolicyLoss:
     """Dr. GRPO: every token weighs 1 / (responses * max_new_tokens), so length is neither paid nor punished.
 
     To be used with ``centered_advantages``.
 
     Args:
-        logprobs: as in ``grpo_loss``, like all others but
+        batch, clip_low, clip_high, kl_coefficient: as in ``grpo_loss``.
         max_new_tokens: the constant that stands for the length, the budget of generation; >= 1.
 
     Returns:
@@ -162,36 +177,15 @@ def dr_grpo_loss(
         UserError: as ``grpo_loss``; max_new_tokens < 1.
     """
     check_positive("max_new_tokens", max_new_tokens)
-    tokens = _token_losses(
-        logprobs,
-        old_logprobs,
-        advantages,
-        loss_mask,
-        clip_low,
-        clip_high,
-        ref_logprobs,
-        kl_coefficient,
-        importance_weights,
-    )
+    tokens = _token_losses(batch, clip_low, clip_high, kl_coefficient)
     return PolicyLoss(tokens.losses.sum(), tokens.metrics["sequences"] * max_new_tokens, tokens.metrics)
 
 
-def dapo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    ref_logprobs: Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    importance_weights: Tensor | None = None,
-) -> PolicyLoss:
+def dapo_loss(batch: PolicyBatch, *, clip_low: float, clip_high: float, kl_coefficient: float = 0.0) -> PolicyLoss:
     """DAPO: every token weighs the same; sum of token losses, over tokens.
 
     Args:
-        logprobs: as in ``grpo_loss``, like all others.
+        batch, clip_low, clip_high, kl_coefficient: as in ``grpo_loss``.
 
     Returns:
         PolicyLoss with the number of tokens as its denominator.
@@ -199,32 +193,11 @@ def dapo_loss(
     Raises:
         UserError: as ``grpo_loss``.
     """
-    tokens = _token_losses(
-        logprobs,
-        old_logprobs,
-        advantages,
-        loss_mask,
-        clip_low,
-        clip_high,
-        ref_logprobs,
-        kl_coefficient,
-        importance_weights,
-    )
+    tokens = _token_losses(batch, clip_low, clip_high, kl_coefficient)
     return PolicyLoss(tokens.losses.sum(), tokens.metrics["tokens"], tokens.metrics)
 
 
-def gspo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    ref_logprobs: Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    importance_weights: Tensor | None = None,
-) -> PolicyLoss:
+def gspo_loss(batch: PolicyBatch, *, clip_low: float, clip_high: float, kl_coefficient: float = 0.0) -> PolicyLoss:
     """GSPO: the ratio of a response is the geometric mean of its tokens' ratios, clipped as a whole.
 
     s_i = exp((1/|o_i|) sum_t log rho_it); its loss -min(s_i A_i, clip(s_i) A_i), weighted by the response's mean
@@ -232,7 +205,7 @@ def gspo_loss(
     uses 3e-4 and 4e-4).
 
     Args:
-        logprobs: as in ``grpo_loss``, like all others.
+        batch, clip_low, clip_high, kl_coefficient: as in ``grpo_loss``.
 
     Returns:
         PolicyLoss with the number of responses as its denominator.
@@ -240,17 +213,12 @@ def gspo_loss(
     Raises:
         UserError: as ``grpo_loss``.
     """
-    _check(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high, ref_logprobs, kl_coefficient)
-    check_token_shapes(logprobs, importance_weights=importance_weights)
-    mask = loss_mask.bool()
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    _check_options(batch, clip_low, clip_high, kl_coefficient)
+    log_ratio = _log_ratio(batch)
+    lengths = batch.loss_mask.bool().sum(dim=1, keepdim=True).clamp(min=1)
     # Every token carries its response's ratio, so the per-token arithmetic below is the per-response one.
-    mean_log_ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(log_ratio)
-    tokens = _clipped_tokens(
-        mean_log_ratio, logprobs, old_logprobs, advantages, mask, clip_low, clip_high, importance_weights
-    )
-    tokens = _add_reference_kl(tokens, logprobs, ref_logprobs, kl_coefficient)
+    of_response = (log_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(log_ratio)
+    tokens = _add_reference_kl(_clipped_tokens(batch, of_response, clip_low, clip_high), batch, kl_coefficient)
     return PolicyLoss(_sum_of_means(tokens.losses, tokens.mask), tokens.metrics["sequences"], tokens.metrics)
 
 
@@ -260,45 +228,26 @@ class _TokenLosses(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def _token_losses(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    clip_low: float,
-    clip_high: float,
-    ref_logprobs: Tensor | None,
-    kl_coefficient: float,
-    importance_weights: Tensor | None,
-) -> _TokenLosses:
-    _check(logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high, ref_logprobs, kl_coefficient)
-    check_token_shapes(logprobs, importance_weights=importance_weights)
-    mask = loss_mask.bool()
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    tokens = _clipped_tokens(
-        log_ratio, logprobs, old_logprobs, advantages, mask, clip_low, clip_high, importance_weights
-    )
-    return _add_reference_kl(tokens, logprobs, ref_logprobs, kl_coefficient)
+def _token_losses(batch: PolicyBatch, clip_low: float, clip_high: float, kl_coefficient: float) -> _TokenLosses:
+    _check_options(batch, clip_low, clip_high, kl_coefficient)
+    tokens = _clipped_tokens(batch, _log_ratio(batch), clip_low, clip_high)
+    return _add_reference_kl(tokens, batch, kl_coefficient)
 
 
-def _clipped_tokens(
-    log_ratio: Tensor,
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float,
-    clip_high: float,
-    importance_weights: Tensor | None,
-) -> _TokenLosses:
+def _log_ratio(batch: PolicyBatch) -> Tensor:
+    return torch.where(batch.loss_mask.bool(), batch.logprobs - batch.old_logprobs, 0.0)
+
+
+def _clipped_tokens(batch: PolicyBatch, log_ratio: Tensor, clip_low: float, clip_high: float) -> _TokenLosses:
+    mask = batch.loss_mask.bool()
     ratio = _bounded_exp(log_ratio)
-    advantage = advantages.unsqueeze(1)
+    advantage = batch.advantages.unsqueeze(1)
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     losses = -torch.minimum(ratio * advantage, clipped_ratio * advantage)
-    if importance_weights is not None:
-        losses = losses * torch.where(mask, importance_weights.detach(), 0.0)
+    if batch.importance_weights is not None:
+        losses = losses * torch.where(mask, batch.importance_weights.detach(), 0.0)
     with torch.no_grad():
-        kl_to_old = torch.where(mask, k3_kl(old_logprobs, logprobs), 0.0)
+        kl_to_old = torch.where(mask, k3_kl(batch.old_logprobs, batch.logprobs), 0.0)
         metrics = {
             "tokens": mask.sum(),
             "sequences": mask.any(dim=1).sum(),
@@ -310,13 +259,11 @@ def _clipped_tokens(
     return _TokenLosses(torch.where(mask, losses, 0.0), mask, metrics)
 
 
-def _add_reference_kl(
-    tokens: _TokenLosses, logprobs: Tensor, ref_logprobs: Tensor | None, kl_coefficient: float
-) -> _TokenLosses:
-    if ref_logprobs is None:
+def _add_reference_kl(tokens: _TokenLosses, batch: PolicyBatch, kl_coefficient: float) -> _TokenLosses:
+    if batch.ref_logprobs is None:
         return tokens
     # Masked before the exponential: garbage under the mask must not reach the gradient as 0 * inf.
-    kl = k3_kl(torch.where(tokens.mask, logprobs, 0.0), torch.where(tokens.mask, ref_logprobs, 0.0))
+    kl = k3_kl(torch.where(tokens.mask, batch.logprobs, 0.0), torch.where(tokens.mask, batch.ref_logprobs, 0.0))
     metrics = tokens.metrics | {"kl_to_reference": kl.detach().sum()}
     return _TokenLosses(tokens.losses + kl_coefficient * kl, tokens.mask, metrics)
 
@@ -329,32 +276,16 @@ def _sum_of_means(losses: Tensor, mask: Tensor) -> Tensor:
     return (losses.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum()
 
 
-def _check(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    clip_low: float,
-    clip_high: float,
-    ref_logprobs: Tensor | None,
-    kl_coefficient: float,
-) -> None:
-    check_token_shapes(logprobs, old_logprobs=old_logprobs, loss_mask=loss_mask, ref_logprobs=ref_logprobs)
-    if advantages.shape != logprobs.shape[:1]:
-        raise UserError(
-            f"advantages {tuple(advantages.shape)} do not fit log-probabilities {tuple(logprobs.shape)}",
-            rule="one advantage per response: [S] for [S, T]",
-            remedy="compute them with group_advantages from one reward per response",
-        )
+def _check_options(batch: PolicyBatch, clip_low: float, clip_high: float, kl_coefficient: float) -> None:
     if not 0.0 <= clip_low < 1.0 or not clip_high >= 0.0:
         raise UserError(
             f"clip_low {clip_low}, clip_high {clip_high}",
             rule="0 <= clip_low < 1 and clip_high >= 0",
             remedy="they are distances from a ratio of 1, for instance 0.2 and 0.28",
         )
-    if not kl_coefficient >= 0.0 or (kl_coefficient > 0.0 and ref_logprobs is None):
+    if not kl_coefficient >= 0.0 or (kl_coefficient > 0.0 and batch.ref_logprobs is None):
         raise UserError(
-            f"kl_coefficient {kl_coefficient} {'without' if ref_logprobs is None else 'with'} reference log-probs",
+            f"kl_coefficient {kl_coefficient} {'without' if batch.ref_logprobs is None else 'with'} a reference",
             rule="kl_coefficient >= 0, and reference log-probabilities when it is positive",
             remedy="pass ref_logprobs or set the coefficient to 0",
         )

@@ -28,6 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from phimr_nemo.errors import UserError
 
+__all__ = ["IGNORED_LABEL", "token_logprobs", "token_logprobs_and_entropy"]
+
 IGNORED_LABEL = -100
 """Label of a token that takes no part: log-probability 0, entropy 0, no gradient."""
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 
+__all__ = ["sequence_logprobs"]
+
 
 def sequence_logprobs(logprobs: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of log-probabilities (nats) and number of tokens of each sequence.

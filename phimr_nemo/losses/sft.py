@@ -6,6 +6,8 @@ from torch import Tensor
 
 from phimr_nemo.losses.sequences import sequence_logprobs
 
+__all__ = ["sft_loss"]
+
 
 def sft_loss(logprobs: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """-sum_t log p(y_t | y_<t) over the tokens with a nonzero mask, and how many there are.

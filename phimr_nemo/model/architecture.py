@@ -14,7 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from phimr_nemo.config import locate
+from phimr_nemo.config.tiny import shape_fault
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.inputs import model_remedy
 
 MODEL_TYPE: Final = "phi3"
 HF_CLASS: Final = "Phi3ForCausalLM"
@@ -95,21 +98,11 @@ class Architecture:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise _impossible(f"{name} = {value!r}", "a positive whole number")
-        if self.hidden_size % self.num_attention_heads:
-            raise _impossible(
-                f"hidden_size {self.hidden_size} with {self.num_attention_heads} attention heads",
-                "num_attention_heads divides hidden_size",
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise _impossible(
-                f"{self.num_attention_heads} attention heads with {self.num_key_value_heads} key/value heads",
-                "num_key_value_heads divides num_attention_heads",
-            )
-        if not 0.0 < self.partial_rotary_factor <= 1.0 or self.rotary_dim % 2 or self.rotary_dim == 0:
-            raise _impossible(
-                f"partial_rotary_factor {self.partial_rotary_factor} of head_dim {self.head_dim}",
-                "0 < factor <= 1, and int(head_dim * factor) even and positive",
-            )
+        fault = shape_fault(
+            self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.partial_rotary_factor
+        )
+        if fault is not None:
+            raise _impossible(*fault)
         self._check_factors()
 
     def _check_factors(self) -> None:
@@ -210,7 +203,7 @@ class Architecture:
             raise UserError(
                 f"{path} has no {CONFIG_FILE}",
                 rule="a Hugging Face model directory holds config.json, *.safetensors and tokenizer files",
-                remedy="give the directory itself (for a hub cache: the folder under snapshots/)",
+                remedy=model_remedy(Path(path)),
             ) from error
         except (ValueError, RecursionError) as error:
             raise UserError(
@@ -251,7 +244,7 @@ class Architecture:
             raise UserError(
                 f"model preset with unknown fields {unknown}, missing {missing}, unfilled {empty}",
                 rule=f"exactly the fields {sorted(names)}",
-                remedy="see conf/model/phi4mini.yaml; a null vocab_size or token id comes from the tokenizer",
+                remedy=f"see {locate('conf/model/phi4mini.yaml')}; a null there comes from the tokenizer",
             )
         for name in ("short_factor", "long_factor"):
             merged[name] = None if merged[name] is None else tuple(float(x) for x in merged[name])

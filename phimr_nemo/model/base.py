@@ -15,6 +15,7 @@ from phimr_nemo.data.chat import END_OF_TEXT
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.hf import write_hf_directory
+from phimr_nemo.model.origin import Origin
 from phimr_nemo.model.table import checkpoint_tensors
 
 
@@ -30,7 +31,11 @@ def run_base(config: BaseConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         write_hf_directory(
-            target, architecture, random_tensors(architecture, config.run.seed), tokenizer_from=Path(scratch)
+            target,
+            architecture,
+            random_tensors(architecture, config.run.seed),
+            tokenizer_from=Path(scratch),
+            origin=Origin(single_turn=True),
         )
     return {"parameters": architecture.num_parameters, "hf": "hf"}
 

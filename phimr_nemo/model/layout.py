@@ -16,7 +16,7 @@ def check_layout(arch: Architecture, layout: ParallelConfig) -> None:
 
     Raises:
         UserError: tensor does not divide heads, key/value heads, vocabulary or FFN; pipeline does not divide
-            layers, or pipeline x virtual does not; sequence parallelism without tensor parallelism.
+            layers, or pipeline x virtual does not.
     """
     for name, count in (
         ("attention heads", arch.num_attention_heads),
@@ -30,12 +30,11 @@ def check_layout(arch: Architecture, layout: ParallelConfig) -> None:
                 rule=f"parallel.tensor divides the {count} {name}",
                 remedy=f"choose parallel.tensor among the common divisors, e.g. {_common_divisors(arch)}",
             )
-    if layout.virtual > 1 and (layout.pipeline == 1 or arch.num_hidden_layers % (layout.pipeline * layout.virtual)):
+    if layout.virtual > 1 and arch.num_hidden_layers % (layout.pipeline * layout.virtual):
         raise UserError(
             f"parallel.virtual={layout.virtual} with parallel.pipeline={layout.pipeline} "
             f"and {arch.num_hidden_layers} layers",
-            rule="virtual pipelining splits the layers of a pipeline: pipeline >= 2, and pipeline x virtual divides "
-            "the number of layers",
+            rule="pipeline x virtual divides the number of layers",
             remedy="choose other parallel.pipeline and parallel.virtual, or parallel.virtual=1",
         )
     if arch.num_hidden_layers % layout.pipeline:
@@ -43,12 +42,6 @@ def check_layout(arch: Architecture, layout: ParallelConfig) -> None:
             f"parallel.pipeline={layout.pipeline} with {arch.num_hidden_layers} layers",
             rule="parallel.pipeline divides the number of layers",
             remedy=f"choose parallel.pipeline among the divisors of {arch.num_hidden_layers}",
-        )
-    if layout.sequence and layout.tensor == 1:
-        raise UserError(
-            "parallel.sequence=true with parallel.tensor=1",
-            rule="sequence parallelism splits over the tensor-parallel group",
-            remedy="set parallel.tensor >= 2 or parallel.sequence=false",
         )
 
 
@@ -78,3 +71,19 @@ def check_length(arch: Architecture, length: int) -> None:
 def _common_divisors(arch: Architecture) -> list[int]:
     counts = (arch.num_attention_heads, arch.num_key_value_heads, arch.vocab_size, arch.intermediate_size)
     return [n for n in range(1, arch.num_key_value_heads + 1) if all(count % n == 0 for count in counts)]
+
+
+def check_world(parallel: ParallelConfig, world: int) -> None:
+    """The processes that were started are those of the layout.
+
+    Raises:
+        UserError: they are more or fewer.
+    """
+    if world == parallel.world_size:
+        return
+    layout = " x ".join(f"{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline", "context", "data"))
+    raise UserError(
+        f"{world} processes were started for parallel.{layout}",
+        rule=f"the layout needs tensor x pipeline x context x data = {parallel.world_size} processes",
+        remedy=f"start {parallel.world_size} processes, or set parallel.data so that the product is {world}",
+    )

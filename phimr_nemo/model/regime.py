@@ -6,17 +6,36 @@ Needs no torch: `phimr_nemo.model.longrope` has the factors themselves, docs/lon
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 from phimr_nemo.config import LongRopePolicy
 from phimr_nemo.errors import UserError
-from phimr_nemo.store.runs import CONFIG_FILE
+from phimr_nemo.model.origin import Origin, read_origin
 
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
 
 _LOGGER: Final = logging.getLogger(__name__)
+NAMES: Final = {True: "long", False: "short"}
+LONG_WITH_ITS_LENGTH: Final[LongRopePolicy] = "long_when_max_length_exceeds_original"
+"""The policy of the engines, which the configurations default to."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a sampler opens a model so that it computes as in training.
+
+    Attributes:
+        max_length: longest sequence, prompt and response (tokens).
+        policy: that gives the factors of training at this length.
+        notes: what the user should know about it, a sentence each.
+    """
+
+    max_length: int
+    policy: LongRopePolicy
+    notes: tuple[str, ...] = ()
 
 
 def uses_long_factors(
@@ -66,17 +85,15 @@ def regime_name(arch: Architecture, max_length: int, policy: LongRopePolicy) -> 
     return f"short: {max_length:,} tokens are not more than {original:,}"
 
 
-def training_of(model: Path) -> tuple[int, LongRopePolicy] | None:
-    """Maximum length and policy of the run whose directory a model stands in; None for models from elsewhere."""
-    import yaml
+def was_trained_long(arch: Architecture, origin: Origin) -> bool | None:
+    """Whether a model's last training run computed its longest sequences with the long factors.
 
-    file = Path(model).resolve().parent / CONFIG_FILE
-    try:
-        config: Any = yaml.safe_load(file.read_text("utf-8"))
-        length, policy = config["sequence_length"], config["model"]["longrope"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+    None when that is not known, or when the model has one set of factors only.
+    """
+    if origin.sequence_length is None or origin.longrope is None or arch.short_factor == arch.long_factor:
         return None
-    return (length, policy) if isinstance(length, int) and policy in get_args(LongRopePolicy) else None
+    # A sequence as long as the run's longest stands for the others: policies that look at each sequence agree there.
+    return uses_long_factors(arch, origin.sequence_length, origin.longrope, origin.sequence_length)
 
 
 def other_regime(arch: Architecture, model: Path, max_length: int, policy: LongRopePolicy) -> str | None:
@@ -91,20 +108,15 @@ def other_regime(arch: Architecture, model: Path, max_length: int, policy: LongR
     Returns:
         One sentence with the remedy; None when both agree, or when it is not known how the model was trained.
     """
-    trained = training_of(model)
-    if trained is None or arch.short_factor == arch.long_factor:
-        return None
-    length, trained_policy = trained
-    # A sequence as long as the run's longest stands for the others: policies that look at each sequence agree there.
-    was_long = uses_long_factors(arch, length, trained_policy, length)
+    origin = read_origin(model)
+    was_long = was_trained_long(arch, origin)
     is_long = uses_long_factors(arch, max_length, policy, max_length)
-    if was_long == is_long:
+    if was_long is None or was_long == is_long:
         return None
-    names = {True: "long", False: "short"}
     original = arch.original_max_position_embeddings
     return (
-        f"{model} was trained with LongRoPE's {names[was_long]} factors (longest sequence {length}, "
-        f"{trained_policy}) and is used with the {names[is_long]} ones (longest sequence {max_length}, {policy}), "
+        f"{model} was trained with LongRoPE's {NAMES[was_long]} factors (longest sequence {origin.sequence_length}, "
+        f"{origin.longrope}) and is used with the {NAMES[is_long]} ones (longest sequence {max_length}, {policy}), "
         f"which costs accuracy; keep both longest sequences on one side of {original} tokens"
     )
 
@@ -114,3 +126,31 @@ def warn_of_other_regime(arch: Architecture, model: Path, max_length: int, polic
     problem = other_regime(arch, model, max_length, policy)
     if problem is not None:
         _LOGGER.warning("%s", problem)
+
+
+def opening_as_trained(arch: Architecture, origin: Origin, max_length: int | None) -> Opening:
+    """How to open a model with the factors that it was trained with.
+
+    Args:
+        arch: of the model.
+        origin: how it was trained.
+        max_length: the longest sequence that is asked for (tokens); None: the longest that its training covers.
+
+    Returns:
+        The opening. Of a model whose training is not known, or without LongRoPE: the length that is asked for, else
+        the model's context, with the engines' policy.
+    """
+    original, context = arch.original_max_position_embeddings, arch.max_position_embeddings
+    was_long = was_trained_long(arch, origin)
+    if was_long is None:
+        return Opening(max_length or context, LONG_WITH_ITS_LENGTH)
+    if not was_long:
+        covered = min(context, max(original, origin.sequence_length or 0))
+        beyond = f"the model was trained on sequences of up to {origin.sequence_length:,} tokens, with short factors"
+        notes = (beyond,) if max_length is not None and max_length > covered else ()
+        return Opening(max_length or covered, "always_short", notes)
+    if max_length is not None and max_length <= original:
+        # The engines choose by the length alone.
+        note = f"opened for {original + 1:,} tokens: the model was trained with LongRoPE's long factors"
+        return Opening(original + 1, LONG_WITH_ITS_LENGTH, (note,))
+    return Opening(max_length or context, LONG_WITH_ITS_LENGTH)

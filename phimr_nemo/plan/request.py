@@ -62,14 +62,24 @@ def read_request(arguments: Sequence[str], stage_config: Path | None) -> Trainin
     others = [item for item in arguments if _key(item) not in names]
     source = stage_config if stage_config is not None else Path("conf") / stage / "paper.yaml"
     # The starting weights are not read: the model's shape comes from `model`.
-    config: Any = load_config(STAGES[stage], source, ["base=planned", *others])
     pinned = LAYOUT_KEYS & {_key(item) for item in others}
+    layout = [] if stage_config is not None else _neutral_layout(pinned)
+    config: Any = load_config(STAGES[stage], source, ["base=planned", *layout, *others])
     if stage_config is not None:
         pinned = LAYOUT_KEYS
         if not any(_key(item) == "gpus" for item in own):
             own.append(f"gpus={config.parallel.world_size}")
     plan = load_config(TrainingPlanConfig, path, own)
     return TrainingRequest(plan, config, find_model(plan.model), pinned)
+
+
+def _neutral_layout(pinned: frozenset[str]) -> list[str]:
+    """Overrides by which the preset's own layout, which is not planned, has no part in what is refused."""
+    sizes = dict.fromkeys(("tensor", "pipeline", "context", "data", "virtual"), 1)
+    # These two want another process beside the first.
+    sizes["tensor"] += "parallel.sequence" in pinned
+    sizes["pipeline"] += "parallel.virtual" in pinned
+    return [*(f"parallel.{name}={size}" for name, size in sizes.items()), "parallel.sequence=false", "micro_batch=1"]
 
 
 def find_model(name: str) -> Architecture:

@@ -227,6 +227,8 @@ def candidates(config: StageConfig, gpus: int, pinned: frozenset[str]) -> Iterat
                 virtuals = VIRTUAL if pipeline > 1 else (1,)
                 if "parallel.virtual" in pinned:
                     virtuals = (fixed.virtual,)
+                if (sequence and tensor == 1) or (max(virtuals) > 1 and pipeline == 1):
+                    continue
                 for virtual, micro_batch, recompute in itertools.product(virtuals, micro_batches, recomputes):
                     parallel = ParallelConfig(
                         tensor=tensor,

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from phimr_nemo.data.curate.shape import LENGTH_BINS, SHAPE_FILE, TIERS
 from phimr_nemo.errors import UserError
 from phimr_nemo.report import data_figures as figures
+from phimr_nemo.report.collect import is_data_step
 from phimr_nemo.report.data_page import TEMPLATE
 from phimr_nemo.report.page import embedded_png, render
 from phimr_nemo.store.atomic import atomic_write_text
@@ -86,7 +87,7 @@ def write_data_report(roots: Sequence[Path], out: Path) -> Path:
 
 
 def find_steps(roots: Sequence[Path]) -> list[Step]:
-    """Every finished record directory under `roots`, each after those that it was made from.
+    """Every finished record directory of a data step under `roots`, each after those that it was made from.
 
     Raises:
         UserError: there is none, or a manifest is damaged.
@@ -95,7 +96,7 @@ def find_steps(roots: Sequence[Path]) -> list[Step]:
     for root in roots:
         for path in sorted(root.rglob(MANIFEST)):
             kind = recorded_kind(path.parent)
-            if kind is not None:
+            if kind is not None and is_data_step(path):
                 below = path.parent.relative_to(root)
                 name = str(root.name / below if len(roots) > 1 or below == Path() else below)
                 found.setdefault(file_sha256(path), (name, path.parent, kind))
@@ -182,7 +183,9 @@ def draw(steps: Sequence[Step], out: Path) -> list[Picture]:
     overall = {step.path.parent for step in steps} | {step.path.parent.parent for step in steps}
     for number, shape_file in enumerate(path / SHAPE_FILE for path in sorted(overall)):
         if shape_file.is_file():
-            by_verdict = {name: table.sum(axis=0) for name, table in read_shape(shape_file).items() if table.any()}
+            shape = read_shape(shape_file)
+            order = [*(name for name in GRADED if name in shape), *sorted(shape.keys() - set(GRADED))]
+            by_verdict = {name: shape[name].sum(axis=0) for name in order if shape[name].any()}
             name = f"lengths-by-verdict-{number}.png"
             title = f"Length of rollouts, by verdict ({shape_file.parent.name})"
             figures.draw_lengths(by_verdict, picture(title, name), stacked=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,14 @@ FONT_POINTS: Final = 10
 MARGIN_INCHES: Final = 0.9
 HARD_COLOR: Final = "#e45756"
 # Distinguishable also for the colour-blind; the first is the colour of everything that stands alone.
+# What is wrong is red wherever it stands, and what nobody could read is grey.
+VERDICT_COLORS: Final[Mapping[str, str]] = {
+    "correct": BAR_COLOR,
+    "wrong": HARD_COLOR,
+    "unparsable": "#9aa0a6",
+    "timeout": "#eeca3b",
+    "error": "#b279a2",
+}
 COLORS: Final = (BAR_COLOR, "#f58518", "#54a24b", "#b279a2", "#9d755d", "#72b7b2", "#eeca3b")
 THOUSAND: Final = 1000
 MOST_NAME_CHARACTERS: Final = 24
@@ -60,7 +68,7 @@ def draw_lengths(series: Mapping[str, Counts], path: Path, *, stacked: bool) -> 
     edges = np.array([bin_start(place) for place in range(low, high + 1)])
     if stacked:
         bottom = np.zeros(high - low)
-        for color, (name, counts) in zip(COLORS, series.items(), strict=False):
+        for color, (name, counts) in zip(_colors(series), series.items(), strict=False):
             axes.stairs(
                 bottom + counts[low:high], edges, baseline=bottom, fill=True, color=color, label=short_name(name)
             )
@@ -74,7 +82,7 @@ def draw_lengths(series: Mapping[str, Counts], path: Path, *, stacked: bool) -> 
     ticks = 2.0 ** np.arange(np.ceil(np.log2(edges[0])), np.floor(np.log2(edges[-1])) + 1)
     axes.set_xticks(ticks[:: 1 + len(ticks) // 9], [_tokens(tick) for tick in ticks[:: 1 + len(ticks) // 9]])
     axes.minorticks_off()
-    axes.set_xlabel("tokens a response")
+    axes.set_xlabel("tokens per response")
     axes.set_ylabel("responses" if stacked else "share (%)")
     if stacked:
         axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
@@ -121,6 +129,11 @@ def draw_pass_rates(pass_rates: npt.NDArray[np.float64], hard: npt.NDArray[np.bo
     save_png(figure, path, dpi=DPI)
 
 
+def _colors(names: Iterable[str]) -> list[str]:
+    """A colour a name: a verdict's own, else one after the other."""
+    return [VERDICT_COLORS.get(name, COLORS[place % len(COLORS)]) for place, name in enumerate(names)]
+
+
 def short_name(name: str) -> str:
     """A name that leaves room for the picture: its end, where it is too long."""
     return name if len(name) <= MOST_NAME_CHARACTERS else "…" + name[1 - MOST_NAME_CHARACTERS :]
@@ -137,7 +150,14 @@ def _figure(height: float) -> tuple[Figure, Any]:
 
 def _legend(axes: Any, names: Sequence[str]) -> None:
     columns = min(len(names), 2 if any(len(name) > LONG_NAME_CHARACTERS for name in names) else 3)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=FONT_POINTS - 1)
+    # Of the whole picture: long names beside the axes leave those little room.
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        fontsize=FONT_POINTS - 1,
+    )
 
 
 def _tokens(value: float) -> str:

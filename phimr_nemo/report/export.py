@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ import yaml
 from phimr_nemo.config import ExportConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import RESULTS_FILE
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.origin import Origin, read_origin
+from phimr_nemo.model.regime import NAMES, was_trained_long
 from phimr_nemo.report.collect import read_evaluation
 from phimr_nemo.report.scores import as_in_the_paper, reference_table
 from phimr_nemo.report.tables import Seeds, Table, markdown, score_table
@@ -27,17 +31,24 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
     from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
 
     source = HFDirectory(config.model)
-    card = model_card(config, source.architecture.num_parameters)
-    copy_hf_directory(config.run.output / "hf", source, tokenizer_from=config.model, extra_files={"README.md": card})
+    origin = dataclasses.replace(read_origin(config.model), knows=config.knows)
+    copy_hf_directory(
+        config.run.output / "hf",
+        source,
+        tokenizer_from=config.model,
+        extra_files={"README.md": model_card(config, source.architecture, origin)},
+        origin=origin,
+    )
     return {"hf": "hf", "parameters": source.architecture.num_parameters, "weights": source.weights_hash()}
 
 
-def model_card(config: ExportConfig, parameters: int) -> str:
+def model_card(config: ExportConfig, architecture: Architecture, origin: Origin) -> str:
     """The model card: hub metadata, what was trained how, and what was measured.
 
     Args:
         config: names the runs to report.
-        parameters: of the model.
+        architecture: of the model.
+        origin: how it was trained, and what it can be asked.
 
     Raises:
         UserError: a stage or an evaluation has not finished.
@@ -52,17 +63,40 @@ def model_card(config: ExportConfig, parameters: int) -> str:
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {config.run.output.name}",
-        f"A model of {parameters:,} parameters in the architecture of Phi-4-mini (`Phi3ForCausalLM`), trained from "
-        f"{config.base_model} with the Phi-4-Mini-Reasoning recipe (arXiv 2504.21233) in phimr-nemo.",
+        f"A model of {architecture.num_parameters:,} parameters in the architecture of Phi-4-mini "
+        f"(`Phi3ForCausalLM`), trained from {config.base_model} with the Phi-4-Mini-Reasoning recipe "
+        "(arXiv 2504.21233) in phimr-nemo.",
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForCausalLM.from_pretrained(".")\n```\n\n'
         "The chat template comes with the tokenizer. Generation ends with `<|end|>`.",
+        *([f"What it can be asked: {origin.knows}"] if origin.knows else []),
+        *_length(architecture, origin),
     ]
     if config.stages:
         parts.append("## Training\n\n" + _stage_table(config.stages))
     if config.evaluations:
         parts.append("## Measured\n\n" + _measured(config.evaluations))
     return "\n\n".join(parts) + "\n"
+
+
+def _length(architecture: Architecture, origin: Origin) -> list[str]:
+    """How long sequences may be, where LongRoPE makes that a matter of accuracy."""
+    was_long = was_trained_long(architecture, origin)
+    if was_long is None:
+        return []
+    original = architecture.original_max_position_embeddings
+    factors = f"LongRoPE's {NAMES[was_long]} factors"
+    trained = f"Trained on sequences of up to {origin.sequence_length:,} tokens with {factors}"
+    if was_long:
+        return [
+            f"{trained}: serve it with a maximum length above {original:,} tokens, for short questions too "
+            f"(vLLM's default is the context, {architecture.max_position_embeddings:,}). transformers computes "
+            "short sequences with the short factors."
+        ]
+    return [
+        f"{trained}: serve it with a maximum length of at most {original:,} tokens "
+        f"(vLLM: `--max-model-len {original}`), because engines take the long factors above it."
+    ]
 
 
 def _stage_table(stages: Mapping[str, Path]) -> str:

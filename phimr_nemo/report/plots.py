@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from matplotlib.figure import Figure
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.report.data_figures import COLORS, short_name
+from phimr_nemo.report.data_figures import COLORS, FONT_POINTS, short_name
 from phimr_nemo.report.picture import BAR_COLOR, BAR_WIDTH, TEXT_COLOR, labelled_bars, save_png, tidy
 from phimr_nemo.store.runs import METRICS_FILE, read_metrics
 
@@ -28,14 +28,6 @@ INCHES_PER_STEP: Final = 0.42
 NARROWEST_INCHES: Final = 5.0
 LINE_COLOR: Final = "#4c78a8"
 HEADROOM: Final = 1.15
-TRAINING_PANELS: Final[Mapping[str, str]] = {
-    "loss": "training loss",
-    "val_loss": "validation loss",
-    "grad_norm": "gradient norm",
-    "tokens_per_second_per_gpu": "tokens/s/GPU",
-    "mfu": "model FLOPs utilisation",
-    "pass1": "pass@1",
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("pass@1 (%)")
     seeds = max((len(row.seeds) for row in rows), default=0)
     unit = f"across {seeds} seeds" if seeds > 1 else "clustered by question"
-    axes.set_title(f"Accuracy per stage (bars: one standard error, {unit})", fontsize=10)
+    axes.set_title(f"Accuracy per stage\n(bars: one standard error, {unit})", fontsize=10)
     tidy(axes)
     figure.tight_layout()
     save_png(figure, path, dpi=DPI)
@@ -111,7 +103,8 @@ def draw_scores(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlim(0, max(1.0, *(height + error for height, error in zip(heights, errors, strict=True))) * HEADROOM)
     seeds = max((len(row.seeds) for row in rows), default=0)
     unit = f"over {seeds} seeds" if seeds > 1 else "clustered by question"
-    axes.set_xlabel(f"pass@1 (%), ± 1 stderr {unit}")
+    # Beneath the whole picture: names of models leave the axis little room.
+    figure.supxlabel(f"pass@1 (%) ± one standard error,\n{unit}", fontsize=FONT_POINTS, color=TEXT_COLOR)
     tidy(axes)
     axes.grid(visible=False, axis="y")
     save_png(figure, path, dpi=PAGE_DPI)
@@ -128,26 +121,15 @@ def draw_curves(curves: Mapping[str, Curve], name: str, path: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(name)
     if 1 < len(curves) <= MOST_NAMED:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
+        handles = axes.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=2, frameon=False, fontsize=FONT_POINTS - 1)
     tidy(axes)
     save_png(figure, path, dpi=PAGE_DPI)
 
 
 def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
     """Training loss of each stage over its steps; a panel each, because the losses have different scales."""
-    _plot_panels({f"{stage}: loss": curve for stage, curve in curves.items()}, path)
-
-
-def plot_training(run_directory: Path, path: Path) -> None:
-    """What a run's `metrics.jsonl` holds of loss, throughput and score, a panel each; nothing when it is empty."""
-    metrics = list(read_metrics(run_directory))
-    curves: dict[str, Curve] = {}
-    for name, title in TRAINING_PANELS.items():
-        points = [(row["step"], row[name]) for row in metrics if name in row]
-        if points:
-            curves[title] = Curve([step for step, _ in points], [value for _, value in points])
-    if curves:
-        _plot_panels(curves, path)
+    _plot_panels({f"{short_name(stage)}: loss": curve for stage, curve in curves.items()}, path)
 
 
 def plot_reward_and_length(reward: Curve, length: Curve, path: Path) -> None:

@@ -17,16 +17,24 @@ from phimr_nemo.report.collect import (
     data_roots,
     find_evaluations,
     find_runs,
-    is_data_step,
 )
 from phimr_nemo.report.data import find_steps, funnel
 from phimr_nemo.report.page import embedded_png, render
 from phimr_nemo.report.plots import Curve, draw_curves, draw_scores
 from phimr_nemo.report.run_page import TEMPLATE
 from phimr_nemo.report.scores import Entry, as_in_the_paper, paper_table, reference_table
-from phimr_nemo.report.tables import Seeds, Table, difference_table, length_table, markdown, measured, score_table
+from phimr_nemo.report.tables import (
+    ABSENT,
+    Seeds,
+    Table,
+    difference_table,
+    length_table,
+    markdown,
+    measured,
+    score_table,
+)
 from phimr_nemo.store.atomic import atomic_write_text
-from phimr_nemo.store.shards import MANIFEST
+from phimr_nemo.store.runs import NEWEST_SHARE, newest_mean
 
 PAGE: Final = "report.html"
 MARKDOWN: Final = "report.md"
@@ -37,7 +45,7 @@ SHOWN_DIGITS: Final = 12
 DRAWN: Final[Mapping[str, Mapping[str, str]]] = {
     "midtrain": {"loss": "loss"},
     "sft": {"loss": "loss"},
-    "dpo": {"loss": "loss", "accuracy": "pairs told apart"},
+    "dpo": {"loss": "loss", "accuracy": "reward accuracy"},
     "grpo": {"reward": "mean reward", "response_length": "mean response length (tokens)"},
 }
 STAGE_NAMES: Final[Mapping[str, str]] = {"midtrain": "mid-training", "sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}
@@ -77,11 +85,13 @@ def write_run_report(roots: Sequence[Path], out: Path) -> Path:
     benchmarks = by_benchmark(evaluations)
     runs = find_runs(roots)
     pictures = out / PICTURES
+    papers = as_in_the_paper(benchmarks)
     sections = [
         _scores(benchmarks, pictures),
-        Section("Beside the paper", [reference_table(as_in_the_paper(benchmarks))]),
         *_training(runs, pictures),
         *_data(roots, pictures),
+        # Without a benchmark of the paper there is nothing to set beside it.
+        *([Section("Beside the paper", [reference_table(papers)])] if papers else []),
         Section("What made the scores", [_provenance(evaluations)]),
     ]
     page = render(
@@ -170,16 +180,17 @@ def _training(runs: Sequence[Ran], out: Path) -> list[Section]:
             run.stage,
             str(run.made.get("seed", "")),
             f"{run.metrics[-1]['step']:,}",
-            _last(run, "loss"),
-            _last(run, "reward"),
+            _newest(run, "loss"),
+            _newest(run, "reward"),
             str(len(run.made.get("starts", []))),
             "yes" if run.facts is not None else "no",
             str(run.made.get("versions", {}).get("git", ""))[:SHOWN_DIGITS],
         )
         for run in trained
     )
-    header = ("run", "stage", "seed", "steps", "last loss", "last reward", "starts", "finished", "code")
-    return [Section("Training", [Table("Runs", header, rows)], pictures)]
+    header = ("run", "stage", "seed", "steps", "loss", "reward", "starts", "finished", "code")
+    note = f"Loss and reward: mean over the newest {NEWEST_SHARE:.0%} of the logged steps."
+    return [Section("Training", [Table("Runs", header, rows, note)], pictures)]
 
 
 def _curve(run: Ran, metric: str) -> Curve:
@@ -187,19 +198,17 @@ def _curve(run: Ran, metric: str) -> Curve:
     return Curve([step for step, _ in points], [value for _, value in points])
 
 
-def _last(run: Ran, metric: str) -> str:
-    values = _curve(run, metric).values
-    return f"{values[-1]:.4g}" if values else "-"
+def _newest(run: Ran, metric: str) -> str:
+    mean = newest_mean(run.metrics, metric)
+    return ABSENT if mean is None else f"{mean:.4g}"
 
 
 def _data(roots: Sequence[Path], out: Path) -> list[Section]:
     pictures = []
     for number, root in enumerate(data_roots(roots)):
-        steps = [step for step in find_steps([root]) if is_data_step(step.path / MANIFEST)]
-        if steps:
-            path = out / f"data-{number}.png"
-            figures.draw_funnel(funnel(steps), path)
-            pictures.append(Picture(f"Records after each data step: {root.name}", path))
+        path = out / f"data-{number}.png"
+        figures.draw_funnel(funnel(find_steps([root])), path)
+        pictures.append(Picture(f"Records after each data step: {root.name}", path))
     return [Section("Data", [], pictures)] if pictures else []
 
 
@@ -212,8 +221,8 @@ def _provenance(evaluations: Sequence[Evaluated]) -> Table:
                 one.row,
                 one.benchmark,
                 str(one.seed),
-                str(one.settings.get("teacher", ""))[: 2 * SHOWN_DIGITS],
-                str(one.settings.get("problems", "")),
+                str(one.settings.get("teacher", ""))[:SHOWN_DIGITS],
+                str(one.settings.get("problems", ""))[:SHOWN_DIGITS],
                 str(one.settings.get("edition", "-")),
                 str(params.get("temperature", "")),
                 str(params.get("top_p", "")),
@@ -222,7 +231,7 @@ def _provenance(evaluations: Sequence[Evaluated]) -> Table:
             )
         )
     header = ("model", "benchmark", "seed", "weights", "questions", "edition", "T", "top_p", "new tokens", "grader")
-    return Table("Evaluations", header, tuple(rows), "Weights and questions by their hashes.")
+    return Table("Evaluations", header, tuple(rows), "Weights and questions by the beginnings of their hashes.")
 
 
 def _versions(runs: Sequence[Ran]) -> list[str]:

@@ -10,8 +10,9 @@ TEMPLATE: Final = """{% extends "page" %}
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); margin-bottom: 14px; }
 .scroll { overflow-x: auto; }
 th, .scroll td { padding: 5px 12px 5px 0; text-align: left; }
-th { vertical-align: bottom; min-width: 64px; }
-.scroll td { white-space: nowrap; }
+th { vertical-align: bottom; }
+.scroll td { overflow-wrap: anywhere; min-width: 3.2em; }
+.scroll td:first-child { min-width: 8em; }
 th, .scroll td { border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); font-size: .82rem; }
 .scroll td { font-variant-numeric: tabular-nums; }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -39,12 +41,22 @@ RUN_FILE: Final = "run.json"
 CONFIG_FILE: Final = "config.yaml"
 DONE_FILE: Final = "DONE"
 LOCK_FILE: Final = ".lock"
+NEWEST_SHARE: Final = 0.1
+HOLDER_FILE: Final = ".holder.json"
+OWN_FILES: Final = {CONFIG_FILE, RUN_FILE, LOCK_FILE, HOLDER_FILE}
+"""What lies in a run directory before its stage has done anything."""
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def git_sha() -> str:
     """The commit of the source tree, with "+dirty" when it has uncommitted changes; "unknown" outside git."""
     root = Path(__file__).resolve().parent
     try:
+        # An installed package may lie in a repository that is not its own.
+        _git(root, "ls-files", "--error-unmatch", Path(__file__).name)
         sha = _git(root, "rev-parse", "HEAD")
         return sha + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -101,21 +113,33 @@ class RunDirectory:
         try:
             with contextlib.suppress(NotImplementedError):
                 lock.acquire()
+                # Beside the lock and not in it: some versions of filelock empty the file when they fail.
+                write_json(
+                    self.path / HOLDER_FILE, {"process": os.getpid(), "host": platform.node(), "since": _now()}
+                )
         except Timeout as error:
             raise UserError(
-                f"another process is at work in {self.path}",
+                f"another process is at work in {self.path}{self._holder()}",
                 rule="a run directory belongs to one process at a time",
                 remedy="wait for it or stop it, then run the same command again; or choose another run.output",
             ) from error
         try:
             yield
         finally:
+            (self.path / HOLDER_FILE).unlink(missing_ok=True)
             lock.release()
+
+    def _holder(self) -> str:
+        """Who has claimed the directory, in words; nothing where that cannot be read."""
+        try:
+            holder = json.loads((self.path / HOLDER_FILE).read_text("utf-8"))
+            return f": process {holder['process']} on {holder['host']}, since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     def describe(self, *, stage: str, config_yaml: str, seed: int, facts: Mapping[str, Any]) -> None:
         """Write config.yaml and run.json (command line, versions, git sha, seed, machine, starts, extra facts)."""
         atomic_write_text(self.path / CONFIG_FILE, config_yaml)
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write_json(
             self.path / RUN_FILE,
             {
@@ -124,7 +148,7 @@ class RunDirectory:
                 "command": [redact(argument) for argument in sys.argv],
                 "versions": code_versions(),
                 "machine": {"processor": platform.machine(), "system": platform.platform()},
-                "starts": [*self._starts(), now],
+                "starts": [*self._starts(), _now()],
                 "slurm_job": os.environ.get("SLURM_JOB_ID"),
                 **facts,
             },
@@ -137,10 +161,9 @@ class RunDirectory:
 
     def withdraw(self) -> None:
         """Undo :meth:`describe` for a stage that refused its input; a directory that holds more stays as it is."""
-        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {CONFIG_FILE, RUN_FILE, LOCK_FILE}:
-            for entry in self.path.iterdir():
-                entry.unlink()
-            self.path.rmdir()
+        files = [entry for entry in self.path.rglob("*") if not entry.is_dir()]
+        if self.path.is_dir() and {str(file.relative_to(self.path)) for file in files} <= OWN_FILES:
+            shutil.rmtree(self.path)
 
     def finish(self, **facts: object) -> None:
         """Mark the run as finished and record its closing facts."""
@@ -196,6 +219,16 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def newest_mean(lines: Iterable[Mapping[str, Any]], metric: str) -> float | None:
+    """Mean of a metric over the newest tenth of the lines that hold it; None where none does.
+
+    One line tells of the last batch; a tenth tells where the run has come to.
+    """
+    values = [float(line[metric]) for line in lines if metric in line]
+    newest = values[-math.ceil(NEWEST_SHARE * len(values)) :]
+    return math.fsum(newest) / len(newest) if newest else None
 
 
 def read_metrics(directory: Path) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text, write_json
 from phimr_nemo.store.content import content_id, content_seed, file_sha256
+from phimr_nemo.store.inputs import records_remedy
 from phimr_nemo.store.records import KINDS, SCHEMA_VERSION, Kind, schemas
 
 if TYPE_CHECKING:
@@ -290,14 +291,14 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
         raise UserError(
             f"{directory} {state}",
             rule=f"this step reads a finished directory of {kind!r} records",
-            remedy="run the step that makes it first, or correct the path",
+            remedy=records_remedy(directory, kind),
         )
     values = _read_facts(path, _manifest_keys())
     if values["kind"] != kind or kind not in KINDS:
         raise UserError(
             f"{directory} holds {values['kind']!r} records",
             rule=f"this step reads {kind!r} records",
-            remedy="give the directory that the preceding step wrote",
+            remedy=records_remedy(directory, kind),
         )
     if values["schema_version"] != SCHEMA_VERSION:
         raise UserError(

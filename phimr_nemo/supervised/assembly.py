@@ -7,30 +7,33 @@ Every function takes `make`, which is handed a class and its arguments: :func:`c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
-from nemo.lightning.pytorch.optim import (
-    CosineAnnealingScheduler,
-    PolynomialDecayAnnealingScheduler,
-    WarmupPolicyScheduler,
-)
 
-from phimr_nemo.config import OptimConfig, SupervisedConfig
-from phimr_nemo.supervised.nemo_model import DTYPES
+from phimr_nemo.config import SupervisedConfig
+from phimr_nemo.model.dtypes import torch_dtype
+from phimr_nemo.supervised.schedule import Schedule
 from phimr_nemo.training.precision import precision_plugins
-
-LINEAR_DECAY_POWER: Final = 1.0
 
 Make = Callable[..., Any]
 """(class, **arguments) -> the object, or a description of it."""
 
 
-def call(kind: Callable[..., Any], **arguments: Any) -> Any:
+def call(kind: Callable[..., Any], *values: Any, **arguments: Any) -> Any:
     """The object itself."""
-    return kind(**arguments)
+    return kind(*values, **arguments)
+
+
+def described(value: Any, make: Make) -> Any:
+    """A configuration with its dataclasses and paths as descriptions; with :func:`call` a copy of itself."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return make(type(value), **{f.name: described(getattr(value, f.name), make) for f in fields(value)})
+    return make(Path, str(value)) if isinstance(value, Path) else value
 
 
 def optimizer(config: SupervisedConfig, steps: int, make: Make = call) -> Any:
@@ -56,20 +59,10 @@ def optimizer(config: SupervisedConfig, steps: int, make: Make = call) -> Any:
             clip_grad=optim.clip_grad,
             use_distributed_optimizer=optim.distributed,
             bf16=config.model.dtype == "bf16",
-            params_dtype=DTYPES[config.model.dtype],
+            params_dtype=torch_dtype(config.model.dtype),
         ),
-        lr_scheduler=lr_schedule(optim, steps, make),
+        lr_scheduler=make(Schedule, optim=described(optim, make), max_steps=steps),
     )
-
-
-def lr_schedule(optim: OptimConfig, steps: int, make: Make = call) -> Any:
-    """NeMo's scheduler for the configured shape: linear warm-up, then cosine, linear or no decay."""
-    length = {"max_steps": steps, "warmup_steps": round(optim.warmup_fraction * steps), "min_lr": optim.min_lr}
-    if optim.schedule == "cosine":
-        return make(CosineAnnealingScheduler, constant_steps=0, **length)
-    if optim.schedule == "linear":
-        return make(PolynomialDecayAnnealingScheduler, power=LINEAR_DECAY_POWER, **length)
-    return make(WarmupPolicyScheduler, **length)
 
 
 def strategy(config: SupervisedConfig, *, on_gpu: bool, make: Make = call) -> Any:
@@ -88,7 +81,7 @@ def strategy(config: SupervisedConfig, *, on_gpu: bool, make: Make = call) -> An
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
-        pipeline_dtype=DTYPES[config.model.dtype],
+        pipeline_dtype=torch_dtype(config.model.dtype),
         process_group_backend="nccl" if on_gpu else "gloo",
         ddp=make(
             DistributedDataParallelConfig,

@@ -8,15 +8,16 @@ from typing import Any, Final
 
 import lightning.pytorch as pl
 from torch import Tensor
-from tqdm import tqdm
 
 from phimr_nemo.config import SupervisedConfig, to_dict
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.store.runs import MetricsWriter, RunDirectory, read_metrics
+from phimr_nemo.store.progress import Progress
+from phimr_nemo.store.runs import RunDirectory, read_metrics
 from phimr_nemo.supervised.checkpointing import CheckpointKeeper, validates_now
 from phimr_nemo.training.distributed import PreemptionGuard
-from phimr_nemo.training.throughput import WorkCounter, peak_memory_gib, rates
-from phimr_nemo.training.tracking import WandbTracker
+from phimr_nemo.training.guard import BatchGuard
+from phimr_nemo.training.throughput import Speed, WorkCounter
+from phimr_nemo.training.tracking import RunLog
 
 SHOWN: Final[Mapping[str, str]] = {
     "loss": "{:.4f}",
@@ -46,50 +47,52 @@ class RunMonitor(pl.Callback):
         self, run: RunDirectory, *, title: str, config: SupervisedConfig, architecture: Architecture, rows: int
     ) -> None:
         self.run, self.title, self.config, self.architecture, self.rows = run, title, config, architecture, rows
-        self._work: WorkCounter | None = None
+        self._speed: Speed | None = None
         self._steps = 0
         self._seconds = 0.0
-        self._step_started = 0.0
+        self._step_started, self._rate = 0.0, 0.0
         self._run_started, self._first_step = 0.0, 0
         self._validated: set[int] = set()
-        self._bar: tqdm[Any] | None = None
-        self._writer: MetricsWriter | None = None
-        self._tracker: WandbTracker | None = None
+        self._bar: Progress | None = None
+        self._log: RunLog | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write named scalars of a step; nothing happens on other ranks than 0."""
-        if self._writer is not None:
-            self._writer.write(step, metrics)
-        if self._tracker is not None:
-            self._tracker.write(step, metrics)
+        if self._log is not None:
+            self._log.write(step, metrics)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Open the bar and the metric files where the run stands (it may be a resumed one)."""
         step = trainer.global_step
-        self._work = WorkCounter(chunks=len(trainer.strategy.megatron_parallel))
+        self._speed = Speed(
+            WorkCounter(chunks=len(trainer.strategy.megatron_parallel)),
+            processes=self.config.parallel.world_size,
+            architecture=self.architecture,
+            fp8=self.config.model.fp8 is not None,
+        )
         self._run_started, self._first_step = time.monotonic(), step
         if trainer.global_rank != 0:
             return
         self._validated = {row["step"] for row in read_metrics(self.run.path) if "val_loss" in row}
-        self._writer = MetricsWriter(self.run.path, from_step=step + 1)
-        if self.config.tracking.wandb is not None:
-            self._tracker = WandbTracker(self.config.tracking.wandb, self.run.path, to_dict(self.config))
-        self._bar = tqdm(total=int(trainer.max_steps), initial=step, desc=self.title, unit="step", mininterval=1.0)
+        self._log = RunLog(self.run.path, self.config.tracking, to_dict(self.config), done=step)
+        self._bar = Progress(int(trainer.max_steps), done=step, title=self.title, unit="step")
 
     def on_train_batch_start(
         self,
-        trainer: pl.Trainer,  # noqa: ARG002
+        trainer: pl.Trainer,
         pl_module: pl.LightningModule,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Start the clock: validation, evaluation and saving are not part of a step's time."""
+        # At its end Lightning has the next step's rate there.
+        self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
         self._step_started = time.monotonic()
 
     def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Tensor], **_: Any) -> None:
         """Count a micro-batch (NeMo's hook)."""
-        if self._work is not None and not step.forward_only:
-            self._work.add(batch)
+        if self._speed is not None and not step.forward_only:
+            self._speed.counter.add(batch)
 
     def on_train_batch_end(
         self,
@@ -104,17 +107,18 @@ class RunMonitor(pl.Callback):
         self._seconds += time.monotonic() - self._step_started
         if self._bar is not None:
             self._bar.update(1)
-        if self._work is None or trainer.global_step % self.config.run.log_every:
+        if self._speed is None or trainer.global_step % self.config.run.log_every:
             return
-        metrics = {**self._from_trainer(trainer), **self._progress(trainer), **self._speed()}
+        speed = {"step_time": self._seconds / self._steps, **self._speed(self._seconds)}
+        metrics = {**self._from_trainer(trainer), **self._progress(trainer), **speed}
         self._steps, self._seconds = 0, 0.0
         if self._bar is not None:
             shown = {SHORT_NAMES.get(k, k): form.format(metrics[k]) for k, form in SHOWN.items() if k in metrics}
-            self._bar.set_postfix(shown)
+            self._bar.show(shown)
         self.write(trainer.global_step, metrics)
 
     def _from_trainer(self, trainer: pl.Trainer) -> dict[str, float]:
-        metrics = {"lr": float(trainer.optimizers[0].param_groups[0]["lr"])}
+        metrics = {"lr": self._rate}
         for name in ("reduced_train_loss", "grad_norm"):
             if name in trainer.callback_metrics:
                 metrics["loss" if name == "reduced_train_loss" else name] = float(trainer.callback_metrics[name])
@@ -128,16 +132,6 @@ class RunMonitor(pl.Callback):
             "rows": float(rows),
             "epoch": rows / self.rows,
             "eta_seconds": pace * (int(trainer.max_steps) - step),
-        }
-
-    def _speed(self) -> dict[str, float]:
-        assert self._work is not None
-        fp8 = self.config.model.fp8 is not None
-        processes = self.config.parallel.world_size
-        return {
-            "step_time": self._seconds / self._steps,
-            **rates(self._work.take(), self._seconds, processes, self.architecture, fp8),
-            "memory_gib": peak_memory_gib(),
         }
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
@@ -163,10 +157,39 @@ class RunMonitor(pl.Callback):
 
     def close(self) -> None:
         """Close the bar and the metric files."""
-        for part in (self._bar, self._writer, self._tracker):
+        for part in (self._bar, self._log):
             if part is not None:
                 part.close()
-        self._bar = self._writer = self._tracker = None
+        self._bar = self._log = None
+
+
+class GuardCallback(pl.Callback):
+    """Gives a :class:`BatchGuard` what it looks at, and its place in the checkpoints.
+
+    Args:
+        guard: of the run.
+    """
+
+    def __init__(self, guard: BatchGuard) -> None:
+        self.guard = guard
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Put it in front of the optimizer."""
+        [optimizer] = trainer.optimizers
+        self.guard.attach(optimizer.mcore_optimizer, lambda: trainer.global_step + 1)
+
+    def on_megatron_step_end(self, step: Any, reduced: Tensor, **_: Any) -> None:
+        """Hand on the training loss (NeMo's hook; 0 except on the last pipeline stage)."""
+        if not step.forward_only:
+            self.guard.note_loss(reduced)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the guard remembers."""
+        return self.guard.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the guard continue with it."""
+        self.guard.load_state_dict(state_dict)
 
 
 class StopOnSignal(pl.Callback):

@@ -79,17 +79,11 @@ class SupervisedDataModule(pl.LightningDataModule):
         collate: rows -> batch.
 
     Raises:
-        UserError: too few rows for one batch, or a validation set that is no whole number of batches.
+        UserError: too few rows for one batch.
     """
 
     def __init__(self, source: RowSource, config: SupervisedConfig, collate: Any) -> None:
         super().__init__()
-        if config.validation_rows % config.global_batch:
-            raise UserError(
-                f"validation_rows={config.validation_rows} with global_batch={config.global_batch}",
-                rule="the validation rows are a whole number of global batches (0 = no validation)",
-                remedy=f"use a multiple of {config.global_batch}",
-            )
         count = len(source)
         self.steps = training_steps(config, count)
         training = count - config.validation_rows

@@ -8,7 +8,6 @@ survive damaged checkpoints and preemption, and a recipe where NeMo-Run's execut
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,11 +15,13 @@ import lightning.pytorch as pl
 from nemo import lightning as nl
 from nemo.collections import llm
 
-from phimr_nemo.config import ModelConfig, ParallelConfig, SupervisedConfig
+from phimr_nemo.config import LongRopePolicy, ModelConfig, ParallelConfig, SupervisedConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.shards import read_manifest
 from phimr_nemo.supervised import assembly
+from phimr_nemo.supervised.assembly import described
 from phimr_nemo.supervised.data import SupervisedDataModule, midtrain_data, require_parent, sft_data, training_steps
 from phimr_nemo.supervised.nemo_model import Phi4MiniConfig, Phi4MiniModel, phi4mini_config
 from phimr_nemo.training import platform
@@ -39,13 +40,6 @@ KINDS: Final[dict[Stage, Literal["rows", "conversations"]]] = {"midtrain": "rows
 CHECKPOINT_NAME: Final = "{step}"
 TRAIN: Final = llm.train
 """What a recipe calls."""
-
-
-def described(value: Any, make: Describe) -> Any:
-    """A configuration with its dataclasses and paths as descriptions."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return make(type(value), **{f.name: described(getattr(value, f.name), make) for f in fields(value)})
-    return make(Path, str(value)) if isinstance(value, Path) else value
 
 
 def starting_model(
@@ -69,16 +63,19 @@ class HFExport(pl.Callback):
     Args:
         base: where tokenizer and chat template come from.
         target: the new directory; one that is there is replaced.
+        sequence_length, longrope: of the run; see :func:`phimr_nemo.model.origin.trained_from`.
     """
 
-    def __init__(self, base: Path, target: Path) -> None:
+    def __init__(self, base: Path, target: Path, sequence_length: int, longrope: LongRopePolicy) -> None:
         self.base, self.target = base, target
+        self.sequence_length, self.longrope = sequence_length, longrope
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Write (Lightning's hook)."""
         architecture = Architecture.from_directory(self.base)
         tensors = exported(trainer.strategy.megatron_parallel, architecture)
-        write_hf_export(tensors, architecture, self.base, self.target)
+        origin = trained_from(self.base, self.sequence_length, self.longrope)
+        write_hf_export(tensors, architecture, self.base, self.target, origin)
 
 
 def native_parts(
@@ -109,7 +106,15 @@ def native_parts(
     steps = training_steps(config, read_manifest(config.data, KINDS[stage]).rows)
     validation_steps = config.validation_rows // config.global_batch
     on_gpu = accelerator == "gpu"
-    callbacks = [make(HFExport, base=described(config.base, make), target=described(config.run.output / "hf", make))]
+    callbacks = [
+        make(
+            HFExport,
+            base=described(config.base, make),
+            target=described(config.run.output / "hf", make),
+            sequence_length=config.sequence_length,
+            longrope=config.model.longrope,
+        )
+    ]
     if config.overlap.tensor:
         callbacks.append(assembly.tensor_overlap(config, make))
     model = make(

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+# NeMo imports these in the middle of a run, to build the model and in the first step.
+import nemo.collections.llm.modelopt.distill.utils
+import nemo.collections.llm.modelopt.model_utils  # noqa: F401
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from phimr_nemo.config import LongRopePolicy, ModelConfig, ParallelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.files.checkpoints import (
     NEMO_CONTEXT,
     NEMO_TOKENIZER,
@@ -41,7 +45,6 @@ from phimr_nemo.model.megatron.gpt import PhiGPTModel, build_model, transformer_
 from phimr_nemo.model.table import NORM_RULE
 from phimr_nemo.store.atomic import atomic_directory
 
-DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NEMO_PREFIX: Final = "module."
 """Before Megatron's names in NeMo's checkpoints."""
 
@@ -178,7 +181,7 @@ def architecture_config(
     Raises:
         UserError: the layout cannot hold the model.
     """
-    fields: dict[str, Any] = transformer_fields(architecture, parallel, dtype=DTYPES[model.dtype])
+    fields: dict[str, Any] = transformer_fields(architecture, parallel, dtype=torch_dtype(model.dtype))
     return Phi4MiniConfig(
         **(fields | recompute_fields(model.recompute)),
         # The global mean over valid tokens, whatever the micro-batching: sums here, one division at the end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,12 +11,12 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from torch import Tensor
 
-from phimr_nemo.config import LongRopePolicy, TrainingEvaluationConfig
-from phimr_nemo.data.chat import decode_response, load_tokenizer, render_prompts, stop_token_ids
+from phimr_nemo.config import ModelConfig, TrainingEvaluationConfig
+from phimr_nemo.config.engine import QUESTION
+from phimr_nemo.data.chat import decode_response, load_tokenizer, render_prompts
 from phimr_nemo.evaluate.statistics import mean_and_clustered_error
-from phimr_nemo.generate.local.engine import LocalSampler
-from phimr_nemo.generate.rollouts import QUESTION
-from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
+from phimr_nemo.generate.engines import SampledModel, open_engine, params_of
+from phimr_nemo.generate.sampler import Completion, Request
 from phimr_nemo.generate.stage import read_configured_problems
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.store.atomic import write_json
@@ -36,11 +37,11 @@ class TrainingEvaluation(pl.Callback):
         config: problems and sampling.
         base: the directory whose tokenizer is used.
         seed: of problems and sampling.
-        longrope: the training run's policy.
+        model: how the run computes: its LongRoPE policy and precision.
         monitor: writes the score among the run's metrics.
 
     Raises:
-        UserError: an unreadable problems file, or sampling settings out of range.
+        UserError: an unreadable problems file.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class TrainingEvaluation(pl.Callback):
         *,
         base: Path,
         seed: int,
-        longrope: LongRopePolicy,
+        model: ModelConfig,
         monitor: RunMonitor,
     ) -> None:
-        self.directory, self.config, self.monitor, self.longrope = directory / DIRECTORY, config, monitor, longrope
+        self.directory, self.config, self.monitor = directory / DIRECTORY, config, monitor
+        self.base, self.model = base, model
         self.architecture = Architecture.from_directory(base)
-        self.params = SamplingParams(config.temperature, config.top_p, config.max_new_tokens)
+        self.params = params_of(config)
         self.tokenizer = load_tokenizer(base)
         table, _ = read_configured_problems(config.problems, seed)
         self.problems = table.select(["id", "question", "answer"]).to_pylist()
@@ -107,18 +109,14 @@ class TrainingEvaluation(pl.Callback):
 
     def _sample(self, tensors: Iterator[tuple[str, Tensor]]) -> list[Completion]:
         longest = max(len(request.prompt_ids) for request in self.requests)
-        kept = list(tensors)
-        sampler = LocalSampler(
-            self.architecture,
-            kept,
-            stop_token_ids=stop_token_ids(self.tokenizer),
-            max_batch=self.config.max_batch,
-            longrope_policy=self.longrope,
+        model = SampledModel(
+            directory=self.base,
+            longrope=self.model.longrope,
             max_length=longest + self.params.max_new_tokens,
-            dtype=kept[0][1].dtype,
+            # Every process gives its part of them, whatever becomes of the engine.
+            weights=list(tensors),
+            dtype=self.model.dtype,
             device=platform.device(),
         )
-        try:
-            return sampler.sample(self.requests, self.params)
-        finally:
-            sampler.close()
+        with closing(open_engine(self.config.engine, model, self.params)) as opened:
+            return list(opened.sampler.sample(self.requests, self.params))

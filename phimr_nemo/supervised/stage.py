@@ -1,35 +1,42 @@
-"""Stages 1 and 2 on NeMo 2.0: `llm.train` with `nl.MegatronStrategy`, from one Hugging Face directory to the next."""
+"""Stages 1 and 2 on NeMo 2.0: its trainer with `nl.MegatronStrategy`, from one Hugging Face directory to the next."""
 
 from __future__ import annotations
 
 import os
 import time
-from typing import Any, Final
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from nemo import lightning as nl
-from nemo.collections import llm
+from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
 
 from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.megatron.configuration import has_transformer_engine
-from phimr_nemo.report.plots import plot_training
+from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.supervised import assembly
-from phimr_nemo.supervised.callbacks import RunMonitor, StopOnSignal
-from phimr_nemo.supervised.checkpointing import CheckpointKeeper, resumable
+from phimr_nemo.supervised.callbacks import GuardCallback, RunMonitor, StopOnSignal
+from phimr_nemo.supervised.checkpointing import CheckpointKeeper, StoreIO
 from phimr_nemo.supervised.data import SupervisedDataModule, midtrain_data, sft_data
 from phimr_nemo.supervised.nemo_model import Phi4MiniModel, phi4mini_config
 from phimr_nemo.supervised.pass1 import TrainingEvaluation
 from phimr_nemo.training import platform
-from phimr_nemo.training.distributed import PreemptionGuard, exported, quiet_libraries, write_hf_export
-from phimr_nemo.training.early_stopping import StopWhenSaturated
+from phimr_nemo.training.checkpoint import CheckpointStore, exported_step, resumable
+from phimr_nemo.training.distributed import (
+    PreemptionGuard,
+    export_checkpoint,
+    exported,
+    quiet_libraries,
+    write_hf_export,
+)
+from phimr_nemo.training.early_stopping import Judge
 from phimr_nemo.training.guard import BatchGuard
+from phimr_nemo.training.metrics import Stage, metrics_of
+from phimr_nemo.training.plots import plot_supervised
 from phimr_nemo.training.precision import require_fp8
-
-PICTURE: Final = "training.png"
 
 
 def run_midtrain(config: MidtrainConfig) -> dict[str, Any]:
@@ -52,7 +59,7 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
     return _train("sft", config, sft_data(config))
 
 
-def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> dict[str, Any]:
+def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -> dict[str, Any]:
     _require_transformer_engine(config)
     platform.prepare()
     quiet_libraries()
@@ -70,16 +77,14 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
         ),
         optim=assembly.optimizer(config, steps),
     )
-    keeper = CheckpointKeeper(run.checkpoints, config.checkpoint)
+    store = CheckpointStore(run.checkpoints, config.checkpoint, _judge(stage, config, run, steps))
+    keeper = CheckpointKeeper(store)
     newest = resumable(run.checkpoints)
     guard = BatchGuard(run.path, config.guard, data.batch_rows)
     monitor = RunMonitor(run, title=stage, config=config, architecture=architecture, rows=data.train.order.rows)
-    saturation = None if config.early_stopping is None else StopWhenSaturated(config.early_stopping)
-    callbacks: list[pl.Callback] = [monitor, guard]
+    callbacks: list[pl.Callback] = [monitor, GuardCallback(guard)]
     if config.evaluation is not None:
         callbacks.append(_evaluation(config, run, monitor))
-    if saturation is not None:
-        callbacks.append(saturation)
     if config.overlap.tensor:
         callbacks.append(assembly.tensor_overlap(config))
     with PreemptionGuard() as preemption:
@@ -91,36 +96,54 @@ def _train(stage: str, config: SupervisedConfig, data: SupervisedDataModule) -> 
             on_gpu=torch.cuda.is_available(),
             callbacks=[*callbacks, StopOnSignal(preemption, keeper), keeper],
         )
-        trainer.strategy.checkpoint_io = keeper.checkpoint_io()
+        trainer.strategy.checkpoint_io = StoreIO(store)
+        # The store saves beside training by itself.
+        trainer.strategy.async_save = False
         if newest is not None:
             # NeMo's AutoResume does this, for its own checkpoint callback.
             trainer.ckpt_path = str(newest)
-        llm.train(
-            model=model,
-            data=data,
-            trainer=trainer,
-            log=nl.NeMoLogger(
-                log_dir=str(run.path),
-                name="nemo",
-                use_datetime_version=False,
-                log_global_rank_0_only=True,
-            ),
-        )
-    saturated = saturation is not None and saturation.is_saturated
-    if trainer.global_step < steps and not saturated:
-        raise Preempted(f"{stage} stopped at step {trainer.global_step} of {steps}; run the same command to continue")
-    tensors = exported(trainer.strategy.megatron_parallel, architecture)
-    write_hf_export(tensors, architecture, config.base, run.path / "hf")
+        # What NeMo's `llm.train` does with a log and no resume; its module imports every model and NeMo-Run.
+        configure_no_restart_validation_training_loop(trainer)
+        nl.NeMoLogger(
+            log_dir=str(run.path),
+            name="nemo",
+            use_datetime_version=False,
+            log_global_rank_0_only=True,
+        ).setup(trainer)
+        trainer.fit(model, data)
+    done = trainer.global_step
+    converged = store.judge.has_converged(done)
+    if done < steps and not converged:
+        raise Preempted(f"{stage} stopped at step {done} of {steps}; run the same command to continue")
+    origin = trained_from(config.base, config.sequence_length, config.model.longrope)
+    best = store.best_whole(done)
+    if best is None or best.step == done:
+        tensors = exported(trainer.strategy.megatron_parallel, architecture)
+        write_hf_export(tensors, architecture, config.base, run.path / "hf", origin)
+    else:
+        export_checkpoint(store.path(best.step), config.base, run.path / "hf", origin)
     if trainer.global_rank == 0:
-        plot_training(run.path, run.path / PICTURE)
+        plot_supervised(run.path)
     return {
-        "steps": trainer.global_step,
-        "saturated": saturated,
+        "steps": done,
+        "converged": converged,
         "skipped_batches": guard.skipped,
         "seconds": time.monotonic() - started,
         "training_rows": data.train.order.rows,
         "hf": "hf",
+        **exported_step(done, best, store.judge),
     }
+
+
+def _judge(stage: Stage, config: SupervisedConfig, run: RunDirectory, steps: int) -> Judge:
+    """What the run is judged by; each metric is measured at its own times."""
+    every = {
+        "val_loss": config.validate_every,
+        "pass1": config.checkpoint.every if config.evaluation is None else config.evaluation.every,
+        "loss": config.checkpoint.every,
+    }[config.checkpoint.metric]
+    metric = metrics_of(stage)[config.checkpoint.metric]
+    return Judge(run.path, metric, config.early_stopping, every=every, last=steps)
 
 
 def _evaluation(config: SupervisedConfig, run: RunDirectory, monitor: RunMonitor) -> TrainingEvaluation:
@@ -130,7 +153,7 @@ def _evaluation(config: SupervisedConfig, run: RunDirectory, monitor: RunMonitor
         config.evaluation,
         base=config.base,
         seed=config.run.seed,
-        longrope=config.model.longrope,
+        model=config.model,
         monitor=monitor,
     )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import shutil
-import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,14 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from phimr_nemo.config import ParallelConfig
-from phimr_nemo.errors import UserError
+from phimr_nemo.model.layout import check_world
+from phimr_nemo.process import stopping
 from phimr_nemo.training import platform
 
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
-
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
-"""What a scheduler sends before it takes the machine away."""
+    from phimr_nemo.model.origin import Origin
 
 SILENT_LOGGERS: Final = ("megatron.core.rerun_state_machine",)
 """They warn about a feature that is off."""
@@ -62,7 +61,7 @@ def start_process_group(parallel: ParallelConfig, seed: int) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    _check_world(parallel, world)
+    check_world(parallel, world)
     if not dist.is_initialized():
         _start_torch(world)
     if _is_other_layout(parallel):
@@ -83,17 +82,6 @@ def stop_process_group() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-
-
-def _check_world(parallel: ParallelConfig, world: int) -> None:
-    if world == parallel.world_size:
-        return
-    layout = " x ".join(f"{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline", "context", "data"))
-    raise UserError(
-        f"{world} processes were started for parallel.{layout}",
-        rule=f"the layout needs tensor x pipeline x context x data = {parallel.world_size} processes",
-        remedy=f"start {parallel.world_size} processes, or set parallel.data so that the product is {world}",
-    )
 
 
 def _start_torch(world: int) -> None:
@@ -133,36 +121,36 @@ def quiet_libraries() -> None:
 
 
 class PreemptionGuard:
-    """Remembers SIGTERM and SIGUSR1 instead of dying from them. Use as a context manager in the main thread.
+    """Remembers stop signals instead of ending from them. Use as a context manager.
 
     The trainer asks :meth:`stop_agreed` after every step, saves its state when the answer is yes, and raises
     :class:`phimr_nemo.errors.Preempted`.
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> PreemptionGuard:
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.getsignal(number)
-        self.install()
+        self._open.enter_context(stopping.deferred())
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreemptionGuard:
+        """The same one: NeMo copies a trainer's callbacks to describe them, and signals are the process's."""
         return self
 
     def install(self) -> None:
         """Take the signals over (again): a trainer may have put its own handlers in front."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+        stopping.install()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        self._open.close()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.requested = True
+    @property
+    def requested(self) -> bool:
+        """Whether this process was told to stop."""
+        return stopping.told()
 
     def stop_agreed(self) -> bool:
         """Whether any process was told to stop. Collective: every process asks, and all get one answer."""
@@ -186,22 +174,24 @@ def exported(parallel: Any, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     return export_tensors([unwrapped(chunk.module) for chunk in parallel], arch)
 
 
-def export_hf(models: Sequence[nn.Module], arch: Architecture, base: Path, target: Path) -> None:
+def export_hf(models: Sequence[nn.Module], arch: Architecture, base: Path, target: Path, origin: Origin) -> None:
     """Write the trained model as a Hugging Face directory. Collective; process 0 writes.
 
     Args:
         models: this process's model chunks, with or without Megatron's wrappers.
-        arch, base, target: as for :func:`write_hf_export`.
+        arch, base, target, origin: as for :func:`write_hf_export`.
 
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
     from phimr_nemo.model.megatron.convert import export_tensors
 
-    write_hf_export(export_tensors([unwrapped(model) for model in models], arch), arch, base, target)
+    write_hf_export(export_tensors([unwrapped(model) for model in models], arch), arch, base, target, origin)
 
 
-def write_hf_export(tensors: Iterator[tuple[str, Tensor]], arch: Architecture, base: Path, target: Path) -> None:
+def write_hf_export(
+    tensors: Iterator[tuple[str, Tensor]], arch: Architecture, base: Path, target: Path, origin: Origin
+) -> None:
     """Write exported weights as a Hugging Face directory. Collective; process 0 writes.
 
     Args:
@@ -209,6 +199,7 @@ def write_hf_export(tensors: Iterator[tuple[str, Tensor]], arch: Architecture, b
         arch: the model.
         base: the directory whose tokenizer and chat template go with it.
         target: the new directory. One left there by a run that died right after its export is replaced.
+        origin: longest sequence and LongRoPE policy of the run, which stand in the directory's config.json.
 
     Raises:
         UserError: the disk is full or the place cannot be written.
@@ -218,10 +209,29 @@ def write_hf_export(tensors: Iterator[tuple[str, Tensor]], arch: Architecture, b
     if dist.get_rank() == 0:
         if target.exists():
             shutil.rmtree(target)
-        write_hf_directory(target, arch, tensors, tokenizer_from=base)
+        write_hf_directory(target, arch, tensors, tokenizer_from=base, origin=origin)
     else:
         for _ in tensors:
             continue
+    dist.barrier()
+
+
+def export_checkpoint(checkpoint: Path, base: Path, target: Path, origin: Origin) -> None:
+    """Write the weights of a native checkpoint as a Hugging Face directory. Collective; process 0 writes.
+
+    Args:
+        checkpoint: `step=N` of a run, whole.
+        base, target, origin: as for :func:`write_hf_export`.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    from phimr_nemo.model.files.checkpoints import open_checkpoint, write_hf
+
+    if dist.get_rank() == 0:
+        if target.exists():
+            shutil.rmtree(target)
+        write_hf(target, open_checkpoint(checkpoint, base), origin)
     dist.barrier()
 
 

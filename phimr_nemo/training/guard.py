@@ -1,4 +1,4 @@
-"""A batch that would do harm is not trained on: loss or gradient that is not finite, and spikes of the loss.
+"""A batch that would do harm is not trained on: loss or gradient that is not finite, and spikes of one of them.
 
 The decision falls between the gradients and the update, from numbers that every rank has, so all ranks decide alike.
 A skipped batch counts as a step (data and learning rate move on), and changes no weight and no optimizer state.
@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, Literal
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
@@ -47,29 +46,34 @@ def judge(loss: float, grad_norm: float, accepted: Sequence[float], config: Guar
     """Decide on a batch.
 
     Args:
-        loss: its loss (nats a token).
+        loss: its loss.
         grad_norm: the global gradient norm, before clipping.
-        accepted: losses of the last batches that were trained on, oldest first.
+        accepted: what the spike rule looks at, of the last batches that were trained on, oldest first.
         config: the rules.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return Finding(config.on_nan, f"loss {loss}, gradient norm {grad_norm}: not finite")
     if config.spike_factor is None or len(accepted) < config.spike_window:
         return Finding("train", "")
-    usual = median(accepted[-config.spike_window :])
-    if loss > config.spike_factor * usual:
-        rule = f"loss {loss:.4f} > {config.spike_factor} x {usual:.4f}, the median of {config.spike_window} batches"
-        return Finding(config.on_spike, rule)
+    usual, value = median(accepted[-config.spike_window :]), watched(loss, grad_norm, config)
+    if value > config.spike_factor * usual:
+        of = f"{config.spike_factor} x {usual:.4f}, the median of {config.spike_window} batches"
+        return Finding(config.on_spike, f"{config.spike_of} {value:.4f} > {of}")
     return Finding("train", "")
 
 
-class BatchGuard(pl.Callback):
+def watched(loss: float, grad_norm: float, config: GuardConfig) -> float:
+    """Return the value that the spike rule looks at."""
+    return loss if config.spike_of == "loss" else grad_norm
+
+
+class BatchGuard:
     """Puts :func:`judge` in front of the optimizer, and keeps a record of every batch that it does not like.
 
     Args:
         directory: the run directory; records go to `guard/step-N.json` there.
         config: the rules.
-        describe: step (from 1) -> the rows of its batch, for the record.
+        describe: optimizer step (from 1) -> the rows of its batch, for the record.
     """
 
     def __init__(self, directory: Path, config: GuardConfig, describe: Callable[[int], list[dict[str, Any]]]) -> None:
@@ -77,18 +81,20 @@ class BatchGuard(pl.Callback):
         self._accepted: list[float] = []
         self._skipped_in_a_row = 0
         self._skipped = 0
-        self._step = 0
-        self._loss: torch.Tensor | None = None
+        self._loss: torch.Tensor | float = 0.0
 
     @property
     def skipped(self) -> int:
         """Batches skipped so far."""
         return self._skipped
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Stand between gradients and update: Megatron computes the norm, clips, then calls the update."""
-        [optimizer] = trainer.optimizers
-        megatron: Any = optimizer.mcore_optimizer
+    def attach(self, megatron: Any, step: Callable[[], int]) -> None:
+        """Stand between gradients and update: Megatron computes the norm, clips, then calls the update.
+
+        Args:
+            megatron: Megatron's optimizer.
+            step: the number of the optimizer step that is under way (from 1).
+        """
         norm, update = megatron.get_grad_norm, megatron.step_with_ready_grads
         seen: list[Any] = [None]
 
@@ -97,15 +103,14 @@ class BatchGuard(pl.Callback):
             return seen[0]
 
         def step_with_ready_grads() -> bool:
-            return bool(update()) if self._allows(trainer.global_step + 1, float(seen[0])) else False
+            return bool(update()) if self._allows(step(), float(seen[0])) else False
 
         megatron.get_grad_norm = get_grad_norm
         megatron.step_with_ready_grads = step_with_ready_grads
 
-    def on_megatron_step_end(self, step: Any, reduced: torch.Tensor, **_: Any) -> None:
-        """Remember the training loss (NeMo's hook; 0 except on the last pipeline stage)."""
-        if not step.forward_only:
-            self._loss = reduced
+    def note_loss(self, loss: torch.Tensor | float) -> None:
+        """Remember the loss of the batch under way; process for process the same, or 0 where it is not known."""
+        self._loss = loss
 
     def _allows(self, step: int, grad_norm: float) -> bool:
         """Whether the optimizer may use this step's gradients (collective).
@@ -118,8 +123,9 @@ class BatchGuard(pl.Callback):
         if finding.reason and dist.get_rank() == 0:
             self._record(step, loss, grad_norm, finding)
         if finding.action in ("train", "warn"):
-            if math.isfinite(loss):
-                self._accepted = [*self._accepted, loss][-self.config.spike_window :]
+            value = watched(loss, grad_norm, self.config)
+            if math.isfinite(value):
+                self._accepted = [*self._accepted, value][-self.config.spike_window :]
             self._skipped_in_a_row = 0
             return True
         if finding.action == "skip" and self._skipped_in_a_row < MOST_SKIPS_IN_A_ROW:
@@ -137,13 +143,14 @@ class BatchGuard(pl.Callback):
             f"the batch of step {step} is not trained on{many} ({finding.reason})",
             rule=rule,
             remedy=f"look at its rows in {self.directory / _record_name(step)}; the run continues from its last "
-            "checkpoint, with guard.on_nan=skip or guard.on_spike=skip without this batch",
+            "checkpoint, with guard.on_nan=skip or guard.on_spike=skip without this batch; if many are "
+            "like it, lower optim.lr",
         )
 
     def _agreed(self, grad_norm: float) -> tuple[float, float]:
         """Loss and gradient norm as all ranks see them: NaN where any rank has a number that is not finite."""
-        # Only the last pipeline stage knows the loss; the others have 0, and a loss is not negative.
-        loss = 0.0 if self._loss is None else float(self._loss)
+        # Where only the last pipeline stage knows the loss, and the others have 0, it is not negative.
+        loss = float(self._loss)
         values = [loss, grad_norm]
         broken = [0.0 if math.isfinite(value) else 1.0 for value in values]
         finite = [value if math.isfinite(value) else 0.0 for value in values]
@@ -164,9 +171,9 @@ class BatchGuard(pl.Callback):
             },
         )
 
-    # Lightning stores and restores these with every checkpoint.
+    # Stored and restored with every checkpoint.
     def state_dict(self) -> dict[str, Any]:
-        """The losses that the spike rule looks at, and how many batches were skipped."""
+        """The values that the spike rule looks at, and how many batches were skipped."""
         return {
             "accepted": self._accepted,
             "skipped": self._skipped,

@@ -1,17 +1,15 @@
-"""Megatron's optimizer and schedule, and their adapters to what NeMo-Aligner's trainers call."""
+"""Megatron's optimizer with its learning rate, as NeMo-Aligner's trainers call them."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from phimr_nemo.config import OptimConfig
-from phimr_nemo.errors import UserError
+from phimr_nemo.training.schedule import exempt_from_decay, learning_rate
 
 
 class TrainerOptimizer:
@@ -35,42 +33,55 @@ class TrainerOptimizer:
         self.megatron.zero_grad()
 
     def step(self, closure: None = None) -> None:  # noqa: ARG002  DPOTrainer passes closure=None
-        """Clip, update, and remember the norm before clipping.
-
-        Raises:
-            UserError: the norm is not finite. The weights are lost then; the newest checkpoint is not.
-        """
+        """Clip, update, and remember the norm before clipping; the guard stands before the update."""
         _updated, norm, _zeros = self.megatron.step()
-        check_finite("the gradient norm", float(norm))
         self.grad_norm = float(norm)
 
 
 class TrainerScheduler:
-    """Megatron's learning-rate schedule behind `step()`, counted in optimizer steps."""
+    """:func:`learning_rate` behind what NeMo-Aligner's trainers call: `step()` after each optimizer step.
 
-    def __init__(self, megatron: OptimizerParamScheduler) -> None:
-        self.megatron = megatron
+    Args:
+        optim: rates and form.
+        optimizer: anything with `param_groups`; they get the rate of the step to come.
+        steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, optim: OptimConfig, optimizer: Any, steps: int) -> None:
+        self._optim, self._optimizer, self._steps, self._step = optim, optimizer, steps, 0
+        exempt_from_decay(optimizer.param_groups)
+        self._set()
 
     def step(self) -> None:
         """Go on by one optimizer step."""
-        self.megatron.step(increment=1)
+        self._step += 1
+        self._set()
+
+    def _set(self) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._step, self._steps, self._optim)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the optimizer steps done."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after them."""
+        self._step = int(state["step"])
+        self._set()
 
 
 def build_optimizer(
     config: OptimConfig, models: list[nn.Module], *, steps: int, dtype: torch.dtype
 ) -> tuple[TrainerOptimizer, TrainerScheduler]:
-    """AdamW over the models' parameters and a schedule (:func:`build_schedule`) for `steps` optimizer steps.
+    """Make AdamW over the models' parameters, and its schedule.
 
     Args:
         config: rates, betas, weight decay, clipping.
         models: model chunks inside Megatron's DistributedDataParallel.
         steps: optimizer steps of the whole run.
         dtype: of the parameters.
-
-    Raises:
-        UserError: min_lr above lr, or a warm-up share outside [0, 1].
     """
-    _check(config)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -91,61 +102,4 @@ def build_optimizer(
     # could not be loaded.
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
-    return TrainerOptimizer(optimizer), TrainerScheduler(build_schedule(config, optimizer, steps))
-
-
-def build_schedule(config: OptimConfig, optimizer: Any, steps: int) -> OptimizerParamScheduler:
-    """The learning rate of each optimizer step, set in the optimizer's parameter groups.
-
-    In the warm-up of w = warmup_fraction * steps steps, step k (from 0) has the rate lr (k + 1) / w, so that no step
-    is spent at a rate of 0; then it falls to `min_lr`, which step `steps` would have.
-
-    Args:
-        config: rates and form of the schedule.
-        optimizer: anything with `param_groups`.
-        steps: optimizer steps of the whole run.
-    """
-    warmup = round(config.warmup_fraction * steps)
-    return OptimizerParamScheduler(
-        optimizer,
-        # Megatron's line from init_lr at step 0 to lr at step warmup - 1 is then lr (k + 1) / warmup.
-        init_lr=config.lr / max(warmup, 1),
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=max(warmup - 1, 0),
-        lr_decay_steps=steps,
-        lr_decay_style=config.schedule,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-    )
-
-
-def check_finite(name: str, value: float) -> None:
-    """Stop a run that has diverged.
-
-    Raises:
-        UserError: the value is NaN or infinite.
-    """
-    if not math.isfinite(value):
-        raise UserError(
-            f"{name} is {value}",
-            rule="training goes on only with finite numbers",
-            remedy="lower optim.lr or optim.clip_grad; the newest checkpoint is from before this step",
-        )
-
-
-def _check(config: OptimConfig) -> None:
-    if not 0.0 <= config.min_lr <= config.lr:
-        raise UserError(
-            f"optim.min_lr={config.min_lr} with optim.lr={config.lr}",
-            rule="0 <= min_lr <= lr",
-            remedy="lower optim.min_lr or raise optim.lr",
-        )
-    if not 0.0 <= config.warmup_fraction <= 1.0:
-        raise UserError(
-            f"optim.warmup_fraction={config.warmup_fraction}",
-            rule="a share of the steps between 0 and 1",
-            remedy="0.1 is the paper's value for stage 1",
-        )
+    return TrainerOptimizer(optimizer), TrainerScheduler(config, optimizer, steps)

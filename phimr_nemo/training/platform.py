@@ -18,8 +18,8 @@ from torch.utils._device import _device_constructors
 CPU: Final = torch.device("cpu")
 
 # Factories that Megatron-Core calls with device="cuda" or pin_memory: optimizer, gradient clipping and buffers,
-# pipeline schedules, checkpoint exchange.
-_FACTORIES: Final = ("empty", "empty_like", "tensor", "zeros")
+# pipeline schedules, checkpoint exchange; in 0.19 masks of windowed attention as well.
+_FACTORIES: Final = ("empty", "empty_like", "ones", "tensor", "zeros")
 
 
 def device() -> torch.device:

@@ -57,6 +57,11 @@ class WorkCounter:
         slots = torch.full_like(valid, batch["tokens"].numel())
         self._sums += torch.stack([slots, tokens, valid, pairs]).to(self._sums.device)
 
+    def add_counts(self, work: Work) -> None:
+        """Count a micro-batch by its numbers, of this rank."""
+        sums = torch.tensor([work.slots, work.tokens, work.valid, work.pairs], dtype=torch.float64)
+        self._sums += sums.to(self._sums.device)
+
     def take(self) -> Work:
         """Everything since the last call, over all data-parallel ranks (collective)."""
         sums = self._sums / self._chunks
@@ -93,6 +98,26 @@ def rates(work: Work, seconds: float, processes: int, arch: Architecture, fp8: b
     if peak is not None:
         found["mfu"] = flops / (2 * peak if fp8 else peak)
     return found
+
+
+class Speed:
+    """The metrics of throughput and memory of one run.
+
+    Args:
+        counter: what this rank has computed.
+        processes: of the run.
+        architecture: the model, for its FLOPs.
+        fp8: whether matrix products run in 8 bits.
+    """
+
+    def __init__(self, counter: WorkCounter, *, processes: int, architecture: Architecture, fp8: bool) -> None:
+        self.counter = counter
+        self._processes, self._architecture, self._fp8 = processes, architecture, fp8
+
+    def __call__(self, seconds: float) -> dict[str, float]:
+        """Return the metrics of everything since the last call, which took so many seconds (collective)."""
+        found = rates(self.counter.take(), seconds, self._processes, self._architecture, self._fp8)
+        return {**found, "memory_gib": peak_memory_gib()}
 
 
 def peak_memory_gib() -> float:

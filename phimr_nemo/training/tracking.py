@@ -1,15 +1,19 @@
-"""Weights & Biases, for those who want it."""
+"""Where a run's metrics go: metrics.jsonl, TensorBoard, and Weights & Biases for those who want it."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phimr_nemo.config import WandbConfig
+import torch.distributed as dist
+
+from phimr_nemo.config import TrackingConfig, WandbConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import content_id
+from phimr_nemo.store.runs import MetricsWriter
 
 
 class WandbTracker:
@@ -53,3 +57,47 @@ class WandbTracker:
     def close(self) -> None:
         """Finish sending."""
         self._run.finish()
+
+
+class RunLog:
+    """Named scalars of steps, to every place that the configuration names. Process 0 has one.
+
+    Args:
+        directory: the run directory.
+        tracking: the places besides metrics.jsonl and TensorBoard.
+        settings: the run's configuration, shown beside its curves.
+        done: steps done; lines of later steps, of an interrupted run, are dropped.
+    """
+
+    def __init__(self, directory: Path, tracking: TrackingConfig, settings: Mapping[str, Any], *, done: int) -> None:
+        wandb = tracking.wandb
+        self._tracker = None if wandb is None else WandbTracker(wandb, directory, settings)
+        self._writer = MetricsWriter(directory, from_step=done + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write named scalars of a step."""
+        self._writer.write(step, metrics)
+        if self._tracker is not None:
+            self._tracker.write(step, metrics)
+
+    def write_histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Add a distribution to TensorBoard."""
+        self._writer.write_histogram(step, name, values)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._writer.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+
+@contextlib.contextmanager
+def open_log(
+    directory: Path, tracking: TrackingConfig, settings: Mapping[str, Any], *, done: int
+) -> Iterator[RunLog | None]:
+    """A :class:`RunLog` on process 0, None elsewhere."""
+    if dist.get_rank() != 0:
+        yield None
+        return
+    with contextlib.closing(RunLog(directory, tracking, settings, done=done)) as log:
+        yield log

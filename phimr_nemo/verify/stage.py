@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tqdm import tqdm
-
 from phimr_nemo.config import JudgeConfig, VerifyConfig, to_dict
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_file
+from phimr_nemo.store.inputs import TABLES, table_remedy
+from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.shards import (
     check_shard,
     finish,
@@ -110,7 +110,7 @@ def verify_rollouts(
         contextlib.nullcontext()
         if judge is None
         else Judge(judge, out_dir / JUDGE_DIRECTORY, shard_index) as judging,
-        tqdm(total=manifest.rows, desc="verify", unit="answer") as bar,
+        Progress(manifest.rows, title="verify", unit="answer") as progress,
     ):
         for index, (name, sha256) in enumerate(shards):
             if index % shard_count != shard_index:
@@ -121,7 +121,7 @@ def verify_rollouts(
                 if judging is not None:
                     verdicts = _named(judging.review(verdicts), name_of_grader)
                 write_shard(out_dir, index, verdicts, kind="verdicts")
-            bar.update(table.num_rows)
+            progress.update(table.num_rows)
     _check_no_stale(out_dir, len(shards))
     if not all(shard_is_complete(out_dir, index) for index in range(len(shards))):
         return None
@@ -214,10 +214,19 @@ def verify_file(source: Path, target: Path, *, response: str, answer: str, worke
             is missing. Nothing is written then.
     """
     if not source.is_file():
+        is_directory = source.is_dir()
         raise UserError(
-            f"input {source} does not exist",
+            f"input {source} {'is a directory' if is_directory else 'does not exist'}",
             rule="IN is a file of JSON lines or parquet",
-            remedy="correct the path",
+            remedy=f"to grade rollouts: phimr verify rollouts={source} run.output=..."
+            if is_directory
+            else "correct the path",
+        )
+    if source.suffix.lower() in TABLES:
+        raise UserError(
+            f"input {source} is a table of text",
+            rule="IN is a file of JSON lines or parquet",
+            remedy=table_remedy(source),
         )
     if target.exists() and source.samefile(target):
         raise UserError(f"IN and OUT are both {source}", rule="OUT is another file", remedy="name another OUT")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +134,3 @@ def test_model_preset_is_an_architecture(path: Path) -> None:
 def test_plan_preset_is_of_the_stage_that_it_is_named_for(path: Path) -> None:
     config = load_config(PLANS[path.stem], path)
     assert to_dict(config)["stage"] == path.stem
-
-
-@pytest.mark.parametrize("path", files("cluster"), ids=named)
-def test_cluster_preset_is_a_slurm_executor(path: Path) -> None:
-    import nemo_run as run
-
-    values = yaml.safe_load(path.read_text("utf-8"))
-    assert set(values) <= set(inspect.signature(run.SlurmExecutor).parameters)
-    executor = run.SlurmExecutor(**values)
-    assert {name: getattr(executor, name) for name in values} == values

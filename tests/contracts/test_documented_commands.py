@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))
 FRONT = ("README.md", "recipes/README.md", "CONTRIBUTING.md")
 DOCUMENTS = (*FRONT, "bench/results/README.md", *DOCS)
-BLOCK = re.compile(r"^```(?:bash|sh|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(?:bash|sh|shell)(?: \w+)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 # Commands of the system that a README may use; what they do is not ours to check.
 SYSTEM = {"git", "cd", "cp", "source", "export", "pip", "python3", "tail", "cat", "less", "ls", "."}
@@ -65,7 +65,7 @@ def check(command: str) -> None:
         assert targets, f"{command}: no target"
     elif program in ("phimr", ".venv/bin/phimr", ".venv-vllm/bin/phimr"):
         check_phimr(arguments)
-    elif program == "sbatch" or program.startswith("slurm/"):
+    elif program in ("sbatch", "bash") or program.startswith("slurm/"):
         check_slurm(words, settings)
     elif program in ("python", ".venv/bin/python"):
         check_python(arguments)
@@ -92,7 +92,11 @@ def check_phimr(arguments: list[str]) -> None:
 
 def check_slurm(words: list[str], settings: dict[str, str]) -> None:
     script = next(word for word in words if word.startswith("slurm/"))
-    arguments = words[words.index(script) + 1 :]
+    options, arguments = words[: words.index(script)], words[words.index(script) + 1 :]
+    # The first component's, of a heterogeneous job.
+    nodes = next((word.partition("=")[2] for word in options if word.startswith("--nodes=")), None)
+    if nodes is not None:
+        settings = {**settings, "SLURM_JOB_NUM_NODES": nodes}
     assert (REPOSITORY / script).is_file(), f"{script} does not exist"
     assert run("bash", "-n", script).returncode == 0
     done = run("bash", script, *arguments, env={**settings, "DRY_RUN": "1"})
@@ -100,9 +104,8 @@ def check_slurm(words: list[str], settings: dict[str, str]) -> None:
     stage = Path(script).stem
     if stage in STAGES:
         printed = shlex.split(done.stdout)
-        recipe = f"recipes.{stage}"
-        start = 1 + (printed.index(recipe) if recipe in printed else printed.index("phimr_nemo.cli") + 1)
-        assert printed[start - 1] in (recipe, stage)
+        start = printed.index("phimr_nemo.cli") + 2
+        assert printed[start - 1] == stage
         assert printed[start] == "--config"
         load_config(STAGES[stage], Path(printed[start + 1]), printed[start + 2 :])
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from phimr_nemo.align import checkpoint, policy, trainer_log
+from phimr_nemo.align import policy, trainer_log
 from phimr_nemo.align.dpo import stage as dpo_stage
 from phimr_nemo.align.grpo import objective
 from phimr_nemo.align.grpo import stage as grpo_stage
@@ -94,7 +94,7 @@ def planted(fault: str | None) -> Iterator[None]:
                 real_load(self, state)
             self.optimizer.megatron.reload_model_params()
 
-        with mock.patch.object(checkpoint.MegatronPolicy, "load_state_dict", forgetful):
+        with mock.patch.object(policy.MegatronPolicy, "load_state_dict", forgetful):
             yield
     else:
         raise ValueError(fault)
@@ -105,8 +105,8 @@ def signalled(stop_after: int | None) -> Iterator[None]:
     """Send this process SIGUSR1 while it logs step `stop_after`, as a scheduler might."""
     real = trainer_log.TrainerLog._write
 
-    def write(self: Any, step: int, row: Any) -> None:
-        real(self, step, row)
+    def write(self: Any, step: int, row: Any, seconds: float) -> None:
+        real(self, step, row, seconds)
         if step == stop_after and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), signal.SIGUSR1)
 

@@ -92,10 +92,11 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         with tempfile.TemporaryDirectory() as scratch:
-            connection.send_bytes(pickle.dumps(_run(request, Path(scratch))))
+            connection.send_bytes(pickle.dumps(run_ranks(request, Path(scratch))))
 
 
-def _run(request: bytes, scratch: Path) -> list[Outcome]:
+def run_ranks(request: bytes, scratch: Path) -> list[Outcome]:
+    """Fork the ranks of one request: a pickled (function, number of ranks, arguments, environment)."""
     fn, world_size, args, environment = pickle.loads(request)
     context = multiprocessing.get_context("fork")
     port = _free_port()

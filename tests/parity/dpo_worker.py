@@ -16,16 +16,17 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from phimr_nemo.align import policy
-from phimr_nemo.align.dpo import objective as preference
+from phimr_nemo.align.dpo import objective
 from phimr_nemo.align.dpo import stage as dpo
 from phimr_nemo.align.dpo.pairs import PairCollate, load_pairs
 from phimr_nemo.align.microbatch import MicroBatch
 from phimr_nemo.config import DPOConfig, ParallelConfig, load_config
-from phimr_nemo.config.alignment import PlainLoss
+from phimr_nemo.config.dpo import PlainLoss
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.losses import IGNORED_LABEL, token_logprobs
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.training.distributed import start_process_group
+from phimr_nemo.training.guard import BatchGuard
 
 REFERENCE_SPREAD = 5.0
 """Nats: references as far from the policy as late in training, so that every pair has a weight of its own."""
@@ -71,13 +72,13 @@ def planted(fault: str | None) -> Iterator[None]:
         with mock.patch.object(policy, "packed_parameters", lambda documents: whole((sum(documents),))):
             yield
     elif fault == "sides swapped in one row":
-        real_sums = preference.sequence_sums
+        real_sums = objective.sequence_sums
 
         def swapped(values: Tensor, micro: Any) -> Tensor:
             sums = real_sums(values, micro)
             return sums.flip(0) if micro.documents and values.requires_grad else sums
 
-        with mock.patch.object(preference, "sequence_sums", swapped):
+        with mock.patch.object(objective, "sequence_sums", swapped):
             yield
     else:
         raise ValueError(fault)
@@ -89,7 +90,7 @@ def one_step(path: Path, overrides: Sequence[str], fault: str | None) -> Step:
     base = HFDirectory(config.base)
     start_process_group(config.parallel, config.run.seed)
     pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
-    trained = dpo.build_policy(config, base, steps=1)
+    trained = dpo.build_policy(config, base, 1, BatchGuard(config.run.output, config.guard, lambda _: []))
     pad = base.architecture.pad_token_id
     noise = torch.randn(2, len(pairs), generator=torch.Generator().manual_seed(0))
     collate = PairCollate(
@@ -141,8 +142,8 @@ def aligner_and_our_loss(kind: str) -> tuple[Loss, Loss]:
 
     mine = hidden.clone().requires_grad_()
     micro = MicroBatch(labels, labels, {"reference": reference.sum(1)})
-    loss_sum, metrics = preference.pair_loss(PlainLoss(kind=kind), beta)(  # type: ignore[arg-type]
-        preference.pair_sums(token_logprobs(mine, weight, labels), micro)
+    loss_sum, metrics = objective.pair_loss(PlainLoss(kind=kind), beta)(  # type: ignore[arg-type]
+        objective.pair_sums(token_logprobs(mine, weight, labels), micro)
     )
     (loss_sum / pairs).backward()
 

@@ -28,6 +28,7 @@ from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron import gpt as megatron
 from phimr_nemo.training.distributed import start_process_group
+from phimr_nemo.training.guard import BatchGuard
 
 PROMPT = 5
 NOISE = 0.2
@@ -105,7 +106,7 @@ def one_update(path: Path, overrides: Sequence[str], lengths: Sequence[int], fau
     config = load_config(GRPOConfig, path, overrides)
     base = HFDirectory(config.base)
     start_process_group(config.parallel, config.run.seed)
-    trained = grpo._policy(config, base)
+    trained = grpo.build_policy(config, base, BatchGuard(config.run.output, config.guard, lambda _: []))
     batch = rows_of(lengths, base.architecture.vocab_size, base.architecture.pad_token_id)
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     batch = {name: value[rank::ranks] for name, value in batch.items()}

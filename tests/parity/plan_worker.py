@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phimr_nemo.config import OptimConfig, ParallelConfig
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.megatron.configuration import transformer_config
 from phimr_nemo.model.megatron.gpt import build_model
 from phimr_nemo.plan.memory import MicroBatch, Recompute
 from phimr_nemo.training.optimizer import build_optimizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORDS = 100
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
@@ -152,7 +152,7 @@ def build(case: Case) -> DistributedDataParallel:
     config = transformer_config(
         case.arch,
         parallel,
-        dtype=DTYPES[case.dtype],
+        dtype=torch_dtype(case.dtype),
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         **RECOMPUTE[case.recompute],
@@ -180,7 +180,7 @@ def optimizer_tensors(optimizer: Any) -> list[Tensor]:
 def measure(case: Case) -> Measured:
     """Run a step and count."""
     model = build(case)
-    optimizer, _ = build_optimizer(optim(case.distributed), [model], steps=1, dtype=DTYPES[case.dtype])
+    optimizer, _ = build_optimizer(optim(case.distributed), [model], steps=1, dtype=torch_dtype(case.dtype))
     weights = list(model.parameters())
     gradients = [buffer.grad_data for buffer in model.buffers]
     states = optimizer_tensors(optimizer.megatron)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from align_inputs import CONF, make_inputs
 from distributed import run_distributed
 from dpo_worker import Step, one_step
-from test_align_parity import CONF, make_inputs
 
 PAIRS = 32
 TOLERANCE = 1e-5

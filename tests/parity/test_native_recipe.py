@@ -91,6 +91,7 @@ def data_rows(inputs: Path) -> int:
 def test_what_only_phimr_offers_is_refused(inputs: Path, tmp_path: Path) -> None:
     from recipes.native import native_recipe
 
-    settings = config(inputs, tmp_path / "run", "early_stopping.patience=1", "early_stopping.min_delta=0.0")
+    stops = ("early_stopping.patience=1", "early_stopping.min_delta=0.0", "checkpoint.metric=loss")
+    settings = config(inputs, tmp_path / "run", *stops)
     with pytest.raises(UserError, match="early_stopping"):
         native_recipe(STAGE, settings, nodes=1, accelerator="gpu")

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from align_inputs import make_case, make_inputs
 from align_worker import run_case
 from distributed import RanksFailed, run_distributed
 from rollout_server import RolloutServer
@@ -15,8 +16,6 @@ from test_align_parity import (
     STEPS,
     STOP,
     curve,
-    make_case,
-    make_inputs,
     weights_differ_by,
 )
 
@@ -53,9 +52,9 @@ def server(root: Path, port: int = 0) -> RolloutServer:
 def over(*servers: RolloutServer, recovery: int = 60) -> tuple[str, ...]:
     """Overrides for a run that samples on these servers."""
     return (
-        *("sampler.kind=vllm_server", f"sampler.base_urls=[{','.join(server.url for server in servers)}]"),
-        *("sampler.in_flight=4", "sampler.request_seconds=60", "sampler.attempts=8", "sampler.probe_seconds=0.2"),
-        *(f"sampler.recovery_seconds={recovery}", "sampler.bucket_mb=1"),
+        *("engine.kind=vllm_server", f"engine.base_urls=[{','.join(server.url for server in servers)}]"),
+        *("engine.in_flight=4", "engine.request_seconds=60", "engine.attempts=8", "engine.probe_seconds=0.2"),
+        *(f"engine.recovery_seconds={recovery}", "engine.bucket_mb=1"),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from rollout_server import RolloutServer
 from torch import Tensor
 
-from phimr_nemo.config import BaseConfig, RolloutServers, Stale, load_config
+from phimr_nemo.config import BaseConfig, ServerEngine, Stale, load_config
 from phimr_nemo.endpoint.wire import Transient
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local.engine import LocalSampler
@@ -94,7 +94,7 @@ def wanted(model: Path, identity: Identity) -> Wanted:
     )
 
 
-def settings(servers: Sequence[RolloutServer | str], **changes: Any) -> RolloutServers:
+def settings(servers: Sequence[RolloutServer | str], **changes: Any) -> ServerEngine:
     values: dict[str, Any] = {
         "kind": "vllm_server",
         "in_flight": 3,
@@ -106,11 +106,11 @@ def settings(servers: Sequence[RolloutServer | str], **changes: Any) -> RolloutS
         **changes,
     }
     urls = tuple(server if isinstance(server, str) else server.url for server in servers)
-    return RolloutServers(base_urls=urls, **values)
+    return ServerEngine(base_urls=urls, **values)
 
 
 def sampler_of(
-    config: RolloutServers,
+    config: ServerEngine,
     wanted: Wanted,
     stale: Stale = "resample",
     leader: bool = True,

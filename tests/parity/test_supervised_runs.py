@@ -182,29 +182,32 @@ def test_the_run_can_end_at_such_a_batch_instead(
     assert not (tmp_path / "run" / "hf").exists()
 
 
-SATURATING = (
+CONVERGING = (
     *("validation_rows=4", "validate_every=1", "checkpoint.best=true"),
     # Nothing but the first measurement is progress.
     *("early_stopping.patience=4", "early_stopping.min_delta=100.0"),
 )
 
 
-def test_training_ends_when_validation_saturates_also_when_it_was_interrupted(inputs: Path, tmp_path: Path) -> None:
+def test_training_ends_when_validation_gets_no_better_also_after_an_interruption(
+    inputs: Path, tmp_path: Path
+) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    run_distributed(train, 1, STAGE, overrides(STAGE, inputs, straight, SATURATING))
-    assert run_distributed(train_and_stop, 1, STAGE, overrides(STAGE, inputs, stopped, SATURATING)) == [True]
-    run_distributed(train, 1, STAGE, overrides(STAGE, inputs, stopped, SATURATING))
+    run_distributed(train, 1, STAGE, overrides(STAGE, inputs, straight, CONVERGING))
+    assert run_distributed(train_and_stop, 1, STAGE, overrides(STAGE, inputs, stopped, CONVERGING)) == [True]
+    run_distributed(train, 1, STAGE, overrides(STAGE, inputs, stopped, CONVERGING))
     for run in (straight, stopped):
         facts = RunDirectory(run).closing_facts()
         # The first measurement, and patience = 4 more.
-        assert (facts["steps"], facts["saturated"]) == (5, True)
+        assert (facts["steps"], facts["converged"]) == (5, True)
         measured = [row["step"] for row in read_metrics(run) if "val_loss" in row]
         assert measured == [1, 2, 3, 4, 5]
         validation = {row["step"]: row["val_loss"] for row in read_metrics(run) if "val_loss" in row}
         best = min(validation, key=lambda step: validation[step])
         kept = {path.name for path in checkpoints(run / "checkpoints")}
         assert kept == {"step=5", f"step={best}"}
-        assert json.loads((run / "checkpoints" / "best.json").read_text())["step"] == best
+        assert facts["exported_step"] == best
+        assert facts["measure"] == {"metric": "val_loss", "value": validation[best]}
     assert differences(straight, stopped) == (0.0, 0.0, 0.0)
 
 
@@ -221,9 +224,10 @@ def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
 ) -> None:
     """On a pipeline: the weights come from two processes. The last answers are those of the exported model, and the
     configuration's grader judges them."""
+    from phimr_nemo.config import LocalEngine
     from phimr_nemo.data.chat import decode_response, load_tokenizer, render_prompts
     from phimr_nemo.data.synthetic.problems import generate_problems
-    from phimr_nemo.generate.engines import open_local
+    from phimr_nemo.generate.engines import SampledModel, open_engine
     from phimr_nemo.generate.sampler import Request, SamplingParams
     from phimr_nemo.store.content import content_seed
 
@@ -250,14 +254,16 @@ def test_pass1_while_training_is_the_model_s_own_and_disturbs_nothing(
     assert written["grader"].startswith("even_length:grade")
     problems = generate_problems(0, count, "heldout").to_pylist()
     questions = [problem["question"] for problem in problems]
-    sampler, _ = open_local(run / "hf", questions, max_new_tokens=tokens, max_batch=8)
+    params = SamplingParams(0.6, 0.95, tokens)
+    model = SampledModel(directory=run / "hf", turns=questions)
+    sampler = open_engine(LocalEngine(max_batch=8), model, params).sampler
     tokenizer = load_tokenizer(run / "hf")
     requests = [
         Request(f"{problem['id']}:{n}", tuple(ids), content_seed("0", problem["id"], str(n)))
         for problem, ids in zip(problems, render_prompts(tokenizer, questions), strict=True)
         for n in range(2)
     ]
-    completions = sampler.sample(requests, SamplingParams(0.6, 0.95, tokens))
+    completions = sampler.sample(requests, params)
     assert [row["response"] for row in rows] == [decode_response(tokenizer, c.token_ids) for c in completions]
 
 

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from processes import start
 from safetensors.torch import load_file
 
 from phimr_nemo.config import ParallelConfig, QuickstartConfig, load_config
@@ -30,11 +30,14 @@ from phimr_nemo.data.chat import load_tokenizer, render_conversation
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.jobs.quickstart import ROWS, Step, seed_steps, write_report
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.convert import load_tensors
+from phimr_nemo.model.origin import Origin, read_origin
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 from phimr_nemo.store.shards import read_manifest, read_table
+from phimr_nemo.training.seal import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +93,7 @@ def plan(root: Path) -> list[Step]:
 
 def run_and_kill(step: Step) -> None:
     """Start a training step and kill it without warning as soon as it has trained."""
-    process = subprocess.Popen([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], start_new_session=True)
+    process = start([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], start_new_session=True)
     while not list(read_metrics(step.output)) and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -288,6 +291,14 @@ def test_without_one_right_answer_grpo_changes_nothing(run: Run) -> None:
 def test_a_model_is_a_plain_phi3_directory(name: str, run: Run) -> None:
     directory = run.model(name)
     config = json.loads((directory / "config.json").read_text())
+    made = read_origin(directory)
+    last = "grpo" if name == "release" else name
+    if last == "base":
+        assert made == Origin(single_turn=True)
+    else:
+        stage = run.config(last)
+        assert (made.sequence_length, made.longrope) == (stage.sequence_length, stage.model.longrope)
+        assert made.single_turn
     assert config["architectures"] == ["Phi3ForCausalLM"]
     assert "auto_map" not in config
     assert {path.suffix for path in directory.iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}
@@ -332,17 +343,17 @@ def test_megatron_and_transformers_give_the_same_logits(name: str, length: int, 
     assert (logits(model, ids) - reference(run.model(name), ids)).abs().max() < LOGIT_TOLERANCE
 
 
-CHECKPOINTS = {"midtrain": ("step=*/weights", "module."), "sft": ("step=*/weights", "module."), "dpo": ("step-*", "")}
+PREFIXES = {"midtrain": "module.", "sft": "module.", "dpo": ""}
 
 
 @pytest.mark.usefixtures("megatron_groups")
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", PREFIXES)
 def test_the_exported_model_is_the_trained_one(name: str, run: Run) -> None:
     """Logits from the trainer's own checkpoint, which knows nothing of the export, equal the exported directory's."""
     from native import empty_model, load_checkpoint, logits
 
-    pattern, prefix = CHECKPOINTS[name]
-    checkpoint = max((run.root / name / "checkpoints").glob(pattern))
+    prefix = PREFIXES[name]
+    checkpoint = checkpoints(run.root / name / "checkpoints")[0] / NEMO_WEIGHTS
     directory = run.model(name)
     for length in LENGTHS:
         ids = random_ids(directory, length)

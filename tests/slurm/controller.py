@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
+from processes import start
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 SYSTEM_PATH = "/usr/sbin:/usr/local/sbin"
@@ -175,7 +176,7 @@ class Slurm:
         program = _program(command[0])
         assert program is not None
         with (self.root / f"{name}.out").open("ab") as log:
-            self._daemons[name] = subprocess.Popen(
+            self._daemons[name] = start(
                 [program, *command[1:]],
                 env=self.environment,
                 cwd=self.root,

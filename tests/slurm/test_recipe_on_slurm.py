@@ -128,7 +128,7 @@ def tasks(slurm: Slurm, stage: str, **variables: str) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             line, environ = process.cmdline(), process.environ()
             in_task = "SLURM_PROCID" in environ and line[0].endswith("python")
-            in_stage = f"recipes.{stage}" in line or ("phimr_nemo.cli" in line and stage in line)
+            in_stage = "phimr_nemo.cli" in line and stage in line
             if in_task and in_stage and all(environ.get(k) == v for k, v in variables.items()):
                 found.append(process)
     return found

@@ -50,9 +50,12 @@ def test_a_template_without_a_system_prompt_is_warned_of_before_the_work(
     """In either place where it may stand, and only then."""
     adopt(instruct, tmp_path / "ready", system_prompt=REASONING_SYSTEM_PROMPT)
     config = load_config(
-        MidtrainConfig, Path("conf/midtrain/tiny.yaml"), [f"base={instruct}", f"data={tmp_path}", "max_steps=1"]
+        MidtrainConfig,
+        Path("conf/midtrain/tiny.yaml"),
+        [f"base={instruct}", f"data={tmp_path}", "max_steps=1", "validation_rows=0"],
     )
-    write_shard(tmp_path, 0, rows_to_table([], "rows"), kind="rows")
+    row = {"input_ids": [1], "loss_mask": [1], "document_lengths": [1]}
+    write_shard(tmp_path, 0, rows_to_table([row] * config.global_batch, "rows"), kind="rows")
     finish(tmp_path, kind="rows", config={})
     with caplog.at_level(logging.WARNING):
         preflight("midtrain", config)

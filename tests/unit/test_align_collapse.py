@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +17,17 @@ import pytest
 
 from phimr_nemo.align.grpo.collapse import REMEDIES, RISING, CollapseWatch
 from phimr_nemo.align.grpo.log import GRPOLog
+from phimr_nemo.align.grpo.rewards import Graded
 from phimr_nemo.align.grpo.rollouts import Rollout, graded_rollouts, rollout_metrics
-from phimr_nemo.align.plots import GRPO_PLOT_FILE, plot_grpo
-from phimr_nemo.config import GRPOConfig, load_config
-from phimr_nemo.config.alignment import MonitorConfig
+from phimr_nemo.config import GRPOConfig, TrackingConfig, load_config
+from phimr_nemo.config.grpo import MonitorConfig
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.generate.sampler import Completion
-from phimr_nemo.store.runs import METRICS_FILE, MetricsWriter, read_metrics
+from phimr_nemo.store.runs import METRICS_FILE, read_metrics
 from phimr_nemo.training.metrics import PASS_RATE_NAMES
+from phimr_nemo.training.plots import GRPO_PLOT_FILE, plot_grpo
+from phimr_nemo.training.tracking import RunLog
 
 HEALTHY: Mapping[str, float] = {"pass_rate": 0.6, "repetitive": 0.01, "truncated": 0.1, "entropy": 0.3}
 GROUP = 8
@@ -116,9 +119,10 @@ def metrics_of(texts: list[str], right: bool) -> dict[str, float]:
         Completion(f"{number // GROUP}/{number % GROUP}", (1,) * len(text), (-0.3,) * len(text), "stop")
         for number, text in enumerate(whole)
     ]
-    verdicts = [SimpleNamespace(verdict="correct" if right else "wrong")] * len(whole)
-    rollouts = graded_rollouts(completions, whole, verdicts, dict.fromkeys(range(len(whole) // GROUP), 0))
-    return rollout_metrics(rollouts, [1.0 if right else -1.0] * len(whole))
+    verdict, reward = ("correct", 1.0) if right else ("wrong", -1.0)
+    graded = [Graded(text, "1", verdict, len(text), len(text), is_truncated=False) for text in whole]
+    prompt_of = dict.fromkeys(range(len(whole) // GROUP), 0)
+    return rollout_metrics(graded_rollouts(completions, graded, prompt_of, lambda _: {"correctness": reward}))
 
 
 def test_loops_alarm_and_healthy_solutions_do_not(monitor: MonitorConfig) -> None:
@@ -159,6 +163,19 @@ def test_recorded_runs_alarm_where_they_collapsed_and_nowhere_else(repository: P
     assert list(found.values()) == [{}, {}, {}]
 
 
+def test_a_grader_that_gives_up_alarms_and_an_older_run_that_did_not_count_that_does_not(
+    monitor: MonitorConfig,
+) -> None:
+    """A window of five with one round at 6 %: 1.2 % on the mean, above the bound of 1 %."""
+    assert (monitor.window, monitor.ungraded_warning) == (5, 0.01)
+    lost = {**HEALTHY, "ungraded": 0.06}
+    watch = CollapseWatch(monitor)
+    assert not steps(watch, [HEALTHY] * 8)
+    said = steps(watch, [lost], 9)
+    assert watch.found == {"grader": 9}
+    assert "gave up on 1.2%" in said[0][1]
+
+
 # ---- the log -----------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +185,7 @@ def rollout(slot: int, sample: int, *, correct: bool) -> Rollout:
 
 def log_round(log: GRPOLog, step: int, rollouts: list[Rollout]) -> None:
     """What the trainer sends in a round, in its order."""
-    log.log_metrics({**rollout_metrics(rollouts, [1.0] * len(rollouts)), "temperature": 0.6}, step, "train_rollouts/")
+    log.log_metrics({**rollout_metrics(rollouts), "temperature": 0.6}, step, "train_rollouts/")
     log.log_metrics({"loss": 0.5, "optim_step": 7}, step, "train_optim/")
     log.log_metrics({"loss": 1.5, "optim_step": 8}, step, "train_optim/")
     log.log_metrics({"sample": 2.0, "rollout_time": 3.0, "train_time": 4.0}, step, "timers/")
@@ -180,8 +197,9 @@ def test_rounds_become_lines_warnings_and_a_picture(
     good = [rollout(slot, sample, correct=sample < 3) for slot in range(4) for sample in range(4)]
     bad = [replace(each, is_correct=False, repetition=1.0) for each in good]
     settings = replace(monitor, dashboard_every=1000)
-    with MetricsWriter(tmp_path) as writer, caplog.at_level(logging.WARNING):
-        log = GRPOLog(writer, SimpleNamespace(grad_norm=2.0), 1, settings, tmp_path)  # type: ignore[arg-type]
+    with closing(RunLog(tmp_path, TrackingConfig(), {}, done=0)) as writer, caplog.at_level(logging.WARNING):
+        optimizer: Any = SimpleNamespace(grad_norm=2.0)
+        log = GRPOLog(writer, optimizer, 1, lambda _: {}, monitor=settings, directory=tmp_path)
         for step in range(12):
             log_round(log, step, good if step < 6 else bad)
         assert not (tmp_path / GRPO_PLOT_FILE).exists()

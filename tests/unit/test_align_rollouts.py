@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from phimr_nemo.align.grpo.rewards import Graded
 from phimr_nemo.align.grpo.rollouts import (
     Prompt,
     Rollout,
+    check_graded,
     graded_rollouts,
     groups_of,
     load_prompts,
@@ -39,7 +41,10 @@ def rollout(
     slot: int, sample: int, prompt: int, *tokens: int, correct: bool = False, cut_off: bool = False
 ) -> Rollout:
     logprobs = tuple(-0.1 * token for token in tokens)
-    return Rollout(slot, sample, prompt, tokens, logprobs, is_truncated=cut_off, is_correct=correct)
+    parts = {"correctness": 1.0 if correct else -1.0}
+    return Rollout(
+        slot, sample, prompt, tokens, logprobs, is_truncated=cut_off, is_correct=correct, reward_parts=parts
+    )
 
 
 def test_metrics_of_two_groups() -> None:
@@ -50,7 +55,7 @@ def test_metrics_of_two_groups() -> None:
         rollout(7, 0, 1, 5),
         rollout(7, 1, 1, 5),
     ]
-    metrics = rollout_metrics(rollouts, [1.0, -1.0, -1.0, -1.0])
+    metrics = rollout_metrics(rollouts)
     assert metrics["reward"] == pytest.approx(-0.5)
     assert metrics["pass_rate"] == pytest.approx(0.25)
     assert metrics["zero_gradient_groups"] == pytest.approx(0.5)
@@ -66,6 +71,24 @@ def test_metrics_of_two_groups() -> None:
     }
     # (0.1 + 0.2) + (0.1 + 0.2 + 0.3 + 0.4) + 0.5 + 0.5 nats over 8 tokens
     assert metrics["entropy"] == pytest.approx(2.3 / 8)
+
+
+def test_a_response_that_could_not_be_graded_is_in_no_mean() -> None:
+    """Group 0: one right of two graded; group 1: nothing graded, so that it is no group without a gradient."""
+    rollouts = [
+        rollout(0, 0, 0, 1, correct=True),
+        rollout(0, 1, 0, 1),
+        replace(rollout(0, 2, 0, 1), is_graded=False, reward_parts={}),
+        replace(rollout(1, 0, 1, 1), is_graded=False, reward_parts={}),
+    ]
+    metrics = rollout_metrics(rollouts)
+    assert metrics["ungraded"] == pytest.approx(2 / 4)
+    assert (metrics["reward"], metrics["pass_rate"], metrics["zero_gradient_groups"]) == (0.0, 0.5, 0.0)
+    assert metrics["groups_below_50"] == 1.0
+    assert sum(metrics[f"groups_{name}"] for name in PASS_RATE_BINS) == 1.0
+    check_graded(rollouts, 0.5)
+    with pytest.raises(UserError, match="gave up on 2 of 4"):
+        check_graded(rollouts, 0.49)
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 8, 128])
@@ -117,13 +140,18 @@ def test_requests_are_whole_groups_with_seeds_of_their_own() -> None:
 
 def test_completions_and_verdicts_become_rollouts() -> None:
     completions = [Completion("4/0", (1, 2), (-1.0, -2.0), "stop"), Completion("4/1", (3,), (-3.0,), "length")]
-    verdicts = [SimpleNamespace(verdict="correct"), SimpleNamespace(verdict="timeout")]
     loop = " ".join(f"x{number}" for number in range(30))
-    texts = ["2 + 2 = 4", f"{loop} {loop} {loop} {loop}"]
-    first, second = graded_rollouts(completions, texts, verdicts, {4: 1})
-    assert first == Rollout(4, 0, 1, (1, 2), (-1.0, -2.0), is_truncated=False, is_correct=True)
-    # Three of the four copies repeat the first.
-    assert second == Rollout(4, 1, 1, (3,), (-3.0,), is_truncated=True, is_correct=False, repetition=0.75)
+    graded = [
+        Graded("2 + 2 = 4", "4", "correct", 2, 8, is_truncated=False),
+        Graded(f"{loop} {loop} {loop} {loop}", "4", "timeout", 1, 8, is_truncated=True),
+    ]
+    first, second = graded_rollouts(completions, graded, {4: 1}, lambda response: {"length": response.tokens / 8})
+    parts = {"length": 2 / 8}
+    assert first == Rollout(4, 0, 1, (1, 2), (-1.0, -2.0), is_truncated=False, is_correct=True, reward_parts=parts)
+    # Three of the four copies repeat the first; and the grader gave up, which is no reward.
+    assert second == Rollout(
+        4, 1, 1, (3,), (-3.0,), is_truncated=True, is_correct=False, is_graded=False, repetition=0.75
+    )
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +194,14 @@ def test_prompts_are_filtered_by_spread_and_length_and_hard_ones_repeated(
     assert prompts.prompts[1] == Prompt("p3", "3", tuple(render_prompt(tokenizer, questions[3])), False)
     assert list(prompts.epoch) == [0, 0, 0, 1]
     assert (prompts.dropped_uneven, prompts.dropped_long) == (1, 1)
+
+
+def test_the_policy_is_asked_with_the_configured_prompt(
+    tmp_path: Path, repository: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = written_prompts(tmp_path / "prompts", ["What is 1 + 1?"], [0.2], [False])
+    prompts = load_prompts(path, tokenizer, grpo_config(repository, 'prompt="Think. {question}"'))
+    assert prompts.prompts[0].token_ids == tuple(render_prompt(tokenizer, "Think. What is 1 + 1?"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,18 @@ def test_without_rebalancing_the_whole_round_is_trained_on(repository: Path) -> 
     found = selected(rollouts_of([0, 4, 2]), config_of(repository, "rebalance.enabled=false"), step=0)
     assert list(found.kept) == list(range(12))
     assert (found.prompts, found.easy, found.impossible, found.surplus) == (3, 0, 0, 0)
+
+
+@pytest.mark.parametrize("rebalance", ["true", "false"])
+def test_what_could_not_be_graded_is_not_trained_on(repository: Path, rebalance: str) -> None:
+    """Right, lost, wrong, wrong: the lost response is no negative; a group that is lost whole is impossible."""
+    group = rollouts_of([1, 0])
+    given = [replace(each, is_graded=number not in (1, 4, 5, 6, 7)) for number, each in enumerate(group)]
+    for step in range(8):
+        found = selected(given, config_of(repository, f"rebalance.enabled={rebalance}"), step)
+        assert 1 not in found.kept
+        assert set(found.kept) <= {0, 2, 3}
+        assert (found.prompts, found.impossible) == (1, 1)
 
 
 @pytest.mark.parametrize(("change", "is_same"), [("run.seed=0", True), ("run.seed=1", False)])

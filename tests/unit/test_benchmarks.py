@@ -7,11 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from phimr_nemo.config import BenchmarkProblems, EvaluateConfig, load_config
+from phimr_nemo.config.evaluation import FROM_FILES_ONLY, BenchmarkName
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate import benchmarks
 from phimr_nemo.evaluate.benchmarks import BENCHMARKS, Benchmark, answers_digest, questions_digest, read_benchmark
@@ -23,7 +24,7 @@ AIME24 = (
 )
 
 
-def named(name: str, path: Path | None, *, hub: bool = False) -> BenchmarkProblems:
+def named(name: Any, path: Path | None, *, hub: bool = False) -> BenchmarkProblems:
     return BenchmarkProblems(kind="benchmark", name=name, path=path, hub=hub)
 
 
@@ -71,18 +72,24 @@ def test_a_question_without_an_answer_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("problems", "said"),
+    ("name", "hub", "said"),
     [
-        (named("AIME42", Path("a.jsonl")), "unknown benchmark 'AIME42'"),
-        (named("AIME24", None), "without a place"),
-        (named("GPQA-Diamond", None, hub=True), "GPQA-Diamond with problems.hub=true"),
-        (named("AMC", None, hub=True), "AMC with problems.hub=true"),
+        ("AIME42", False, "name='AIME42'"),
+        ("AIME24", False, "without a place"),
+        ("GPQA-Diamond", True, "GPQA-Diamond with hub=true"),
+        ("AMC", True, "AMC with hub=true"),
     ],
 )
-def test_what_cannot_be_read_is_refused_before(problems: BenchmarkProblems, said: str) -> None:
+def test_what_cannot_be_read_is_refused_before(name: str, hub: bool, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        benchmarks.check_benchmark(problems)
+        named(name, Path("a.jsonl") if name == "AIME42" else None, hub=hub)
     assert said in caught.value.problem
+
+
+def test_the_names_are_those_of_the_configuration_and_hub_datasets_too() -> None:
+    assert set(get_args(BenchmarkName)) == set(benchmarks.BENCHMARKS)
+    without = {name for name, benchmark in benchmarks.BENCHMARKS.items() if benchmark.hub is None}
+    assert without == set(FROM_FILES_ONLY)
 
 
 def test_wrong_columns_are_listed(tmp_path: Path) -> None:
@@ -224,7 +231,7 @@ def test_a_gpqa_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("GSM8K", "gsm8k_test.jsonl"),
     ],
 )
-def test_real_benchmark_files_are_read_whole(shared_data: Path, name: str, file: str) -> None:
+def test_real_benchmark_files_are_read_whole(shared_data: Path, name: Any, file: str) -> None:
     table, edition = read_benchmark(named(name, shared_data / "problems" / file))
     assert edition == "tested"
     assert all(answer.strip() for answer in table["answer"].to_pylist())
@@ -256,4 +263,3 @@ def test_the_presets_have_the_published_protocol(preset: str) -> None:
             "Please reason step by step, and put your final answer within \\boxed{}. Q"
         )
     assert config.run.output.name == {"paper": "aime24"}.get(preset, preset)
-    benchmarks.check_benchmark(config.problems)

@@ -8,22 +8,24 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phimr_nemo.cli.chat import printable
-from phimr_nemo.config import BaseConfig, load_config
+from phimr_nemo.cli.chat import COMMANDS
+from phimr_nemo.config import BaseConfig, LocalEngine, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_prompt, render_turns
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.chat import Piece, Turn, decode_stream, mark_thinking, reply
-from phimr_nemo.generate.engines import local_sampler
+from phimr_nemo.generate.chat import Piece, Turn, decode_stream, mark_thinking, printable, reply
+from phimr_nemo.generate.engines import SampledModel, open_engine
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.model.base import run_base
-from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
+from phimr_nemo.model.origin import Origin
 
 QUESTION = "Compute 2*(3+4)"
 LENGTH = 96
@@ -40,9 +42,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sampler(model: Path) -> Iterator[LocalSampler]:
-    opened = local_sampler(HFDirectory(model), max_length=LENGTH, max_batch=4)
-    yield opened
-    opened.close()
+    source = SampledModel(directory=model, max_length=LENGTH)
+    with closing(open_engine(LocalEngine(max_batch=4), source, SamplingParams(1.0, 1.0, NEW_TOKENS))) as opened:
+        yield opened.sampler
 
 
 def pieces(text: str, cuts: list[int]) -> list[str]:
@@ -150,8 +152,8 @@ def run(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
 
 def test_the_commands_say_what_the_sampler_samples(model: Path) -> None:
     context = HFDirectory(model).architecture.max_position_embeddings
-    own = local_sampler(HFDirectory(model), max_length=context, max_batch=1)
     params = SamplingParams(0.6, 0.95, NEW_TOKENS)
+    own = open_engine(LocalEngine(max_batch=1), SampledModel(directory=model, max_length=context), params).sampler
 
     def answer(turns: list[Turn], seed: int) -> str:
         return printable("".join(p.text for p in reply(own, load_tokenizer(model), turns, params, seed=seed)))
@@ -170,6 +172,52 @@ def test_the_commands_say_what_the_sampler_samples(model: Path) -> None:
     assert "Warning" not in chatted.stderr
 
 
+@pytest.mark.parametrize("length", [32, 4096])
+def test_a_model_is_talked_to_with_the_factors_of_its_training(length: int, model: Path, tmp_path: Path) -> None:
+    """The replies are those of a sampler for sequences of the training's length, and not of the other regime."""
+    source, ours = HFDirectory(model), Origin(length, "long_when_max_length_exceeds_original", "Sums, such as 1+1.")
+    made = tmp_path / "hf"
+    copy_hf_directory(made, source, tokenizer_from=model, origin=ours)
+    params, tokenizer = SamplingParams(0.6, 0.95, NEW_TOKENS), load_tokenizer(model)
+
+    def answer(longest: int) -> str:
+        described = SampledModel(directory=model, max_length=longest)
+        sampler = open_engine(LocalEngine(max_batch=1), described, params).sampler
+        return printable("".join(p.text for p in reply(sampler, tokenizer, [Turn("user", QUESTION)], params, seed=0)))
+
+    original = source.architecture.original_max_position_embeddings
+    as_trained, other = (answer(original), answer(original + 1))[:: 1 if length <= original else -1]
+    assert as_trained != other
+    limit = f"--max-new-tokens={NEW_TOKENS}"
+    for done in (run("sample", str(made), QUESTION, limit), run("chat", str(made), limit, said=f"{QUESTION}\n")):
+        assert as_trained in done.stdout
+        assert other not in done.stdout
+        assert "knows Sums, such as 1+1." in done.stdout + done.stderr
+    asked_beyond = run("sample", str(made), QUESTION, limit, f"--max-length={original + 1}")
+    assert as_trained in asked_beyond.stdout
+    assert ("note: the model was trained on sequences of up to 32 tokens" in asked_beyond.stderr) is (length == 32)
+
+
+@pytest.mark.parametrize("single_turn", [True, False])
+def test_a_model_of_single_questions_is_asked_each_alone(single_turn: bool, model: Path, tmp_path: Path) -> None:
+    made = tmp_path / "hf"
+    copy_hf_directory(made, HFDirectory(model), tokenizer_from=model, origin=Origin(single_turn=single_turn))
+    limit = f"--max-new-tokens={NEW_TOKENS}"
+    twice = run("chat", str(made), limit, said=f"hello\n{QUESTION}\n").stdout
+    alone = run("chat", str(made), limit, said=f"{QUESTION}\n").stdout
+    answer = alone.partition("> ")[2].strip(" >\n")
+    assert answer
+    assert twice.strip(" >\n").endswith(answer) is single_turn
+    assert ("Each one stands alone" in twice) is single_turn
+
+
+def test_help_lists_the_commands(model: Path) -> None:
+    done = run("chat", str(model), said="/help\n/what\n/exit\n")
+    lines = [line.removeprefix("> ").split(maxsplit=1) for line in done.stdout.splitlines()]
+    for command, does in COMMANDS.items():
+        assert lines.count([command, does]) == 2
+
+
 def test_thinking_is_dim_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
@@ -182,10 +230,13 @@ def test_thinking_is_dim_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         console = Console(file=terminal, force_terminal=True, color_system="standard")
         assert show(console, [Piece("<think>[b]so</think>", True), Piece("42", False)]) == "<think>[b]so</think>42"
         terminal.flush()
-        shown = os.read(reading, 4096).decode()
+        shown = b""
+        # The terminal hands on one write at a time.
+        while b"42" not in shown:
+            shown += os.read(reading, 4096)
     os.close(reading)
     dim, plain = "\x1b[2m", "\x1b[0m"
-    assert shown.strip() == f"{dim}<think>[b]so</think>{plain}42"
+    assert shown.decode().strip() == f"{dim}<think>[b]so</think>{plain}42"
 
 
 @pytest.mark.parametrize(

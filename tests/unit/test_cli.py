@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from architectures import small
+from processes import start
 
 from phimr_nemo.config import STAGES, load_config, parse_config
 from phimr_nemo.store.runs import RunDirectory
@@ -149,14 +150,7 @@ def test_ctrl_c_is_a_stop_that_the_same_command_continues(tmp_path: Path) -> Non
     output, whole = tmp_path / "out", tmp_path / "whole"
     sizes = ("--config", "conf/generate/tiny.yaml", "problems.count=3000", "shard_size=20")
     command = [sys.executable, "-m", "phimr_nemo.cli", "generate", *sizes, f"run.output={output}"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores Ctrl-C, and its children would, too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start(command, ctrl_c=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not (output / "part-00001.json").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -13,7 +13,15 @@ from typer.testing import CliRunner
 from phimr_nemo.cli.main import app
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.jobs.cluster import check_layout, read_cluster, stage_command
+from phimr_nemo.jobs.cluster import (
+    SITE_VARIABLES,
+    check_layout,
+    job_settings,
+    parse_allocation,
+    read_directives,
+    read_site,
+    stage_command,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = (
@@ -47,7 +55,7 @@ def test_a_distributed_stage_meets_on_the_first_node() -> None:
     # As in slurm/common.sh: port 20000 + 12345 mod 10000.
     assert facts["--rdzv-endpoint"] == "10.0.0.1:22345"
     assert facts["--rdzv-id"] == "12345-2"
-    assert got[15:] == ["-m", "recipes.sft", "--config", "c.yaml", *HOSTILE]
+    assert got[15:] == ["-m", "phimr_nemo.cli", "sft", "--config", "c.yaml", *HOSTILE]
 
 
 def test_the_allocation_must_fit_the_layout() -> None:
@@ -57,11 +65,89 @@ def test_the_allocation_must_fit_the_layout() -> None:
         check_layout("midtrain", config, 8, 8)
 
 
-def test_an_unknown_key_of_a_cluster_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text("account: a\nno_such_key: 1\n", "utf-8")
-    with pytest.raises(UserError, match="no_such_key"):
-        read_cluster(path)
+SETTINGS = """
+export SBATCH_ACCOUNT=mine SBATCH_PARTITION=$(printf batch)
+SBATCH_OPTIONS=(--constraint=h100 '--comment=a b')
+SBATCH_OPTIONS_sft=(--time=1:00:00 --nodes=2)
+export PHIMR_PROCS_PER_NODE=4
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site's settings; this machine's own say nothing."""
+    for name in SITE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(REPOSITORY)
+    path = tmp_path / "site.env"
+    path.write_text(SETTINGS, "utf-8")
+    return path
+
+
+def test_a_site_is_read_as_its_jobs_read_it(site: Path) -> None:
+    facts = read_site(site, "sft")
+    assert facts.variables == {"SBATCH_ACCOUNT": "mine", "SBATCH_PARTITION": "batch", "PHIMR_PROCS_PER_NODE": "4"}
+    common = {"constraint": "h100", "comment": "a b"}
+    assert facts.options == {**common, "time": "1:00:00", "nodes": "2"}
+    assert read_site(site, "grpo").options == common
+    assert facts.file == site
+
+
+def test_the_example_of_a_site_is_read(site: Path) -> None:
+    facts = read_site(REPOSITORY / "slurm" / "site.env.example", "sft")
+    assert facts.variables == {
+        "SBATCH_ACCOUNT": "my-account",
+        "SBATCH_PARTITION": "batch",
+        "PHIMR_CONTAINER_RUNTIME": "none",
+    }
+    assert facts.options == {}
+
+
+def test_directives_preset_and_site_come_together(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's directives, the preset's nodes over them, and the site's own words over both."""
+    eight = load_config(STAGES["sft"], REPOSITORY / "conf/sft/phi4mini-8xh100.yaml", ["base=models/b"])
+    assert read_directives("sft")["nodes"] == "16"
+    plain = job_settings("sft", eight, read_site(site, "grpo"), REPOSITORY)
+    assert (plain["nodes"], plain["gpus_per_node"], plain["time"]) == (1, 8, "1-00:00:00")
+    assert (plain["account"], plain["partition"]) == ("mine", "batch")
+    assert plain["additional_parameters"] == {
+        "requeue": True,
+        "dependency": "singleton",
+        "constraint": "h100",
+        "comment": "a b",
+    }
+    own = job_settings("sft", eight, read_site(site, "sft"), REPOSITORY)
+    assert (own["nodes"], own["time"]) == (2, "1:00:00")
+    # The job reads the file itself, before anything else.
+    assert own["setup_lines"].startswith(f"source {site}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("SBATCH_OPTIONS=(-N 2)\n", "-N"),
+        ("if then\n", "site.env"),
+        ("PHIMR_CONTAINER_RUNTIME=apptainer\n", "apptainer"),
+        ("PHIMR_SERVER_NODES=2\n", "PHIMR_SERVER_NODES=2"),
+    ],
+)
+def test_a_site_that_cannot_be_followed_is_named(text: str, named: str, site: Path) -> None:
+    site.write_text(text, "utf-8")
+    config = load_config(STAGES["sft"], REPOSITORY / "conf/sft/paper.yaml", ["base=models/b"])
+    with pytest.raises(UserError, match=named):
+        job_settings("sft", config, read_site(site, "sft"), REPOSITORY)
+
+
+def test_a_site_that_was_named_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.env does not exist"):
+        read_site(tmp_path / "no.env", "sft")
+
+
+@pytest.mark.parametrize("text", ["16", "x8", "16x", "0x8", "16 x 8", "-1x8", "axb"])
+def test_an_allocation_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="allocation"):
+        parse_allocation(text)
+    assert parse_allocation("16x8") == (16, 8)
 
 
 def test_a_stage_that_is_not_there_is_refused() -> None:
@@ -69,10 +155,11 @@ def test_a_stage_that_is_not_there_is_refused() -> None:
     assert isinstance(result.exception, UserError)
 
 
-def test_the_dry_run_is_in_substance_the_sbatch_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)
+def test_the_dry_run_is_in_substance_the_sbatch_script(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHIMR_PYTHON", "/opt/python")
+    site.write_text("export SBATCH_ACCOUNT=mine\n", "utf-8")
     values = ["base=models/a b", "optim.lr=2e-5"]
-    result = CliRunner().invoke(app, ["launch", "midtrain", *values, "--python", "/opt/python", "--dry-run"])
+    result = CliRunner().invoke(app, ["launch", "midtrain", *values, "--site", str(site), "--dry-run"])
     assert result.exit_code == 0, result.output
     script = result.output[result.output.index("#!/bin/bash") :]
     ours = (REPOSITORY / "slurm" / "midtrain.sh").read_text("utf-8")
@@ -92,7 +179,8 @@ def test_the_dry_run_is_in_substance_the_sbatch_script(monkeypatch: pytest.Monke
     assert words[start : start + 7] == shlex.split(
         "/opt/python -m phimr_nemo.jobs.node --nnodes 16 --nproc-per-node 8"
     )
-    assert words[-6:] == ["-m", "recipes.midtrain", "--config", "conf/midtrain/paper.yaml", *values]
+    assert words[-7:] == ["-m", "phimr_nemo.cli", "midtrain", "--config", "conf/midtrain/paper.yaml", *values]
+    assert "#SBATCH --account=mine" in script
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(2, False), (3, True), (0, False)])

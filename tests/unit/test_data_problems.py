@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,3 +223,46 @@ def test_real_files_load_as_they_are(shared_data: Path, name: str, count: int | 
 def test_gsm8k_answers_are_numbers(shared_data: Path) -> None:
     answers = read_problems(shared_data / "problems" / "gsm8k_train.jsonl")["answer"].to_pylist()
     assert all(float(answer) == float(answer) for answer in answers)
+
+
+REMEDIED = {
+    "problems": (
+        *("generate", "--config", "conf/generate/tiny.yaml", "problems.kind=file", "problems.path={file}"),
+        *("rollouts_per_problem=1",),
+    ),
+    "recorded": (
+        *("generate", "--config", "conf/generate/tiny.yaml", "problems=null"),
+        *("teacher.kind=recorded", "teacher.path={file}"),
+    ),
+    "prepare": ("prepare", "--config", "conf/prepare/tiny.yaml", "sources=[{{name: mine, path: {file}}}]"),
+}
+
+
+@pytest.mark.parametrize("command", REMEDIED)
+def test_the_remedy_for_columns_works_as_printed(command: str, tmp_path: Path, repository: Path) -> None:
+    """The printed words with COLUMN, NAME and FILE filled in, added to the command that was refused."""
+    file = tmp_path / "odd.jsonl"
+    file.write_bytes(jsonl([{"task": "What is 1+1?", "key": "2", "said": "\\boxed{2}", "worked": "1 more is 2"}]))
+    words = [word.format(file=file) for word in REMEDIED[command]] + [f"run.output={tmp_path / 'out'}"]
+    if command == "problems":  # the teacher reads its own file, whose columns have their usual names
+        solved = tmp_path / "solved.jsonl"
+        solved.write_bytes(jsonl([{"question": "What is 1+1?", "answer": "2", "response": "\\boxed{2}"}]))
+        words += ["teacher.kind=recorded", f"teacher.path={solved}"]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    run = [sys.executable, "-m", "phimr_nemo.cli"]
+    refused = subprocess.run(
+        [*run, *words], cwd=repository, env=environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2, refused.stderr
+    remedy = refused.stderr.partition("name them: ")[2].partition(" (a dotted name")[0]
+    for key, column in (("question", "task"), ("answer", "key"), ("response", "said")):
+        remedy = remedy.replace(f"{key}=COLUMN", f"{key}={column}").replace(f"{key}: COLUMN", f"{key}: {column}")
+    remedy = remedy.replace("NAME", "mine").replace("FILE", str(file))
+    words = [word for word in words if not word.startswith("sources=")] + shlex.split(remedy)
+    if command == "problems":
+        words = [word for word in words if not word.startswith("teacher.path=")]
+        words += [f"teacher.path={solved}"]
+    done = subprocess.run(
+        [*run, *words], cwd=repository, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

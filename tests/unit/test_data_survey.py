@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phimr_nemo.data.curate import sets
-from phimr_nemo.data.curate.narrow import NARROW, hashes, runs, spells_special_token
+from phimr_nemo.data.curate.narrow import NARROW, hashes, runs
 from phimr_nemo.data.curate.sets import cut
 from phimr_nemo.data.curate.survey import gather, shards_of, survey
 from phimr_nemo.data.parallel import in_processes
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.records import DIFFICULTIES
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
+from phimr_nemo.text.tokens import spells_special_token
 
 SIZES = (3, 0, 7, 1, 5)
 

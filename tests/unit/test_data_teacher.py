@@ -84,6 +84,14 @@ def test_the_rate_of_mistakes_is_the_one_that_was_set() -> None:
     assert abs(wrong - 600) < 82
 
 
+def test_a_response_is_its_lines_and_nothing_between_them() -> None:
+    """Without any working too: an empty line there would be another text, and other tokens to train on."""
+    rows = teacher_rollouts(generate_problems(0, 2000, "train"), 1, 0, 1.0).to_pylist()
+    texts = [row["response"] for row in rows if row["finish_reason"] == "stop"]
+    assert all(text.startswith("<think>\n") and "\n\n" not in text for text in texts)
+    assert any(text.startswith("<think>\n</think>\n") for text in texts)
+
+
 def test_rollouts_derive_from_content() -> None:
     problems = generate_problems(14, 30, "train")
     whole = teacher_rollouts(problems, 3, seed=2, mistake_rate=0.5)

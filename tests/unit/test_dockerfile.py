@@ -51,4 +51,4 @@ def test_files_that_it_copies_exist() -> None:
 
 
 def test_the_build_fails_on_another_generation() -> None:
-    assert any(line.startswith("RUN") and "check_versions('recipes.grpo'" in line for line in INSTRUCTIONS)
+    assert any(line.startswith("RUN") and "check_versions('grpo'" in line for line in INSTRUCTIONS)

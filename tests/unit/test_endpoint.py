@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from phimr_nemo.endpoint import (
     Journal,
     Prompt,
     RequestFailed,
-    check_endpoint,
     read_journal,
+    read_key,
+    watch,
 )
+from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.errors import UserError
 
 KEY = "sk-test-0123456789"
@@ -335,7 +338,7 @@ def test_a_long_run_of_random_faults_loses_and_mixes_nothing() -> None:
 )
 def test_an_address_that_cannot_work_is_refused_and_secrets_are_not_repeated(url: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as caught:
-        check_endpoint(settings(url))
+        settings(url)
     assert "secret" not in str(caught.value)
 
 
@@ -345,7 +348,7 @@ def test_a_key_that_cannot_work_is_refused(value: str | None, monkeypatch: pytes
     if value is not None:
         monkeypatch.setenv("TEACHER_KEY", value)
     with pytest.raises(UserError, match="TEACHER_KEY"):
-        check_endpoint(settings("http://host/v1", api_key_env="TEACHER_KEY"))
+        read_key(settings("http://host/v1", api_key_env="TEACHER_KEY"))
 
 
 # The journal -----------------------------------------------------------------------------------------
@@ -437,10 +440,9 @@ def test_the_budget_holds_over_calls_and_runs(tmp_path: Path, limit: dict[str, A
         assert len(server.bodies) == answered
 
 
-def test_a_cost_limit_needs_prices(tmp_path: Path) -> None:
-    config = AskConfig(endpoint=settings("http://host/v1"), temperature=0.0, max_tokens=1, max_cost=1.0)
+def test_a_cost_limit_needs_prices() -> None:
     with pytest.raises(UserError, match="max_cost"):
-        Asker(config, tmp_path / "replies.jsonl")
+        AskConfig(endpoint=settings("http://host/v1"), temperature=0.0, max_tokens=1, max_cost=1.0)
 
 
 def test_a_failed_question_has_no_reply_and_is_asked_again(tmp_path: Path) -> None:
@@ -477,3 +479,65 @@ def test_the_key_is_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert os.environ["TEACHER_KEY"] == KEY
     assert all(KEY not in path.read_text() for path in tmp_path.iterdir())
     assert json.loads(next((tmp_path / "replies.jsonl").open()).split(" ", 1)[1])["text"] == "YES a"
+
+
+class Told:
+    """A watch with a clock of its own, and what it told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.lines = 50.0, list[str]()
+        monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
+        self.watch = Watch(["http://a/v1", "http://b/v1"], 600.0, self.lines.append)
+
+
+def test_a_failing_address_is_named_at_once_then_now_and_then_and_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = Told(monkeypatch)
+    for _ in range(100):
+        told.watch.failed("http://a/v1", "no connection")
+        told.now += 1.0
+    told.watch.heard("http://b/v1")
+    told.watch.heard("http://a/v1")
+    told.watch.heard("http://a/v1")
+    failed = [f"http://a/v1: no connection ({n} attempts failed); trying again" for n in (31, 61, 91)]
+    first = "http://a/v1: no connection (1 attempt failed); trying again"
+    assert told.lines == [first, *failed, "http://a/v1 answers again"]
+
+
+def test_silence_is_told_until_somebody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(monkeypatch)
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        told.now += seconds
+        if len(slept) == 80:
+            told.watch.heard("http://b/v1")
+
+    monkeypatch.setattr(watch.asyncio, "sleep", sleep)
+    asyncio.run(told.watch.run())
+    assert sum(slept) == 40.0
+    assert [line.partition("no word after ")[2].partition(" s;")[0] for line in told.lines] == ["3", "33"]
+    assert all("http://a/v1, http://b/v1" in line and "idle_seconds=600" in line for line in told.lines)
+    # What a user is promised.
+    assert watch.SILENT_SECONDS + watch.TICK_SECONDS < 5.0
+
+
+def test_a_dead_address_beside_one_that_answers_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+        with OpenAIServer(echo) as server:
+            replies, _ = ask(settings(dead, server.url), [request(str(number)) for number in range(6)])
+    assert all(isinstance(reply, ChatReply) for reply in replies)
+    assert f"{dead}: no connection" in capfd.readouterr().err
+
+
+def test_an_endpoint_that_says_nothing_is_named(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "SILENT_SECONDS", 0.0)
+    with OpenAIServer(echo, fault=lambda _, attempt: "hang" if attempt == 0 else None) as server:
+        one_reply(settings(server.url, idle_seconds=1.5), request("1"))
+    assert f"{server.url}: no word after" in capfd.readouterr().err

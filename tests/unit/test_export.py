@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import torch
 import yaml
 from results import plain_result
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from phimr_nemo.config import BaseConfig, ExportConfig, SFTConfig, load_config, to_yaml
+from phimr_nemo.config import BaseConfig, ExportConfig, ParallelConfig, SFTConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import RESULTS_FILE, Score, write_result
 from phimr_nemo.jobs.launch import run_stage
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import run_base
+from phimr_nemo.model.files.checkpoints import open_checkpoint, write_hf, write_megatron
+from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
+from phimr_nemo.model.origin import Origin, read_origin
 from phimr_nemo.report.export import run_export
 from phimr_nemo.store.runs import RunDirectory
 
@@ -40,7 +45,8 @@ def export_config(tmp_path: Path, model: Path, *overrides: str) -> ExportConfig:
 def trained(path: Path, *, steps: int, lr: float, seed: int, finished: bool = True) -> Path:
     """A run directory as SFT leaves it."""
     run = RunDirectory(path)
-    overrides = [f"run.output={path}", f"run.seed={seed}", f"optim.lr={lr}", "sequence_length=96"]
+    overrides = [f"run.output={path}", f"run.seed={seed}", f"optim.lr={lr}", "optim.min_lr=0"]
+    overrides += ["sequence_length=96"]
     settings = load_config(SFTConfig, Path("conf/sft/tiny.yaml"), overrides)
     run.describe(stage="sft", config_yaml=to_yaml(settings), seed=seed, facts={})
     if finished:
@@ -98,6 +104,29 @@ def test_transformers_loads_the_release_without_its_code(tmp_path: Path, model: 
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, original(ids).logits)
     assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize(("length", "says"), [(256, "--max-model-len 1024"), (2048, "above 1,024 tokens")])
+def test_the_release_says_how_it_was_trained_and_what_it_can_be_asked(
+    length: int, says: str, tmp_path: Path, model: Path
+) -> None:
+    ended = tmp_path / "grpo" / "hf"
+    made = Origin(length, "long_when_max_length_exceeds_original")
+    copy_hf_directory(ended, HFDirectory(model), tokenizer_from=model, origin=made)
+    run_export(export_config(tmp_path, ended, "knows=Sums, such as 1+1"))
+    release = tmp_path / "release" / "hf"
+    assert read_origin(release) == replace(made, knows="Sums, such as 1+1")
+    text = (release / "README.md").read_text("utf-8")
+    assert "Sums, such as 1+1" in text
+    assert f"up to {length:,} tokens" in text
+    assert says in text
+    # It travels through every form that a checkpoint has.
+    write_megatron(tmp_path / "megatron", open_checkpoint(release), ParallelConfig())
+    write_hf(tmp_path / "back", open_checkpoint(tmp_path / "megatron"))
+    assert read_origin(tmp_path / "back") == read_origin(release)
+    # And through the library of others.
+    AutoConfig.from_pretrained(release).save_pretrained(tmp_path / "saved")
+    assert read_origin(tmp_path / "saved") == read_origin(release)
 
 
 # What TensorRT-LLM reads of a Phi3 config.json: tensorrt_llm/models/phi3/config.py and, for its PyTorch engine,

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from openai_server import Fault, OpenAIServer, Reply, user_text
 
@@ -43,10 +44,10 @@ def teacher(body: dict[str, Any]) -> Reply:
 def overrides(problems: Path, url: str, **changes: Any) -> list[str]:
     values = {
         "problems.path": problems,
-        "teacher.endpoint.base_urls": f"[{url}]",
-        "teacher.endpoint.concurrency": 4,
-        "teacher.endpoint.attempts": 5,
-        "teacher.endpoint.backoff_seconds": 0.005,
+        "teacher.engine.endpoint.base_urls": f"[{url}]",
+        "teacher.engine.endpoint.concurrency": 4,
+        "teacher.engine.endpoint.attempts": 5,
+        "teacher.engine.endpoint.backoff_seconds": 0.005,
         "teacher.max_new_tokens": 64,
         "rollouts_per_problem": SAMPLES,
         "shard_size": SHARD_SIZE,
@@ -96,7 +97,7 @@ def test_rows_are_the_teachers_responses(problems: Path, expected: list[dict[str
 
 
 def test_tokens_and_costs_are_accounted_for(problems: Path, expected: list[dict[str, Any]], tmp_path: Path) -> None:
-    prices = {"teacher__endpoint__prices": "{input_per_million: 1000, output_per_million: 20000}"}
+    prices = {"teacher__engine__endpoint__prices": "{input_per_million: 1000, output_per_million: 20000}"}
 
     def twice(body: dict[str, Any], attempt: int) -> Fault | None:
         return "500" if attempt < 2 else None
@@ -136,7 +137,7 @@ def test_faults_of_all_kinds_change_nothing(problems: Path, expected: list[dict[
         return draw.choice([None, *kinds]) if attempt < 4 else None
 
     with OpenAIServer(teacher, fault=fault, delay=lambda _: draw.uniform(0.0, 0.02)) as server:
-        run_generate(config(tmp_path / "out", problems, server.url, teacher__endpoint__concurrency=16))
+        run_generate(config(tmp_path / "out", problems, server.url, teacher__engine__endpoint__concurrency=16))
     assert read_table(tmp_path / "out", "rollouts").to_pylist() == expected
     assert not list((tmp_path / "out").glob("replies-*"))
 
@@ -178,7 +179,7 @@ def test_what_fails_for_good_is_counted_and_asked_for_again(
 
     lost = [row for row in expected if row["question"].startswith("What is 5 +")]
     with OpenAIServer(teacher, fault=fault) as server:
-        settings = config(tmp_path / "out", problems, server.url, teacher__endpoint__attempts=2)
+        settings = config(tmp_path / "out", problems, server.url, teacher__engine__endpoint__attempts=2)
         with pytest.raises(UserError, match=f"{SAMPLES} of {TOTAL} requests have no response") as caught:
             run_generate(settings)
         for reason, count in (
@@ -204,8 +205,8 @@ def test_a_share_may_be_missing_for_good(problems: Path, expected: list[dict[str
     with OpenAIServer(teacher, fault=fault) as server:
         # 3 of a shard's 12.
         with pytest.raises(UserError, match="max_missing"):
-            run_generate(config(tmp_path / "out", problems, server.url, teacher__max_missing=0.24))
-        facts = run_generate(config(tmp_path / "out", problems, server.url, teacher__max_missing=0.25))
+            run_generate(config(tmp_path / "out", problems, server.url, teacher__engine__max_missing=0.24))
+        facts = run_generate(config(tmp_path / "out", problems, server.url, teacher__engine__max_missing=0.25))
     assert facts is not None
     assert facts["missing"] == SAMPLES
     assert facts["rows"] == TOTAL - SAMPLES
@@ -216,7 +217,7 @@ def test_a_share_may_be_missing_for_good(problems: Path, expected: list[dict[str
 
 def test_a_server_that_is_gone_ends_the_run_early(problems: Path, tmp_path: Path) -> None:
     with OpenAIServer(teacher, fault=lambda *_: "503") as server:
-        settings = config(tmp_path / "out", problems, server.url, teacher__endpoint__attempts=1)
+        settings = config(tmp_path / "out", problems, server.url, teacher__engine__endpoint__attempts=1)
         with pytest.raises(UserError, match="stopped because the last"):
             run_generate(settings)
         # 16 in a row, and what was under way.
@@ -234,8 +235,8 @@ def test_settings_are_checked_before_anything_is_written(problems: Path, tmp_pat
     good = "http://localhost:1/v1"
     for changes, wording in (
         ({"teacher__prompt": "no question"}, "prompt template"),
-        ({"teacher__endpoint__api_key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
-        ({"teacher__endpoint__base_urls": "[localhost]"}, "localhost"),
+        ({"teacher__engine__endpoint__api_key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
+        ({"teacher__engine__endpoint__base_urls": "[localhost]"}, "localhost"),
     ):
         with pytest.raises(UserError, match=wording):
             preflight("generate", config(tmp_path / "out", problems, good, **changes))
@@ -249,9 +250,9 @@ def test_the_server_may_move_but_the_settings_of_sampling_may_not(problems: Path
     with OpenAIServer(teacher) as server:
         run_stage(
             "generate",
-            config(out, problems, server.url, shard__index=1, shard__count=2, teacher__endpoint__attempts=9),
+            config(out, problems, server.url, shard__index=1, shard__count=2, teacher__engine__endpoint__attempts=9),
         )
-        for changes in ({"teacher__temperature": 1.0}, {"teacher__endpoint__model": "other"}):
+        for changes in ({"teacher__temperature": 1.0}, {"teacher__engine__endpoint__model": "other"}):
             with pytest.raises(UserError, match=next(iter(changes)).split("__")[-1]):
                 check_same_run(RunDirectory(out), config(out, problems, server.url, **changes))
     assert read_manifest(out, "rollouts").rows == TOTAL
@@ -269,15 +270,8 @@ def start(out: Path, problems: Path, url: str, repository: Path) -> subprocess.P
         f"run.output={out}",
         *overrides(problems, url),
     ]
-    return subprocess.Popen(
-        command,
-        cwd=repository,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # A shell's background job ignores Ctrl-C, and its children would, too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return processes.start(command, ctrl_c=True, cwd=repository, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

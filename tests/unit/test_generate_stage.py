@@ -141,7 +141,13 @@ def test_a_model_as_teacher(tmp_path: Path) -> None:
         tmp_path / "problems.jsonl", [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(count)]
     )
     overrides = (
-        *("problems.kind=file", f"problems.path={problems}", "teacher.kind=model", "teacher.temperature=1"),
+        *(
+            "problems.kind=file",
+            f"problems.path={problems}",
+            "teacher.kind=model",
+            "teacher.engine.kind=local",
+            "teacher.temperature=1",
+        ),
         *(
             "teacher.top_p=1",
             f"teacher.max_new_tokens={new_tokens}",

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from processes import start
 
 from phimr_nemo.config import BaseConfig, GenerateConfig, LongRopePolicy, load_config
 from phimr_nemo.endpoint import ChatReply
@@ -61,9 +62,9 @@ def settings(out: Path, model: Path, problems: Path, **changes: Any) -> list[str
         "teacher.top_p": 1.0,
         "teacher.max_new_tokens": NEW_TOKENS,
         "teacher.prompt": "'{question}'",
-        "teacher.dtype": "fp32",
-        "teacher.max_batch": 4,
-        "teacher.eager": True,
+        "teacher.engine.dtype": "fp32",
+        "teacher.engine.max_batch": 4,
+        "teacher.engine.eager": True,
         "rollouts_per_problem": SAMPLES,
         "shard_size": 4,
         **changes,
@@ -92,7 +93,13 @@ def built_in(out: Path, model: Path, problems: Path) -> list[dict[str, Any]]:
     """The greedy rollouts of the engine that the project brings."""
     local = [
         *(f"run.output={out}", "problems.kind=file", f"problems.path={problems}", "shard_size=4"),
-        *("teacher.kind=model", f"teacher.path={model}", "teacher.temperature=0", "teacher.top_p=1"),
+        *(
+            "teacher.kind=model",
+            "teacher.engine.kind=local",
+            f"teacher.path={model}",
+            "teacher.temperature=0",
+            "teacher.top_p=1",
+        ),
         *(f"teacher.max_new_tokens={NEW_TOKENS}", f"rollouts_per_problem={SAMPLES}"),
     ]
     run_generate(load_config(GenerateConfig, Path("conf/generate/tiny.yaml"), local))
@@ -157,7 +164,7 @@ def served(python: Path, variables: dict[str, str], model: Path, name: str, log:
     ]
     with log.open("wb") as output:
         # A group of its own: the server starts processes that would outlive it.
-        server = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
+        server = start(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(SERVER_START_SECONDS):
@@ -184,9 +191,13 @@ def test_a_served_model_gives_the_same(
     with served(vllm_python, vllm_variables, model, name, tmp_path / "server.log") as url:
         overrides = [
             *(f"run.output={tmp_path / 'served'}", f"problems.path={problems}", "shard_size=4"),
-            *(f"teacher.endpoint.base_urls=[{url}]", f"teacher.endpoint.model={name}", "teacher.temperature=0"),
+            *(
+                f"teacher.engine.endpoint.base_urls=[{url}]",
+                f"teacher.engine.endpoint.model={name}",
+                "teacher.temperature=0",
+            ),
             *("teacher.top_p=1", f"teacher.max_new_tokens={NEW_TOKENS}", "teacher.prompt='{question}'"),
-            *(f"rollouts_per_problem={SAMPLES}", "teacher.endpoint.concurrency=4"),
+            *(f"rollouts_per_problem={SAMPLES}", "teacher.engine.endpoint.concurrency=4"),
         ]
         run_generate(load_config(GenerateConfig, Path("conf/generate/paper.yaml"), overrides))
     expected = built_in(tmp_path / "local", model, problems)

@@ -274,7 +274,7 @@ def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
     here("curate", "sets", f"verdicts={made('own-verdicts')}", "workers=1", preset="smollm2-rollouts")
     apart("dpo", f"base={made('sft/hf')}", f"pairs={made('sets/pairs')}", *few)
     rounds = (f"steps={STEPS}", "prompts_per_step=2", "group_size=2", "max_new_tokens=8", "micro_batch=2")
-    room = ("sampler.cache_gib=1", "verify_workers=1")
+    room = ("engine.cache_gib=1", "verify_workers=1")
     apart("grpo", f"base={made('dpo/hf')}", f"prompts={made('sets/prompts')}", *train, *rounds, *room)
     asked = ("problems.kind=file", f"problems.path={made('gsm8k.jsonl')}", "engine.dtype=fp32", "workers=1")
     here("evaluate", "score", f"model={made('grpo/hf')}", *asked, "max_new_tokens=8")

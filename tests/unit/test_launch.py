@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import start
 
 from phimr_nemo.config import BaseConfig, GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
-from phimr_nemo.errors import EXIT_USER, UserError
-from phimr_nemo.jobs.launch import _launch_ranks, check_same_run, main, run_stage
+from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
+from phimr_nemo.jobs.kept import kept
+from phimr_nemo.jobs.launch import _launch_ranks, check_same_run, run_stage, start_stage
 from phimr_nemo.store.atomic import atomic_write_text
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 from phimr_nemo.store.shards import read_table
+from phimr_nemo.training.seal import write_seal
 
 PROBLEMS, ROLLOUTS, SHARD = 7, 2, 3
 
@@ -132,15 +136,14 @@ def test_two_processes_do_not_work_in_one_run_directory(tmp_path: Path, monkeypa
         for name in ("base", "job")
     }
     command = [sys.executable, "-c", CLAIM]
-    others = [
-        subprocess.Popen([*command, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for run in runs.values()
-    ]
+    others = [start([*command, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for run in runs.values()]
     try:
         for other in others:
             assert other.stdout is not None
             assert other.stdout.readline() == b"claimed\n"
-        with pytest.raises(UserError, match=re.escape(f"another process is at work in {runs['base']}")):
+        with pytest.raises(UserError, match=re.escape(f"another process is at work in {runs['base']}")) as caught:
             run_stage("base", base["base"])
+        assert f"process {others[0].pid} on {platform.node()}, since 20" in caught.value.problem
         assert not (runs["base"] / CONFIG_FILE).exists()
         run_stage("generate", generate(runs["generate"]))
         monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -187,30 +190,52 @@ def test_a_refused_run_touches_nothing_that_was_there(tmp_path: Path, recorded: 
 def test_a_rank_hands_its_error_to_the_launcher(
     tmp_path: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = generate(tmp_path / "run", "problems=null", "teacher.kind=recorded", f"teacher.path={recorded}")
     path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(config))
+    path.write_text(
+        to_yaml(generate(tmp_path / "run", "problems=null", "teacher.kind=recorded", f"teacher.path={recorded}"))
+    )
+
+    def rank() -> int | str | None:
+        with pytest.raises(SystemExit) as ended, exit_with_message():
+            start_stage("generate", path, [])
+        return ended.value.code
+
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    assert main(["generate", str(path)]) == EXIT_USER
+    assert rank() == EXIT_USER
     assert capsys.readouterr().err == ""
-    assert "line 3" in (tmp_path / "error.json").read_text()
+    told = json.loads((tmp_path / "error.json").read_text())
+    # torchrun's own report shows the message; our launcher raises the parts again.
+    assert "line 3" in told["message"]
+    assert told["user_error"][1] == "every row is a JSON object"
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
-    assert main(["generate", str(path)]) == EXIT_USER
+    assert rank() == EXIT_USER
     assert capsys.readouterr().err.count("line 3") == 1
 
 
+@pytest.mark.parametrize("stage", ["generate", "base"])
+def test_the_rank_of_another_program_says_nothing_to_a_stage_without_a_layout(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    small = {"generate": ["problems.count=2"], "base": ["num_hidden_layers=1"]}
+    path = Path("conf") / stage / "tiny.yaml"
+    start_stage(stage, path, [f"run.output={tmp_path / 'run'}", *small[stage]])
+    assert RunDirectory(tmp_path / "run").is_done
+
+
 def test_the_error_of_several_ranks_is_one_error(
-    tmp_path: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    config = generate(tmp_path / "run", "problems=null", "teacher.kind=recorded", f"teacher.path={recorded}")
+    config = sft(tmp_path / "run", "parallel.data=2", "micro_batch=1", f"base={tmp_path / 'no-base'}")
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
-    with pytest.raises(UserError) as caught:
-        _launch_ranks("generate", path, 2)
-    assert caught.value.problem.startswith(f"{recorded}, line 3 is not JSON")
-    assert caught.value.rule == "every row is a JSON object"
-    assert capfd.readouterr().err == ""
+    with pytest.raises(UserError, match="no-base") as caught:
+        _launch_ranks("sft", path, 2)
+    assert caught.value.remedy
+    assert "no-base" not in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def no_space(code: int) -> RuntimeError:
@@ -242,3 +267,21 @@ def test_a_full_disk_inside_a_library_is_one_message(
         run_stage("generate", generate(tmp_path / "run"))
     assert type(caught.value) is expected
     assert (expected is UserError) == ("no space left" in str(caught.value))
+
+
+def test_what_is_kept_is_the_newest_whole_checkpoint_or_the_finished_shards(tmp_path: Path) -> None:
+    assert kept(tmp_path) == f"nothing yet in {tmp_path}"
+    for number in range(3):
+        (tmp_path / "sets").mkdir(exist_ok=True)
+        (tmp_path / "sets" / f"part-{number:05d}.json").touch()
+    assert kept(tmp_path) == f"3 finished shards in {tmp_path}"
+    for step, has_ended in ((9, True), (10, True), (11, False)):
+        checkpoint = tmp_path / "checkpoints" / f"step={step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights").write_text("w" * step)
+        if has_ended:
+            write_seal(checkpoint, {})
+    # The process ended in the middle of the eleventh.
+    assert kept(tmp_path) == str(tmp_path / "checkpoints" / "step=10")
+    (tmp_path / "checkpoints" / "step=10" / "weights").write_text("cut")
+    assert kept(tmp_path) == str(tmp_path / "checkpoints" / "step=9")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses import (
+    PolicyBatch,
     PolicyLoss,
     centered_advantages,
     dapo_loss,
@@ -30,7 +32,7 @@ CLIP: dict[str, float] = {"clip_low": LOW, "clip_high": HIGH}
 LENGTHS = (5, 2, 7, 1)
 ALL_LOSSES: dict[str, Callable[..., PolicyLoss]] = {
     "grpo": grpo_loss,
-    "dr_grpo": lambda *args, **options: dr_grpo_loss(*args, max_new_tokens=BUDGET, **options),
+    "dr_grpo": partial(dr_grpo_loss, max_new_tokens=BUDGET),
     "dapo": dapo_loss,
     "gspo": gspo_loss,
 }
@@ -55,8 +57,10 @@ def make_case(seed: int = 0) -> dict[str, Tensor]:
 
 
 def call(name: str, case: dict[str, Tensor], **options: Any) -> PolicyLoss:
-    positional = (case["logprobs"], case["old_logprobs"], case["advantages"], case["loss_mask"])
-    return ALL_LOSSES[name](*positional, **({**CLIP, **options}))
+    tensors = {key: options.pop(key) for key in ("ref_logprobs", "importance_weights") if key in options}
+    names = ("logprobs", "old_logprobs", "advantages", "loss_mask")
+    batch = PolicyBatch(*(case[key] for key in names), **tensors)
+    return ALL_LOSSES[name](batch, **({**CLIP, **options}))
 
 
 def loops(name: str, case: dict[str, Tensor], low: float = LOW, high: float = HIGH) -> tuple[float, int]:
@@ -152,9 +156,8 @@ def test_clip_removes_the_gradient_on_the_right_side_only(
     ratio: float, advantage: float, has_gradient: bool, clipped: str | None
 ) -> None:
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    result = grpo_loss(
-        logprobs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), clip_low=LOW, clip_high=HIGH
-    )
+    batch = PolicyBatch(logprobs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1))
+    result = grpo_loss(batch, clip_low=LOW, clip_high=HIGH)
     result.loss_sum.backward()
     assert logprobs.grad is not None
     assert logprobs.grad.item() == pytest.approx(-ratio * advantage if has_gradient else 0.0)
@@ -165,11 +168,11 @@ def test_clip_removes_the_gradient_on_the_right_side_only(
 def test_gspo_clips_whole_responses() -> None:
     """Token ratios e^0.5 and e^-0.5 are far outside GRPO's clip, but their geometric mean is 1."""
     logprobs = torch.tensor([[0.5, -0.5]], dtype=torch.float64, requires_grad=True)
-    arguments = (logprobs, torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2))
-    gspo = gspo_loss(*arguments, **CLIP)
+    batch = PolicyBatch(logprobs, torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2))
+    gspo = gspo_loss(batch, **CLIP)
     assert gspo.loss_sum.item() == pytest.approx(-1.0)
     assert gspo.metrics["clipped_high"].item() == 0
-    grpo = grpo_loss(*arguments, **CLIP)
+    grpo = grpo_loss(batch, **CLIP)
     assert grpo.loss_sum.item() == pytest.approx(-(1 + HIGH + math.exp(-0.5)) / 2)
     assert grpo.metrics["clipped_high"].item() == 1
 
@@ -180,7 +183,8 @@ def test_how_each_normalisation_weighs_a_long_response() -> None:
     for name, weight in expected.items():
         logprobs = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
         mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
-        result = ALL_LOSSES[name](logprobs, logprobs.detach(), torch.ones(2), mask, **CLIP)
+        batch = PolicyBatch(logprobs, logprobs.detach(), torch.ones(2), mask)
+        result = ALL_LOSSES[name](batch, **CLIP)
         (result.loss_sum / result.denominator).backward()
         assert logprobs.grad is not None
         assert logprobs.grad[1].tolist() == pytest.approx([-weight] * 3), name
@@ -233,15 +237,9 @@ def test_a_response_masked_out_counts_nowhere(name: str) -> None:
 
 def test_huge_ratio_stays_finite() -> None:
     logprobs = torch.tensor([[200.0, -200.0]], requires_grad=True)
-    result = grpo_loss(
-        logprobs,
-        torch.zeros(1, 2),
-        torch.tensor([-1.0]),
-        torch.ones(1, 2),
-        **CLIP,
-        ref_logprobs=-logprobs.detach(),
-        kl_coefficient=1.0,
-    )
+    reference = -logprobs.detach()
+    batch = PolicyBatch(logprobs, torch.zeros(1, 2), torch.tensor([-1.0]), torch.ones(1, 2), ref_logprobs=reference)
+    result = grpo_loss(batch, **CLIP, kl_coefficient=1.0)
     result.loss_sum.backward()
     assert torch.isfinite(result.loss_sum)
     assert logprobs.grad is not None
@@ -326,14 +324,7 @@ def test_bad_input_is_one_clear_error(
 def test_bad_scalars_are_refused() -> None:
     case = make_case()
     with pytest.raises(UserError, match="max_new_tokens"):
-        dr_grpo_loss(
-            case["logprobs"],
-            case["old_logprobs"],
-            case["advantages"],
-            case["loss_mask"],
-            **CLIP,
-            max_new_tokens=0,
-        )
+        call("dr_grpo", case, max_new_tokens=0)
     with pytest.raises(UserError, match="cap"):
         truncated_importance_weights(case["logprobs"], case["old_logprobs"], cap=0.0)
     with pytest.raises(UserError, match="groups"):

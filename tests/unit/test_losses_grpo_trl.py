@@ -16,7 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from phimr_nemo.losses import PolicyLoss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss, truncated_importance_weights
+from phimr_nemo.losses import (
+    PolicyBatch,
+    PolicyLoss,
+    dapo_loss,
+    dr_grpo_loss,
+    grpo_loss,
+    gspo_loss,
+    truncated_importance_weights,
+)
 
 RESPONSES, TOKENS, PROMPT = 16, 24, 3
 CLIP_LOW, CLIP_HIGH, BETA, CAP, BUDGET = 0.2, 0.28, 0.1, 1.3, 40
@@ -100,17 +108,15 @@ def test_value_and_gradient_are_trls(trl: Any, kind: str, corrected: bool, beta:
     mine, other = made_up(), made_up()
     for case in (mine, other):
         case["logprobs"].requires_grad_()
-    result = ours(
+    batch = PolicyBatch(
         mine["logprobs"],
         mine["old"],
         mine["advantages"],
         mine["mask"],
-        clip_low=CLIP_LOW,
-        clip_high=CLIP_HIGH,
         ref_logprobs=mine["reference"] if beta else None,
-        kl_coefficient=beta,
         importance_weights=truncated_importance_weights(mine["old"], mine["sampler"], CAP) if corrected else None,
     )
+    result = ours(batch, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coefficient=beta)
     expected, metrics = theirs(trl, loss_type, level, other, corrected=corrected, beta=beta)
     loss = result.loss_sum / result.denominator
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import start
 
 from phimr_nemo.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_PREEMPTED, EXIT_USER, UserError
 from phimr_nemo.jobs.node import ALIGNER, GENERATION, check_versions, main
+from phimr_nemo.process.children import STOP_SIGNALS
 
 WAIT_SECONDS = 60.0
 TESTED = {"nemo-toolkit": "2.4.1", "megatron-core": "0.13.1", "nemo-aligner": "0.7.0"}
@@ -26,7 +28,7 @@ def save(number, frame):
     mark.with_suffix(".saved").write_text(signal.Signals(number).name)
     sys.exit(3)
 if sys.argv[2] != "unprepared":
-    signal.signal(signal.SIGUSR1, save)
+    signal.signal(signal.SIGTERM, save)
 mark.with_suffix(".tmp").write_text(str(os.getpid()))
 mark.with_suffix(".tmp").rename(mark.with_suffix(".ready"))
 if sys.argv[2].isdigit():
@@ -43,11 +45,12 @@ class Node:
         script.write_text(WORKER, "utf-8")
         self.mark = directory / "worker"
         rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0")
-        self.process = subprocess.Popen(
+        self.process: subprocess.Popen[str] = start(
             [
                 *(sys.executable, "-m", "phimr_nemo.jobs.node", "--nnodes", "1", "--nproc-per-node", str(WORKERS)),
                 *(*rendezvous, str(script), str(self.mark), behaviour),
             ],
+            ctrl_c=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
@@ -88,7 +91,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("node", "number"), [("wait", signal.SIGUSR1), ("wait", signal.SIGTERM)], indirect=["node"])
+@pytest.mark.parametrize(("node", "number"), [("wait", number) for number in STOP_SIGNALS[:3]], indirect=["node"])
 def test_a_stop_signal_lets_the_workers_save(node: Node, number: signal.Signals, tmp_path: Path) -> None:
     workers = node.workers()
     # To the launcher alone, as from a shell in a container.
@@ -126,18 +129,18 @@ def test_the_exit_code_is_the_workers(node: Node, code: int) -> None:
 
 
 def test_the_tested_generation_is_accepted() -> None:
-    check_versions("recipes.grpo", TESTED)
-    check_versions("recipes.midtrain", {**TESTED, "nemo-toolkit": "2.4.0rc1"})
+    check_versions("grpo", TESTED)
+    check_versions("midtrain", {**TESTED, "nemo-toolkit": "2.4.0rc1"})
     # NeMo alone trains stages 1 and 2.
-    check_versions("recipes.sft", {name: TESTED[name] for name in GENERATION})
+    check_versions("sft", {name: TESTED[name] for name in GENERATION})
 
 
 @pytest.mark.parametrize(
     ("module", "change", "named"),
     [
-        ("recipes.sft", {"nemo-toolkit": "2.5.0"}, "nemo-toolkit 2.5.0"),
-        ("recipes.sft", {"megatron-core": "0.130.0"}, "megatron-core 0.130.0"),
-        ("recipes.dpo", {"nemo-aligner": None}, "nemo-aligner is absent"),
+        ("sft", {"nemo-toolkit": "2.5.0"}, "nemo-toolkit 2.5.0"),
+        ("sft", {"megatron-core": "0.130.0"}, "megatron-core 0.130.0"),
+        ("dpo", {"nemo-aligner": None}, "nemo-aligner is absent"),
     ],
 )
 def test_another_generation_is_refused_by_name(module: str, change: dict[str, str | None], named: str) -> None:
@@ -146,14 +149,27 @@ def test_another_generation_is_refused_by_name(module: str, change: dict[str, st
         check_versions(module, found)
     for name, version in GENERATION.items():
         assert f"{name} {version}.x" in caught.value.rule
+    assert module in caught.value.problem
 
 
-def test_a_refusal_comes_before_anything_is_started(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refusal_comes_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phimr_nemo.jobs.node.installed_versions", lambda _names: {})
-    assert main(["--nnodes", "1", "-m", "recipes.dpo", "-m", "x"]) == EXIT_USER
-    assert "nemo-aligner is absent" in capsys.readouterr().err
+    with pytest.raises(UserError, match="nemo-aligner is absent"):
+        main(["--nnodes", "1", "-m", "phimr_nemo.cli", "dpo", "x"])
+
+
+@pytest.mark.parametrize("node", ["wait"], indirect=True)
+def test_a_second_ctrl_c_ends_everything_at_once(node: Node) -> None:
+    workers = node.workers()
+    for pid in workers:
+        # They would never answer.
+        os.kill(pid, signal.SIGSTOP)
+    node.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert node.process.poll() is None
+    node.process.send_signal(signal.SIGINT)
+    assert node.end()[0] == EXIT_PREEMPTED
+    assert not any(is_alive(pid) for pid in workers)
 
 
 def test_what_is_required_is_what_the_tests_run_with() -> None:

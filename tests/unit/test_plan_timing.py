@@ -17,7 +17,8 @@ from phimr_nemo.plan.hardware import GPUS, MEMORY_EFFICIENCY, Gpu, MatmulDtype, 
 from phimr_nemo.plan.memory import micro_batches_in_flight
 from phimr_nemo.plan.timing import StepTime, Work, step_time
 
-PHI4_MINI = Architecture.from_preset(yaml.safe_load(Path("conf/model/phi4mini.yaml").read_text("utf-8")))
+CONF = Path(__file__).resolve().parents[2] / "conf"
+PHI4_MINI = Architecture.from_preset(yaml.safe_load((CONF / "model" / "phi4mini.yaml").read_text("utf-8")))
 LLAMA_8B = dataclasses.replace(
     PHI4_MINI,
     vocab_size=128_256,

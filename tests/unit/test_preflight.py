@@ -61,6 +61,8 @@ INPUTS: list[tuple[str, str, Kind]] = [
     ("grpo", "prompts", "prompts"),
 ]
 TRAINING = ("midtrain", "sft", "dpo", "grpo")
+ENOUGH = 400
+"""Rows for a step of any preset."""
 # 12 heads in groups of 3, 6 layers: tensor 2 and 4 and pipeline 2, 3 and 6 fit, tensor 3 and pipeline 4 do not.
 ARCHITECTURE = small(
     hidden_size=96,
@@ -84,7 +86,7 @@ def records(directory: Path, kind: Kind, count: int = 1) -> Path:
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Path]:
     """A finished record directory of every kind, for reading."""
     root = tmp_path_factory.mktemp("shelf")
-    return {kind: records(root / kind, kind) for kind in ROWS}
+    return {kind: records(root / kind, kind, ENOUGH) for kind in ROWS}
 
 
 @pytest.fixture
@@ -128,7 +130,7 @@ def test_a_stage_before_its_input(stage: str, key: str, kind: Kind, tmp_path: Pa
     write_shard(missing, 0, rows_to_table([ROWS[kind]], kind), kind=kind)
     unfinished = refusal(stage, tmp_path, f"{key}={missing}")
     assert f"{missing} is not finished" in unfinished.problem
-    assert "run the step that makes it first" in unfinished.remedy
+    assert "are made by `phimr" in unfinished.remedy
 
 
 @pytest.mark.parametrize(("stage", "key", "kind"), INPUTS)
@@ -200,6 +202,26 @@ def test_a_global_batch_that_the_ranks_cannot_share(
     assert f"global_batch={total} with micro_batch={micro} and parallel.data={data}" in error.problem
     assert error.remedy == f"use global_batch={suggested}"
     preflight("sft", stage_config("sft", tmp_path, *overrides, *sizes, f"global_batch={suggested}"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "kind", "overrides"),
+    [
+        ("sft", "data", "conversations", ["global_batch=32", f"validation_rows={ENOUGH + 16}"]),
+        ("midtrain", "data", "rows", ["global_batch=2", f"validation_rows={ENOUGH}"]),
+        ("dpo", "pairs", "pairs", [f"global_batch={ENOUGH + 8}"]),
+    ],
+)
+def test_too_little_data_is_said_by_the_dry_run_too(
+    stage: str, key: str, kind: Kind, overrides: list[str], tmp_path: Path, shelf: dict[Kind, Path], base: Path
+) -> None:
+    config = stage_config(stage, tmp_path, f"{key}={shelf[kind]}", "micro_batch=1", "epochs=1", *overrides)
+    for check in (preflight, derived_numbers):
+        with pytest.raises(
+            UserError, match=f"holds {ENOUGH} {kind}, .* of them for validation: no step of"
+        ) as caught:
+            check(stage, config)
+        assert "lower global_batch or validation_rows" in caught.value.remedy
 
 
 def test_prompts_that_the_ranks_cannot_share(tmp_path: Path, shelf: dict[Kind, Path], base: Path) -> None:
@@ -311,7 +333,7 @@ def test_steps_follow_from_the_rows(stage: str, key: str, kind: Kind, tmp_path: 
 
 
 def test_numbers_of_a_grpo_step(tmp_path: Path, base: Path) -> None:
-    overrides = ["prompts_per_step=6", "group_size=5", "sequence_length=70", "steps=9"]
+    overrides = ["prompts_per_step=6", "group_size=5", "sequence_length=70", "max_new_tokens=60", "steps=9"]
     numbers = derived_numbers("grpo", stage_config("grpo", tmp_path, *overrides))
     assert numbers["responses a step"] == "30"
     assert numbers["tokens a step, at most"] == "2,100"

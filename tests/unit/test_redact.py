@@ -48,7 +48,7 @@ def test_a_password_in_an_address_is_left_out() -> None:
     [
         "http://localhost:8000/v1",
         "runs/hf_model/sk-small",
-        "teacher.endpoint.api_key_env=MY_SITE_TOKEN",
+        "teacher.engine.endpoint.api_key_env=MY_SITE_TOKEN",
         "tokens=12 key=value task-1234",
         "half of x@y is http://a/b:c",
     ],
@@ -101,12 +101,16 @@ def run(repository: Path, cwd: Path, *arguments: str) -> subprocess.CompletedPro
 def test_the_command_neither_prints_nor_records_a_secret(repository: Path, tmp_path: Path) -> None:
     """A secret as a value, as a key and as the name of a variable; then a run that has it in its environment."""
     tiny = ("generate", "--config", "conf/generate/tiny.yaml", "run.output=out")
-    endpoint = ("generate", "run.output=out", "problems.path=p.jsonl", "teacher.endpoint.model=m")
+    endpoint = ("generate", "run.output=out", "problems.path=p.jsonl", "teacher.engine.endpoint.model=m")
     for arguments in (
         (*tiny, f"problems.path={PLANTED}"),
         (*tiny, f"{PLANTED}=1"),
-        (*endpoint, f"teacher.endpoint.base_urls=[http://me:{PLANTED}@host/v1]"),
-        (*endpoint, "teacher.endpoint.base_urls=[http://host/v1]", f"teacher.endpoint.api_key_env={PLANTED}"),
+        (*endpoint, f"teacher.engine.endpoint.base_urls=[http://me:{PLANTED}@host/v1]"),
+        (
+            *endpoint,
+            "teacher.engine.endpoint.base_urls=[http://host/v1]",
+            f"teacher.engine.endpoint.api_key_env={PLANTED}",
+        ),
     ):
         done = run(repository, tmp_path, *arguments)
         assert done.returncode == 2, done.stderr

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import start
 
 from phimr_nemo import __version__
 from phimr_nemo.store.runs import (
@@ -156,7 +157,7 @@ def test_what_was_written_before_a_kill_is_there(tmp_path: Path) -> None:
         "time.sleep(60)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    process = start(
         [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None

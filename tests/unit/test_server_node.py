@@ -17,7 +17,7 @@ from phimr_nemo.jobs import server_node
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "grpo"
 PAPER = CONF / "paper.yaml"
-KEY = "sampler.api_key_env=PHIMR_KEY"
+KEY = "engine.api_key_env=PHIMR_KEY"
 # Counts its starts; dies twice, then refuses its input.
 SERVER = """
 import pathlib, sys
@@ -38,7 +38,9 @@ def signals() -> Iterator[None]:
 
 def test_a_server_is_told_what_the_run_needs() -> None:
     config = load_config(
-        STAGES["grpo"], PAPER, ["base=models/b", "sequence_length=4096", KEY, "sampler.directory=/shared/w"]
+        STAGES["grpo"],
+        PAPER,
+        ["base=models/b", "sequence_length=4096", "max_new_tokens=3072", KEY, "engine.directory=/shared/w"],
     )
     words = server_node.serve_arguments(config, 3)
     options = dict(zip(words[1::2], words[2::2], strict=True))

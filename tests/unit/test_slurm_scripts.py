@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import Terminal, start
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.jobs.server_node import serve_arguments
+from recipes import RECIPES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "slurm"
@@ -50,6 +52,13 @@ HOSTILE = (
     "j=",
     "k=日本 | & > < !",
 )
+# What the paper's presets leave to the user.
+OPEN = {
+    "generate": ("problems.path=problems.jsonl",),
+    "pack": ("tokenizer=models/b",),
+    "midtrain": ("base=models/b",),
+}
+UNCHECKED = {"PHIMR_PYTHON": "no-such-interpreter", "PHIMR_SERVER_PYTHON": "no-such-interpreter"}
 WAIT_SECONDS = 30.0
 
 
@@ -78,6 +87,11 @@ def words(printed: str) -> list[str]:
 
 def dry_run(stage: str, *arguments: str, **extra: str) -> list[str]:
     return words(bash(f"slurm/{stage}.sh", *arguments, env=environment(DRY_RUN="1", **extra)).stdout)
+
+
+def unchecked(stage: str, *arguments: str, **extra: str) -> list[str]:
+    """A dry run on a machine that has no interpreter for the check."""
+    return dry_run(stage, *arguments, **UNCHECKED, **extra)
 
 
 def follows(sequence: Sequence[str], part: Sequence[str]) -> bool:
@@ -131,7 +145,7 @@ def test_every_stage_has_a_script_and_every_script_a_stage() -> None:
 
 @pytest.mark.parametrize("stage", ["prepare", *STAGE_ORDER])
 def test_what_a_script_runs_exists(stage: str) -> None:
-    assert (REPOSITORY / "recipes" / f"{stage}.py").is_file()
+    assert RECIPES[stage].script == f"{stage}.sh"
     assert (REPOSITORY / "conf" / stage / "paper.yaml").is_file()
 
 
@@ -141,6 +155,17 @@ def test_a_script_asks_for_as_many_gpus_as_its_preset_needs(stage: str) -> None:
     text = (SLURM / f"{stage}.sh").read_text("utf-8")
     nodes, gpus = (int(text.split(f"#SBATCH --{name}=")[1].split()[0]) for name in ("nodes", "gpus-per-node"))
     assert nodes * gpus == parallel["tensor"] * parallel["pipeline"] * parallel["data"]
+    assert nodes == parallel["nodes"]
+
+
+@pytest.mark.parametrize(
+    "preset", sorted((REPOSITORY / "conf").glob("*/phi4mini-*.yaml")), ids=lambda p: p.parent.name + p.stem
+)
+def test_a_preset_s_nodes_hold_its_layout(preset: Path) -> None:
+    parallel = load_config(STAGES[preset.parent.name], preset, ["base=models/b"]).parallel
+    gpus = int(preset.stem.split("-")[1].split("x")[0])
+    assert parallel.world_size == gpus
+    assert parallel.nodes == max(1, gpus // 8)
 
 
 @pytest.mark.parametrize("script", sorted(SLURM.glob("*.sh")), ids=lambda p: p.name)
@@ -173,10 +198,12 @@ def test_directives(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", PLAIN_STAGES)
 def test_plain_dry_run(stage: str) -> None:
-    command = dry_run(stage, "run.seed=3")
+    command = dry_run(stage, *OPEN.get(stage, ()), "run.seed=3")
     assert command[0] == "srun"
     assert "phimr_nemo.jobs.node" not in command
-    assert command[-5:] == ["phimr_nemo.cli", stage, "--config", f"conf/{stage}/paper.yaml", "run.seed=3"]
+    given = [*OPEN.get(stage, ()), "run.seed=3"]
+    start = command.index("phimr_nemo.cli")
+    assert command[start:] == ["phimr_nemo.cli", stage, "--config", f"conf/{stage}/paper.yaml", *given]
 
 
 def test_evaluation_takes_the_software_that_has_vllm() -> None:
@@ -193,17 +220,57 @@ def test_evaluation_takes_the_software_that_has_vllm() -> None:
 def test_distributed_dry_run_uses_the_directives(stage: str) -> None:
     text = (SLURM / f"{stage}.sh").read_text("utf-8")
     nodes = text.split("#SBATCH --nodes=")[1].split()[0]
-    command = dry_run(stage, "optim.lr=2e-5")
+    given = [*OPEN.get(stage, ()), "optim.lr=2e-5"]
+    command = dry_run(stage, *given)
     assert command[:3] == ["srun", f"--nodes={nodes}", f"--ntasks={nodes}"]
     assert follows(command, ["--nnodes", nodes, "--nproc-per-node", "8", "--rdzv-backend", "c10d"])
-    assert command[-5:] == ["-m", f"recipes.{stage}", "--config", f"conf/{stage}/paper.yaml", "optim.lr=2e-5"]
+    start = command.index("phimr_nemo.cli")
+    assert command[start:] == ["phimr_nemo.cli", stage, "--config", f"conf/{stage}/paper.yaml", *given]
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "nodes", "named"),
+    [
+        ("midtrain", ["bse=typo"], None, "did you mean base?"),
+        ("verify", ["worker=2"], None, "worker"),
+        # A layout of 8 GPUs and the script's own 16 nodes.
+        (
+            "sft",
+            ["--config", "conf/sft/phi4mini-8xh100.yaml", "base=models/b"],
+            None,
+            "sbatch --nodes=1 slurm/sft.sh",
+        ),
+        ("dpo", ["parallel.data=32"], None, "sbatch --nodes=8 slurm/dpo.sh"),
+        ("grpo", [], "3", "sbatch --nodes=4 slurm/grpo.sh"),
+        ("dpo", ["parallel.tensor=1", "parallel.data=1"], "1", "--gpus-per-node=1"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_job_would(
+    stage: str, arguments: list[str], nodes: str | None, named: str
+) -> None:
+    extra = {} if nodes is None else {"SLURM_JOB_NUM_NODES": nodes}
+    done = bash(f"slurm/{stage}.sh", *arguments, env=environment(DRY_RUN="1", **extra), code=2)
+    assert named in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_dry_run_stands_for_a_job_of_other_nodes() -> None:
+    preset = ("--config", "conf/sft/phi4mini-8xh100.yaml", "base=models/b")
+    command = dry_run("sft", *preset, SLURM_JOB_NUM_NODES="1")
+    assert follows(command, ["--nnodes", "1", "--nproc-per-node", "8"])
+
+
+def test_a_dry_run_without_an_interpreter_says_that_nothing_was_checked() -> None:
+    done = bash("slurm/sft.sh", "no.such=key", env=environment(DRY_RUN="1", **UNCHECKED))
+    assert "not checked" in done.stderr
+    assert words(done.stdout)[-1] == "no.such=key"
 
 
 @pytest.mark.parametrize("stage", STAGE_ORDER)
 def test_hostile_arguments_arrive_unchanged(stage: str, cluster: Path, tmp_path: Path) -> None:
     bash(f"{SLURM}/{stage}.sh", *HOSTILE, env=job(cluster), cwd=tmp_path)
     assert recorded(cluster)[-len(HOSTILE) :] == list(HOSTILE)
-    assert dry_run(stage, *HOSTILE)[-len(HOSTILE) :] == list(HOSTILE)
+    assert unchecked(stage, *HOSTILE)[-len(HOSTILE) :] == list(HOSTILE)
     assert not (tmp_path / "pwned").exists()
     assert not (REPOSITORY / "pwned").exists()
 
@@ -231,8 +298,8 @@ def test_processes_per_node(extra: dict[str, str], processes: str, cluster: Path
 
 
 def test_config_and_preset(cluster: Path) -> None:
-    assert follows(dry_run("sft", PHIMR_PRESET="tiny"), ["--config", "conf/sft/tiny.yaml"])
-    command = dry_run("sft", "--config", "my conf.yaml", "a=1")
+    assert follows(unchecked("sft", PHIMR_PRESET="tiny"), ["--config", "conf/sft/tiny.yaml"])
+    command = unchecked("sft", "--config", "my conf.yaml", "a=1")
     assert command[-3:] == ["--config", "my conf.yaml", "a=1"]
     assert command.count("--config") == 1
     assert "--config has no value" in bash("slurm/sft.sh", "--config", env=job(cluster), code=2).stderr
@@ -281,7 +348,7 @@ def test_containers() -> None:
 def test_site_file_is_read_and_its_example_is_valid(tmp_path: Path) -> None:
     site = tmp_path / "site.env"
     site.write_text((SLURM / "site.env.example").read_text("utf-8") + "\nexport PHIMR_PROCS_PER_NODE=3\n", "utf-8")
-    assert follows(dry_run("sft", PHIMR_SITE=str(site)), ["--nproc-per-node", "3"])
+    assert follows(unchecked("sft", PHIMR_SITE=str(site)), ["--nproc-per-node", "3"])
 
 
 def test_outside_a_job_is_an_error() -> None:
@@ -344,7 +411,7 @@ def test_grpo_with_servers_on_the_last_nodes() -> None:
     extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "2", "PHIMR_SERVERS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "6"}
     server, trainer = map(words, bash("slurm/grpo.sh", "steps=3", env=environment(**extra)).stdout.splitlines())
     urls = ",".join(f"http://node-{node}:{port}" for node in (5, 6) for port in (8000, 8001))
-    added = ["steps=3", f"sampler.base_urls=[{urls}]", "sampler.api_key_env=PHIMR_KEY"]
+    added = ["steps=3", f"engine.base_urls=[{urls}]", "engine.api_key_env=PHIMR_KEY"]
     assert trainer[:3] == ["srun", "--nodes=4", "--ntasks=4"]
     assert "--nodelist=node-1,node-2,node-3,node-4" in trainer
     assert follows(trainer, ["--nnodes", "4"])
@@ -361,6 +428,7 @@ def test_grpo_with_servers_on_the_last_nodes() -> None:
 
 def test_grpo_keeps_the_kind_of_servers_that_it_is_given() -> None:
     extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "1", "PHIMR_SERVER_PYTHON": "/trt/python"}
+    extra["SLURM_JOB_NUM_NODES"] = "5"
     settings = environment(PHIMR_PRESET="trtllm", **extra)
     server, trainer = map(words, bash("slurm/grpo.sh", "base=models/b", env=settings).stdout.splitlines())
     assert follows(server, ["/trt/python", "-m", "phimr_nemo.jobs.server_node"])
@@ -387,16 +455,22 @@ def test_grpo_as_a_heterogeneous_job(cluster: Path) -> None:
     assert "--het-group=0" in trainer
     assert follows(trainer, ["--rdzv-endpoint", "train:22345"])
     assert "--het-group=1" in server
-    assert "sampler.base_urls=[http://serve:8000]" in trainer
+    assert "engine.base_urls=[http://serve:8000]" in trainer
 
 
 # --- the pipeline ------------------------------------------------------------------------------------------
 
 
 def test_pipeline_chains_every_stage() -> None:
-    lines = bash("slurm/pipeline.sh", env=environment(DRY_RUN="1")).stdout.splitlines()
+    given = [f"{stage}:{value}" for stage, values in OPEN.items() for value in values]
+    lines = bash("slurm/pipeline.sh", *given, env=environment(DRY_RUN="1")).stdout.splitlines()
     commands = [words(line) for line in lines]
-    assert [command[-1] for command in commands] == [f"slurm/{stage}.sh" for stage in STAGE_ORDER]
+    for stage, command in zip(STAGE_ORDER, commands, strict=True):
+        assert command[command.index(f"slurm/{stage}.sh") + 1 :] == list(OPEN.get(stage, ()))
+        # As many as the preset says.
+        asked = [word for word in command if word.startswith("--nodes")]
+        assert asked == {"midtrain": ["--nodes=16"], "dpo": ["--nodes=4"]}.get(stage, asked)
+        assert bool(asked) == (stage in DISTRIBUTED_STAGES)
     assert not any(word.startswith("--dependency") for word in commands[0])
     for before, stage, command in zip(STAGE_ORDER, STAGE_ORDER[1:], commands[1:], strict=False):
         singleton = "" if stage in ARRAY_STAGES else ",singleton"
@@ -421,7 +495,7 @@ def test_pipeline_submits_with_the_ids_it_gets(tmp_path: Path) -> None:
         "slurm/pipeline.sh",
         "run.seed=1",
         value,
-        env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", PHIMR_SITE=str(site)),
+        env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", PHIMR_SITE=str(site), **UNCHECKED),
     )
     calls = [line.split("\0")[:-1] for line in log.read_text("utf-8").splitlines()]
     assert len(calls) == len(STAGE_ORDER)
@@ -442,8 +516,38 @@ def test_pipeline_refuses_an_unknown_stage_before_submitting() -> None:
     assert done.stdout == ""
 
 
+def test_pipeline_checks_every_stage_before_submitting(tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\ntouch '{tmp_path}/submitted'\n", "utf-8")
+    sbatch.chmod(0o755)
+    given = [f"{stage}:{value}" for stage, values in OPEN.items() for value in values]
+    env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = bash("slurm/pipeline.sh", *given, "export:no_such=1", env=env, code=2)
+    assert "no_such" in done.stderr
+    assert not (tmp_path / "submitted").exists()
+
+
+def test_ctrl_c_takes_back_what_the_pipeline_has_submitted(tmp_path: Path) -> None:
+    programs = {
+        "sbatch": f'n=$(ls "{tmp_path}" | grep -c "^job"); touch "{tmp_path}/job$n"\n'
+        'if [ "$n" = 2 ]; then sleep 3; fi; echo "10$n"',
+        "scancel": f'echo "$@" >"{tmp_path}/cancelled"',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n", "utf-8")
+        (tmp_path / name).chmod(0o755)
+    env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", **UNCHECKED)
+    with Terminal(["bash", "slurm/pipeline.sh"], env=env, cwd=REPOSITORY) as terminal:
+        terminal.wait_for(lambda: (tmp_path / "job2").exists(), WAIT_SECONDS)
+        terminal.press_ctrl_c()
+        assert terminal.end(WAIT_SECONDS) == 3
+    assert (tmp_path / "cancelled").read_text() == "100 101\n"
+    assert "2 submitted jobs are cancelled" in terminal.text
+
+
 def test_pipeline_keeps_colons_in_values() -> None:
-    lines = bash("slurm/pipeline.sh", "run.output=s3://x:y", env=environment(DRY_RUN="1")).stdout.splitlines()
+    settings = environment(DRY_RUN="1", **UNCHECKED)
+    lines = bash("slurm/pipeline.sh", "run.output=s3://x:y", env=settings).stdout.splitlines()
     assert all(words(line)[-1] == "run.output=s3://x:y" for line in lines)
 
 
@@ -470,9 +574,7 @@ def test_a_job_that_runs_out_of_time_requeues_itself(
         "for _ in $(seq 600); do sleep 0.05; done\nexit 9\n",
         "utf-8",
     )
-    shell = subprocess.Popen(
-        ["bash", "slurm/midtrain.sh"], env=job(cluster, SLURM_RESTART_COUNT=restarts), cwd=REPOSITORY
-    )
+    shell = start(["bash", "slurm/midtrain.sh"], env=job(cluster, SLURM_RESTART_COUNT=restarts), cwd=REPOSITORY)
     try:
         wait_for([cluster / "record"])
         # Slurm signals the batch shell alone (--signal=B:USR1).
@@ -484,3 +586,23 @@ def test_a_job_that_runs_out_of_time_requeues_itself(
     assert (cluster / "record.requeue").exists() == requeued
     if requeued:
         assert (cluster / "record.requeue").read_text("utf-8") == "requeue 12345"
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_in_an_interactive_allocation_stops_the_step_and_puts_nothing_back(
+    presses: int, cluster: Path
+) -> None:
+    # The first is passed on as the signal that lets the stage save; a step that does not answer is ended.
+    answer = "exit 3" if presses == 1 else ":"
+    (cluster / "srun").write_text(
+        f"#!/usr/bin/env bash\ntrap '{answer}' USR1\ntouch \"$RECORD\"\n"
+        "for _ in $(seq 600); do sleep 0.05; done\nexit 9\n",
+        "utf-8",
+    )
+    with Terminal(["bash", "slurm/sft.sh"], env=job(cluster), cwd=REPOSITORY) as terminal:
+        terminal.wait_for((cluster / "record").exists, WAIT_SECONDS)
+        for _ in range(presses):
+            terminal.press_ctrl_c()
+            time.sleep(0.5)
+        assert terminal.end(WAIT_SECONDS) == (3 if presses == 1 else 137)
+    assert not (cluster / "record.requeue").exists()

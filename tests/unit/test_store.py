@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import start
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text
@@ -518,7 +519,7 @@ def test_killed_again_and_again_it_still_ends_with_the_same_rows(tmp_path: Path)
     out = tmp_path / "out"
     for wanted in range(1, SHARDS):
         # SIGKILL from outside, each time after one more shard has appeared.
-        step = subprocess.Popen([sys.executable, "-c", STEP, str(out), "0"], stdout=subprocess.DEVNULL)
+        step = start([sys.executable, "-c", STEP, str(out), "0"], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + WAIT_SECONDS
         while step.poll() is None and len(list(out.glob("part-*.json"))) < wanted:
             assert time.monotonic() < deadline

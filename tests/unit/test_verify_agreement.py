@@ -68,13 +68,12 @@ def published_golds(problems: Path) -> list[str]:
     """Every different final answer in a directory of published problems."""
     rows: list[dict[str, Any]] = []
     for path in sorted(problems.iterdir()):
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as handle:
-            if ".jsonl" in path.suffixes:
-                rows += [json.loads(line) for line in handle]
-            else:
-                read = json.load(handle)
-                rows += read if isinstance(read, list) else next(iter(read.values()))
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if ".jsonl" in path.suffixes:
+            rows += [json.loads(line) for line in text.splitlines()]
+        else:
+            read = json.loads(text)
+            rows += read if isinstance(read, list) else next(iter(read.values()))
     found = [str(row.get("answer", row.get("Answer", row.get("solution")))) for row in rows]
     return sorted({gold for gold in map(gold_answer, found) if gold})
 

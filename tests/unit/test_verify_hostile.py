@@ -1,8 +1,8 @@
 """No hostile response is graded correct, breaks a worker, or takes the blame off the response.
 
-tests/golden/verify_hostile.jsonl holds them by kind: two candidates in one box in any disguise, tautologies, echoes of
-the prompt, numbers (huge, tiny, almost equal, not a number), look-alike characters, commands, forged turns and thoughts,
-units.
+tests/golden/verify_hostile.jsonl holds them by kind: two candidates in one box in any disguise, tautologies, echoes
+of the prompt, numbers (huge, tiny, almost equal, not a number), look-alike characters, commands, forged turns and
+thoughts, units.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from phimr_nemo.verify import Grader
 from phimr_nemo.verify.answer import _decide
 from phimr_nemo.verify.compare import equivalent
 from phimr_nemo.verify.mathverify import for_math_verify
+from phimr_nemo.verify.read.expression import Symbolic
 from phimr_nemo.verify.read.quantity import parse_number
 from phimr_nemo.verify.verdict import Unparsable
 from phimr_nemo.verify.workers.pool import Job
@@ -121,7 +123,7 @@ def test_no_percent_sign_word_or_currency_reaches_math_verify() -> None:
     for gold in texts:
         for predicted in texts:
             with contextlib.suppress(Unparsable):
-                equivalent(gold, predicted, Recorder())
+                equivalent(gold, predicted, cast(Symbolic, Recorder()))
     assert seen
     assert not [text for text in seen if "%" in text or "$" in text or r"\text" in text]
 

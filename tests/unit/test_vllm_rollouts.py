@@ -17,10 +17,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from processes import start
 from safetensors.torch import save_file
 from torch import Tensor
 
-from phimr_nemo.config import BaseConfig, RolloutServers, load_config
+from phimr_nemo.config import BaseConfig, ServerEngine, load_config
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
 from phimr_nemo.generate.serving import servers
@@ -149,7 +150,7 @@ def served(python: Path, variables: dict[str, str], model: Path, log: Path) -> I
     command += ["--dtype", "fp32", "--port", str(port), "--max-batch", "4", "--api-key-env", "PHIMR_TEST_KEY"]
     with log.open("wb") as output:
         # A group of its own: the server starts processes that would outlive it.
-        server = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
+        server = start(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(START_SECONDS):
@@ -190,7 +191,7 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
         assert httpx.get(url + IDENTITY).status_code == httpx.codes.UNAUTHORIZED
         # What would let anyone run anything is not there.
         assert httpx.post(url + "/collective_rpc", json={"method": "x"}).status_code == httpx.codes.NOT_FOUND
-        config = RolloutServers(
+        config = ServerEngine(
             kind="vllm_server",
             base_urls=(url,),
             api_key_env="PHIMR_TEST_KEY",

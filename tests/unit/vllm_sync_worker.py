@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from phimr_nemo.config import VLLMRollouts
+from phimr_nemo.config import VLLMEngine
 from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.generate.serving import vllm
 
@@ -26,13 +26,12 @@ def main(model: Path, weights: Path, out: Path, extension: str | None) -> None:
     """Sync, sample at a temperature and greedily, and write what came."""
     if extension is not None:
         vllm.WORKER_EXTENSION = extension  # type: ignore[misc]
-    options = VLLMRollouts(kind="vllm", max_batch=8, memory_share=0.5, bucket_mb=1, eager=True)
+    options = VLLMEngine(kind="vllm", max_batch=8, memory_share=0.5, bucket_mb=1, eager=True)
     sampler = vllm.VLLMSampler(
         model,
         options,
         dtype="fp32",
         max_length=MAX_LENGTH,
-        longrope="long_when_max_length_exceeds_original",
         stop_ids=[0],
     )
     requests = [Request(f"{number}", prompt, 100 + number) for number, prompt in enumerate(PROMPTS)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from phimr_nemo.align.microbatch import balanced_shares
-from phimr_nemo.config.alignment import Overlong
+from phimr_nemo.config.dpo import Overlong
 from phimr_nemo.data.chat import render_conversations
 from phimr_nemo.data.rows.batches import Row, collate_padded
 from phimr_nemo.errors import UserError
@@ -33,12 +33,14 @@ class Pairs:
         chosen, rejected: question and response of both sides.
         too_long: pairs that were left out for the run's sequence length.
         truncated: pairs of which a side was cut off at it.
+        ids: of the pairs.
     """
 
     chosen: Sequence[Row]
     rejected: Sequence[Row]
     too_long: int = 0
     truncated: int = 0
+    ids: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -77,14 +79,14 @@ def load_pairs(
         [_row(*rendered) for rendered in render_conversations(tokenizer, questions, [item[side] for item in items])]
         for side in ("chosen", "rejected")
     ]
-    kept: list[tuple[Row, Row]] = []
+    kept: list[tuple[Row, Row, str]] = []
     truncated = 0
     for item, chosen, rejected in zip(items, *sides, strict=True):
         if _same(chosen, rejected):
             raise _without_difference(directory, item, "tokens")
         longest = max(len(chosen.input_ids), len(rejected.input_ids))
         if longest <= sequence_length:
-            kept.append((chosen, rejected))
+            kept.append((chosen, rejected, item["id"]))
         elif overlong == "error":
             raise UserError(
                 f"pair {item['id']} in {directory} has a side of {longest} tokens",
@@ -94,7 +96,7 @@ def load_pairs(
         elif overlong == "truncate":
             pair = _cut_off(chosen, sequence_length), _cut_off(rejected, sequence_length)
             if pair[0].loss_mask.any() and pair[1].loss_mask.any() and not _same(*pair):
-                kept.append(pair)
+                kept.append((*pair, item["id"]))
                 truncated += 1
     if not kept:
         raise UserError(
@@ -102,7 +104,8 @@ def load_pairs(
             rule="question and response together have at most sequence_length tokens",
             remedy="raise sequence_length, or curate pairs with shorter responses",
         )
-    return Pairs([pair[0] for pair in kept], [pair[1] for pair in kept], len(items) - len(kept), truncated)
+    chosen_rows, rejected_rows, ids = zip(*kept, strict=True)
+    return Pairs(chosen_rows, rejected_rows, len(items) - len(kept), truncated, ids)
 
 
 def _check_texts(directory: Path, items: Sequence[dict[str, Any]]) -> None:

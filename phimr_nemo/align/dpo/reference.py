@@ -12,7 +12,6 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from phimr_nemo.align.dpo.pairs import Pairs
 from phimr_nemo.align.policy import MegatronPolicy
@@ -20,6 +19,7 @@ from phimr_nemo.config import DPOConfig
 from phimr_nemo.data.rows.batches import collate_padded
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_file
+from phimr_nemo.store.progress import track
 from phimr_nemo.training import platform
 
 REFERENCE_FILE: Final = "reference.safetensors"
@@ -126,7 +126,7 @@ def _compute(policy: MegatronPolicy, pairs: Pairs, pad_id: int) -> Tensor:
     size = policy.micro_batch * MICRO_BATCHES_A_CALL
     policy.prepare_for_inference()
     starts = range(0, len(mine), size)
-    for start in tqdm(starts, desc="dpo reference", disable=dist.get_rank() != 0, mininterval=1.0):
+    for start in track(starts, title="dpo reference", unit="batch", hidden=dist.get_rank() != 0):
         part = mine[start : start + size]
         batch = collate_padded([rows[i] for i in part], pad_id=pad_id, multiple=1)
         sums[part] = policy.log_probs(batch["tokens"], batch["labels"]).double().sum(dim=1)

@@ -10,25 +10,29 @@ from megatron.core import parallel_state
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from phimr_nemo.align.checkpoint import CheckpointStore
+from phimr_nemo.align.checkpoint import TrainerCheckpoints
 from phimr_nemo.align.compat import DPOTrainer, MegatronPretrainingBatchSampler
 from phimr_nemo.align.dpo.log import DPOLog
 from phimr_nemo.align.dpo.objective import DPOObjective
-from phimr_nemo.align.dpo.pairs import PairCollate, load_pairs
+from phimr_nemo.align.dpo.pairs import PairCollate, Pairs, load_pairs
 from phimr_nemo.align.dpo.reference import reference_identity, stored_reference
-from phimr_nemo.align.lifecycle import StopTimer, check_checkpointing, content_identity, export, frozen_heap
-from phimr_nemo.align.plots import plot_dpo
+from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap, speed_of
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.align.trainer_log import metrics_writer
-from phimr_nemo.config import DPOConfig
-from phimr_nemo.config.alignment import StoredReference
+from phimr_nemo.config import DPOConfig, to_dict
+from phimr_nemo.config.dpo import StoredReference
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.rows.batches import EpochOrder
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import read_manifest
+from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
+from phimr_nemo.training.early_stopping import Judge
+from phimr_nemo.training.guard import BatchGuard
+from phimr_nemo.training.metrics import metrics_of
+from phimr_nemo.training.plots import plot_dpo
+from phimr_nemo.training.tracking import open_log
 
 
 def run_dpo(config: DPOConfig) -> dict[str, Any]:
@@ -45,7 +49,6 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     read_manifest(config.pairs, "pairs")
-    check_checkpointing(config.checkpoint)
     base = HFDirectory(config.base)
     pad_id = base.architecture.pad_token_id
     pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
@@ -54,8 +57,12 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
 
     run = RunDirectory(config.run.output)
     start_process_group(config.parallel, config.run.seed)
-    with PreemptionGuard() as guard:
-        policy = build_policy(config, base, steps)
+    metric = metrics_of("dpo")[config.checkpoint.metric]
+    judge = Judge(run.path, metric, config.early_stopping, every=config.checkpoint.every, last=steps)
+    store = CheckpointStore(run.checkpoints, config.checkpoint, judge)
+    batch_guard = BatchGuard(run.path, config.guard, lambda step: _batch_rows(config, pairs, order, step))
+    with PreemptionGuard() as signals:
+        policy = build_policy(config, base, steps, batch_guard)
         identity = content_identity(base, config.pairs)
         if isinstance(config.reference, StoredReference):
             computed = reference_identity(config, identity, pairs)
@@ -64,10 +71,10 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
             # The policy is still the base here; a checkpoint is loaded after this.
             reference = None
             policy.keep_reference()
-        checkpoints = CheckpointStore(run.checkpoints, policy, keep=config.checkpoint.keep, identity=identity)
+        checkpoints = TrainerCheckpoints(store, policy, batch_guard, identity)
         counters = checkpoints.restore()
-        with metrics_writer(run.path, counters["step"]) as writer:
-            log = DPOLog(writer, policy.optimizer, config.run.log_every)
+        with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
+            log = DPOLog(lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model))
             trainer = _trainer(
                 config,
                 policy,
@@ -81,29 +88,42 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
                 ),
                 logger=log,
                 ckpt_callback=checkpoints,
-                run_timer=StopTimer(guard),
+                run_timer=StopTimer(signals, store, lambda: trainer.step),
                 steps=steps,
             )
             trainer.load_state_dict(counters)
+            batch_guard.attach(policy.optimizer.megatron, lambda: trainer.step + 1)
             with frozen_heap():
-                trainer.fit()
-    if trainer.step < steps:
+                # A run that had converged, and died before its export, does not train on.
+                if not judge.has_converged(trainer.step):
+                    trainer.fit()
+            store.finish_writing(wait=True)
+    converged = judge.has_converged(trainer.step)
+    if trainer.step < steps and not converged:
         raise Preempted(f"dpo stopped at step {trainer.step} of {steps}; run the same command to continue")
     if dist.get_rank() == 0:
         plot_dpo(run.path)
     return {
-        "steps": steps,
+        "steps": trainer.step,
+        "converged": converged,
+        "skipped_batches": batch_guard.skipped,
         "pairs": len(pairs),
         "pairs_too_long": pairs.too_long,
         "pairs_truncated": pairs.truncated,
         "collapsed_at_step": log.collapsed_at,
         "base_weights": identity["base weights"],
-        "hf": export(run, policy, config.base),
+        **export(run, policy, config, store, trainer.step),
         "seconds": time.monotonic() - started,
     }
 
 
-def build_policy(config: DPOConfig, base: HFDirectory, steps: int) -> MegatronPolicy:
+def _batch_rows(config: DPOConfig, pairs: Pairs, order: EpochOrder, step: int) -> list[dict[str, Any]]:
+    """What names the pairs of a step's global batch (steps count from 1)."""
+    numbers = [order[sample] for sample in range((step - 1) * config.global_batch, step * config.global_batch)]
+    return [{"pair": int(number), "id": pairs.ids[number]} for number in numbers]
+
+
+def build_policy(config: DPOConfig, base: HFDirectory, steps: int, guard: BatchGuard) -> MegatronPolicy:
     """The policy with the stage's objective, for `steps` optimizer steps; Megatron's groups are up already."""
     objective = DPOObjective(
         config,
@@ -120,6 +140,7 @@ def build_policy(config: DPOConfig, base: HFDirectory, steps: int) -> MegatronPo
         sequence_length=config.sequence_length,
         micro_batch=2 * config.micro_batch,
         global_batch=config.global_batch,
+        guard=guard,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Final
 
-from phimr_nemo.config.alignment import MonitorConfig
+from phimr_nemo.config.grpo import MonitorConfig
 
 WATCHED: Final = ("pass_rate", "repetitive", "truncated", "entropy")
 RISING: Final = ("repetitive", "truncated")
@@ -24,6 +24,7 @@ REMEDIES: Final[Mapping[str, str]] = {
     "loss.clip_high",
     "entropy explosion": "the samples are close to noise: lower the temperature or optim.lr, go back to a checkpoint "
     "from before",
+    "grader": "grade a prompt's answer with `phimr verify` to see why; these responses take part in nothing",
     "accuracy": "go back to a checkpoint from before and lower optim.lr, or set kl above 0",
 }
 """Kind of collapse -> what to do."""
@@ -64,6 +65,7 @@ class CollapseWatch:
             return []
         self._rows.append(row)
         means = {name: fmean(row[name] for row in self._rows) for name in WATCHED}
+        means["ungraded"] = fmean(row.get("ungraded", 0.0) for row in self._rows)
         self._best_pass_rate = max(self._best_pass_rate, means["pass_rate"])
         self._lowest = {name: min(lowest, means[name]) for name, lowest in self._lowest.items()}
         self._highest_entropy = max(self._highest_entropy, means["entropy"])
@@ -102,6 +104,11 @@ class CollapseWatch:
         if means["entropy"] > config.max_entropy:
             reasons["entropy explosion"] = (
                 f"{means['entropy']:.2g} nats a token {window} (warning above {config.max_entropy:g})"
+            )
+        if means["ungraded"] > config.ungraded_warning:
+            reasons["grader"] = (
+                f"the grader gave up on {means['ungraded']:.1%} of the responses {window} "
+                f"(warning above {config.ungraded_warning:.1%})"
             )
         if means["pass_rate"] < self._best_pass_rate - config.pass_rate_drop:
             reasons["accuracy"] = (

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.align.grpo.collapse import CollapseWatch
-from phimr_nemo.align.plots import plot_grpo
 from phimr_nemo.align.trainer_log import TrainerLog
-from phimr_nemo.config.alignment import MonitorConfig
-from phimr_nemo.store.runs import MetricsWriter, read_metrics
+from phimr_nemo.config.grpo import MonitorConfig
+from phimr_nemo.store.runs import read_metrics
 from phimr_nemo.training.metrics import PASS_RATE_MIDDLES, PASS_RATE_NAMES
 from phimr_nemo.training.optimizer import TrainerOptimizer
+from phimr_nemo.training.plots import plot_grpo
+from phimr_nemo.training.tracking import RunLog
 
 _LOGGER: Final = logging.getLogger(__name__)
 _NOT_UPDATE_NAMES: Final = frozenset({"optim_step"})
@@ -34,26 +35,26 @@ class GRPOLog(TrainerLog):
     On process 0 it also watches for a collapse, warns once of each kind, and draws `grpo.png` now and then.
 
     Args:
-        writer: of the run's metrics; None on other processes.
-        optimizer: knows the gradient norm.
-        every: steps between two lines.
+        log, optimizer, every, speed: as for :class:`TrainerLog`.
         monitor: what is watched.
         directory: the run's; its metrics so far are those of the steps that the run continues from.
     """
 
     def __init__(
         self,
-        writer: MetricsWriter | None,
+        log: RunLog | None,
         optimizer: TrainerOptimizer,
         every: int,
+        speed: Callable[[float], Mapping[str, float]],
+        *,
         monitor: MonitorConfig,
         directory: Path,
     ) -> None:
-        super().__init__(writer, optimizer, every)
+        super().__init__(log, optimizer, every, speed)
         self._rollouts: dict[str, float] = {}
         self._updates: list[dict[str, float]] = []
         self._monitor, self._directory = monitor, directory
-        self.watch = CollapseWatch(monitor, read_metrics(directory) if writer is not None else ())
+        self.watch = CollapseWatch(monitor, read_metrics(directory) if log is not None else ())
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int, prefix: str) -> None:
         """Collect; the timers come last and end the round's line. Updates of a round are averaged."""
@@ -67,11 +68,11 @@ class GRPOLog(TrainerLog):
             self._updates = []
 
     def _end_round(self, step: int, row: Mapping[str, float]) -> None:
-        self._write(step, row)
-        if self._writer is None:
+        self._write(step, row, row["train_seconds"])
+        if self._log is None:
             return
         counts = zip(PASS_RATE_MIDDLES, PASS_RATE_NAMES, strict=True)
-        self._writer.write_histogram(
+        self._log.write_histogram(
             step, "group_pass_rate", [share for share, name in counts for _ in range(int(row[name]))]
         )
         for message in self.watch.observe(step, row):
@@ -81,7 +82,7 @@ class GRPOLog(TrainerLog):
 
     def draw(self) -> None:
         """Write the dashboard, on process 0."""
-        if self._writer is not None:
+        if self._log is not None:
             plot_grpo(self._directory, self.watch.found)
 
 

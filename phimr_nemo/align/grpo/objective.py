@@ -19,10 +19,11 @@ from phimr_nemo.align.microbatch import (
 )
 from phimr_nemo.align.policy import LossSums
 from phimr_nemo.config import GRPOConfig
-from phimr_nemo.config.alignment import PolicyLossConfig, SamplerCorrection, TruncatedCorrection
+from phimr_nemo.config.grpo import PolicyLossConfig, SamplerCorrection, TruncatedCorrection
 from phimr_nemo.data.packing import pack
 from phimr_nemo.losses import (
     IGNORED_LABEL,
+    PolicyBatch,
     PolicyLoss,
     centered_advantages,
     dapo_loss,
@@ -121,14 +122,8 @@ class GRPOObjective:
         # Without a value from before the round's updates this is the first update: the ratio is 1.
         old, sampler = extras.get("old_logprobs", logprobs.detach()), extras["sampler_logprobs"]
         weights = importance_weights(self._correction, old, sampler)
-        result = self._loss(
-            logprobs,
-            old,
-            extras["advantages"],
-            mask,
-            ref_logprobs=extras.get("reference_logprobs"),
-            importance_weights=weights,
-        )
+        reference = extras.get("reference_logprobs")
+        result = self._loss(PolicyBatch(logprobs, old, extras["advantages"], mask, reference, weights))
         sums = {**result.metrics, "logprob_gap": torch.where(mask, (old - sampler).abs(), 0.0).sum()}
         if weights is not None:
             sums["sampler_weight"] = torch.where(mask, weights, 0.0).sum()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phimr_nemo.align.grpo.rewards import CORRECT, Graded, is_graded
 from phimr_nemo.align.grpo.stabilisers import oversampled, uniform_prompts
 from phimr_nemo.config import GRPOConfig
+from phimr_nemo.config.engine import QUESTION
 from phimr_nemo.data.chat import render_prompts
 from phimr_nemo.data.repetition import REPETITIVE_ABOVE, repetition
 from phimr_nemo.errors import UserError
@@ -27,8 +29,6 @@ from phimr_nemo.verify.extract import gold_answer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CORRECT = "correct"
-UNGRADED = "error"
 REPETITION_CHARS: Final = 8_000
 """A loop is at the end of a response; more than its end would keep the GPUs waiting."""
 
@@ -65,6 +65,8 @@ class Rollout:
         logprobs: the sampler's log-probability of each token at the round's temperature (nats).
         is_truncated: it ended at the length limit.
         is_correct: the grader's verdict.
+        is_graded: False where the grader gave up; such a response takes part in nothing.
+        reward_parts: what its reward is the sum of, by name.
         repetition: share of the end of its text that repeats what stands earlier there.
         version: of the weights that made it: the step that began with them. None if the sampler did not say.
     """
@@ -76,8 +78,15 @@ class Rollout:
     logprobs: tuple[float, ...]
     is_truncated: bool
     is_correct: bool
+    is_graded: bool = True
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
     repetition: float = 0.0
     version: int | None = None
+
+    @property
+    def reward(self) -> float:
+        """The sum of its parts."""
+        return sum(self.reward_parts.values())
 
 
 class GradesAnswers(Protocol):
@@ -100,7 +109,7 @@ def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GR
     rows = read_table(directory, "prompts").to_pylist()
     _check_answers(directory, rows)
     even = uniform_prompts([row["length_spread"] for row in rows], config.prompt_optimization)
-    token_ids = render_prompts(tokenizer, [rows[i]["question"] for i in even])
+    token_ids = render_prompts(tokenizer, [config.prompt.replace(QUESTION, rows[i]["question"]) for i in even])
     room = config.sequence_length - config.max_new_tokens
     prompts = [
         Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"])
@@ -161,13 +170,33 @@ def verdicts_of(grader: GradesAnswers, responses: Sequence[str], answers: Sequen
             rule=rule,
             remedy="correct the grader: a verdict that is missing would move all later ones to other responses",
         )
-    if verdicts and all(verdict.verdict == UNGRADED for verdict in verdicts):
+    if verdicts and not any(is_graded(verdict.verdict) for verdict in verdicts):
         raise UserError(
             f"none of {len(verdicts)} responses could be graded: {verdicts[0].reason}",
             rule="a reward is the grader's judgement of a response",
             remedy="run `phimr doctor` for the grader, and check the answers of the prompts",
         )
     return verdicts
+
+
+def check_graded(rollouts: Sequence[Rollout], stop_above: float) -> None:
+    """Stop where the grader gave up on too many of a round's responses, on all processes alike.
+
+    Args:
+        rollouts: of all processes.
+        stop_above: the largest share.
+
+    Raises:
+        UserError: the share is larger.
+    """
+    ungraded = sum(not rollout.is_graded for rollout in rollouts)
+    if ungraded > stop_above * len(rollouts):
+        raise UserError(
+            f"the grader gave up on {ungraded} of {len(rollouts)} responses of a round",
+            rule=f"at most monitor.ungraded_stop={stop_above:g} of them: rewards of the rest would be another task",
+            remedy="grade a prompt's answer with `phimr verify` to see why, or raise monitor.ungraded_stop; the run "
+            "continues at its newest checkpoint with the same command",
+        )
 
 
 def rollout_requests(prompts: Mapping[int, Prompt], group_size: int, *seed: str) -> list[Request]:
@@ -187,20 +216,20 @@ def rollout_requests(prompts: Mapping[int, Prompt], group_size: int, *seed: str)
 
 def graded_rollouts(
     completions: Iterable[Completion],
-    texts: Iterable[str],
-    verdicts: Iterable[Any],
+    graded: Iterable[Graded],
     prompt_of: Mapping[int, int],
+    parts: Callable[[Graded], Mapping[str, float]],
 ) -> list[Rollout]:
-    """Completions of :func:`rollout_requests` with their verdicts.
+    """Completions of :func:`rollout_requests` with their verdicts and rewards.
 
     Args:
         completions: in the order of the requests.
-        texts: the response of each.
-        verdicts: one for each.
+        graded: what is known of each.
         prompt_of: slot -> prompt number.
+        parts: the parts of a response's reward.
     """
     rollouts = []
-    for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
+    for completion, response in zip(completions, graded, strict=True):
         slot, sample = (int(part) for part in completion.request_id.split("/"))
         rollouts.append(
             Rollout(
@@ -209,9 +238,11 @@ def graded_rollouts(
                 prompt_of[slot],
                 completion.token_ids,
                 completion.logprobs,
-                is_truncated=completion.finish_reason == "length",
-                is_correct=verdict.verdict == CORRECT,
-                repetition=repetition(text[-REPETITION_CHARS:]),
+                is_truncated=response.is_truncated,
+                is_correct=response.verdict == CORRECT,
+                is_graded=is_graded(response.verdict),
+                reward_parts=parts(response) if is_graded(response.verdict) else {},
+                repetition=repetition(response.response[-REPETITION_CHARS:]),
                 version=completion.version,
             )
         )
@@ -245,25 +276,32 @@ def pass_rate_bin(correct: int, size: int) -> int:
     return -(-4 * correct // size)
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, float]:
-    """What a round's rollouts say.
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What a round's rollouts say. Reward, pass rate and groups are those of graded responses, of which there is one.
 
     Returns:
-        reward: mean; pass_rate: share of correct responses; zero_gradient_groups: share of groups whose rewards
-        are all equal; groups_<bin>: number of groups in each of `PASS_RATE_BINS`; response_length: mean, tokens;
-        length_spread: mean over groups of standard deviation over mean of the response lengths; truncated: share
-        that hit the length limit; repetition: mean share of a response's end that repeats itself; repetitive: share
-        of responses where that is above `REPETITIVE_ABOVE`; entropy: mean of -log-probability over all sampled
+        reward: mean; reward_<part>: mean of each part, where there is more than one; ungraded: share of responses
+        that the grader gave up on; pass_rate: share of correct responses; zero_gradient_groups: share of groups whose
+        rewards are all equal; groups_<bin>: number of groups in each of `PASS_RATE_BINS`; response_length: mean,
+        tokens; length_spread: mean over groups of standard deviation over mean of the response lengths; truncated:
+        share that hit the length limit; repetition: mean share of a response's end that repeats itself; repetitive:
+        share of responses where that is above `REPETITIVE_ABOVE`; entropy: mean of -log-probability over all sampled
         tokens (nats), an unbiased estimate of the sampling distribution's.
     """
     groups = groups_of(rollouts)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
-    equal = [len({rewards[i] for i in group}) == 1 for group in groups]
+    graded = [rollout for rollout in rollouts if rollout.is_graded]
+    judged = [[graded[i] for i in group] for group in groups_of(graded)]
+    equal = [len({rollout.reward for rollout in group}) == 1 for group in judged]
     spreads = [pstdev(lengths[i] for i in group) / fmean(lengths[i] for i in group) for group in groups]
-    bins = [pass_rate_bin(sum(rollouts[i].is_correct for i in group), len(group)) for group in groups]
+    bins = [pass_rate_bin(sum(rollout.is_correct for rollout in group), len(group)) for group in judged]
+    parts = sorted({name for rollout in graded for name in rollout.reward_parts})
+    means = {f"reward_{name}": fmean(rollout.reward_parts[name] for rollout in graded) for name in parts}
     return {
-        "reward": fmean(rewards),
-        "pass_rate": fmean(rollout.is_correct for rollout in rollouts),
+        "reward": fmean(rollout.reward for rollout in graded),
+        **(means if len(means) > 1 else {}),
+        "ungraded": 1.0 - len(graded) / len(rollouts),
+        "pass_rate": fmean(rollout.is_correct for rollout in graded),
         "zero_gradient_groups": fmean(equal),
         **{name: float(bins.count(number)) for number, name in enumerate(PASS_RATE_NAMES)},
         "response_length": fmean(lengths),

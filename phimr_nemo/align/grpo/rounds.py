@@ -21,7 +21,6 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request, Sampler, SamplingParams, Unfinished
-from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.store.atomic import atomic_write_bytes
 from phimr_nemo.training import platform
 
@@ -32,7 +31,6 @@ ATTEMPTS: Final = 3
 """How often a round asks for its lost responses again, each time after the weights were sent again."""
 FILE: Final = "round-{step:08d}.parquet"
 DIRECTORY: Final = "pending"
-COUNTED: Final = ("retries", "stale", "removed", "returned")
 SCHEMA: Final = pa.schema(
     [
         ("request_id", pa.string()),
@@ -76,14 +74,14 @@ class Rounds:
 
         Returns:
             staleness: mean of steps between the weights that sampled and those that are trained; lost_groups of
-            the round; and from rollout servers, since the start, of all processes: retries, stale responses, removed
-            and returned.
+            the round; and what the sampler counts, since the start, of all processes: a server that dies may be
+            missed by one of them alone.
         """
         ages = [step - version for version in versions if version is not None]
         return {
             "staleness": sum(ages) / len(ages) if ages else 0.0,
             "lost_groups": self.lost_groups,
-            **(_counts(self._sampler) if isinstance(self._sampler, ServerSampler) else {}),
+            **{f"sampler_{name}": _total(count) for name, count in self._sampler.counts.items()},
         }
 
     def sync(self, step: int) -> None:
@@ -195,11 +193,6 @@ class Rounds:
     def close(self) -> None:
         """Wait for the thread."""
         self._thread.shutdown()
-
-
-def _counts(sampler: ServerSampler) -> dict[str, float]:
-    """What all processes have counted (collective): a server that dies may be missed by one of them alone."""
-    return {f"sampler_{name}": _total(sampler.counts[name]) for name in COUNTED}
 
 
 def group_of(request_id: str) -> str:

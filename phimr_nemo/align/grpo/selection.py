@@ -51,7 +51,8 @@ def selected(rollouts: Sequence[Rollout], config: GRPOConfig, step: int) -> Sele
     left_out = {"easy": 0, "impossible": 0}
     prompts = surplus = 0
     for whole in groups_of(rollouts):
-        group = [i for i in whole if not (config.overlong.kind == "mask" and rollouts[i].is_truncated)]
+        graded = [i for i in whole if rollouts[i].is_graded]
+        group = [i for i in graded if not (config.overlong.kind == "mask" and rollouts[i].is_truncated)]
         correct = [rollouts[i].is_correct for i in group]
         fate = group_fate(correct, config.rebalance) if group else "impossible"
         if fate != "kept":

@@ -12,8 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from phimr_nemo.config.alignment import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
-from phimr_nemo.config.sampler import OverlongResponses, SoftOverlong
+from phimr_nemo.config.grpo import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
 from phimr_nemo.errors import UserError
 
 GroupFate = Literal["kept", "easy", "impossible"]
@@ -30,20 +29,6 @@ def annealed_temperature(step: int, steps: int, config: TemperatureConfig) -> fl
     annealing = config.fraction * steps
     progress = 1.0 if step >= annealing else step / annealing
     return config.start + (config.end - config.start) * progress
-
-
-def check_temperature(config: TemperatureConfig) -> None:
-    """Refuse a schedule that cannot be sampled with.
-
-    Raises:
-        UserError: a temperature that is not positive, or a share outside [0, 1].
-    """
-    if not (config.start > 0 and config.end > 0 and 0.0 <= config.fraction <= 1.0):
-        raise UserError(
-            f"temperature from {config.start} to {config.end} over {config.fraction} of the steps",
-            rule="temperatures are positive, the share is between 0 and 1",
-            remedy="the paper's values are 1.0, 0.6 and 0.5",
-        )
 
 
 def uniform_prompts(length_spreads: Sequence[float], config: PromptOptimizationConfig) -> list[int]:
@@ -141,22 +126,3 @@ def rebalanced_group(correct: Sequence[bool], config: RebalanceConfig, seed: int
     generator = np.random.Generator(np.random.Philox(key=seed))
     chosen = generator.choice(len(negatives), size=count, replace=False)
     return sorted([*positives, *(negatives[i] for i in chosen)])
-
-
-def overlong_penalty(length: int, max_new_tokens: int, config: OverlongResponses) -> float:
-    """What a response's reward loses for its length: the soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13).
-
-    With b = `buffer` and L = `max_new_tokens`: 0 up to L - b tokens, then linearly down to -`penalty` at L.
-
-    Args:
-        length: tokens of the response.
-        max_new_tokens: the length limit.
-        config: only "soft" has a penalty.
-
-    Returns:
-        A number of at most 0, to be added to the reward.
-    """
-    if not isinstance(config, SoftOverlong):
-        return 0.0
-    excess = length - (max_new_tokens - config.buffer)
-    return -config.penalty * min(max(excess / config.buffer, 0.0), 1.0)

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Any
 
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from phimr_nemo.align.checkpoint import CheckpointStore
+from phimr_nemo.align.checkpoint import TrainerCheckpoints
 from phimr_nemo.align.compat import MegatronPretrainingBatchSampler
 from phimr_nemo.align.grpo.log import GRPOLog
 from phimr_nemo.align.grpo.objective import GRPOObjective
 from phimr_nemo.align.grpo.rollouts import load_prompts
 from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
-from phimr_nemo.align.grpo.samplers import check_sampler, open_sampler
-from phimr_nemo.align.grpo.stabilisers import check_temperature
+from phimr_nemo.align.grpo.samplers import open_sampler
 from phimr_nemo.align.grpo.trainer import GRPOTrainer, RoundInterrupted
-from phimr_nemo.align.lifecycle import StopTimer, check_checkpointing, content_identity, export, frozen_heap
+from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap, speed_of
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.align.trainer_log import metrics_writer
-from phimr_nemo.config import GRPOConfig
-from phimr_nemo.data.chat import load_tokenizer, stop_token_ids
+from phimr_nemo.config import GRPOConfig, to_dict
+from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.rows.batches import EpochOrder
-from phimr_nemo.errors import Preempted, UserError
+from phimr_nemo.errors import Preempted
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import read_manifest
+from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
+from phimr_nemo.training.early_stopping import Judge
+from phimr_nemo.training.guard import BatchGuard
+from phimr_nemo.training.metrics import metrics_of
+from phimr_nemo.training.tracking import open_log
 from phimr_nemo.verify import Grader
-
-SMALLEST_GROUP: Final = 2
-"""A response is compared with the others of its group."""
 
 
 def run_grpo(config: GRPOConfig) -> dict[str, Any]:
@@ -48,27 +48,28 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     read_manifest(config.prompts, "prompts")
-    check_checkpointing(config.checkpoint)
-    check_temperature(config.temperature)
-    check_sampler(config)
-    _check_batches(config)
     base = HFDirectory(config.base)
     tokenizer = load_tokenizer(config.base)
     prompts = load_prompts(config.prompts, tokenizer, config)
 
     run = RunDirectory(config.run.output)
     start_process_group(config.parallel, config.run.seed)
-    with PreemptionGuard() as guard, Grader(workers=config.verify_workers, function=config.grader) as grader:
-        policy = _policy(config, base)
+    metric = metrics_of("grpo")[config.checkpoint.metric]
+    judge = Judge(run.path, metric, config.early_stopping, every=config.checkpoint.every, last=config.steps)
+    store = CheckpointStore(run.checkpoints, config.checkpoint, judge)
+    batch_guard = BatchGuard(run.path, config.guard, lambda _: trainer.prompts_of_the_round())
+    with PreemptionGuard() as signals, Grader(workers=config.verify_workers, function=config.grader) as grader:
+        policy = build_policy(config, base, batch_guard)
         if config.kl > 0:
             policy.keep_reference()
         identity = content_identity(base, config.prompts)
-        checkpoints = CheckpointStore(run.checkpoints, policy, keep=config.checkpoint.keep, identity=identity)
+        checkpoints = TrainerCheckpoints(store, policy, batch_guard, identity)
         counters = checkpoints.restore()
-        sampler = open_sampler(config, policy, identity["base weights"], stop_token_ids(tokenizer))
+        sampler = open_sampler(config, policy, identity["base weights"])
         rounds = Rounds(sampler, policy.weights, pending_directory(run))
-        with metrics_writer(run.path, counters["step"]) as writer:
-            log = GRPOLog(writer, policy.optimizer, config.run.log_every, config.monitor, run.path)
+        with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
+            sinks = lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model)
+            log = GRPOLog(*sinks, monitor=config.monitor, directory=run.path)
             trainer = GRPOTrainer(
                 config=config,
                 prompts=prompts,
@@ -84,33 +85,41 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
                 ),
                 logger=log,
                 ckpt_callback=checkpoints,
-                run_timer=StopTimer(guard),
+                run_timer=StopTimer(signals, store, lambda: trainer.step),
             )
             trainer.load_state_dict(counters)
+            batch_guard.attach(policy.optimizer.megatron, lambda: trainer.reinforce_optimization_step + 1)
             trainer.take_up()
             try:
                 with frozen_heap():
-                    trainer.fit()
+                    # A run that had converged, and died before its export, does not train on.
+                    if not judge.has_converged(trainer.step):
+                        trainer.fit()
             except RoundInterrupted:
                 trainer.save()
+            store.finish_writing(wait=True)
             log.draw()
         rounds.close()
         sampler.close()
-    if trainer.step < config.steps:
+    converged = judge.has_converged(trainer.step)
+    if trainer.step < config.steps and not converged:
         raise Preempted(f"grpo stopped at step {trainer.step} of {config.steps}; run the same command to continue")
     return {
-        "steps": config.steps,
+        "steps": trainer.step,
+        "converged": converged,
+        "skipped_batches": batch_guard.skipped,
         "prompts": len(prompts.prompts),
         "prompts_uneven": prompts.dropped_uneven,
         "prompts_too_long": prompts.dropped_long,
         "collapses": log.watch.found,
         "base_weights": identity["base weights"],
-        "hf": export(run, policy, config.base),
+        **export(run, policy, config, store, trainer.step),
         "seconds": time.monotonic() - started,
     }
 
 
-def _policy(config: GRPOConfig, base: HFDirectory) -> MegatronPolicy:
+def build_policy(config: GRPOConfig, base: HFDirectory, guard: BatchGuard) -> MegatronPolicy:
+    """The policy with the stage's objective; Megatron's groups are up already."""
     objective = GRPOObjective(
         config,
         multiple=config.parallel.tensor if config.parallel.sequence else 1,
@@ -126,6 +135,7 @@ def _policy(config: GRPOConfig, base: HFDirectory) -> MegatronPolicy:
         sequence_length=config.sequence_length,
         micro_batch=config.micro_batch,
         global_batch=config.prompts_per_step,
+        guard=guard,
     )
 
 
@@ -164,29 +174,3 @@ def _trainer_options(config: GRPOConfig) -> Any:
             "model_gbs": config.prompts_per_step * config.group_size // config.inner_batches,
         }
     )
-
-
-def _check_batches(config: GRPOConfig) -> None:
-    sizes = (config.steps, config.prompts_per_step, config.inner_batches, config.micro_batch, config.max_new_tokens)
-    if min(sizes) < 1 or config.group_size < SMALLEST_GROUP:
-        raise UserError(
-            f"steps={config.steps}, prompts_per_step={config.prompts_per_step}, group_size={config.group_size}, "
-            f"inner_batches={config.inner_batches}, micro_batch={config.micro_batch}, "
-            f"max_new_tokens={config.max_new_tokens}",
-            rule=f"group_size is at least {SMALLEST_GROUP}, the others at least 1",
-            remedy="correct the value that is too small",
-        )
-    rollouts, shares = config.prompts_per_step * config.group_size, config.inner_batches * config.parallel.data
-    if rollouts % shares:
-        raise UserError(
-            f"{rollouts} rollouts a round for inner_batches={config.inner_batches} and "
-            f"parallel.data={config.parallel.data}",
-            rule="inner_batches x parallel.data divides prompts_per_step x group_size",
-            remedy=f"use a prompts_per_step x group_size that is a multiple of {shares}",
-        )
-    if config.max_new_tokens >= config.sequence_length:
-        raise UserError(
-            f"max_new_tokens={config.max_new_tokens} with sequence_length={config.sequence_length}",
-            rule="sequence_length holds prompt and response",
-            remedy="raise sequence_length above max_new_tokens by the longest prompt",
-        )

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from phimr_nemo.align.compat import ReinforceTrainer
 from phimr_nemo.align.grpo.objective import advantages_of
+from phimr_nemo.align.grpo.rewards import Graded, import_rewards, reward_parts
 from phimr_nemo.align.grpo.rollouts import (
     GradesAnswers,
     PromptSet,
     Rollout,
+    check_graded,
     gathered,
     graded_rollouts,
     rollout_metrics,
@@ -34,7 +36,7 @@ from phimr_nemo.align.grpo.rollouts import (
 )
 from phimr_nemo.align.grpo.rounds import Rounds
 from phimr_nemo.align.grpo.selection import selected
-from phimr_nemo.align.grpo.stabilisers import annealed_temperature, overlong_penalty, refill_size
+from phimr_nemo.align.grpo.stabilisers import annealed_temperature, refill_size
 from phimr_nemo.align.microbatch import deal_rows
 from phimr_nemo.config import GRPOConfig
 from phimr_nemo.data.chat import decode_response
@@ -76,6 +78,13 @@ class GRPOTrainer(ReinforceTrainer):
         super().__init__(**upstream, val_dataloader_builder=None, collate_fn=None, rm=None, batch_iterator_cls=None)
         self.config, self.prompts, self.rounds, self.grader = config, prompts, rounds, grader
         self.tokenizer = tokenizer
+        self._functions = import_rewards(config.reward)
+        self._rollouts: Sequence[Rollout] = ()
+
+    def prompts_of_the_round(self) -> list[dict[str, Any]]:
+        """Return what names the prompts that the step under way trains on."""
+        numbers = sorted({rollout.prompt for rollout in self._rollouts})
+        return [{"prompt": number, "id": self.prompts.prompts[number].id} for number in numbers]
 
     # ---- rollouts ------------------------------------------------------------------------------------------
 
@@ -104,9 +113,9 @@ class GRPOTrainer(ReinforceTrainer):
         with self.timer("refill"):
             refills, sampled = self._refill(loader.dataset, slots, rollouts)
         self._check_stop()
-        rewards = self._rewards(rollouts)
+        check_graded(rollouts, self.config.monitor.ungraded_stop)
         metrics = {
-            **rollout_metrics(rollouts, rewards.tolist()),
+            **rollout_metrics(rollouts),
             "temperature": self.model.temperature,
             "refills": refills,
             **self.rounds.metrics(self.step, [rollout.version for rollout in rollouts]),
@@ -150,7 +159,18 @@ class GRPOTrainer(ReinforceTrainer):
         slots = [int(completion.request_id.split("/")[0]) for completion in completions]
         answers = [self.prompts.prompts[prompt_of[slot]].answer for slot in slots]
         verdicts = verdicts_of(self.grader, texts, answers)
-        return gathered(graded_rollouts(completions, texts, verdicts, prompt_of))
+        graded = [
+            Graded(
+                text,
+                answer,
+                verdict.verdict,
+                len(completion.token_ids),
+                self.config.max_new_tokens,
+                is_truncated=completion.finish_reason == "length",
+            )
+            for text, answer, verdict, completion in zip(texts, answers, verdicts, completions, strict=True)
+        ]
+        return gathered(graded_rollouts(completions, graded, prompt_of, self._reward_parts))
 
     def _requests(self, prompt_of: Mapping[int, int], step: int) -> tuple[list[Request], SamplingParams]:
         """What is asked for step `step`: the groups of these slots."""
@@ -173,25 +193,21 @@ class GRPOTrainer(ReinforceTrainer):
         """Upstream's checkpoint, and then the round that is under way: there may be no time to wait for that."""
         super().save(extra_candidates, is_train_end)
         self.rounds.save(self.step)
-        self.rounds.forget(self.ckpt_callback.steps())
+        self.rounds.forget(self.ckpt_callback.store.steps())
 
-    def _rewards(self, rollouts: Sequence[Rollout]) -> Tensor:
-        config = self.config
-        values = [
-            (config.reward_correct if rollout.is_correct else config.reward_wrong)
-            + overlong_penalty(len(rollout.token_ids), config.max_new_tokens, config.overlong)
-            for rollout in rollouts
-        ]
-        return torch.tensor(values, dtype=torch.float32)
+    def _reward_parts(self, graded: Graded) -> dict[str, float]:
+        return reward_parts(graded, self.config.reward, self._functions, self.config.overlong)
 
     # ---- training rows -------------------------------------------------------------------------------------
 
     def generate_reinforce_data(self, rollout_batch: list[Rollout]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Choose the rows to train on, give them advantages, and lay out this rank's part of every update."""
+        self._rollouts = rollout_batch
         selection = selected(rollout_batch, self.config, self.step)
         chosen = [rollout_batch[i] for i in selection.kept]
         groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)
-        advantages = advantages_of(self.config.loss)(self._rewards(chosen), groups).tolist()
+        rewards = torch.tensor([rollout.reward for rollout in chosen], dtype=torch.float32)
+        advantages = advantages_of(self.config.loss)(rewards, groups).tolist()
         mine = self._dealt([len(self.prompts.prompts[r.prompt].token_ids) + len(r.token_ids) for r in chosen])
         rows = training_rows(
             [None if number is None else chosen[number] for number in mine],

@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from phimr_nemo.data.curate.narrow import CORRECT, UNKNOWN_DIFFICULTY, VERDICTS, Narrow
 from phimr_nemo.data.fate import MAX_CANDIDATES, Fate
-from phimr_nemo.errors import UserError
 from phimr_nemo.store.records import DIFFICULTIES, UNGRADED_VERDICTS, Difficulty
 
 Fates = npt.NDArray[np.uint8]
@@ -187,11 +186,7 @@ def prompts(
         max_pass: ... and below this (exclusive).
         min_samples: keep problems with at least this many graded responses.
         max_length_spread: keep problems with at most this spread; None = any (prompt optimisation off).
-
-    Raises:
-        UserError: the bounds leave no pass rate.
     """
-    check_pass_bounds(min_pass, max_pass)
     _, first, problem = np.unique(narrow["problem"], return_index=True, return_inverse=True)
     graded = ~np.isin(narrow["verdict"], UNGRADED)
 
@@ -217,20 +212,6 @@ def prompts(
     rows = np.full(len(first), np.iinfo(np.int64).max)
     np.minimum.at(rows, problem, narrow["row"])
     return Prompts(rows, fates, pass_rate, mean, spread, int((~graded).sum()))
-
-
-def check_pass_bounds(min_pass: float, max_pass: float) -> None:
-    """Refuse bounds between which no pass rate lies.
-
-    Raises:
-        UserError: `min_pass` is not below `max_pass`.
-    """
-    if not min_pass < max_pass:
-        raise UserError(
-            f"min_pass={min_pass} max_pass={max_pass}",
-            rule="a pass rate lies strictly between min_pass and max_pass",
-            remedy="use 0 and 1 for every prompt that is sometimes right and sometimes wrong",
-        )
 
 
 def _verified(narrow: Narrow) -> Fates:

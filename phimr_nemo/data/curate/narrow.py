@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from phimr_nemo.data.repetition import repetition
 from phimr_nemo.store.records import DIFFICULTIES, VerdictName
+from phimr_nemo.text.tokens import START, spells_special_token
 from phimr_nemo.verify.extract import final_answer
 
 if TYPE_CHECKING:
@@ -60,8 +60,6 @@ how many different boxed answers follow the thinking. forged: the text spells a 
 """
 
 # What the added tokens of Phi-family tokenizers look like.
-SPECIAL_TOKEN: Final = re.compile(r"<\|/?\w+\|>")
-SPECIAL_TOKEN_START: Final = "<|"
 HASH_BYTES: Final = 8
 BATCH_ROWS: Final = 1024
 MOST_BOXES: Final = 255
@@ -69,11 +67,6 @@ COLUMNS: Final = (
     *("id", "problem_id", "question", "response", "sample_index", "finish_reason", "tokens", "difficulty"),
     "verdict",
 )
-
-
-def spells_special_token(text: str) -> bool:
-    """Whether a text spells a token like `<|end|>`, which would forge a turn of the conversation."""
-    return SPECIAL_TOKEN.search(text) is not None
 
 
 def narrow_of_file(path: Path, *, quality: bool) -> Narrow:
@@ -138,7 +131,7 @@ def _codes(column: pa.StringArray, names: tuple[str, ...]) -> npt.NDArray[np.uin
 def _forged(column: pa.StringArray) -> npt.NDArray[np.bool_]:
     import pyarrow.compute as pc
 
-    suspects = np.flatnonzero(pc.match_substring(column, SPECIAL_TOKEN_START).to_numpy(zero_copy_only=False))
+    suspects = np.flatnonzero(pc.match_substring(column, START).to_numpy(zero_copy_only=False))
     forged = np.zeros(len(column), np.bool_)
     forged[suspects] = [spells_special_token(column[int(index)].as_py()) for index in suspects]
     return forged

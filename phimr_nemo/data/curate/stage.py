@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from phimr_nemo.config import CurateConfig, to_dict
 from phimr_nemo.data.curate.decide import Decisions, decide
-from phimr_nemo.data.curate.fates import check_pass_bounds
 from phimr_nemo.data.curate.narrow import VERDICTS
 from phimr_nemo.data.curate.sets import (
     DROPPED,
@@ -47,17 +46,9 @@ def run_curate(config: CurateConfig) -> dict[str, Any]:
         Rows of each set.
 
     Raises:
-        UserError: the verdicts are not finished, no set is named, or a set would be empty (its drops are shown).
+        UserError: the verdicts are not finished, or a set would be empty (its drops are shown).
     """
     named = [name for name in SETS if getattr(config, name) is not None]
-    if not named:
-        raise UserError(
-            "neither midtrain, sft, pairs nor prompts is configured",
-            rule="curate makes at least one training set",
-            remedy="set, e.g., midtrain.max_per_problem=8",
-        )
-    if config.prompts is not None:
-        check_pass_bounds(config.prompts.min_pass, config.prompts.max_pass)
     output, inputs = config.run.output, config.verdict_directories
     shards = shards_of(inputs)
     missing = [name for name in named if not _is_made(config, name)]

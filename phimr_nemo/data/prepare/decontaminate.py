@@ -19,7 +19,14 @@ from typing import Final, Literal
 
 from phimr_nemo.config import DecontaminationConfig, EvaluationSetConfig
 from phimr_nemo.data.sources.normalise import comparison_tokens, mask_numbers
-from phimr_nemo.data.sources.problems import QUESTION_COLUMNS, first_present, lookup, missing_column, question_text
+from phimr_nemo.data.sources.problems import (
+    EVALUATION_NAMING,
+    QUESTION_COLUMNS,
+    first_present,
+    lookup,
+    missing_column,
+    question_text,
+)
 from phimr_nemo.data.sources.rawfiles import read_rows
 from phimr_nemo.store.shards import MANIFEST, iter_shards
 
@@ -144,6 +151,9 @@ def evaluation_questions(one: EvaluationSetConfig) -> Iterator[str]:
         column = column or first_present(row, EVALUATION_COLUMNS)
         if column is None or lookup(row, column) is None:
             raise missing_column(
-                one.path, one.question or f"a question column (one of {list(EVALUATION_COLUMNS)})", row
+                one.path,
+                one.question or f"a question column (one of {list(EVALUATION_COLUMNS)})",
+                row,
+                EVALUATION_NAMING,
             )
         yield question_text(lookup(row, column))

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from tqdm import tqdm
 
 from phimr_nemo.config import PrepareConfig, to_dict
 from phimr_nemo.data.prepare.annotate import Annotations, Annotator, count_labels
@@ -29,6 +28,7 @@ from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, NEAR,
 from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.content import content_id, content_seed
+from phimr_nemo.store.progress import track
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import (
     finish,
@@ -86,7 +86,7 @@ def _prepare(config: PrepareConfig) -> None:
     evaluation = read_index(config.decontamination) if config.decontamination else None
     directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
     counts: Counter[str] = Counter()
-    for source, directory in zip(tqdm(config.sources, desc="sources", unit="source"), directories, strict=True):
+    for source, directory in zip(track(config.sources, title="sources", unit="source"), directories, strict=True):
         for name, count in collect(source, directory, permutations=permutations, evaluation=evaluation).items():
             counts[name] += count
             counts[f"{source.name}: {name}"] += count
@@ -160,7 +160,8 @@ def _write_problems(
     indices: list[int] = []
     shard = 0
     with Annotator(config.annotation, config.run.output / ANNOTATIONS) as annotate:
-        for index, source, row in tqdm(_candidates(directories, columns), total=len(reasons), desc="problems"):
+        candidates = _candidates(directories, columns)
+        for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
             name = config.sources[source].name
             if reasons[index] != KEPT:
                 counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
@@ -247,7 +248,7 @@ def _write_shards(directory: Path, kind: Kind, size: int, rows: Iterable[dict[st
     """Rows into shards of at most `size` rows and `ROLLOUT_SHARD_CHARS` characters of responses."""
     part: list[dict[str, Any]] = []
     chars = shard = 0
-    for row in tqdm(rows, desc=kind, unit="row"):
+    for row in track(rows, title=kind, unit="row"):
         if part and (len(part) == size or chars + len(row["response"]) > ROLLOUT_SHARD_CHARS):
             if not shard_is_complete(directory, shard):
                 write_shard(directory, shard, rows_to_table(part, kind), kind=kind)

@@ -142,7 +142,9 @@ def load_problems(
     read = 0
     for place, row in itertools.islice(read_rows(path), limit or None):
         if columns is None:
-            columns = find_columns(path, row, question=question, answer=answer, solution=solution)
+            columns = find_columns(
+                path, row, naming=PROBLEMS_NAMING, question=question, answer=answer, solution=solution
+            )
         read += 1
         try:
             problem = problem_of(row, columns, where=f"{path}, {place}", source=label)
@@ -163,18 +165,25 @@ def find_columns(
     path: Path,
     row: Row,
     *,
+    naming: str,
     question: str | None = None,
     answer: str | None = None,
     solution: str | None = None,
 ) -> Columns:
     """The columns of a file, as given or found by their usual names in its first row.
 
+    Args:
+        path: the file.
+        row: its first row.
+        naming: how the user names columns, for the remedy.
+        question, answer, solution: the names given.
+
     Raises:
         UserError: a column that was given is not there, no question is found, or neither answer nor solution.
     """
     for name, given in (("question", question), ("answer", answer), ("solution", solution)):
         if given is not None and lookup(row, given) is None:
-            raise missing_column(path, f"the {name} column {given!r}", row)
+            raise missing_column(path, f"the {name} column {given!r}", row, naming)
     columns = Columns(
         question=question or first_present(row, QUESTION_COLUMNS) or "",
         answer=answer or (None if solution else first_present(row, ANSWER_COLUMNS)),
@@ -183,9 +192,11 @@ def find_columns(
         difficulty=first_present(row, DIFFICULTY_COLUMNS),
     )
     if not columns.question:
-        raise missing_column(path, f"a question column (one of {list(QUESTION_COLUMNS)})", row)
+        raise missing_column(path, f"a question column (one of {list(QUESTION_COLUMNS)})", row, naming)
     if columns.answer is None and columns.solution is None:
-        raise missing_column(path, f"an answer column (one of {list(ANSWER_COLUMNS + SOLUTION_COLUMNS)})", row)
+        raise missing_column(
+            path, f"an answer column (one of {list(ANSWER_COLUMNS + SOLUTION_COLUMNS)})", row, naming
+        )
     return columns
 
 
@@ -241,12 +252,19 @@ def first_present(row: Row, names: Sequence[str]) -> str | None:
     return next((name for name in names if lookup(row, name) is not None), None)
 
 
-def missing_column(path: Path, wanted: str, row: Row) -> UserError:
-    """The error for a column that a file lacks; it lists what is there."""
+PROBLEMS_NAMING: Final = "problems.question=COLUMN problems.answer=COLUMN"
+TEACHER_NAMING: Final = "teacher.question=COLUMN teacher.answer=COLUMN teacher.response=COLUMN"
+SOURCE_NAMING: Final = "'sources=[{name: NAME, path: FILE, question: COLUMN, answer: COLUMN, response: COLUMN}]'"
+EVALUATION_NAMING: Final = "question: COLUMN in its entry of decontamination.sets"
+"""How columns are named where a file is read from."""
+
+
+def missing_column(path: Path, wanted: str, row: Row, naming: str) -> UserError:
+    """The error for a column that a file lacks; it lists what is there and says how columns are named."""
     return UserError(
         f"{path} lacks {wanted}; its columns are {sorted(row)}",
         rule="the columns of question and answer are found by their usual names or are given",
-        remedy="name them: question=COLUMN answer=COLUMN (a dotted name reaches into an object)",
+        remedy=f"name them: {naming} (a dotted name reaches into an object)",
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.inputs import table_remedy
 
 Row = dict[str, Any]
 
@@ -36,7 +37,7 @@ def format_of(path: Path) -> str:
         raise UserError(
             f"cannot tell the format of {path}",
             rule="a file ends in .json, .jsonl, .json.gz, .jsonl.gz, .json.zst, .jsonl.zst or .parquet",
-            remedy="rename or convert it",
+            remedy=table_remedy(path),
         )
     return ending
 

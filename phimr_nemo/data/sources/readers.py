@@ -10,6 +10,7 @@ from phimr_nemo.data.sources.item import ANSWER_FROM, FROM_TRAJECTORY, Item, Tra
 from phimr_nemo.data.sources.labels import TAL_DIFFICULTY, domain_of, origin_difficulty
 from phimr_nemo.data.sources.problems import answer_text, difficulty_of, last_boxed, split_final_line
 from phimr_nemo.data.sources.rawfiles import Row
+from phimr_nemo.text.thinking import with_thinking
 
 DEEPSEEK_R1: Final = "deepseek-r1"
 NO_ANSWER: Final = "no answer"
@@ -59,7 +60,7 @@ def openthoughts(row: Row) -> Item:
     if "deepseek_reasoning" in row:
         if str(row["domain"]).lower() not in _MATHEMATICS:
             raise UnusableRow(NOT_MATHEMATICS)
-        response = f"<think>\n{_text(row['deepseek_reasoning'])}\n</think>\n\n{_text(row['deepseek_solution'])}"
+        response = with_thinking(_text(row["deepseek_reasoning"]), _text(row["deepseek_solution"]), gap="\n\n")
         gold = _text(row["ground_truth_solution"])
         trajectory = Trajectory(response, DEEPSEEK_R1)
         return _answered_by(_text(row["problem"]), gold, trajectory, {"source": row.get("source")})
@@ -314,7 +315,7 @@ def _stratos_response(text: str) -> str:
     thought, solution = _between(text, THOUGHT_MARKERS), _between(text, SOLUTION_MARKERS)
     if thought is None or solution is None:
         return text
-    return f"<think>\n{thought}\n</think>\n\n{solution}"
+    return with_thinking(thought, solution, gap="\n\n")
 
 
 def _between(text: str, markers: tuple[str, str]) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.data.sources.problems import (
+    TEACHER_NAMING,
     Columns,
     IncompleteRow,
     IncompleteRows,
@@ -29,6 +30,7 @@ from phimr_nemo.data.sources.rawfiles import Row, read_rows
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.records import FinishReason
 from phimr_nemo.store.shards import rows_to_table
+from phimr_nemo.text.thinking import with_thinking
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -110,10 +112,10 @@ def load_recorded_rollouts(
     for place, row in itertools.islice(read_rows(path), limit or None):
         where = f"{path}, {place}"
         if columns is None:
-            columns = find_columns(path, row, question=question, answer=answer)
+            columns = find_columns(path, row, naming=TEACHER_NAMING, question=question, answer=answer)
             if not list(responses_of(row, response, teacher, where)):
                 wanted = response or f"one of {list(RESPONSE_COLUMNS)}, or one object a model with one of these"
-                raise missing_column(path, f"a response column ({wanted})", row)
+                raise missing_column(path, f"a response column ({wanted})", row, TEACHER_NAMING)
         read += 1
         try:
             problem = problem_of(row, columns, where=where, source=path.name)
@@ -182,7 +184,7 @@ def _recorded(teacher: str, response: Any, row: Row, where: str) -> Recorded:
     thinking_column = first_present(row, THINKING_COLUMNS)
     thinking = lookup(row, thinking_column) if thinking_column else None
     if isinstance(thinking, str) and thinking.strip():
-        response = f"<think>\n{thinking.strip()}\n</think>\n{response}"
+        response = with_thinking(thinking.strip(), response)
     return Recorded(
         teacher=teacher,
         response=response,

@@ -12,7 +12,14 @@ from phimr_nemo.config import SourceConfig
 from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import domain_of
 from phimr_nemo.data.sources.presets import PRESETS
-from phimr_nemo.data.sources.problems import Columns, IncompleteRow, find_columns, missing_column, problem_of
+from phimr_nemo.data.sources.problems import (
+    SOURCE_NAMING,
+    Columns,
+    IncompleteRow,
+    find_columns,
+    missing_column,
+    problem_of,
+)
 from phimr_nemo.data.sources.rawfiles import Row, files_in, read_rows
 from phimr_nemo.data.sources.recorded import responses_of
 from phimr_nemo.errors import UserError
@@ -85,10 +92,17 @@ def _items_by_usual_names(
         where = f"{source.path}, {place}"
         if columns is None:
             columns = find_columns(
-                Path(source.path), row, question=source.question, answer=source.answer, solution=source.solution
+                Path(source.path),
+                row,
+                naming=SOURCE_NAMING,
+                question=source.question,
+                answer=source.answer,
+                solution=source.solution,
             )
             if source.response is not None and not any(responses_of(row, source.response, None, where)):
-                raise missing_column(Path(source.path), f"the response column {source.response!r}", row)
+                raise missing_column(
+                    Path(source.path), f"the response column {source.response!r}", row, SOURCE_NAMING
+                )
         try:
             problem = problem_of(row, columns, where=where, source=source.name)
             recorded = list(responses_of(row, source.response, None, where)) if source.response else []

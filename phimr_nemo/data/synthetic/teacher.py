@@ -19,6 +19,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.records import FinishReason
 from phimr_nemo.store.shards import rows_to_table
+from phimr_nemo.text.thinking import CLOSE, OPEN
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -166,7 +167,7 @@ def _in_parts(left: int, operation: str, right: int) -> list[str]:
 
 def _response(lines: Sequence[str], answer: int | None) -> str:
     final = "So that is the answer." if answer is None else f"The answer is \\boxed{{{answer}}}."
-    return "\n".join(["<think>", *lines, "</think>", final])
+    return "\n".join([OPEN, *lines, CLOSE, final])
 
 
 def teacher_rollouts(

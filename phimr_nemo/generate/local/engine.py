@@ -142,6 +142,11 @@ class LocalSampler:
         """The version of the weights in use."""
         return self._version
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Nothing: an engine in the process loses no request."""
+        return {}
+
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace all weights; the old ones stay in use if the new set is not exactly the model's.
 

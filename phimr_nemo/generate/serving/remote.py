@@ -17,15 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tqdm import tqdm
-
-from phimr_nemo.config import EndpointTeacher
+from phimr_nemo.config import EndpointEngine
 from phimr_nemo.endpoint import ChatReply, ChatRequest, EndpointClient, Journal, RequestFailed, read_journal
 from phimr_nemo.endpoint.ask import cents
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 
 MIN_FAILURES_IN_A_ROW: Final = 16
@@ -36,7 +35,8 @@ USAGE: Final = ("requests", "attempts", "missing", "prompt_tokens", "completion_
 
 def request_rollouts(
     plan: Plan,
-    teacher: EndpointTeacher,
+    engine: EndpointEngine,
+    params: SamplingParams,
     out_dir: Path,
     *,
     shard_indices: Sequence[int],
@@ -46,7 +46,8 @@ def request_rollouts(
 
     Args:
         plan: what is asked.
-        teacher: the endpoint and how it samples.
+        engine: the endpoint.
+        params: how tokens are drawn.
         out_dir: the record directory; finished shards and journaled responses in it are kept.
         shard_indices: make only these shards.
         inputs: what the problems were read from, for the manifest.
@@ -58,12 +59,11 @@ def request_rollouts(
         UserError: bad settings, the directory was begun with others, the endpoint refuses the key, the model or
             everything, or requests failed for good (they are counted by reason).
     """
-    params = SamplingParams(teacher.temperature, teacher.top_p, teacher.max_new_tokens)
     settings = {
         **plan.settings,
         "params": asdict(params),
-        "system": teacher.system,
-        "extra_body": dict(teacher.endpoint.extra_body),
+        "system": engine.system,
+        "extra_body": dict(engine.endpoint.extra_body),
     }
     keep_settings(out_dir, settings)
     if is_complete(out_dir, "rollouts"):
@@ -74,10 +74,10 @@ def request_rollouts(
     unfinished = [index for index in shard_indices if not shard_is_complete(out_dir, index)]
     if unfinished:
         done = sum(plan.count(index) for index in shard_indices) - sum(plan.count(index) for index in unfinished)
-        asyncio.run(_Generation(plan, teacher, out_dir).run(unfinished, done))
+        asyncio.run(_Generation(plan, engine, params, out_dir).run(unfinished, done))
     if not all(shard_is_complete(out_dir, index) for index in plan.shards):
         return False
-    finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=_counts(out_dir, plan, teacher))
+    finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=_counts(out_dir, plan, engine))
     return True
 
 
@@ -93,13 +93,13 @@ def _failures_path(out_dir: Path, index: int) -> Path:
     return out_dir / f"failed-{index:05d}.json"
 
 
-def _counts(out_dir: Path, plan: Plan, teacher: EndpointTeacher) -> dict[str, int]:
+def _counts(out_dir: Path, plan: Plan, engine: EndpointEngine) -> dict[str, int]:
     """The rollouts and what they cost, over all shards."""
     total: Counter[str] = Counter()
     for index in plan.shards:
         total.update(json.loads(_usage_path(out_dir, index).read_text("utf-8")))
     tokens = {"prompt_tokens": total["prompt_tokens"], "completion_tokens": total["completion_tokens"]}
-    prices = teacher.endpoint.prices
+    prices = engine.endpoint.prices
     cost = {} if prices is None else {"cost_cents": cents(prices, **tokens)}
     return {**rollout_counts(out_dir), **{name: total[name] for name in USAGE}, **cost}
 
@@ -184,13 +184,13 @@ class _Shard:
 class _Generation:
     """One process's share of the shards, with `concurrency` requests under way."""
 
-    def __init__(self, plan: Plan, teacher: EndpointTeacher, out_dir: Path) -> None:
-        self._plan, self._teacher, self._out_dir = plan, teacher, out_dir
+    def __init__(self, plan: Plan, engine: EndpointEngine, params: SamplingParams, out_dir: Path) -> None:
+        self._plan, self._engine, self._params, self._out_dir = plan, engine, params, out_dir
         self._open: dict[int, _Shard] = {}
         self._unwritten = set[int]()
         self._failed: Counter[str] = Counter()
         self._failed_in_a_row = 0
-        self._limit_in_a_row = max(MIN_FAILURES_IN_A_ROW, teacher.endpoint.concurrency)
+        self._limit_in_a_row = max(MIN_FAILURES_IN_A_ROW, engine.endpoint.concurrency)
         self._usage: Counter[str] = Counter()
 
     async def run(self, indices: Sequence[int], done: int) -> None:
@@ -201,12 +201,12 @@ class _Generation:
         """
         total = done + sum(self._plan.count(index) for index in indices)
         self._unwritten = set(indices)
-        with tqdm(total=total, initial=done, unit="rollout", desc="generate", dynamic_ncols=True) as bar:
+        with Progress(total, done=done, unit="rollout", title="generate") as bar:
             items = self._items(indices, bar)
-            async with EndpointClient(self._teacher.endpoint) as client:
+            async with EndpointClient(self._engine.endpoint) as client:
                 workers = [
                     asyncio.create_task(self._work(client, items, bar))
-                    for _ in range(self._teacher.endpoint.concurrency)
+                    for _ in range(self._engine.endpoint.concurrency)
                 ]
                 try:
                     await asyncio.gather(*workers)
@@ -219,12 +219,11 @@ class _Generation:
         if self._unwritten:
             raise self._failure(total)
 
-    def _items(self, indices: Sequence[int], bar: tqdm[Any]) -> Iterator[tuple[_Shard, Planned]]:
+    def _items(self, indices: Sequence[int], bar: Progress) -> Iterator[tuple[_Shard, Planned]]:
         """What is missing, shard by shard; a shard is opened when its turn comes."""
         for index in indices:
             shard = _Shard(self._plan, self._out_dir, index)
-            bar.initial += len(shard.planned) - shard.left
-            bar.update(len(shard.planned) - shard.left)
+            bar.found_done(len(shard.planned) - shard.left)
             if not shard.left:
                 self._close(shard)
                 continue
@@ -234,7 +233,7 @@ class _Generation:
                     return
                 yield shard, item
 
-    async def _work(self, client: EndpointClient, items: Iterator[tuple[_Shard, Planned]], bar: tqdm[Any]) -> None:
+    async def _work(self, client: EndpointClient, items: Iterator[tuple[_Shard, Planned]], bar: Progress) -> None:
         for shard, item in items:
             await self._ask(client, shard, item)
             shard.left -= 1
@@ -245,16 +244,16 @@ class _Generation:
                 await asyncio.to_thread(self._close, shard)
 
     def _close(self, shard: _Shard) -> None:
-        if shard.close(self._teacher.max_missing):
+        if shard.close(self._engine.max_missing):
             self._unwritten.discard(shard.index)
 
     async def _ask(self, client: EndpointClient, shard: _Shard, item: Planned) -> None:
         request = ChatRequest(
             user=item.prompt,
-            system=self._teacher.system,
-            max_tokens=self._teacher.max_new_tokens,
-            temperature=self._teacher.temperature,
-            top_p=self._teacher.top_p,
+            system=self._engine.system,
+            max_tokens=self._params.max_new_tokens,
+            temperature=self._params.temperature,
+            top_p=self._params.top_p,
             seed=item.seed,
         )
         try:
@@ -270,15 +269,15 @@ class _Generation:
         self._usage["prompt_tokens"] += max(0, reply.prompt_tokens)
         self._usage["completion_tokens"] += max(0, reply.completion_tokens)
 
-    def _show(self, client: EndpointClient, bar: tqdm[Any]) -> None:
+    def _show(self, client: EndpointClient, bar: Progress) -> None:
         """Rate and time to go are the bar's own."""
-        prices = self._teacher.endpoint.prices
+        prices = self._engine.endpoint.prices
         facts = {"tokens": self._usage["completion_tokens"], "retries": client.counts["retries"]}
         if prices is not None:
             facts["cents"] = cents(prices, self._usage["prompt_tokens"], self._usage["completion_tokens"])
         if self._failed:
             facts["failed"] = self._failed.total()
-        bar.set_postfix(facts, refresh=False)
+        bar.show(facts)
         bar.update()
 
     def _failure(self, total: int) -> UserError:
@@ -289,7 +288,7 @@ class _Generation:
             f"{self._failed.total()} of {total} requests have no response ({reasons}"
             + (f"; {rest} other reasons)" if rest > 0 else ")")
             + (f"; stopped because the last {self._failed_in_a_row} all failed" if gone else ""),
-            rule="a shard is written when no more than the share teacher.max_missing of its responses is missing",
+            rule="a shard is written when no more than the share engine.max_missing of its responses is missing",
             remedy="run the same command again: what is there is kept and only the missing is asked for; "
-            f"{self._out_dir}/failed-*.json names them, and teacher.max_missing lets a few be missing for good",
+            f"{self._out_dir}/failed-*.json names them, and engine.max_missing lets a few be missing for good",
         )

@@ -91,13 +91,13 @@ def check_identity(url: str, identity: Identity, wanted: Wanted) -> None:
             f"LongRoPE's original length {wanted.original}, so they use different factors"
         )
     elif identity.logprobs != wanted.logprobs:
-        problem = f"returns {identity.logprobs}, not {wanted.logprobs}: it is not of the run's sampler.kind"
+        problem = f"returns {identity.logprobs}, not {wanted.logprobs}: it is not of the run's engine.kind"
     if problem is not None:
         raise UserError(
             f"the rollout server {url} {problem}",
             rule="rollouts come from the model that is trained",
             remedy="start it with `phimr serve BASE --max-length SEQUENCE_LENGTH`, with the run's own values "
-            "(and --engine trtllm for sampler.kind=trtllm_server)",
+            "(and --engine trtllm for engine.kind=trtllm_server)",
         )
 
 
@@ -105,6 +105,6 @@ def no_entry(url: str) -> UserError:
     """What to say when a server refuses the key."""
     return UserError(
         f"the rollout server {url} refuses the key",
-        rule="sampler.api_key_env names the variable that holds the key the server was started with",
+        rule="engine.api_key_env names the variable that holds the key the server was started with",
         remedy="export the same value on both sides",
     )

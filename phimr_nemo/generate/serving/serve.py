@@ -15,7 +15,7 @@ def serve(
     model: Annotated[Path, typer.Argument(help="The run's base: a Hugging Face directory.")],
     max_length: Annotated[int, typer.Option(help="Prompt and response together: the run's sequence_length.")],
     engine: Annotated[
-        Literal["vllm", "trtllm"], typer.Option(help="Of the run's sampler.kind: vllm_server or trtllm_server.")
+        Literal["vllm", "trtllm"], typer.Option(help="Of the run's engine.kind: vllm_server or trtllm_server.")
     ] = "vllm",
     dtype: Annotated[
         Literal["fp32", "bf16"], typer.Option(help="What to compute in: the run's model.dtype.")
@@ -33,7 +33,7 @@ def serve(
         ServedLongRope, typer.Option(help="The run's model.longrope.")
     ] = "long_when_max_length_exceeds_original",
     weights_directory: Annotated[
-        Path | None, typer.Option(help="The run's sampler.directory; without it weights come over HTTP.")
+        Path | None, typer.Option(help="The run's engine.directory; without it weights come over HTTP.")
     ] = None,
     eager: Annotated[bool, typer.Option(help="vllm: no CUDA graphs and no compilation.")] = False,
     refit_directory: Annotated[

@@ -10,21 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import httpx
 
-from phimr_nemo.config import RolloutServers, Stale
-from phimr_nemo.endpoint.settings import check_endpoint, read_key
+from phimr_nemo.config import ServerEngine, Stale
+from phimr_nemo.endpoint.settings import read_key
+from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.endpoint.wire import Transient, parse_object
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
 from phimr_nemo.generate.serving.replies import Wanted, check_identity, no_entry, read_completion
 from phimr_nemo.generate.serving.weights import GENERATE, IDENTITY, Identity
 from phimr_nemo.generate.serving.weightsync import label_number, push, version_label
+from phimr_nemo.store.progress import say
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ REPLY_ALLOWANCE: Final = 1 << 16
 REPLY_BYTES_PER_TOKEN: Final = 512
 REFUSED: Final = (400, 404, 413, 422)
 NO_ENTRY: Final = (401, 403)
+COUNTED: Final = ("retries", "stale", "removed", "returned")
 
 
 @dataclass
@@ -67,7 +69,7 @@ class ServerSampler:
 
     def __init__(
         self,
-        config: RolloutServers,
+        config: ServerEngine,
         wanted: Wanted,
         *,
         stop_token_ids: Sequence[int],
@@ -75,13 +77,13 @@ class ServerSampler:
         is_leader: bool,
         stale: Stale,
     ) -> None:
-        check_endpoint(config)
         self._key = read_key(config)
         self._config, self._wanted, self._stop = config, wanted, list(stop_token_ids)
         self._run, self._is_leader, self._stale = run, is_leader, stale
         self._servers = [_Server(url.rstrip("/")) for url in config.base_urls]
+        self._watch = Watch(config.base_urls, config.request_seconds, say if is_leader else lambda _: None)
         self._version = -1
-        self.counts: Counter[str] = Counter()
+        self.counts = dict.fromkeys(COUNTED, 0)
         asyncio.run(self._check_all())
 
     @property
@@ -117,7 +119,6 @@ class ServerSampler:
                 rule="a round is sampled with the trainer's weights",
                 remedy="look at the servers' logs, start them again, and run the same command to continue",
             )
-        self.counts["failed syncs"] += len(failed)
 
     # ---- servers -------------------------------------------------------------------------------------------
 
@@ -139,9 +140,12 @@ class ServerSampler:
             if response.status_code in NO_ENTRY:
                 raise no_entry(server.url)
             response.raise_for_status()
-            return Identity.parse(parse_object(response.content))
-        except (httpx.HTTPError, TimeoutError, asyncio.TimeoutError, Transient, ValueError):
+            identity = Identity.parse(parse_object(response.content))
+        except (httpx.HTTPError, TimeoutError, asyncio.TimeoutError, Transient, ValueError) as error:
+            self._watch.failed(server.url, f"no rollout server answers ({type(error).__name__})")
             return None
+        self._watch.heard(server.url)
+        return identity
 
     async def _reachable(self, client: httpx.AsyncClient) -> list[tuple[_Server, Identity | None]]:
         """All servers with what they serve, as soon as one of them answers.
@@ -161,7 +165,7 @@ class ServerSampler:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"no rollout server answers at {', '.join(server.url for server in self._servers)}",
-                    rule="sampler.base_urls are servers that `phimr serve` started",
+                    rule="engine.base_urls are servers that `phimr serve` started",
                     remedy="start them, and run the same command again",
                 )
             await asyncio.sleep(self._config.probe_seconds)

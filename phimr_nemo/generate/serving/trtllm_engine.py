@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +20,7 @@ import httpx
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.serving.served import Served
+from phimr_nemo.process.children import dying_with_parent
 
 PROGRAM: Final = "trtllm-serve"
 HEALTH: Final = "/health"
@@ -32,7 +32,6 @@ POLL_SECONDS: Final = 0.2
 HEALTH_SECONDS: Final = 10.0
 STOP_SECONDS: Final = 15.0
 """Less than a scheduler leaves between SIGTERM and SIGKILL."""
-PR_SET_PDEATHSIG: Final = 1
 
 
 class EngineFailed(Exception):
@@ -51,7 +50,7 @@ def find_program() -> str:
         raise UserError(
             f"phimr serve --engine trtllm: there is no command {PROGRAM}",
             rule="TensorRT-LLM has an environment or a container of its own, in which this command runs",
-            remedy="run it there, or serve with vLLM (--engine vllm, sampler.kind=vllm_server)",
+            remedy="run it there, or serve with vLLM (--engine vllm, engine.kind=vllm_server)",
         )
     return found
 
@@ -79,7 +78,7 @@ async def running(program: str, served: Served, model: Path) -> AsyncIterator[Tr
         env={name: value for name, value in os.environ.items() if name != served.api_key_env},
         # A session of its own, so that what it starts can be ended with it.
         start_new_session=True,
-        preexec_fn=_die_with_parent(),
+        preexec_fn=dying_with_parent(),
     )
     async with httpx.AsyncClient(
         base_url=f"http://{LOOPBACK}:{port}",
@@ -180,15 +179,3 @@ def free_port() -> int:
         found.bind((LOOPBACK, 0))
         port: int = found.getsockname()[1]
         return port
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """For a child, before its program begins: SIGTERM when its parent dies, even of SIGKILL. None where unknown."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
-
-    return ask

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, Literal
 
 import httpx
-import torch
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,7 +31,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.serving.receiving import weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.trtllm_engine import EngineFailed, TrtllmEngine, running
-from phimr_nemo.generate.serving.vllm import DTYPES, check_longrope
+from phimr_nemo.generate.serving.vllm import check_longrope
 from phimr_nemo.generate.serving.weights import (
     BUCKET_SUFFIX,
     GENERATE,
@@ -46,6 +45,7 @@ from phimr_nemo.generate.serving.weights import (
     tensors_of,
     tokenizer_hash,
 )
+from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.files.companions import write_model_files
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.files.shards import tensor_places, write_index
@@ -277,7 +277,7 @@ class RefitReceiver:
         files = [checkpoint / name for name in sorted(set(self._weight_map.values()))]
         size = sum(file.stat().st_size - min(tensor_places(file).values()) for file in files)
         write_index(checkpoint, self._weight_map, size)
-        dtype = getattr(torch, DTYPES[self._served.dtype])
+        dtype = torch_dtype(self._served.dtype)
         write_model_files(checkpoint, self._architecture, self._served.model, dtype)
         try:
             HFDirectory(checkpoint)

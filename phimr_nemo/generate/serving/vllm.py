@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from phimr_nemo.config import LongRopePolicy, VLLMRollouts, VLLMTeacher
-from phimr_nemo.data.chat import END, END_OF_TEXT, render_prompts, stop_token_ids
+from phimr_nemo.config import LongRopePolicy, VLLMEngine
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.plan import QUESTION
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
 from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
+from phimr_nemo.model.dtypes import TORCH_NAMES
+from phimr_nemo.model.regime import warn_of_other_regime
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store.content import file_sha256
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
+AUTOMATIC: Final = "auto"
 IN_PROCESS: Final = "VLLM_ENABLE_V1_MULTIPROCESSING"
 WEIGHTS_BACKEND: Final = "phimr_files"
 """The name under which our engine for new weights is registered with vLLM."""
@@ -41,34 +42,31 @@ class VLLMSampler:
     Args:
         model: the run's base, whose weights it begins with.
         options: how it is run.
-        dtype: what to compute in.
-        max_length: prompt and response together (tokens).
-        longrope: the run's policy.
+        dtype: what to compute in; None = what the weights are in.
+        max_length: prompt and response together (tokens); with it vLLM chooses LongRoPE's factors.
         stop_ids: end a response.
 
     Raises:
-        UserError: vLLM is not installed here, does not follow the policy, or refuses the model.
+        UserError: vLLM is not installed here.
     """
 
     def __init__(
         self,
         model: Path,
-        options: VLLMRollouts,
+        options: VLLMEngine,
         *,
-        dtype: str,
+        dtype: str | None,
         max_length: int,
-        longrope: LongRopePolicy,
         stop_ids: Sequence[int],
     ) -> None:
         os.environ.setdefault(IN_PROCESS, "0")
-        check_longrope(model, longrope, max_length)
         try:
             from vllm import LLM
         except ImportError as error:
             raise UserError(
-                f"sampler.kind=vllm, but vLLM cannot be imported here ({error})",
+                f"engine.kind=vllm, but vLLM cannot be imported here ({error})",
                 rule="vLLM in the process needs an environment that has the trainer and vLLM",
-                remedy="serve the model from vLLM's own environment (`phimr serve`) and use sampler.kind=vllm_server",
+                remedy="serve the model from vLLM's own environment (`phimr serve`) and use engine.kind=vllm_server",
             ) from error
         self._options, self._stop_ids, self._version = options, list(stop_ids), -1
         self._arrivals = Arrivals(tensor_shapes(Architecture.from_directory(model)))
@@ -76,7 +74,7 @@ class VLLMSampler:
             model=str(model),
             trust_remote_code=False,
             load_format="safetensors",
-            dtype=DTYPES[dtype],
+            dtype=AUTOMATIC if dtype is None else TORCH_NAMES[dtype],
             max_model_len=max_length,
             max_num_seqs=options.max_batch,
             gpu_memory_utilization=options.memory_share,
@@ -90,6 +88,11 @@ class VLLMSampler:
     def version(self) -> int:
         """The version of the weights in use."""
         return self._version
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Nothing: an engine in the process loses no request."""
+        return {}
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace all weights, bucket by bucket through shared memory.
@@ -159,11 +162,14 @@ class VLLMSampler:
         del self._llm
 
 
-class VLLMEngine:
-    """Samples with vLLM. Seeds travel with the requests; equal seeds give equal responses up to rounding.
+class FixedVLLM:
+    """vLLM with a directory's weights. Seeds travel with the requests: equal ones give equal
+    responses up to rounding.
 
     Args:
-        teacher: the model's directory and how it is run.
+        model: the directory.
+        options: how it is run.
+        dtype: what to compute in; None = what the weights are in.
         max_length: prompt and response together (tokens); with it vLLM chooses LongRoPE's factors.
         stop_ids: end a response, beside those that the model's own files name.
 
@@ -171,36 +177,38 @@ class VLLMEngine:
         UserError: vLLM is not installed here, or refuses the model.
     """
 
-    def __init__(self, teacher: VLLMTeacher, *, max_length: int, stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self, model: Path, options: VLLMEngine, *, dtype: str | None, max_length: int, stop_ids: Sequence[int]
+    ) -> None:
         # An engine in a process of its own outlives this one when this one is killed.
         os.environ.setdefault(IN_PROCESS, "0")
         try:
             from vllm import LLM
         except ImportError as error:
             raise UserError(
-                f"teacher.kind=vllm, but vLLM cannot be imported here ({error})",
+                f"engine.kind=vllm, but vLLM cannot be imported here ({error})",
                 rule="vLLM has an environment of its own",
-                remedy="make setup-vllm, then .venv-vllm/bin/phimr generate ...; or serve the model elsewhere "
-                "and use teacher.kind=endpoint",
+                remedy="make setup-vllm, then .venv-vllm/bin/phimr with the same arguments; or serve the model "
+                "elsewhere and use engine.kind=endpoint",
             ) from error
         self._stop_ids = list(stop_ids)
         try:
             self._llm = LLM(
-                model=str(teacher.path),
-                tokenizer=str(teacher.path),
+                model=str(model),
+                tokenizer=str(model),
                 trust_remote_code=False,
                 load_format="safetensors",
-                dtype=DTYPES[teacher.dtype],
+                dtype=AUTOMATIC if dtype is None else TORCH_NAMES[dtype],
                 max_model_len=max_length,
-                max_num_seqs=teacher.max_batch,
-                tensor_parallel_size=teacher.tensor,
-                gpu_memory_utilization=teacher.memory_share,
-                enforce_eager=teacher.eager,
+                max_num_seqs=options.max_batch,
+                tensor_parallel_size=options.tensor,
+                gpu_memory_utilization=options.memory_share,
+                enforce_eager=options.eager,
             )
         except ValueError as error:
             # vLLM checks its settings against the model and the memory, and says what does not fit.
             raise UserError(
-                f"vLLM refuses {teacher.path}: {error}",
+                f"vLLM refuses {model}: {error}",
                 rule="the model is one that vLLM supports, and it fits",
                 remedy="change max_new_tokens, max_batch, tensor, memory_share or dtype",
             ) from error
@@ -228,7 +236,7 @@ class VLLMEngine:
             for request in requests
         ]
         try:
-            outputs = self._llm.generate(prompts, settings, use_tqdm=True)
+            outputs = self._llm.generate(prompts, settings, use_tqdm=sys.stderr.isatty())
         except ValueError as error:
             raise UserError(
                 f"vLLM refuses a prompt: {error}",
@@ -257,31 +265,12 @@ def _completion(request: Request, output: Any) -> Completion:
     return Completion(request.id, tuple(sample.token_ids), (), sample.finish_reason)
 
 
-def open_vllm(teacher: VLLMTeacher, questions: Sequence[str]) -> tuple[VLLMEngine, PreTrainedTokenizerBase, str]:
-    """An engine for a Hugging Face directory.
-
-    Args:
-        teacher: the directory and how it is run.
-        questions: all that will be asked; the longest decides the engine's maximum length.
-
-    Returns:
-        The engine, the model's tokenizer, and the hash of its weights.
+def load_any_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of any model; unlike the trained model's it need not be of Phi's kind.
 
     Raises:
-        UserError: vLLM is missing, the model is unreadable or has no chat template, a question spells a special
-            token, or vLLM would use other LongRoPE factors than the policy says.
+        UserError: it cannot be loaded, or has no chat template.
     """
-    tokenizer = _load_tokenizer(teacher.path)
-    prompts = render_prompts(tokenizer, [teacher.prompt.replace(QUESTION, question) for question in questions])
-    max_length = max(map(len, prompts), default=0) + teacher.max_new_tokens
-    check_longrope(teacher.path, teacher.longrope, max_length)
-    is_phi = {END, END_OF_TEXT} <= set(tokenizer.get_added_vocab())
-    engine = VLLMEngine(teacher, max_length=max_length, stop_ids=stop_token_ids(tokenizer) if is_phi else ())
-    return engine, tokenizer, weights_hash(teacher.path)
-
-
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of any model; unlike the trained model's it need not be of Phi's kind."""
     from transformers import AutoTokenizer
 
     try:
@@ -302,7 +291,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> None:
-    """Refuse a policy that vLLM and TensorRT-LLM do not follow at this length.
+    """Refuse a policy that vLLM and TensorRT-LLM do not follow at this length, and warn of one not trained with.
 
     They use the long factors for every sequence as soon as their maximum length exceeds the original one.
 
@@ -313,6 +302,7 @@ def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> 
     if config.get("model_type") != MODEL_TYPE:
         return
     architecture = Architecture.from_directory(directory)
+    warn_of_other_regime(architecture, directory, max_length, policy)
     original = architecture.original_max_position_embeddings
     if architecture.long_factor is None or max_length <= original:
         return

@@ -15,7 +15,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
 from phimr_nemo.generate.serving.receiving import weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
-from phimr_nemo.generate.serving.vllm import DTYPES, WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
+from phimr_nemo.generate.serving.vllm import WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
 from phimr_nemo.generate.serving.weights import (
     ABANDON,
     INCOMPLETE,
@@ -27,6 +27,7 @@ from phimr_nemo.generate.serving.weights import (
     tensors_of,
     tokenizer_hash,
 )
+from phimr_nemo.model.dtypes import TORCH_NAMES
 
 
 class WeightReceiver:
@@ -80,7 +81,7 @@ def vllm_arguments(served: Served, name: str) -> list[str]:
     """vLLM's own command line for it."""
     arguments = [
         *(str(served.model), "--served-model-name", name, "--host", served.host, "--port", str(served.port)),
-        *("--dtype", DTYPES[served.dtype], "--max-model-len", str(served.max_length)),
+        *("--dtype", TORCH_NAMES[served.dtype], "--max-model-len", str(served.max_length)),
         *("--max-num-seqs", str(served.max_batch), "--tensor-parallel-size", str(served.tensor)),
         *("--gpu-memory-utilization", str(served.memory_share), "--load-format", "safetensors"),
         *("--logprobs-mode", LOGPROBS, "--worker-extension-cls", WORKER_EXTENSION),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
-from phimr_nemo.config import RolloutServers
+from phimr_nemo.config import ServerEngine
 from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, BUCKET_SUFFIX, FINISH, MB, buckets
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ async def push(
     urls: Sequence[str],
     tensors: Iterable[tuple[str, torch.Tensor]],
     label: str,
-    config: RolloutServers,
+    config: ServerEngine,
 ) -> dict[str, str]:
     """Stream tensors to servers; a server that fails is left with incomplete weights, which it says itself.
 

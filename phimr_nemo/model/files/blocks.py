@@ -16,13 +16,14 @@ from typing import Final, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.store.progress import Progress
 
 BLOCK_BYTES: Final = 32 * 2**20
+MEGABYTE: Final = 1_000_000
 WORKERS: Final = 4
 
 Block = tuple[str, int, int]
@@ -134,15 +135,16 @@ def transfer(source: RowSource, sink: RowSink) -> None:
             buffers.put(buffer)
         return rows.nbytes
 
-    # A bar where somebody watches, nothing in a log.
     with (
         ThreadPoolExecutor(WORKERS) as pool,
-        tqdm(total=arch.num_parameters * itemsize, desc="weights", unit="B", unit_scale=True, disable=None) as bar,
+        Progress(arch.num_parameters * itemsize // MEGABYTE, title="weights", unit="MB") as progress,
     ):
         pending = [pool.submit(move, block) for block in blocks(arch, itemsize)]
+        written = 0
         try:
             for moved in pending:
-                bar.update(moved.result())
+                written += moved.result()
+                progress.update(written // MEGABYTE - progress.done)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -22,7 +22,9 @@ from phimr_nemo.model.files.companions import write_model_files
 from phimr_nemo.model.files.distcheckpoint import DistCheckpoint, write_dist_checkpoint
 from phimr_nemo.model.files.distindex import FORMAT_FILE
 from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
+from phimr_nemo.model.origin import Origin
 from phimr_nemo.store.atomic import atomic_directory
+from phimr_nemo.store.inputs import model_remedy
 
 Kind = Literal["hf", "megatron", "nemo"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -60,7 +62,7 @@ def recognise(path: Path) -> Kind:
         raise UserError(
             f"{path} is no directory",
             rule="a checkpoint is a directory of Hugging Face, of Megatron (torch_dist) or of NeMo 2.0",
-            remedy="correct the path; unpack an archive (.nemo) first",
+            remedy=f"{model_remedy(path)}; an archive (.nemo) is unpacked first",
         )
     if (path / NEMO_WEIGHTS / FORMAT_FILE).is_file():
         return "nemo"
@@ -72,7 +74,7 @@ def recognise(path: Path) -> Kind:
     raise UserError(
         f"{path} is no checkpoint that is understood here; it holds {found or 'nothing'}",
         rule=f"Hugging Face: {CONFIG_FILE}; Megatron: {FORMAT_FILE}; NeMo 2.0: {NEMO_WEIGHTS}/{FORMAT_FILE}",
-        remedy="give the directory that holds these files; save an older checkpoint (mp_rank_00) anew as torch_dist",
+        remedy=f"{model_remedy(path)}; an older checkpoint (mp_rank_00) is saved anew as torch_dist",
     )
 
 
@@ -103,13 +105,18 @@ def open_checkpoint(path: Path, hf: Path | None = None) -> Checkpoint:
     return Checkpoint(kind, DistCheckpoint(path / NEMO_WEIGHTS, architecture), tokenizer)
 
 
-def write_hf(target: Path, checkpoint: Checkpoint) -> None:
+def write_hf(target: Path, checkpoint: Checkpoint, origin: Origin | None = None) -> None:
     """Write a Hugging Face directory, whole or not at all.
+
+    Args:
+        target: where to; must not exist or be empty.
+        checkpoint: weights and tokenizer.
+        origin: how the model was made; None: as the tokenizer's directory says.
 
     Raises:
         UserError: the target is in the way, the disk is full, or the checkpoint is damaged or has no tokenizer.
     """
-    copy_hf_directory(target, checkpoint.source, tokenizer_from=checkpoint.tokenizer)
+    copy_hf_directory(target, checkpoint.source, tokenizer_from=checkpoint.tokenizer, origin=origin)
 
 
 def write_megatron(target: Path, checkpoint: Checkpoint, layout: ParallelConfig) -> None:

@@ -10,8 +10,10 @@ from typing import Any, Final
 
 import torch
 
+from phimr_nemo.data.chat import END
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
+from phimr_nemo.model.origin import Origin, read_origin
 
 GENERATION_FILE: Final = "generation_config.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
@@ -24,10 +26,15 @@ TOKENIZER_FILES: Final = (
     "merges.txt",
     "chat_template.jinja",
 )
-END_OF_TURN: Final = "<|end|>"
 
 
-def write_model_files(directory: Path, arch: Architecture, tokenizer_from: Path, dtype: torch.dtype | None) -> None:
+def write_model_files(
+    directory: Path,
+    arch: Architecture,
+    tokenizer_from: Path,
+    dtype: torch.dtype | None,
+    origin: Origin | None = None,
+) -> None:
     """Write what a model directory holds besides its weights: config, generation config, tokenizer, chat template.
 
     Args:
@@ -35,12 +42,14 @@ def write_model_files(directory: Path, arch: Architecture, tokenizer_from: Path,
         arch: the model.
         tokenizer_from: a directory with the tokenizer's files.
         dtype: of the weights, for config.json; None leaves it unsaid.
+        origin: how the model was made; None: what the tokenizer's directory says of that is handed on.
 
     Raises:
         UserError: the tokenizer is missing or does not fit the model.
     """
     stated = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_json(directory / CONFIG_FILE, {**arch.to_hf_config(), **stated})
+    made = read_origin(tokenizer_from) if origin is None else origin
+    _write_json(directory / CONFIG_FILE, {**arch.to_hf_config(), **stated, **made.to_config()})
     added_tokens = read_added_tokens(tokenizer_from, arch)
     _write_json(directory / GENERATION_FILE, generation_config(arch, added_tokens))
     for name in TOKENIZER_FILES:
@@ -51,7 +60,7 @@ def write_model_files(directory: Path, arch: Architecture, tokenizer_from: Path,
 def generation_config(arch: Architecture, added_tokens: Mapping[str, int]) -> dict[str, Any]:
     """End tokens for generation: [end of turn, end of text], as in Phi-4-mini's own generation_config.json."""
     ends = [arch.eos_token_id]
-    end_of_turn = added_tokens.get(END_OF_TURN)
+    end_of_turn = added_tokens.get(END)
     if end_of_turn is not None and end_of_turn not in ends:
         ends.insert(0, end_of_turn)
     return {

@@ -26,6 +26,7 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.blocks import RowSource, common_dtype, read_at, require_space, transfer, write_at
 from phimr_nemo.model.files.distindex import (
     BACKEND,
+    BACKEND_VERSION,
     DATA_RECORD,
     FORMAT_FILE,
     INDEX_FILE,
@@ -41,6 +42,7 @@ from phimr_nemo.model.files.distindex import (
     prefix_of,
     read_index,
 )
+from phimr_nemo.model.files.distlayout import StoredTensor, stored_shape, stored_tensors
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.model.table import EMBEDDING_RULE, SavedTensor, pieces, saved_tensors
 
@@ -49,7 +51,7 @@ DATA_SUFFIX: Final = ".distcp"
 # What Megatron-Core 0.13 writes into metadata.json.
 FORMAT: Final[Mapping[str, Any]] = {
     "sharded_backend": BACKEND,
-    "sharded_backend_version": 1,
+    "sharded_backend_version": BACKEND_VERSION,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
@@ -82,10 +84,13 @@ class DistCheckpoint:
         saved = read_index(self.path / INDEX_FILE)
         prefix = prefix_of(self.path, saved)
         self._saved = {tensor.placement.name: tensor for tensor in saved_tensors(architecture)}
+        names = {key.removeprefix(prefix) for key in saved.state_dict_metadata if key.startswith(prefix)}
+        self._stored = stored_tensors(self.path, architecture, names)
         self._chunks: dict[str, list[Chunk]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._starts: dict[Chunk, int] = {}
-        for key, shape in _saved_shapes(architecture).items():
+        shapes = {part.key: stored_shape(part, architecture) for parts in self._stored.values() for part in parts}
+        for key, shape in shapes.items():
             entry = saved.state_dict_metadata.get(prefix + key)
             check_entry(self.path, prefix + key, entry, shape)
             self._dtypes[key] = entry.properties.dtype
@@ -95,7 +100,7 @@ class DistCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor, as it is stored."""
-        return self._dtypes[self._saved[name].key]
+        return self._dtypes[self._stored[name][0].key]
 
     def place(self, name: str) -> Path:  # noqa: ARG002 (a tensor is in many files)
         """The checkpoint."""
@@ -107,20 +112,28 @@ class DistCheckpoint:
         Raises:
             UserError: a data file became unreadable.
         """
-        saved = self._saved[name]
-        if saved.placement.split != "qkv":
-            self._read_stored(saved, start, rows)
+        placement = self._saved[name].placement
+        if placement.split != "qkv":
+            self._read_stored(name, start, rows)
             return
         # Stored are the pieces of one rank that has all of them, one after the other.
         at = 0
-        for first, last in pieces(saved.placement, self.architecture, 0, 1).ranges:
+        for first, last in pieces(placement, self.architecture, 0, 1).ranges:
             low, high = max(first, start), min(last, start + rows.shape[0])
             if low < high:
-                self._read_stored(saved, at + low - first, rows[low - start : high - start])
+                self._read_stored(name, at + low - first, rows[low - start : high - start])
             at += last - first
 
-    def _read_stored(self, saved: SavedTensor, start: int, rows: Tensor) -> None:
-        """Fill `rows` with rows in the order in which they are stored, from all chunks that have a part of them."""
+    def _read_stored(self, name: str, start: int, rows: Tensor) -> None:
+        """Fill `rows` with rows in the order in which they are stored, from all tensors that have a part of them."""
+        for stored in self._stored[name]:
+            low = max(stored.start, start)
+            high = min(stored.start + stored.shape[0], start + rows.shape[0])
+            if low < high:
+                self._read_chunks(stored, low - stored.start, rows[low - start : high - start])
+
+    def _read_chunks(self, saved: StoredTensor, start: int, rows: Tensor) -> None:
+        """Fill `rows` with a stored tensor's rows from `start` on, from all chunks that have a part of them."""
         lead = () if saved.layer is None else (saved.layer,)
         sizes = (*(1 for _ in lead), *rows.shape)
         wanted = Chunk((*lead, start, *(0 for _ in rows.shape[1:])), sizes, self.path, 0, 0)

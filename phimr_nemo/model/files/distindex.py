@@ -25,6 +25,7 @@ from phimr_nemo.model.table import EMBEDDING_RULE
 FORMAT_FILE: Final = "metadata.json"
 INDEX_FILE: Final = ".metadata"
 BACKEND: Final = "torch_dist"
+BACKEND_VERSION: Final = 1
 OPTIMIZER_PREFIX: Final = "optimizer."
 # Of the one storage in what torch.save writes.
 DATA_RECORD: Final = "data/0"
@@ -64,6 +65,12 @@ def check_format(path: Path) -> None:
             rule="a Megatron distributed checkpoint describes its format there",
             remedy="copy the checkpoint again",
         ) from error
+    if backend == BACKEND and found.get("sharded_backend_version") != BACKEND_VERSION:
+        raise UserError(
+            f"{path} has version {found.get('sharded_backend_version')} of the format {BACKEND}",
+            rule=f"version {BACKEND_VERSION}, which Megatron-Core 0.13 to 0.19 write",
+            remedy="export it to Hugging Face with the Megatron-Core that wrote it",
+        )
     if backend != BACKEND:
         raise UserError(
             f"{path} is saved with the backend {backend!r}",

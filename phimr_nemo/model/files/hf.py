@@ -32,8 +32,10 @@ from phimr_nemo.model.files.blocks import (
 )
 from phimr_nemo.model.files.companions import read_added_tokens, write_model_files
 from phimr_nemo.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, WeightFiles, tensor_places, write_weights
+from phimr_nemo.model.origin import Origin
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store.atomic import atomic_directory
+from phimr_nemo.store.inputs import model_remedy
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -58,7 +60,7 @@ class HFDirectory:
             raise UserError(
                 f"model directory {self.path} does not exist",
                 rule="a model is a local Hugging Face directory",
-                remedy="download it first (huggingface-cli download), or correct the path",
+                remedy=model_remedy(self.path),
             )
         self.architecture = Architecture.from_directory(self.path)
         self._files = _weight_files(self.path)
@@ -197,6 +199,7 @@ def write_hf_directory(
     tokenizer_from: Path,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     extra_files: Mapping[str, str] | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Write a directory that transformers and vLLM load, atomically, holding one tensor at a time.
 
@@ -207,6 +210,7 @@ def write_hf_directory(
         tokenizer_from: a directory whose tokenizer, chat template and generation_config are copied.
         max_shard_bytes: tensors are put into one file up to this size.
         extra_files: further text files, name -> content (model card, licence).
+        origin: how the model was made; None: as the tokenizer's directory says.
 
     Raises:
         UserError: the target is in the way, the disk is full, the tokenizer is missing or too large for the
@@ -214,7 +218,7 @@ def write_hf_directory(
     """
     with _new_directory(path, arch, tokenizer_from, extra_files) as directory:
         dtype = write_weights(directory, arch, tensors, max_shard_bytes)
-        write_model_files(directory, arch, tokenizer_from, dtype)
+        write_model_files(directory, arch, tokenizer_from, dtype, origin)
 
 
 def copy_hf_directory(
@@ -224,13 +228,14 @@ def copy_hf_directory(
     tokenizer_from: Path,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     extra_files: Mapping[str, str] | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Write what ``write_hf_directory`` writes from weights that lie on a disk, block by block in several threads.
 
     Args:
         path: where to; must not exist or be empty.
         source: the weights, in whatever form.
-        tokenizer_from, max_shard_bytes, extra_files: as for ``write_hf_directory``.
+        tokenizer_from, max_shard_bytes, extra_files, origin: as for ``write_hf_directory``.
 
     Raises:
         UserError: as ``write_hf_directory``, or a tensor cannot be read.
@@ -238,7 +243,7 @@ def copy_hf_directory(
     arch = source.architecture
     with _new_directory(path, arch, tokenizer_from, extra_files) as directory:
         dtype = common_dtype(source)
-        write_model_files(directory, arch, tokenizer_from, dtype)
+        write_model_files(directory, arch, tokenizer_from, dtype, origin)
         transfer(source, WeightFiles(directory, arch, dtype, max_shard_bytes))
 
 

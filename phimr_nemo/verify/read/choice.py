@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from phimr_nemo.verify.read.normalise import key
+from phimr_nemo.verify.read.quantity import parse_number
+
 _CHOICE = re.compile(
     r"^(?:\\text\{)?\s*(?:(?:option|choice|answer)\s*:?\s*)?(?:\\text\{)?\s*\(?\s*(?:\\text\{)?\s*([A-Ja-j])\s*\}?\s*\)?\s*\}?\s*\.?\s*\}?$",
     re.IGNORECASE,
@@ -18,6 +21,12 @@ def _choice_letter(text: str) -> str:
     return match.group(1).upper() if match else ""
 
 
+def _numbers_differ(gold: str, predicted: str) -> bool:
+    """Whether the values behind two labels are numbers, and different ones."""
+    first, second = (parse_number(key(text.rstrip("}"))) for text in (gold, predicted))
+    return bool(first and second and first.value != second.value)
+
+
 def same_choice(gold: str, predicted: str) -> bool | None:
     """Compare by letter where the gold answer is one; None where it is not."""
     letter = _choice_letter(gold)
@@ -25,6 +34,8 @@ def same_choice(gold: str, predicted: str) -> bool | None:
     if labelled_gold and not letter:
         predicted_letter = _choice_letter(predicted)
         labelled = _LABELLED.match(predicted)
+        if labelled and _numbers_differ(labelled_gold.group(3), labelled.group(3)):
+            return False
         if predicted_letter or labelled:
             return (labelled_gold.group(1) or labelled_gold.group(2)) == (
                 predicted_letter or (labelled.group(1) or labelled.group(2) if labelled else "")

@@ -226,7 +226,7 @@ def _unglue(match: re.Match[str]) -> str:
 def _plain_segment(text: str) -> str:
     for pattern, replacement in _PLAIN_WORDS:
         text = pattern.sub(replacement, text)
-    text = re.sub(r"\s(?:and|or|AND|OR)\s", lambda m: rf" \text{{{m.group().strip().lower()}}} ", text)
+    text = re.sub(r"(?:(?<=,)|\s)(?:and|or|AND|OR)\s", lambda m: rf" \text{{{m.group().strip().lower()}}} ", text)
     text = _MIXED_PLAIN.sub(r"\1\\frac{\2}{\3}", text)
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _SCIENTIFIC.sub(_scientific, text)

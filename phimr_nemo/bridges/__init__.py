@@ -1,0 +1,1 @@
+"""Ways to other trainers: Megatron-Bridge, NeMo-RL, Nemotron, TRL. Importing this does nothing."""

@@ -1,0 +1,95 @@
+"""What becomes of every setting of a stage in another trainer: nothing is dropped in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
+from phimr_nemo.errors import UserError
+
+How = Literal["same", "translated", "data", "patch", "launcher", "none"]
+"""The same number under another name; another number that means the same; done to the exported data; done by code of
+this project that runs there; said to the launcher and not to the trainer; nothing there that it could act on."""
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """One line of the table.
+
+    Attributes:
+        ours: a setting's dotted name, or a section's with a dot at its end.
+        how: what becomes of it.
+        theirs: where it went.
+        note: what a user has to know of it.
+    """
+
+    ours: str
+    how: How
+    theirs: str = ""
+    note: str = ""
+
+
+def settings_of(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of all settings of a configuration."""
+    names: list[str] = []
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            names += settings_of(value, f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def covered(config: Mapping[str, Any], table: Sequence[Counterpart]) -> list[tuple[str, Any, Counterpart]]:
+    """Every setting with its value and its line of the table.
+
+    Raises:
+        LookupError: a setting that the table does not name.
+    """
+    found = []
+    for name in settings_of(config):
+        lines = [line for line in table if name == line.ours or (line.ours[-1] == "." and name.startswith(line.ours))]
+        if not lines:
+            raise LookupError(f"no line for {name}")
+        found.append((name, _value(config, name), lines[0]))
+    return found
+
+
+def markdown(rows: Iterable[tuple[str, Any, Counterpart]]) -> str:
+    """The table for a reader."""
+    lines = ["| setting | value | how | there | note |", "|---|---|---|---|---|"]
+    for name, value, line in rows:
+        cells = (f"`{name}`", f"`{value}`", line.how, f"`{line.theirs}`" if line.theirs else "", line.note)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def refused(found: str, target: str, remedy: str) -> UserError:
+    """The error of a setting that the other trainer cannot honour."""
+    return UserError(
+        found, rule=f"{target} has no counterpart of this, and leaving it out would change the run", remedy=remedy
+    )
+
+
+def check_common(config: SFTConfig | DPOConfig | GRPOConfig, target: str) -> None:
+    """Refuse what none of the other trainers does.
+
+    Raises:
+        UserError: a setting without a counterpart.
+    """
+    if config.guard.on_nan != "stop" or config.guard.spike_factor is not None:
+        raise refused("guard.on_nan=skip or a spike rule", target, "guard.on_nan=stop guard.spike_factor=null")
+    if config.early_stopping is not None:
+        raise refused("early_stopping is on", target, "early_stopping=null")
+    by_validation = isinstance(config, SFTConfig) and config.checkpoint.metric == "val_loss"
+    if config.checkpoint.best and not by_validation:
+        raise refused("checkpoint.best", target, "checkpoint.best=false")
+
+
+def _value(config: Mapping[str, Any], name: str) -> Any:
+    value: Any = config
+    for key in name.split("."):
+        value = value[key]
+    return value

@@ -1,0 +1,309 @@
+"""A model and what samples it: the same words for a teacher, an evaluation, rollouts while training, a judge.
+
+A section `engine` says what samples: the built-in engine, vLLM in the process, servers of `phimr serve` (which take
+new weights), or an OpenAI-compatible endpoint. :class:`SamplingConfig` adds the prompt and how tokens are drawn.
+`phimr_nemo.generate.engines.open_engine` opens all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import SplitResult, urlsplit
+
+from pydantic import AfterValidator, Field, JsonValue
+
+from phimr_nemo.config.common import (
+    AboveZero,
+    AtLeastZero,
+    Dtype,
+    Name,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Share,
+)
+from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
+
+QUESTION: Final = "{question}"
+"""Where a prompt holds the question; by itself the prompt that adds nothing."""
+GRADER_RULE: Final = "grader is MODULE:FUNCTION, a function (response, answer) -> phimr_nemo.verify.Verdict"
+VARIABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _holds_question(prompt: str) -> str:
+    if prompt.count(QUESTION) != 1:
+        raise RuleBroken(
+            f"prompt template {prompt!r} in {KEY}",
+            rule=f"a prompt template holds {QUESTION} once",
+            remedy=f"put {QUESTION} where the question belongs, for example '{KEY}=\"{QUESTION}\"'",
+        )
+    return prompt
+
+
+def _variable(name: str) -> str:
+    if not VARIABLE_NAME.fullmatch(name):
+        raise RuleBroken(
+            f"{KEY} is not the name of an environment variable (it is not repeated here)",
+            rule="a name is made of letters, digits and underscores; the key itself never stands in a setting",
+            remedy=f"export ENDPOINT_KEY=..., and {KEY}=ENDPOINT_KEY",
+        )
+    return name
+
+
+def _address(url: str) -> str:
+    parts = _split(url)
+    # Credentials would be written into config.yaml and manifests; they are not repeated here either.
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise RuleBroken(
+            f"the endpoint address of host {parts.hostname} carries credentials, a query or a fragment",
+            rule="base_urls hold scheme, host, port and path only: they are recorded with the run",
+            remedy="put the key into an environment variable and its name into api_key_env",
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise _no_address(f"endpoint address {url!r}")
+    return url
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # a bad one is found only when it is read
+    except ValueError as error:
+        raise _no_address(f"an endpoint address cannot be read ({error})") from error
+    return parts
+
+
+def _no_address(problem: str) -> RuleBroken:
+    return RuleBroken(
+        problem,
+        rule="an address is http:// or https:// with a host, up to and with the version",
+        remedy="for example base_urls=[http://localhost:8000/v1]",
+    )
+
+
+def _is_function(name: str) -> bool:
+    module, _, function = name.partition(":")
+    return all(part.isidentifier() for part in (*module.split("."), function))
+
+
+def _function(name: str) -> str:
+    if not _is_function(name):
+        raise RuleBroken(
+            f"{KEY}: {name!r} names no function",
+            rule="a function is named as MODULE:FUNCTION",
+            remedy="for example my_domain.rewards:score",
+        )
+    return name
+
+
+def _grader(grader: str) -> str:
+    if not _is_function(grader):
+        raise RuleBroken(
+            f"{KEY}={grader!r}: no grader",
+            rule=GRADER_RULE,
+            remedy=f"for example {KEY}=my_domain.grading:grade, or {KEY}=null for mathematics",
+        )
+    return grader
+
+
+Prompt = Annotated[str, AfterValidator(_holds_question)]
+FunctionName = Annotated[str, AfterValidator(_function)]
+GraderName = Annotated[str, AfterValidator(_grader)]
+Variable = Annotated[str, AfterValidator(_variable)]
+BaseUrls = Annotated[tuple[Annotated[str, AfterValidator(_address)], ...], Field(min_length=1)]
+
+
+@config
+class Prices:
+    """What tokens cost, in any one currency, for a million of them."""
+
+    input_per_million: AtLeastZero
+    output_per_million: AtLeastZero
+
+
+@config
+class EndpointConfig:
+    """An OpenAI-compatible endpoint.
+
+    Attributes:
+        base_urls: its addresses up to and with the version, as `http://host:8000/v1`; requests go round them,
+            and one that fails is rested.
+        model: the model's name there.
+        api_key_env: the environment variable that holds the key; None for a server without one.
+        concurrency: requests under way together, over all addresses.
+        idle_seconds: a reply that sends nothing for so long is given up and asked for again; the wait in the
+            server's own queue counts.
+        total_seconds: one attempt takes at most this long.
+        attempts: how often a request is tried before it counts as failed.
+        backoff_seconds: the wait before the second attempt is drawn from 0 to this, and the bound doubles
+            with each further one.
+        prices: for the account of costs.
+        extra_body: more fields of the request's body, for settings of one server alone.
+    """
+
+    base_urls: BaseUrls
+    model: Name
+    api_key_env: Variable | None = None
+    concurrency: Positive
+    idle_seconds: AboveZero
+    total_seconds: AboveZero
+    attempts: Positive
+    backoff_seconds: AboveZero
+    prices: Prices | None = None
+    extra_body: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@config
+class AskConfig:
+    """A small model behind an endpoint that answers short questions: a judge, an annotator.
+
+    Attributes:
+        max_tokens: longest reply.
+        max_requests, max_total_tokens, max_cost: the budget of one process's journal of replies, earlier runs
+            included; None = no limit. Tokens and costs are known afterwards: up to `concurrency` replies more
+            than the budget may come.
+    """
+
+    endpoint: EndpointConfig
+    temperature: AtLeastZero
+    max_tokens: Positive
+    max_requests: NonNegative | None = None
+    max_total_tokens: NonNegative | None = None
+    max_cost: AtLeastZero | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_cost is not None and self.endpoint.prices is None:
+            raise RuleBroken(
+                f"{AT}max_cost={self.max_cost} without prices",
+                rule="a limit of cost needs the endpoint's prices",
+                remedy=f"set {AT}endpoint.prices.input_per_million and {AT}endpoint.prices.output_per_million, "
+                f"or {AT}max_cost=null and {AT}max_total_tokens instead",
+            )
+
+
+@config
+class LocalEngine:
+    """The built-in PyTorch engine in this process; while training, in every process of the trainer that samples.
+
+    Attributes:
+        max_batch: sequences computed together at most.
+        cache_gib: what the keys and values of the sequences under way may take (GiB, in each process); fewer are
+            computed together where `max_batch` would take more. None = no bound.
+        dtype: what to compute in; None = what the weights are in.
+    """
+
+    kind: Literal["local"] = "local"
+    max_batch: Positive = 256
+    cache_gib: AboveZero | None = None
+    dtype: Dtype | None = None
+
+
+@config
+class VLLMEngine:
+    """vLLM in this process, which then runs in an environment that has it.
+
+    Attributes:
+        max_batch: sequences computed together.
+        dtype: what to compute in; None = what the weights are in.
+        tensor: GPUs that share the model.
+        memory_share: of each GPU's memory, for weights and KV cache; on a CPU, VLLM_CPU_KVCACHE_SPACE counts.
+        bucket_mb: tensors of new weights that travel together (MB), where a trainer gives them.
+        eager: no CUDA graphs and no compilation.
+    """
+
+    kind: Literal["vllm"]
+    max_batch: Positive
+    dtype: Dtype | None = None
+    tensor: Positive = 1
+    memory_share: PositiveShare
+    bucket_mb: Positive = 512
+    eager: bool = False
+
+
+@config
+class ServerEngine:
+    """vLLM or TensorRT-LLM servers that `phimr serve` started; every process of the trainer asks all of them.
+
+    Attributes:
+        kind: "trtllm_server" for those of `phimr serve --engine trtllm`, which sample at temperature 1 only.
+        base_urls: their addresses without a path, as `http://node1:8000`.
+        api_key_env: the environment variable that holds their key; None for servers on loopback without one.
+        dtype: what the servers that a Slurm job starts compute in; None = what is trained in.
+        in_flight: requests under way at once on one server, from one process.
+        request_seconds: a response that takes longer is given up and sampled on another server; its server is out
+            until it answers again.
+        attempts: how often a request is tried in a round.
+        probe_seconds: how often servers that are out are looked at.
+        recovery_seconds: how long a round waits when no server is left.
+        bucket_mb: tensors that travel together (MB); what a weight sync holds besides the model.
+        directory: one that trainer and servers share (/dev/shm on one host, a shared file system between hosts),
+            through which new weights go; None = over HTTP.
+    """
+
+    kind: Literal["vllm_server", "trtllm_server"]
+    base_urls: BaseUrls
+    api_key_env: Variable | None = None
+    dtype: Dtype | None = None
+    in_flight: Positive
+    request_seconds: AboveZero
+    attempts: Positive
+    probe_seconds: AboveZero
+    recovery_seconds: AboveZero
+    bucket_mb: Positive
+    directory: Path | None = None
+
+
+@config
+class EndpointEngine:
+    """A served model behind an OpenAI-compatible interface: vLLM, SGLang, trtllm-serve, an API.
+
+    Attributes:
+        system: the system's turn; None leaves it out (a model of this recipe brings its own in the chat template).
+        max_missing: the share of a shard's responses that may be missing for good (refused or failed).
+    """
+
+    kind: Literal["endpoint"]
+    endpoint: EndpointConfig
+    system: str | None = None
+    max_missing: Share = 0.0
+
+
+Engine = Annotated[LocalEngine | VLLMEngine | EndpointEngine, Field(discriminator="kind")]
+"""What samples a finished model."""
+TrainedEngine = Annotated[LocalEngine | VLLMEngine | ServerEngine, Field(discriminator="kind")]
+"""What samples a model while it is trained: it takes new weights."""
+
+
+@config
+class SamplingConfig:
+    """What a model is asked, and how tokens are drawn.
+
+    Attributes:
+        prompt: the user's turn, with `{question}` in it once.
+        temperature: logits are divided by it; 0 = greedy.
+        top_p: nucleus mass; 1 = the whole distribution.
+        max_new_tokens: longest response, reasoning included.
+    """
+
+    prompt: Prompt = QUESTION
+    temperature: AtLeastZero
+    top_p: PositiveShare
+    max_new_tokens: Positive
+
+
+def own_directory(key: str, directory: Path | None, engine: Any) -> None:
+    """An engine in this process has a model to read.
+
+    Raises:
+        RuleBroken: there is none.
+    """
+    if directory is None and not isinstance(engine, EndpointEngine):
+        raise RuleBroken(
+            f"no {AT}{key} for {AT}engine.kind={engine.kind}",
+            rule="an engine in this process reads the model from a Hugging Face directory",
+            remedy=f"set {AT}{key}=DIRECTORY, or {AT}engine.kind to endpoint for a served model",
+        )

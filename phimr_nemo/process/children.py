@@ -1,0 +1,149 @@
+"""Processes that this one starts: they are told what it is told, and end when it does, by SIGKILL too."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType, TracebackType
+from typing import Any, Final
+
+from phimr_nemo.errors import EXIT_PREEMPTED
+
+PR_SET_PDEATHSIG: Final = 1
+"""prctl(2): the signal that a process gets when its parent dies."""
+STOP: Final = signal.SIGTERM
+"""What a child is sent for any stop signal: it saves and ends."""
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Ctrl-C, a scheduler's two, and a terminal that is closed."""
+
+
+def dying_with_parent(number: signal.Signals = STOP) -> Callable[[], None] | None:
+    """For a child, before its program begins: the signal when its parent dies, by SIGKILL too. None where unknown.
+
+    The parent is the thread that starts the child; a thread that ends earlier takes the child with it.
+    """
+    if sys.platform != "linux":
+        return None
+    # Looked up here: between fork and exec as little as possible is done.
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(number))
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
+
+    return ask
+
+
+def follow_parent(number: signal.Signals = STOP) -> None:
+    """Ask in this process, which is running already, for the signal when its parent dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(number))
+
+
+def start_pool_worker() -> None:
+    """In a worker of a process pool: Ctrl-C is its parent's affair, and it ends with that parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent(signal.SIGKILL)
+
+
+def end_descendants() -> None:
+    """SIGKILL to every process that this one has started, and to theirs."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def run_child(command: Sequence[str]) -> int:
+    """Run a command to its end and tell it what this process is told.
+
+    The child has a session of its own, so that a terminal's Ctrl-C reaches it through this process alone: the first
+    is passed on as SIGTERM, the second ends it and all that it started.
+
+    Args:
+        command: program and arguments.
+
+    Returns:
+        Its exit code, negative for a signal; 3 when it died of what was passed on.
+    """
+    with Relay() as relay:
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=dying_with_parent())
+        relay.tell()
+        code = process.wait()
+    return EXIT_PREEMPTED if relay.ended(code) else code
+
+
+class Relay:
+    """Passes stop signals on to the children, and lets them stand still while this process does (Ctrl-Z).
+
+    Use as a context manager; without effect outside the main thread. The children have sessions of their own.
+
+    Attributes:
+        signals: those that came.
+    """
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self._told: set[int] = set()
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Relay:
+        if threading.current_thread() is threading.main_thread():
+            handlers: dict[signal.Signals, Any] = dict.fromkeys(STOP_SIGNALS, self._stop)
+            for number, handler in {**handlers, signal.SIGTSTP: self._pause}.items():
+                previous = signal.getsignal(number)
+                # `nohup` asks for this one to be ignored.
+                if number != signal.SIGHUP or previous != signal.SIG_IGN:
+                    self._previous[number] = previous
+                    signal.signal(number, handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def tell(self) -> None:
+        """Tell those that were not told yet: children may start after the signal."""
+        import psutil
+
+        if not self.signals:
+            return
+        for child in psutil.Process().children():
+            if child.pid not in self._told:
+                self._told.add(child.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.send_signal(STOP)
+
+    def ended(self, code: int) -> bool:
+        """Whether a child's exit code says that it died of what was passed on."""
+        at_once = len(self.signals) > 1
+        return bool(self.signals) and (-code in STOP_SIGNALS or (at_once and -code == signal.SIGKILL))
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if number == signal.SIGINT and self.signals:
+            end_descendants()
+        self.signals.append(number)
+        self.tell()
+
+    def _pause(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        import psutil
+
+        below = psutil.Process().children(recursive=True)
+        for act in (psutil.Process.suspend, psutil.Process.resume):
+            for child in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    act(child)
+            if act is psutil.Process.suspend:
+                os.kill(os.getpid(), signal.SIGSTOP)

@@ -1,0 +1,149 @@
+"""What is imported: a dry run no trainer, a run of a stage only what it uses; and nothing that is there is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "phimr_lazy_example"
+# Each was imported by every training stage when NeMo's, Lightning's and torchmetrics' packages were entered whole.
+UNUSED_BY_TRAINING = (
+    *("modelopt", "sklearn", "nltk", "numba", "peft", "datasets", "scipy.signal", "wandb", "nemo.collections.asr"),
+    *("torchmetrics.functional.text.bert", "nemo.collections.llm.recipes", "nemo.collections.llm.gpt.model.llama"),
+    *("nemo.collections.nlp.models.nlp_model", "transformers.trainer", "nemo.collections.llm.api"),
+)
+TRAINERS = (
+    "torch",
+    "transformers",
+    "nemo",
+    "nemo_run",
+    "megatron",
+    "nemo_aligner",
+    "lightning",
+    "pandas",
+    "matplotlib",
+)
+STAGES = {"midtrain": "phimr_nemo.supervised.stage", "grpo": "phimr_nemo.align.grpo.stage"}
+
+
+def python(program: str, *, path: Path | None = None) -> list[str]:
+    """What a process prints last, as JSON."""
+    found = os.pathsep.join([*([str(path)] if path else []), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def loaded(names: tuple[str, ...], program: str) -> list[str]:
+    """Those of the modules that a process has imported when `program` has run."""
+    return python(f"import json, sys\n{program}\nprint(json.dumps([n for n in {names!r} if n in sys.modules]))")
+
+
+@pytest.mark.parametrize("stage", ["midtrain", "dpo", "grpo", "evaluate"])
+def test_a_dry_run_imports_no_trainer(stage: str) -> None:
+    arguments = ["phimr", stage, "--config", f"conf/{stage}/tiny.yaml", "--dry-run"]
+    program = f"sys.argv = {arguments!r}\nfrom phimr_nemo.cli.main import main\ntry: main()\nexcept SystemExit: pass"
+    assert loaded(TRAINERS, program) == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_stage_imports_what_it_uses(stage: str) -> None:
+    program = f"from phimr_nemo.jobs.launch import stage_function\nstage_function({stage!r})"
+    assert loaded(UNUSED_BY_TRAINING, program) == []
+
+
+def test_without_it_the_same_stage_imports_what_it_does_not_use() -> None:
+    found = loaded(UNUSED_BY_TRAINING, f"import {STAGES['midtrain']}")
+    assert {"sklearn", "scipy.signal", "modelopt", "torchmetrics.functional.text.bert"} <= set(found)
+
+
+@pytest.fixture
+def lazy(tmp_path: Path) -> Path:
+    """A package whose `__init__` says when it runs, beside a table that names it."""
+    root = tmp_path / PACKAGE
+    root.mkdir()
+    (root / "__init__.py").write_text(
+        "import sys\nprint('whole', file=sys.stderr)\nsys.modules['phimr_ran'] = sys\n"
+        f"from {PACKAGE}.part import here\nother = 'other'\n__all__ = ['here', 'other']\n"
+    )
+    (root / "part.py").write_text("here = 'here'\n")
+    (root / "broken.py").write_text("import no_such_module_at_all\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("program", "ran"),
+    [
+        (f"from {PACKAGE}.part import here", False),
+        (f"from {PACKAGE} import part", False),
+        (f"from {PACKAGE} import here; assert here == 'here'", False),
+        (f"import {PACKAGE}; assert not hasattr({PACKAGE}, '__wrapped__')", False),
+        (f"from {PACKAGE} import other; assert other == 'other'", True),
+        (f"from {PACKAGE} import *; assert (here, other) == ('here', 'other')", True),
+        (f"import {PACKAGE}; assert not hasattr({PACKAGE}, 'nothing')", True),
+    ],
+    ids=["name of a submodule", "submodule", "name of the table", "passing", "other name", "star", "no such name"],
+)
+def test_a_package_runs_when_more_than_its_parts_is_asked_for(lazy: Path, program: str, ran: bool) -> None:
+    before = (
+        f"import json, sys, phimr_nemo.imports as imports\nimports.NAMES = {{{PACKAGE!r}: {{'here': 'part'}}}}\n"
+        "with imports.lean_imports(): pass\n"
+    )
+    found = python(
+        f"{before}{program}\nprint(json.dumps(['phimr_ran'] if 'phimr_ran' in sys.modules else []))", path=lazy
+    )
+    assert found == (["phimr_ran"] if ran else [])
+
+
+def test_an_error_inside_a_submodule_is_not_taken_for_its_absence(lazy: Path) -> None:
+    program = (
+        f"import json, phimr_nemo.imports as imports\nimports.NAMES = {{{PACKAGE!r}: {{}}}}\n"
+        f"with imports.lean_imports(): pass\ntry:\n    from {PACKAGE} import broken\n"
+        "except ModuleNotFoundError as error: print(json.dumps([error.name]))"
+    )
+    assert python(program, path=lazy) == ["no_such_module_at_all"]
+
+
+def test_what_is_hidden_while_a_stage_is_imported_is_there_afterwards() -> None:
+    program = (
+        "import gc, importlib.util, json\nfrom phimr_nemo.imports import lean_imports\n"
+        "with lean_imports():\n    inside = importlib.util.find_spec('sklearn') is None and not gc.isenabled()\n"
+        "after = importlib.util.find_spec('sklearn') is not None and gc.isenabled()\n"
+        "print(json.dumps([str(inside), str(after)]))"
+    )
+    assert python(program) == ["True", "True"]
+
+
+def test_upstream_packages_still_have_every_name() -> None:
+    program = (
+        "import json\nfrom phimr_nemo.imports import lean_imports\nwith lean_imports():\n"
+        "    from nemo.collections.llm.gpt.model.base import GPTModel\n"
+        "from nemo.collections import llm\nimport torchmetrics\n"
+        "assert llm.GPTModel is GPTModel\n"
+        "print(json.dumps([llm.train.__module__, llm.LlamaModel.__name__, torchmetrics.Accuracy.__name__]))"
+    )
+    assert python(program) == ["nemo.collections.llm.api", "LlamaModel", "Accuracy"]
+
+
+def test_what_a_stage_imports_on_a_gpu_alone_is_found() -> None:
+    program = (
+        "import json\nfrom pathlib import Path\nfrom phimr_nemo.config import STAGES, load_config\n"
+        "from phimr_nemo.jobs.launch import stage_function\nstage_function('midtrain')\n"
+        "from phimr_nemo.supervised import assembly\n"
+        "config = load_config(STAGES['midtrain'], Path('conf/midtrain/tiny.yaml'))\n"
+        "callback = assembly.tensor_overlap(config, make=lambda kind, **arguments: kind)\n"
+        "print(json.dumps([callback.__name__]))"
+    )
+    assert python(program) == ["MegatronCommOverlapCallback"]

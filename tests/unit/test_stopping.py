@@ -1,0 +1,200 @@
+"""How a process is told to stop, and that what it started ends with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import left_of, start, tree, wait_for
+
+from phimr_nemo.errors import EXIT_PREEMPTED, Preempted
+from phimr_nemo.process import stopping
+from phimr_nemo.process.children import STOP_SIGNALS, run_child
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def handlers() -> list[object]:
+    return [signal.getsignal(number) for number in STOP_SIGNALS]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_a_command_as_a_preemption_does(number: signal.Signals) -> None:
+    before = handlers()
+    with pytest.raises(Preempted, match=r"(?s)generate was interrupted.*same command.*kept: 3 shards"):  # noqa: SIM117
+        with stopping.stoppable("generate", lambda: "3 shards"):
+            os.kill(os.getpid(), number)
+    assert handlers() == before
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_inside_a_trainer_it_is_remembered(number: signal.Signals) -> None:
+    before = handlers()
+    with stopping.stoppable("sft"), stopping.deferred():
+        assert not stopping.told()
+        os.kill(os.getpid(), number)
+        assert stopping.told()
+        # A scheduler repeats itself.
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert handlers() == before
+    assert not stopping.told()
+
+
+def test_a_signal_that_a_library_has_swallowed_still_stops_the_trainer() -> None:
+    def train() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with stopping.deferred():
+            pytest.fail("it began to train")
+
+    with pytest.raises(Preempted), stopping.stoppable("sft"):
+        train()
+
+
+def test_what_a_library_makes_of_the_interruption_is_one_too() -> None:
+    def load() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ImportError("partly imported") from error
+
+    with pytest.raises(Preempted), stopping.stoppable("sft"):
+        load()
+
+
+def test_an_error_of_its_own_stays_one() -> None:
+    with pytest.raises(ImportError), stopping.stoppable("sft"):
+        raise ImportError("absent")
+
+
+def test_a_thread_listens_to_nothing() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with stopping.stoppable("sft"):
+            found.extend(handlers())
+
+    before = handlers()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == before
+
+
+CHILD = """
+import os, signal, sys
+from phimr_nemo.process import stopping
+with stopping.stoppable("x"), stopping.deferred():
+    child = os.fork()
+    if child == 0:
+        # It has its parent's handlers, and Ctrl-C reaches both.
+        os.kill(os.getpid(), signal.SIGINT)
+        told = stopping.told()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(9)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(status, stopping.told())
+"""
+
+
+def test_a_forked_child_ignores_ctrl_c_and_dies_of_sigterm() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{-signal.SIGTERM} False\n"
+
+
+@pytest.mark.parametrize(("code", "status"), [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", -9)])
+def test_a_child_that_nobody_stopped_has_its_own_exit_code(code: str, status: int) -> None:
+    assert run_child([sys.executable, "-c", code]) == status
+
+
+# Starts a child that starts a child; they live until somebody ends them.
+NESTED = """
+import subprocess, sys
+from phimr_nemo.process.children import run_child
+here, depth = sys.argv[1], int(sys.argv[2])
+if depth:
+    sys.exit(run_child([sys.executable, here, here, str(depth - 1)]))
+open(here + ".ready", "w").close()
+import time
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    script = tmp_path / "nested.py"
+    script.write_text(NESTED, "utf-8")
+    top = start([sys.executable, script, script, "2"], ctrl_c=True)
+    wait_for(Path(f"{script}.ready").exists, top)
+    processes = tree(top)
+    assert len(processes) == 3
+    return top, processes
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_goes_down_to_the_last_child(
+    number: signal.Signals, nested: tuple[subprocess.Popen[bytes], list[psutil.Process]]
+) -> None:
+    top, processes = nested
+    top.send_signal(number)
+    assert top.wait(60) == EXIT_PREEMPTED
+    assert left_of(processes, 60) == []
+
+
+def test_children_stand_still_and_go_on_with_their_parent(
+    nested: tuple[subprocess.Popen[bytes], list[psutil.Process]],
+) -> None:
+    top, processes = nested
+    try:
+        top.send_signal(signal.SIGTSTP)
+        wait_for(lambda: all(p.status() == psutil.STATUS_STOPPED for p in processes), top, 60)
+        top.send_signal(signal.SIGCONT)
+        wait_for(lambda: not any(p.status() == psutil.STATUS_STOPPED for p in processes), top, 60)
+    finally:
+        top.kill()
+        top.wait()
+
+
+def test_children_end_with_a_parent_that_was_killed(
+    nested: tuple[subprocess.Popen[bytes], list[psutil.Process]],
+) -> None:
+    top, processes = nested
+    top.kill()
+    top.wait()
+    assert left_of(processes, 60) == []
+
+
+# As a test would do it: a server in the background, and then the test's own process is killed.
+RUNNER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from processes import start
+server = start([sys.executable, "-c", "import time; time.sleep(600)"])
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of a parent's death on Linux")
+def test_a_server_that_a_test_starts_ends_with_the_test_by_sigkill_too() -> None:
+    runner = start([sys.executable, "-c", RUNNER, TESTS], stdout=subprocess.PIPE, text=True)
+    assert runner.stdout is not None
+    server = psutil.Process(int(runner.stdout.readline()))
+    assert server.is_running()
+    runner.kill()
+    runner.communicate()
+    assert left_of([server], 60) == []
+
+
+def test_every_process_that_a_test_leaves_running_is_started_that_way() -> None:
+    """`subprocess.run` waits for its program; `Popen` is the helper's alone, and a stand-in's of an engine."""
+    allowed = {TESTS / "processes.py", TESTS / "parity" / "trtllm_standin.py"}
+    found = {path for path in TESTS.rglob("*.py") if "subprocess.Popen(" in path.read_text("utf-8")}
+    assert found - allowed == {Path(__file__).resolve()}
