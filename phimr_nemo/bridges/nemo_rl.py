@@ -329,8 +329,8 @@ def regime_overrides(config: ModelConfig, base: Path, sequence_length: int) -> S
     if arch.long_factor is None or arch.short_factor is None or config.longrope == "per_sequence":
         return {}
     is_long = config.longrope != "always_short" and sequence_length > arch.original_max_position_embeddings
-    factors = list(arch.long_factor if is_long else arch.short_factor)
-    return {"rope_scaling": {"type": "longrope", "short_factor": factors, "long_factor": factors}}
+    factors = arch.long_factor if is_long else arch.short_factor
+    return {"rope_scaling": {"type": "longrope", "short_factor": list(factors), "long_factor": list(factors)}}
 
 
 def _common(stage: str, config: Config, steps: int) -> Settings:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from phimr_nemo.cli.options import ConfigFile, Overrides
+from phimr_nemo.jobs.launch import silence_import_notes
 
 
 def bridge(
@@ -18,6 +19,7 @@ def bridge(
     config: ConfigFile = None,
 ) -> None:
     """A stage's configuration and data for TRL, NeMo-RL or Nemotron, with a table of what becomes of each setting."""
+    silence_import_notes()
     from phimr_nemo.bridges.command import run_bridge
 
     path = config if config is not None else Path("conf") / stage / "paper.yaml"
