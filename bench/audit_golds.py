@@ -21,8 +21,10 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 
 KIND: Final = "golds of problem sets"
-UNBRACED: Final = re.compile(r"\\(?:[dt]?frac|sqrt|binom)\s*[0-9]")
-r"""Digits that are arguments, not a number: ``\frac43``, and ``\frac431`` is the same."""
+UNCHANGEABLE: Final = re.compile(r"\\(?:[dt]?frac|sqrt|binom)\s*[0-9]|\(-1\)\^|\(?\b[A-J]\)")
+r"""A number in such a gold may change and the answer not: ``\frac431`` is ``\frac43``, ``(-1)^{n-1}`` is
+``(-1)^{n-13}``, and behind a choice's letter a value says nothing more."""
+WORD: Final = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2}")
 CHANGED: Final = re.compile(r"(?<![0-9.])(?!0[0-9])[0-9]+(?![0-9]*\.[0-9])(?![0-9])")
 """A whole number, to which one can be added."""
 ENDINGS: Final = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -59,16 +61,19 @@ def rewritten(gold: str) -> dict[str, str]:
         if r"\left" in gold or "{" in gold
         else re.sub(r"\(([^()]*)\)", r"\\left(\1\\right)", gold),
         "plain brackets": re.sub(r"\\(?:left|right)(?=[()\[\]|])", "", gold),
-        "no spaces after commas": gold if "text" in gold else re.sub(r",\s+", ",", gold),
-        "dollars inside": f"${gold}$" if "$" not in gold and "text" not in gold else gold,
+        "no spaces after commas": gold if "text" in gold or WORD.search(gold) else re.sub(r",\s+", ",", gold),
+        "dollars inside": f"${gold}$"
+        if "$" not in gold and "text" not in gold and gold.count("{") == gold.count("}")
+        else gold,
     }
     return {how: text for how, text in ways.items() if text != gold}
 
 
 def changed(gold: str, draw: random.Random) -> dict[str, str]:
     """What was changed -> another answer."""
-    found = list(CHANGED.finditer(gold))
-    if not found or UNBRACED.search(gold):
+    value_begins = gold.rfind("=") + 1  # what an equation's left side says is not its value
+    found = list(CHANGED.finditer(gold, value_begins))
+    if not found or UNCHANGEABLE.search(gold):
         return {}
     place = draw.choice(found)
     value = int(place.group())

@@ -19,7 +19,8 @@ from phimr_nemo.errors import EXIT_USER, UserError
 from phimr_nemo.supervised.native import TRAIN, Stage, native_parts
 from recipes import default_preset
 
-MISTAKES: Final = (UserError, CLIException)
+READER: Final = "nemo_run.cli"
+"""What reads the command line: whatever it raises is about that."""
 MIDTRAIN_PRESET, SFT_PRESET = default_preset("midtrain"), default_preset("sft")
 
 # NeMo-Run reads the annotations of factories: real types, not their names.
@@ -106,7 +107,17 @@ def main() -> None:
 def _is_users_mistake(error: BaseException | None) -> bool:
     """Whether the error, or one that it was raised in place of, is one in the command line or the configuration."""
     while error is not None:
-        if isinstance(error, MISTAKES):
+        if isinstance(error, UserError | CLIException) or _raised_in(error).startswith(READER):
             return True
         error = error.__context__
     return False
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module that raised it; nothing for an exit, which stands for another error."""
+    place = error.__traceback__
+    if place is None or isinstance(error, SystemExit | typer.Exit):
+        return ""
+    while place.tb_next is not None:
+        place = place.tb_next
+    return str(place.tb_frame.f_globals.get("__name__", ""))

@@ -16,8 +16,9 @@ from phimr_nemo.bridges.files import TRAIN, VALIDATION
 from phimr_nemo.bridges.samples import Sample, dpo_samples, grpo_samples, sft_samples
 from phimr_nemo.bridges.schedule import torch_schedulers
 from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
-from phimr_nemo.config.alignment import RPOLoss, TruncatedCorrection
+from phimr_nemo.config.dpo import RPOLoss
 from phimr_nemo.config.engine import VLLMEngine
+from phimr_nemo.config.grpo import TruncatedCorrection
 from phimr_nemo.model import Architecture
 
 TARGET: Final = "NeMo-RL"

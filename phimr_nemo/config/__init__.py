@@ -1,6 +1,5 @@
 """Typed configuration: YAML and `key=value` overrides into frozen dataclasses. Needs no torch."""
 
-from phimr_nemo.config.alignment import DPOConfig, GRPOConfig, RebalanceConfig, Stale, TemperatureConfig
 from phimr_nemo.config.common import (
     CheckpointConfig,
     EarlyStoppingConfig,
@@ -15,7 +14,17 @@ from phimr_nemo.config.common import (
     TrackingConfig,
     WandbConfig,
 )
-from phimr_nemo.config.curation import CurateConfig, PackConfig
+from phimr_nemo.config.data import (
+    AnnotationConfig,
+    CurateConfig,
+    DecontaminationConfig,
+    EvaluationSetConfig,
+    NearDuplicatesConfig,
+    PackConfig,
+    PrepareConfig,
+    SourceConfig,
+)
+from phimr_nemo.config.dpo import DPOConfig
 from phimr_nemo.config.engine import (
     AskConfig,
     EndpointConfig,
@@ -46,16 +55,9 @@ from phimr_nemo.config.generation import (
     SyntheticProblems,
     VerifyConfig,
 )
+from phimr_nemo.config.grpo import GRPOConfig, RebalanceConfig, Stale, TemperatureConfig
 from phimr_nemo.config.load import find_config, load_config, locate, parse_config, to_dict, to_yaml
 from phimr_nemo.config.planning import GenerationPlanConfig, TrainingPlanConfig
-from phimr_nemo.config.preparation import (
-    AnnotationConfig,
-    DecontaminationConfig,
-    EvaluationSetConfig,
-    NearDuplicatesConfig,
-    PrepareConfig,
-    SourceConfig,
-)
 from phimr_nemo.config.stages import STAGES
 from phimr_nemo.config.supervised import (
     MidtrainConfig,

@@ -271,3 +271,37 @@ class TrackingConfig:
     """Where metrics go besides metrics.jsonl and TensorBoard."""
 
     wandb: WandbConfig | None = None
+
+
+def batches_fit(micro_batch: int, global_batch: int, data: int) -> None:
+    """The data-parallel ranks share a global batch in whole micro-batches.
+
+    Raises:
+        RuleBroken: they cannot.
+    """
+    share = micro_batch * data
+    if global_batch % share:
+        raise RuleBroken(
+            f"{AT}global_batch={global_batch} with {AT}micro_batch={micro_batch} and {AT}parallel.data={data}",
+            rule=f"{AT}global_batch is a multiple of {AT}micro_batch x {AT}parallel.data = {share}",
+            remedy=f"use {AT}global_batch={max(1, round(global_batch / share)) * share}",
+        )
+
+
+def no_supervised_options(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Alignment has neither 8-bit products nor virtual pipelining.
+
+    Raises:
+        RuleBroken: one of them is asked for.
+    """
+    if model.fp8 is not None or parallel.virtual > 1:
+        raise RuleBroken(
+            f"{AT}model.fp8={model.fp8}, {AT}parallel.virtual={parallel.virtual} in an alignment stage",
+            rule="8-bit products and virtual pipelining are for mid-training and SFT",
+            remedy=f"set {AT}model.fp8=null {AT}parallel.virtual=1",
+        )
+
+
+def stops_on_nan() -> GuardConfig:
+    """Return the guard of a stage that skips no batch by default."""
+    return GuardConfig(on_nan="stop")

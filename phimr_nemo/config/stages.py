@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from phimr_nemo.config.alignment import DPOConfig, GRPOConfig
-from phimr_nemo.config.curation import CurateConfig, PackConfig
+from phimr_nemo.config.data import CurateConfig, PackConfig, PrepareConfig
+from phimr_nemo.config.dpo import DPOConfig
 from phimr_nemo.config.evaluation import EvaluateConfig, ExportConfig
 from phimr_nemo.config.generation import GenerateConfig, VerifyConfig
-from phimr_nemo.config.preparation import PrepareConfig
+from phimr_nemo.config.grpo import GRPOConfig
 from phimr_nemo.config.supervised import MidtrainConfig, SFTConfig
 from phimr_nemo.config.tiny import BaseConfig
 
@@ -36,6 +36,6 @@ MOVED: Final[dict[type[Any], dict[str, str]]] = {
     },
     MidtrainConfig: {"evaluation.max_batch": "evaluation.engine.max_batch"},
     SFTConfig: {"evaluation.max_batch": "evaluation.engine.max_batch"},
-    GRPOConfig: {"sampler": "engine"},
+    GRPOConfig: {"sampler": "engine", "reward_correct": "reward.correct", "reward_wrong": "reward.wrong"},
 }
 """Former keys and kinds, by configuration -> what they are called now: for the message that refuses them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from phimr_nemo.config.alignment import batches_fit
 from phimr_nemo.config.common import (
     CheckpointConfig,
     EarlyStoppingConfig,
@@ -18,6 +17,7 @@ from phimr_nemo.config.common import (
     Positive,
     RunConfig,
     TrackingConfig,
+    batches_fit,
 )
 from phimr_nemo.config.engine import GraderName, LocalEngine, SamplingConfig
 from phimr_nemo.config.generation import Problems

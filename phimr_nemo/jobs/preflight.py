@@ -27,7 +27,7 @@ from phimr_nemo.config import (
     VerifyConfig,
     VLLMEngine,
 )
-from phimr_nemo.config.alignment import StoredReference
+from phimr_nemo.config.dpo import StoredReference
 from phimr_nemo.data.chat import warn_of_other_template
 from phimr_nemo.endpoint.settings import Addressed, read_key
 from phimr_nemo.errors import UserError

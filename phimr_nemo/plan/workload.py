@@ -9,7 +9,7 @@ from typing import Final, Literal
 import numpy as np
 
 from phimr_nemo.config import DPOConfig, GRPOConfig, MidtrainConfig, SFTConfig, TrainingPlanConfig
-from phimr_nemo.config.alignment import OnlineReference
+from phimr_nemo.config.dpo import OnlineReference
 from phimr_nemo.plan.memory import MicroBatch
 
 StageConfig = MidtrainConfig | SFTConfig | DPOConfig | GRPOConfig

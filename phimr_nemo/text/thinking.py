@@ -1,4 +1,4 @@
-"""The tags around a response's thinking, as this recipe's models write them; `verify.turn` reads those of others."""
+"""The tags around a response's thinking, as this recipe's models write them; `text.turn` reads those of others."""
 
 from __future__ import annotations
 

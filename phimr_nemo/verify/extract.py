@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from phimr_nemo.text.turn import visible_text
 from phimr_nemo.verify.read.names import words
-from phimr_nemo.verify.turn import visible_text
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 
 BOX_COMMANDS: Final = ("\\boxed", "\\fbox")

@@ -11,9 +11,6 @@ MATH_VERIFY_VERSION: Final = "0.9.0"
 POLICY_VERSION: Final = "2"
 GRADER_VERSION: Final = f"phimr-{POLICY_VERSION}+math-verify-{MATH_VERIFY_VERSION}"
 
-UNGRADED: Final[frozenset[VerdictName]] = frozenset({"error", "timeout"})
-"""Verdicts that say something about the grader and nothing about the response."""
-
 MAX_ANSWER_CHARS: Final = 2048
 """A longer final answer is never looked at: no answer of the supported sources is half as long."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Ranks of the trainers' own side are started by what starts them there.
@@ -55,7 +56,7 @@ def in_bridge(
     log = tmp_path_factory.mktemp("bridge") / "log.txt"
     with (
         log.open("w") as errors,
-        subprocess.Popen(
+        start(
             [bridge_python, SERVER],
             env=bridge_variables,
             stdin=subprocess.PIPE,
@@ -69,9 +70,9 @@ def in_bridge(
 
         def run(function: str, world_size: int, *arguments: Any) -> list[Any]:
             request = {"function": function, "world_size": world_size, "arguments": arguments}
-            process.stdin.write(json.dumps(request, default=str) + "\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-            line = process.stdout.readline()  # type: ignore[union-attr]
+            process.stdin.write(json.dumps(request, default=str) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
             assert line, f"the bridge's process ended: {log.read_text()[-3000:]}"
             outcomes = json.loads(line)
             failures = [value for ok, value in outcomes if not ok]

@@ -21,7 +21,7 @@ from phimr_nemo.align.dpo import stage as dpo
 from phimr_nemo.align.dpo.pairs import PairCollate, load_pairs
 from phimr_nemo.align.microbatch import MicroBatch
 from phimr_nemo.config import DPOConfig, ParallelConfig, load_config
-from phimr_nemo.config.alignment import PlainLoss
+from phimr_nemo.config.dpo import PlainLoss
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.losses import IGNORED_LABEL, token_logprobs
 from phimr_nemo.model.files.hf import HFDirectory

@@ -16,7 +16,7 @@ from phimr_nemo.align.grpo.stabilisers import (
     refill_size,
     uniform_prompts,
 )
-from phimr_nemo.config.alignment import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
+from phimr_nemo.config.grpo import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
 from phimr_nemo.errors import UserError
 
 PAPER = TemperatureConfig(start=1.0, end=0.6, fraction=0.5)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from phimr_nemo.config.preparation import Preset as PresetName
+from phimr_nemo.config.data import Preset as PresetName
 from phimr_nemo.data.sources.item import Item, UnusableRow
 from phimr_nemo.data.sources.labels import DOMAINS, domain_of
 from phimr_nemo.data.sources.normalise import clean

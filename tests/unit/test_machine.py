@@ -92,7 +92,7 @@ def test_there_is_one_process_a_gpu(gpus: int, ranks: int, base: Path, monkeypat
 def test_too_little_memory_is_told_in_gib(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 GiB hold the libraries of eight ranks with 0.9 GiB each, and not of nine."""
     monkeypatch.setattr(machine, "count_cores", lambda: 64)
-    sizes = ("micro_batch=1", "global_batch=72")
+    sizes = ("micro_batch=1", "global_batch=72", "validation_rows=72")
     check_machine("sft", config("sft", "tiny", base, "parallel.data=8", *sizes))
     with pytest.raises(UserError, match=r"at least 8\.1 GiB .* 9 processes .* 8\.0 GiB free"):
         check_machine("sft", config("sft", "tiny", base, "parallel.data=9", *sizes))

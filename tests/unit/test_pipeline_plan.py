@@ -122,6 +122,7 @@ def test_an_interrupted_quickstart_continues_at_the_step_it_was_in(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "write_report", lambda _, out: (out / "table.md").write_text("table"))
+    monkeypatch.setattr(pipeline, "answers", lambda _: iter(()))
     names = [step.name for step in steps(tmp_path)]
     first, second, third = Recorder("dpo", error), Recorder(), Recorder()
     monkeypatch.setattr(pipeline, "run_step", first)

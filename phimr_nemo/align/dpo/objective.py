@@ -22,7 +22,7 @@ from phimr_nemo.align.microbatch import (
 )
 from phimr_nemo.align.policy import LossSums
 from phimr_nemo.config import DPOConfig
-from phimr_nemo.config.alignment import PreferenceLoss, RPOLoss, SmoothedLoss
+from phimr_nemo.config.dpo import PreferenceLoss, RPOLoss, SmoothedLoss
 from phimr_nemo.data.packing import pack
 from phimr_nemo.losses import (
     IGNORED_LABEL,

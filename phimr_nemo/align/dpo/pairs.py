@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from phimr_nemo.align.microbatch import balanced_shares
-from phimr_nemo.config.alignment import Overlong
+from phimr_nemo.config.dpo import Overlong
 from phimr_nemo.data.chat import render_conversations
 from phimr_nemo.data.rows.batches import Row, collate_padded
 from phimr_nemo.errors import UserError

@@ -19,7 +19,7 @@ from phimr_nemo.align.dpo.reference import reference_identity, stored_reference
 from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap, speed_of
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, to_dict
-from phimr_nemo.config.alignment import StoredReference
+from phimr_nemo.config.dpo import StoredReference
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.rows.batches import EpochOrder
 from phimr_nemo.errors import Preempted, UserError

@@ -19,7 +19,7 @@ from phimr_nemo.align.microbatch import (
 )
 from phimr_nemo.align.policy import LossSums
 from phimr_nemo.config import GRPOConfig
-from phimr_nemo.config.alignment import PolicyLossConfig, SamplerCorrection, TruncatedCorrection
+from phimr_nemo.config.grpo import PolicyLossConfig, SamplerCorrection, TruncatedCorrection
 from phimr_nemo.data.packing import pack
 from phimr_nemo.losses import (
     IGNORED_LABEL,

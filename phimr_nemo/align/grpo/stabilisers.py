@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from phimr_nemo.config.alignment import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
+from phimr_nemo.config.grpo import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
 from phimr_nemo.errors import UserError
 
 GroupFate = Literal["kept", "easy", "impossible"]

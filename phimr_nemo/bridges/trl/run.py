@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from phimr_nemo.bridges.files import SCHEDULE, SETTINGS, TRAIN, VALIDATION
+from phimr_nemo.store.records import UNGRADED_VERDICTS
 from phimr_nemo.verify import Grader
-from phimr_nemo.verify.verdict import UNGRADED
 
 LOG: Final = "log.json"
 
@@ -134,7 +134,7 @@ def _trainer(
         return TokenisedDPOTrainer(args=DPOConfig(**arguments), **parts)
     given = settings["reward"]
     grader = processes.enter_context(Grader(workers=given["workers"], function=given["grader"]))
-    worth = {"correct": given["correct"], **dict.fromkeys(UNGRADED)}
+    worth = {"correct": given["correct"], **dict.fromkeys(UNGRADED_VERDICTS)}
 
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
         """The verdict's worth; None, which TRL leaves out, where the grader gave up."""

@@ -10,8 +10,9 @@ from typing import Any, Final
 
 from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
-from phimr_nemo.config.alignment import StoredReference, TruncatedCorrection
+from phimr_nemo.config.dpo import StoredReference
 from phimr_nemo.config.engine import LocalEngine, ServerEngine, VLLMEngine
+from phimr_nemo.config.grpo import TruncatedCorrection
 
 TARGET: Final = "TRL"
 Settings = dict[str, Any]

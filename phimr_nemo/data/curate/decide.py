@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phimr_nemo.config import CurateConfig
-from phimr_nemo.config.curation import PromptSet, SFTSet
+from phimr_nemo.config.data import PromptSet, SFTSet
 from phimr_nemo.data.curate.fates import (
     Fates,
     Indices,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from phimr_nemo.config.curation import PairSet
+from phimr_nemo.config.data import PairSet
 from phimr_nemo.data.curate.decide import Candidates, ChosenPrompts, Decisions, candidates
 from phimr_nemo.data.curate.fates import Indices
 from phimr_nemo.data.curate.narrow import runs

@@ -1,4 +1,4 @@
-"""Settings of stages 3 and 4: rollout DPO and GRPO."""
+"""Settings of stage 4: GRPO."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from phimr_nemo.config.common import (
     RunConfig,
     Share,
     TrackingConfig,
+    no_supervised_options,
+    stops_on_nan,
 )
 from phimr_nemo.config.engine import QUESTION, FunctionName, GraderName, Prompt, TrainedEngine, VLLMEngine
 from phimr_nemo.config.rules import AT, RuleBroken, config
@@ -34,142 +36,6 @@ SMALLEST_GROUP: Final = 2
 """A response is compared with the others of its group."""
 Stale = Literal["resample", "keep"]
 GroupSize = Annotated[int, Field(ge=SMALLEST_GROUP), IsNumber]
-Smoothing = Annotated[float, Field(ge=0.0, lt=0.5), IsNumber]
-
-
-def batches_fit(micro_batch: int, global_batch: int, data: int) -> None:
-    """The data-parallel ranks share a global batch in whole micro-batches.
-
-    Raises:
-        RuleBroken: they cannot.
-    """
-    share = micro_batch * data
-    if global_batch % share:
-        raise RuleBroken(
-            f"{AT}global_batch={global_batch} with {AT}micro_batch={micro_batch} and {AT}parallel.data={data}",
-            rule=f"{AT}global_batch is a multiple of {AT}micro_batch x {AT}parallel.data = {share}",
-            remedy=f"use {AT}global_batch={max(1, round(global_batch / share)) * share}",
-        )
-
-
-def no_supervised_options(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Alignment has neither 8-bit products nor virtual pipelining.
-
-    Raises:
-        RuleBroken: one of them is asked for.
-    """
-    if model.fp8 is not None or parallel.virtual > 1:
-        raise RuleBroken(
-            f"{AT}model.fp8={model.fp8}, {AT}parallel.virtual={parallel.virtual} in an alignment stage",
-            rule="8-bit products and virtual pipelining are for mid-training and SFT",
-            remedy=f"set {AT}model.fp8=null {AT}parallel.virtual=1",
-        )
-
-
-@config
-class PlainLoss:
-    """A preference loss that `beta` alone describes (see :mod:`phimr_nemo.losses.dpo`)."""
-
-    kind: Literal["dpo", "ipo", "length_normalized_dpo", "length_normalized_ipo"]
-
-
-@config
-class SmoothedLoss:
-    """DPO on pairs of which the share `label_smoothing` may be labelled the wrong way round."""
-
-    kind: Literal["label_smoothed_dpo"]
-    label_smoothing: Smoothing
-
-
-@config
-class RPOLoss:
-    """DPO and `nll_weight` times the chosen response's negative log-likelihood a token."""
-
-    kind: Literal["rpo"]
-    nll_weight: AboveZero
-
-
-PreferenceLoss = Annotated[PlainLoss | SmoothedLoss | RPOLoss, Field(discriminator="kind")]
-
-
-@config
-class StoredReference:
-    """Reference log-probabilities computed once, before the first step: training holds one model.
-
-    Attributes:
-        path: a file that an earlier run with the same base and pairs has written; None = this run's own.
-    """
-
-    kind: Literal["stored"]
-    path: Place | None = None
-
-
-@config
-class OnlineReference:
-    """Reference log-probabilities computed in every step by a second copy of the weights."""
-
-    kind: Literal["online"]
-
-
-DPOReference = Annotated[StoredReference | OnlineReference, Field(discriminator="kind")]
-Overlong = Literal["drop", "truncate", "error"]
-
-
-def _stops() -> GuardConfig:
-    return GuardConfig(on_nan="stop")
-
-
-@config
-class DPOCheckpointConfig(CheckpointConfig):
-    """Checkpoints of stage 3.
-
-    Attributes:
-        metric: what `best` and early stopping go by, as its mean between two checkpoints.
-    """
-
-    metric: Literal["loss", "accuracy", "margin"] = "loss"
-
-
-@config
-class DPOConfig:
-    """Stage 3: rollout DPO.
-
-    Attributes:
-        pairs: `pairs` record directory.
-        sequence_length: longest question with one of its responses, in tokens.
-        overlong: what happens to a pair with a longer side: left out, cut off at its end, or refused.
-        beta: strength of the implied KL penalty.
-        loss: which preference loss.
-        reference: where the reference log-probabilities come from.
-        micro_batch, global_batch: in pairs.
-        packed: several pairs end to end in one row of up to 2 x micro_batch x sequence_length tokens, the
-            memory of a padded micro-batch; the same pairs a step and the same gradient as unpacked.
-    """
-
-    run: RunConfig
-    base: Place
-    pairs: Place
-    sequence_length: Positive
-    overlong: Overlong
-    beta: AboveZero
-    loss: PreferenceLoss
-    reference: DPOReference
-    packed: bool
-    epochs: Positive
-    micro_batch: Positive
-    global_batch: Positive
-    model: ModelConfig
-    optim: OptimConfig
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: DPOCheckpointConfig
-    guard: GuardConfig = field(default_factory=_stops)
-    early_stopping: EarlyStoppingConfig | None = None
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    max_steps: NonNegative = 0
-
-    def __post_init__(self) -> None:
-        batches_fit(self.micro_batch, self.global_batch, self.parallel.data)
-        no_supervised_options(self.model, self.parallel)
 
 
 @config
@@ -400,7 +266,7 @@ class GRPOConfig:
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: GRPOCheckpointConfig
-    guard: GuardConfig = field(default_factory=_stops)
+    guard: GuardConfig = field(default_factory=stops_on_nan)
     early_stopping: EarlyStoppingConfig | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -1,0 +1,293 @@
+"""Settings of the data: sources, deduplication, decontamination, annotation; training sets and packing."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from phimr_nemo.config.common import (
+    AtLeastOne,
+    AtLeastZero,
+    IsNumber,
+    Name,
+    NonNegative,
+    Number,
+    Place,
+    Positive,
+    PositiveShare,
+    RunConfig,
+    ShardConfig,
+    Share,
+)
+from phimr_nemo.config.engine import AskConfig
+from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.store.records import Difficulty
+
+Preset = Literal[
+    "openr1_math",
+    "openthoughts",
+    "bespoke_stratos",
+    "numina_math",
+    "big_math",
+    "omni_math",
+    "olympiad_bench",
+    "metamath_qa",
+    "math_instruct",
+    "aqua_rat",
+    "ape210k",
+    "tal_scq5k",
+    "gsm8k",
+    "math",
+    "deepscaler",
+    "orz",
+    "dapo",
+]
+
+
+@config
+class SourceConfig:
+    """One set of questions.
+
+    Attributes:
+        name: the `source` of its problems.
+        path: a file, a directory of files, a dataset that `datasets` saved, or with `hub` its name on the hub.
+        preset: the published set it is; None finds the columns by their usual names.
+        limit: read only the first rows; 0 = all.
+        hub: load `path` from the Hugging Face hub.
+        subset, split: of a dataset of the hub or on disk.
+        question, answer, solution: column names where there is no preset; found by themselves when None.
+        response: without a preset, the column of recorded responses; None = the source brings none.
+        teacher: who wrote the responses; None = as the preset or the row says.
+    """
+
+    name: Name
+    path: Name
+    preset: Preset | None = None
+    limit: NonNegative = 0
+    hub: bool = False
+    subset: str | None = None
+    split: str = "train"
+    question: str | None = None
+    answer: str | None = None
+    solution: str | None = None
+    response: str | None = None
+    teacher: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("question", "answer", "solution", "response") if getattr(self, name) is not None]
+        if self.preset is not None and given:
+            raise RuleBroken(
+                f"source {self.name}: {AT}preset={self.preset} and the columns {given}",
+                rule="a preset knows its columns; columns are named where there is no preset",
+                remedy="set " + " ".join(f"{AT}{name}=null" for name in given) + f", or {AT}preset=null",
+            )
+
+
+@config
+class NearDuplicatesConfig:
+    """Questions that are almost the same (see phimr_nemo/data/prepare/dedup.py).
+
+    Attributes:
+        threshold: estimated Jaccard similarity of token 3-grams from which two questions are one.
+        permutations: MinHash permutations; a multiple of 5.
+    """
+
+    threshold: PositiveShare
+    permutations: Annotated[int, Field(ge=5, multiple_of=5), IsNumber]
+
+
+@config
+class EvaluationSetConfig:
+    """Questions that no training problem may repeat.
+
+    Attributes:
+        name: in the report of what was dropped.
+        path: a file of rows, or a problems record directory.
+        question: column of the question; found when None.
+    """
+
+    name: Name
+    path: Place
+    question: str | None = None
+
+
+@config
+class DecontaminationConfig:
+    """Problems too close to evaluation questions are dropped (see phimr_nemo/data/prepare/decontaminate.py).
+
+    Attributes:
+        sets: the evaluation sets.
+        ngram: tokens a gram, numbers masked.
+        overlap: share of the shorter question's grams that the other one has too, from which they match.
+    """
+
+    sets: Annotated[tuple[EvaluationSetConfig, ...], Field(min_length=1)]
+    ngram: Positive
+    overlap: PositiveShare
+
+
+@config
+class AnnotationConfig:
+    """Domain and difficulty for problems whose source tells none.
+
+    Attributes:
+        ask: the annotator, a model behind an OpenAI-compatible endpoint; None = rules alone.
+    """
+
+    ask: AskConfig | None = None
+
+
+@config
+class PrepareConfig:
+    """Sources -> problems and, from sources with trajectories, rollouts.
+
+    Attributes:
+        sources: in the order in which they win where duplicates are equal otherwise.
+        near_duplicates, decontamination, annotation: None = not done.
+        shard_size: problems (rollouts) a shard.
+    """
+
+    run: RunConfig
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    near_duplicates: NearDuplicatesConfig | None = None
+    decontamination: DecontaminationConfig | None = None
+    annotation: AnnotationConfig | None = None
+    shard_size: Positive
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise RuleBroken(
+                f"{AT}sources: {repeated} occur more than once",
+                rule="every source has its own name: it stands in the records and in the counts",
+                remedy="rename one of them",
+            )
+
+
+@config
+class MidtrainSet:
+    """The full verified set.
+
+    Attributes:
+        max_per_problem: responses to one problem at most.
+    """
+
+    max_per_problem: Positive
+
+
+@config
+class SFTSet:
+    """The harder, cleaner, balanced subset.
+
+    Attributes:
+        difficulties: tiers to keep; problems of unknown difficulty are kept too.
+        max_per_problem: responses to one problem at most, the longest.
+        max_repetition: drop responses that repeat a larger share of themselves.
+        one_boxed_answer: drop responses that do not box exactly one answer after their thinking.
+        size: rows to keep, balanced over difficulty and length; None = all.
+    """
+
+    difficulties: Annotated[tuple[Difficulty, ...], Field(min_length=1)]
+    max_per_problem: Positive
+    max_repetition: Share
+    one_boxed_answer: bool
+    size: Positive | None = None
+
+
+@config
+class PairSet:
+    """Preference pairs from rollouts of one question.
+
+    Attributes:
+        mode: the nearest pairs, or random ones.
+        nearness: what is near, see :mod:`phimr_nemo.data.pairs`.
+        max_per_problem: pairs of one problem at most.
+        max_length_ratio: no pair of which one is more than this many times as long as the other; None = any.
+    """
+
+    mode: Literal["near_miss", "random"]
+    nearness: Literal["common_steps", "common_beginning"]
+    max_per_problem: Positive
+    max_length_ratio: AtLeastOne | None = None
+
+
+@config
+class PromptSet:
+    """Prompts for reinforcement learning.
+
+    Attributes:
+        min_pass, max_pass: the share of right responses lies strictly between them.
+        hard_below: prompts with a lower share are marked as hard, for oversampling.
+        min_samples: graded responses that a prompt must have, over all sampling rounds.
+        max_length_spread: coefficient of variation of the response lengths at most; None = any.
+    """
+
+    min_pass: Number
+    max_pass: Number
+    hard_below: Share
+    min_samples: Positive
+    max_length_spread: AtLeastZero | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.min_pass < self.max_pass and self.min_pass < 1.0 and self.max_pass > 0.0):
+            raise RuleBroken(
+                f"{AT}min_pass={self.min_pass} {AT}max_pass={self.max_pass}",
+                rule=f"a pass rate, from 0 to 1, lies strictly between {AT}min_pass and {AT}max_pass",
+                remedy=f"use {AT}min_pass=0.0 {AT}max_pass=1.0 for every prompt that is sometimes right and "
+                "sometimes wrong",
+            )
+
+
+@config
+class CurateConfig:
+    """Verdicts -> training sets, each in its own directory of the output; a set that is None is not made.
+
+    Attributes:
+        verdicts: one directory, or several: sampling rounds, sources that bring their own solutions.
+        workers: processes.
+    """
+
+    run: RunConfig
+    verdicts: Place | Annotated[tuple[Place, ...], Field(min_length=1)]
+    workers: Positive
+    midtrain: MidtrainSet | None = None
+    sft: SFTSet | None = None
+    pairs: PairSet | None = None
+    prompts: PromptSet | None = None
+
+    def __post_init__(self) -> None:
+        if self.midtrain is None and self.sft is None and self.pairs is None and self.prompts is None:
+            raise RuleBroken(
+                f"none of {AT}midtrain, {AT}sft, {AT}pairs and {AT}prompts is configured",
+                rule="curate makes at least one training set",
+                remedy=f"set for example {AT}midtrain.max_per_problem=8",
+            )
+
+    @property
+    def verdict_directories(self) -> tuple[Place, ...]:
+        """All directories of verdicts."""
+        return self.verdicts if isinstance(self.verdicts, tuple) else (self.verdicts,)
+
+
+@config
+class PackConfig:
+    """Conversations -> packed rows.
+
+    Attributes:
+        tokenizer: directory with the tokenizer.
+        sequence_length: tokens a row.
+        placement: which documents share a row: those that fill it best by length, or short ones at random.
+        workers: processes that tokenise; with 1 the tokenizer's own threads use all cores.
+        shard: this process's share of the conversations' shards.
+    """
+
+    run: RunConfig
+    conversations: Place
+    tokenizer: Place
+    sequence_length: Positive
+    placement: Literal["length", "mixed"]
+    workers: Positive
+    shard: ShardConfig = field(default_factory=ShardConfig)
