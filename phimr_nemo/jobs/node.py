@@ -21,6 +21,8 @@ from typing import Any, Final
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError, exit_with_message
 from phimr_nemo.process.children import Relay
 
+ONE_NODE: Final = ("1", "1:1")
+"""How torchrun writes it."""
 POLL_SECONDS: Final = 0.2
 STOPPED: Final = "stopped; run the same command to continue"
 
@@ -84,7 +86,11 @@ def run_workers(arguments: Sequence[str]) -> None:
 
     # It reports a failed worker at length; the worker's own message says it better.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    elastic, command, command_arguments = config_from_args(parse_args(list(arguments)))
+    parsed = parse_args(list(arguments))
+    if not parsed.rdzv_endpoint and parsed.nnodes in ONE_NODE:
+        # As torchrun --standalone: a rendezvous of this node's own, on a free port.
+        parsed.rdzv_backend, parsed.rdzv_endpoint = "c10d", "localhost:0"
+    elastic, command, command_arguments = config_from_args(parsed)
     with Relay() as relay:
         outcome = _run_in_thread(
             lambda: elastic_launch(config=elastic, entrypoint=command)(*command_arguments), relay
