@@ -95,7 +95,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(
     from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
     row = {"id": "a", "problem_id": "p", "question": "1+1?", "response": "2", "domain": None, "difficulty": None}
-    write_shard(tmp_path / "data", 0, rows_to_table([row], "conversations"), kind="conversations")
+    write_shard(tmp_path / "data", 0, rows_to_table([row] * 32, "conversations"), kind="conversations")
     finish(tmp_path / "data", kind="conversations", config={})
     base = ["base", "--config", "conf/base/tiny.yaml", f"run.output={tmp_path / 'base'}"]
     subprocess.run([sys.executable, "-m", "phimr_nemo.cli", *base], cwd=repository, check=True, capture_output=True)
@@ -106,6 +106,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(
             "conf/sft/tiny.yaml",
             "parallel.data=2",
             "micro_batch=8",
+            "validation_rows=0",
             f"run.output={tmp_path / 'out'}",
         ),
         *(f"base={tmp_path / 'base' / 'hf'}", f"data={tmp_path / 'data'}"),

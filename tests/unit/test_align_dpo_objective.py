@@ -260,7 +260,7 @@ def test_equal_margins_have_no_correlation_with_length(repository: Path) -> None
             for side in ("chosen", "rejected")
         },
     }
-    objective = DPOObjective(dpo_config(repository, "micro_batch=5"), multiple=1, pad_id=PAD)
+    objective = DPOObjective(dpo_config(repository, "micro_batch=5", "global_batch=30"), multiple=1, pad_id=PAD)
     (micro,) = objective.micro_batches(at_reference)
     loss, count, sums = objective.loss(model(micro.tokens, micro.labels), micro)
     summary = objective.summary(
@@ -271,7 +271,7 @@ def test_equal_margins_have_no_correlation_with_length(repository: Path) -> None
 
 
 def test_padding_at_the_end_of_a_row_is_no_response(repository: Path) -> None:
-    config = dpo_config(repository, "packed=true", "micro_batch=5")
+    config = dpo_config(repository, "packed=true", "micro_batch=5", "global_batch=30")
     (micro,) = DPOObjective(config, multiple=64, pad_id=PAD).micro_batches(batch())
     assert len(micro.documents) == 2 * PAIRS + 1
     sums = pair_sums(model(micro.tokens, micro.labels), micro)

@@ -125,7 +125,6 @@ def test_an_untied_head_is_a_tensor_of_its_own() -> None:
         (ParallelConfig(tensor=4), "6 attention heads"),
         (ParallelConfig(tensor=3), "2 key/value heads"),
         (ParallelConfig(pipeline=3), "4 layers"),
-        (ParallelConfig(sequence=True), "parallel.sequence"),
     ],
 )
 def test_impossible_layouts_name_value_rule_and_remedy(layout: ParallelConfig, named: str) -> None:

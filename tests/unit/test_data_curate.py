@@ -25,7 +25,6 @@ from phimr_nemo.data.curate.fates import (
 from phimr_nemo.data.curate.narrow import VERDICTS, Narrow, narrow_columns
 from phimr_nemo.data.fate import MAX_CANDIDATES, REASONS, Fate
 from phimr_nemo.data.repetition import repetition
-from phimr_nemo.errors import UserError
 from phimr_nemo.store.records import UNGRADED_VERDICTS
 from phimr_nemo.store.shards import rows_to_table
 
@@ -342,9 +341,7 @@ def test_prompt_numbers_are_those_of_numpy(drawn: list[dict[str, Any]]) -> None:
         assert found.length_spread[place] == pytest.approx(lengths.std() / lengths.mean() if lengths.any() else 0.0)
 
 
-def test_bounds_without_a_pass_rate_between_are_refused() -> None:
-    with pytest.raises(UserError, match=r"min_pass=0\.5 max_pass=0\.5"):
-        prompts(narrow(verdict("a", "x")), **{**RL, "min_pass": 0.5, "max_pass": 0.5})
+def test_the_upper_bound_of_the_pass_rate_is_exclusive() -> None:
     rows = group("uneven", 2, 2, [10, 10, 10, 200])
     strict = prompts(narrow(*rows), **{**RL, "min_pass": 0.25, "max_pass": 0.5})
     assert named(strict.fates) == ["TOO_EASY"]

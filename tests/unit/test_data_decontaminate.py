@@ -120,9 +120,9 @@ def test_real_training_sets_against_real_benchmarks(shared_data: Path) -> None:
         for question in evaluation_questions(EvaluationSetConfig(name=name, path=shared_data / "problems" / file))
     ]
     index = EvaluationIndex(questions, ngram=8, overlap=0.6)
-    gsm8k = EvaluationSetConfig(name="", path=shared_data / "problems" / "gsm8k_train.jsonl")
+    gsm8k = EvaluationSetConfig(name="gsm8k", path=shared_data / "problems" / "gsm8k_train.jsonl")
     assert [match(index, question) for question in evaluation_questions(gsm8k)] == [None] * 7473
-    hard = EvaluationSetConfig(name="", path=shared_data / "problems" / "deepscaler_level_3.json.gz")
+    hard = EvaluationSetConfig(name="hard", path=shared_data / "problems" / "deepscaler_level_3.json.gz")
     found = [one for question in evaluation_questions(hard) if (one := match(index, question)) is not None]
     assert [one.set for one in found if one.rule == "exact"] == ["MATH-500"] * 2
     assert len(found) < 0.003 * 7961

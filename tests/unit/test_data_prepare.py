@@ -272,9 +272,8 @@ def test_preflight_refuses_settings_that_cannot_work(tmp_path: Path) -> None:
     config = configured(tmp_path)
     with pytest.raises(UserError, match="occur more than once"):
         preflight("prepare", configured(tmp_path, sources=(*config.sources, config.sources[0])))
-    named = SourceConfig(name="n", path=config.sources[0].path, preset="gsm8k", answer="a")
     with pytest.raises(UserError, match="preset=gsm8k and the columns"):
-        preflight("prepare", configured(tmp_path, sources=(named,)))
+        SourceConfig(name="n", path=config.sources[0].path, preset="gsm8k", answer="a")
     with pytest.raises(UserError, match="does not exist"):
         preflight("prepare", configured(tmp_path, sources=(SourceConfig(name="n", path=str(tmp_path / "no")),)))
     preflight("prepare", config)

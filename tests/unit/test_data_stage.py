@@ -257,7 +257,7 @@ def test_curate_refuses_an_empty_set_and_unfinished_input(repository: Path, verd
     with pytest.raises(UserError, match="does not exist"):
         run_curate(curate_config(repository, tmp_path / "none", tmp_path / "b"))
     # Found before the verdicts are read.
-    with pytest.raises(UserError, match=r"min_pass=0\.7 max_pass=0\.7"):
+    with pytest.raises(UserError, match=r"min_pass=0\.7 prompts\.max_pass=0\.7"):
         run_curate(
             curate_config(repository, verdicts, tmp_path / "c", "prompts.min_pass=0.7", "prompts.max_pass=0.7")
         )

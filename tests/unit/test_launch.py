@@ -44,7 +44,7 @@ def files(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize(
-    "override", ["run.seed=5", "optim.lr=0.5", "base=elsewhere/hf", "model.dtype=bf16", "global_batch=640"]
+    "override", ["run.seed=5", "optim.lr=0.5", "base=elsewhere/hf", "model.dtype=bf16", "global_batch=64"]
 )
 def test_another_setting_is_named_with_both_values(override: str, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")

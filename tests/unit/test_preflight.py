@@ -15,6 +15,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import derived_numbers, preflight
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.plan.memory import state_memory
+from phimr_nemo.store.inputs import MADE_BY
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
@@ -130,7 +131,7 @@ def test_a_stage_before_its_input(stage: str, key: str, kind: Kind, tmp_path: Pa
     write_shard(missing, 0, rows_to_table([ROWS[kind]], kind), kind=kind)
     unfinished = refusal(stage, tmp_path, f"{key}={missing}")
     assert f"{missing} is not finished" in unfinished.problem
-    assert "are made by `phimr" in unfinished.remedy
+    assert f"run the step that makes it first, `{MADE_BY[kind]}`" in unfinished.remedy
 
 
 @pytest.mark.parametrize(("stage", "key", "kind"), INPUTS)
