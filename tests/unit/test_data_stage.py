@@ -262,9 +262,8 @@ def test_curate_refuses_an_empty_set_and_unfinished_input(repository: Path, verd
             curate_config(repository, verdicts, tmp_path / "c", "prompts.min_pass=0.7", "prompts.max_pass=0.7")
         )
     assert not (tmp_path / "c").exists()
-    no_set = dataclasses.replace(nothing, midtrain=None, sft=None, pairs=None, prompts=None)
-    with pytest.raises(UserError, match="neither midtrain"):
-        run_curate(no_set)
+    with pytest.raises(UserError, match="none of midtrain"):
+        dataclasses.replace(nothing, midtrain=None, sft=None, pairs=None, prompts=None)
 
 
 def test_pack_holds_every_conversation_once(
