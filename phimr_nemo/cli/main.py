@@ -229,10 +229,10 @@ def adopt(
     ] = None,
 ) -> None:
     """Make a base model ready for the recipe: a copy with the reasoning chat template, which every stage hands on."""
-    from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
-    from phimr_nemo.model.adopt import adopt as adopt_model
-
     with stoppable("adopt"):
+        from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
+        from phimr_nemo.model.adopt import adopt as adopt_model
+
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
     typer.echo(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
 
@@ -246,9 +246,9 @@ def import_model(
     system_prompt: Annotated[str, typer.Option(help="Before every conversation; none by default.")] = "",
 ) -> None:
     """A small model from a GGUF file as an equivalent Phi3-family directory with the reasoning chat template."""
-    from phimr_nemo.model.files.gguf import import_gguf
-
     with stoppable("import"):
+        from phimr_nemo.model.files.gguf import import_gguf
+
         architecture = import_gguf(source, target, system_prompt=system_prompt)
     typer.echo(f"{target}: {architecture.num_parameters:,} parameters")
 
@@ -271,9 +271,13 @@ def convert(
         if count < 1:
             raise UserError(f"{name} {count}", rule="at least 1", remedy=f"for example {name} 2")
     from phimr_nemo.config import ParallelConfig
-    from phimr_nemo.supervised.conversion import convert as convert_checkpoint
+    from phimr_nemo.jobs.launch import silence_import_notes
 
+    silence_import_notes()
+    # Loading the trainers takes longer than many a conversion: a stop is heard from the start.
     with stoppable("convert"):
+        from phimr_nemo.supervised.conversion import convert as convert_checkpoint
+
         kind = convert_checkpoint(source, target, kind=to, layout=ParallelConfig(tensor=tp, pipeline=pp), hf=hf)
     typer.echo(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
 
