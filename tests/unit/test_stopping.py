@@ -198,3 +198,33 @@ def test_every_process_that_a_test_leaves_running_is_started_that_way() -> None:
     allowed = {TESTS / "processes.py", TESTS / "parity" / "trtllm_standin.py"}
     found = {path for path in TESTS.rglob("*.py") if "subprocess.Popen(" in path.read_text("utf-8")}
     assert found - allowed == {Path(__file__).resolve()}
+
+
+STOPPED_WHILE_LOADING = """
+import sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+sys.argv = ["phimr", *{words!r}]
+import phimr_nemo.cli.__main__
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("phimr_nemo.supervised.conversion", ["convert", "a", "b"]),
+        ("phimr_nemo.model.adopt", ["adopt", "a", "b"]),
+        ("phimr_nemo.model.files.gguf", ["import", "a", "b"]),
+    ],
+    ids=["convert", "adopt", "import"],
+)
+def test_a_command_that_is_stopped_while_it_loads_says_so(module: str, words: list[str], repository: Path) -> None:
+    program = STOPPED_WHILE_LOADING.format(module=module, words=words)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == EXIT_PREEMPTED, done.stderr
+    assert f"{words[0]} was interrupted" in done.stderr
