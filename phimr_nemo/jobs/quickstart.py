@@ -141,7 +141,6 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
     """
     steps = plan_quickstart(path, seeds, out, overrides)
     started = time.monotonic()
-    os.environ[PART_OF] = "quickstart"
     for number, step in enumerate(steps, 1):
         if RunDirectory(step.output).is_done:
             continue
@@ -162,7 +161,7 @@ def run_step(step: Step) -> None:
     Raises:
         UserError, Preempted, RuntimeError: as the command says by its exit code.
     """
-    code = run_child([sys.executable, "-m", "phimr_nemo.cli", *step.arguments])
+    code = run_child([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], {**os.environ, PART_OF: "quickstart"})
     if code == EXIT_USER:
         raise UserError(
             f"the step {step.name!r} refused its input, see above",

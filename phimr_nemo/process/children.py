@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Final
 
@@ -63,7 +63,7 @@ def end_descendants() -> None:
             process.kill()
 
 
-def run_child(command: Sequence[str]) -> int:
+def run_child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """Run a command to its end and tell it what this process is told.
 
     The child has a session of its own, so that a terminal's Ctrl-C reaches it through this process alone: the first
@@ -71,12 +71,13 @@ def run_child(command: Sequence[str]) -> int:
 
     Args:
         command: program and arguments.
+        environment: the child's; None = as this process's.
 
     Returns:
         Its exit code, negative for a signal; 3 when it died of what was passed on.
     """
     with Relay() as relay:
-        process = subprocess.Popen(command, start_new_session=True, preexec_fn=dying_with_parent())
+        process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=dying_with_parent())
         relay.tell()
         code = process.wait()
     return EXIT_PREEMPTED if relay.ended(code) else code
