@@ -28,6 +28,7 @@ from phimr_nemo.store.records import Difficulty
 Preset = Literal[
     "openr1_math",
     "openthoughts",
+    "openthoughts3",
     "bespoke_stratos",
     "numina_math",
     "big_math",
@@ -43,6 +44,12 @@ Preset = Literal[
     "deepscaler",
     "orz",
     "dapo",
+    "skywork_or1",
+    "am_deepseek_r1_distilled",
+    "mixture_of_thoughts",
+    "s1k",
+    "synthetic",
+    "open_math_reasoning",
 ]
 
 
@@ -57,6 +64,7 @@ class SourceConfig:
         limit: read only the first rows; 0 = all.
         hub: load `path` from the Hugging Face hub.
         subset, split: of a dataset of the hub or on disk.
+        revision: branch, tag or commit of a dataset of the hub; None = the newest. The manifest names the commit.
         question, answer, solution: column names where there is no preset; found by themselves when None.
         response: without a preset, the column of recorded responses; None = the source brings none.
         teacher: who wrote the responses; None = as the preset or the row says.
@@ -69,6 +77,7 @@ class SourceConfig:
     hub: bool = False
     subset: str | None = None
     split: str = "train"
+    revision: str | None = None
     question: str | None = None
     answer: str | None = None
     solution: str | None = None
@@ -82,6 +91,12 @@ class SourceConfig:
                 f"source {self.name}: {AT}preset={self.preset} and the columns {given}",
                 rule="a preset knows its columns; columns are named where there is no preset",
                 remedy="set " + " ".join(f"{AT}{name}=null" for name in given) + f", or {AT}preset=null",
+            )
+        if self.revision is not None and not self.hub:
+            raise RuleBroken(
+                f"source {self.name}: {AT}revision={self.revision} of a path on this machine",
+                rule="a revision pins a dataset of the hub",
+                remedy=f"set {AT}hub=true, or {AT}revision=null: the manifest has the checksum of files",
             )
 
 
@@ -140,17 +155,34 @@ class AnnotationConfig:
 
 
 @config
+class GoldConfig:
+    """Which answer a question has whose sources disagree or tell none (see phimr_nemo/data/prepare/golds.py).
+
+    Attributes:
+        trusted: sources whose answer wins, the most trusted first.
+        quorum: finished solutions that must agree on an answer in a vote; None = no vote.
+        majority: share of all solutions with an answer that must be exceeded in a vote.
+    """
+
+    trusted: tuple[str, ...] = ()
+    quorum: Positive | None = 2
+    majority: Share = 0.5
+
+
+@config
 class PrepareConfig:
     """Sources -> problems and, from sources with trajectories, rollouts.
 
     Attributes:
         sources: in the order in which they win where duplicates are equal otherwise.
+        golds: what is done where answers disagree or are missing.
         near_duplicates, decontamination, annotation: None = not done.
         shard_size: problems (rollouts) a shard.
     """
 
     run: RunConfig
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    golds: GoldConfig = field(default_factory=GoldConfig)
     near_duplicates: NearDuplicatesConfig | None = None
     decontamination: DecontaminationConfig | None = None
     annotation: AnnotationConfig | None = None
@@ -164,6 +196,13 @@ class PrepareConfig:
                 f"{AT}sources: {repeated} occur more than once",
                 rule="every source has its own name: it stands in the records and in the counts",
                 remedy="rename one of them",
+            )
+        unknown = sorted(set(self.golds.trusted) - set(names))
+        if unknown:
+            raise RuleBroken(
+                f"{AT}golds.trusted names {unknown}; the sources are {names}",
+                rule="a trusted source is one of the sources",
+                remedy=f"correct {AT}golds.trusted",
             )
 
 
@@ -206,12 +245,14 @@ class PairSet:
         nearness: what is near, see :mod:`phimr_nemo.data.pairs`.
         max_per_problem: pairs of one problem at most.
         max_length_ratio: no pair of which one is more than this many times as long as the other; None = any.
+        voted_golds: use questions whose answer is a vote among solutions.
     """
 
     mode: Literal["near_miss", "random"]
     nearness: Literal["common_steps", "common_beginning"]
     max_per_problem: Positive
     max_length_ratio: AtLeastOne | None = None
+    voted_golds: bool = False
 
 
 @config
@@ -223,6 +264,7 @@ class PromptSet:
         hard_below: prompts with a lower share are marked as hard, for oversampling.
         min_samples: graded responses that a prompt must have, over all sampling rounds.
         max_length_spread: coefficient of variation of the response lengths at most; None = any.
+        voted_golds: use questions whose answer is a vote among solutions.
     """
 
     min_pass: Number
@@ -230,6 +272,7 @@ class PromptSet:
     hard_below: Share
     min_samples: Positive
     max_length_spread: AtLeastZero | None = None
+    voted_golds: bool = False
 
     def __post_init__(self) -> None:
         if not (self.min_pass < self.max_pass and self.min_pass < 1.0 and self.max_pass > 0.0):
@@ -268,8 +311,12 @@ class CurateConfig:
 
     @property
     def verdict_directories(self) -> tuple[Place, ...]:
-        """All directories of verdicts."""
-        return self.verdicts if isinstance(self.verdicts, tuple) else (self.verdicts,)
+        """All directories of verdicts, each once however often it is named."""
+        named = self.verdicts if isinstance(self.verdicts, tuple) else (self.verdicts,)
+        distinct: dict[Place, Place] = {}
+        for path in named:
+            distinct.setdefault(path.resolve(), path)
+        return tuple(distinct.values())
 
 
 @config

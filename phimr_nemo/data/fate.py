@@ -37,6 +37,7 @@ class Fate(IntEnum):
     FEW_SAMPLES = 22
     UNEVEN = 23
     GOLD_UNREADABLE = 24
+    VOTED_GOLD = 25
 
     @property
     def reason(self) -> str:
@@ -51,6 +52,7 @@ REASONS: Final[dict[Fate, str]] = {
     Fate.TIMEOUT: "verdict timeout",
     Fate.ERROR: "verdict error",
     Fate.GOLD_UNREADABLE: "verdict gold_unreadable",
+    Fate.VOTED_GOLD: "gold is a vote (voted_golds=false)",
     Fate.CUT_OFF: "cut off",
     Fate.SPECIAL_TOKEN: "special token in text",
     Fate.DUPLICATE: "duplicate response",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.config import (
     FileProblems,
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import pyarrow as pa
+
+WITHOUT_ANSWER: Final = "problems without an answer, passed over"
 
 
 def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
@@ -67,10 +69,14 @@ def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, d
     Raises:
         UserError: the file is missing, empty or malformed, or the record directory is not finished.
     """
+    import pyarrow.compute as pc
+
     if isinstance(problems, RecordProblems):
         table = read_table(problems.path, "problems")
-        table = table.slice(0, problems.limit or None)
-        return table, {"read": table.num_rows}
+        answered = table.filter(pc.not_equal(table.column("answer"), ""))
+        unanswered = table.num_rows - answered.num_rows
+        table = answered.slice(0, problems.limit or None)
+        return table, {"read": table.num_rows, **({WITHOUT_ANSWER: unanswered} if unanswered else {})}
     if isinstance(problems, FileProblems):
         return load_problems(
             problems.path,

@@ -107,6 +107,8 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
                 clean.append((kept["row"], kept["rollout"], balance_cells(kept)))
         if config.pairs is not None:
             fates = pair_fates(narrow)
+            if not config.pairs.voted_golds:
+                fates[narrow["voted"]] = Fate.VOTED_GOLD
             decisions.fates["pairs"][place] = fates
             decisions.first[place] = _first_of_problem(narrow)
         if config.prompts is not None:
@@ -149,6 +151,10 @@ def candidates(decisions: Decisions) -> Candidates:
 
 
 def _prompts(narrow: Narrow, chosen: PromptSet, decisions: Decisions) -> ChosenPrompts:
+    voted = np.unique(narrow["problem"][narrow["voted"]])
+    if len(voted) and not chosen.voted_golds:
+        decisions.prompt_counts[Fate.VOTED_GOLD] += len(voted)
+        narrow = narrow[~np.isin(narrow["problem"], voted)]
     found = prompts(
         narrow,
         min_pass=chosen.min_pass,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phimr_nemo.data.repetition import repetition
-from phimr_nemo.store.records import DIFFICULTIES, VerdictName
+from phimr_nemo.store.records import DIFFICULTIES, GOLD, VerdictName, gold_kind
 from phimr_nemo.text.tokens import START, spells_special_token
 from phimr_nemo.verify.extract import final_answer
 
@@ -49,6 +49,7 @@ NARROW: Final = np.dtype(
         ("blank", np.bool_),
         ("forged_question", np.bool_),
         ("forged_response", np.bool_),
+        ("voted", np.bool_),
     ]
 )
 """One rollout.
@@ -56,7 +57,8 @@ NARROW: Final = np.dtype(
 row: its number over all shards. problem, rollout, response: 64-bit hashes of the two ids and of the text.
 tokens: of the response, -1 unknown. characters: of the response. bytes: of question and response in UTF-8.
 repetition, boxes: of right, finished responses only, else 0: see :func:`phimr_nemo.data.repetition.repetition`, and
-how many different boxed answers follow the thinking. forged: the text spells a special token.
+how many different boxed answers follow the thinking. forged: the text spells a special token. voted: its gold
+answer is a vote among solutions.
 """
 
 # What the added tokens of Phi-family tokenizers look like.
@@ -65,7 +67,7 @@ BATCH_ROWS: Final = 1024
 MOST_BOXES: Final = 255
 COLUMNS: Final = (
     *("id", "problem_id", "question", "response", "sample_index", "finish_reason", "tokens", "difficulty"),
-    "verdict",
+    *("verdict", "metadata"),
 )
 
 
@@ -102,6 +104,7 @@ def narrow_columns(batch: pa.RecordBatch, *, quality: bool) -> Narrow:
     narrow["stopped"] = pc.equal(batch.column("finish_reason"), "stop").to_numpy(zero_copy_only=False)
     narrow["blank"] = pc.equal(pc.utf8_trim_whitespace(response), "").to_numpy(zero_copy_only=False)
     narrow["forged_question"], narrow["forged_response"] = _forged(question), _forged(response)
+    narrow["voted"] = _voted(batch.column("metadata"))
     if quality:
         _measure(narrow, response)
     return narrow
@@ -135,6 +138,15 @@ def _forged(column: pa.StringArray) -> npt.NDArray[np.bool_]:
     forged = np.zeros(len(column), np.bool_)
     forged[suspects] = [spells_special_token(column[int(index)].as_py()) for index in suspects]
     return forged
+
+
+def _voted(metadata: pa.StringArray) -> npt.NDArray[np.bool_]:
+    import pyarrow.compute as pc
+
+    suspects = np.flatnonzero(pc.match_substring(metadata, f'"{GOLD}"').to_numpy(zero_copy_only=False))
+    voted = np.zeros(len(metadata), np.bool_)
+    voted[suspects] = [gold_kind(metadata[int(index)].as_py()) == "vote" for index in suspects]
+    return voted
 
 
 def _measure(narrow: Narrow, response: pa.StringArray) -> None:

@@ -5,6 +5,7 @@ Every row comes with its place ("line 12"), so that a message can name it.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -20,6 +21,7 @@ Row = dict[str, Any]
 
 MAX_LINE_BYTES: Final = 64 << 20
 MAX_JSON_BYTES: Final = 2 << 30
+MAX_DIGITS: Final = 4_000
 PARQUET_BATCH_ROWS: Final = 1024
 COMPRESSIONS: Final = (".gz", ".zst")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
@@ -102,10 +104,34 @@ def read_rows(path: Path, *, array_column: str | None = None) -> Iterator[tuple[
         raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
 
 
+def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Each row of a CSV file with a header, such as GPQA's, with its place.
+
+    Raises:
+        UserError: the file is missing, is no such text, or is empty.
+    """
+    rows = 0
+    try:
+        # utf-8-sig: spreadsheets put a mark before the first column's name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for rows, row in enumerate(csv.DictReader(file), 1):
+                yield f"row {rows}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read: {str(error)[:200]}",
+            rule="it is a CSV file in UTF-8 whose first line names the columns",
+            remedy="download it again, or correct the path",
+        ) from error
+    if not rows:
+        raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
+
+
 def _rows_of_text(path: Path, ending: str) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
         if ending == ".json" and _is_array(file):
             yield from _rows_of_array(path, file)
+        elif ending == ".json" and _is_one_object(file):
+            yield "the file", _parse(path, "the file", _read_whole(path, file))
         else:
             yield from _rows_of_lines(path, file)
 
@@ -126,17 +152,25 @@ def _is_array(file: io.BufferedReader) -> bool:
     return file.peek(64).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
+def _is_one_object(file: io.BufferedReader) -> bool:
+    """Whether the text is one object over several lines, as MATH has a file a problem."""
+    return file.peek(64).removeprefix(_BYTE_ORDER_MARK).lstrip().partition(b"\n")[0].strip() == b"{"
+
+
 def _rows_of_array(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    for index, value in enumerate(_parse(path, "the file", _read_whole(path, file))):
+        yield f"item {index + 1}", value
+
+
+def _read_whole(path: Path, file: BinaryIO) -> bytes:
     data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise UserError(
             f"{path} holds more than {MAX_JSON_BYTES} bytes of JSON",
-            rule="a JSON array is read whole, so its size is bounded",
+            rule="a JSON array or a single object is read whole, so its size is bounded",
             remedy="convert it to JSONL or parquet",
         )
-    values = _parse(path, "the file", data)
-    for index, value in enumerate(values):
-        yield f"item {index + 1}", value
+    return data
 
 
 def _rows_of_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -151,9 +185,14 @@ def _rows_of_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 def _parse(path: Path, place: str, data: bytes) -> Any:
     try:
-        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"))
+        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"), parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise _malformed(path, place, f"is not JSON: {str(error)[:200]}") from error
+
+
+def _whole_number(digits: str) -> int | str:
+    """A number; its digits where there are more than Python converts."""
+    return int(digits) if len(digits) <= MAX_DIGITS else digits
 
 
 def _rows_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
