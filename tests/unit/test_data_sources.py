@@ -141,6 +141,7 @@ def test_a_hub_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     assert read("openai/gsm8k", hub=True, subset="main", limit=3) == EXPECTED[:3]
     assert read("openai/gsm8k", hub=True, subset="main", revision="0" * 40) == EXPECTED
     assert asked == [

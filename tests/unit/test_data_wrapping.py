@@ -18,8 +18,9 @@ WRAPS: dict[str, Wrap] = {
     "Skywork": lambda q: q + " Let's think step by step and output the final answer within \\boxed{}.",
     "SYNTHETIC-1": lambda q: (
         "Solve the following math problem efficiently and clearly. The last line of your response should be of the "
-        "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
-        f"where ANSWER is just the final number or expression that solves the problem. Think step by step.\n\n{q}"
+        "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without "
+        "quotes) where ANSWER is just the final number or expression that solves the problem. Think step by step."
+        f"\n\n{q}"
     ),
     "LaTeX": lambda q: (
         f"Solve the following math problem. {q}\n\nPresent the answer in LaTex format: \\boxed{{Your answer}}"

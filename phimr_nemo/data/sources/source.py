@@ -33,6 +33,7 @@ from phimr_nemo.errors import UserError
 DATASET_STATE: Final = ("state.json", "dataset_dict.json")
 HUB_NAME_PARTS: Final = 2
 HUB_SECONDS: Final = 10.0
+NEWEST: Final = "newest"
 FULL_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
@@ -168,13 +169,14 @@ def _from_hub(source: SourceConfig) -> Any:
             remedy="correct it, or set hub=false for a path",
         )
     try:
+        _check_cached_revision(source)
         return library.load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision, streaming=True
         )
     except (OSError, ValueError) as error:
         raise UserError(
             f"source {source.name}: {source.path} (subset {source.subset}, split {source.split}, "
-            f"revision {source.revision or 'newest'}) cannot be loaded: "
+            f"revision {source.revision or NEWEST}) cannot be loaded: "
             f"{str(error)[:300]}",
             rule="the dataset exists on the hub with this subset, split and revision, and the hub can be reached",
             remedy="correct path, subset, split or revision, or download it and give the directory",
@@ -182,17 +184,40 @@ def _from_hub(source: SourceConfig) -> Any:
 
 
 def hub_revision(source: SourceConfig) -> str:
-    """The commit of a dataset of the hub; what was asked for where the hub does not tell."""
-    asked = source.revision or "newest"
-    if FULL_COMMIT.fullmatch(asked):
-        return asked
+    """The commit of a dataset of the hub, or offline of its copy in the cache; else what was asked for."""
+    asked = source.revision or NEWEST
     try:
+        if _datasets().config.HF_HUB_OFFLINE:
+            return _cached_revision(source)
+        if FULL_COMMIT.fullmatch(asked):
+            return asked
         from huggingface_hub import HfApi
 
         found = HfApi().dataset_info(source.path, revision=source.revision, timeout=HUB_SECONDS)
-    except (ImportError, OSError, ValueError):  # offline, or a mirror without this interface
+    except (ImportError, OSError, ValueError):  # a mirror may not have this interface
         return asked
     return found.sha or asked
+
+
+def _cached_revision(source: SourceConfig) -> str:
+    return str(_datasets().load_dataset_builder(source.path, source.subset).hash)
+
+
+def _check_cached_revision(source: SourceConfig) -> None:
+    """Offline, `datasets` takes the newest copy in its cache, whatever revision it is asked for.
+
+    Raises:
+        UserError: it is of another revision.
+    """
+    if source.revision is None or not _datasets().config.HF_HUB_OFFLINE:
+        return
+    cached = _cached_revision(source)
+    if cached != source.revision:
+        raise UserError(
+            f"source {source.name}: the cache holds {source.path} at {cached}, not at revision {source.revision}",
+            rule="offline (HF_HUB_OFFLINE), a pinned dataset is the one in the cache",
+            remedy=f"load it once online, or give the commit that is there: revision: {cached}",
+        )
 
 
 def _split(source: SourceConfig, dataset: Any) -> Any:
