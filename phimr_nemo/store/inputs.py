@@ -61,6 +61,12 @@ def model_remedy(path: Path) -> str:
     return "run the stage that makes it first, or correct the path"
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether it names a repository of the hub, owner/name, and no directory of this machine."""
+    is_name = HUB_NAME.fullmatch(text) is not None and not any(twice in text for twice in ("--", ".."))
+    return is_name and not text.endswith((".", "-")) and not Path(text.partition("/")[0]).exists()
+
+
 def download_remedy(file: Path) -> str:
     """What to do with a model's file whose content is not what its name says."""
     try:
