@@ -74,6 +74,8 @@ def test_a_wrapped_question_is_the_question(wrap: str, question: str) -> None:
         "How long is it? Express your answer to the nearest tenth.",
         "Solve for $x$: $x + 1 = 2$",
         "\\boxed{}",
+        "Simplify and write the result with a rational denominator: $\\sqrt{8}$",
+        "Add them and give the sum as your answer",
     ],
 )
 def test_a_question_alone_is_left_whole(question: str) -> None:

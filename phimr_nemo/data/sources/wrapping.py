@@ -106,7 +106,8 @@ _POINTS_AT_END: Final = re.compile(
 _FIRST_SEGMENT: Final = re.compile(r"[^\n]{1,700}?(?:(?<=[.!?:。！：])(?:\s+|\Z)|(?=\n))\s*")
 # A sentence may follow a question without a full stop.
 _SEGMENT_START: Final = re.compile(
-    r"(?:(?<=[.!?:。！？$)\]}])[ \t]+|\n|[ \t](?=(?:please|let'?s (?:think|reason|solve)|remember to|make sure"
+    r"(?:(?<=[.!?:。！？$)\]}])[ \t]+|\n"
+    r"|(?P<inside>[ \t](?:and[ \t]|then[ \t])?)(?=(?:please|let'?s (?:think|reason|solve)|remember to|make sure"
     r"|(?:put|return|present|give|write|output|provide|enclose|box) (?:the|your)|(?:think|reason) step)\b|请))(?=\S)",
     re.IGNORECASE,
 )
@@ -192,7 +193,8 @@ def _shorter(text: str, patterns: Sequence[re.Pattern[str]]) -> str:
         segment = text[start.end() :]
         if _SENTENCE_WITHIN.search(segment):
             break
-        if _is_wrapping(segment, patterns):
+        # What a question asks for ("Simplify and write the result as ...") is wrapping in a sentence of its own only.
+        if _is_wrapping(segment, (_HOW_TO_ANSWER,) if start["inside"] else patterns):
             end = start.start()
     return text[:end].strip()
 
