@@ -99,7 +99,8 @@ def _prepare(config: PrepareConfig) -> None:
     if counts["trajectories"]:
         rollouts = Counter[str]()
         _write_shards(
-            output / ROLLOUTS, "rollouts", config.shard_size, _rollouts(directories, duplicates, labels, rollouts)
+            *(output / ROLLOUTS, "rollouts", config.shard_size),
+            _rollouts(directories, [source.name for source in config.sources], duplicates, labels, rollouts),
         )
         finish(output / ROLLOUTS, kind="rollouts", config=to_dict(config), inputs=inputs, counts=rollouts)
         counts.update(rollouts)
@@ -199,7 +200,7 @@ def _finish_shard(
 
 
 def _rollouts(
-    directories: list[Path], duplicates: Duplicates, labels: Annotations, counts: Counter[str]
+    directories: list[Path], names: list[str], duplicates: Duplicates, labels: Annotations, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """The trajectories of all candidates as rollouts; those of a duplicate belong to the problem that was kept."""
     kept = duplicates.kept.tolist()
@@ -212,7 +213,8 @@ def _rollouts(
     # By a digest, not by (problem, teacher): a third of the memory, and there are millions.
     samples: Counter[int] = Counter()
     seen: set[int] = set()
-    for index, _, row in _candidates(directories, ["id", "question", "answer", "trajectories"]):
+    columns = ["id", "question", "answer", "trajectories"]
+    for index, source, row in _candidates(directories, columns):
         problem = kept[index]
         problem_id, answer = problems.get(problem, (row["id"], row["answer"]))
         domain, difficulty = labels.get(problem)
@@ -240,6 +242,7 @@ def _rollouts(
                 "tokens": TOKENS_UNKNOWN,
                 "domain": domain,
                 "difficulty": difficulty,
+                "source": names[source],
                 "metadata": one["labels"],
             }
 
