@@ -147,6 +147,8 @@ class PrepareConfig:
         sources: in the order in which they win where duplicates are equal otherwise.
         near_duplicates, decontamination, annotation: None = not done.
         shard_size: problems (rollouts) a shard.
+        workers: processes that read sources.
+        shard: this process's place among those that share the sources.
     """
 
     run: RunConfig
@@ -155,6 +157,8 @@ class PrepareConfig:
     decontamination: DecontaminationConfig | None = None
     annotation: AnnotationConfig | None = None
     shard_size: Positive
+    workers: Positive = 1
+    shard: ShardConfig = field(default_factory=ShardConfig)
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]

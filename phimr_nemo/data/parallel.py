@@ -12,8 +12,9 @@ from typing import Final, TypeVar
 
 from phimr_nemo.config import ShardConfig
 from phimr_nemo.process.children import start_pool_worker
-from phimr_nemo.store.lease import Leases, each_free
+from phimr_nemo.store.lease import FreeUnits, Leases, rotated
 from phimr_nemo.store.progress import track
+from phimr_nemo.store.shards import shard_is_complete
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,27 +88,43 @@ class Team:
         in_processes(function, own, workers, title=title)
         # A process of the array takes `workers` items at a time.
         groups = [items[start : start + workers] for start in range(0, len(items), workers)]
-        first = len(groups) * self.index // self.count
-        free = each_free(
-            range(len(groups)),
+        free = FreeUnits(
+            rotated(range(len(groups)), self.index, self.count),
             self.leases,
             name=title,
-            first=first,
             is_done=lambda group: all(map(is_done, groups[group])),
             wait=True,
         )
-        for group in free:
+        for group in free.one_by_one():
             in_processes(function, groups[group], workers, title=title)
 
+    def free_shards(self, directory: Path, shards: Sequence[int]) -> FreeUnits:
+        """The shards of a record directory that are to be made by this process, as it asks for them.
 
+        In an array whoever is free takes the next one; one that was made before is read, for damage, by the process
+        whose share it would be.
+        """
+        if self.leases is None:
+            return FreeUnits(shards, None, name="shard", is_done=lambda shard: shard_is_complete(directory, shard))
+
+        def is_made(shard: int) -> bool:
+            if not (directory / f"part-{shard:05d}.json").is_file():
+                return False
+            return shard % self.count != self.index or shard_is_complete(directory, shard)
+
+        tried = rotated(shards, self.index, self.count)
+        return FreeUnits(tried, self.leases, name="shard", is_done=is_made)
+
+
+LEASES: Final = "leases"
 ALONE: Final = Team()
 
 
 @contextmanager
-def team_of(shard: ShardConfig, directory: Path) -> Iterator[Team]:
-    """The team of a step's array; `directory` is where its leases are."""
+def team_of(shard: ShardConfig, output: Path) -> Iterator[Team]:
+    """The team of a step's array; its leases lie under the step's output."""
     if shard.count == 1:
         yield ALONE
         return
-    with Leases(directory, f"task-{shard.index}") as leases:
+    with Leases(output / LEASES, f"task-{shard.index}") as leases:
         yield Team(leases, shard.index, shard.count)

@@ -126,41 +126,68 @@ class Leases:
                 self._is_own(self._directory / (name + SUFFIX))
 
 
-def each_free(
-    units: Sequence[int],
-    leases: Leases,
-    *,
-    name: str,
-    first: int,
-    is_done: Callable[[int], bool],
-    wait: bool = False,
-) -> Iterator[int]:
-    """The units that nobody has done or holds, one after another; each is held until the next one is asked for.
+class FreeUnits:
+    """The units of a work that nobody has done or holds, one after another as they are asked for.
+
+    A unit is held from then on until it is given back.
 
     Args:
-        units: all of them.
-        leases: this process's.
+        units: all of them; the order in which they are tried.
+        leases: this process's; None = nobody shares the work.
         name: of the work, in front of a unit's number.
-        first: where to begin, so that processes that start together do not ask for the same one.
         is_done: whether a unit needs no work; asked often.
         wait: go on until all units are done, by whomever; else end when the rest is held by others.
     """
-    left = [*units[first:], *units[:first]]
-    while left:
-        worked = False
-        for unit in list(left):
-            if is_done(unit):
-                left.remove(unit)
-            elif leases.take(key := f"{name}-{unit:05d}"):
-                try:
+
+    def __init__(
+        self,
+        units: Sequence[int],
+        leases: Leases | None,
+        *,
+        name: str,
+        is_done: Callable[[int], bool],
+        wait: bool = False,
+    ) -> None:
+        self._units, self._leases, self._name, self._is_done, self._wait = units, leases, name, is_done, wait
+
+    def __iter__(self) -> Iterator[int]:
+        left = list(self._units)
+        while left:
+            took = False
+            for unit in list(left):
+                if self._is_done(unit):
+                    left.remove(unit)
+                elif self._leases is None or self._leases.take(self._key(unit)):
+                    left.remove(unit)
+                    took = True
                     # It may have been done between the question and the lease.
-                    if not is_done(unit):
+                    if self._is_done(unit):
+                        self.release(unit)
+                    else:
                         yield unit
-                finally:
-                    leases.release(key)
-                left.remove(unit)
-                worked = True
-        if left and not worked:
-            if not wait:
-                return
-            time.sleep(POLL_SECONDS)
+            if left and not took:
+                if not self._wait:
+                    return
+                time.sleep(POLL_SECONDS)
+
+    def release(self, unit: int) -> None:
+        """Give a unit back, done or not; this process is not asked for it again."""
+        if self._leases is not None:
+            self._leases.release(self._key(unit))
+
+    def one_by_one(self) -> Iterator[int]:
+        """The units, each given back when the next one is asked for."""
+        for unit in self:
+            try:
+                yield unit
+            finally:
+                self.release(unit)
+
+    def _key(self, unit: int) -> str:
+        return f"{self._name}-{unit:05d}"
+
+
+def rotated(units: Sequence[int], index: int, count: int) -> list[int]:
+    """The units, beginning where process `index` of `count` does, so that they do not start with the same one."""
+    first = len(units) * index // count
+    return [*units[first:], *units[:first]]

@@ -31,7 +31,7 @@ from phimr_nemo.data.curate.survey import Survey, shards_of, survey
 from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import write_json
-from phimr_nemo.store.lease import each_free
+from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.shards import (
     finish,
     input_hash,
@@ -43,7 +43,6 @@ _LOGGER = logging.getLogger(__name__)
 
 SETS: Final = ("midtrain", "sft", "pairs", "prompts")
 SURVEY: Final = "survey"
-LEASES: Final = "leases"
 TOKENIZER_FILE: Final = "tokenizer.json"
 DECISIONS_FILE: Final = "decisions.npy"
 
@@ -68,7 +67,7 @@ def run_curate(config: CurateConfig) -> dict[str, Any]:
     if missing:
         counter = token_counter(config.tokenizer, _smallest_limit(config), output / SURVEY / TOKENIZER_FILE)
         _warn_of_estimates(config)
-        with team_of(config.shard, output / LEASES) as team:
+        with team_of(config.shard, output) as team:
             surveyed = survey(shards, output / SURVEY, counter=counter, workers=config.workers, team=team)
             making = Making(surveyed, _decisions(config, missing, surveyed, team), config.workers, team)
             for name in missing:
@@ -101,7 +100,7 @@ def _decisions(config: CurateConfig, missing: Sequence[str], surveyed: Survey, t
     def is_made(_: int) -> bool:
         return path.is_file() and facts.is_file() and json.loads(facts.read_text("utf-8")) == made_of
 
-    for _ in each_free([0], team.leases, name=DECISIONS_FILE, first=0, is_done=is_made, wait=True):
+    for _ in FreeUnits([0], team.leases, name="decisions", is_done=is_made, wait=True).one_by_one():
         save_decisions(_decide(config, missing, surveyed), path)
         write_json(facts, made_of)
     return load_decisions(path)
