@@ -71,8 +71,8 @@ class RecordProblems:
 
     Attributes:
         path: a record directory of problems.
-        answered: record directories of rollouts, such as those that `prepare` took from the sources: a problem that has
-            one there is not asked.
+        answered: record directories of rollouts, such as those that `prepare` took from the sources: a problem that
+            has one there is not asked.
         limit: only the first ones of what is left; 0 = all.
     """
 

@@ -34,11 +34,12 @@ class Leases:
     Args:
         directory: of the leases, on a file system that all processes see; made if it does not exist.
         holder: this process's name, the same when it is started again, and no other's.
-        seconds: after which a lease that nobody touches has expired.
+        seconds: after which a lease that nobody touches has expired; None = :data:`LEASE_SECONDS`.
     """
 
-    def __init__(self, directory: Path, holder: str, seconds: float = LEASE_SECONDS) -> None:
-        self._directory, self._holder, self._seconds = directory, holder, seconds
+    def __init__(self, directory: Path, holder: str, seconds: float | None = None) -> None:
+        self._directory, self._holder = directory, holder
+        self._seconds = LEASE_SECONDS if seconds is None else seconds
         self._held: set[str] = set()
         self._lock = threading.Lock()
         self._ended = threading.Event()
