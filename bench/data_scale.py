@@ -256,7 +256,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, object]:
     if chain:
         last = max(chain)
         print(
-            f"\nEXTRAPOLATED, not measured: {TEN_MILLION:,} rollouts, {options.tasks} tasks of {options.workers} cores"
+            f"\nEXTRAPOLATED, not measured: {TEN_MILLION:,} rollouts, {options.tasks} tasks x {options.workers} cores"
         )
         for step, found in chain[last].items():
             cpu = TEN_MILLION / last * found.cpu_seconds
