@@ -4,8 +4,8 @@
 
 For each seed the programmatic teacher, which errs at a set rate, is asked for 1, 2, 4 or 8 solutions of as many
 questions as make one total of solutions. Each of these sets is used twice: verified, with its wrong solutions left
-out, and as it is, with a grader that accepts everything. All arms mid-train the quickstart's random model for the same
-number of steps of full rows, hence on the same number of tokens; smaller sets are seen more often.
+out, and as it is, with a grader that accepts everything. All arms mid-train the quickstart's random model for equally
+many steps of full rows, hence on the same number of tokens; smaller sets are seen more often.
 
 It tells little about real models: a right solution of the tiny teacher has two wordings, one for each of its styles,
 and equal texts of a question are kept once. So with 8 solutions a question a verified set is much smaller.
