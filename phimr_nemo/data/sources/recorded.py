@@ -166,6 +166,7 @@ def _rollout(problem: Row, recorded: Recorded, response: str, sample_index: int)
         "tokens": TOKENS_UNKNOWN,
         "domain": problem["domain"],
         "difficulty": problem["difficulty"],
+        "source": problem["source"],
         "metadata": json.dumps(recorded.labels, ensure_ascii=False),
     }
 
