@@ -84,7 +84,7 @@ def test_without_such_a_vote_nobody_wins(
 
 
 def test_a_trusted_source_wins_over_votes(grader: Grader) -> None:
-    members = (("a", "12", []), ("b", "7", ["7", "7.0"]), ("c", "8", []))
+    members: tuple[tuple[str, str, list[str]], ...] = (("a", "12", []), ("b", "7", ["7", "7.0"]), ("c", "8", []))
     assert decide(grader, *members, trusted=("a",)).answer == "12"
     assert decide(grader, *members, trusted=("c", "a")).lost == {0, 1}
     # A trusted source that contradicts itself decides nothing.
