@@ -130,7 +130,8 @@ test: setup $(if $(VLLM_WHEELS),setup-vllm) $(if $(BRIDGE_WHEELS),setup-bridge)
 # runs those of the environments that it has.
 clients: setup setup-vllm setup-bridge $(CLIENTS_STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest -q -s tests/clients tests/parity/test_release_engines.py tests/unit/test_openai_client.py
+		$(BIN)/python -m pytest -q -s tests/clients \
+		tests/parity/test_configs.py tests/parity/test_release_engines.py tests/unit/test_openai_client.py
 
 $(CLIENTS_STAMP): $(CLIENTS_PACKAGES)
 	@test -x $(CLIENTS_VENV)/bin/python && $(CLIENTS_VENV)/bin/python -m pip --version >/dev/null 2>&1 \

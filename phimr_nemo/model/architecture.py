@@ -17,7 +17,7 @@ from typing import Any, Final
 from phimr_nemo.config import locate
 from phimr_nemo.config.tiny import shape_fault
 from phimr_nemo.errors import UserError
-from phimr_nemo.model.fields import positive, truth, unsupported, whole
+from phimr_nemo.model.fields import at_least_zero, truth, unsupported, whole
 from phimr_nemo.model.rotary import DEFAULT_CONTEXT, attention_factor, read_rotary
 from phimr_nemo.store.inputs import download_remedy, model_remedy
 
@@ -146,7 +146,7 @@ class Architecture:
         """
         _check_family(config)
         context = whole(config, "max_position_embeddings", DEFAULT_CONTEXT)
-        heads = whole(config, "num_attention_heads")
+        heads, groups = whole(config, "num_attention_heads"), config.get("num_key_value_heads")
         vocabulary = whole(config, "vocab_size")
         end = _token_id(config, "eos_token_id", vocabulary)
         if end is None:
@@ -163,15 +163,15 @@ class Architecture:
             intermediate_size=whole(config, "intermediate_size"),
             num_hidden_layers=whole(config, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=whole(config, "num_key_value_heads", heads),
-            rms_norm_eps=positive(config, "rms_norm_eps", 1e-5),
+            num_key_value_heads=heads if groups is None else whole(config, "num_key_value_heads"),
+            rms_norm_eps=at_least_zero(config, "rms_norm_eps", 1e-5),
             tie_word_embeddings=truth(config, "tie_word_embeddings", False),
             max_position_embeddings=context,
             sliding_window=_window(config),
             bos_token_id=_token_id(config, "bos_token_id", vocabulary),
             eos_token_id=end,
             pad_token_id=end if pad is None else pad,
-            initializer_range=positive(config, "initializer_range", 0.02),
+            initializer_range=at_least_zero(config, "initializer_range", 0.02),
             **vars(rotary),
         )
         if config.get("head_dim") not in (None, architecture.head_dim):

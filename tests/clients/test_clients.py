@@ -31,6 +31,7 @@ MAX_LENGTH = 256
 # Sums of a few hundred products in fp32, whose order the libraries choose.
 LOGPROB_BOUND = 1e-4
 NAME = "a-release"
+CUT = "\N{REPLACEMENT CHARACTER}"
 SECONDS = 900
 LIKELY = """task: likely
 dataset_path: json
@@ -63,15 +64,6 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = [f"run.output={work / 'run'}", f"model={work / 'base' / 'hf'}", "stages={}", "evaluations={}"]
     run_stage("export", load_config(STAGES["export"], Path("conf/export/tiny.yaml"), settings))
     return work / "run" / "hf"
-
-
-@pytest.fixture(scope="module")
-def clients_python(repository: Path) -> Path:
-    """The interpreter of the environment with the newest releases (`make clients`)."""
-    interpreter = repository / ".venv-clients" / "bin" / "python"
-    if not interpreter.is_file():
-        pytest.skip("the environment of the newest clients is absent (make clients)")
-    return interpreter
 
 
 def ask(interpreter: Path, work: Path, clients: list[str], **job: Any) -> dict[str, Any]:
@@ -157,7 +149,10 @@ def test_lm_evaluation_harness_over_both_modes_of_a_served_release(
         job = {"release": str(release), "tasks": str(tasks), "url": url, "name": NAME}
         found = ask(clients_python, tmp_path / "work", ["lm-evaluation-harness"], **job)["lm-evaluation-harness"]
     local, remote = found["hf"], found["local-completions"]
-    assert remote["asked"] == local["asked"]
+    # Of a character that is cut at the end transformers shows a mark, vLLM nothing.
+    texts = [[text.rstrip(CUT) for row in way["asked"] for text in row] for way in (local, remote)]
+    assert texts[0] == texts[1]
+    assert all(texts[0])
     for one, other in zip(local["likely"], remote["likely"], strict=True):
         for (likelihood, is_greedy), (theirs, is_greedy_there) in zip(one, other, strict=True):
             assert math.isclose(float(likelihood), float(theirs), abs_tol=LOGPROB_BOUND * 10)
