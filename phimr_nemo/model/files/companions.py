@@ -124,9 +124,9 @@ def _stated_generation(file: Path, arch: Architecture) -> dict[str, Any]:
             rule="generation_config.json says where responses end and how they are sampled",
             remedy=f"{download_remedy(file)}, or delete it",
         ) from error
-    ends = stated.pop("eos_token_id", None)
+    ends = stated.get("eos_token_id")
     if ends is None:
-        return stated
+        return {name: value for name, value in stated.items() if name != "eos_token_id"}
     ids = ends if isinstance(ends, list) else [ends]
     wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int)]
     if wrong or any(not 0 <= token < arch.vocab_size for token in ids):
