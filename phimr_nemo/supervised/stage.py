@@ -29,8 +29,8 @@ from phimr_nemo.training.distributed import (
     PreemptionGuard,
     export_checkpoint,
     exported,
+    limit_collectives,
     quiet_libraries,
-    start_torch,
     write_hf_export,
 )
 from phimr_nemo.training.early_stopping import Judge
@@ -66,7 +66,7 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
     quiet_libraries()
     if config.model.deterministic:
         platform.make_deterministic()
-    start_torch(config.parallel)
+    limit_collectives(config.parallel)
     steps = data.steps
     run = RunDirectory(config.run.output)
     started = time.monotonic()
