@@ -6,15 +6,18 @@ transformers users see the same prompt.
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from phimr_nemo.data.template import check_template
 from phimr_nemo.errors import UserError
 from phimr_nemo.imports import lean_imports
+from phimr_nemo.store.foreignjson import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
 from phimr_nemo.store.inputs import model_remedy
+from phimr_nemo.store.links import refuse_links_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +34,11 @@ SPECIAL_TOKENS: Final = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 """Where newer releases of transformers keep the template; it takes precedence."""
+READ_BY_TRANSFORMERS: Final = (
+    *("tokenizer.json", TOKENIZER_CONFIG, TEMPLATE_FILE, "config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+MAX_SHOWN: Final = 200
 REASONING_SYSTEM_PROMPT: Final = "Your name is Phi, an AI math expert developed by Microsoft."
 
 
@@ -63,6 +71,7 @@ def reasoning_template(system_prompt: str) -> str:
 
 
 REASONING_TEMPLATE: Final = reasoning_template(REASONING_SYSTEM_PROMPT)
+_OWN_TEMPLATE: Final = re.compile(re.escape(reasoning_template("PROMPT")).replace("PROMPT", r"[^'\\\n{}]*"))
 
 
 def warn_of_other_template(directory: Path) -> None:
@@ -84,7 +93,7 @@ def warn_of_other_template(directory: Path) -> None:
 
 
 def _template_in(file: Path) -> str:
-    settings = json.loads(file.read_text("utf-8"))
+    settings = read_json(file)
     template = settings.get("chat_template") if isinstance(settings, dict) else None
     return template if isinstance(template, str) else ""
 
@@ -93,7 +102,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory, from local files and without remote code.
 
     Raises:
-        UserError: no tokenizer.json there, or the Phi chat tokens or a chat template are missing.
+        UserError: no tokenizer.json there, one that cannot be read or is absurdly large, Phi chat tokens or a chat
+            template are missing, or the template does not render a question in seconds.
     """
     with lean_imports():
         from transformers import AutoTokenizer
@@ -104,9 +114,22 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
             remedy=model_remedy(directory),
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False, use_fast=True
-    )
+    refuse_links_out(directory)
+    _refuse_large(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, use_fast=True
+        )
+    # The tokenizer library raises what it likes, and a panic of its own that is no Exception.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        raise UserError(
+            f"{directory} holds no tokenizer that transformers reads: "
+            f"{type(error).__name__}: {str(error).splitlines()[0][:MAX_SHOWN] if str(error) else ''}",
+            rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
+            remedy="copy or download the tokenizer again",
+        ) from error
     missing = sorted(set(SPECIAL_TOKENS) - set(tokenizer.get_added_vocab()))
     if missing or not tokenizer.chat_template:
         raise UserError(
@@ -114,7 +137,22 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             rule=f"a Phi tokenizer has the added tokens {list(SPECIAL_TOKENS)} and a chat template",
             remedy="give a Phi-family model's directory, or build a tokenizer with this project",
         )
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, Mapping) else [templates]:
+        if _OWN_TEMPLATE.fullmatch(template) is None:
+            check_template(template, directory, tokenizer.special_tokens_map)
     return tokenizer
+
+
+def _refuse_large(directory: Path) -> None:
+    for file in sorted(directory.glob("*.j*")):
+        limit = MAX_TOKENIZER_BYTES if file.name == "tokenizer.json" else MAX_CONFIG_BYTES
+        if file.name in READ_BY_TRANSFORMERS and file.stat().st_size > limit:
+            raise UserError(
+                f"{file} has {file.stat().st_size:,} bytes",
+                rule=f"this file of a tokenizer has at most {limit:,}",
+                remedy="copy or download the tokenizer again; do not use it unless you know where it comes from",
+            )
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

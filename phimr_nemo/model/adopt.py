@@ -8,6 +8,7 @@ from pathlib import Path
 from phimr_nemo.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG, load_tokenizer, reasoning_template
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
+from phimr_nemo.store.foreignjson import read_json
 
 
 def adopt(source: Path, target: Path, *, system_prompt: str) -> None:
@@ -28,7 +29,7 @@ def adopt(source: Path, target: Path, *, system_prompt: str) -> None:
     model = HFDirectory(source)
     file = source / TOKENIZER_CONFIG
     try:
-        settings = json.loads(file.read_text("utf-8"))
+        settings = read_json(file)
         settings["chat_template"] = template
     except (OSError, ValueError, TypeError) as error:
         raise UserError(

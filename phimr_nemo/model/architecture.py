@@ -7,7 +7,6 @@ is refused here, before a weight is read.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +16,7 @@ from typing import Any, Final
 from phimr_nemo.config import locate
 from phimr_nemo.config.tiny import shape_fault
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.foreignjson import read_json
 from phimr_nemo.store.inputs import model_remedy
 
 MODEL_TYPE: Final = "phi3"
@@ -48,6 +48,24 @@ _REQUIRED_VALUES: Final[Mapping[str, Any]] = {
     "embd_pdrop": 0.0,
     "resid_pdrop": 0.0,
 }
+# Ten times what the largest published models have, and more where that is cheap: a file that says more is not meant.
+_LARGEST: Final[Mapping[str, int]] = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 200_000,
+    "intermediate_size": 2_000_000,
+    "num_hidden_layers": 2_000,
+    "num_attention_heads": 2_000,
+    "num_key_value_heads": 2_000,
+    "max_position_embeddings": 100_000_000,
+    "original_max_position_embeddings": 100_000_000,
+    "sliding_window": 1_000_000_000,
+}
+_REAL: Final[Mapping[str, tuple[float, float]]] = {
+    "rope_theta": (1.0, 1e12),
+    "rms_norm_eps": (1e-12, 0.1),
+    "initializer_range": (0.0, 10.0),
+}
+_MAX_SHOWN: Final = 80
 _ATTENTION_FACTOR_TOLERANCE: Final = 1e-6
 _DEFAULT_CONTEXT: Final = 4096
 
@@ -85,19 +103,20 @@ class Architecture:
     initializer_range: float
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "original_max_position_embeddings",
-        ):
+        for name, most in _LARGEST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise _impossible(f"{name} = {value!r}", "a positive whole number")
+            if name == "sliding_window" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise _impossible(f"{name} = {_shown(value)}", f"a whole number from 1 to {most:,}")
+        for name, (least, largest) in _REAL.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= largest:
+                raise _impossible(f"{name} = {_shown(value)}", f"a number from {least:g} to {largest:g}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.vocab_size:
+                raise _impossible(f"{name} = {_shown(value)}", f"a token id below vocab_size = {self.vocab_size}")
         fault = shape_fault(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.partial_rotary_factor
         )
@@ -117,7 +136,7 @@ class Architecture:
                     f"one per rotated pair: rotary_dim / 2 = {self.rotary_dim // 2}",
                 )
             if not all(math.isfinite(factor) and factor > 0 for factor in factors):
-                raise _impossible(f"{name} = {factors}", "finite positive numbers")
+                raise _impossible(f"{name} = {_shown(factors)}", "finite positive numbers")
 
     @property
     def head_dim(self) -> int:
@@ -198,14 +217,14 @@ class Architecture:
         """
         file = Path(path) / CONFIG_FILE
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json(file)
         except FileNotFoundError as error:
             raise UserError(
                 f"{path} has no {CONFIG_FILE}",
                 rule="a Hugging Face model directory holds config.json, *.safetensors and tokenizer files",
                 remedy=model_remedy(Path(path)),
             ) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(
                 f"{file} is not JSON: {error}",
                 rule="config.json is one JSON object",
@@ -278,6 +297,15 @@ class Architecture:
         }
 
 
+def _shown(value: object) -> str:
+    """A value for a message: the beginning of it, when it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of more digits than Python prints
+        return f"a {type(value).__name__} of absurd length"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
 def _impossible(found: str, rule: str) -> UserError:
     return UserError(f"impossible architecture: {found}", rule=rule, remedy="correct the model's config or preset")
 
@@ -292,28 +320,30 @@ def _unsupported(found: str, rule: str) -> UserError:
 
 def _check_family(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != MODEL_TYPE:
-        raise _unsupported(f"model_type = {config.get('model_type')!r}", f"model_type is {MODEL_TYPE!r}")
+        raise _unsupported(f"model_type = {_shown(config.get('model_type'))}", f"model_type is {MODEL_TYPE!r}")
     classes = config.get("architectures")
     if classes and HF_CLASS not in classes:
-        raise _unsupported(f"architectures = {classes}", f"architectures holds {HF_CLASS!r}")
+        raise _unsupported(f"architectures = {_shown(classes)}", f"architectures holds {HF_CLASS!r}")
     for name, value in _REQUIRED_VALUES.items():
         if config.get(name, value) not in (value, None):
-            raise _unsupported(f"{name} = {config[name]!r}", f"{name} is {value!r}")
+            raise _unsupported(f"{name} = {_shown(config[name])}", f"{name} is {value!r}")
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings of either transformers generation as one dictionary ({} for plain rotary)."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
-        raise _unsupported(f"rope_scaling = {scaling!r}", "a dictionary or null")
+        raise _unsupported(f"rope_scaling = {_shown(scaling)}", "a dictionary or null")
     unknown = sorted(scaling.keys() - _KNOWN_SCALING_KEYS)
     if unknown:
-        raise _unsupported(f"unknown rotary settings {unknown}", f"rope_scaling holds {sorted(_KNOWN_SCALING_KEYS)}")
+        raise _unsupported(
+            f"unknown rotary settings {_shown(unknown)}", f"rope_scaling holds {sorted(_KNOWN_SCALING_KEYS)}"
+        )
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return {k: v for k, v in scaling.items() if k not in ("short_factor", "long_factor")}
     if kind not in _LONGROPE_NAMES:
-        raise _unsupported(f"rope_scaling type {kind!r}", "type is 'longrope' or absent")
+        raise _unsupported(f"rope_scaling type {_shown(kind)}", "type is 'longrope' or absent")
     return dict(scaling)
 
 
@@ -324,7 +354,7 @@ def _factors(scaling: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
     if not isinstance(values, list) or not all(
         isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
     ):
-        raise _unsupported(f"{name} = {values!r}", f"{name} is a list of numbers")
+        raise _unsupported(f"{name} = {_shown(values)}", f"{name} is a list of numbers")
     return tuple(float(value) for value in values)
 
 
@@ -332,7 +362,7 @@ def _check_attention_factor(architecture: Architecture, scaling: Mapping[str, An
     stated = scaling.get("attention_factor")
     if stated is None:
         return
-    if abs(float(stated) - architecture.attention_factor) > _ATTENTION_FACTOR_TOLERANCE:
+    if not abs(float(stated) - architecture.attention_factor) <= _ATTENTION_FACTOR_TOLERANCE:
         raise _unsupported(
             f"attention_factor = {stated}",
             f"sqrt(1 + ln(max / original) / ln(original)) = {architecture.attention_factor:.6f}",
@@ -343,7 +373,9 @@ def _required(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     if value is None:
         raise _unsupported(f"no {name}", f"config.json states {name}")
-    return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _unsupported(f"{name} = {_shown(value)}", f"{name} is a whole number")
+    return value
 
 
 def _token_id(config: Mapping[str, Any], name: str, fallback: str | None) -> int:
@@ -354,5 +386,5 @@ def _token_id(config: Mapping[str, Any], name: str, fallback: str | None) -> int
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _unsupported(f"{name} = {value!r}", f"{name} is a token id")
+        raise _unsupported(f"{name} = {_shown(value)}", f"{name} is a token id")
     return value

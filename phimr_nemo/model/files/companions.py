@@ -14,9 +14,12 @@ from phimr_nemo.data.chat import END
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
 from phimr_nemo.model.origin import Origin, read_origin
+from phimr_nemo.store.foreignjson import MAX_TOKENIZER_BYTES, read_json
+from phimr_nemo.store.links import refuse_links_out
 
 GENERATION_FILE: Final = "generation_config.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
+MAX_SHOWN: Final = 200
 TOKENIZER_FILES: Final = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
@@ -50,6 +53,7 @@ def write_model_files(
     stated = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
     made = read_origin(tokenizer_from) if origin is None else origin
     _write_json(directory / CONFIG_FILE, {**arch.to_hf_config(), **stated, **made.to_config()})
+    refuse_links_out(tokenizer_from)
     added_tokens = read_added_tokens(tokenizer_from, arch)
     _write_json(directory / GENERATION_FILE, generation_config(arch, added_tokens))
     for name in TOKENIZER_FILES:
@@ -79,7 +83,7 @@ def read_added_tokens(directory: Path, arch: Architecture) -> dict[str, int]:
     """
     file = Path(directory) / TOKENIZER_FILE
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        loaded = read_json(file, limit=MAX_TOKENIZER_BYTES)
         added = {str(token["content"]): int(token["id"]) for token in loaded["added_tokens"]}
         largest = max((*map(int, loaded["model"]["vocab"].values()), *added.values()))
     except FileNotFoundError as error:
@@ -88,9 +92,9 @@ def read_added_tokens(directory: Path, arch: Architecture) -> dict[str, int]:
             rule="a model directory brings its tokenizer",
             remedy="give the directory of the base model as the tokenizer's source",
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"{file} is not a tokenizer that is understood here: {error!r}",
+            f"{file} is not a tokenizer that is understood here: {str(error)[:MAX_SHOWN] or type(error).__name__}",
             rule="a fast tokenizer is a JSON file with model.vocab and added_tokens",
             remedy="copy or download the tokenizer again",
         ) from error
