@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.data.template import check_template
+from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, open_tokenizer
 from phimr_nemo.errors import UserError
-from phimr_nemo.imports import lean_imports
-from phimr_nemo.store.foreignjson import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
+from phimr_nemo.store.foreignjson import read_json
 from phimr_nemo.store.inputs import model_remedy
-from phimr_nemo.store.links import refuse_links_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +30,8 @@ ASSISTANT: Final = "<|assistant|>"
 END: Final = "<|end|>"
 SPECIAL_TOKENS: Final = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
 
-TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 """Where newer releases of transformers keep the template; it takes precedence."""
-READ_BY_TRANSFORMERS: Final = (
-    *("tokenizer.json", TOKENIZER_CONFIG, TEMPLATE_FILE, "config.json"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
-MAX_SHOWN: Final = 200
 REASONING_SYSTEM_PROMPT: Final = "Your name is Phi, an AI math expert developed by Microsoft."
 
 
@@ -102,40 +95,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory, from local files and without remote code.
 
     Raises:
-        UserError: no tokenizer.json there, one that cannot be read or is absurdly large, Phi chat tokens or a chat
-            template are missing, or the template does not render a question in seconds.
+        UserError: no tokenizer.json there, one that cannot be read, or the Phi chat tokens or a chat template are
+            missing, or the template does not render a question in seconds.
     """
-    with lean_imports():
-        from transformers import AutoTokenizer
-
-    if not (directory / "tokenizer.json").is_file():
+    tokenizer = load_tokens(directory)
+    if not tokenizer.chat_template:
         raise UserError(
-            f"{directory} holds no tokenizer.json",
-            rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
-            remedy=model_remedy(directory),
-        )
-    refuse_links_out(directory)
-    _refuse_large(directory)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False, use_fast=True
-        )
-    # The tokenizer library raises what it likes, and a panic of its own that is no Exception.
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
-            raise
-        raise UserError(
-            f"{directory} holds no tokenizer that transformers reads: "
-            f"{type(error).__name__}: {str(error).splitlines()[0][:MAX_SHOWN] if str(error) else ''}",
-            rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
-            remedy="copy or download the tokenizer again",
-        ) from error
-    missing = sorted(set(SPECIAL_TOKENS) - set(tokenizer.get_added_vocab()))
-    if missing or not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer in {directory} lacks {missing or 'a chat template'}",
-            rule=f"a Phi tokenizer has the added tokens {list(SPECIAL_TOKENS)} and a chat template",
-            remedy="give a Phi-family model's directory, or build a tokenizer with this project",
+            f"the tokenizer in {directory} lacks a chat template",
+            rule="a model is asked through the chat template of its tokenizer",
+            remedy=f"`phimr adopt {directory} TARGET` makes a copy with the reasoning template",
         )
     templates = tokenizer.chat_template
     for template in templates.values() if isinstance(templates, Mapping) else [templates]:
@@ -144,15 +112,27 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _refuse_large(directory: Path) -> None:
-    for file in sorted(directory.glob("*.j*")):
-        limit = MAX_TOKENIZER_BYTES if file.name == "tokenizer.json" else MAX_CONFIG_BYTES
-        if file.name in READ_BY_TRANSFORMERS and file.stat().st_size > limit:
-            raise UserError(
-                f"{file} has {file.stat().st_size:,} bytes",
-                rule=f"this file of a tokenizer has at most {limit:,}",
-                remedy="copy or download the tokenizer again; do not use it unless you know where it comes from",
-            )
+def load_tokens(directory: Path) -> PreTrainedTokenizerBase:
+    """As :func:`load_tokenizer`, of a directory that need not have a chat template yet.
+
+    Raises:
+        UserError: no tokenizer.json there, one that cannot be read, or the Phi chat tokens are missing.
+    """
+    if not (directory / TOKENIZER_FILE).is_file():
+        raise UserError(
+            f"{directory} holds no {TOKENIZER_FILE}",
+            rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
+            remedy=model_remedy(directory),
+        )
+    tokenizer = open_tokenizer(directory)
+    missing = sorted(set(SPECIAL_TOKENS) - set(tokenizer.get_added_vocab()))
+    if missing:
+        raise UserError(
+            f"the tokenizer in {directory} lacks {missing}",
+            rule=f"a Phi tokenizer has the added tokens {list(SPECIAL_TOKENS)}",
+            remedy="give a Phi-family model's directory, or build a tokenizer with this project",
+        )
+    return tokenizer
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -24,7 +24,9 @@ def refuse_links_out(directory: Path) -> None:
         return
     real = directory.resolve()
     allowed = [real, *([real.parent.parent / BLOBS] if real.parent.name == SNAPSHOTS else [])]
-    for entry in sorted(directory.iterdir()):
+    for entry in sorted(directory.rglob("*")):
+        if any(part.startswith(".") for part in entry.relative_to(directory).parts):
+            continue
         if entry.is_symlink():
             target = entry.resolve()
             if not any(target.is_relative_to(place) for place in allowed):

@@ -147,7 +147,7 @@ def test_a_rank_that_stands_still_ends_the_job_and_is_named(
         text=True,
     )
     try:
-        wait_for(lambda: has_steps(output) or launcher.poll() is not None)
+        wait_for(lambda: has_steps(output), launcher)
         processes = tree(launcher)
         (rank,) = (process for process in processes if process.environ().get("RANK") == "1" and is_rank(process))
         rank.suspend()

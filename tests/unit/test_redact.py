@@ -119,6 +119,7 @@ def test_a_key_in_place_of_a_variables_name_is_not_repeated(key: str) -> None:
         load_config(GenerateConfig, Path("conf/generate/paper.yaml"), overrides)
     assert key not in str(caught.value)
     assert "not repeated here" in str(caught.value)
+    assert "teacher.engine.endpoint.api_key_env" in caught.value.problem
 
 
 def test_the_name_of_a_variable_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,7 @@ def test_long_rows_come_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row["a"][0] for batch in batches for row in batch] == list("xxxxxyyyy")
     assert max(sum(len(row["a"]) for row in batch) for batch in batches) <= 3000
     monkeypatch.setattr(unpacking, "MAX_ROW_BYTES", 900)
+    monkeypatch.setattr(unpacking, "BATCH_BYTES", 900)
     with pytest.raises(UserError, match="row 1 unpacks"):
         list(parquet_batches(tmp_path / "x.parquet"))
 
@@ -204,8 +205,8 @@ def test_a_broken_array_is_named(text: str, tmp_path: Path) -> None:
 def test_the_limit_of_the_tests_is_one(tmp_path: Path) -> None:
     """The twin: a process of that size does die of what it is not protected from."""
     many_long_rows(tmp_path / "x.parquet")
-    limit = (LIMIT_BYTES, LIMIT_BYTES)
-    code = "import pyarrow.parquet as pq, sys; pq.read_table(sys.argv[1])"
+    limit = (3 << 30, 3 << 30)
+    code = "import pyarrow.parquet as pq, sys; pq.read_table(sys.argv[1]).to_pylist()"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "x.parquet")],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),

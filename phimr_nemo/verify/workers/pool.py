@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.process.children import unheard_by_children
 from phimr_nemo.verify.plug import REMEDY, RULE
 from phimr_nemo.verify.verdict import MATH_VERIFY_VERSION, Verdict
 from phimr_nemo.verify.workers import worker as protocol
@@ -208,23 +209,24 @@ class Pool:
     def _start_spawner(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         try:
-            self._spawner = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _BOOT,
-                    _ROOT,
-                    str(theirs.fileno()),
-                    str(self._memory),
-                    str(self._soft_seconds),
-                    self._function,
-                ],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=worker_environment(os.environ),
-            )
+            with unheard_by_children():
+                self._spawner = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-c",
+                        _BOOT,
+                        _ROOT,
+                        str(theirs.fileno()),
+                        str(self._memory),
+                        str(self._soft_seconds),
+                        self._function,
+                    ],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=worker_environment(os.environ),
+                )
         finally:
             theirs.close()
         ours.settimeout(START_SECONDS)

@@ -4,7 +4,8 @@
 process that is torch and NeMo, seconds and gigabytes each time a worker is replaced. The spawner here is
 started as a plain interpreter that imports this module alone. It speaks over a Unix socket:
 ``spawn`` (with the worker's own socket attached) -> the worker's pid; ``reap <pid>`` -> ``done``. When its
-parent goes away, by any signal, it kills its workers and ends.
+parent goes away, by any signal, it kills its workers and ends. Its parent starts it deaf to what stops a job: a
+trainer that is told to stop finishes its step, and grades it.
 
 Limits of a worker: no network, no other processes, no files (:mod:`.confine`), address space, a soft limit of
 processor time per answer (an exception), and a processor-time limit that the kernel enforces should the exception not
@@ -186,7 +187,6 @@ def spawner_main(control_fd: int, memory_bytes: int, soft_seconds: float, functi
         soft_seconds: processor time per answer.
         function: a grader of the user's own, as MODULE:FUNCTION; empty for mathematics.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=control_fd)
     parent = os.getppid()
     grade, problem = _choose_grader(function)

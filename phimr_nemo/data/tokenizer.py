@@ -1,0 +1,112 @@
+"""A tokenizer's files: what they say of it, in a form that every release of transformers from 4.51 on reads.
+
+transformers 5 gives the fast tokenizer's class another name and keeps its further special tokens under another key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from phimr_nemo.errors import UserError
+from phimr_nemo.imports import lean_imports
+from phimr_nemo.store.foreignjson import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
+from phimr_nemo.store.inputs import download_remedy
+from phimr_nemo.store.links import refuse_links_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILE: Final = "tokenizer.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+FAST_CLASS: Final = "PreTrainedTokenizerFast"
+NEW_FAST_CLASS: Final = "TokenizersBackend"
+"""transformers 5's name of the same class."""
+SPECIAL: Final = "additional_special_tokens"
+NEW_SPECIAL: Final = "extra_special_tokens"
+# How and where from transformers 5 has loaded it, which says nothing of the tokenizer.
+OF_THE_LOADING: Final = ("backend", "is_local", "local_files_only")
+
+
+READ_BY_TRANSFORMERS: Final = (
+    *(TOKENIZER_FILE, TOKENIZER_CONFIG, "config.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+MAX_SHOWN: Final = 200
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """A directory's tokenizer_config.json; {} where there is none.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    file = directory / TOKENIZER_CONFIG
+    try:
+        settings = read_json(file)
+        if not isinstance(settings, dict):
+            raise ValueError(f"a {type(settings).__name__}")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is not a JSON object: {str(error)[:MAX_SHOWN]}",
+            rule=f"a tokenizer says how it is used in {TOKENIZER_CONFIG}",
+            remedy=download_remedy(file),
+        ) from error
+    return settings
+
+
+def portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same settings as every release of transformers from 4.51 on understands them."""
+    kept = {name: value for name, value in settings.items() if name not in OF_THE_LOADING}
+    if kept.get("tokenizer_class") == NEW_FAST_CLASS:
+        kept["tokenizer_class"] = FAST_CLASS
+    if isinstance(kept.get(NEW_SPECIAL), list):
+        kept.setdefault(SPECIAL, kept[NEW_SPECIAL])
+        kept[NEW_SPECIAL] = {}
+    return kept
+
+
+def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory, from local files and without remote code.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with lean_imports():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    refuse_links_out(directory)
+    _refuse_large(directory)
+    stated = read_settings(directory)
+    understood = portable(stated)
+    changed = {name: value for name, value in understood.items() if stated.get(name) != value}
+    is_renamed = changed.pop("tokenizer_class", None) is not None
+    loader = PreTrainedTokenizerFast if is_renamed else AutoTokenizer
+    try:
+        opened: PreTrainedTokenizerBase = loader.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, use_fast=True, **changed
+        )
+    # The tokenizers library raises Exception itself, and a panic of its own that is none.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        found = str(error)[:MAX_SHOWN] or type(error).__name__
+        raise UserError(
+            f"{directory} has a {TOKENIZER_FILE} that cannot be read: {found}",
+            rule=f"a model directory has the files of a fast tokenizer, {TOKENIZER_FILE} and {TOKENIZER_CONFIG}",
+            remedy=download_remedy(directory / TOKENIZER_FILE),
+        ) from error
+    return opened
+
+
+def _refuse_large(directory: Path) -> None:
+    for file in sorted(directory.glob("*.j*")):
+        limit = MAX_TOKENIZER_BYTES if file.name == TOKENIZER_FILE else MAX_CONFIG_BYTES
+        if file.name in READ_BY_TRANSFORMERS and file.stat().st_size > limit:
+            raise UserError(
+                f"{file} has {file.stat().st_size:,} bytes",
+                rule=f"this file of a tokenizer has at most {limit:,}",
+                remedy=download_remedy(file),
+            )
