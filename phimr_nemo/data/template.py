@@ -122,7 +122,7 @@ def _environment() -> Any:
         raise jinja2.exceptions.TemplateError(message)
 
     class Generation(jinja2.ext.Extension):
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012 - so declared there
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)

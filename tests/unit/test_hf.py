@@ -303,7 +303,7 @@ def test_a_link_among_its_files_is_not_followed_out(directory: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-ABSURD = {
+ABSURD: dict[str, dict[str, Any]] = {
     "layers": {"num_hidden_layers": 10**9},
     "negative layers": {"num_hidden_layers": -1},
     "true layers": {"num_hidden_layers": True},

@@ -82,6 +82,6 @@ def test_a_websocket_is_closed_unread() -> None:
         sent.append(message)
 
     for path in ("/v1/realtime", HEALTH):
-        scope = {"type": "websocket", "path": path, "headers": []}
+        scope: dict[str, Any] = {"type": "websocket", "path": path, "headers": []}
         asyncio.run(KeyGuard(inner, KEY, HEALTH)(scope, receive, send))
     assert sent == [{"type": "websocket.close", "code": POLICY_VIOLATION}] * 2
