@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import tempfile
 import threading
 import time
@@ -87,7 +86,17 @@ class Watch:
             elif self._silent[file.name] >= self.seconds:
                 rank, pid = map(int, file.name.split("."))
                 file.unlink()
-                # One that has ended by itself has left its file behind.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                if _end_child(pid):
                     self.still.append(rank)
+
+
+def _end_child(pid: int) -> bool:
+    """SIGKILL to a child of this process; False where it has ended, and its number may be another's by now."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.ppid() == os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+            process.kill()
+            return True
+    return False

@@ -104,6 +104,14 @@ def test_a_rank_that_has_ended_is_not_named(watch: Watch, monkeypatch: pytest.Mo
     assert watch.still == []
 
 
+def test_a_process_that_has_its_number_now_is_left_alone(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = os.getppid()
+    (Path(watch._directory.name) / f"0.{parent}").touch()
+    Clock(monkeypatch, watch).looks(watch, 20, every=4.0)
+    assert watch.still == []
+    os.kill(parent, 0)
+
+
 def test_nobody_beats_where_nobody_looks(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Path(watch._directory.name)
     monkeypatch.delenv("RANK", raising=False)

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from phimr_nemo.generate.serving.guard import HEALTH, POLICY_VIOLATION, UNAUTHORIZED, KeyGuard
+from phimr_nemo.generate.serving.receiving import HEALTH, POLICY_VIOLATION, UNAUTHORIZED, KeyGuard
 
 KEY = "right"
 PATHS = (

@@ -25,8 +25,7 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.serving.guard import KeyGuard
-from phimr_nemo.generate.serving.receiving import weight_routes
+from phimr_nemo.generate.serving.receiving import KeyGuard, weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.trtllm_engine import EngineFailed, TrtllmEngine, running
 from phimr_nemo.generate.serving.vllm import check_longrope

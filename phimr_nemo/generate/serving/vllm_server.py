@@ -14,8 +14,7 @@ from typing import Any
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
-from phimr_nemo.generate.serving.guard import HEALTH, KeyGuard
-from phimr_nemo.generate.serving.receiving import weight_routes
+from phimr_nemo.generate.serving.receiving import HEALTH, KeyGuard, weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.vllm import WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
 from phimr_nemo.generate.serving.weights import (
