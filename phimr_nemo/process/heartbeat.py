@@ -25,8 +25,9 @@ BEAT_SECONDS: Final = 1.0
 DEFAULT_SECONDS: Final = 300.0
 """Longer than any call that holds Python's lock, and shorter than the collectives' patience of 10 to 30 minutes."""
 
-LONGEST_LOOK_SECONDS: Final = 5.0
-"""What one look counts at most: a launcher that was itself stopped, or a machine that slept, blames no rank."""
+LONGEST_LOOK_SECONDS: Final = 1.0
+"""What one look counts at most: a launcher that was itself stopped, a machine that slept or has no time for either of
+them blames no rank."""
 
 
 def start_beating() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fault_length import LONG
-from processes import PATIENCE_SECONDS, Terminal, left_of, start, tree, wait_for
+from processes import MOST_CHARACTERS, PATIENCE_SECONDS, Terminal, left_of, start, tree, wait_for
 
 from phimr_nemo.jobs.launch import start_stage
 from phimr_nemo.store.runs import RunDirectory, read_metrics
@@ -127,7 +127,7 @@ def test_the_first_ctrl_c_saves_says_where_and_leaves_nothing(
     injected(stage, f"Ctrl-C, {entry}", 1, f"exit code {code}; the checkpoint of the step")
 
 
-HANG_SECONDS = 45
+HANG_SECONDS = 90
 """Longer than a loaded machine keeps a living rank from beating."""
 
 
@@ -147,7 +147,11 @@ def test_a_rank_that_stands_still_ends_the_job_and_is_named(
         text=True,
     )
     try:
-        wait_for(lambda: has_steps(output), launcher)
+        try:
+            wait_for(lambda: has_steps(output), launcher)
+        except AssertionError as error:
+            launcher.kill()
+            raise AssertionError(f"{error}: {launcher.communicate()[1][-MOST_CHARACTERS:]}") from error
         processes = tree(launcher)
         (rank,) = (process for process in processes if process.environ().get("RANK") == "1" and is_rank(process))
         rank.suspend()
@@ -271,7 +275,11 @@ def test_the_ranks_of_a_launcher_that_was_killed_save_and_end(
         [*PHIMR, *arguments("midtrain", inputs, output), "parallel.data=2"], cwd=repository, env=environment()
     )
     try:
-        wait_for(lambda: has_steps(output), launcher)
+        try:
+            wait_for(lambda: has_steps(output), launcher)
+        except AssertionError as error:
+            launcher.kill()
+            raise AssertionError(f"{error}: {launcher.communicate()[1][-MOST_CHARACTERS:]}") from error
         processes = tree(launcher)
     finally:
         launcher.kill()

@@ -65,12 +65,12 @@ def test_a_rank_that_stands_still_is_ended_and_named(watch: Watch, monkeypatch: 
             pass
         rank.send_signal(signal.SIGSTOP)
         clock = Clock(monkeypatch, watch)
-        clock.looks(watch, 5, every=4.0)
+        clock.looks(watch, 20, every=1.0)
         assert (watch.still, rank.poll()) == ([], None)
-        clock.looks(watch, 2, every=4.0)
+        clock.looks(watch, 2, every=1.0)
         assert watch.still == [3]
         assert rank.wait() == -signal.SIGKILL
-        clock.looks(watch, 20, every=4.0)
+        clock.looks(watch, 60, every=1.0)
         assert watch.still == [3]
     finally:
         rank.kill()
@@ -83,7 +83,7 @@ def test_a_rank_that_beats_stays(watch: Watch, monkeypatch: pytest.MonkeyPatch) 
     for beat in range(1, 50):
         file.touch()
         os.utime(file, ns=(beat, beat))
-        clock.looks(watch, 4, every=4.0)
+        clock.looks(watch, 15, every=1.0)
     assert watch.still == []
 
 
@@ -100,14 +100,14 @@ def test_a_rank_that_has_ended_is_not_named(watch: Watch, monkeypatch: pytest.Mo
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     (Path(watch._directory.name) / f"0.{ended.pid}").touch()
-    Clock(monkeypatch, watch).looks(watch, 20, every=4.0)
+    Clock(monkeypatch, watch).looks(watch, 60, every=1.0)
     assert watch.still == []
 
 
 def test_a_process_that_has_its_number_now_is_left_alone(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = os.getppid()
     (Path(watch._directory.name) / f"0.{parent}").touch()
-    Clock(monkeypatch, watch).looks(watch, 20, every=4.0)
+    Clock(monkeypatch, watch).looks(watch, 60, every=1.0)
     assert watch.still == []
     os.kill(parent, 0)
 
