@@ -163,9 +163,10 @@ fuzz: setup
 	@$(INSTALL) -e '.[fuzz]'
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
-# The pinned versions against the public database of known weaknesses; what cannot be looked up is a failure.
+# The pinned versions against the public database of known weaknesses, stored with its date in requirements/audit.json;
+# what cannot be looked up is a failure.
 audit: setup
-	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(PHIMR_CONSTRAINTS) -r requirements/aligner.txt
+	$(BIN)/python .ci/audit.py look-up $(PHIMR_CONSTRAINTS) requirements/aligner.txt
 
 # Tests and throughput on this machine's GPU, with its own python (a NeMo container's, say) and not `make setup`'s.
 gpu:

@@ -22,6 +22,7 @@ from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
 from phimr_nemo.jobs.preflight import preflight, record_inputs
 from phimr_nemo.process.children import follow_parent
+from phimr_nemo.process.heartbeat import start_beating
 from phimr_nemo.process.stopping import KEPT, stoppable
 from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
@@ -223,6 +224,7 @@ def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default:
         check_default(stage, path)
     if is_rank(resolved):
         follow_parent()
+        start_beating()
     with stoppable(stage, lambda: kept(resolved.run.output)):
         if CHECKED not in os.environ:
             preflight(stage, resolved)

@@ -8,12 +8,23 @@ from typing import Any, Final
 
 from phimr_nemo.errors import UserError
 
+MAX_SHOWN: Final = 300
 FAMILY: Final = "use a Phi3-family model: Phi-4-mini, Phi-4-mini-reasoning, Phi-3-mini, Phi-3.5-mini"
 
 
 def unsupported(found: str, rule: str, remedy: str = FAMILY) -> UserError:
     """The refusal of a config that the model would not reproduce."""
-    return UserError(f"model config with {found}", rule=rule, remedy=remedy)
+    return UserError(f"model config with {cut(found)}", rule=rule, remedy=remedy)
+
+
+def shown(value: object) -> str:
+    """A value for a message: the beginning of it, when it is long."""
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """A text of bounded length."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def whole(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -30,6 +30,7 @@ from phimr_nemo.report.tables import (
     difference_table,
     length_table,
     markdown,
+    markdown_text,
     measured,
     score_table,
 )
@@ -116,8 +117,11 @@ def write_run_report(roots: Sequence[Path], out: Path) -> Path:
 
 
 def _in_markdown(section: Section) -> str:
-    tables = [f"### {table.title}\n\n{markdown(table)}\n{table.note}\n" for table in section.tables]
-    return "\n".join([f"## {section.title}\n", *tables])
+    tables = [
+        f"### {markdown_text(table.title)}\n\n{markdown(table)}\n{markdown_text(table.note)}\n"
+        for table in section.tables
+    ]
+    return "\n".join([f"## {markdown_text(section.title)}\n", *tables])
 
 
 def _scores(benchmarks: Mapping[str, Mapping[str, Seeds]], out: Path) -> Section:

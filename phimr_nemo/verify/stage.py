@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,8 +23,9 @@ from phimr_nemo.store.shards import (
     shard_is_complete,
     write_shard,
 )
+from phimr_nemo.store.unpacking import parquet_batches
 from phimr_nemo.verify.answer import DEADLINE_SECONDS, Grader
-from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_rows, write_row
+from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_batches, write_row
 from phimr_nemo.verify.judge import Judge, judged_grader, write_report
 from phimr_nemo.verify.plug import plugged_name
 from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
@@ -33,7 +33,6 @@ from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS: Final = 1024
 JUDGE_DIRECTORY: Final = "judge"
 VERDICT_COLUMNS: Final = ("id", "verdict", "grader")
 
@@ -254,9 +253,8 @@ def verify_file(source: Path, target: Path, *, response: str, answer: str, worke
 def _verify_json_lines(
     grader: Grader, source: Path, temporary: Path, target: Path, response: str, answer: str, counts: Counter[str]
 ) -> None:
-    rows = read_rows(source)
     with open_json_lines(temporary, "w", named=target) as output:
-        while batch := list(islice(rows, BATCH_ROWS)):
+        for batch in read_batches(source):
             for number, row in batch:
                 _check_columns(f"{source}, line {number}", list(row), response, answer)
             verdicts = _grade_values(grader, [(row[response], row[answer]) for _, row in batch], counts)
@@ -271,24 +269,30 @@ def _verify_parquet(
     import pyarrow.parquet as pq
 
     try:
-        reader = pq.ParquetFile(source)
-    except pa.ArrowInvalid as error:
+        columns = pq.read_schema(source).names
+        _check_columns(str(source), columns, response, answer)
+        with _ParquetOutput(temporary) as output:
+            for batch in parquet_batches(source):
+                output.write(_graded(grader, pa.Table.from_batches([batch]), response, answer, counts))
+    except pa.ArrowException as error:
         raise UserError(
             f"input {source} is no parquet file ({error})",
             rule="a name without .jsonl or .json is read as parquet",
             remedy="rename the file to what it holds",
         ) from error
-    _check_columns(str(source), reader.schema_arrow.names, response, answer)
-    with reader, _ParquetOutput(temporary) as output:
-        for batch in reader.iter_batches(BATCH_ROWS):
-            table = pa.Table.from_batches([batch])
-            pairs = list(zip(table.column(response).to_pylist(), table.column(answer).to_pylist(), strict=True))
-            verdicts = _grade_values(grader, pairs, counts)
-            for name in ("verdict", "extracted"):
-                if name in table.column_names:
-                    table = table.drop_columns([name])
-                table = table.append_column(name, pa.array([getattr(v, name) for v in verdicts], pa.string()))
-            output.write(table)
+
+
+def _graded(grader: Grader, table: pa.Table, response: str, answer: str, counts: Counter[str]) -> pa.Table:
+    """The rows with their verdicts and extracted answers."""
+    import pyarrow as pa
+
+    pairs = list(zip(table.column(response).to_pylist(), table.column(answer).to_pylist(), strict=True))
+    verdicts = _grade_values(grader, pairs, counts)
+    for name in ("verdict", "extracted"):
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, pa.array([getattr(v, name) for v in verdicts], pa.string()))
+    return table
 
 
 class _ParquetOutput:
