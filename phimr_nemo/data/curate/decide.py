@@ -108,7 +108,8 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
                 decisions.fates[name][place] = fates
                 if _is_chosen(config, name):
                     left = narrow[fates == Fate.KEPT]
-                    kept[name].append((left["row"], Kinds.of(left)))
+                    # Copied: a view would keep all columns.
+                    kept[name].append((left["row"].copy(), Kinds.of(left)))
         if config.pairs is not None:
             decisions.fates["pairs"][place] = pair_fates(
                 narrow,
