@@ -152,6 +152,7 @@ class Asker:
             system=prompt.system,
             max_tokens=self._config.max_tokens,
             temperature=self._config.temperature,
+            may_be_empty=True,
         )
         try:
             reply = await client.complete(request)

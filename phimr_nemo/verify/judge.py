@@ -26,6 +26,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import rows_to_table
+from phimr_nemo.verify.gold import alternatives
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,6 +76,10 @@ def judge_prompt(reference: str, candidate: str) -> Prompt | None:
     return Prompt(system=SYSTEM_PROMPT, user="\n".join(lines))
 
 
+def _reference(answer: str) -> str:
+    return " or ".join(alternatives(answer))
+
+
 def parse_opinion(reply: str | None) -> Opinion | None:
     """The opinion in a reply of exactly one verdict word, a full stop allowed; None for anything else."""
     return None if reply is None else WORDS.get(reply.strip().removesuffix(".").lower())
@@ -119,7 +124,9 @@ class Judge:
         """
         rows = verdicts.to_pylist()
         prompts = [
-            judge_prompt(row["answer"], row["extracted"]) if row["verdict"] in self._config.verdicts else None
+            judge_prompt(_reference(row["answer"]), row["extracted"])
+            if row["verdict"] in self._config.verdicts
+            else None
             for row in rows
         ]
         asked = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if prompt is not None]

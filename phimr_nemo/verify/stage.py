@@ -13,6 +13,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.inputs import TABLES, table_remedy
 from phimr_nemo.store.progress import Progress
+from phimr_nemo.store.records import GoldKind, gold_kind
 from phimr_nemo.store.shards import (
     check_shard,
     finish,
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 JUDGE_DIRECTORY: Final = "judge"
+UNSETTLED: Final[Mapping[GoldKind | None, Verdict]] = {
+    "disputed": Verdict("gold_unreadable", "", "sources disagree on the gold answer"),
+    "none": Verdict("gold_unreadable", "", "nobody tells a gold answer"),
+}
+"""Rollouts of these kinds are not graded: what they are compared with is in doubt."""
 VERDICT_COLUMNS: Final = ("id", "verdict", "grader")
 
 
@@ -162,8 +168,9 @@ def _is_graded(out_dir: Path, index: int, rollouts: pa.Table, grader: str) -> bo
 def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
     rows = table.to_pylist()
     verdicts = grader.grade_many([(row["response"], row["answer"]) for row in rows])
-    for row, verdict in zip(rows, verdicts, strict=True):
-        row.update(verdict=verdict.verdict, extracted=verdict.extracted, reason=verdict.reason, grader=grader.name)
+    for row, graded in zip(rows, verdicts, strict=True):
+        verdict = UNSETTLED[kind] if (kind := gold_kind(row["metadata"])) in UNSETTLED else graded
+        row.update(verdict=verdict.verdict, extracted=graded.extracted, reason=verdict.reason, grader=grader.name)
     return rows_to_table(rows, "verdicts")
 
 

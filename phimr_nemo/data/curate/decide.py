@@ -111,12 +111,15 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
                     # Copied: a view would keep all columns.
                     kept[name].append((left["row"].copy(), Kinds.of(left)))
         if config.pairs is not None:
-            decisions.fates["pairs"][place] = pair_fates(
+            fates = pair_fates(
                 narrow,
                 difficulties=config.pairs.difficulties,
                 max_repetition=config.pairs.max_repetition,
                 max_tokens=config.pairs.max_tokens,
             )
+            if not config.pairs.voted_golds:
+                fates[narrow["voted"]] = Fate.VOTED_GOLD
+            decisions.fates["pairs"][place] = fates
             decisions.first[place] = _first_of_problem(narrow)
         if config.prompts is not None:
             chosen.append(_prompts(narrow, config.prompts, decisions))
@@ -182,6 +185,10 @@ def candidates(decisions: Decisions) -> Candidates:
 
 
 def _prompts(narrow: Narrow, chosen: PromptSet, decisions: Decisions) -> ChosenPrompts:
+    voted = np.unique(narrow["problem"][narrow["voted"]])
+    if len(voted) and not chosen.voted_golds:
+        decisions.prompt_counts[Fate.VOTED_GOLD] += len(voted)
+        narrow = narrow[~np.isin(narrow["problem"], voted)]
     found = prompts(
         narrow,
         min_pass=chosen.min_pass,

@@ -6,6 +6,7 @@ Every row comes with its place ("line 12"), so that a message can name it.
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -21,6 +22,7 @@ from phimr_nemo.store.unpacking import LINE_BYTES, MAX_ROW_BYTES, Allowance, par
 Row = dict[str, Any]
 
 CHUNK_BYTES: Final = 1 << 20
+MAX_DIGITS: Final = 4_000
 COMPRESSIONS: Final = (".gz", ".zst")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
@@ -102,10 +104,37 @@ def read_rows(path: Path, *, array_column: str | None = None) -> Iterator[tuple[
         raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
 
 
+def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Each row of a CSV file with a header, such as GPQA's, with its place.
+
+    Raises:
+        UserError: the file is missing, is no such text, or is empty.
+    """
+    rows = 0
+    try:
+        # utf-8-sig: spreadsheets put a mark before the first column's name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for rows, row in enumerate(csv.DictReader(file), 1):
+                yield f"row {rows}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read: {str(error)[:200]}",
+            rule="it is a CSV file in UTF-8 whose first line names the columns",
+            remedy="download it again, or correct the path",
+        ) from error
+    if not rows:
+        raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
+
+
 def _rows_of_text(path: Path, ending: str) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
         if ending == ".json" and _is_array(file):
             yield from _rows_of_array(path, file)
+        elif ending == ".json" and _is_one_object(file):
+            text = file.read(MAX_ROW_BYTES + 1)
+            if len(text) > MAX_ROW_BYTES:
+                raise _malformed(path, "the file", f"is one object of more than {MAX_ROW_BYTES} bytes")
+            yield "the file", _parse(path, "the file", text)
         else:
             yield from _rows_of_lines(path, file)
 
@@ -126,9 +155,14 @@ def _is_array(file: io.BufferedReader) -> bool:
     return file.peek(64).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
+def _is_one_object(file: io.BufferedReader) -> bool:
+    """Whether the text is one object over several lines, as MATH has a file a problem."""
+    return file.peek(64).removeprefix(_BYTE_ORDER_MARK).lstrip().partition(b"\n")[0].strip() == b"{"
+
+
 def _rows_of_array(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """The items of a JSON array, one at a time."""
-    allowance, decoder, number = Allowance(path), json.JSONDecoder(), 0
+    allowance, decoder, number = Allowance(path), json.JSONDecoder(parse_int=_whole_number), 0
     stream = codecs.getreader("utf-8-sig")(file)
     text = _refill(path, stream, "", allowance).lstrip().removeprefix("[")
     first = True
@@ -198,9 +232,14 @@ def _rows_of_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 def _parse(path: Path, place: str, data: bytes) -> Any:
     try:
-        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"))
+        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"), parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise _malformed(path, place, f"is not JSON: {str(error)[:200]}") from error
+
+
+def _whole_number(digits: str) -> int | str:
+    """A number; its digits where there are more than Python converts."""
+    return int(digits) if len(digits) <= MAX_DIGITS else digits
 
 
 def _rows_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
