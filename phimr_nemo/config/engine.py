@@ -20,6 +20,7 @@ from phimr_nemo.config.common import (
     AboveZero,
     AtLeastZero,
     Dtype,
+    LongRopePolicy,
     Name,
     NonNegative,
     Positive,
@@ -110,6 +111,9 @@ def _grader(grader: str) -> str:
     return grader
 
 
+SampledLongRope = Literal["as_trained"] | LongRopePolicy
+"""How a finished model is sampled: "as_trained" takes the factors of its last training run where its directory tells
+them, and of a model from elsewhere those that its longest sequence asks for, as vLLM does."""
 Prompt = Annotated[str, AfterValidator(_holds_question)]
 FunctionName = Annotated[str, AfterValidator(_function)]
 GraderName = Annotated[str, AfterValidator(_grader)]

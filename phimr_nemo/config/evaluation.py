@@ -7,8 +7,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import LongRopePolicy, Name, Place, Positive, RunConfig
-from phimr_nemo.config.engine import Engine, GraderName, SamplingConfig, own_directory
+from phimr_nemo.config.common import Name, Place, Positive, RunConfig
+from phimr_nemo.config.engine import Engine, GraderName, SampledLongRope, SamplingConfig, own_directory
 from phimr_nemo.config.generation import FileProblems, RecordProblems, SyntheticProblems
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
@@ -65,7 +65,7 @@ class EvaluateConfig(SamplingConfig):
         model: Hugging Face directory; None only behind an endpoint, which has the model.
         samples: answers per question.
         engine: what samples.
-        longrope: the training run's policy; the longest sequence is the longest prompt and `max_new_tokens`. A
+        longrope: which of LongRoPE's factors; the longest sequence is the longest prompt and `max_new_tokens`. A
             served model has the server's.
         shard_questions: questions stored together: what a kill costs with an engine in this process. Behind an
             endpoint every response is stored as it comes.
@@ -79,7 +79,7 @@ class EvaluateConfig(SamplingConfig):
     problems: EvaluatedProblems
     samples: Positive
     engine: Engine
-    longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
+    longrope: SampledLongRope = "as_trained"
     shard_questions: Positive
     workers: Positive = 1
     grader: GraderName | None = None

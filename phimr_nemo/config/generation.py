@@ -10,7 +10,6 @@ from pydantic import Field
 from phimr_nemo.config.common import (
     AboveZero,
     IsNumber,
-    LongRopePolicy,
     NonNegative,
     Place,
     Positive,
@@ -23,6 +22,7 @@ from phimr_nemo.config.engine import (
     EndpointEngine,
     Engine,
     GraderName,
+    SampledLongRope,
     SamplingConfig,
     own_directory,
 )
@@ -122,14 +122,14 @@ class ModelTeacher(SamplingConfig):
     Attributes:
         path: the directory; None only behind an endpoint, which has the model.
         engine: what samples.
-        longrope: how a model with LongRoPE was trained; the longest sequence is the longest prompt and
-            `max_new_tokens`. A served model has the server's.
+        longrope: which of LongRoPE's factors; the longest sequence is the longest prompt and `max_new_tokens`. A
+            served model has the server's.
     """
 
     kind: Literal["model"]
     path: Place | None = None
     engine: Engine
-    longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
+    longrope: SampledLongRope = "as_trained"
 
     def __post_init__(self) -> None:
         own_directory("path", self.path, self.engine)

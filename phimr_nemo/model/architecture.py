@@ -301,6 +301,15 @@ def _check_family(config: Mapping[str, Any]) -> None:
             raise _unsupported(f"{name} = {config[name]!r}", f"{name} is {value!r}")
 
 
+def is_phi(directory: Path) -> bool:
+    """Whether a directory's model is of this family; what cannot be read is left to :class:`Architecture` to refuse."""
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(config, dict) or config.get("model_type") == MODEL_TYPE
+
+
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings of either transformers generation as one dictionary ({} for plain rotary)."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
