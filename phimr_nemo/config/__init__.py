@@ -26,7 +26,6 @@ from phimr_nemo.config.data import (
 )
 from phimr_nemo.config.dpo import DPOConfig
 from phimr_nemo.config.engine import (
-    AskConfig,
     EndpointConfig,
     EndpointEngine,
     Engine,
@@ -42,8 +41,11 @@ from phimr_nemo.config.evaluation import (
     EvaluateConfig,
     EvaluatedProblems,
     ExportConfig,
+    HeldOutConfig,
+    TrainingEvaluationConfig,
 )
 from phimr_nemo.config.generation import (
+    AskConfig,
     FileProblems,
     GenerateConfig,
     JudgeConfig,
@@ -64,7 +66,6 @@ from phimr_nemo.config.supervised import (
     OverlapConfig,
     SFTConfig,
     SupervisedConfig,
-    TrainingEvaluationConfig,
 )
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
@@ -91,6 +92,7 @@ __all__ = [
     "GenerateConfig",
     "GenerationPlanConfig",
     "GuardConfig",
+    "HeldOutConfig",
     "JudgeConfig",
     "LocalEngine",
     "LongRopePolicy",

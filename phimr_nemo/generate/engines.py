@@ -101,9 +101,7 @@ class TokenEngine(Generic[S]):
     @cached_property
     def name(self) -> str:
         """The hash of the directory's weights: a part of ids and seeds."""
-        from phimr_nemo.generate.serving.vllm import weights_hash
-
-        return weights_hash(self.directory)
+        return named_by_weights(self.directory)
 
     def write_rollouts(self, plan: Plan, out_dir: Path, shards: Sequence[int], inputs: Sequence[Path]) -> bool:
         """:func:`phimr_nemo.generate.rollouts.sample_rollouts`."""
@@ -143,6 +141,13 @@ class TextEngine:
 
     def close(self) -> None:
         """Nothing: the endpoint is not this process's."""
+
+
+def named_by_weights(directory: Path) -> str:
+    """:func:`phimr_nemo.generate.serving.vllm.weights_hash`, the name of a model in a directory."""
+    from phimr_nemo.generate.serving.vllm import weights_hash
+
+    return weights_hash(directory)
 
 
 def params_of(sampling: SamplingConfig) -> SamplingParams:

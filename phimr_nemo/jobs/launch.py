@@ -30,9 +30,9 @@ from phimr_nemo.store.shards import input_hash
 # Stage -> "module:function" taking the stage's config and returning the facts that close the run.
 FUNCTIONS: Final[Mapping[str, str]] = {
     "base": "phimr_nemo.model.base:run_base",
-    "prepare": "phimr_nemo.data.prepare.stage:run_prepare",
+    "prepare": "phimr_nemo.jobs.composed:run_prepare",
     "generate": "phimr_nemo.generate.stage:run_generate",
-    "verify": "phimr_nemo.verify.stage:run_verify",
+    "verify": "phimr_nemo.jobs.composed:run_verify",
     "curate": "phimr_nemo.data.curate.stage:run_curate",
     "pack": "phimr_nemo.data.rows.stage:run_pack",
     "midtrain": "phimr_nemo.supervised.stage:run_midtrain",
@@ -68,9 +68,12 @@ FREE_TO_CHANGE: Final = (
     "workers",
     "verify_workers",
     "monitor.",
-    *(f"{place}engine.{name}" for place in ("", "teacher.") for name in _ENGINE),
-    *(f"{place}.ask.endpoint.{name}" for place in ("judge", "annotation") for name in _ENDPOINT),
-    *("judge.ask.max_", "annotation.ask.max_"),
+    *(f"{place}engine.{name}" for place in ("", "teacher.", "judge.ask.", "annotation.ask.") for name in _ENGINE),
+    *(
+        f"{place}.ask.max_{name}"
+        for place in ("judge", "annotation")
+        for name in ("requests", "total_tokens", "cost")
+    ),
 )
 # What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
 IMPORT_NOTES: Final = (

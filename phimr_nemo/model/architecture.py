@@ -302,7 +302,7 @@ def _check_family(config: Mapping[str, Any]) -> None:
 
 
 def is_phi(directory: Path) -> bool:
-    """Whether a directory's model is of this family; what cannot be read is left to :class:`Architecture` to refuse."""
+    """Whether a directory holds a model of this family; what cannot be read is left to `Architecture` to refuse."""
     try:
         config = json.loads((directory / CONFIG_FILE).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

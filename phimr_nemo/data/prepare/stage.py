@@ -26,6 +26,7 @@ from phimr_nemo.data.prepare.candidates import DROPS_FILE, SHOWN_CHARS, candidat
 from phimr_nemo.data.prepare.decontaminate import read_index
 from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, NEAR, Duplicates, Facts, find_duplicates
 from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
+from phimr_nemo.endpoint import OpensModel
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.progress import track
@@ -58,8 +59,12 @@ DROP_REASONS: Final = {
 DUPLICATE_TRAJECTORY: Final = "trajectories that repeat another of the same problem"
 
 
-def run_prepare(config: PrepareConfig) -> dict[str, Any]:
+def run_prepare(config: PrepareConfig, open_model: OpensModel) -> dict[str, Any]:
     """Write problems, rollouts and the list of what was dropped; what is finished is kept.
+
+    Args:
+        config: of the stage.
+        open_model: opens the annotator, where there is one.
 
     Returns:
         Rows of both record directories and all counts.
@@ -70,7 +75,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     output = config.run.output
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
     if not is_complete(output / PROBLEMS, "problems"):
-        _prepare(config)
+        _prepare(config, open_model)
     if (output / CANDIDATES).is_dir():
         shutil.rmtree(output / CANDIDATES)
     if is_complete(output / ROLLOUTS, "rollouts"):
@@ -80,7 +85,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     return rows | dict(manifests[PROBLEMS].counts)
 
 
-def _prepare(config: PrepareConfig) -> None:
+def _prepare(config: PrepareConfig, open_model: OpensModel) -> None:
     output = config.run.output
     permutations = config.near_duplicates.permutations if config.near_duplicates else 0
     evaluation = read_index(config.decontamination) if config.decontamination else None
@@ -95,7 +100,8 @@ def _prepare(config: PrepareConfig) -> None:
     )
     labels = Annotations(directories, duplicates)
     inputs = [Path(source.path) for source in config.sources if Path(source.path).is_file()]
-    _write_problems(config, directories, duplicates, labels, counts)
+    with Annotator(config.annotation, config.run.output / ANNOTATIONS, open_model) as annotate:
+        _write_problems(config, directories, duplicates, labels, annotate, counts)
     if counts["trajectories"]:
         rollouts = Counter[str]()
         _write_shards(
@@ -150,6 +156,7 @@ def _write_problems(
     directories: list[Path],
     duplicates: Duplicates,
     labels: Annotations,
+    annotate: Annotator,
     counts: Counter[str],
 ) -> None:
     """The kept candidates as problems, annotated shard by shard; `labels` and `counts` take what comes of it."""
@@ -159,24 +166,23 @@ def _write_problems(
     part: list[dict[str, Any]] = []
     indices: list[int] = []
     shard = 0
-    with Annotator(config.annotation, config.run.output / ANNOTATIONS) as annotate:
-        candidates = _candidates(directories, columns)
-        for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
-            name = config.sources[source].name
-            if reasons[index] != KEPT:
-                counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                continue
-            counts[f"{name}: problems"] += 1
-            domain, difficulty = labels.get(index)
-            part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
-            indices.append(index)
-            if len(part) == config.shard_size:
-                counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
-                part, indices, shard = [], [], shard + 1
-        if part:
+    candidates = _candidates(directories, columns)
+    for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
+        name = config.sources[source].name
+        if reasons[index] != KEPT:
+            counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            continue
+        counts[f"{name}: problems"] += 1
+        domain, difficulty = labels.get(index)
+        part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
+        indices.append(index)
+        if len(part) == config.shard_size:
             counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
-        counts.update(annotate.facts())
+            part, indices, shard = [], [], shard + 1
+    if part:
+        counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+    counts.update(annotate.facts())
 
 
 def _finish_shard(
