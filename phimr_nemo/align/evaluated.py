@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.distributed as dist
 
 from phimr_nemo.align.measuring import Measure
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig
-from phimr_nemo.evaluate.held_out import HeldOut, OwnEngine
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.training import platform
+
+if TYPE_CHECKING:
+    from phimr_nemo.evaluate.held_out import HeldOut, OwnEngine
 
 
 class Evaluated:
@@ -26,8 +30,13 @@ class Evaluated:
 
     def __init__(self, config: DPOConfig, run: RunDirectory, policy: MegatronPolicy) -> None:
         self._policy, asked = policy, config.evaluation
-        self._config, self._held_out, self._engine = asked, None, None
+        self._config = asked
+        self._held_out: HeldOut | None = None
+        self._engine: OwnEngine | None = None
         if asked is not None:
+            # What samples and grades is loaded where it is used.
+            from phimr_nemo.evaluate.held_out import HeldOut, OwnEngine
+
             self._held_out = HeldOut(run.path, asked, base=config.base, seed=config.run.seed)
             self._engine = OwnEngine(asked, config.base, config.model, config.sequence_length, platform.device())
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from phimr_nemo.endpoint.ask import Answers, AskedEndpoint, Asker, OpensModel, Prompt, Replied
-from phimr_nemo.endpoint.client import EndpointClient, RequestFailed
 from phimr_nemo.endpoint.journal import Journal, read_journal
 from phimr_nemo.endpoint.settings import read_key
-from phimr_nemo.endpoint.wire import ChatReply, ChatRequest
+from phimr_nemo.endpoint.wire import ChatReply, ChatRequest, RequestFailed
 
 __all__ = [
     "Answers",
@@ -14,7 +13,6 @@ __all__ = [
     "Asker",
     "ChatReply",
     "ChatRequest",
-    "EndpointClient",
     "Journal",
     "OpensModel",
     "Prompt",

@@ -17,7 +17,6 @@ from typing import Any, Final, Protocol
 
 from phimr_nemo.config import AskConfig, EndpointEngine, Prices
 from phimr_nemo.config.engine import QUESTION
-from phimr_nemo.endpoint.client import EndpointClient
 from phimr_nemo.endpoint.journal import Journal, read_journal
 from phimr_nemo.endpoint.settings import read_key
 from phimr_nemo.endpoint.wire import ChatReply, ChatRequest, RequestFailed
@@ -113,6 +112,9 @@ class AskedEndpoint:
         return asyncio.run(self._answer(questions, replied))
 
     async def _answer(self, questions: Iterator[tuple[str, Prompt]], replied: Replied) -> int:
+        # What speaks HTTP is loaded where there is something to ask.
+        from phimr_nemo.endpoint.client import EndpointClient
+
         async with EndpointClient(self._endpoint) as client:
 
             async def work() -> None:

@@ -17,7 +17,7 @@ from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_y
 from phimr_nemo.config.load import flat
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
-from phimr_nemo.jobs.kept import kept
+from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
 from phimr_nemo.jobs.preflight import preflight, record_inputs
@@ -201,7 +201,8 @@ def check_same_run(run: RunDirectory, config: Any) -> None:
         raise UserError(
             f"{run.path} holds a run with other settings ({'; '.join(different)})",
             rule="an output directory belongs to one configuration",
-            remedy="choose another run.output, or remove the directory",
+            remedy="choose another run.output, or remove the directory; `phimr continue` goes on from a training "
+            "run's checkpoint with other settings",
         )
 
 

@@ -21,7 +21,6 @@ from phimr_nemo.endpoint import (
     Asker,
     ChatReply,
     ChatRequest,
-    EndpointClient,
     Journal,
     Prompt,
     RequestFailed,
@@ -29,6 +28,7 @@ from phimr_nemo.endpoint import (
     read_key,
     watch,
 )
+from phimr_nemo.endpoint.client import EndpointClient
 from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.errors import UserError
 

@@ -71,7 +71,9 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         identity = content_identity(base, config.pairs)
         if isinstance(config.reference, StoredReference):
             computed = reference_identity(config, identity, pairs)
-            reference = stored_reference(run.path, config.reference.path, policy, pairs, pad_id, computed)
+            reference = stored_reference(
+                run.path, config.reference.path, policy, pairs, pad_id, computed, signals.stop_agreed
+            )
         else:
             # The policy is still the base here; a checkpoint is loaded after this.
             reference = None

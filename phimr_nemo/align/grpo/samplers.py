@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import Any, Final
 
 import torch.distributed as dist
 
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import GRPOConfig
-from phimr_nemo.evaluate.held_out import RUN_NAME_BYTES
 from phimr_nemo.generate.engines import SampledModel, ServerRun, open_engine
 from phimr_nemo.generate.sampler import Sampler, SamplingParams
 from phimr_nemo.training import platform
+
+RUN_NAME_BYTES: Final = 4
 
 
 def open_sampler(config: GRPOConfig, policy: MegatronPolicy, base_weights: str) -> Sampler:

@@ -25,7 +25,6 @@ from phimr_nemo.config import GRPOConfig, to_dict
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.rows.batches import EpochOrder
 from phimr_nemo.errors import Preempted
-from phimr_nemo.evaluate.held_out import HeldOut, lost_answers
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.responses import drop_later
 from phimr_nemo.store.runs import RunDirectory
@@ -139,6 +138,9 @@ def _measures(config: GRPOConfig, run: RunDirectory, rounds: Rounds) -> list[Mea
     """pass@1 on held-out questions, sampled by the engine of the rounds in all processes."""
     if config.evaluation is None:
         return []
+    # What grades is loaded where it is used.
+    from phimr_nemo.evaluate.held_out import HeldOut, lost_answers
+
     held_out = HeldOut(
         run.path, config.evaluation, base=config.base, seed=config.run.seed, sequence_length=config.sequence_length
     )

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import EndpointEngine
-from phimr_nemo.endpoint import ChatReply, ChatRequest, EndpointClient, Journal, RequestFailed, read_journal
+from phimr_nemo.endpoint import ChatReply, ChatRequest, Journal, RequestFailed, read_journal
 from phimr_nemo.endpoint.ask import cents
+from phimr_nemo.endpoint.client import EndpointClient
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import SamplingParams
