@@ -59,11 +59,12 @@ def keep_settings(groups: Sequence[dict[str, Any]], settings: Mapping[str, Any])
 def exempt_from_decay(groups: Sequence[dict[str, Any]]) -> None:
     """Take the weight decay from the parameter groups of biases and norms.
 
-    Megatron marks them (`wd_mult` 0) and leaves it to the schedule to act on the mark.
+    Megatron marks them (`wd_mult` 0, called `pre_wd_mult` in the groups of a checkpoint) and leaves it to the schedule
+    to act on the mark.
 
     Args:
         groups: of a Megatron optimizer.
     """
     for group in groups:
-        if group.get("wd_mult", 1.0) == 0.0:
+        if group.get("wd_mult", group.get("pre_wd_mult", 1.0)) == 0.0:
             group["weight_decay"] = 0.0

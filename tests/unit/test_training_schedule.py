@@ -115,14 +115,15 @@ def adam_groups(decay: float, beta: float = 0.9, eps: float = 1e-8) -> list[dict
 
 
 def test_a_continued_run_has_its_own_settings_and_not_those_of_the_checkpoint() -> None:
-    """The optimizer's state, loaded before the schedule's, brings groups of the old run, in another order."""
+    """The optimizer's state, loaded before the schedule's, brings the old run's groups, in another order and form."""
     optimizer = SimpleNamespace(param_groups=adam_groups(0.3, 0.8, 1e-6))
     scheduler = TrainerScheduler(optim("constant", lr=0.5), optimizer, 10)
-    optimizer.param_groups = [{**group, "lr": LR} for group in reversed(adam_groups(0.1))]
+    old = [{**group, "lr": LR, "pre_wd_mult": group.pop("wd_mult")} for group in adam_groups(0.1)]
+    optimizer.param_groups = [{name: group[name] for name in group if name != "wd_mult"} for group in reversed(old)]
     scheduler.load_state_dict({"step": 4})
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.95), 1e-6, 0.5)
-        assert group["weight_decay"] == 0.3 * group["wd_mult"]
+        assert group["weight_decay"] == 0.3 * group["pre_wd_mult"]
 
 
 def test_lightnings_adapter_keeps_the_new_settings_as_well() -> None:
