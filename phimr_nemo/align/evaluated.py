@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -23,12 +24,13 @@ class Evaluated:
         config: of the run.
         run: its directory.
         policy: what is trained.
+        trained: the questions that it is trained on.
 
     Raises:
-        UserError: an unreadable problems file.
+        UserError: an unreadable problems file, or questions that are trained on.
     """
 
-    def __init__(self, config: DPOConfig, run: RunDirectory, policy: MegatronPolicy) -> None:
+    def __init__(self, config: DPOConfig, run: RunDirectory, policy: MegatronPolicy, trained: Iterable[str]) -> None:
         self._policy, asked = policy, config.evaluation
         self._config = asked
         self._held_out: HeldOut | None = None
@@ -38,6 +40,7 @@ class Evaluated:
             from phimr_nemo.evaluate.held_out import HeldOut, OwnEngine
 
             self._held_out = HeldOut(run.path, asked, base=config.base, seed=config.run.seed)
+            self._held_out.check_apart(trained, config.pairs)
             self._engine = OwnEngine(asked, config.base, config.model, config.sequence_length, platform.device())
 
     def measures(self) -> list[Measure]:

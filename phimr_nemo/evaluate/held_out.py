@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 DIRECTORY: Final = "evaluation"
 CORRECT: Final = "correct"
+SHOWN_CHARS: Final = 80
 RUN_NAME_BYTES: Final = 4
 """Tells servers whose weights they are given."""
 
@@ -56,6 +57,7 @@ class HeldOut:
         self._tokenizer = load_tokenizer(base)
         table, _ = read_configured_problems(config.problems, seed)
         problems = table.select(["id", "question", "answer"]).to_pylist()
+        self._questions = {one["question"] for one in problems}
         prompts = render_prompts(
             self._tokenizer, [config.prompt.replace(QUESTION, one["question"]) for one in problems]
         )
@@ -76,6 +78,25 @@ class HeldOut:
             Request(f"{one['id']}:{index}", tuple(ids), content_seed(str(seed), one["id"], str(index)))
             for one, ids, index in asked
         ]
+
+    def check_apart(self, trained: Iterable[str], source: Path) -> None:
+        """Held-out questions are not trained on.
+
+        Args:
+            trained: the questions that are.
+            source: where they were read.
+
+        Raises:
+            UserError: some are.
+        """
+        shared = self._questions & set(trained)
+        if shared:
+            raise UserError(
+                f"{len(shared)} of {len(self._questions)} questions of evaluation.problems are trained on, in "
+                f"{source}; one is {min(shared)[:SHOWN_CHARS]!r}",
+                rule="pass@1 while training is measured on questions that are held out",
+                remedy="take them out of evaluation.problems, or out of the training data",
+            )
 
     def score(self, completions: Sequence[Completion], step: int) -> dict[str, float]:
         """Grade the completions of `requests`, in their order, and write them down.

@@ -59,8 +59,8 @@ def keep_settings(groups: Sequence[dict[str, Any]], settings: Mapping[str, Any])
 def exempt_from_decay(groups: Sequence[dict[str, Any]]) -> None:
     """Take the weight decay from the parameter groups of biases and norms.
 
-    Megatron marks them (`wd_mult` 0, `pre_wd_mult` in the groups of a checkpoint) and leaves it to the schedule to act
-    on the mark.
+    Megatron marks them (`wd_mult` 0, `pre_wd_mult` in groups of a checkpoint) and leaves it to the schedule to act on
+    the mark.
 
     Args:
         groups: of a Megatron optimizer.

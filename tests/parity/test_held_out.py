@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from distributed import RanksFailed
 from floor_runs import STEPS, go, make_inputs, same_weights, settings
 from rollout_server import RolloutServer
 from transformers import AutoModelForCausalLM
@@ -25,6 +26,7 @@ from phimr_nemo.generate.serving.weights import LOGPROBS, UNSYNCED, Identity, to
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.regime import LONG_WITH_ITS_LENGTH
 from phimr_nemo.store.runs import RunDirectory, read_metrics
+from phimr_nemo.store.shards import read_table
 from phimr_nemo.training.metrics import Stage
 from phimr_nemo.training.seal import checkpoint_step, checkpoints
 
@@ -247,6 +249,17 @@ def test_every_validation_batch_is_large_enough_for_the_ranks(count: int, sizes:
     batches = validation_batches(list(range(count)), 8)
     assert [len(batch) for batch in batches] == sizes
     assert [number for batch in batches for number in batch] == list(range(count))
+
+
+@pytest.mark.parametrize("stage", MEASURED)
+def test_questions_that_are_trained_on_are_not_held_out(stage: Stage, inputs: Path, tmp_path: Path) -> None:
+    question = read_table(inputs / "align" / "prompts", "prompts", ["question"])["question"][3].as_py()
+    rows = [{"question": text, "answer": "1"} for text in ("What is 3?", question)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    problems = f"evaluation.problems={{kind: file, path: {tmp_path / 'problems.jsonl'}}}"
+    overrides = [item for item in evaluation(1) if "problems" not in item]
+    with pytest.raises(RanksFailed, match=r"1 of 2 questions of evaluation\.problems are trained on"):
+        go(stage, [*settings(stage, inputs, tmp_path / "run"), *overrides, problems])
 
 
 # ---- engines -----------------------------------------------------------------------------------------------

@@ -82,7 +82,9 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         counters = checkpoints.restore()
         with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
             log = DPOLog(lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model))
-            measures, engine = _measures(config, run, policy, validation, lambda: trainer)
+            asked = (pairs.questions[number] for number in training)
+            evaluated = Evaluated(config, run, policy, asked)
+            measures = [*evaluated.measures(), *_validation(config, policy, validation, lambda: trainer)]
             measuring = Measuring(measures, run.path, lines, last=steps)
             trainer = _trainer(
                 config,
@@ -109,7 +111,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
             store.finish_writing(wait=True)
             if trainer.step == steps:
                 measuring.after(steps)
-            engine.close()
+            evaluated.close()
     converged = judge.has_converged(trainer.step)
     if trainer.step < steps and not converged:
         raise Preempted(f"dpo stopped at step {trainer.step} of {steps}; run the same command to continue")
@@ -156,22 +158,14 @@ def _measured_every(config: DPOConfig) -> int:
     return config.validate_every if metric.startswith(PREFIX) else config.checkpoint.every
 
 
-def _measures(
-    config: DPOConfig,
-    run: RunDirectory,
-    policy: MegatronPolicy,
-    validation: Sequence[int],
-    trainer: Callable[[], Any],
-) -> tuple[list[Measure], Evaluated]:
-    """What is measured between steps, and the engine behind pass@1."""
-    evaluated = Evaluated(config, run, policy)
-    measures = evaluated.measures()
-    if validation:
-        batches = validation_batches(validation, config.global_batch)
-        measures.append(
-            Measure(config.validate_every, f"{PREFIX}loss", lambda _: validate(trainer(), policy, batches))
-        )
-    return measures, evaluated
+def _validation(
+    config: DPOConfig, policy: MegatronPolicy, numbers: Sequence[int], trainer: Callable[[], Any]
+) -> list[Measure]:
+    """The measurement on the validation pairs, if there are any."""
+    if not numbers:
+        return []
+    batches = validation_batches(numbers, config.global_batch)
+    return [Measure(config.validate_every, f"{PREFIX}loss", lambda _: validate(trainer(), policy, batches))]
 
 
 def _batch_rows(config: DPOConfig, pairs: Pairs, order: TrainingOrder, step: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from phimr_nemo.align.compat import MegatronPretrainingBatchSampler
 from phimr_nemo.align.grpo.log import GRPOLog
 from phimr_nemo.align.grpo.objective import GRPOObjective
 from phimr_nemo.align.grpo.responses import KeptResponses
-from phimr_nemo.align.grpo.rollouts import load_prompts
+from phimr_nemo.align.grpo.rollouts import PromptSet, load_prompts
 from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
 from phimr_nemo.align.grpo.samplers import open_sampler
 from phimr_nemo.align.grpo.trainer import GRPOTrainer, RoundInterrupted
@@ -75,7 +75,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
             sinks = lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model)
             log = GRPOLog(*sinks, monitor=config.monitor, directory=run.path)
             drop_later(run.path, counters["step"])
-            measuring = Measuring(_measures(config, run, rounds), run.path, lines, last=config.steps)
+            measuring = Measuring(_measures(config, run, rounds, prompts), run.path, lines, last=config.steps)
             trainer = GRPOTrainer(
                 config=config,
                 prompts=prompts,
@@ -134,7 +134,7 @@ def _measured_every(config: GRPOConfig) -> int:
     return config.checkpoint.every
 
 
-def _measures(config: GRPOConfig, run: RunDirectory, rounds: Rounds) -> list[Measure]:
+def _measures(config: GRPOConfig, run: RunDirectory, rounds: Rounds, prompts: PromptSet) -> list[Measure]:
     """pass@1 on held-out questions, sampled by the engine of the rounds in all processes."""
     if config.evaluation is None:
         return []
@@ -144,6 +144,7 @@ def _measures(config: GRPOConfig, run: RunDirectory, rounds: Rounds) -> list[Mea
     held_out = HeldOut(
         run.path, config.evaluation, base=config.base, seed=config.run.seed, sequence_length=config.sequence_length
     )
+    held_out.check_apart((prompt.question for prompt in prompts.prompts), config.prompts)
 
     def pass1(step: int) -> dict[str, float]:
         completions = rounds.ask(step, held_out.requests, held_out.params)
