@@ -91,7 +91,7 @@ def shown(run: Path, *options: str) -> str:
 
 def test_the_terminal_shows_prompt_response_reward_and_verdict(tmp_path: Path) -> None:
     hostile = "\x1b[2Jgone <think>[bold]x[/bold]"
-    [first, *others] = rows(3)
+    [first, *others] = rows(3, 10)
     write_responses(tmp_path, 10, [{**first, "response": hostile}, *others])
     write_responses(tmp_path, 20, rows(6, 20))
     newest = shown(tmp_path, "-n", "1")
@@ -105,7 +105,7 @@ def test_the_terminal_shows_prompt_response_reward_and_verdict(tmp_path: Path) -
     assert f"question: {first['question']}" in old
     assert "reward 1" in old
     wrong = shown(tmp_path, "--step", "10", "--verdict", "wrong")
-    assert wrong.count("--- step 10") == sum(row["verdict"] == "wrong" for row in rows(3))
+    assert wrong.count("--- step 10") == sum(row["verdict"] == "wrong" for row in rows(3, 10))
     assert "none of 3 responses is timeout" in shown(tmp_path, "--step", "10", "--verdict", "timeout")
 
 
