@@ -15,6 +15,7 @@ from phimr_nemo.cli.bridge import bridge
 from phimr_nemo.cli.data import data_app
 from phimr_nemo.cli.help import StageCommand
 from phimr_nemo.cli.options import ConfigFile, Overrides
+from phimr_nemo.cli.runs import report, responses, status
 from phimr_nemo.errors import UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
 from phimr_nemo.jobs.cluster import check_layout, parse_allocation
@@ -215,17 +216,6 @@ def _parse_seeds(text: str) -> list[int]:
 
 
 @app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Outputs of quickstart or evaluate, or directories above them.")],
-    out: Annotated[Path, typer.Option(help="Where to write page, tables and plots.")] = Path("runs/report"),
-) -> None:
-    """Scores with their errors, models compared, the paper's numbers, training and data: report.html, report.md."""
-    from phimr_nemo.jobs.quickstart import write_report
-
-    write_report(runs, out)
-
-
-@app.command()
 def adopt(
     source: Annotated[Path, typer.Argument(help="A Phi-family Hugging Face directory with its tokenizer.")],
     target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],
@@ -338,28 +328,26 @@ def sample(
 
 app.command("serve")(serve)
 app.command("launch")(launch_on_cluster)
+app.command()(report)
+app.command()(status)
+app.command()(responses)
 
 
-@app.command()
-def status(
-    root: Annotated[Path, typer.Argument(help="Directory with runs in it.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of the table.")] = False,
-    prometheus: Annotated[
-        Path | None, typer.Option(help="Also write a text file for node_exporter's textfile collector.")
-    ] = None,
+@app.command("continue")
+def continue_run(
+    run: Annotated[Path, typer.Argument(help="The run directory of midtrain, sft, dpo or grpo to go on from.")],
+    target: Annotated[Path, typer.Argument(help="The new run's directory.")],
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(help="The checkpoint's step; default the newest.")] = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Where every run below a directory stands: stage, step, ETA, speed, loss or reward, restarts, queue state."""
-    from rich.console import Console
+    """A new run from another's checkpoint: a finished run with more steps, or an earlier step with another rate."""
+    from phimr_nemo.jobs.continuing import continuation
 
-    from phimr_nemo.jobs import status as runs
-
-    found = runs.status(root)
-    if as_json:
-        say(runs.status_json(found))
-    else:
-        Console(highlight=False).print(runs.status_table(found, root))
-    if prometheus is not None:
-        runs.write_prometheus(prometheus, found)
+    going_on = continuation(run, target, step, overrides or [])
+    if not dry_run:
+        going_on.begin()
+    _run_stage(going_on.stage, going_on.settings, going_on.config, dry_run)
 
 
 @app.command()

@@ -17,8 +17,8 @@ from typing import Final
 from phimr_nemo.config import QuickstartConfig, load_config
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.jobs.closing import PART_OF
+from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.demonstration import answers, to_type
-from phimr_nemo.jobs.kept import kept
 from phimr_nemo.process.children import run_child
 from phimr_nemo.process.stopping import CONTINUE, KEPT
 from phimr_nemo.store.progress import duration

@@ -302,6 +302,15 @@ def _check_family(config: Mapping[str, Any]) -> None:
             raise unsupported(f"{name} = {config[name]!r}", f"{name} is {value!r}")
 
 
+def is_phi(directory: Path) -> bool:
+    """Whether a directory holds a model of this family; what cannot be read is left to `Architecture` to refuse."""
+    try:
+        config = read_json(directory / CONFIG_FILE)
+    except (OSError, ValueError):
+        return True
+    return not isinstance(config, dict) or config.get("model_type") == MODEL_TYPE
+
+
 def _token_id(config: Mapping[str, Any], name: str, vocabulary: int) -> int | None:
     """A token's id; None where the config says that there is none, or where transformers' default is beyond it."""
     if name not in config:

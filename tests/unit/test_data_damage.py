@@ -129,7 +129,7 @@ def test_names_with_dots_reach_through_json_text_and_messages() -> None:
 
 
 def test_nulls_in_the_first_row_and_in_lists_cost_nothing_else(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"question": "first q?", "answer": None, "tries": None},
         {"question": "a q?", "answer": "1", "tries": [r"x \boxed{1}", None, ""]},
         {"question": "b q?", "answer": "2", "tries": None},
