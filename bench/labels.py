@@ -24,9 +24,9 @@ from common import machine, print_result, versions
 
 from phimr_nemo.config import EvaluationSetConfig, PrepareConfig, RunConfig, SourceConfig
 from phimr_nemo.data.prepare.decontaminate import EvaluationIndex, evaluation_questions
-from phimr_nemo.data.prepare.stage import run_prepare
 from phimr_nemo.data.sources.normalise import clean, comparison_tokens
 from phimr_nemo.data.sources.wrapping import bare_question
+from phimr_nemo.jobs.composed import run_prepare
 from phimr_nemo.store.shards import read_manifest
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]

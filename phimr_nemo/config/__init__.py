@@ -27,7 +27,6 @@ from phimr_nemo.config.data import (
 )
 from phimr_nemo.config.dpo import DPOConfig
 from phimr_nemo.config.engine import (
-    AskConfig,
     EndpointConfig,
     EndpointEngine,
     Engine,
@@ -43,8 +42,11 @@ from phimr_nemo.config.evaluation import (
     EvaluateConfig,
     EvaluatedProblems,
     ExportConfig,
+    HeldOutConfig,
+    TrainingEvaluationConfig,
 )
 from phimr_nemo.config.generation import (
+    AskConfig,
     FileProblems,
     GenerateConfig,
     JudgeConfig,
@@ -65,7 +67,6 @@ from phimr_nemo.config.supervised import (
     OverlapConfig,
     SFTConfig,
     SupervisedConfig,
-    TrainingEvaluationConfig,
 )
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
@@ -93,6 +94,7 @@ __all__ = [
     "GenerationPlanConfig",
     "GoldConfig",
     "GuardConfig",
+    "HeldOutConfig",
     "JudgeConfig",
     "LocalEngine",
     "LongRopePolicy",

@@ -21,7 +21,7 @@ from phimr_nemo.config.common import (
     ShardConfig,
     Share,
 )
-from phimr_nemo.config.engine import AskConfig
+from phimr_nemo.config.generation import AskConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 from phimr_nemo.store.records import DIFFICULTIES, Difficulty
 
@@ -148,7 +148,7 @@ class AnnotationConfig:
     """Domain and difficulty for problems whose source tells none.
 
     Attributes:
-        ask: the annotator, a model behind an OpenAI-compatible endpoint; None = rules alone.
+        ask: the annotator, a model; None = rules alone.
     """
 
     ask: AskConfig | None = None

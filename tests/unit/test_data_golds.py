@@ -24,12 +24,11 @@ from phimr_nemo.config.generation import RecordProblems
 from phimr_nemo.config.rules import RuleBroken
 from phimr_nemo.data.curate.stage import run_curate
 from phimr_nemo.data.prepare.golds import Candidate, Settled, settle
-from phimr_nemo.data.prepare.stage import run_prepare
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import read_configured_problems
+from phimr_nemo.jobs.composed import run_prepare, run_verify
 from phimr_nemo.store.shards import read_manifest, read_table
 from phimr_nemo.verify.answer import Grader
-from phimr_nemo.verify.stage import run_verify
 
 QUESTION = "A farmer has 3 pens with 4 sheep each and sells 5 of them. How many remain?"
 

@@ -23,9 +23,9 @@ from phimr_nemo.config import (
     SourceConfig,
 )
 from phimr_nemo.data.prepare import stage as module
-from phimr_nemo.data.prepare.stage import run_prepare
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import read_configured_problems
+from phimr_nemo.jobs.composed import run_prepare
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.store.shards import read_manifest, read_table
 

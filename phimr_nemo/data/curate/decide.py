@@ -218,7 +218,11 @@ def save_decisions(decisions: Decisions, path: Path) -> None:
     prompts = decisions.prompts or ChosenPrompts(np.zeros(0, np.int64), *(np.zeros(0),) * 3)
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.array(sorted(decisions.fates), "U16"), allow_pickle=False)
-        np.save(file, np.array([decisions.problems, decisions.ungraded, decisions.prompts is not None], np.int64))
+        np.save(
+            file,
+            np.array([decisions.problems, decisions.ungraded, decisions.prompts is not None], np.int64),
+            allow_pickle=False,
+        )
         arrays = [decisions.fates[name] for name in sorted(decisions.fates)]
         arrays += [getattr(decisions, name) for name in _ARRAYS]
         for array in (*arrays, *(getattr(prompts, item.name) for item in fields(ChosenPrompts))):

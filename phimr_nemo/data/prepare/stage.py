@@ -48,6 +48,7 @@ from phimr_nemo.data.prepare.dedup import (
 from phimr_nemo.data.prepare.golds import Golds, settle_golds
 from phimr_nemo.data.prepare.written import CONFLICTS_FILE, examples_of, inputs_of, write_conflicts
 from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
+from phimr_nemo.endpoint import OpensModel
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.lease import FreeUnits
@@ -82,8 +83,12 @@ DROP_REASONS: Final = {
 DUPLICATE_TRAJECTORY: Final = "trajectories that repeat another of the same problem"
 
 
-def run_prepare(config: PrepareConfig) -> dict[str, Any]:
+def run_prepare(config: PrepareConfig, open_model: OpensModel) -> dict[str, Any]:
     """Write problems, rollouts and the list of what was dropped; what is finished is kept.
+
+    Args:
+        config: of the stage.
+        open_model: opens the annotator, where there is one.
 
     Returns:
         Rows of both record directories and all counts.
@@ -95,7 +100,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
     if not is_complete(output / PROBLEMS, "problems"):
         with team_of(config.shard, output) as team:
-            _prepare(config, team)
+            _prepare(config, team, open_model)
     if (output / CANDIDATES).is_dir():
         # All tasks of an array come here.
         shutil.rmtree(output / CANDIDATES, ignore_errors=True)
@@ -106,7 +111,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     return rows | dict(manifests[PROBLEMS].counts)
 
 
-def _prepare(config: PrepareConfig, team: Team) -> None:
+def _prepare(config: PrepareConfig, team: Team, open_model: OpensModel) -> None:
     """The processes of an array share the sources; the first that finds all of them read does the rest alone."""
     output = config.run.output
     directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
@@ -122,7 +127,7 @@ def _prepare(config: PrepareConfig, team: Team) -> None:
         title="sources",
     )
     for _ in FreeUnits([0], team.leases, name="reduce", is_done=is_prepared, wait=True).one_by_one():
-        _reduce(config, directories)
+        _reduce(config, directories, open_model)
 
 
 def _collect(config: PrepareConfig, item: tuple[SourceConfig, Path]) -> None:
@@ -136,7 +141,7 @@ def _evaluation(config: DecontaminationConfig | None) -> EvaluationIndex | None:
     return read_index(config) if config is not None else None
 
 
-def _reduce(config: PrepareConfig, directories: list[Path]) -> None:
+def _reduce(config: PrepareConfig, directories: list[Path], open_model: OpensModel) -> None:
     """What is decided over all sources, and the record directories."""
     output = config.run.output
     permutations = config.near_duplicates.permutations if config.near_duplicates else 0
@@ -154,7 +159,8 @@ def _reduce(config: PrepareConfig, directories: list[Path]) -> None:
     counts.update(golds.counts)
     labels = Annotations(directories, duplicates)
     made_of = inputs_of(config)
-    _write_problems(config, directories, duplicates, golds, labels, counts)
+    with Annotator(config.annotation, output / ANNOTATIONS, open_model) as annotate:
+        _write_problems(config, directories, duplicates, golds, labels, annotate, counts)
     if counts["trajectories"]:
         rollouts = Counter[str]()
         rows = _rollouts(directories, names, duplicates, golds, labels, rollouts)
@@ -218,6 +224,7 @@ def _write_problems(
     duplicates: Duplicates,
     golds: Golds,
     labels: Annotations,
+    annotate: Annotator,
     counts: Counter[str],
 ) -> None:
     """The kept candidates as problems, annotated shard by shard; `labels` and `counts` take what comes of it."""
@@ -227,25 +234,24 @@ def _write_problems(
     part: list[dict[str, Any]] = []
     indices: list[int] = []
     shard = 0
-    with Annotator(config.annotation, config.run.output / ANNOTATIONS) as annotate:
-        candidates = _candidates(directories, columns)
-        for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
-            name = config.sources[source].name
-            if reasons[index] != KEPT:
-                counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                continue
-            counts[f"{name}: problems"] += 1
-            domain, difficulty = labels.get(index)
-            row |= _settled(row, index, golds)
-            part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
-            indices.append(index)
-            if len(part) == config.shard_size:
-                counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
-                part, indices, shard = [], [], shard + 1
-        if part:
+    candidates = _candidates(directories, columns)
+    for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
+        name = config.sources[source].name
+        if reasons[index] != KEPT:
+            counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            continue
+        counts[f"{name}: problems"] += 1
+        domain, difficulty = labels.get(index)
+        row |= _settled(row, index, golds)
+        part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
+        indices.append(index)
+        if len(part) == config.shard_size:
             counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
-        counts.update(annotate.facts())
+            part, indices, shard = [], [], shard + 1
+    if part:
+        counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+    counts.update(annotate.facts())
 
 
 def _settled(row: dict[str, Any], index: int, golds: Golds) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Every row comes with its place ("line 12"), so that a message can name it.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -16,13 +17,12 @@ from typing import Any, BinaryIO, Final, cast
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.inputs import table_remedy
+from phimr_nemo.store.unpacking import LINE_BYTES, MAX_ROW_BYTES, Allowance, parquet_batches
 
 Row = dict[str, Any]
 
-MAX_LINE_BYTES: Final = 64 << 20
-MAX_JSON_BYTES: Final = 2 << 30
+CHUNK_BYTES: Final = 1 << 20
 MAX_DIGITS: Final = 4_000
-PARQUET_BATCH_ROWS: Final = 1024
 COMPRESSIONS: Final = (".gz", ".zst")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
@@ -131,7 +131,10 @@ def _rows_of_text(path: Path, ending: str) -> Iterator[tuple[str, Any]]:
         if ending == ".json" and _is_array(file):
             yield from _rows_of_array(path, file)
         elif ending == ".json" and _is_one_object(file):
-            yield "the file", _parse(path, "the file", _read_whole(path, file))
+            text = file.read(MAX_ROW_BYTES + 1)
+            if len(text) > MAX_ROW_BYTES:
+                raise _malformed(path, "the file", f"is one object of more than {MAX_ROW_BYTES} bytes")
+            yield "the file", _parse(path, "the file", text)
         else:
             yield from _rows_of_lines(path, file)
 
@@ -158,27 +161,71 @@ def _is_one_object(file: io.BufferedReader) -> bool:
 
 
 def _rows_of_array(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    for index, value in enumerate(_parse(path, "the file", _read_whole(path, file))):
-        yield f"item {index + 1}", value
+    """The items of a JSON array, one at a time."""
+    allowance, decoder, number = Allowance(path), json.JSONDecoder(parse_int=_whole_number), 0
+    stream = codecs.getreader("utf-8-sig")(file)
+    text = _refill(path, stream, "", allowance).lstrip().removeprefix("[")
+    first = True
+    while True:
+        text = text.lstrip() or _refill(path, stream, "", allowance).lstrip()
+        if text.startswith("]"):
+            break
+        if not first:
+            if not text.startswith(","):
+                raise _malformed(path, "the file", f"is not JSON: no comma after item {number}")
+            text = text[1:]
+        first, number = False, number + 1
+        allowance.spend(LINE_BYTES)
+        value, text = _item(path, stream, text, decoder, number, allowance)
+        yield f"item {number}", value
+    if text[1:].strip() or _refill(path, stream, "", allowance).strip():
+        raise _malformed(path, "the file", "is not JSON: more after its array")
 
 
-def _read_whole(path: Path, file: BinaryIO) -> bytes:
-    data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise UserError(
-            f"{path} holds more than {MAX_JSON_BYTES} bytes of JSON",
-            rule="a JSON array or a single object is read whole, so its size is bounded",
-            remedy="convert it to JSONL or parquet",
-        )
-    return data
+def _item(
+    path: Path, stream: codecs.StreamReader, text: str, decoder: json.JSONDecoder, number: int, allowance: Allowance
+) -> tuple[Any, str]:
+    """One item, and the text behind it. Reads on until the item is whole."""
+    while True:
+        text = text.lstrip()
+        try:
+            value, end = decoder.raw_decode(text)
+            # A number may go on.
+            if end < len(text):
+                return value, text[end:]
+            problem = ""
+        except RecursionError as error:
+            raise _malformed(path, f"item {number}", f"is not JSON: {error}") from error
+        except ValueError as error:
+            problem = str(error)[:200]
+        if len(text) > MAX_ROW_BYTES:
+            raise _malformed(
+                path, f"item {number}", f"is longer than {MAX_ROW_BYTES} bytes, or is not JSON: {problem}"
+            )
+        # Twice as much each time, so that a long item is not read over and over.
+        more = _refill(path, stream, text, allowance)
+        if len(more) == len(text):
+            raise _malformed(path, "the file", f"is not JSON: it ends within item {number}: {problem}")
+        text = more
+
+
+def _refill(path: Path, stream: codecs.StreamReader, text: str, allowance: Allowance) -> str:
+    """The text and as much again of the file."""
+    try:
+        more = stream.read(max(CHUNK_BYTES, len(text)))
+    except UnicodeDecodeError as error:
+        raise _malformed(path, "the file", f"is not JSON: {str(error)[:200]}") from error
+    allowance.spend(len(more))
+    return text + more
 
 
 def _rows_of_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
+    number, allowance = 0, Allowance(path)
+    while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise _malformed(path, f"line {number}", f"is longer than {MAX_LINE_BYTES} bytes")
+        allowance.spend(max(len(line), LINE_BYTES))
+        if len(line) > MAX_ROW_BYTES:
+            raise _malformed(path, f"line {number}", f"is longer than {MAX_ROW_BYTES} bytes")
         if line.strip():
             yield f"line {number}", _parse(path, f"line {number}", line)
 
@@ -197,16 +244,20 @@ def _whole_number(digits: str) -> int | str:
 
 def _rows_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        for batch in parquet_batches(path):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except MemoryError as error:
+        raise UserError(
+            f"{path} needs more memory than there is: {str(error)[:200]}",
+            rule="a batch of rows is in memory at a time",
+            remedy="write it in smaller row groups",
+        ) from error
+    except (pa.ArrowException, ValueError) as error:
         raise _damaged(path, error) from error
 
 

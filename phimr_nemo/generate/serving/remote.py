@@ -19,8 +19,9 @@ from typing import Any, Final
 
 from phimr_nemo.config import EndpointEngine
 from phimr_nemo.data.parallel import ALONE, Team
-from phimr_nemo.endpoint import ChatReply, ChatRequest, EndpointClient, Journal, RequestFailed, read_journal
+from phimr_nemo.endpoint import ChatReply, ChatRequest, Journal, RequestFailed, read_journal
 from phimr_nemo.endpoint.ask import cents
+from phimr_nemo.endpoint.client import EndpointClient
 from phimr_nemo.endpoint.wire import EMPTY_REPLY
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
