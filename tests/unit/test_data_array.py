@@ -17,9 +17,9 @@ import pytest
 from phimr_nemo.config import CurateConfig, PrepareConfig, ShardConfig, load_config, to_yaml
 from phimr_nemo.data.curate import decide, pairing, sets, stage, survey
 from phimr_nemo.data.curate.stage import run_curate
-from phimr_nemo.data.prepare.stage import run_prepare
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
+from phimr_nemo.jobs.composed import run_prepare
 from phimr_nemo.store import lease
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
