@@ -22,6 +22,7 @@ from phimr_nemo.jobs.cluster import check_layout, parse_allocation
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
 from phimr_nemo.process.stopping import stoppable
 from phimr_nemo.store.atomic import keep_others_from_writing
+from phimr_nemo.text.printable import say
 
 app = typer.Typer(
     name="phimr",
@@ -36,7 +37,7 @@ app.command()(bridge)
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"phimr-nemo {__version__}")
+        say(f"phimr-nemo {__version__}")
         raise typer.Exit
 
 
@@ -83,9 +84,9 @@ def _run_stage(
         resolved: Any = load_config(STAGES[stage], path, overrides or [])
         if allocation is not None:
             check_layout(stage, resolved, *parse_allocation(allocation))
-        typer.echo(to_yaml(resolved), nl=False)
+        say(to_yaml(resolved), end="")
         for name, value in derived_numbers(stage, resolved).items():
-            typer.echo(f"# {name}: {value}")
+            say(f"# {name}: {value}")
         return resolved
     started = time.monotonic()
     resolved = start_stage(stage, path, overrides or [], is_default=config is None)
@@ -101,7 +102,7 @@ def _close(stage: str, resolved: Any, preset: Path, seconds: float) -> None:
     if os.environ.get("RANK", "0") != "0" or CHECKED in os.environ:
         return
     for line in closing_lines(stage, resolved, preset, seconds, is_part=PART_OF in os.environ):
-        typer.echo(line)
+        say(line)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -145,7 +146,7 @@ def export(
     resolved = _run_stage("export", overrides, config, dry_run)
     if push_to_hub is not None and not dry_run:
         with stoppable("the upload"):
-            typer.echo(push(resolved.run.output / "hf", push_to_hub, private=not public))
+            say(push(resolved.run.output / "hf", push_to_hub, private=not public))
 
 
 @app.command(cls=StageCommand)
@@ -176,7 +177,7 @@ def verify(
     from phimr_nemo.verify.stage import verify_file
 
     counts = verify_file(Path(given[0]), Path(given[1]), response=response, answer=answer, workers=workers)
-    typer.echo("  ".join(f"{name}: {count}" for name, count in counts.items()))
+    say("  ".join(f"{name}: {count}" for name, count in counts.items()))
 
 
 @app.command(cls=StageCommand)
@@ -194,7 +195,7 @@ def quickstart(
     numbers = _parse_seeds(seeds)
     if dry_run:
         for step in plan_quickstart(path, numbers, out, overrides or []):
-            typer.echo(step)
+            say(step)
         return
     with stoppable("quickstart"):
         run_quickstart(path, numbers, out, overrides or [])
@@ -228,7 +229,7 @@ def adopt(
         from phimr_nemo.model.adopt import adopt as adopt_model
 
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
-    typer.echo(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
+    say(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
 
 
 @app.command("import")
@@ -244,7 +245,7 @@ def import_model(
         from phimr_nemo.model.files.gguf import import_gguf
 
         architecture = import_gguf(source, target, system_prompt=system_prompt)
-    typer.echo(f"{target}: {architecture.num_parameters:,} parameters")
+    say(f"{target}: {architecture.num_parameters:,} parameters")
 
 
 @app.command()
@@ -273,7 +274,7 @@ def convert(
         from phimr_nemo.supervised.conversion import convert as convert_checkpoint
 
         kind = convert_checkpoint(source, target, kind=to, layout=ParallelConfig(tensor=tp, pipeline=pp), hf=hf)
-    typer.echo(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
+    say(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
 
 
 ModelDirectory = Annotated[Path, typer.Argument(help="A Hugging Face directory: an export, or any stage's hf/.")]

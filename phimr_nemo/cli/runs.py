@@ -7,6 +7,8 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from phimr_nemo.text.printable import printable, say
+
 Verdict = Literal["correct", "wrong", "unparsable", "timeout", "error"]
 SHOWN_CHARS: Final = 4_000
 """Of a response in the terminal, its beginning and its end: a reasoning model writes tens of thousands."""
@@ -26,7 +28,7 @@ def status(
 
     found = runs.status(root)
     if as_json:
-        typer.echo(runs.status_json(found))
+        say(runs.status_json(found))
     else:
         Console(highlight=False).print(runs.status_table(found, root))
     if prometheus is not None:
@@ -73,10 +75,8 @@ def responses(
 
 
 def _show(console: Any, row: dict[str, Any], *, whole: bool) -> None:
-    from phimr_nemo.generate.chat import printable
-
     fate = ", ".join(word for word, said in (("truncated", row["truncated"]), ("trained on", row["trained"])) if said)
-    head = f"step {row['step']}, prompt {row['prompt_id']}, sample {row['sample']}: {row['verdict']}"
+    head = f"step {row['step']}, prompt {printable(row['prompt_id'])}, sample {row['sample']}: {row['verdict']}"
     numbers = f"reward {row['reward']:g}, {row['tokens']} tokens{', ' if fate else ''}{fate}"
     console.print(f"--- {head}, {numbers}", style="bold")
     console.print(f"question: {printable(row['question'])}")

@@ -27,6 +27,7 @@ from phimr_nemo.config.common import (
     Share,
 )
 from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
+from phimr_nemo.redact import shown_variable
 
 QUESTION: Final = "{question}"
 """Where a prompt holds the question; by itself the prompt that adds nothing."""
@@ -45,10 +46,11 @@ def _holds_question(prompt: str) -> str:
 
 
 def _variable(name: str) -> str:
-    if not VARIABLE_NAME.fullmatch(name):
+    if not VARIABLE_NAME.fullmatch(name) or shown_variable(name) != name:
         raise RuleBroken(
             f"{KEY} is not the name of an environment variable (it is not repeated here)",
-            rule="a name is made of letters, digits and underscores; the key itself never stands in a setting",
+            rule="a name is set in the environment, or made of capitals, digits and underscores; "
+            "the key itself never stands in a setting",
             remedy=f"export ENDPOINT_KEY=..., and {KEY}=ENDPOINT_KEY",
         )
     return name

@@ -142,6 +142,7 @@ class AskedEndpoint:
             max_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
+            may_be_empty=True,
         )
 
     def close(self) -> None:

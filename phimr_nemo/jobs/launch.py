@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
+from phimr_nemo.config import STAGES, CurateConfig, ParallelConfig, PrepareConfig, load_config, to_dict, to_yaml
 from phimr_nemo.config.load import flat
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
@@ -22,6 +22,7 @@ from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
 from phimr_nemo.jobs.preflight import preflight, record_inputs
 from phimr_nemo.process.children import follow_parent
+from phimr_nemo.process.heartbeat import start_beating
 from phimr_nemo.process.stopping import KEPT, stoppable
 from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
@@ -120,7 +121,8 @@ def _works_alone(config: Any) -> bool:
 
     Slurm starts one job of a name at a time; a lock that a lost node has left behind must not stop the next one.
     """
-    return not hasattr(config, "shard") and "SLURM_JOB_ID" not in os.environ
+    decides = isinstance(config, CurateConfig | PrepareConfig) and config.shard.count == 1
+    return (decides or not hasattr(config, "shard")) and "SLURM_JOB_ID" not in os.environ
 
 
 def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool) -> None:
@@ -226,6 +228,7 @@ def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default:
         check_default(stage, path)
     if is_rank(resolved):
         follow_parent()
+        start_beating()
     with stoppable(stage, lambda: kept(resolved.run.output)):
         if CHECKED not in os.environ:
             preflight(stage, resolved)

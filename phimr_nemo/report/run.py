@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from phimr_nemo.generate.chat import printable
 from phimr_nemo.report import data_figures as figures
 from phimr_nemo.report.collect import (
     Evaluated,
@@ -31,12 +30,14 @@ from phimr_nemo.report.tables import (
     difference_table,
     length_table,
     markdown,
+    markdown_text,
     measured,
     score_table,
 )
 from phimr_nemo.store.atomic import atomic_write_text
 from phimr_nemo.store.responses import kept_steps, read_responses
 from phimr_nemo.store.runs import NEWEST_SHARE, newest_mean
+from phimr_nemo.text.printable import printable
 
 PAGE: Final = "report.html"
 MARKDOWN: Final = "report.md"
@@ -121,8 +122,11 @@ def write_run_report(roots: Sequence[Path], out: Path) -> Path:
 
 
 def _in_markdown(section: Section) -> str:
-    tables = [f"### {table.title}\n\n{markdown(table)}\n{table.note}\n" for table in section.tables]
-    return "\n".join([f"## {section.title}\n", *tables])
+    tables = [
+        f"### {markdown_text(table.title)}\n\n{markdown(table)}\n{markdown_text(table.note)}\n"
+        for table in section.tables
+    ]
+    return "\n".join([f"## {markdown_text(section.title)}\n", *tables])
 
 
 def _scores(benchmarks: Mapping[str, Mapping[str, Seeds]], out: Path) -> Section:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from phimr_nemo.evaluate.held_out import HeldOut, OwnEngine
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.supervised.callbacks import RunMonitor
-from phimr_nemo.training.distributed import exported
+from phimr_nemo.training.distributed import exported, wait_for_all
 
 
 class TrainingEvaluation(pl.Callback):
@@ -45,7 +45,7 @@ class TrainingEvaluation(pl.Callback):
         else:
             for _ in tensors:
                 continue
-        dist.barrier()
+        wait_for_all(f"problems are answered at step {trainer.global_step}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Close what the engine holds."""

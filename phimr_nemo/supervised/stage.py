@@ -30,6 +30,7 @@ from phimr_nemo.training.distributed import (
     PreemptionGuard,
     export_checkpoint,
     exported,
+    limit_collectives,
     quiet_libraries,
     write_hf_export,
 )
@@ -64,6 +65,9 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
     _require_transformer_engine(config)
     platform.prepare()
     quiet_libraries()
+    if config.model.deterministic:
+        platform.make_deterministic()
+    limit_collectives(config.parallel)
     steps = data.steps
     run = RunDirectory(config.run.output)
     started = time.monotonic()

@@ -27,6 +27,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import rows_to_table
+from phimr_nemo.verify.gold import alternatives
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,6 +75,10 @@ def judge_prompt(reference: str, candidate: str) -> Prompt | None:
         f"<{name}-{mark}>{text}</{name}-{mark}>" for name, text in zip(("reference", "candidate"), texts, strict=True)
     )
     return Prompt(system=SYSTEM_PROMPT, user="\n".join(lines))
+
+
+def _reference(answer: str) -> str:
+    return " or ".join(alternatives(answer))
 
 
 def parse_opinion(reply: str | None) -> Opinion | None:
@@ -133,7 +138,9 @@ class Judge:
         """
         rows = verdicts.to_pylist()
         prompts = [
-            judge_prompt(row["answer"], row["extracted"]) if row["verdict"] in self._config.verdicts else None
+            judge_prompt(_reference(row["answer"]), row["extracted"])
+            if row["verdict"] in self._config.verdicts
+            else None
             for row in rows
         ]
         asked = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if prompt is not None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +14,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.inputs import TABLES, table_remedy
 from phimr_nemo.store.progress import Progress
+from phimr_nemo.store.records import GoldKind, gold_kind
 from phimr_nemo.store.shards import (
     check_shard,
     finish,
@@ -25,8 +25,9 @@ from phimr_nemo.store.shards import (
     shard_is_complete,
     write_shard,
 )
+from phimr_nemo.store.unpacking import parquet_batches
 from phimr_nemo.verify.answer import DEADLINE_SECONDS, Grader
-from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_rows, write_row
+from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_batches, write_row
 from phimr_nemo.verify.judge import Judge, Judging, judged_grader, write_report
 from phimr_nemo.verify.plug import plugged_name
 from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
@@ -34,8 +35,12 @@ from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS: Final = 1024
 JUDGE_DIRECTORY: Final = "judge"
+UNSETTLED: Final[Mapping[GoldKind | None, Verdict]] = {
+    "disputed": Verdict("gold_unreadable", "", "sources disagree on the gold answer"),
+    "none": Verdict("gold_unreadable", "", "nobody tells a gold answer"),
+}
+"""Rollouts of these kinds are not graded: what they are compared with is in doubt."""
 VERDICT_COLUMNS: Final = ("id", "verdict", "grader")
 
 
@@ -168,8 +173,9 @@ def _is_graded(out_dir: Path, index: int, rollouts: pa.Table, grader: str) -> bo
 def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
     rows = table.to_pylist()
     verdicts = grader.grade_many([(row["response"], row["answer"]) for row in rows])
-    for row, verdict in zip(rows, verdicts, strict=True):
-        row.update(verdict=verdict.verdict, extracted=verdict.extracted, reason=verdict.reason, grader=grader.name)
+    for row, graded in zip(rows, verdicts, strict=True):
+        verdict = UNSETTLED[kind] if (kind := gold_kind(row["metadata"])) in UNSETTLED else graded
+        row.update(verdict=verdict.verdict, extracted=graded.extracted, reason=verdict.reason, grader=grader.name)
     return rows_to_table(rows, "verdicts")
 
 
@@ -259,9 +265,8 @@ def verify_file(source: Path, target: Path, *, response: str, answer: str, worke
 def _verify_json_lines(
     grader: Grader, source: Path, temporary: Path, target: Path, response: str, answer: str, counts: Counter[str]
 ) -> None:
-    rows = read_rows(source)
     with open_json_lines(temporary, "w", named=target) as output:
-        while batch := list(islice(rows, BATCH_ROWS)):
+        for batch in read_batches(source):
             for number, row in batch:
                 _check_columns(f"{source}, line {number}", list(row), response, answer)
             verdicts = _grade_values(grader, [(row[response], row[answer]) for _, row in batch], counts)
@@ -276,24 +281,30 @@ def _verify_parquet(
     import pyarrow.parquet as pq
 
     try:
-        reader = pq.ParquetFile(source)
-    except pa.ArrowInvalid as error:
+        columns = pq.read_schema(source).names
+        _check_columns(str(source), columns, response, answer)
+        with _ParquetOutput(temporary) as output:
+            for batch in parquet_batches(source):
+                output.write(_graded(grader, pa.Table.from_batches([batch]), response, answer, counts))
+    except pa.ArrowException as error:
         raise UserError(
             f"input {source} is no parquet file ({error})",
             rule="a name without .jsonl or .json is read as parquet",
             remedy="rename the file to what it holds",
         ) from error
-    _check_columns(str(source), reader.schema_arrow.names, response, answer)
-    with reader, _ParquetOutput(temporary) as output:
-        for batch in reader.iter_batches(BATCH_ROWS):
-            table = pa.Table.from_batches([batch])
-            pairs = list(zip(table.column(response).to_pylist(), table.column(answer).to_pylist(), strict=True))
-            verdicts = _grade_values(grader, pairs, counts)
-            for name in ("verdict", "extracted"):
-                if name in table.column_names:
-                    table = table.drop_columns([name])
-                table = table.append_column(name, pa.array([getattr(v, name) for v in verdicts], pa.string()))
-            output.write(table)
+
+
+def _graded(grader: Grader, table: pa.Table, response: str, answer: str, counts: Counter[str]) -> pa.Table:
+    """The rows with their verdicts and extracted answers."""
+    import pyarrow as pa
+
+    pairs = list(zip(table.column(response).to_pylist(), table.column(answer).to_pylist(), strict=True))
+    verdicts = _grade_values(grader, pairs, counts)
+    for name in ("verdict", "extracted"):
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, pa.array([getattr(v, name) for v in verdicts], pa.string()))
+    return table
 
 
 class _ParquetOutput:

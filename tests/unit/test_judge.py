@@ -170,9 +170,12 @@ def test_a_model_in_this_process_judges_as_one_behind_an_endpoint(
     tokenizer = load_tokenizer(model)
     asked = {
         len(
-            render_turns(tokenizer, [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}])
+            render_turns(
+                tokenizer, [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt.user}]
+            )
         )
-        for user in (judge_prompt(*pair).user for pair in (("12 apples", "a dozen"), ("7", "8"), ("9", "10")))
+        for prompt in (judge_prompt(*pair) for pair in (("12 apples", "a dozen"), ("7", "8"), ("9", "10")))
+        if prompt is not None
     }
     assert [record["text"] for record in replies] == [says] * 3
     assert {record["prompt_tokens"] for record in replies} == asked

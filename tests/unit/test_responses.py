@@ -37,7 +37,7 @@ def rollout(slot: int, sample: int) -> Rollout:
 
 def rows(count: int, step: int = 7) -> list[dict[str, Any]]:
     rollouts = [rollout(slot, sample) for slot in range(8) for sample in range(GROUP)]
-    return response_rows(rollouts, PROMPTS, {0, 4}, Words(), step=step, count=count)  # type: ignore[arg-type]
+    return response_rows(rollouts, PROMPTS, {0, 4}, Words(), step=step, count=count)
 
 
 @pytest.mark.parametrize(("count", "groups"), [(1, 1), (3, 1), (5, 1), (6, 2), (100, 8)])
