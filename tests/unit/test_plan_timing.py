@@ -29,6 +29,9 @@ LLAMA_8B = dataclasses.replace(
     tie_word_embeddings=False,
     short_factor=None,
     long_factor=None,
+    bos_token_id=128_000,
+    eos_token_id=128_001,
+    pad_token_id=128_001,
 )
 LENGTH = 8192
 H100 = GPUS["h100-80g"]
