@@ -1,0 +1,115 @@
+"""What a rank does in the lane's tests of the model: the parity tests' inputs, through Transformer Engine or not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import model_worker as worker
+import te_kernels
+import te_lane
+import torch
+from megatron.core.tensor_parallel import layers
+from torch import Tensor
+
+from phimr_nemo.config import ParallelConfig
+from phimr_nemo.model.megatron.configuration import recompute_fields
+
+Results = dict[str, Any]
+
+
+def measure(
+    directory: str, layout: ParallelConfig, engine: bool, dtype: torch.dtype, fault: str = "", **overrides: Any
+) -> Results:
+    """Log-probabilities and gradients, of padded rows and of a packed one, by Transformer Engine or without it."""
+    with contextlib.nullcontext() if engine else te_lane.without_transformer_engine(), _planted(fault):
+        model = worker.build(directory, layout, dtype=dtype, **overrides)
+        ids, labels = worker.batch()
+        row, row_labels = torch.cat(worker.documents())[None], torch.cat(worker.document_labels())[None]
+        boundaries = worker.packed(worker.DOCUMENTS)
+        if fault == "no attention factor":
+            worker._drop_attention_factor(model)
+        results: Results = {
+            "modules": {type(module).__module__.split(".")[0] for module in model.decoder.modules()},
+            "nll": worker.forward(model, {"input_ids": ids, "labels": labels}),
+            "packed": worker.forward(
+                model, {"input_ids": row, "labels": row_labels, "packed_seq_params": boundaries}
+            ),
+            "gradients": worker.gradients(model, layout),
+        }
+        again = worker.build(directory, layout, dtype=dtype, **overrides)
+        return {**results, "packed_gradients": worker.packed_gradients(again)}
+
+
+def _wrong(kernel: str, change: Callable[..., Any]) -> Any:
+    right = getattr(te_kernels, kernel)
+    return mock.patch.object(te_kernels, kernel, lambda *args, **kwargs: change(right, *args, **kwargs))
+
+
+def _rotation_of_whole_row(right: Callable[..., Tensor], x: Tensor, table: Tensor, *rest: Any) -> Tensor:
+    return right(x, table.roll(1, 0), *rest) if rest[1].name == "NVTE_THD" else right(x, table, *rest)
+
+
+def _without_mask(right: Callable[..., Any], *args: Any) -> Any:
+    masks = te_kernels.NVTE_Mask_Type
+    return right(*args[:8], masks.NVTE_PADDING_MASK if "PADDING" in args[8].name else masks.NVTE_NO_MASK, *args[9:])
+
+
+def _first_half(right: Callable[..., Tensor], x: Tensor, boundaries: Tensor, half: int) -> Tensor:
+    return right(x, boundaries, 1 - half)
+
+
+FAULTS = [
+    ("no attention factor", ParallelConfig()),
+    ("rotation by the next position", ParallelConfig()),
+    ("no causal mask", ParallelConfig()),
+    ("a weight's gradient is replaced", ParallelConfig()),
+    ("the other half of the keys", ParallelConfig(context=2)),
+]
+
+
+def _planted(fault: str) -> Any:
+    """A kernel with a fault, while the block runs."""
+    if fault == "rotation by the next position":
+        return _wrong("fused_rope_forward", _rotation_of_whole_row)
+    if fault == "no causal mask":
+        return _wrong("fused_attn_fwd", _without_mask)
+    if fault == "a weight's gradient is replaced":
+        return _wrong("rmsnorm_bwd", lambda right, *args: (right(*args)[0], torch.zeros_like(args[3])))
+    if fault == "the other half of the keys":
+        return _wrong("thd_read_half_tensor", _first_half)
+    return contextlib.nullcontext()
+
+
+def measure_fused_accumulation(directory: str) -> tuple[Results, Results]:
+    """Gradients with and without products that add straight to the float32 gradient, and how many did."""
+    found = []
+    for fused in (True, False):
+        adds = [0]
+
+        def counted(right: Callable[..., Any], *args: Any, adds: list[int] = adds, **kwargs: Any) -> Any:
+            adds[0] += args[4] is not None and args[4].dtype == torch.float32
+            return right(*args, **kwargs)
+
+        layout = ParallelConfig()
+        # Apex's kernel is in the image; Megatron asks for it because of the output layer, whose product is ours.
+        with mock.patch.object(layers, "_grad_accum_fusion_available", True):
+            model = worker.build(directory, layout, dtype=torch.bfloat16, gradient_accumulation_fusion=fused)
+        with _wrong("generic_gemm", counted):
+            found.append({"gradients": worker.gradients(model, layout), "adds": adds[0]})
+    return found[0], found[1]
+
+
+def measure_recompute(directory: str) -> dict[str, list[str]]:
+    """By recomputation, the names of the gradients that are not the same to the last bit."""
+    different: dict[str, list[str]] = {}
+    stored = worker.packed_gradients(worker.build(directory, ParallelConfig(), dtype=torch.bfloat16))
+    for recompute in ("selective", "full"):
+        model = worker.build(directory, ParallelConfig(), dtype=torch.bfloat16, **recompute_fields(recompute))
+        again = worker.packed_gradients(model)
+        names = [name for name, gradient in stored.items() if not torch.equal(gradient, again[name])]
+        if names:
+            different[recompute] = names
+    return different
