@@ -1,4 +1,4 @@
-"""A device of its own, ``elsewhere``, on this CPU: its tensors compute as CPU tensors do and refuse to be mixed with them.
+"""A device of its own, ``elsewhere``, on this CPU: its tensors compute there and refuse to be mixed with CPU tensors.
 
 What a GPU does with a tensor that somebody made without `device=`: an error where the two meet. As on a GPU, numbers
 without dimensions may come from the CPU, indices too, and copies go both ways.
@@ -100,6 +100,13 @@ def _held(x: Any) -> Any:
     return x.held if isinstance(x, Elsewhere) else x
 
 
+class _Module(backend_registration._DummyBackendModule):
+    """What torch asks of a device's module."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
 def _then_moved(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(factory)
     def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
@@ -117,7 +124,7 @@ def install() -> torch.device:
     """Register the device, once in a process; the device."""
     global _library
     if _library is None:
-        backend_registration._setup_privateuseone_for_python_backend(NAME)
+        backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
         _library = torch.library.Library("_", "IMPL")
         # What is asked for on the device and has no tensor of it among its arguments: factories, copies to it.
         _library.fallback(lambda function, *args, **kwargs: _run(function, args, kwargs), "PrivateUse1")

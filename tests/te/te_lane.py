@@ -88,6 +88,26 @@ def enter() -> None:
             vars(module).update({old: new for old, new in replaced.items() if hasattr(module, old)})
 
 
+def enter_with_trainers() -> None:
+    """The same, with the trainers imported once, for all runs."""
+    enter()
+    _import_trainers()
+
+
+def plain_with_trainers() -> None:
+    """Without Transformer Engine: the project as it is on a CPU."""
+    from phimr_nemo.training import platform
+
+    platform.prepare()
+    _import_trainers()
+
+
+def _import_trainers() -> None:
+    import phimr_nemo.align.dpo.stage
+    import phimr_nemo.align.grpo.stage
+    import phimr_nemo.supervised.stage  # noqa: F401
+
+
 class _Once:
     """A request between processes that may be waited for again, as NCCL's may: gloo's would wait for ever."""
 

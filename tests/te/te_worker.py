@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,11 +12,19 @@ import model_worker as worker
 import te_kernels
 import te_lane
 import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from phimr_nemo.config import ParallelConfig
-from phimr_nemo.model.megatron.configuration import recompute_fields
+from phimr_nemo.config import STAGES, ParallelConfig, load_config
+from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.dtypes import torch_dtype
+from phimr_nemo.model.megatron.configuration import recompute_fields, transformer_config
+from phimr_nemo.model.megatron.gpt import build_model
 
 Results = dict[str, Any]
 
@@ -106,10 +115,77 @@ def measure_recompute(directory: str) -> dict[str, list[str]]:
     """By recomputation, the names of the gradients that are not the same to the last bit."""
     different: dict[str, list[str]] = {}
     stored = worker.packed_gradients(worker.build(directory, ParallelConfig(), dtype=torch.bfloat16))
-    for recompute in ("selective", "full"):
+    for recompute in ("selective", "mlp", "full"):
         model = worker.build(directory, ParallelConfig(), dtype=torch.bfloat16, **recompute_fields(recompute))
         again = worker.packed_gradients(model)
         names = [name for name, gradient in stored.items() if not torch.equal(gradient, again[name])]
         if names:
             different[recompute] = names
     return different
+
+
+def build_layouts(repository: str) -> dict[str, list[str]]:
+    """Every ready-made layout's first and last rank of the model, by file: what is wrong with it."""
+    return {
+        f"{path.parent.name}/{path.name}": _faults(
+            _small(repository), load_config(STAGES[path.parent.name], path, OPEN)
+        )
+        for path in sorted(Path(repository).glob("conf/*/phi4mini-*.yaml"))
+    }
+
+
+OPEN = ("base=none",)
+"""What a ready-made layout may leave to the user."""
+
+
+def _small(repository: str) -> Architecture:
+    """Phi-4-mini with its heads, fewer and narrower layers."""
+    values = yaml.safe_load((Path(repository) / "conf/model/phi4mini.yaml").read_text("utf-8"))
+    narrow = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1024}
+    words = {"pad_token_id": 1023, "bos_token_id": 0, "eos_token_id": 0}
+    factors = {name: values[name][:3] for name in ("short_factor", "long_factor")}
+    return Architecture.from_preset(values, **narrow, **words, **factors)
+
+
+def _faults(arch: Architecture, config: Any) -> list[str]:
+    parallel, model = config.parallel, config.model
+    found: list[str] = []
+    for rank in {0, parallel.world_size - 1}:
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+        # Groups of as many ranks as the layout has, of which this process is the only one.
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world_size)
+        parallel_state.initialize_model_parallel(
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.virtual if parallel.virtual > 1 else None,
+            context_parallel_size=parallel.context,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(1)
+        built = build_model(
+            arch,
+            transformer_config(arch, parallel, dtype=torch_dtype(model.dtype), **recompute_fields(model.recompute)),
+            max_length=config.sequence_length,
+            longrope_policy=model.longrope,
+            pre_process=rank == 0,
+            post_process=rank != 0 or parallel.pipeline == 1,
+            vp_stage=0 if parallel.virtual > 1 else None,
+        )
+        layer = built.decoder.layers[0]
+        shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+        heads = (arch.num_attention_heads + 2 * arch.num_key_value_heads) * arch.head_dim
+        wanted = {
+            "self_attention.linear_qkv.weight": (heads // parallel.tensor, arch.hidden_size),
+            "mlp.linear_fc1.weight": (2 * arch.intermediate_size // parallel.tensor, arch.hidden_size),
+            "mlp.linear_fc2.weight": (arch.hidden_size, arch.intermediate_size // parallel.tensor),
+        }
+        found += [
+            f"rank {rank}: {name} {shapes.get(name)}" for name, shape in wanted.items() if shapes.get(name) != shape
+        ]
+        if not type(layer.self_attention.core_attention).__name__.startswith("TE"):
+            found.append(f"rank {rank}: attention is not Transformer Engine's")
+        if any(parameter.dtype != torch_dtype(model.dtype) for parameter in layer.parameters()):
+            found.append(f"rank {rank}: a parameter's format")
+    return found

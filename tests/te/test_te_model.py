@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import model_worker as worker
@@ -99,3 +100,9 @@ def test_gradient_accumulates_in_float32_where_asked(in_lane: Run, checkpoint: s
 
 def test_recomputing_changes_no_bit(in_lane: Run, checkpoint: str) -> None:
     assert in_lane(te_worker.measure_recompute, 1, checkpoint)[0] == {}
+
+
+def test_every_ready_made_layout_is_built_of_transformer_engine_s_layers(in_lane: Run, repository: Path) -> None:
+    [faults] = in_lane(te_worker.build_layouts, 1, str(repository))
+    assert len(faults) == len(list(repository.glob("conf/*/phi4mini-*.yaml"))) > 0
+    assert {name: found for name, found in faults.items() if found} == {}
