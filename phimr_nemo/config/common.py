@@ -6,6 +6,7 @@ their source, and not here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -92,6 +93,8 @@ class ParallelConfig:
         context: processes that share the tokens of every sequence.
         virtual: parts of the model in each pipeline process, taken in turn so that it waits less.
         nodes: machines that a job of this layout asks for; None = what its script says.
+        timeout_minutes: how long the processes exchange tensors before the job ends, because one of them has died or
+            hangs. Work that may take them unequal times (sampling, grading, writing) is waited for without it.
     """
 
     tensor: Positive = 1
@@ -101,6 +104,7 @@ class ParallelConfig:
     context: Positive = 1
     virtual: Positive = 1
     nodes: Positive | None = None
+    timeout_minutes: AboveZero = 30.0
 
     def __post_init__(self) -> None:
         if self.virtual > 1 and self.pipeline == 1:
@@ -132,12 +136,15 @@ class ModelConfig:
         recompute: activations that are computed again in the backward pass instead of being kept: those of the
             attention core ("selective", which frees next to nothing, as no attention here keeps its scores), of the
             feed-forward part ("mlp", most of what a layer keeps), or of whole layers ("full").
+        deterministic: the same bits on a GPU every time, in one layout on one kind of machine: slower kernels without
+            atomic additions, in torch, cuBLAS, NCCL, Megatron and Transformer Engine. A CPU needs no such kernels.
     """
 
     dtype: Dtype
     fp8: Fp8Recipe | None = None
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     recompute: Recompute = "none"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.fp8 is not None and self.dtype != "bf16":
@@ -272,6 +279,34 @@ class TrackingConfig:
     """Where metrics go besides metrics.jsonl and TensorBoard."""
 
     wandb: WandbConfig | None = None
+
+
+def is_measured(
+    checkpoint: Any,
+    early_stopping: EarlyStoppingConfig | None,
+    needs: Mapping[str, tuple[str, bool]],
+    otherwise: str = "loss",
+) -> None:
+    """What a run is judged by is measured.
+
+    Args:
+        checkpoint: with the stage's `metric`.
+        early_stopping: goes by it too.
+        needs: metric -> the key that it is measured for, and whether that is set; other metrics always are.
+        otherwise: one of those.
+
+    Raises:
+        RuleBroken: it is not.
+    """
+    key, is_set = needs.get(checkpoint.metric, ("", True))
+    if (checkpoint.best or early_stopping is not None) and not is_set:
+        raise RuleBroken(
+            f"{AT}checkpoint.metric={checkpoint.metric} is never measured, and {AT}checkpoint.best or "
+            f"{AT}early_stopping goes by it",
+            rule=f"{checkpoint.metric} needs {AT}{key}",
+            remedy=f"use {AT}checkpoint.metric={otherwise}, or set {AT}{key}, or leave {AT}checkpoint.best and "
+            f"{AT}early_stopping out",
+        )
 
 
 def batches_fit(micro_batch: int, global_batch: int, data: int) -> None:

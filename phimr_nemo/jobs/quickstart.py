@@ -17,14 +17,15 @@ from typing import Final
 from phimr_nemo.config import QuickstartConfig, load_config
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.jobs.closing import PART_OF
+from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.demonstration import answers, to_type
-from phimr_nemo.jobs.kept import kept
 from phimr_nemo.process.children import run_child
 from phimr_nemo.process.stopping import CONTINUE, KEPT
 from phimr_nemo.store.progress import duration
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import METRICS_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import is_complete, read_manifest
+from phimr_nemo.text.printable import say
 
 # The step whose model a row of the paper's table of stages evaluates, and the row's name, in the paper's order.
 ROWS: Final = (
@@ -97,7 +98,7 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
         step("base", "base"),
         step("rollouts", "generate", f"problems.count={config.train_problems}"),
         step("verdicts", "verify", f"rollouts={root / 'rollouts'}"),
-        step("curated", "curate", f"verdicts={root / 'verdicts'}"),
+        step("curated", "curate", f"verdicts={root / 'verdicts'}", f"tokenizer={model('base')}"),
         step("rows", "pack", f"conversations={root / 'curated' / 'midtrain'}", f"tokenizer={model('base')}"),
         step("midtrain", "midtrain", f"base={model('base')}", f"data={root / 'rows'}"),
         step("sft", "sft", f"base={model('midtrain')}", f"data={root / 'curated' / 'sft'}"),
@@ -110,7 +111,10 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
             run_seed=seed + OWN_PROBLEMS_SEED_OFFSET,
         ),
         step("own-verdicts", "verify", f"rollouts={root / 'own-rollouts'}"),
-        step("preferences", "curate", f"verdicts={root / 'own-verdicts'}", preset="tiny-rollouts"),
+        step(
+            *("preferences", "curate", f"verdicts={root / 'own-verdicts'}", f"tokenizer={model('base')}"),
+            preset="tiny-rollouts",
+        ),
         step("dpo", "dpo", f"base={model('sft')}", f"pairs={root / 'preferences' / 'pairs'}"),
         step("grpo", "grpo", f"base={model('dpo')}", f"prompts={root / 'preferences' / 'prompts'}"),
         step("sft-without-midtrain", "sft", f"base={model('base')}", f"data={root / 'curated' / 'sft'}"),
@@ -144,15 +148,15 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
     for number, step in enumerate(steps, 1):
         if RunDirectory(step.output).is_done:
             continue
-        print(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}", flush=True)
+        say(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}")
         run_step(step)
     write_report([out], out)
     root = out / f"seed-{seeds[0]}"
-    print(f"Held-out questions, and how the model of seed {seeds[0]} answers after GRPO:")
+    say(f"Held-out questions, and how the model of seed {seeds[0]} answers after GRPO:")
     for line in answers(root / f"evaluate-{TRAINED[-1]}"):
-        print(line)
-    print(f"finished in {duration(time.monotonic() - started)}; table, pictures and models are in {out}")
-    print(f"next: {to_type('chat', str(root / 'release' / 'hf'))}")
+        say(line)
+    say(f"finished in {duration(time.monotonic() - started)}; table, pictures and models are in {out}")
+    say(f"next: {to_type('chat', str(root / 'release' / 'hf'))}")
 
 
 def run_step(step: Step) -> None:
@@ -204,8 +208,8 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         plot_accuracy(rows, out / "accuracy.png")
         for root in roots:
             _plot_run(root, out)
-        print(table_markdown(rows))
-    print(page)
+        say(table_markdown(rows))
+    say(page)
 
 
 def _seed_of(root: Path) -> int:

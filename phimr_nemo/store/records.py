@@ -6,6 +6,7 @@ One currency: every step reads and writes directories of zstd parquet shards of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Final, Literal, get_args
@@ -25,7 +26,38 @@ VerdictName = Literal["correct", "wrong", "unparsable", "timeout", "error", "gol
 UNGRADED_VERDICTS: Final[tuple[VerdictName, ...]] = ("timeout", "error", "gold_unreadable")
 """Verdicts that say nothing about the response: the grader gave up or failed, or the gold answer is at fault."""
 
+PAIR_SIDES: Final = ("chosen", "rejected")
+
+_OF_A_RESPONSE: Final = ("teacher", "sample_index", "verdict", "repetition")
+OPTIONAL_COLUMNS: Final[Mapping[Kind, frozenset[str]]] = {
+    "rollouts": frozenset({"source"}),
+    "verdicts": frozenset({"source"}),
+    "conversations": frozenset({"source", *_OF_A_RESPONSE}),
+    "pairs": frozenset(
+        {"domain", "difficulty", "source", *(f"{side}_{name}" for side in PAIR_SIDES for name in _OF_A_RESPONSE)}
+    ),
+    "prompts": frozenset({"domain", "difficulty", "source"}),
+}
+"""Columns that a table of a user's own, or of an earlier release, may lack: they are null then."""
+
 FinishReason = Literal["stop", "length"]
+
+GOLD: Final = "gold"
+"""Key in the metadata of problems, rollouts and verdicts whose answer is not simply its source's own."""
+GoldKind = Literal["vote", "disputed", "none"]
+"""vote: solutions agreed on it. disputed: another source has another answer. none: nobody tells an answer."""
+
+
+def gold_kind(metadata: str) -> GoldKind | None:
+    """The mark in a row's metadata; None where the answer is its source's own."""
+    if f'"{GOLD}"' not in metadata:
+        return None
+    try:
+        values = json.loads(metadata)
+    except ValueError:
+        return None
+    kind = values.get(GOLD) if isinstance(values, dict) else None
+    return kind if kind in get_args(GoldKind) else None
 
 
 @cache
@@ -49,7 +81,16 @@ def schemas() -> Mapping[Kind, pa.Schema]:
         text("finish_reason"),
         pa.field("tokens", pa.int32(), nullable=False),
         *annotations,
+        text("source", nullable=True),
         text("metadata"),
+    ]
+    # What a response of a training set was, beside its text.
+    origin = [
+        text("source", nullable=True),
+        text("teacher", nullable=True),
+        pa.field("sample_index", pa.int32()),
+        text("verdict", nullable=True),
+        pa.field("repetition", pa.float64()),
     ]
     return {
         "problems": pa.schema(
@@ -66,10 +107,15 @@ def schemas() -> Mapping[Kind, pa.Schema]:
         "rollouts": pa.schema(rollouts),
         "verdicts": pa.schema([*rollouts, text("verdict"), text("extracted"), text("reason"), text("grader")]),
         "conversations": pa.schema(
-            [text("id"), text("problem_id"), text("question"), text("response"), *annotations]
+            [text("id"), text("problem_id"), text("question"), text("response"), *annotations, *origin]
         ),
         "pairs": pa.schema(
-            [text("id"), text("problem_id"), text("question"), text("chosen"), text("rejected"), text("mode")]
+            [
+                *(text(name) for name in ("id", "problem_id", "question", "chosen", "rejected", "mode")),
+                *annotations,
+                origin[0],
+                *(item.with_name(f"{side}_{item.name}") for side in PAIR_SIDES for item in origin[1:]),
+            ]
         ),
         "prompts": pa.schema(
             [
@@ -77,6 +123,8 @@ def schemas() -> Mapping[Kind, pa.Schema]:
                 text("problem_id"),
                 text("question"),
                 text("answer"),
+                *annotations,
+                origin[0],
                 pa.field("pass_rate", pa.float64(), nullable=False),
                 pa.field("mean_length", pa.float64(), nullable=False),
                 pa.field("length_spread", pa.float64(), nullable=False),

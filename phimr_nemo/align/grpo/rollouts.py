@@ -23,6 +23,7 @@ from phimr_nemo.generate.sampler import Completion, Request
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.store.content import content_seed
 from phimr_nemo.store.shards import read_table
+from phimr_nemo.training.distributed import wait_for_all
 from phimr_nemo.training.metrics import PASS_RATE_BINS, PASS_RATE_NAMES
 from phimr_nemo.verify.extract import gold_answer
 
@@ -41,6 +42,7 @@ class Prompt:
     answer: str
     token_ids: tuple[int, ...]
     is_hard: bool
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Rollout:
         logprobs: the sampler's log-probability of each token at the round's temperature (nats).
         is_truncated: it ended at the length limit.
         is_correct: the grader's verdict.
+        verdict: in its own word.
         is_graded: False where the grader gave up; such a response takes part in nothing.
         reward_parts: what its reward is the sum of, by name.
         repetition: share of the end of its text that repeats what stands earlier there.
@@ -82,6 +85,7 @@ class Rollout:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     repetition: float = 0.0
     version: int | None = None
+    verdict: str = ""
 
     @property
     def reward(self) -> float:
@@ -112,7 +116,7 @@ def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GR
     token_ids = render_prompts(tokenizer, [config.prompt.replace(QUESTION, rows[i]["question"]) for i in even])
     room = config.sequence_length - config.max_new_tokens
     prompts = [
-        Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"])
+        Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"], rows[i]["question"])
         for i, ids in zip(even, token_ids, strict=True)
         if len(ids) <= room
     ]
@@ -244,6 +248,7 @@ def graded_rollouts(
                 reward_parts=parts(response) if is_graded(response.verdict) else {},
                 repetition=repetition(response.response[-REPETITION_CHARS:]),
                 version=completion.version,
+                verdict=response.verdict,
             )
         )
     return rollouts
@@ -251,6 +256,7 @@ def graded_rollouts(
 
 def gathered(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """All processes' rollouts on every process, in the order of slots and samples (collective)."""
+    wait_for_all("responses are graded")
     parts: list[list[Rollout]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, list(rollouts))
     return sorted((rollout for part in parts for rollout in part), key=lambda r: (r.slot, r.sample))

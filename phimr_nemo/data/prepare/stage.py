@@ -6,30 +6,54 @@ a few hundred bytes a candidate (:mod:`.dedup`). Then candidates into record dir
     problems/     record directory of kind "problems"
     rollouts/     record directory of kind "rollouts", if any source brings trajectories
     drops.jsonl   every row that was dropped: source, place, reason, and for which row or evaluation question
+    conflicts.jsonl   every question whose sources have several answers, and what was settled
     candidates/   intermediate, removed at the end
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from phimr_nemo.config import PrepareConfig, to_dict
+from phimr_nemo.config import DecontaminationConfig, PrepareConfig, ShardConfig, SourceConfig, to_dict
+from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.data.prepare.annotate import Annotations, Annotator, count_labels
-from phimr_nemo.data.prepare.candidates import DROPS_FILE, SHOWN_CHARS, candidate_shards, collect, digest
-from phimr_nemo.data.prepare.decontaminate import read_index
-from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, NEAR, Duplicates, Facts, find_duplicates
+from phimr_nemo.data.prepare.candidates import (
+    COUNTS_FILE,
+    DROPS_FILE,
+    SHOWN_CHARS,
+    candidate_shards,
+    collect,
+    counts_of,
+    digest,
+)
+from phimr_nemo.data.prepare.decontaminate import EvaluationIndex, read_index
+from phimr_nemo.data.prepare.dedup import (
+    EXACT,
+    EXACT_OTHER_ANSWER,
+    KEPT,
+    NEAR,
+    Duplicates,
+    Facts,
+    find_duplicates,
+)
+from phimr_nemo.data.prepare.golds import Golds, settle_golds
+from phimr_nemo.data.prepare.written import CONFLICTS_FILE, examples_of, inputs_of, write_conflicts
 from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
+from phimr_nemo.endpoint import OpensModel
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.content import content_id, content_seed
+from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.progress import track
-from phimr_nemo.store.records import Kind
+from phimr_nemo.store.records import GOLD, GoldKind, Kind
 from phimr_nemo.store.shards import (
     finish,
     is_complete,
@@ -55,11 +79,16 @@ DROP_REASONS: Final = {
     EXACT_OTHER_ANSWER: "exact duplicate with another answer",
     NEAR: "near duplicate",
 }
+
 DUPLICATE_TRAJECTORY: Final = "trajectories that repeat another of the same problem"
 
 
-def run_prepare(config: PrepareConfig) -> dict[str, Any]:
+def run_prepare(config: PrepareConfig, open_model: OpensModel) -> dict[str, Any]:
     """Write problems, rollouts and the list of what was dropped; what is finished is kept.
+
+    Args:
+        config: of the stage.
+        open_model: opens the annotator, where there is one.
 
     Returns:
         Rows of both record directories and all counts.
@@ -70,9 +99,11 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     output = config.run.output
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
     if not is_complete(output / PROBLEMS, "problems"):
-        _prepare(config)
+        with team_of(config.shard, output) as team:
+            _prepare(config, team, open_model)
     if (output / CANDIDATES).is_dir():
-        shutil.rmtree(output / CANDIDATES)
+        # All tasks of an array come here.
+        shutil.rmtree(output / CANDIDATES, ignore_errors=True)
     if is_complete(output / ROLLOUTS, "rollouts"):
         wanted.append((ROLLOUTS, "rollouts"))
     manifests = {name: read_manifest(output / name, kind) for name, kind in wanted}
@@ -80,37 +111,78 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     return rows | dict(manifests[PROBLEMS].counts)
 
 
-def _prepare(config: PrepareConfig) -> None:
+def _prepare(config: PrepareConfig, team: Team, open_model: OpensModel) -> None:
+    """The processes of an array share the sources; the first that finds all of them read does the rest alone."""
+    output = config.run.output
+    directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
+
+    def is_prepared(_: object) -> bool:
+        return is_complete(output / PROBLEMS, "problems")
+
+    team.share(
+        partial(_collect, config),
+        list(zip(config.sources, directories, strict=True)),
+        is_done=lambda item: (item[1] / COUNTS_FILE).is_file() or is_prepared(item),
+        workers=config.workers,
+        title="sources",
+    )
+    for _ in FreeUnits([0], team.leases, name="reduce", is_done=is_prepared, wait=True).one_by_one():
+        _reduce(config, directories, open_model)
+
+
+def _collect(config: PrepareConfig, item: tuple[SourceConfig, Path]) -> None:
+    permutations = config.near_duplicates.permutations if config.near_duplicates else 0
+    collect(*item, permutations=permutations, evaluation=_evaluation(config.decontamination))
+
+
+@lru_cache(maxsize=1)
+def _evaluation(config: DecontaminationConfig | None) -> EvaluationIndex | None:
+    """The evaluation questions, read once a process."""
+    return read_index(config) if config is not None else None
+
+
+def _reduce(config: PrepareConfig, directories: list[Path], open_model: OpensModel) -> None:
+    """What is decided over all sources, and the record directories."""
     output = config.run.output
     permutations = config.near_duplicates.permutations if config.near_duplicates else 0
-    evaluation = read_index(config.decontamination) if config.decontamination else None
-    directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
+    # Which process of an array this is, is nothing about the records.
+    settings = to_dict(dataclasses.replace(config, shard=ShardConfig()))
     counts: Counter[str] = Counter()
-    for source, directory in zip(track(config.sources, title="sources", unit="source"), directories, strict=True):
-        for name, count in collect(source, directory, permutations=permutations, evaluation=evaluation).items():
+    for source, directory in zip(config.sources, directories, strict=True):
+        for name, count in counts_of(directory).items():
             counts[name] += count
             counts[f"{source.name}: {name}"] += count
-    duplicates = find_duplicates(
-        _facts(directories, permutations, output / CANDIDATES / SIGNATURES), config.near_duplicates
-    )
+    facts = _facts(directories, permutations, output / CANDIDATES / SIGNATURES)
+    duplicates = find_duplicates(facts, config.near_duplicates)
+    names = [source.name for source in config.sources]
+    golds = settle_golds(directories, names, facts, duplicates, config.golds)
+    counts.update(golds.counts)
     labels = Annotations(directories, duplicates)
-    inputs = [Path(source.path) for source in config.sources if Path(source.path).is_file()]
-    _write_problems(config, directories, duplicates, labels, counts)
+    made_of = inputs_of(config)
+    with Annotator(config.annotation, output / ANNOTATIONS, open_model) as annotate:
+        _write_problems(config, directories, duplicates, golds, labels, annotate, counts)
     if counts["trajectories"]:
         rollouts = Counter[str]()
-        _write_shards(
-            output / ROLLOUTS, "rollouts", config.shard_size, _rollouts(directories, duplicates, labels, rollouts)
-        )
-        finish(output / ROLLOUTS, kind="rollouts", config=to_dict(config), inputs=inputs, counts=rollouts)
+        rows = _rollouts(directories, names, duplicates, golds, labels, rollouts)
+        _write_shards(output / ROLLOUTS, "rollouts", config.shard_size, rows)
+        finish(output / ROLLOUTS, kind="rollouts", config=settings, inputs=made_of, counts=rollouts)
         counts.update(rollouts)
     _write_drops(config, directories, duplicates)
+    write_conflicts(output / CONFLICTS_FILE, directories, names, golds)
     # The problems are finished last: with them the whole stage is.
-    finish(output / PROBLEMS, kind="problems", config=to_dict(config), inputs=inputs, counts=counts)
+    finish(
+        output / PROBLEMS,
+        kind="problems",
+        config=settings,
+        inputs=made_of,
+        counts=counts,
+        examples=examples_of(output / DROPS_FILE),
+    )
 
 
 def _facts(directories: list[Path], permutations: int, signatures_path: Path) -> Facts:
     """What decides about duplicates, of all candidates; the signatures stay in a file."""
-    columns = ["question_digest", "numbers_digest", "answer_digest", "rank"]
+    columns = ["question_digest", "bare_digest", "numbers_digest", "answer_digest", "rank"]
     narrow = [table for _, table in candidate_shards(directories, columns)]
 
     def gather(name: str, dtype: Any) -> npt.NDArray[Any]:
@@ -129,6 +201,7 @@ def _facts(directories: list[Path], permutations: int, signatures_path: Path) ->
             start += table.num_rows
     return Facts(
         gather("question_digest", np.uint64),
+        gather("bare_digest", np.uint64),
         gather("numbers_digest", np.uint64),
         gather("answer_digest", np.uint64),
         rank,
@@ -149,7 +222,9 @@ def _write_problems(
     config: PrepareConfig,
     directories: list[Path],
     duplicates: Duplicates,
+    golds: Golds,
     labels: Annotations,
+    annotate: Annotator,
     counts: Counter[str],
 ) -> None:
     """The kept candidates as problems, annotated shard by shard; `labels` and `counts` take what comes of it."""
@@ -159,24 +234,35 @@ def _write_problems(
     part: list[dict[str, Any]] = []
     indices: list[int] = []
     shard = 0
-    with Annotator(config.annotation, config.run.output / ANNOTATIONS) as annotate:
-        candidates = _candidates(directories, columns)
-        for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
-            name = config.sources[source].name
-            if reasons[index] != KEPT:
-                counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                continue
-            counts[f"{name}: problems"] += 1
-            domain, difficulty = labels.get(index)
-            part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
-            indices.append(index)
-            if len(part) == config.shard_size:
-                counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
-                part, indices, shard = [], [], shard + 1
-        if part:
+    candidates = _candidates(directories, columns)
+    for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
+        name = config.sources[source].name
+        if reasons[index] != KEPT:
+            counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            continue
+        counts[f"{name}: problems"] += 1
+        domain, difficulty = labels.get(index)
+        row |= _settled(row, index, golds)
+        part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
+        indices.append(index)
+        if len(part) == config.shard_size:
             counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
-        counts.update(annotate.facts())
+            part, indices, shard = [], [], shard + 1
+    if part:
+        counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+    counts.update(annotate.facts())
+
+
+def _settled(row: dict[str, Any], index: int, golds: Golds) -> dict[str, Any]:
+    """What a kept question's answer, and with it its id and its mark, are after the decision about it."""
+    answer = golds.answers.get(index, row["answer"])
+    metadata = _marked(row["metadata"], golds.questions.get(index))
+    return {"id": content_id("problem", row["question"], answer), "answer": answer, "metadata": metadata}
+
+
+def _marked(metadata: str, kind: GoldKind | None) -> str:
+    return metadata if kind is None else json.dumps(json.loads(metadata) | {GOLD: kind}, ensure_ascii=False)
 
 
 def _finish_shard(
@@ -199,25 +285,35 @@ def _finish_shard(
 
 
 def _rollouts(
-    directories: list[Path], duplicates: Duplicates, labels: Annotations, counts: Counter[str]
+    directories: list[Path],
+    names: list[str],
+    duplicates: Duplicates,
+    golds: Golds,
+    labels: Annotations,
+    counts: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """The trajectories of all candidates as rollouts; those of a duplicate belong to the problem that was kept."""
+    """The trajectories of all candidates as rollouts; those of a duplicate belong to the problem that was kept.
+
+    Each has the answer of its own source (see :mod:`.golds`).
+    """
     kept = duplicates.kept.tolist()
-    stand_ins = {kept[index] for index in np.flatnonzero(duplicates.reason != KEPT).tolist()}
+    stand_ins = {kept[index] for index in np.flatnonzero(duplicates.reason != KEPT).tolist()} | golds.answers.keys()
     problems = {
-        index: (row["id"], row["answer"])
-        for index, _, row in _candidates(directories, ["id", "answer"])
+        index: content_id("problem", row["question"], golds.answers.get(index, row["answer"]))
+        for index, _, row in _candidates(directories, ["question", "answer"])
         if index in stand_ins
     }
     # By a digest, not by (problem, teacher): a third of the memory, and there are millions.
     samples: Counter[int] = Counter()
     seen: set[int] = set()
-    for index, _, row in _candidates(directories, ["id", "question", "answer", "trajectories"]):
+    columns = ["id", "question", "answer", "trajectories"]
+    for index, source, row in _candidates(directories, columns):
         problem = kept[index]
-        problem_id, answer = problems.get(problem, (row["id"], row["answer"]))
+        problem_id = problems.get(problem, row["id"])
+        answer, kind = golds.own.get(index, row["answer"]), golds.kinds.get(index)
         domain, difficulty = labels.get(problem)
         for one in row["trajectories"]:
-            response_digest = digest(f"{problem} {one['response']}")
+            response_digest = digest(f"{problem} {answer} {one['response']}")
             if response_digest in seen:
                 counts[f"dropped: {DUPLICATE_TRAJECTORY}"] += 1
                 continue
@@ -227,6 +323,8 @@ def _rollouts(
             sample = samples[key]
             samples[key] += 1
             counts[one["finish_reason"]] += 1
+            if kind is not None:
+                counts[f"gold: {kind}"] += 1
             yield {
                 "id": content_id("rollout", problem_id, teacher, "recorded", str(sample)),
                 "problem_id": problem_id,
@@ -240,7 +338,8 @@ def _rollouts(
                 "tokens": TOKENS_UNKNOWN,
                 "domain": domain,
                 "difficulty": difficulty,
-                "metadata": one["labels"],
+                "source": names[source],
+                "metadata": _marked(one["labels"], kind),
             }
 
 

@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import EndpointEngine
-from phimr_nemo.endpoint import ChatReply, ChatRequest, EndpointClient, Journal, RequestFailed, read_journal
+from phimr_nemo.data.parallel import ALONE, Team
+from phimr_nemo.endpoint import ChatReply, ChatRequest, Journal, RequestFailed, read_journal
 from phimr_nemo.endpoint.ask import cents
+from phimr_nemo.endpoint.client import EndpointClient
+from phimr_nemo.endpoint.wire import EMPTY_REPLY
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 
@@ -31,6 +35,9 @@ MIN_FAILURES_IN_A_ROW: Final = 16
 """So many requests that fail for good one after another, or all that are under way: the endpoint is gone."""
 SHOWN_REASONS: Final = 5
 USAGE: Final = ("requests", "attempts", "missing", "prompt_tokens", "completion_tokens")
+EMPTY_REPLIES: Final = "empty replies, asked again"
+ONLY_REASONING: Final = "finished replies with nothing but reasoning"
+"""Their answer, if there is one, is in the reasoning field: the server's reasoning parser does not fit the model."""
 
 
 def request_rollouts(
@@ -41,6 +48,7 @@ def request_rollouts(
     *,
     shard_indices: Sequence[int],
     inputs: Sequence[Path] = (),
+    team: Team = ALONE,
 ) -> bool:
     """Ask an endpoint for the rollouts of some shards.
 
@@ -51,6 +59,7 @@ def request_rollouts(
         out_dir: the record directory; finished shards and journaled responses in it are kept.
         shard_indices: make only these shards.
         inputs: what the problems were read from, for the manifest.
+        team: the processes that share the shards.
 
     Returns:
         Whether all shards are there; the manifest, with the account of tokens and costs, is then written.
@@ -68,13 +77,16 @@ def request_rollouts(
     keep_settings(out_dir, settings)
     if is_complete(out_dir, "rollouts"):
         return True
+    unfinished = []
     for index in shard_indices:
         if shard_is_complete(out_dir, index):
             _journal_path(out_dir, index).unlink(missing_ok=True)  # killed between the two
-    unfinished = [index for index in shard_indices if not shard_is_complete(out_dir, index)]
+        else:
+            unfinished.append(index)
     if unfinished:
         done = sum(plan.count(index) for index in shard_indices) - sum(plan.count(index) for index in unfinished)
-        asyncio.run(_Generation(plan, engine, params, out_dir).run(unfinished, done))
+        free = team.free_shards(out_dir, unfinished)
+        asyncio.run(_Generation(plan, engine, params, out_dir, free).run(unfinished, done))
     if not all(shard_is_complete(out_dir, index) for index in plan.shards):
         return False
     finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=_counts(out_dir, plan, engine))
@@ -101,7 +113,8 @@ def _counts(out_dir: Path, plan: Plan, engine: EndpointEngine) -> dict[str, int]
     tokens = {"prompt_tokens": total["prompt_tokens"], "completion_tokens": total["completion_tokens"]}
     prices = engine.endpoint.prices
     cost = {} if prices is None else {"cost_cents": cents(prices, **tokens)}
-    return {**rollout_counts(out_dir), **{name: total[name] for name in USAGE}, **cost}
+    rare = {name: total[name] for name in (EMPTY_REPLIES, ONLY_REASONING) if total[name]}
+    return {**rollout_counts(out_dir), **{name: total[name] for name in USAGE}, **rare, **cost}
 
 
 class _Shard:
@@ -127,6 +140,8 @@ class _Shard:
                 "prompt_tokens": reply.prompt_tokens,
                 "completion_tokens": reply.completion_tokens,
                 "attempts": reply.attempts,
+                "empty_replies": reply.empty_replies,
+                "only_reasoning": reply.is_only_reasoning,
             }
         )
 
@@ -178,14 +193,20 @@ class _Shard:
             "attempts": sum(record["attempts"] for record in (*records, *self.failures)),
             "prompt_tokens": sum(max(0, record["prompt_tokens"]) for record in records),
             "completion_tokens": sum(max(0, record["completion_tokens"]) for record in records),
+            EMPTY_REPLIES: sum(record.get("empty_replies", 0) for record in records)
+            + sum(failure["attempts"] for failure in self.failures if failure["reason"] == EMPTY_REPLY),
+            ONLY_REASONING: sum(record.get("only_reasoning", False) for record in records),
         }
 
 
 class _Generation:
-    """One process's share of the shards, with `concurrency` requests under way."""
+    """The shards that one process takes, with `concurrency` requests under way."""
 
-    def __init__(self, plan: Plan, engine: EndpointEngine, params: SamplingParams, out_dir: Path) -> None:
+    def __init__(
+        self, plan: Plan, engine: EndpointEngine, params: SamplingParams, out_dir: Path, free: FreeUnits
+    ) -> None:
         self._plan, self._engine, self._params, self._out_dir = plan, engine, params, out_dir
+        self._free = free
         self._open: dict[int, _Shard] = {}
         self._unwritten = set[int]()
         self._failed: Counter[str] = Counter()
@@ -200,9 +221,8 @@ class _Generation:
             UserError: see :func:`request_rollouts`.
         """
         total = done + sum(self._plan.count(index) for index in indices)
-        self._unwritten = set(indices)
         with Progress(total, done=done, unit="rollout", title="generate") as bar:
-            items = self._items(indices, bar)
+            items = self._items(bar)
             async with EndpointClient(self._engine.endpoint) as client:
                 workers = [
                     asyncio.create_task(self._work(client, items, bar))
@@ -219,9 +239,10 @@ class _Generation:
         if self._unwritten:
             raise self._failure(total)
 
-    def _items(self, indices: Sequence[int], bar: Progress) -> Iterator[tuple[_Shard, Planned]]:
-        """What is missing, shard by shard; a shard is opened when its turn comes."""
-        for index in indices:
+    def _items(self, bar: Progress) -> Iterator[tuple[_Shard, Planned]]:
+        """What is missing, shard by shard; a shard is opened when its turn comes, and held until it is written."""
+        for index in self._free:
+            self._unwritten.add(index)
             shard = _Shard(self._plan, self._out_dir, index)
             bar.found_done(len(shard.planned) - shard.left)
             if not shard.left:
@@ -246,6 +267,7 @@ class _Generation:
     def _close(self, shard: _Shard) -> None:
         if shard.close(self._engine.max_missing):
             self._unwritten.discard(shard.index)
+        self._free.release(shard.index)
 
     async def _ask(self, client: EndpointClient, shard: _Shard, item: Planned) -> None:
         request = ChatRequest(
