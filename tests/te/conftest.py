@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).resolve().parent
-# Ranks are started by what starts them there, and some inputs are those of the parity tests.
-sys.path.insert(0, str(HERE.parent / "parity"))
+# Ranks are started by what starts them there, some inputs are those of the parity tests and of the tests on a GPU.
+sys.path[:0] = [str(HERE.parent / "parity"), str(HERE.parent / "gpu")]
 
 Run = Callable[..., list[Any]]
 

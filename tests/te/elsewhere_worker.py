@@ -166,7 +166,7 @@ def _sampler_case(directory: str) -> Callable[[torch.device], list[Tensor]]:
         requests = [Request(f"{i}", tuple(range(1, 4 + i)), seed=i) for i in range(3)]
         params = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=5)
         # Tensors of the inference mode cannot be wrapped.
-        done = LocalSampler.sample.__wrapped__(sampler, requests, params)  # type: ignore[attr-defined]
+        done = LocalSampler.sample.__wrapped__(sampler, requests, params)
         sampler.close()
         return [torch.tensor([*one.token_ids, *one.logprobs]) for one in done]
 
@@ -188,7 +188,7 @@ def compare(directory: str, repository: str) -> dict[str, str]:
     for name, run in cases.items():
         wanted = run(elsewhere.CPU)
         right = platform.device
-        platform.device = lambda: device  # type: ignore[assignment]
+        platform.device = lambda: device
         try:
             found = run(device)
             away = [x for x in found if not isinstance(x, Elsewhere)]

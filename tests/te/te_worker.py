@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import compare
 import model_worker as worker
 import te_kernels
 import te_lane
@@ -25,6 +27,9 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.megatron.configuration import recompute_fields, transformer_config
 from phimr_nemo.model.megatron.gpt import build_model
+from phimr_nemo.training.distributed import start_process_group
+
+CPU = torch.device("cpu")
 
 Results = dict[str, Any]
 
@@ -131,6 +136,47 @@ def build_layouts(repository: str) -> dict[str, list[str]]:
             _small(repository), load_config(STAGES[path.parent.name], path, OPEN)
         )
         for path in sorted(Path(repository).glob("conf/*/phi4mini-*.yaml"))
+    }
+
+
+FP8: dict[str, dict[str, Any]] = {
+    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "delayed": {
+        "fp8": "hybrid",
+        "fp8_recipe": "delayed",
+        "fp8_amax_history_len": 4,
+        "fp8_amax_compute_algo": "max",
+    },
+}
+
+
+def measure_fp8(directory: str) -> dict[str, tuple[float, float]]:
+    """Errors of logits and gradients against plain PyTorch in float32: plain in bfloat16, and each FP8 scaling.
+
+    Packed documents of multiples of 16 tokens, as FP8 products take them.
+    """
+    factors = {name: getattr(compare.SMALL, name)[:24] for name in ("short_factor", "long_factor")}
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.04}
+    regime = {"original_max_position_embeddings": 8, "pad_token_id": 511}
+    arch = dataclasses.replace(compare.SMALL, **sizes, **heads, **regime, **factors)
+    start_process_group(ParallelConfig(), seed=0)
+    compare.make_checkpoint(Path(directory), arch)
+    row, documents = compare.packed_row(arch, CPU)
+
+    def run(dtype: torch.dtype, **settings: Any) -> compare.Outcome:
+        model = compare.build(Path(directory), dtype, CPU, **settings).train()
+        return compare.run_ours(model, row, row.roll(-1, dims=1), documents)
+
+    with te_lane.without_transformer_engine():
+        wanted, plain = run(torch.float32), run(torch.bfloat16)
+    found = {"plain": plain, **{name: run(torch.bfloat16, **settings) for name, settings in FP8.items()}}
+    return {
+        name: (
+            compare.relative_error(outcome.logits, wanted.logits),
+            compare.gradient_error(outcome.gradients, wanted.gradients),
+        )
+        for name, outcome in found.items()
     }
 
 

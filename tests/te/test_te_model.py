@@ -89,6 +89,15 @@ def test_planted_fault_is_outside(
     assert max(error(found[kind], reference[kind]) / allowed[kind] for kind in KINDS) > 2.0
 
 
+def test_fp8_stays_in_its_rounding(in_lane: Run, tmp_path: Path) -> None:
+    [errors] = in_lane(te_worker.measure_fp8, 1, str(tmp_path / "hf"))
+    plain = errors.pop("plain")
+    # E4M3 keeps four bits where bfloat16 keeps eight; gradients are in E5M2, with three.
+    for scaling, (logits, gradients) in errors.items():
+        assert 3 * plain[0] < logits < 2**4 * plain[0], scaling
+        assert 3 * plain[1] < gradients < 2**5 * plain[1], scaling
+
+
 def test_gradient_accumulates_in_float32_where_asked(in_lane: Run, checkpoint: str, reference: Results) -> None:
     fused, apart = in_lane(te_worker.measure_fused_accumulation, 1, checkpoint)[0]
     assert fused["adds"] > 0

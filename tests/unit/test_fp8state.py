@@ -179,7 +179,7 @@ def test_a_state_that_the_checkpoint_lacks_is_not_asked_for(monkeypatch: pytest.
 
     there, absent, weight = state("linear_qkv"), state("core_attention"), ShardedObject("decoder.w", None, (1,), (0,))
     monkeypatch.setattr(serialization, "load_sharded_metadata", lambda _: {"any name": there})
-    wanted = {"state_dict": {"a": there, "b": absent, "c": weight}, "optimizer": [{"step": 1}]}
+    wanted: dict[str, Any] = {"state_dict": {"a": there, "b": absent, "c": weight}, "optimizer": [{"step": 1}]}
     leave_out_absent(wanted, CHECKPOINT)
     # A weight that is missing stays asked for, so that loading fails as it should.
     assert (wanted["state_dict"]["a"], wanted["state_dict"]["c"]) == (there, weight)
