@@ -199,6 +199,18 @@ def test_full_recomputation_costs_the_layers_forward_pass() -> None:
     assert again.total == pytest.approx(plain.total + again.recompute)
 
 
+def test_recomputing_the_feed_forward_part_costs_its_share_of_the_products() -> None:
+    work = Work(tokens=16_384, attention_length=6_000, micro_batches=4)
+    plain, again = (
+        step_time(PHI4_MINI, ParallelConfig(), H100, "bf16", kind, work, distributed=True, matmul="bf16")
+        for kind in ("none", "mlp")
+    )
+    # 3 x 3072 x 8192 of these, and 3072 x (3072 + 2 x 1024) + 3072 x 3072 of attention's.
+    share = 3 * 8192 / (3 * 8192 + 3072 + 2 * 1024 + 3072)
+    assert again.recompute == pytest.approx(share * plain.linear / 3)
+    assert again.total == pytest.approx(plain.total + again.recompute)
+
+
 def test_compute_is_the_counted_operations_over_the_rates() -> None:
     """Layers' products and attention add up to the model FLOPs without the output layer, each at its own rate."""
     step = phi_step(ParallelConfig(), 1)
