@@ -13,6 +13,7 @@ from phimr_nemo.config.common import (
     EarlyStoppingConfig,
     GuardConfig,
     IsNumber,
+    LoRAConfig,
     ModelConfig,
     NonNegative,
     OptimConfig,
@@ -22,6 +23,7 @@ from phimr_nemo.config.common import (
     RunConfig,
     TrackingConfig,
     batches_fit,
+    no_best_of_adapters,
     no_supervised_options,
     stops_on_nan,
 )
@@ -34,7 +36,7 @@ Smoothing = Annotated[float, Field(ge=0.0, lt=0.5), IsNumber]
 class PlainLoss:
     """A preference loss that `beta` alone describes (see :mod:`phimr_nemo.losses.dpo`)."""
 
-    kind: Literal["dpo", "ipo", "length_normalized_dpo", "length_normalized_ipo"]
+    kind: Literal["dpo", "ipo", "length_normalized_dpo", "length_normalized_ipo", "apo_zero", "apo_down"]
 
 
 @config
@@ -119,6 +121,7 @@ class DPOConfig:
     micro_batch: Positive
     global_batch: Positive
     model: ModelConfig
+    lora: LoRAConfig | None = None
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: DPOCheckpointConfig
@@ -130,3 +133,4 @@ class DPOConfig:
     def __post_init__(self) -> None:
         batches_fit(self.micro_batch, self.global_batch, self.parallel.data)
         no_supervised_options(self.model, self.parallel)
+        no_best_of_adapters(self.lora, self.checkpoint)

@@ -10,12 +10,13 @@ from pydantic import Field
 
 from phimr_nemo.config.common import (
     AboveZero,
+    AtLeastOne,
     AtLeastZero,
     CheckpointConfig,
-    Decay,
     EarlyStoppingConfig,
     GuardConfig,
     IsNumber,
+    LoRAConfig,
     ModelConfig,
     NonNegative,
     Number,
@@ -23,9 +24,11 @@ from phimr_nemo.config.common import (
     ParallelConfig,
     Place,
     Positive,
+    PositiveShare,
     RunConfig,
     Share,
     TrackingConfig,
+    no_best_of_adapters,
     no_supervised_options,
     stops_on_nan,
 )
@@ -45,12 +48,21 @@ class PolicyLossConfig:
     Attributes:
         kind: how tokens and responses are weighed.
         clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high]; it is a token's, with `gspo` a whole
-            response's, which wants a range some hundred times narrower.
+            response's, which wants a range some hundred times narrower. With `cispo` they bound a weight, and
+            clip_low=1 is no lower bound.
     """
 
-    kind: Literal["grpo", "dr_grpo", "dapo", "gspo"]
-    clip_low: Decay
+    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+    clip_low: Share
     clip_high: AtLeastZero
+
+    def __post_init__(self) -> None:
+        if self.clip_low == 1.0 and self.kind != "cispo":
+            raise RuleBroken(
+                f"{AT}clip_low={self.clip_low} with {AT}kind={self.kind}",
+                rule=f"a ratio is clipped below at 1 - {AT}clip_low, which is above 0",
+                remedy=f"use {AT}clip_low=0.2, or {AT}kind=cispo",
+            )
 
 
 @config
@@ -68,7 +80,21 @@ class TruncatedCorrection:
     cap: AboveZero
 
 
-SamplerCorrection = Annotated[NoCorrection | TruncatedCorrection, Field(discriminator="kind")]
+@config
+class MaskedCorrection:
+    """Masked importance sampling: outside of the bounds a ratio of trainer to sampler probability weighs nothing.
+
+    Attributes:
+        kind: "masked": a token's ratio (IcePop); "sequence_masked": that of the whole response.
+        low, high: the bounds.
+    """
+
+    kind: Literal["masked", "sequence_masked"]
+    low: Share
+    high: AtLeastOne
+
+
+SamplerCorrection = Annotated[NoCorrection | TruncatedCorrection | MaskedCorrection, Field(discriminator="kind")]
 
 
 @config
@@ -108,6 +134,17 @@ class PromptOptimizationConfig:
 
     enabled: bool
     max_length_spread: AtLeastZero
+
+
+@config
+class CurriculumConfig:
+    """Prompts that are solved are not sampled again; the next one in the epoch's order takes their place.
+
+    Attributes:
+        solved_from: a prompt is solved when this share of its group was right the last time; None = none is.
+    """
+
+    solved_from: PositiveShare | None = None
 
 
 @config
@@ -221,8 +258,13 @@ class GRPOConfig:
         prompts_per_step, group_size: a round samples their product.
         loss: which policy-gradient loss.
         correction: what is done about the difference between sampler and trainer.
-        kl: weight of the k3 KL penalty to the starting model; 0 = off.
-        inner_batches: optimizer steps a round.
+        advantage_scale: what a reward's distance from its group's mean is divided by: the spread of the group's
+            rewards, of the whole batch's, or nothing; None = nothing for dr_grpo, else the group's.
+        entropy_bonus: weight of the policy's entropy at each token, which the loss then raises; 0 = off.
+        kl: weight of the KL penalty to the starting model; 0 = off.
+        kl_estimator: what the penalty's gradient is unbiased of (see :func:`phimr_nemo.losses.grpo.k3_kl`).
+        inner_batches: parts that a round's responses are trained on in, an optimizer step each.
+        passes: how many times a round's responses are trained on.
         micro_batch: in sequences.
         packed: sequences end to end in rows of up to micro_batch x sequence_length tokens, the memory of a padded
             micro-batch; the same gradient as unpacked.
@@ -246,8 +288,12 @@ class GRPOConfig:
     group_size: GroupSize
     loss: PolicyLossConfig
     correction: SamplerCorrection
+    advantage_scale: Literal["group", "batch", "none"] | None = None
+    entropy_bonus: AtLeastZero = 0.0
     kl: AtLeastZero
+    kl_estimator: Literal["k3", "importance_weighted_k3"] = "k3"
     inner_batches: Positive
+    passes: Positive = 1
     micro_batch: Positive
     packed: bool
     engine: TrainedEngine
@@ -261,8 +307,10 @@ class GRPOConfig:
     temperature: TemperatureConfig
     rebalance: RebalanceConfig
     prompt_optimization: PromptOptimizationConfig
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     monitor: MonitorConfig
     model: ModelConfig
+    lora: LoRAConfig | None = None
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: GRPOCheckpointConfig
@@ -270,8 +318,14 @@ class GRPOConfig:
     early_stopping: EarlyStoppingConfig | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    @property
+    def updates(self) -> int:
+        """Optimizer steps a round."""
+        return self.inner_batches * self.passes
+
     def __post_init__(self) -> None:
         no_supervised_options(self.model, self.parallel)
+        no_best_of_adapters(self.lora, self.checkpoint)
         self._check_lengths()
         self._check_batches()
         self._check_sampling()

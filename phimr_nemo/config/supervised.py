@@ -9,6 +9,7 @@ from phimr_nemo.config.common import (
     CheckpointConfig,
     EarlyStoppingConfig,
     GuardConfig,
+    LoRAConfig,
     ModelConfig,
     NonNegative,
     OptimConfig,
@@ -18,6 +19,7 @@ from phimr_nemo.config.common import (
     RunConfig,
     TrackingConfig,
     batches_fit,
+    no_best_of_adapters,
 )
 from phimr_nemo.config.engine import GraderName, LocalEngine, SamplingConfig
 from phimr_nemo.config.generation import Problems
@@ -100,6 +102,7 @@ class SupervisedConfig:
     loss_on: Literal["response", "all"]
     data_workers: NonNegative = 0
     model: ModelConfig
+    lora: LoRAConfig | None = None
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
@@ -112,6 +115,7 @@ class SupervisedConfig:
 
     def __post_init__(self) -> None:
         batches_fit(self.micro_batch, self.global_batch, self.parallel.data)
+        no_best_of_adapters(self.lora, self.checkpoint)
         self._check_validation()
         self._check_overlap()
         micro_batches = self.global_batch // (self.micro_batch * self.parallel.data)

@@ -91,3 +91,21 @@ def schemas() -> Mapping[Kind, pa.Schema]:
             ]
         ),
     }
+
+
+@cache
+def optional_columns() -> Mapping[Kind, pa.Schema]:
+    """Columns that a record may have besides; a reader who asks for an absent one gets null.
+
+    conversations: `history`, the turns before `question`; one of a single turn has none. pairs: how each response
+    ended, by itself where that is not known. rows: the numbers of the documents' questions.
+    """
+    import pyarrow as pa
+
+    turn = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
+    none = pa.schema([])
+    return dict.fromkeys(KINDS, none) | {
+        "conversations": pa.schema([pa.field("history", pa.list_(turn))]),
+        "pairs": pa.schema([pa.field(f"{side}_finish_reason", pa.string()) for side in ("chosen", "rejected")]),
+        "rows": pa.schema([pa.field("questions", pa.list_(pa.int64()))]),
+    }

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,7 +24,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text, write_json
 from phimr_nemo.store.content import content_id, content_seed, file_sha256
 from phimr_nemo.store.inputs import records_remedy
-from phimr_nemo.store.records import KINDS, SCHEMA_VERSION, Kind, schemas
+from phimr_nemo.store.records import KINDS, SCHEMA_VERSION, Kind, optional_columns, schemas
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,12 +45,14 @@ __all__ = [
     "input_hash",
     "is_complete",
     "iter_shards",
+    "read_columns",
     "read_manifest",
     "read_shard",
     "read_table",
     "rows_to_table",
     "shard_facts",
     "shard_is_complete",
+    "with_optional",
     "write_json",
     "write_shard",
 ]
@@ -127,7 +129,7 @@ def write_shard(directory: Path, index: int, table: pa.Table, *, kind: Kind) -> 
 
 
 def conform(table: pa.Table, kind: Kind) -> pa.Table:
-    """Select and cast the columns of `kind`.
+    """Select and cast the columns of `kind`, and the optional ones that are there.
 
     Raises:
         UserError: a column is missing, has the wrong type, or holds null where the kind does not allow it.
@@ -143,6 +145,7 @@ def conform(table: pa.Table, kind: Kind) -> pa.Table:
             remedy="map your columns to these names (see `phimr generate --help`)",
         )
     columns = []
+    schema = _with_fields(kind, table.column_names)
     for item in schema:
         column = table.column(item.name)
         nulls = column.null_count
@@ -163,11 +166,43 @@ def conform(table: pa.Table, kind: Kind) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
+def with_optional(table: pa.Table, kind: Kind, names: Sequence[str]) -> pa.Table:
+    """The table with those of the named optional columns that it lacks, holding null."""
+    import pyarrow as pa
+
+    for item in optional_columns()[kind]:
+        if item.name in names and item.name not in table.column_names:
+            table = table.append_column(item, pa.nulls(table.num_rows, item.type))
+    return table
+
+
+def read_columns(path: Path, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a shard, all when None; optional ones that it was written without hold null."""
+    import pyarrow.parquet as pq
+
+    if columns is None:
+        return pq.read_table(path)
+    optional = optional_columns()[kind].names
+    with pq.ParquetFile(path) as file:
+        there = [name for name in columns if name not in optional or name in file.schema_arrow.names]
+    return with_optional(pq.read_table(path, columns=there), kind, columns).select(list(columns))
+
+
 def rows_to_table(rows: Sequence[Mapping[str, Any]], kind: Kind) -> pa.Table:
     """Rows given as mappings, as a table of `kind`."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=schemas()[kind])
+    names = {name for row in rows for name in row}
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=_with_fields(kind, names))
+
+
+def _with_fields(kind: Kind, names: Collection[str]) -> pa.Schema:
+    """The schema of a kind with its optional columns among the names."""
+    schema = schemas()[kind]
+    for item in optional_columns()[kind]:
+        if item.name in names:
+            schema = schema.append(item)
+    return schema
 
 
 def shard_is_complete(directory: Path, index: int) -> bool:
@@ -327,13 +362,11 @@ def iter_shards(directory: Path, kind: Kind, columns: Sequence[str] | None = Non
     Raises:
         UserError: the directory is not finished, or a shard is missing or damaged (it is named).
     """
-    import pyarrow.parquet as pq
-
     shards = read_manifest(directory, kind).shards
     for name, sha256 in sorted(shards.items(), key=lambda item: (len(item[0]), item[0])):
         path = directory / name
         check_shard(path, sha256)
-        yield pq.read_table(path, columns=list(columns) if columns is not None else None)
+        yield read_columns(path, kind, columns)
 
 
 def read_shard(directory: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:

@@ -24,7 +24,7 @@ from nemo.lightning import io
 from nemo.lightning.io.pl import TrainerContext
 from torch import Tensor, nn
 
-from phimr_nemo.config import LongRopePolicy, ModelConfig, ParallelConfig
+from phimr_nemo.config import LongRopePolicy, LoRAConfig, ModelConfig, ParallelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.dtypes import torch_dtype
@@ -44,6 +44,7 @@ from phimr_nemo.model.megatron.convert import load_tensors
 from phimr_nemo.model.megatron.gpt import PhiGPTModel, build_model, transformer_fields
 from phimr_nemo.model.table import NORM_RULE
 from phimr_nemo.store.atomic import atomic_directory
+from phimr_nemo.training.adapters.modules import add_adapters
 
 NEMO_PREFIX: Final = "module."
 """Before Megatron's names in NeMo's checkpoints."""
@@ -95,6 +96,8 @@ class Phi4MiniConfig(llm.GPTConfig):
         longrope: LongRoPE policy.
         hf_directory: where the starting weights come from; None = random.
         seed: of Megatron's random states, one a place in the layout.
+        fp32_output: see :class:`phimr_nemo.config.ModelConfig`.
+        lora: adapters beside the starting weights, which are not trained then.
     """
 
     architecture: Architecture | None = None
@@ -102,6 +105,8 @@ class Phi4MiniConfig(llm.GPTConfig):
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     hf_directory: str | None = None
     seed: int = 0
+    fp32_output: bool = False
+    lora: LoRAConfig | None = None
     forward_step_fn: Any = field(default=forward_step)
     data_step_fn: Any = field(default=data_step)
 
@@ -129,9 +134,12 @@ class Phi4MiniConfig(llm.GPTConfig):
             pre_process=parallel_state.is_pipeline_first_stage(**stage) if pre_process is None else pre_process,
             post_process=parallel_state.is_pipeline_last_stage(**stage) if post_process is None else post_process,
             vp_stage=vp_stage,
+            fp32_output=self.fp32_output,
         )
         if self.hf_directory is not None:
             load_tensors([model], self.architecture, HFDirectory(Path(self.hf_directory)))
+        if self.lora is not None:
+            add_adapters(model, self.lora)
         return model
 
 
@@ -196,6 +204,7 @@ def architecture_config(
         max_length=max_length,
         longrope=model.longrope,
         seed=seed,
+        fp32_output=model.fp32_output,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phimr_nemo.config import ModelConfig, TrainingEvaluationConfig
 from phimr_nemo.config.engine import QUESTION
-from phimr_nemo.data.chat import decode_response, load_tokenizer, render_prompts
+from phimr_nemo.data.chat import load_tokenizer, render_prompts, response_text
 from phimr_nemo.evaluate.statistics import mean_and_clustered_error
 from phimr_nemo.generate.engines import SampledModel, open_engine, params_of
 from phimr_nemo.generate.sampler import Completion, Request
@@ -89,7 +89,10 @@ class TrainingEvaluation(pl.Callback):
 
     def _evaluate(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> dict[str, float]:
         completions = self._sample(tensors)
-        responses = [decode_response(self.tokenizer, completion.token_ids) for completion in completions]
+        responses = [
+            response_text(self.tokenizer, request.prompt_ids, completion.token_ids)
+            for request, completion in zip(self.requests, completions, strict=True)
+        ]
         answers = [problem["answer"] for problem in self.problems for _ in range(self.config.samples)]
         with Grader(workers=self.config.workers, function=self.config.grader) as grader:
             verdicts = grader.grade_many(list(zip(responses, answers, strict=True)))

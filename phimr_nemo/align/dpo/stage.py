@@ -21,7 +21,7 @@ from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, to_dict
 from phimr_nemo.config.dpo import StoredReference
 from phimr_nemo.data.chat import load_tokenizer
-from phimr_nemo.data.rows.batches import EpochOrder
+from phimr_nemo.data.rows.batches import EpochOrder, left_over
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import RunDirectory
@@ -54,6 +54,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
     order = EpochOrder(len(pairs), config.epochs, config.run.seed)
     steps = _steps(config, len(order))
+    not_trained_on = left_over(order, steps, config.global_batch, "pairs")
 
     run = RunDirectory(config.run.output)
     start_process_group(config.parallel, config.run.seed)
@@ -108,6 +109,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         "converged": converged,
         "skipped_batches": batch_guard.skipped,
         "pairs": len(pairs),
+        "pairs_not_trained_on": not_trained_on,
         "pairs_too_long": pairs.too_long,
         "pairs_truncated": pairs.truncated,
         "collapsed_at_step": log.collapsed_at,
@@ -141,6 +143,7 @@ def build_policy(config: DPOConfig, base: HFDirectory, steps: int, guard: BatchG
         micro_batch=2 * config.micro_batch,
         global_batch=config.global_batch,
         guard=guard,
+        lora=config.lora,
     )
 
 

@@ -179,10 +179,11 @@ def _write_pairs(
     counts_path = directory / f"counts-{index:05d}.json"
     if shard_is_complete(directory, index) and counts_path.is_file():
         return dict(json.loads(counts_path.read_text("utf-8")))
-    columns = ["id", "problem_id", "question", "response", "tokens"]
+    columns = ["id", "problem_id", "question", "response", "tokens", "finish_reason"]
     table = gather(shards, candidates.rows, columns)
     ids = table.column("id").to_pylist()
     bins = length_bins(table.column("tokens").to_numpy(), _characters(table))
+    finish_reason = dict(zip(ids, table.column("finish_reason").to_pylist(), strict=True))
     rows, fates = [], Counter[Fate]()
     lengths = {side: np.zeros(LENGTH_BINS, np.int64) for side in SIDES}
     for start, end in runs(candidates.groups):
@@ -211,6 +212,7 @@ def _write_pairs(
             texts = {"problem_id": problem_id, "question": question, "mode": chosen.mode}
             for side, response in zip(SIDES, pair, strict=True):
                 texts[side] = response.text
+                texts[f"{side}_finish_reason"] = finish_reason[response.id]
                 lengths[side][bin_of[response.id]] += 1
             rows.append({"id": content_id("pair", chosen.mode, pair[0].id, pair[1].id), **texts})
     dropped = {f"{DROPPED}{fate.reason}": count for fate, count in sorted(fates.items()) if fate != Fate.KEPT}
