@@ -125,6 +125,9 @@ class MegatronPolicy(AlignableGenerativeInterface):
         self.optimizer, self.scheduler = build_optimizer(
             optim, [self.model], steps=steps, dtype=torch_dtype(model.dtype)
         )
+        if model.dtype == "fp16":
+            # Megatron's schedule scales the loss before the backward pass.
+            self.model.module.config.grad_scale_func = self.optimizer.megatron.scale_loss
         self._is_distributed = optim.distributed
         self._reference: list[Tensor] = []
 

@@ -85,6 +85,8 @@ def check_common(config: SFTConfig | DPOConfig | GRPOConfig, target: str) -> Non
         raise refused("curriculum.solved_from", target, "curriculum.solved_from=null")
     if config.lora is not None:
         raise refused(f"lora.rank={config.lora.rank}", target, "lora=null")
+    if config.model.dtype == "fp16":
+        raise refused("model.dtype=fp16", target, "model.dtype=bf16")
     if config.model.fp32_output:
         raise refused("model.fp32_output=true", target, "model.fp32_output=false")
     if config.early_stopping is not None:

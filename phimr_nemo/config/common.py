@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
 
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "fp16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
 Fp8Recipe = Literal["delayed", "current"]
 Recompute = Literal["none", "selective", "full"]
@@ -127,7 +127,7 @@ class ModelConfig:
     """How the model is computed; its shape comes from the base directory's config.json.
 
     Attributes:
-        dtype: of weights and activations.
+        dtype: of weights and activations; in fp16 the loss is scaled, and a step that overflows is left out.
         fp32_output: log-probabilities from a product of hidden states and output matrix in float32, whatever the
             dtype (ScaleRL, arXiv 2510.13786): trainer and sampler differ less, for a copy of the matrix.
         fp8: 8-bit matrix products in Transformer Engine's hybrid format, by its recipe; None = none.

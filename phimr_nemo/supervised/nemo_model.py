@@ -13,7 +13,6 @@ from typing import Any, Final
 # NeMo imports these in the middle of a run, to build the model and in the first step.
 import nemo.collections.llm.modelopt.distill.utils
 import nemo.collections.llm.modelopt.model_utils  # noqa: F401
-import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from phimr_nemo.config import LongRopePolicy, LoRAConfig, ModelConfig, ParallelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.dtypes import torch_dtype
+from phimr_nemo.model.dtypes import config_dtype, torch_dtype
 from phimr_nemo.model.files.checkpoints import (
     NEMO_CONTEXT,
     NEMO_TOKENIZER,
@@ -218,7 +217,7 @@ def write_nemo(target: Path, checkpoint: Checkpoint, layout: ParallelConfig) -> 
 
     Raises:
         UserError: the target is in the way, the disk is full, the layout cannot hold the model, or the weights are
-            damaged or neither float32 nor bfloat16.
+            damaged or none of float32, bfloat16 and float16.
     """
     with atomic_directory(target) as directory:
         _write_context(directory / NEMO_CONTEXT, checkpoint)
@@ -232,7 +231,7 @@ def _write_context(directory: Path, checkpoint: Checkpoint) -> None:
     dtype = checkpoint.source.dtype(NORM_RULE.hf)
     config = architecture_config(
         arch,
-        ModelConfig(dtype="bf16" if dtype == torch.bfloat16 else "fp32"),
+        ModelConfig(dtype=config_dtype(dtype)),
         ParallelConfig(),
         max_length=min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings),
         seed=0,

@@ -10,6 +10,7 @@ from nemo import lightning as nl
 from phimr_nemo.config import ModelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.megatron.configuration import has_transformer_engine
+from phimr_nemo.training.optimizer import LOSS_SCALE
 
 FP8_FORMAT: Final = "hybrid"
 """E4M3 forward, E5M2 for gradients (Micikevicius et al. 2022, arXiv 2209.05433)."""
@@ -47,4 +48,7 @@ def precision_plugins(model: ModelConfig, make: Callable[..., Any]) -> list[Any]
         # Weights stay in bf16 between steps: the export reads them.
         eight = {"fp8": FP8_FORMAT, "fp8_param_gather": False, **FP8_RECIPES[model.fp8]}
         return [make(nl.MegatronMixedPrecision, precision="bf16-mixed", **eight)]
+    if model.dtype == "fp16":
+        scale = {f"fp16_{name}": value for name, value in LOSS_SCALE.items() if name != "fp16"}
+        return [make(nl.MegatronMixedPrecision, precision="16-mixed", **scale)]
     return [make(nl.MegatronMixedPrecision, precision="bf16-mixed")] if model.dtype == "bf16" else []

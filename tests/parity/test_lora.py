@@ -19,7 +19,9 @@ from torch import Tensor
 
 from phimr_nemo.config import DPOConfig, load_config
 from phimr_nemo.errors import UserError
+from phimr_nemo.model.files.checkpoints import open_checkpoint
 from phimr_nemo.training.adapters.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from phimr_nemo.training.seal import checkpoints
 
 LORA = ("lora.rank=4", "lora.alpha=8")
 MATRICES = 4
@@ -89,7 +91,11 @@ def test_a_stage_trains_adapters_and_resumes_exactly(stage: str, inputs: Path, t
                 *shared,
             ]
         case = make_case(inputs / "align", "unused", stage)
-        rounds = ["steps=3", "passes=2", "entropy_bonus=0.01"] if stage == "grpo" else ["max_steps=3"]
+        rounds = (
+            ["steps=3", "passes=2", "entropy_bonus=0.01", "curriculum.solved_from=0.5"]
+            if stage == "grpo"
+            else ["max_steps=3"]
+        )
         return [*case.overrides, *rounds, *shared]
 
     run_distributed(run, 1, stage, overrides("whole"))
@@ -97,6 +103,8 @@ def test_a_stage_trains_adapters_and_resumes_exactly(stage: str, inputs: Path, t
     run_distributed(run, 1, stage, overrides("parts"))
     whole, parts = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    with pytest.raises(UserError, match="holds adapters beside its matrices"):
+        open_checkpoint(checkpoints(tmp_path / "whole" / "checkpoints")[0], tmp_path / "whole" / "hf")
     root = inputs / ("supervised" if stage == "sft" else "align")
     base = load_file(root / "base" / "hf" / "model.safetensors")
     adapter = load_file(tmp_path / "whole" / "adapter" / PEFT_WEIGHTS)

@@ -20,14 +20,12 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.files.shards import write_pieces
 from phimr_nemo.model.megatron.gpt import PhiGPTModel
-from phimr_nemo.model.table import Pieces, Placement, checkpoint_tensors, pieces, placement_of, tensor_shapes
+from phimr_nemo.model.table import ADAPTER, Pieces, Placement, checkpoint_tensors, pieces, placement_of, tensor_shapes
 
 __all__ = ["adapter_tensors", "export_tensors", "load_tensors", "phi_model", "tensor_shapes", "write_pieces"]
 
 WRAPPED: Final = ".to_wrap."
 """In the name of a matrix that has an adapter beside it (NeMo's LoRALinear)."""
-ADAPTER: Final = ".adapter."
-"""In the names of the adapter's own matrices."""
 
 
 @dataclass(frozen=True)
