@@ -238,13 +238,14 @@ def render_conversation(
 
 
 def render_messages(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], *, cut_off: bool = False
 ) -> tuple[list[int], list[int]]:
     """Ids and loss mask of a conversation of several turns; the loss is on every turn of the assistant's.
 
     Args:
         tokenizer: a Phi tokenizer (see :func:`load_tokenizer`).
         turns: messages with `role` ("system", "user" or "assistant") and `content`; the last is the assistant's.
+        cut_off: whether the last one ended at a length limit, and so has no end token.
 
     Raises:
         UserError: a turn spells a special token, the last turn is not the assistant's, or the template writes earlier
@@ -267,7 +268,10 @@ def render_messages(
                     rule="a conversation is trained on as one text: later turns leave earlier ones as they are",
                     remedy="use a template that keeps earlier turns whole, or make a conversation of each turn",
                 )
-            parts += [prompt.removeprefix(written), response_part(prompt, turn["content"], cut_off=False)]
+            parts += [
+                prompt.removeprefix(written),
+                response_part(prompt, turn["content"], cut_off=cut_off and turn is turns[-1]),
+            ]
     ids, mask = [], []
     for place, part in enumerate(_encoded(tokenizer, parts)):
         ids += part

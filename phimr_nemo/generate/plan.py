@@ -58,6 +58,7 @@ class Planned:
             "tokens": tokens,
             "domain": self.problem["domain"],
             "difficulty": self.problem["difficulty"],
+            "source": self.problem["source"],
             "metadata": self.problem["metadata"],
         }
 

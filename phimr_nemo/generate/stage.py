@@ -15,6 +15,7 @@ from phimr_nemo.config import (
     RecordProblems,
     to_dict,
 )
+from phimr_nemo.data.parallel import team_of
 from phimr_nemo.data.sources.problems import load_problems
 from phimr_nemo.data.sources.recorded import load_recorded_rollouts
 from phimr_nemo.data.synthetic.problems import generate_problems
@@ -24,6 +25,7 @@ from phimr_nemo.store.progress import track
 from phimr_nemo.store.shards import (
     Manifest,
     finish,
+    iter_shards,
     read_manifest,
     read_table,
     shard_is_complete,
@@ -69,8 +71,9 @@ def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, d
     """
     if isinstance(problems, RecordProblems):
         table = read_table(problems.path, "problems")
+        table, counts = _unanswered(table, problems)
         table = table.slice(0, problems.limit or None)
-        return table, {"read": table.num_rows}
+        return table, {"read": table.num_rows, **counts}
     if isinstance(problems, FileProblems):
         return load_problems(
             problems.path,
@@ -80,6 +83,32 @@ def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, d
             limit=problems.limit,
         )
     return generate_problems(seed, problems.count, problems.split), {"read": problems.count}
+
+
+def _unanswered(table: pa.Table, problems: RecordProblems) -> tuple[pa.Table, dict[str, int]]:
+    """The problems that have no response yet, and how many have.
+
+    Raises:
+        UserError: a directory of rollouts is not finished, or every problem has a response.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not problems.answered:
+        return table, {}
+    known: set[str] = set()
+    for directory in problems.answered:
+        for shard in iter_shards(directory, "rollouts", ["problem_id"]):
+            known.update(shard.column("problem_id").to_pylist())
+    has_one = pc.is_in(table.column("id"), value_set=pa.array(sorted(known), pa.string()))
+    left = table.filter(pc.invert(has_one))
+    if not left.num_rows:
+        raise UserError(
+            f"every problem of {problems.path} has a response in {[str(path) for path in problems.answered]}",
+            rule="a teacher is asked about problems that have no response yet",
+            remedy="verify those responses; or set problems.answered=[] to sample more",
+        )
+    return left, {"problems with a response": table.num_rows - left.num_rows}
 
 
 def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any] | None:
@@ -109,7 +138,9 @@ def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any
 
 
 def _problem_files(config: GenerateConfig) -> list[Path]:
-    return [config.problems.path] if isinstance(config.problems, FileProblems | RecordProblems) else []
+    if isinstance(config.problems, RecordProblems):
+        return [config.problems.path, *config.problems.answered]
+    return [config.problems.path] if isinstance(config.problems, FileProblems) else []
 
 
 def _write(
@@ -119,12 +150,12 @@ def _write(
     counts: dict[str, int],
     inputs: list[Path],
 ) -> dict[str, Any] | None:
-    """Make shards of `shard_size` rows of `table` that are not there yet."""
+    """Make shards of `shard_size` rows of `table` that are not there yet and that nobody else makes."""
     directory = config.run.output
     shards = range(-(-table.num_rows // config.shard_size))
-    mine = shards[config.shard.index :: config.shard.count]
-    for index in track(mine, title="generate", unit="shard"):
-        if not shard_is_complete(directory, index):
+    with team_of(config.shard, directory) as team:
+        free = team.free_shards(directory, shards)
+        for index in track(free.one_by_one(), title="generate", unit="shard", total=len(shards)):
             part = table.slice(index * config.shard_size, config.shard_size)
             write_shard(directory, index, make(part), kind="rollouts")
     if not all(shard_is_complete(directory, index) for index in shards):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
+from phimr_nemo.config import STAGES, CurateConfig, ParallelConfig, PrepareConfig, load_config, to_dict, to_yaml
 from phimr_nemo.config.load import flat
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
@@ -117,7 +117,8 @@ def _works_alone(config: Any) -> bool:
 
     Slurm starts one job of a name at a time; a lock that a lost node has left behind must not stop the next one.
     """
-    return not hasattr(config, "shard") and "SLURM_JOB_ID" not in os.environ
+    decides = isinstance(config, CurateConfig | PrepareConfig) and config.shard.count == 1
+    return (decides or not hasattr(config, "shard")) and "SLURM_JOB_ID" not in os.environ
 
 
 def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool) -> None:

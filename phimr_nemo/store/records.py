@@ -25,12 +25,31 @@ VerdictName = Literal["correct", "wrong", "unparsable", "timeout", "error", "gol
 UNGRADED_VERDICTS: Final[tuple[VerdictName, ...]] = ("timeout", "error", "gold_unreadable")
 """Verdicts that say nothing about the response: the grader gave up or failed, or the gold answer is at fault."""
 
+PAIR_SIDES: Final = ("chosen", "rejected")
+
+_OF_A_RESPONSE: Final = ("teacher", "sample_index", "verdict", "finish_reason", "repetition")
+OPTIONAL_COLUMNS: Final[Mapping[Kind, frozenset[str]]] = {
+    "rollouts": frozenset({"source"}),
+    "verdicts": frozenset({"source"}),
+    "conversations": frozenset({"source", "history", *_OF_A_RESPONSE}),
+    "pairs": frozenset(
+        {"domain", "difficulty", "source", *(f"{side}_{name}" for side in PAIR_SIDES for name in _OF_A_RESPONSE)}
+    ),
+    "prompts": frozenset({"domain", "difficulty", "source"}),
+    "rows": frozenset({"questions"}),
+}
+"""Columns that a table of a user's own, or of an earlier release, may lack: they are null then."""
+
 FinishReason = Literal["stop", "length"]
 
 
 @cache
 def schemas() -> Mapping[Kind, pa.Schema]:
-    """The schema of each record kind. Columns marked nullable may hold null, the others may not."""
+    """The schema of each record kind. Columns marked nullable may hold null, the others may not.
+
+    A finish reason of null is that of a response that ended by itself. `history` are the turns before `question`;
+    `questions` are those of a row's documents, by number.
+    """
     import pyarrow as pa
 
     def text(name: str, *, nullable: bool = False) -> pa.Field:
@@ -49,8 +68,20 @@ def schemas() -> Mapping[Kind, pa.Schema]:
         text("finish_reason"),
         pa.field("tokens", pa.int32(), nullable=False),
         *annotations,
+        text("source", nullable=True),
         text("metadata"),
     ]
+    # What a response of a training set was, beside its text.
+    origin = [
+        text("source", nullable=True),
+        text("teacher", nullable=True),
+        pa.field("sample_index", pa.int32()),
+        text("verdict", nullable=True),
+        text("finish_reason", nullable=True),
+        pa.field("repetition", pa.float64()),
+    ]
+    turn = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
+    history = pa.field("history", pa.list_(turn))
     return {
         "problems": pa.schema(
             [
@@ -66,10 +97,15 @@ def schemas() -> Mapping[Kind, pa.Schema]:
         "rollouts": pa.schema(rollouts),
         "verdicts": pa.schema([*rollouts, text("verdict"), text("extracted"), text("reason"), text("grader")]),
         "conversations": pa.schema(
-            [text("id"), text("problem_id"), text("question"), text("response"), *annotations]
+            [text("id"), text("problem_id"), text("question"), text("response"), *annotations, *origin, history]
         ),
         "pairs": pa.schema(
-            [text("id"), text("problem_id"), text("question"), text("chosen"), text("rejected"), text("mode")]
+            [
+                *(text(name) for name in ("id", "problem_id", "question", "chosen", "rejected", "mode")),
+                *annotations,
+                origin[0],
+                *(item.with_name(f"{side}_{item.name}") for side in PAIR_SIDES for item in origin[1:]),
+            ]
         ),
         "prompts": pa.schema(
             [
@@ -77,6 +113,8 @@ def schemas() -> Mapping[Kind, pa.Schema]:
                 text("problem_id"),
                 text("question"),
                 text("answer"),
+                *annotations,
+                origin[0],
                 pa.field("pass_rate", pa.float64(), nullable=False),
                 pa.field("mean_length", pa.float64(), nullable=False),
                 pa.field("length_spread", pa.float64(), nullable=False),
@@ -88,24 +126,7 @@ def schemas() -> Mapping[Kind, pa.Schema]:
                 pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
                 pa.field("loss_mask", pa.list_(pa.uint8()), nullable=False),
                 pa.field("document_lengths", pa.list_(pa.int32()), nullable=False),
+                pa.field("questions", pa.list_(pa.int64())),
             ]
         ),
-    }
-
-
-@cache
-def optional_columns() -> Mapping[Kind, pa.Schema]:
-    """Columns that a record may have besides; a reader who asks for an absent one gets null.
-
-    conversations: `history`, the turns before `question`; one of a single turn has none. pairs: how each response
-    ended, by itself where that is not known. rows: the numbers of the documents' questions.
-    """
-    import pyarrow as pa
-
-    turn = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
-    none = pa.schema([])
-    return dict.fromkeys(KINDS, none) | {
-        "conversations": pa.schema([pa.field("history", pa.list_(turn))]),
-        "pairs": pa.schema([pa.field(f"{side}_finish_reason", pa.string()) for side in ("chosen", "rejected")]),
-        "rows": pa.schema([pa.field("questions", pa.list_(pa.int64()))]),
     }

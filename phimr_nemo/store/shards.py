@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,7 +24,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text, write_json
 from phimr_nemo.store.content import content_id, content_seed, file_sha256
 from phimr_nemo.store.inputs import records_remedy
-from phimr_nemo.store.records import KINDS, SCHEMA_VERSION, Kind, optional_columns, schemas
+from phimr_nemo.store.records import KINDS, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind, schemas
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,7 +129,7 @@ def write_shard(directory: Path, index: int, table: pa.Table, *, kind: Kind) -> 
 
 
 def conform(table: pa.Table, kind: Kind) -> pa.Table:
-    """Select and cast the columns of `kind`, and the optional ones that are there.
+    """Select and cast the columns of `kind`.
 
     Raises:
         UserError: a column is missing, has the wrong type, or holds null where the kind does not allow it.
@@ -137,7 +137,8 @@ def conform(table: pa.Table, kind: Kind) -> pa.Table:
     import pyarrow as pa
 
     schema = schemas()[kind]
-    missing = [name for name in schema.names if name not in table.column_names]
+    absent = [name for name in schema.names if name not in table.column_names]
+    missing = [name for name in absent if name not in OPTIONAL_COLUMNS.get(kind, ())]
     if missing:
         raise UserError(
             f"columns {missing} are missing; the table has {table.column_names}",
@@ -145,9 +146,8 @@ def conform(table: pa.Table, kind: Kind) -> pa.Table:
             remedy="map your columns to these names (see `phimr generate --help`)",
         )
     columns = []
-    schema = _with_fields(kind, table.column_names)
     for item in schema:
-        column = table.column(item.name)
+        column = pa.nulls(table.num_rows, item.type) if item.name in absent else table.column(item.name)
         nulls = column.null_count
         if nulls and not item.nullable:
             raise UserError(
@@ -170,8 +170,9 @@ def with_optional(table: pa.Table, kind: Kind, names: Sequence[str]) -> pa.Table
     """The table with those of the named optional columns that it lacks, holding null."""
     import pyarrow as pa
 
-    for item in optional_columns()[kind]:
-        if item.name in names and item.name not in table.column_names:
+    for name in names:
+        if name in OPTIONAL_COLUMNS.get(kind, ()) and name not in table.column_names:
+            item = schemas()[kind].field(name)
             table = table.append_column(item, pa.nulls(table.num_rows, item.type))
     return table
 
@@ -182,7 +183,7 @@ def read_columns(path: Path, kind: Kind, columns: Sequence[str] | None = None) -
 
     if columns is None:
         return pq.read_table(path)
-    optional = optional_columns()[kind].names
+    optional = OPTIONAL_COLUMNS.get(kind, ())
     with pq.ParquetFile(path) as file:
         there = [name for name in columns if name not in optional or name in file.schema_arrow.names]
     return with_optional(pq.read_table(path, columns=there), kind, columns).select(list(columns))
@@ -192,17 +193,7 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], kind: Kind) -> pa.Table:
     """Rows given as mappings, as a table of `kind`."""
     import pyarrow as pa
 
-    names = {name for row in rows for name in row}
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=_with_fields(kind, names))
-
-
-def _with_fields(kind: Kind, names: Collection[str]) -> pa.Schema:
-    """The schema of a kind with its optional columns among the names."""
-    schema = schemas()[kind]
-    for item in optional_columns()[kind]:
-        if item.name in names:
-            schema = schema.append(item)
-    return schema
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schemas()[kind])
 
 
 def shard_is_complete(directory: Path, index: int) -> bool:

@@ -23,6 +23,9 @@ from phimr_nemo.store.shards import check_shard, read_manifest, with_optional
 CACHE_BYTES: Final = 256 * 2**20
 """Of decoded row groups, and of rendered conversations, that a process keeps."""
 
+CONVERSATION: Final = ("id", "question", "response", "history", "finish_reason")
+"""What is read of a conversation."""
+
 LossOn = Literal["response", "all"]
 T = TypeVar("T")
 
@@ -210,7 +213,7 @@ class Conversations(RowSource):
     """
 
     def __init__(self, directory: Path, tokenizer: PreTrainedTokenizerFast, loss_on: LossOn) -> None:
-        self.table = RecordTable(directory, "conversations", ("id", "question", "response", "history"))
+        self.table = RecordTable(directory, "conversations", CONVERSATION)
         self._tokenizer, self._loss_on = tokenizer, loss_on
         self._cache: ByteCache[Row] = ByteCache(CACHE_BYTES)
 
@@ -221,7 +224,8 @@ class Conversations(RowSource):
         record = self.table[number]
         question, response, history = (record[name].as_py() for name in ("question", "response", "history"))
         last = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
-        ids, mask = render_messages(self._tokenizer, [*(history or ()), *last])
+        is_cut = record["finish_reason"].as_py() == "length"
+        ids, mask = render_messages(self._tokenizer, [*(history or ()), *last], cut_off=is_cut)
         row = Row(
             np.asarray(ids, dtype=np.int32),
             np.asarray([1] * len(mask) if self._loss_on == "all" else mask, dtype=np.uint8),

@@ -112,7 +112,7 @@ def test_rows_are_the_sampled_responses(
         assert request.prompt_ids == tuple(render_prompt(tokenizer, problem["question"]))
         assert (request.id, request.seed) == (row["id"], row["seed"])
         body = [token for token in completion.token_ids if token not in stops]
-        assert row["response"] == tokenizer.decode(body, skip_special_tokens=True)
+        assert row["response"] == tokenizer.decode(body)
         assert row["tokens"] == len(completion.token_ids)
         assert row["finish_reason"] == completion.finish_reason
         assert (row["finish_reason"] == "stop") == (completion.token_ids[-1] in stops)

@@ -180,6 +180,7 @@ def test_a_conversation_of_several_turns_is_a_row(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "problem_id": "p", "question": "And 1 more?", "response": "5", "history": history},
         {"id": "b", "problem_id": "p", "question": "And 1 more?", "response": "5"},
+        {"id": "c", "problem_id": "p", "question": "And 1 more?", "response": "5", "finish_reason": "length"},
     ]
     write_shard(tmp_path, 0, rows_to_table(rows, "conversations"), kind="conversations")
     finish(tmp_path, kind="conversations", config={})
@@ -188,6 +189,7 @@ def test_a_conversation_of_several_turns_is_a_row(tmp_path: Path) -> None:
     assert source[0].input_ids.tolist() == render_messages(tokenizer, [*history, *last])[0]
     assert source[1].input_ids.tolist() == render_messages(tokenizer, last)[0]
     assert source[0].loss_mask.sum() == 2 * source[1].loss_mask.sum() == 4
+    assert source[2].input_ids.tolist() == source[1].input_ids[:-1].tolist()
     source.check(len(source[0].input_ids), 0, 1)
     with pytest.raises(UserError, match="row 0"):
         source.check(len(source[0].input_ids) - 1, 0, 1)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+COLUMNS: Final = ("question", "response", "history", "finish_reason")
 BATCH_ROWS: Final = 64
 """Conversations; long ones have 20 K tokens, and the tokenizer needs about a hundred bytes for each token."""
 # What a template that changes questions would change: spaces at the ends, line breaks, quotes, markup, capitals.
@@ -109,7 +110,7 @@ def _texts(
     conversations: pq.ParquetFile, frame: Frame, counts: Counter[str]
 ) -> Iterator[tuple[list[str], list[int]]]:
     """Batches of rendered conversations, of each the prompt and the response, and the number of the question."""
-    columns = [name for name in ("question", "response", "history") if name in conversations.schema_arrow.names]
+    columns = [name for name in COLUMNS if name in conversations.schema_arrow.names]
     for batch in conversations.iter_batches(BATCH_ROWS, columns=columns):
         texts, numbers = [], []
         for row in batch.to_pylist():
@@ -120,6 +121,7 @@ def _texts(
                 counts["dropped: special token in text"] += 1
             else:
                 prompt = f"{frame.before}{question}{frame.after}"
-                texts += [prompt, response_part(prompt, response, cut_off=False)]
+                is_cut = row.get("finish_reason") == "length"
+                texts += [prompt, response_part(prompt, response, cut_off=is_cut)]
                 numbers.append(question_number(question))
         yield texts, numbers

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import EndpointEngine
+from phimr_nemo.data.parallel import ALONE, Team
 from phimr_nemo.endpoint import ChatReply, ChatRequest, EndpointClient, Journal, RequestFailed, read_journal
 from phimr_nemo.endpoint.ask import cents
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 
@@ -41,6 +43,7 @@ def request_rollouts(
     *,
     shard_indices: Sequence[int],
     inputs: Sequence[Path] = (),
+    team: Team = ALONE,
 ) -> bool:
     """Ask an endpoint for the rollouts of some shards.
 
@@ -51,6 +54,7 @@ def request_rollouts(
         out_dir: the record directory; finished shards and journaled responses in it are kept.
         shard_indices: make only these shards.
         inputs: what the problems were read from, for the manifest.
+        team: the processes that share the shards.
 
     Returns:
         Whether all shards are there; the manifest, with the account of tokens and costs, is then written.
@@ -68,13 +72,16 @@ def request_rollouts(
     keep_settings(out_dir, settings)
     if is_complete(out_dir, "rollouts"):
         return True
+    unfinished = []
     for index in shard_indices:
         if shard_is_complete(out_dir, index):
             _journal_path(out_dir, index).unlink(missing_ok=True)  # killed between the two
-    unfinished = [index for index in shard_indices if not shard_is_complete(out_dir, index)]
+        else:
+            unfinished.append(index)
     if unfinished:
         done = sum(plan.count(index) for index in shard_indices) - sum(plan.count(index) for index in unfinished)
-        asyncio.run(_Generation(plan, engine, params, out_dir).run(unfinished, done))
+        free = team.free_shards(out_dir, unfinished)
+        asyncio.run(_Generation(plan, engine, params, out_dir, free).run(unfinished, done))
     if not all(shard_is_complete(out_dir, index) for index in plan.shards):
         return False
     finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=_counts(out_dir, plan, engine))
@@ -182,10 +189,13 @@ class _Shard:
 
 
 class _Generation:
-    """One process's share of the shards, with `concurrency` requests under way."""
+    """The shards that one process takes, with `concurrency` requests under way."""
 
-    def __init__(self, plan: Plan, engine: EndpointEngine, params: SamplingParams, out_dir: Path) -> None:
+    def __init__(
+        self, plan: Plan, engine: EndpointEngine, params: SamplingParams, out_dir: Path, free: FreeUnits
+    ) -> None:
         self._plan, self._engine, self._params, self._out_dir = plan, engine, params, out_dir
+        self._free = free
         self._open: dict[int, _Shard] = {}
         self._unwritten = set[int]()
         self._failed: Counter[str] = Counter()
@@ -200,9 +210,8 @@ class _Generation:
             UserError: see :func:`request_rollouts`.
         """
         total = done + sum(self._plan.count(index) for index in indices)
-        self._unwritten = set(indices)
         with Progress(total, done=done, unit="rollout", title="generate") as bar:
-            items = self._items(indices, bar)
+            items = self._items(bar)
             async with EndpointClient(self._engine.endpoint) as client:
                 workers = [
                     asyncio.create_task(self._work(client, items, bar))
@@ -219,9 +228,10 @@ class _Generation:
         if self._unwritten:
             raise self._failure(total)
 
-    def _items(self, indices: Sequence[int], bar: Progress) -> Iterator[tuple[_Shard, Planned]]:
-        """What is missing, shard by shard; a shard is opened when its turn comes."""
-        for index in indices:
+    def _items(self, bar: Progress) -> Iterator[tuple[_Shard, Planned]]:
+        """What is missing, shard by shard; a shard is opened when its turn comes, and held until it is written."""
+        for index in self._free:
+            self._unwritten.add(index)
             shard = _Shard(self._plan, self._out_dir, index)
             bar.found_done(len(shard.planned) - shard.left)
             if not shard.left:
@@ -246,6 +256,7 @@ class _Generation:
     def _close(self, shard: _Shard) -> None:
         if shard.close(self._engine.max_missing):
             self._unwritten.discard(shard.index)
+        self._free.release(shard.index)
 
     async def _ask(self, client: EndpointClient, shard: _Shard, item: Planned) -> None:
         request = ChatRequest(
