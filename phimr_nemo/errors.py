@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from phimr_nemo.redact import redact
+from phimr_nemo.redact import keep_secrets_from_output, redact
+from phimr_nemo.text.printable import printable
 
 EXIT_DONE: Final = 0
 EXIT_INTERNAL: Final = 1
@@ -54,6 +55,7 @@ def exit_with_message() -> Iterator[None]:
 
     One of several ranks hands its message to the launcher that started it, so that it is shown once.
     """
+    keep_secrets_from_output()
     try:
         yield
     except UserError as error:
@@ -70,7 +72,7 @@ def exit_with_message() -> Iterator[None]:
 def _tell(message: str, facts: dict[str, object]) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
         return
     # In torchrun's own form, so that torchrun without our launcher shows it too.
     Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time()), **facts}), "utf-8")

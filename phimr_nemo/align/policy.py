@@ -109,10 +109,9 @@ class MegatronPolicy(AlignableGenerativeInterface):
         guard: BatchGuard,
         lora: LoRAConfig | None = None,
     ) -> None:
-        self.guard, self.work = guard, WorkCounter(chunks=1)
+        self.guard, self.work, self.temperature = guard, WorkCounter(chunks=1), 1.0
         self.architecture: Architecture = base.architecture
         self.objective, self.parallel, self.micro_batch = objective, parallel, micro_batch
-        self.temperature = 1.0
         self.cfg: DictConfig = OmegaConf.create(
             {
                 "global_batch_size": global_batch,

@@ -20,6 +20,7 @@ from phimr_nemo.config.data import (
     CurateConfig,
     DecontaminationConfig,
     EvaluationSetConfig,
+    GoldConfig,
     NearDuplicatesConfig,
     PackConfig,
     PrepareConfig,
@@ -27,7 +28,6 @@ from phimr_nemo.config.data import (
 )
 from phimr_nemo.config.dpo import DPOConfig
 from phimr_nemo.config.engine import (
-    AskConfig,
     EndpointConfig,
     EndpointEngine,
     Engine,
@@ -43,8 +43,11 @@ from phimr_nemo.config.evaluation import (
     EvaluateConfig,
     EvaluatedProblems,
     ExportConfig,
+    HeldOutConfig,
+    TrainingEvaluationConfig,
 )
 from phimr_nemo.config.generation import (
+    AskConfig,
     FileProblems,
     GenerateConfig,
     JudgeConfig,
@@ -65,7 +68,6 @@ from phimr_nemo.config.supervised import (
     OverlapConfig,
     SFTConfig,
     SupervisedConfig,
-    TrainingEvaluationConfig,
 )
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
@@ -91,7 +93,9 @@ __all__ = [
     "GRPOConfig",
     "GenerateConfig",
     "GenerationPlanConfig",
+    "GoldConfig",
     "GuardConfig",
+    "HeldOutConfig",
     "JudgeConfig",
     "LoRAConfig",
     "LocalEngine",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.config import (
     FileProblems,
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+WITHOUT_ANSWER: Final = "problems without an answer, passed over"
+
 
 def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
     """Write the shards that this process is to make, and the manifest once all shards are there.
@@ -69,11 +71,15 @@ def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, d
     Raises:
         UserError: the file is missing, empty or malformed, or the record directory is not finished.
     """
+    import pyarrow.compute as pc
+
     if isinstance(problems, RecordProblems):
         table = read_table(problems.path, "problems")
-        table, counts = _unanswered(table, problems)
+        answered = table.filter(pc.not_equal(table.column("answer"), ""))
+        without = table.num_rows - answered.num_rows
+        table, counts = _unanswered(answered, problems)
         table = table.slice(0, problems.limit or None)
-        return table, {"read": table.num_rows, **counts}
+        return table, {"read": table.num_rows, **({WITHOUT_ANSWER: without} if without else {}), **counts}
     if isinstance(problems, FileProblems):
         return load_problems(
             problems.path,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from phimr_nemo.evaluate.evaluate import VERDICTS
-from phimr_nemo.generate.chat import printable
 from phimr_nemo.store.shards import read_table
+from phimr_nemo.text.printable import printable
 
 SHOWN_QUESTIONS: Final = 3
 SHOWN_CHARS: Final = 200

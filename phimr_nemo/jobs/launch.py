@@ -17,11 +17,12 @@ from phimr_nemo.config import STAGES, CurateConfig, ParallelConfig, PrepareConfi
 from phimr_nemo.config.load import flat
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
-from phimr_nemo.jobs.kept import kept
+from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
 from phimr_nemo.jobs.preflight import preflight, record_inputs
 from phimr_nemo.process.children import follow_parent
+from phimr_nemo.process.heartbeat import start_beating
 from phimr_nemo.process.stopping import KEPT, stoppable
 from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
@@ -30,9 +31,9 @@ from phimr_nemo.store.shards import input_hash
 # Stage -> "module:function" taking the stage's config and returning the facts that close the run.
 FUNCTIONS: Final[Mapping[str, str]] = {
     "base": "phimr_nemo.model.base:run_base",
-    "prepare": "phimr_nemo.data.prepare.stage:run_prepare",
+    "prepare": "phimr_nemo.jobs.composed:run_prepare",
     "generate": "phimr_nemo.generate.stage:run_generate",
-    "verify": "phimr_nemo.verify.stage:run_verify",
+    "verify": "phimr_nemo.jobs.composed:run_verify",
     "curate": "phimr_nemo.data.curate.stage:run_curate",
     "pack": "phimr_nemo.data.rows.stage:run_pack",
     "midtrain": "phimr_nemo.supervised.stage:run_midtrain",
@@ -68,9 +69,12 @@ FREE_TO_CHANGE: Final = (
     "workers",
     "verify_workers",
     "monitor.",
-    *(f"{place}engine.{name}" for place in ("", "teacher.") for name in _ENGINE),
-    *(f"{place}.ask.endpoint.{name}" for place in ("judge", "annotation") for name in _ENDPOINT),
-    *("judge.ask.max_", "annotation.ask.max_"),
+    *(f"{place}engine.{name}" for place in ("", "teacher.", "judge.ask.", "annotation.ask.") for name in _ENGINE),
+    *(
+        f"{place}.ask.max_{name}"
+        for place in ("judge", "annotation")
+        for name in ("requests", "total_tokens", "cost")
+    ),
 )
 # What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
 IMPORT_NOTES: Final = (
@@ -199,7 +203,8 @@ def check_same_run(run: RunDirectory, config: Any) -> None:
         raise UserError(
             f"{run.path} holds a run with other settings ({'; '.join(different)})",
             rule="an output directory belongs to one configuration",
-            remedy="choose another run.output, or remove the directory",
+            remedy="choose another run.output, or remove the directory; `phimr continue` goes on from a training "
+            "run's checkpoint with other settings",
         )
 
 
@@ -223,6 +228,7 @@ def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default:
         check_default(stage, path)
     if is_rank(resolved):
         follow_parent()
+        start_beating()
     with stoppable(stage, lambda: kept(resolved.run.output)):
         if CHECKED not in os.environ:
             preflight(stage, resolved)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text, write_json
-from phimr_nemo.store.content import content_id, content_seed, file_sha256
+from phimr_nemo.store.content import content_id, content_seed, directory_sha256, file_sha256
 from phimr_nemo.store.inputs import records_remedy
 from phimr_nemo.store.records import KINDS, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind, schemas
 
@@ -79,6 +79,7 @@ class Manifest:
         inputs: input path -> sha256 of its manifest (or of the file itself).
         counts: named counts, among them why rows were rejected.
         versions: package versions and git sha at the time of writing.
+        examples: the first rejected rows of each reason, in words.
     """
 
     kind: Kind
@@ -89,6 +90,7 @@ class Manifest:
     counts: Mapping[str, int]
     versions: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def _shard_path(directory: Path, index: int) -> Path:
@@ -234,8 +236,9 @@ def finish(
     *,
     kind: Kind,
     config: Mapping[str, Any],
-    inputs: Sequence[Path] = (),
+    inputs: Sequence[Path] | Mapping[str, str] = (),
     counts: Mapping[str, int] | None = None,
+    examples: Mapping[str, Sequence[str]] | None = None,
 ) -> Manifest:
     """Write the manifest that declares a record directory complete.
 
@@ -243,8 +246,9 @@ def finish(
         directory: a directory with at least one shard.
         kind: the record kind of its shards.
         config: the step's resolved configuration.
-        inputs: record directories or files that the step read.
+        inputs: record directories or files that the step read; or what it read by name, with what identifies it.
         counts: named counts and reasons for rejection.
+        examples: the first rejected rows of each reason, in words.
 
     Raises:
         UserError: the directory has no shard, one without its file, a damaged one, or one of another kind.
@@ -271,21 +275,28 @@ def finish(
         rows=sum(fact["rows"] for fact in facts),
         shards={s.with_suffix(".parquet").name: fact["sha256"] for s, fact in zip(sidecars, facts, strict=True)},
         config=dict(config),
-        inputs={str(path): input_hash(path) for path in inputs},
+        inputs=dict(inputs) if isinstance(inputs, Mapping) else {str(path): input_hash(path) for path in inputs},
         counts=dict(counts or {}),
         versions=code_versions(),
+        examples=dict(examples or {}),
     )
     write_json(directory / MANIFEST, asdict(manifest))
     return manifest
 
 
 def input_hash(path: Path) -> str:
-    """The sha256 that identifies an input: of the manifest of a record directory, else of the file."""
+    """The sha256 that identifies an input.
+
+    Of the manifest of a record directory, else of the file, or of the names and sha256 of a directory's files.
+    """
     manifest = path / MANIFEST
     if path.is_dir() and manifest.is_file():
         return file_sha256(manifest)
     if path.is_file():
         return file_sha256(path)
+    if path.is_dir():
+        files = (file for file in sorted(path.rglob("*")) if file.is_file())
+        return directory_sha256({str(file.relative_to(path)): file_sha256(file) for file in files})
     return "absent"
 
 
@@ -301,7 +312,8 @@ def is_complete(directory: Path, kind: Kind) -> bool:
 
 
 def _manifest_keys() -> list[str]:
-    return [item.name for item in fields(Manifest)]
+    """What every manifest says; those of earlier versions have no examples."""
+    return [item.name for item in fields(Manifest) if item.name != "examples"]
 
 
 def read_manifest(directory: Path, kind: Kind) -> Manifest:
@@ -339,7 +351,7 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
             rule="shards are files part-NNNNN.parquet in the directory itself",
             remedy="make the directory again; do not use one from a source you do not trust",
         )
-    return Manifest(**{key: values[key] for key in _manifest_keys()})
+    return Manifest(**{key: values[key] for key in _manifest_keys()}, examples=values.get("examples", {}))
 
 
 def iter_shards(directory: Path, kind: Kind, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

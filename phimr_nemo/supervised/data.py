@@ -116,7 +116,7 @@ class SupervisedDataModule(pl.LightningDataModule):
         unseen = _unseen(source, mixed[:training], held_out)
         self.unseen_documents = sum(int(documents.sum()) for documents in unseen.values())
         order = EpochOrder(training, config.epochs, config.run.seed)
-        self.left_over = left_over(order, self.steps, config.global_batch, "rows")
+        self.left_over = left_over(training, config.epochs, self.steps, config.global_batch, "rows")
         self.train = RowDataset(source, mixed[:training], order, unseen)
         self.validation = RowDataset(source, held_out, EpochOrder(max(len(held_out), 1), 1, config.run.seed))
         self.validation_steps = len(held_out) // config.global_batch

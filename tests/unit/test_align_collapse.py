@@ -20,7 +20,7 @@ from phimr_nemo.align.grpo.log import GRPOLog
 from phimr_nemo.align.grpo.rewards import Graded
 from phimr_nemo.align.grpo.rollouts import Rollout, graded_rollouts, rollout_metrics
 from phimr_nemo.config import GRPOConfig, TrackingConfig, load_config
-from phimr_nemo.config.grpo import MonitorConfig
+from phimr_nemo.config.evaluation import MonitorConfig
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.generate.sampler import Completion

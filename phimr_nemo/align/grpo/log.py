@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from phimr_nemo.align.grpo.collapse import CollapseWatch
 from phimr_nemo.align.trainer_log import TrainerLog
-from phimr_nemo.config.grpo import MonitorConfig
+from phimr_nemo.config.evaluation import MonitorConfig
 from phimr_nemo.store.runs import read_metrics
 from phimr_nemo.training.metrics import PASS_RATE_MIDDLES, PASS_RATE_NAMES
 from phimr_nemo.training.optimizer import TrainerOptimizer

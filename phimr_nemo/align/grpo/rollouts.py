@@ -42,6 +42,7 @@ class Prompt:
     answer: str
     token_ids: tuple[int, ...]
     is_hard: bool
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Rollout:
         logprobs: the sampler's log-probability of each token at the round's temperature (nats).
         is_truncated: it ended at the length limit.
         is_correct: the grader's verdict.
+        verdict: in its own word.
         is_graded: False where the grader gave up; such a response takes part in nothing.
         reason: why it did.
         reward_parts: what its reward is the sum of, by name.
@@ -85,6 +87,7 @@ class Rollout:
     repetition: float = 0.0
     version: int | None = None
     reason: str = ""
+    verdict: str = ""
 
     @property
     def reward(self) -> float:
@@ -115,7 +118,7 @@ def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GR
     token_ids = render_prompts(tokenizer, [config.prompt.replace(QUESTION, rows[i]["question"]) for i in even])
     room = config.sequence_length - config.max_new_tokens
     prompts = [
-        Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"])
+        Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"], rows[i]["question"])
         for i, ids in zip(even, token_ids, strict=True)
         if len(ids) <= room
     ]
@@ -241,6 +244,7 @@ def graded_rollouts(
                 repetition=repetition(response.response[-REPETITION_CHARS:]),
                 version=completion.version,
                 reason="" if is_graded(response.verdict) else response.reason,
+                verdict=response.verdict,
             )
         )
     return rollouts

@@ -126,7 +126,10 @@ def _write_shape(config: CurateConfig, decisions: Decisions) -> None:
 def _made_of(config: CurateConfig, name: str) -> dict[str, Any]:
     """What decides the content of a set."""
     inputs = {str(path): input_hash(path) for path in _inputs(config)}
-    return json.loads(json.dumps({"inputs": inputs, "set": asdict(getattr(config, name)), "seed": config.run.seed}))
+    # Rows are counted over the directories in their order.
+    order = [str(path) for path in config.verdict_directories]
+    chosen = asdict(getattr(config, name))
+    return json.loads(json.dumps({"inputs": inputs, "order": order, "set": chosen, "seed": config.run.seed}))
 
 
 def _inputs(config: CurateConfig) -> list[Path]:

@@ -6,6 +6,7 @@ a few hundred bytes a candidate (:mod:`.dedup`). Then candidates into record dir
     problems/     record directory of kind "problems"
     rollouts/     record directory of kind "rollouts", if any source brings trajectories
     drops.jsonl   every row that was dropped: source, place, reason, and for which row or evaluation question
+    conflicts.jsonl   every question whose sources have several answers, and what was settled
     candidates/   intermediate, removed at the end
 """
 
@@ -35,13 +36,24 @@ from phimr_nemo.data.prepare.candidates import (
     digest,
 )
 from phimr_nemo.data.prepare.decontaminate import EvaluationIndex, read_index
-from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, NEAR, Duplicates, Facts, find_duplicates
+from phimr_nemo.data.prepare.dedup import (
+    EXACT,
+    EXACT_OTHER_ANSWER,
+    KEPT,
+    NEAR,
+    Duplicates,
+    Facts,
+    find_duplicates,
+)
+from phimr_nemo.data.prepare.golds import Golds, settle_golds
+from phimr_nemo.data.prepare.written import CONFLICTS_FILE, examples_of, inputs_of, write_conflicts
 from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
+from phimr_nemo.endpoint import OpensModel
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.progress import track
-from phimr_nemo.store.records import Kind
+from phimr_nemo.store.records import GOLD, GoldKind, Kind
 from phimr_nemo.store.shards import (
     finish,
     is_complete,
@@ -67,11 +79,16 @@ DROP_REASONS: Final = {
     EXACT_OTHER_ANSWER: "exact duplicate with another answer",
     NEAR: "near duplicate",
 }
+
 DUPLICATE_TRAJECTORY: Final = "trajectories that repeat another of the same problem"
 
 
-def run_prepare(config: PrepareConfig) -> dict[str, Any]:
+def run_prepare(config: PrepareConfig, open_model: OpensModel) -> dict[str, Any]:
     """Write problems, rollouts and the list of what was dropped; what is finished is kept.
+
+    Args:
+        config: of the stage.
+        open_model: opens the annotator, where there is one.
 
     Returns:
         Rows of both record directories and all counts.
@@ -83,7 +100,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
     if not is_complete(output / PROBLEMS, "problems"):
         with team_of(config.shard, output) as team:
-            _prepare(config, team)
+            _prepare(config, team, open_model)
     if (output / CANDIDATES).is_dir():
         # All tasks of an array come here.
         shutil.rmtree(output / CANDIDATES, ignore_errors=True)
@@ -94,7 +111,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     return rows | dict(manifests[PROBLEMS].counts)
 
 
-def _prepare(config: PrepareConfig, team: Team) -> None:
+def _prepare(config: PrepareConfig, team: Team, open_model: OpensModel) -> None:
     """The processes of an array share the sources; the first that finds all of them read does the rest alone."""
     output = config.run.output
     directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
@@ -110,7 +127,7 @@ def _prepare(config: PrepareConfig, team: Team) -> None:
         title="sources",
     )
     for _ in FreeUnits([0], team.leases, name="reduce", is_done=is_prepared, wait=True).one_by_one():
-        _reduce(config, directories)
+        _reduce(config, directories, open_model)
 
 
 def _collect(config: PrepareConfig, item: tuple[SourceConfig, Path]) -> None:
@@ -124,7 +141,7 @@ def _evaluation(config: DecontaminationConfig | None) -> EvaluationIndex | None:
     return read_index(config) if config is not None else None
 
 
-def _reduce(config: PrepareConfig, directories: list[Path]) -> None:
+def _reduce(config: PrepareConfig, directories: list[Path], open_model: OpensModel) -> None:
     """What is decided over all sources, and the record directories."""
     output = config.run.output
     permutations = config.near_duplicates.permutations if config.near_duplicates else 0
@@ -135,28 +152,37 @@ def _reduce(config: PrepareConfig, directories: list[Path]) -> None:
         for name, count in counts_of(directory).items():
             counts[name] += count
             counts[f"{source.name}: {name}"] += count
-    duplicates = find_duplicates(
-        _facts(directories, permutations, output / CANDIDATES / SIGNATURES), config.near_duplicates
-    )
+    facts = _facts(directories, permutations, output / CANDIDATES / SIGNATURES)
+    duplicates = find_duplicates(facts, config.near_duplicates)
+    names = [source.name for source in config.sources]
+    golds = settle_golds(directories, names, facts, duplicates, config.golds)
+    counts.update(golds.counts)
     labels = Annotations(directories, duplicates)
-    inputs = [Path(source.path) for source in config.sources if Path(source.path).is_file()]
-    _write_problems(config, directories, duplicates, labels, counts)
+    made_of = inputs_of(config)
+    with Annotator(config.annotation, output / ANNOTATIONS, open_model) as annotate:
+        _write_problems(config, directories, duplicates, golds, labels, annotate, counts)
     if counts["trajectories"]:
         rollouts = Counter[str]()
-        _write_shards(
-            *(output / ROLLOUTS, "rollouts", config.shard_size),
-            _rollouts(directories, [source.name for source in config.sources], duplicates, labels, rollouts),
-        )
-        finish(output / ROLLOUTS, kind="rollouts", config=settings, inputs=inputs, counts=rollouts)
+        rows = _rollouts(directories, names, duplicates, golds, labels, rollouts)
+        _write_shards(output / ROLLOUTS, "rollouts", config.shard_size, rows)
+        finish(output / ROLLOUTS, kind="rollouts", config=settings, inputs=made_of, counts=rollouts)
         counts.update(rollouts)
     _write_drops(config, directories, duplicates)
+    write_conflicts(output / CONFLICTS_FILE, directories, names, golds)
     # The problems are finished last: with them the whole stage is.
-    finish(output / PROBLEMS, kind="problems", config=settings, inputs=inputs, counts=counts)
+    finish(
+        output / PROBLEMS,
+        kind="problems",
+        config=settings,
+        inputs=made_of,
+        counts=counts,
+        examples=examples_of(output / DROPS_FILE),
+    )
 
 
 def _facts(directories: list[Path], permutations: int, signatures_path: Path) -> Facts:
     """What decides about duplicates, of all candidates; the signatures stay in a file."""
-    columns = ["question_digest", "numbers_digest", "answer_digest", "rank"]
+    columns = ["question_digest", "bare_digest", "numbers_digest", "answer_digest", "rank"]
     narrow = [table for _, table in candidate_shards(directories, columns)]
 
     def gather(name: str, dtype: Any) -> npt.NDArray[Any]:
@@ -175,6 +201,7 @@ def _facts(directories: list[Path], permutations: int, signatures_path: Path) ->
             start += table.num_rows
     return Facts(
         gather("question_digest", np.uint64),
+        gather("bare_digest", np.uint64),
         gather("numbers_digest", np.uint64),
         gather("answer_digest", np.uint64),
         rank,
@@ -195,7 +222,9 @@ def _write_problems(
     config: PrepareConfig,
     directories: list[Path],
     duplicates: Duplicates,
+    golds: Golds,
     labels: Annotations,
+    annotate: Annotator,
     counts: Counter[str],
 ) -> None:
     """The kept candidates as problems, annotated shard by shard; `labels` and `counts` take what comes of it."""
@@ -205,24 +234,35 @@ def _write_problems(
     part: list[dict[str, Any]] = []
     indices: list[int] = []
     shard = 0
-    with Annotator(config.annotation, config.run.output / ANNOTATIONS) as annotate:
-        candidates = _candidates(directories, columns)
-        for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
-            name = config.sources[source].name
-            if reasons[index] != KEPT:
-                counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                continue
-            counts[f"{name}: problems"] += 1
-            domain, difficulty = labels.get(index)
-            part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
-            indices.append(index)
-            if len(part) == config.shard_size:
-                counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
-                part, indices, shard = [], [], shard + 1
-        if part:
+    candidates = _candidates(directories, columns)
+    for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
+        name = config.sources[source].name
+        if reasons[index] != KEPT:
+            counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            continue
+        counts[f"{name}: problems"] += 1
+        domain, difficulty = labels.get(index)
+        row |= _settled(row, index, golds)
+        part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
+        indices.append(index)
+        if len(part) == config.shard_size:
             counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
-        counts.update(annotate.facts())
+            part, indices, shard = [], [], shard + 1
+    if part:
+        counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+    counts.update(annotate.facts())
+
+
+def _settled(row: dict[str, Any], index: int, golds: Golds) -> dict[str, Any]:
+    """What a kept question's answer, and with it its id and its mark, are after the decision about it."""
+    answer = golds.answers.get(index, row["answer"])
+    metadata = _marked(row["metadata"], golds.questions.get(index))
+    return {"id": content_id("problem", row["question"], answer), "answer": answer, "metadata": metadata}
+
+
+def _marked(metadata: str, kind: GoldKind | None) -> str:
+    return metadata if kind is None else json.dumps(json.loads(metadata) | {GOLD: kind}, ensure_ascii=False)
 
 
 def _finish_shard(
@@ -245,14 +285,22 @@ def _finish_shard(
 
 
 def _rollouts(
-    directories: list[Path], names: list[str], duplicates: Duplicates, labels: Annotations, counts: Counter[str]
+    directories: list[Path],
+    names: list[str],
+    duplicates: Duplicates,
+    golds: Golds,
+    labels: Annotations,
+    counts: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """The trajectories of all candidates as rollouts; those of a duplicate belong to the problem that was kept."""
+    """The trajectories of all candidates as rollouts; those of a duplicate belong to the problem that was kept.
+
+    Each has the answer of its own source (see :mod:`.golds`).
+    """
     kept = duplicates.kept.tolist()
-    stand_ins = {kept[index] for index in np.flatnonzero(duplicates.reason != KEPT).tolist()}
+    stand_ins = {kept[index] for index in np.flatnonzero(duplicates.reason != KEPT).tolist()} | golds.answers.keys()
     problems = {
-        index: (row["id"], row["answer"])
-        for index, _, row in _candidates(directories, ["id", "answer"])
+        index: content_id("problem", row["question"], golds.answers.get(index, row["answer"]))
+        for index, _, row in _candidates(directories, ["question", "answer"])
         if index in stand_ins
     }
     # By a digest, not by (problem, teacher): a third of the memory, and there are millions.
@@ -261,10 +309,11 @@ def _rollouts(
     columns = ["id", "question", "answer", "trajectories"]
     for index, source, row in _candidates(directories, columns):
         problem = kept[index]
-        problem_id, answer = problems.get(problem, (row["id"], row["answer"]))
+        problem_id = problems.get(problem, row["id"])
+        answer, kind = golds.own.get(index, row["answer"]), golds.kinds.get(index)
         domain, difficulty = labels.get(problem)
         for one in row["trajectories"]:
-            response_digest = digest(f"{problem} {one['response']}")
+            response_digest = digest(f"{problem} {answer} {one['response']}")
             if response_digest in seen:
                 counts[f"dropped: {DUPLICATE_TRAJECTORY}"] += 1
                 continue
@@ -274,6 +323,8 @@ def _rollouts(
             sample = samples[key]
             samples[key] += 1
             counts[one["finish_reason"]] += 1
+            if kind is not None:
+                counts[f"gold: {kind}"] += 1
             yield {
                 "id": content_id("rollout", problem_id, teacher, "recorded", str(sample)),
                 "problem_id": problem_id,
@@ -288,7 +339,7 @@ def _rollouts(
                 "domain": domain,
                 "difficulty": difficulty,
                 "source": names[source],
-                "metadata": one["labels"],
+                "metadata": _marked(one["labels"], kind),
             }
 
 

@@ -127,22 +127,23 @@ def collate_packed(rows: Sequence[Row], *, pad_id: int, capacity: int) -> dict[s
     }
 
 
-def left_over(order: EpochOrder, steps: int, batch: int, what: str) -> int:
+def left_over(rows: int, epochs: int, steps: int, batch: int, what: str) -> int:
     """Samples of a run's epochs that no step trains on, said on process 0 where the last batch would not be full.
 
     Args:
-        order: all samples.
+        rows: an epoch.
+        epochs: passes over them.
         steps: of the run.
         batch: samples a step.
         what: the samples' name, in the plural.
     """
-    missing = len(order) - steps * batch
+    missing = rows * epochs - steps * batch
     if 0 < missing < batch and os.environ.get("RANK", "0") == "0":
-        often = "not at all" if order.epochs == 1 else f"{order.epochs - 1} times instead of {order.epochs}"
+        often = "not at all" if epochs == 1 else f"{epochs - 1} times instead of {epochs}"
         _LOGGER.warning(
             "%d of %d %s are trained on %s: the last global batch of %d would not be full. A global_batch that "
             "divides %d trains on all of them.",
-            *(missing, order.rows, what, often, batch, len(order)),
+            *(missing, rows, what, often, batch, rows * epochs),
         )
     return missing
 
