@@ -26,12 +26,16 @@ class TrainerCheckpoints:
         policy: what is saved and loaded: model, optimizer, schedule.
         guard: saved with it.
         identity: what must be the same when the run is resumed, by name.
+
+    Attributes:
+        memory: what else the stage has to remember, plain data; saved, and filled again by :meth:`restore`.
     """
 
     def __init__(
         self, store: CheckpointStore, policy: MegatronPolicy, guard: BatchGuard, identity: Mapping[str, str]
     ) -> None:
         self.store, self._policy, self._guard, self._identity = store, policy, guard, dict(identity)
+        self.memory: dict[Any, Any] = {}
 
     def custom_save(self, monitor_candidates: Mapping[str, Any], is_train_end: bool = False) -> None:  # noqa: ARG002
         """Save after a step (collective). The trainer's counters come in among the metrics.
@@ -45,6 +49,7 @@ class TrainerCheckpoints:
             "trainer": counters,
             "guard": self._guard.state_dict(),
             "identity": self._identity,
+            "memory": self.memory,
         }
         self.store.write(counters["step"], state)
 
@@ -72,6 +77,7 @@ class TrainerCheckpoints:
         read_safely(state, fp8=False, checkpoint=path)
         self._policy.load_state_dict(state)
         self._guard.load_state_dict(state["guard"])
+        self.memory.update(state.get("memory", {}))
         return dict(state["trainer"])
 
     def _check_identity(self, path: str, saved: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import input_hash
+from phimr_nemo.training.adapters.peft import ADAPTER_DIRECTORY, write_adapter
 from phimr_nemo.training.checkpoint import CheckpointStore, exported_step
 from phimr_nemo.training.distributed import PreemptionGuard, export_checkpoint, export_hf, wait_for_all
 from phimr_nemo.training.throughput import Speed
@@ -123,4 +124,6 @@ def export(
         export_hf([policy.model], policy.architecture, config.base, run.path / HF_DIRECTORY, origin)
     else:
         export_checkpoint(store.path(best.step), config.base, run.path / HF_DIRECTORY, origin)
+    if config.lora is not None:
+        write_adapter([policy.model], policy.architecture, config.lora, config.base, run.path / ADAPTER_DIRECTORY)
     return {"hf": HF_DIRECTORY, **exported_step(done, best, store.judge)}

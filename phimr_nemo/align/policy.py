@@ -33,7 +33,7 @@ from phimr_nemo.align.microbatch import (
     used_lengths,
     work_of,
 )
-from phimr_nemo.config import ModelConfig, OptimConfig, ParallelConfig
+from phimr_nemo.config import LoRAConfig, ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model import Architecture, build_model, transformer_config
 from phimr_nemo.model.dtypes import torch_dtype
@@ -41,6 +41,7 @@ from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.configuration import recompute_fields
 from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
 from phimr_nemo.training import platform
+from phimr_nemo.training.adapters.modules import add_adapters
 from phimr_nemo.training.guard import BatchGuard
 from phimr_nemo.training.optimizer import build_optimizer
 from phimr_nemo.training.throughput import WorkCounter
@@ -56,8 +57,16 @@ class Objective(Protocol):
         """Split this rank's batch; at least one, and the same on all ranks of a model replica."""
         ...
 
-    def loss(self, logprobs: Tensor, micro: MicroBatch) -> LossSums:
-        """The loss of one micro-batch from the log-probabilities [b, s] (nats, 0 where there is no label)."""
+    @property
+    def wants_entropy(self) -> bool:
+        """Whether the loss is also one of the entropies of the distributions at the labels."""
+        ...
+
+    def loss(self, logprobs: Tensor, micro: MicroBatch, entropy: Tensor | None = None) -> LossSums:
+        """The loss of one micro-batch from the log-probabilities [b, s] (nats, 0 where there is no label).
+
+        `entropy` [b, s] (nats) comes with them where it is wanted.
+        """
         ...
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -79,6 +88,7 @@ class MegatronPolicy(AlignableGenerativeInterface):
         micro_batch: sequences a forward pass without gradient.
         global_batch: what NeMo-Aligner counts as one step's samples.
         guard: told of every training batch's loss.
+        lora: adapters to be trained in the place of the weights; None = all weights.
 
     Raises:
         UserError: the layout cannot hold the model, or the base does not fit its config.json.
@@ -97,11 +107,11 @@ class MegatronPolicy(AlignableGenerativeInterface):
         micro_batch: int,
         global_batch: int,
         guard: BatchGuard,
+        lora: LoRAConfig | None = None,
     ) -> None:
-        self.guard, self.work = guard, WorkCounter(chunks=1)
+        self.guard, self.work, self.temperature = guard, WorkCounter(chunks=1), 1.0
         self.architecture: Architecture = base.architecture
         self.objective, self.parallel, self.micro_batch = objective, parallel, micro_batch
-        self.temperature = 1.0
         self.cfg: DictConfig = OmegaConf.create(
             {
                 "global_batch_size": global_batch,
@@ -110,10 +120,13 @@ class MegatronPolicy(AlignableGenerativeInterface):
                 "context_parallel_size": 1,
             }
         )
-        self.model = _build(base, model, parallel, optim, sequence_length)
+        self.model = _build(base, model, parallel, optim, sequence_length, lora)
         self.optimizer, self.scheduler = build_optimizer(
             optim, [self.model], steps=steps, dtype=torch_dtype(model.dtype)
         )
+        if model.dtype == "fp16":
+            # Megatron's schedule scales the loss before the backward pass.
+            self.model.module.config.grad_scale_func = self.optimizer.megatron.scale_loss
         self._is_distributed = optim.distributed
         self._reference: list[Tensor] = []
 
@@ -131,6 +144,7 @@ class MegatronPolicy(AlignableGenerativeInterface):
         *,
         forward_only: bool,
         collect: bool = False,
+        with_entropy: bool = False,
     ) -> list[Any]:
         """Run the pipeline schedule; `head` sees the log-probabilities on the last stage, whose results return."""
 
@@ -146,6 +160,7 @@ class MegatronPolicy(AlignableGenerativeInterface):
                 labels=labels,
                 packed_seq_params=packed_parameters(micro.documents) if micro.documents else None,
                 temperature=self.temperature,
+                with_entropy=with_entropy,
             )
             return output, partial(_on_last_stage, head, micro)
 
@@ -213,14 +228,17 @@ class MegatronPolicy(AlignableGenerativeInterface):
     def get_loss_and_metrics(self, batch: Mapping[str, Tensor], forward_only: bool) -> tuple[float, dict[str, float]]:
         """Forward, and backward unless `forward_only`; the global mean loss and metrics, equal on all ranks."""
 
-        def head(micro: MicroBatch, logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss, count, sums = self.objective.loss(logprobs, micro)
+        with_entropy = self.objective.wants_entropy
+
+        def head(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            values = output.unbind(-1) if with_entropy else (output,)
+            loss, count, sums = self.objective.loss(values[0], micro, *values[1:])
             # A copy, because Megatron scales the loss it is given in place.
             logged = {"loss": loss.detach().clone(), "count": count, **sums}
             return loss, count.to(torch.int), logged
 
         micros = self.objective.micro_batches(batch)
-        results = self._forward(micros, head, forward_only=forward_only)
+        results = self._forward(micros, head, forward_only=forward_only, with_entropy=with_entropy)
         summary = self.objective.summary(global_sums(results))
         loss = summary.pop("loss")
         if not forward_only:
@@ -316,7 +334,12 @@ class MegatronPolicy(AlignableGenerativeInterface):
 
 
 def _build(
-    base: HFDirectory, model: ModelConfig, parallel: ParallelConfig, optim: OptimConfig, sequence_length: int
+    base: HFDirectory,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    sequence_length: int,
+    lora: LoRAConfig | None,
 ) -> DistributedDataParallel:
     """This rank's part of the model with the base's weights, inside Megatron's DistributedDataParallel."""
     overrides: dict[str, Any] = {}
@@ -339,10 +362,13 @@ def _build(
         config,
         max_length=sequence_length,
         longrope_policy=model.longrope,
+        fp32_output=model.fp32_output,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     ).to(platform.device())
     load_tensors([chunk], base.architecture, base)
+    if lora is not None:
+        add_adapters(chunk, lora)
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=optim.distributed,

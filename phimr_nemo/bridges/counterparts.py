@@ -81,11 +81,35 @@ def check_common(config: SFTConfig | DPOConfig | GRPOConfig, target: str) -> Non
     """
     if config.guard.on_nan != "stop" or config.guard.spike_factor is not None:
         raise refused("guard.on_nan=skip or a spike rule", target, "guard.on_nan=stop guard.spike_factor=null")
+    if isinstance(config, GRPOConfig) and config.curriculum.solved_from is not None:
+        raise refused("curriculum.solved_from", target, "curriculum.solved_from=null")
+    if config.lora is not None:
+        raise refused(f"lora.rank={config.lora.rank}", target, "lora=null")
+    if config.model.dtype == "fp16":
+        raise refused("model.dtype=fp16", target, "model.dtype=bf16")
+    if config.model.fp32_output:
+        raise refused("model.fp32_output=true", target, "model.fp32_output=false")
     if config.early_stopping is not None:
         raise refused("early_stopping is on", target, "early_stopping=null")
     by_validation = isinstance(config, SFTConfig) and config.checkpoint.metric == "val_loss"
     if config.checkpoint.best and not by_validation:
         raise refused("checkpoint.best", target, "checkpoint.best=false")
+
+
+def check_plain_gradient(config: GRPOConfig, target: str) -> None:
+    """Refuse what changes GRPO's gradient and NeMo-RL does otherwise, or not at all.
+
+    Raises:
+        UserError: a setting without a counterpart.
+    """
+    if config.passes > 1 or config.entropy_bonus:
+        raise refused("passes above 1, or entropy_bonus", target, "passes=1 entropy_bonus=0")
+    if config.advantage_scale not in (None, "group"):
+        raise refused(f"advantage_scale={config.advantage_scale}", target, "advantage_scale=group")
+    if config.kl_estimator != "k3":
+        raise refused(f"kl_estimator={config.kl_estimator}", target, "kl_estimator=k3")
+    if config.correction.kind not in ("none", "truncated"):
+        raise refused(f"correction.kind={config.correction.kind}", target, "correction.kind is none or truncated")
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
+from phimr_nemo.bridges.counterparts import Counterpart, check_common, check_plain_gradient, refused
 from phimr_nemo.bridges.export import Export
 from phimr_nemo.bridges.files import TRAIN, VALIDATION
 from phimr_nemo.bridges.samples import Sample, dpo_samples, grpo_samples, sft_samples
@@ -35,6 +35,8 @@ COMMON: Final = (
     Counterpart("base", "same", "policy.model_name"),
     Counterpart("model.dtype", "translated", "policy.precision"),
     Counterpart("model.fp8", "none", "", "refused unless off"),
+    Counterpart("model.fp32_output", "none", "", "refused unless off"),
+    Counterpart("lora", "none", "", "refused unless off"),
     Counterpart("model.longrope", "patch", "policy.hf_config_overrides", "both sets of factors are the regime's"),
     Counterpart("model.recompute", "translated", "policy.dtensor_cfg.activation_checkpointing"),
     Counterpart("optim.lr", "same", "policy.optimizer.kwargs.lr"),
@@ -109,7 +111,11 @@ GRPO: Final = (
     Counterpart("loss.clip_low", "same", "loss_fn.ratio_clip_min"),
     Counterpart("loss.clip_high", "same", "loss_fn.ratio_clip_max"),
     Counterpart("correction.", "translated", "loss_fn.truncated_importance_sampling_type, _ratio"),
+    Counterpart("advantage_scale", "none", "", "refused unless the group's, which is its own"),
+    Counterpart("entropy_bonus", "none", "", "refused unless 0"),
+    Counterpart("passes", "none", "", "refused unless 1"),
     Counterpart("kl", "same", "loss_fn.reference_policy_kl_penalty", "k3, as here"),
+    Counterpart("kl_estimator", "same", "loss_fn.reference_policy_kl_type", "refused unless k3"),
     Counterpart("inner_batches", "translated", "policy.train_global_batch_size"),
     Counterpart("micro_batch", "same", "policy.train_micro_batch_size", "sequences"),
     Counterpart("packed", "same", "policy.sequence_packing.enabled"),
@@ -125,6 +131,7 @@ GRPO: Final = (
     Counterpart("grader", "translated", "env.math", "its own math-verify; another domain's is refused"),
     Counterpart("temperature.", "translated", "policy.generation.temperature", "annealing is refused"),
     Counterpart("rebalance.", "none", "", "refused unless off: it drops whole prompts at most"),
+    Counterpart("curriculum.", "none", "", "refused unless null"),
     Counterpart("prompt_optimization.", "data", TRAIN, "uneven prompts are not in the file"),
     Counterpart("monitor.", "none", "", "watches, and changes no number"),
 )
@@ -309,6 +316,7 @@ def check_grpo(config: GRPOConfig, target: str) -> None:
     """
     if config.loss.kind not in ("grpo", "dapo", "gspo"):
         raise refused(f"loss.kind={config.loss.kind}", target, "loss.kind is grpo, dapo or gspo")
+    check_plain_gradient(config, target)
     if config.temperature.start != config.temperature.end:
         raise refused("temperature annealing", target, "temperature.end equal to temperature.start")
     if config.rebalance.enabled:

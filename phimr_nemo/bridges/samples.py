@@ -51,7 +51,13 @@ def sft_samples(config: SFTConfig) -> Samples:
 
     def sample(dataset: RowDataset, number: int) -> Sample:
         texts = source.table[dataset.row_number(number)]
-        return {name: texts[name].as_py() for name in source.table.columns} | labelled(dataset[number])
+        if texts["history"].as_py():
+            raise UserError(
+                f"conversation {texts['id'].as_py()} in {config.data} has several turns",
+                rule="conversations of one question are exported",
+                remedy="curate a set without them for the export",
+            )
+        return {name: texts[name].as_py() for name in ("id", "question", "response")} | labelled(dataset[number])
 
     return Samples(
         (sample(module.train, number) for number in range(count)),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from phimr_nemo.generate.local.engine import LocalSampler
     from phimr_nemo.generate.sampler import SamplingParams
 
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "fp16"]
 THINKING_STYLE: Final = "dim"
 HELP: Final = "/help"
 FORGET: Final = "/new"

@@ -285,7 +285,7 @@ MaxLength = Annotated[
     int | None, typer.Option(help="Longest conversation in tokens; above LongRoPE's original length long factors.")
 ]
 SeedOption = Annotated[int, typer.Option(help="The same seed and words give the same reply.")]
-DtypeOption = Annotated[Literal["fp32", "bf16"], typer.Option(help="What to compute in.")]
+DtypeOption = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")]
 
 
 @app.command()

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
 
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "fp16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
 Fp8Recipe = Literal["delayed", "current"]
 Recompute = Literal["none", "selective", "mlp", "full"]
@@ -131,7 +131,9 @@ class ModelConfig:
     """How the model is computed; its shape comes from the base directory's config.json.
 
     Attributes:
-        dtype: of weights and activations.
+        dtype: of weights and activations; in fp16 the loss is scaled, and a step that overflows is left out.
+        fp32_output: log-probabilities from a product of hidden states and output matrix in float32, whatever the
+            dtype (ScaleRL, arXiv 2510.13786): trainer and sampler differ less, for a copy of the matrix.
         fp8: 8-bit matrix products in Transformer Engine's hybrid format, by its recipe; None = none.
         recompute: activations that are computed again in the backward pass instead of being kept: those of the
             attention core ("selective", which frees next to nothing, as no attention here keeps its scores), of the
@@ -144,6 +146,7 @@ class ModelConfig:
     fp8: Fp8Recipe | None = None
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     recompute: Recompute = "none"
+    fp32_output: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -153,6 +156,37 @@ class ModelConfig:
                 rule="8-bit products are a part of bf16 training",
                 remedy=f"set {AT}dtype=bf16, or {AT}fp8=null",
             )
+
+
+@config
+class LoRAConfig:
+    """Low-rank adapters beside every matrix of the layers, the only weights that are trained then.
+
+    The export has them merged in; they are also written by themselves (:mod:`phimr_nemo.training.adapters.peft`).
+
+    Attributes:
+        rank: of the update to a matrix.
+        alpha: the update is multiplied by alpha / rank.
+        dropout: share of an adapter's inputs that a step leaves out.
+    """
+
+    rank: Positive
+    alpha: AboveZero
+    dropout: Decay = 0.0
+
+
+def no_best_of_adapters(lora: LoRAConfig | None, checkpoint: CheckpointConfig) -> None:
+    """An earlier checkpoint's weights are exported from its file, which has adapters apart from the matrices.
+
+    Raises:
+        RuleBroken: the best checkpoint of adapters is asked for.
+    """
+    if lora is not None and checkpoint.best:
+        raise RuleBroken(
+            f"{AT}checkpoint.best=true with {AT}lora.rank={lora.rank}",
+            rule="with adapters the last step is exported",
+            remedy=f"set {AT}checkpoint.best=false, or {AT}lora=null",
+        )
 
 
 @config

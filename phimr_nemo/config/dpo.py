@@ -13,6 +13,7 @@ from phimr_nemo.config.common import (
     EarlyStoppingConfig,
     GuardConfig,
     IsNumber,
+    LoRAConfig,
     ModelConfig,
     NonNegative,
     OptimConfig,
@@ -23,6 +24,7 @@ from phimr_nemo.config.common import (
     TrackingConfig,
     batches_fit,
     is_measured,
+    no_best_of_adapters,
     no_supervised_options,
     stops_on_nan,
 )
@@ -36,7 +38,7 @@ Smoothing = Annotated[float, Field(ge=0.0, lt=0.5), IsNumber]
 class PlainLoss:
     """A preference loss that `beta` alone describes (see :mod:`phimr_nemo.losses.dpo`)."""
 
-    kind: Literal["dpo", "ipo", "length_normalized_dpo", "length_normalized_ipo"]
+    kind: Literal["dpo", "ipo", "length_normalized_dpo", "length_normalized_ipo", "apo_zero", "apo_down"]
 
 
 @config
@@ -125,6 +127,7 @@ class DPOConfig:
     micro_batch: Positive
     global_batch: Positive
     model: ModelConfig
+    lora: LoRAConfig | None = None
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: DPOCheckpointConfig
@@ -139,6 +142,7 @@ class DPOConfig:
     def __post_init__(self) -> None:
         batches_fit(self.micro_batch, self.global_batch, self.parallel.data)
         no_supervised_options(self.model, self.parallel)
+        no_best_of_adapters(self.lora, self.checkpoint)
         if 0 < self.validation_pairs < self.parallel.data:
             raise RuleBroken(
                 f"{AT}validation_pairs={self.validation_pairs} with {AT}parallel.data={self.parallel.data}",

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import Name, Place, Positive, RunConfig
+from phimr_nemo.config.common import AboveZero, Name, NonNegative, Place, Positive, RunConfig, Share
 from phimr_nemo.config.engine import (
     Engine,
     GraderName,
@@ -151,3 +151,38 @@ class ExportConfig:
     stages: dict[str, Place] = field(default_factory=dict)
     evaluations: dict[str, Place] = field(default_factory=dict)
     knows: str | None = None
+
+
+@config
+class MonitorConfig:
+    """What is watched while GRPO runs, and when a warning says that it collapses: `align.grpo.collapse`.
+
+    Attributes:
+        dashboard_every: steps between two versions of the picture `grpo.png`.
+        window: a rule looks at means over as many steps.
+        repetitive_rise: by how much the share of responses that mostly repeat themselves may rise above the lowest
+            that the run has had.
+        overlong_rise: by how much the share of cut-off responses may rise above the lowest that the run has had.
+        entropy_share: smallest healthy entropy, as a share of the highest that the run has had.
+        solved_pass_rate: from here on low entropy is no fault.
+        max_entropy: largest healthy entropy of a sampled token, in nats.
+        pass_rate_drop: by how much the pass rate may fall below the best that the run has had.
+        ungraded_warning: a warning where the grader gave up on a larger share of a round's responses.
+        ungraded_stop: the run stops where it gave up on a larger share than this.
+        responses_every: steps between two samples of responses, with their prompts, rewards and verdicts, that are
+            kept for people (`phimr responses`); 0 = none.
+        responses: how many are kept of such a step, whole groups of them, one at least.
+    """
+
+    dashboard_every: Positive
+    window: Positive
+    repetitive_rise: Share
+    overlong_rise: Share
+    entropy_share: Share
+    solved_pass_rate: Share
+    max_entropy: AboveZero
+    pass_rate_drop: Share
+    ungraded_warning: Share
+    ungraded_stop: Share
+    responses_every: NonNegative = 10
+    responses: Positive = 64

@@ -10,12 +10,13 @@ from pydantic import Field
 
 from phimr_nemo.config.common import (
     AboveZero,
+    AtLeastOne,
     AtLeastZero,
     CheckpointConfig,
-    Decay,
     EarlyStoppingConfig,
     GuardConfig,
     IsNumber,
+    LoRAConfig,
     ModelConfig,
     NonNegative,
     Number,
@@ -23,10 +24,12 @@ from phimr_nemo.config.common import (
     ParallelConfig,
     Place,
     Positive,
+    PositiveShare,
     RunConfig,
     Share,
     TrackingConfig,
     is_measured,
+    no_best_of_adapters,
     no_supervised_options,
     stops_on_nan,
 )
@@ -38,7 +41,7 @@ from phimr_nemo.config.engine import (
     TrainedEngine,
     samples_as_trained,
 )
-from phimr_nemo.config.evaluation import HeldOutConfig
+from phimr_nemo.config.evaluation import HeldOutConfig, MonitorConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
 SMALLEST_GROUP: Final = 2
@@ -54,12 +57,21 @@ class PolicyLossConfig:
     Attributes:
         kind: how tokens and responses are weighed.
         clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high]; it is a token's, with `gspo` a whole
-            response's, which wants a range some hundred times narrower.
+            response's, which wants a range some hundred times narrower. With `cispo` they bound a weight, and
+            clip_low=1 is no lower bound.
     """
 
-    kind: Literal["grpo", "dr_grpo", "dapo", "gspo"]
-    clip_low: Decay
+    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+    clip_low: Share
     clip_high: AtLeastZero
+
+    def __post_init__(self) -> None:
+        if self.clip_low == 1.0 and self.kind != "cispo":
+            raise RuleBroken(
+                f"{AT}clip_low={self.clip_low} with {AT}kind={self.kind}",
+                rule=f"a ratio is clipped below at 1 - {AT}clip_low, which is above 0",
+                remedy=f"use {AT}clip_low=0.2, or {AT}kind=cispo",
+            )
 
 
 @config
@@ -77,7 +89,21 @@ class TruncatedCorrection:
     cap: AboveZero
 
 
-SamplerCorrection = Annotated[NoCorrection | TruncatedCorrection, Field(discriminator="kind")]
+@config
+class MaskedCorrection:
+    """Masked importance sampling: outside of the bounds a ratio of trainer to sampler probability weighs nothing.
+
+    Attributes:
+        kind: "masked": a token's ratio (IcePop); "sequence_masked": that of the whole response.
+        low, high: the bounds.
+    """
+
+    kind: Literal["masked", "sequence_masked"]
+    low: Share
+    high: AtLeastOne
+
+
+SamplerCorrection = Annotated[NoCorrection | TruncatedCorrection | MaskedCorrection, Field(discriminator="kind")]
 
 
 @config
@@ -120,6 +146,17 @@ class PromptOptimizationConfig:
 
 
 @config
+class CurriculumConfig:
+    """Prompts that are solved are not sampled again; the next one in the epoch's order takes their place.
+
+    Attributes:
+        solved_from: a prompt is solved when this share of its group was right the last time; None = none is.
+    """
+
+    solved_from: PositiveShare | None = None
+
+
+@config
 class RewardConfig:
     """What a response is worth: see :mod:`phimr_nemo.align.grpo.rewards`. Weights of 0 leave a part out.
 
@@ -144,41 +181,6 @@ class RewardConfig:
                 rule="a correct response is worth more than a wrong one; otherwise nothing, or the wrong, is learnt",
                 remedy=f"use {AT}correct=1.0 {AT}wrong=-1.0",
             )
-
-
-@config
-class MonitorConfig:
-    """What is watched while GRPO runs, and when a warning says that it collapses: `align.grpo.collapse`.
-
-    Attributes:
-        dashboard_every: steps between two versions of the picture `grpo.png`.
-        window: a rule looks at means over as many steps.
-        repetitive_rise: by how much the share of responses that mostly repeat themselves may rise above the lowest
-            that the run has had.
-        overlong_rise: by how much the share of cut-off responses may rise above the lowest that the run has had.
-        entropy_share: smallest healthy entropy, as a share of the highest that the run has had.
-        solved_pass_rate: from here on low entropy is no fault.
-        max_entropy: largest healthy entropy of a sampled token, in nats.
-        pass_rate_drop: by how much the pass rate may fall below the best that the run has had.
-        ungraded_warning: a warning where the grader gave up on a larger share of a round's responses.
-        ungraded_stop: the run stops where it gave up on a larger share than this.
-        responses_every: steps between two samples of responses, with their prompts, rewards and verdicts, that are
-            kept for people (`phimr responses`); 0 = none.
-        responses: how many are kept of such a step, whole groups of them, one at least.
-    """
-
-    dashboard_every: Positive
-    window: Positive
-    repetitive_rise: Share
-    overlong_rise: Share
-    entropy_share: Share
-    solved_pass_rate: Share
-    max_entropy: AboveZero
-    pass_rate_drop: Share
-    ungraded_warning: Share
-    ungraded_stop: Share
-    responses_every: NonNegative = 10
-    responses: Positive = 64
 
 
 @config
@@ -236,8 +238,13 @@ class GRPOConfig:
         prompts_per_step, group_size: a round samples their product.
         loss: which policy-gradient loss.
         correction: what is done about the difference between sampler and trainer.
-        kl: weight of the k3 KL penalty to the starting model; 0 = off.
-        inner_batches: optimizer steps a round.
+        advantage_scale: what a reward's distance from its group's mean is divided by: the spread of the group's
+            rewards, of the whole batch's, or nothing; None = nothing for dr_grpo, else the group's.
+        entropy_bonus: weight of the policy's entropy at each token, which the loss then raises; 0 = off.
+        kl: weight of the KL penalty to the starting model; 0 = off.
+        kl_estimator: what the penalty's gradient is unbiased of (see :func:`phimr_nemo.losses.grpo.k3_kl`).
+        inner_batches: parts that a round's responses are trained on in, an optimizer step each.
+        passes: how many times a round's responses are trained on.
         micro_batch: in sequences.
         packed: sequences end to end in rows of up to micro_batch x sequence_length tokens, the memory of a padded
             micro-batch; the same gradient as unpacked.
@@ -262,8 +269,12 @@ class GRPOConfig:
     group_size: GroupSize
     loss: PolicyLossConfig
     correction: SamplerCorrection
+    advantage_scale: Literal["group", "batch", "none"] | None = None
+    entropy_bonus: AtLeastZero = 0.0
     kl: AtLeastZero
+    kl_estimator: Literal["k3", "importance_weighted_k3"] = "k3"
     inner_batches: Positive
+    passes: Positive = 1
     micro_batch: Positive
     packed: bool
     engine: TrainedEngine
@@ -277,8 +288,10 @@ class GRPOConfig:
     temperature: TemperatureConfig
     rebalance: RebalanceConfig
     prompt_optimization: PromptOptimizationConfig
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     monitor: MonitorConfig
     model: ModelConfig
+    lora: LoRAConfig | None = None
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: GRPOCheckpointConfig
@@ -287,8 +300,14 @@ class GRPOConfig:
     evaluation: HeldOutConfig | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    @property
+    def updates(self) -> int:
+        """Optimizer steps a round."""
+        return self.inner_batches * self.passes
+
     def __post_init__(self) -> None:
         no_supervised_options(self.model, self.parallel)
+        no_best_of_adapters(self.lora, self.checkpoint)
         self._check_lengths()
         self._check_batches()
         self._check_sampling()

@@ -158,11 +158,22 @@ def _read(source: Path) -> Any:
             rule="the file is a mapping, stands in the same directory and extends no other",
             remedy=f"name one like it, for example {EXTENDS}: paper.yaml",
         )
+    changes: Any = OmegaConf.to_container(values)
+    _drop_other_kinds(lower, _whole_sections(changes))
     return OmegaConf.merge(lower, values)
 
 
+def _whole_sections(changes: Mapping[str, Any]) -> list[str]:
+    """`section.kind=KIND` for each section that says more than its kind: it stands for itself. One that says only its
+    kind keeps what it extends, where the two kinds have the same keys."""
+    values = flat(changes)
+    sections = {key.rpartition(".")[0]: value for key, value in values.items() if key.rpartition(".")[2] == KIND}
+    told = [key.rpartition(".")[0] for key in values]
+    return [f"{section}.{KIND}={kind}" for section, kind in sections.items() if told.count(section) > 1]
+
+
 def _drop_other_kinds(values: Any, overrides: Sequence[str]) -> None:
-    """Empty each section whose `kind` an override changes: the file's values there belong to the other kind."""
+    """Empty each section whose `kind` is changed: the file's values there belong to the other kind."""
     from omegaconf import OmegaConf
 
     for item in overrides:

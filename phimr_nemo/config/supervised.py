@@ -9,6 +9,7 @@ from phimr_nemo.config.common import (
     CheckpointConfig,
     EarlyStoppingConfig,
     GuardConfig,
+    LoRAConfig,
     ModelConfig,
     NonNegative,
     OptimConfig,
@@ -19,6 +20,7 @@ from phimr_nemo.config.common import (
     TrackingConfig,
     batches_fit,
     is_measured,
+    no_best_of_adapters,
 )
 from phimr_nemo.config.evaluation import TrainingEvaluationConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
@@ -80,6 +82,7 @@ class SupervisedConfig:
     loss_on: Literal["response", "all"]
     data_workers: NonNegative = 0
     model: ModelConfig
+    lora: LoRAConfig | None = None
     optim: OptimConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
@@ -92,6 +95,7 @@ class SupervisedConfig:
 
     def __post_init__(self) -> None:
         batches_fit(self.micro_batch, self.global_batch, self.parallel.data)
+        no_best_of_adapters(self.lora, self.checkpoint)
         self._check_validation()
         self._check_overlap()
         micro_batches = self.global_batch // (self.micro_batch * self.parallel.data)

@@ -17,6 +17,8 @@ from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, open_tok
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.foreignjson import read_json
 from phimr_nemo.store.inputs import model_remedy
+from phimr_nemo.text.tokens import spells_special_token
+from phimr_nemo.text.turn import continuation, is_thinking_tag, opened_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +30,8 @@ SYSTEM: Final = "<|system|>"
 USER: Final = "<|user|>"
 ASSISTANT: Final = "<|assistant|>"
 END: Final = "<|end|>"
+OPENING_TOKENS: Final = 16
+"""More than any tokenizer needs for a thinking tag and a line break."""
 SPECIAL_TOKENS: Final = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
 
 TEMPLATE_FILE: Final = "chat_template.jinja"
@@ -140,28 +144,32 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(tokenizer.convert_tokens_to_ids([END, END_OF_TEXT]))
 
 
-def holds_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the text spells an added token: tokenised, it would forge a turn of the conversation."""
-    return any(token in text for token in tokenizer.get_added_vocab())
+def forbidden_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens that no question or response may spell: tokenised, they would forge a turn of the conversation.
+
+    They are the added tokens that are special or look like it. A thinking tag is none of them, even where a tokenizer
+    has it as a token of its own, nor are words that were added to a vocabulary.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    added = [token for token in tokenizer.get_added_vocab() if token in special or spells_special_token(token)]
+    return tuple(sorted(token for token in added if not is_thinking_tag(token)))
 
 
 def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[list[int]]:
-    """The prompt ids of many questions, up to and including `<|assistant|>`.
+    """The prompt ids of many questions, up to and including `<|assistant|>` and what the template writes after it.
 
     Raises:
-        UserError: a question spells an added token.
+        UserError: a question spells a special token.
     """
-    for question in questions:
-        _refuse_special_tokens(tokenizer, question)
-    texts = [prompt_text(tokenizer, question) for question in questions]
-    return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
+    _refuse_forged(tokenizer, questions)
+    return _encoded(tokenizer, [prompt_text(tokenizer, question) for question in questions])
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """The prompt ids of one question, up to and including `<|assistant|>`.
+    """The prompt ids of one question (see :func:`render_prompts`).
 
     Raises:
-        UserError: the question spells an added token.
+        UserError: the question spells a special token.
     """
     return render_prompts(tokenizer, [question])[0]
 
@@ -174,44 +182,55 @@ def render_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str
         turns: messages with `role` ("system", "user" or "assistant") and `content`.
 
     Raises:
-        UserError: a turn spells an added token.
+        UserError: a turn spells a special token.
     """
-    for turn in turns:
-        _refuse_special_tokens(tokenizer, turn["content"])
-    return list(tokenizer(_conversation_text(tokenizer, turns), add_special_tokens=False)["input_ids"])
+    _refuse_forged(tokenizer, [turn["content"] for turn in turns])
+    return _encoded(tokenizer, [_conversation_text(tokenizer, turns)])[0]
 
 
 def render_conversations(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], responses: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    responses: Sequence[str],
+    cut_off: Sequence[bool] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Ids and loss masks of many conversations; tokenised in one batch, hence on all cores.
+
+    The prompt has the ids of :func:`render_prompts`, whatever follows: a sampler will see the same.
 
     Args:
         tokenizer: a Phi tokenizer (see :func:`load_tokenizer`).
         questions: one question a conversation.
-        responses: the response to each.
+        responses: the response to each; a thinking tag that the template has opened already is not repeated.
+        cut_off: whether each response ended at a length limit, and so has no end token; None = none did.
 
     Returns:
         For each conversation `(ids, loss_mask)` of one length; the mask is 1 on the response and its
         final `<|end|>`, 0 on the prompt.
 
     Raises:
-        UserError: a question or response spells an added token.
+        UserError: a question or response spells a special token.
     """
-    for text in (*questions, *responses):
-        _refuse_special_tokens(tokenizer, text)
+    _refuse_forged(tokenizer, (*questions, *responses))
+    prompts = [prompt_text(tokenizer, question) for question in questions]
+    endless = [False] * len(prompts) if cut_off is None else cut_off
     texts = [
-        prompt_text(tokenizer, question) + response + END
-        for question, response in zip(questions, responses, strict=True)
+        response_part(prompt, response, cut_off=is_cut)
+        for prompt, response, is_cut in zip(prompts, responses, endless, strict=True)
     ]
-    if not texts:
-        return []
-    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
-    conversations = []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        prompt_length = ids.index(assistant) + 1
-        conversations.append((ids, [0] * prompt_length + [1] * (len(ids) - prompt_length)))
-    return conversations
+    ids = _encoded(tokenizer, [*prompts, *texts])
+    return [
+        ([*prompt, *response], [0] * len(prompt) + [1] * len(response))
+        for prompt, response in zip(ids[: len(prompts)], ids[len(prompts) :], strict=True)
+    ]
+
+
+def response_part(prompt: str, response: str, *, cut_off: bool) -> str:
+    """The text of a response behind its prompt, with the end token that it has unless it was cut off.
+
+    It is tokenised by itself: so the prompt keeps the ids that a sampler sees, and the loss begins where it ends.
+    """
+    return continuation(prompt, response) + ("" if cut_off else END)
 
 
 def render_conversation(
@@ -220,18 +239,77 @@ def render_conversation(
     """Ids and loss mask of one conversation (see :func:`render_conversations`).
 
     Raises:
-        UserError: the question or response spells an added token.
+        UserError: the question or response spells a special token.
     """
     return render_conversations(tokenizer, [question], [response])[0]
 
 
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], *, cut_off: bool = False
+) -> tuple[list[int], list[int]]:
+    """Ids and loss mask of a conversation of several turns; the loss is on every turn of the assistant's.
+
+    Args:
+        tokenizer: a Phi tokenizer (see :func:`load_tokenizer`).
+        turns: messages with `role` ("system", "user" or "assistant") and `content`; the last is the assistant's.
+        cut_off: whether the last one ended at a length limit, and so has no end token.
+
+    Raises:
+        UserError: a turn spells a special token, the last turn is not the assistant's, or the template writes earlier
+            turns differently once there are later ones, so that no text holds the prompts of all turns.
+    """
+    _refuse_forged(tokenizer, [turn["content"] for turn in turns])
+    if not turns or turns[-1]["role"] != "assistant":
+        raise UserError(
+            f"a conversation that ends with a turn of {turns[-1]['role'] if turns else 'nobody'!r}",
+            rule="a conversation to learn from ends with the assistant's answer",
+            remedy="leave its last turns out",
+        )
+    parts: list[str] = []
+    for number, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            prompt, written = _conversation_text(tokenizer, turns[:number]), "".join(parts)
+            if not prompt.startswith(written):
+                raise UserError(
+                    f"the chat template rewrites the turns before turn {number + 1} once it is there",
+                    rule="a conversation is trained on as one text: later turns leave earlier ones as they are",
+                    remedy="use a template that keeps earlier turns whole, or make a conversation of each turn",
+                )
+            parts += [
+                prompt.removeprefix(written),
+                response_part(prompt, turn["content"], cut_off=cut_off and turn is turns[-1]),
+            ]
+    ids, mask = [], []
+    for place, part in enumerate(_encoded(tokenizer, parts)):
+        ids += part
+        mask += [place % 2] * len(part)
+    return ids, mask
+
+
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of sampled ids, without special tokens and otherwise unchanged."""
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    """The text of sampled ids as they are, special tokens included; only the one that ended the response is left out.
+
+    A turn that the model made up so stays visible to what grades the response or learns from it.
+    """
+    ids = list(token_ids)
+    if ids and ids[-1] in stop_token_ids(tokenizer):
+        ids.pop()
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+    """The text of a sampled response (see :func:`decode_response`), with the thinking tag that its prompt opened."""
+    return opening(tokenizer, prompt_ids) + decode_response(tokenizer, token_ids)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    """The thinking tag that some chat templates open at the end of the prompt: it belongs to the response."""
+    tail = tokenizer.decode(list(prompt_ids[-OPENING_TOKENS:]), clean_up_tokenization_spaces=False)
+    return opened_thinking(tail)
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """The prompt of a question as text, up to and including `<|assistant|>`."""
+    """The prompt of a question as text, up to and including `<|assistant|>` and what the template writes after it."""
     return _conversation_text(tokenizer, [{"role": "user", "content": question}])
 
 
@@ -239,19 +317,25 @@ def _conversation_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mappi
     return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
 
 
-def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    if holds_special_token(tokenizer, text):
-        raise UserError(
-            f"text {text[:80]!r} spells a special token",
-            rule=f"questions and responses hold none of {sorted(tokenizer.get_added_vocab())}",
-            remedy="drop or escape this record",
-        )
-    if not _is_encodable(text):
-        raise UserError(
-            f"text {text[:80]!a} holds half of a surrogate pair",
-            rule="questions and responses are Unicode text",
-            remedy="drop or repair this record",
-        )
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
+
+
+def _refuse_forged(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    forbidden = forbidden_tokens(tokenizer)
+    for text in texts:
+        if any(token in text for token in forbidden):
+            raise UserError(
+                f"text {text[:80]!r} spells a special token",
+                rule=f"questions and responses hold none of {list(forbidden)}",
+                remedy="drop or escape this record",
+            )
+        if not _is_encodable(text):
+            raise UserError(
+                f"text {text[:80]!a} holds half of a surrogate pair",
+                rule="questions and responses are Unicode text",
+                remedy="drop or repair this record",
+            )
 
 
 def _is_encodable(text: str) -> bool:

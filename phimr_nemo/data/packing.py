@@ -212,12 +212,15 @@ def lengths_of(documents: Sequence[Document]) -> list[int]:
     return [len(ids) for ids, _ in documents]
 
 
-def row_table(documents: Sequence[Document], rows: Sequence[Indices]) -> pa.Table:
+def row_table(
+    documents: Sequence[Document], rows: Sequence[Indices], questions: Sequence[int] | None = None
+) -> pa.Table:
     """Tokenised documents as packed rows.
 
     Args:
         documents: `(input_ids, loss_mask)` of each, of one length.
         rows: the documents of each row, from :func:`pack` or :func:`pack_mixed`.
+        questions: the number of each document's question; None where it is not known.
 
     Returns:
         A table of kind "rows"; a row holds its documents one after another without padding.
@@ -230,16 +233,15 @@ def row_table(documents: Sequence[Document], rows: Sequence[Indices]) -> pa.Tabl
     lengths = np.array([len(documents[index][0]) for index in order], dtype=np.int32)
     documents_before = np.cumsum([0, *(len(row) for row in rows)])
     tokens_before = np.concatenate([[0], np.cumsum(lengths)])[documents_before]
-    return conform(
-        pa.table(
-            {
-                "input_ids": _lists(tokens_before, [documents[i][0] for i in order], np.int32),
-                "loss_mask": _lists(tokens_before, [documents[i][1] for i in order], np.uint8),
-                "document_lengths": _lists(documents_before, [lengths], np.int32),
-            }
-        ),
-        "rows",
-    )
+    columns = {
+        "input_ids": _lists(tokens_before, [documents[i][0] for i in order], np.int32),
+        "loss_mask": _lists(tokens_before, [documents[i][1] for i in order], np.uint8),
+        "document_lengths": _lists(documents_before, [lengths], np.int32),
+    }
+    if questions is not None:
+        numbers = np.array([questions[i] for i in order], dtype=np.int64)
+        columns["questions"] = _lists(documents_before, [numbers], np.int64)
+    return conform(pa.table(columns), "rows")
 
 
 def _lists(offsets: Indices, pieces: Sequence[Integers], dtype: type[np.generic]) -> pa.ListArray:

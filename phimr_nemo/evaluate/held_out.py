@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.config import HeldOutConfig, LocalEngine, ModelConfig, ServerEngine, TrainingEvaluationConfig
 from phimr_nemo.config.engine import QUESTION
-from phimr_nemo.data.chat import decode_response, load_tokenizer, render_prompts
+from phimr_nemo.data.chat import load_tokenizer, render_prompts, response_text
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.statistics import mean_and_clustered_error
 from phimr_nemo.generate.engines import SampledModel, ServerRun, named_by_weights, open_engine, params_of
@@ -104,7 +104,10 @@ class HeldOut:
         Returns:
             pass1, its standard error clustered by question, and the share of responses that end by themselves.
         """
-        responses = [decode_response(self._tokenizer, completion.token_ids) for completion in completions]
+        responses = [
+            response_text(self._tokenizer, request.prompt_ids, completion.token_ids)
+            for request, completion in zip(self.requests, completions, strict=True)
+        ]
         with Grader(workers=self._config.workers, function=self._config.grader) as grader:
             verdicts = grader.grade_many(list(zip(responses, self._answers, strict=True)))
         correct: dict[str, list[bool]] = {}

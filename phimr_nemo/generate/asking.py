@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.config import AskConfig, EndpointEngine, LocalEngine, VLLMEngine
-from phimr_nemo.data.chat import decode_response, render_turns
+from phimr_nemo.data.chat import render_turns, response_text
 from phimr_nemo.endpoint import Answers, AskedEndpoint, ChatReply, Prompt, Replied, RequestFailed
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.engines import SampledModel, TokenEngine, named_by_weights, open_engine, params_of
-from phimr_nemo.generate.rollouts import opening
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.model.architecture import Architecture, is_phi
 from phimr_nemo.store.content import content_seed
@@ -114,9 +113,8 @@ class AskedModel:
 
 def _reply(tokenizer: PreTrainedTokenizerFast, completion: Completion, prompt_ids: tuple[int, ...]) -> ChatReply:
     ids = completion.token_ids
-    text = decode_response(tokenizer, ids[:-1] if completion.finish_reason == "stop" else ids)
     return ChatReply(
-        text=opening(tokenizer, prompt_ids) + text,
+        text=response_text(tokenizer, prompt_ids, ids[:-1] if completion.finish_reason == "stop" else ids),
         reasoning="",
         finish_reason=completion.finish_reason,
         prompt_tokens=len(prompt_ids),

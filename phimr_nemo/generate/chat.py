@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
-from phimr_nemo.data.chat import render_turns
+from phimr_nemo.data.chat import opening, render_turns, stop_token_ids
 from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.store.content import content_seed
 from phimr_nemo.text import thinking as thinking_tags
@@ -59,13 +59,16 @@ def reply(
     prompt = render_turns(tokenizer, [{"role": turn.role, "content": turn.content} for turn in turns])
     words = [f"{turn.role}\n{turn.content}" for turn in turns]
     request = Request("reply", tuple(prompt), content_seed(str(seed), *words))
-    yield from mark_thinking(decode_stream(tokenizer, sampler.stream(request, params)))
+    reply = decode_stream(tokenizer, sampler.stream(request, params))
+    yield from mark_thinking(chain([opening(tokenizer, prompt)], reply))
 
 
 def decode_stream(tokenizer: PreTrainedTokenizerFast, token_ids: Iterable[int]) -> Iterator[str]:
-    """Text of tokens as they come, without special tokens; a character of several tokens comes whole."""
-    stream = DecodeStream(skip_special_tokens=True)
+    """Text of tokens as they come, without those that end a turn; a character of several tokens comes whole."""
+    stream, stops = DecodeStream(skip_special_tokens=False), stop_token_ids(tokenizer)
     for token in token_ids:
+        if token in stops:
+            continue
         text = stream.step(tokenizer.backend_tokenizer, token)
         if text:
             yield text

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from phimr_nemo.data.chat import decode_response, render_prompts
+from phimr_nemo.data.chat import render_prompts, response_text
 from phimr_nemo.data.parallel import ALONE, Team
 from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
 from phimr_nemo.generate.sampler import Completion, Engine, Request, SamplingParams
 from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
-from phimr_nemo.text.thinking import OPEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-OPENING_TOKENS: Final = 16
-"""More than any tokenizer needs for a think tag and a line break."""
 
 
 def sample_rollouts(
@@ -83,11 +79,10 @@ def _sample_shard(
     # The samples of one problem share its prompt, which is tokenised once.
     texts = list(dict.fromkeys(item.prompt for item in planned))
     prompts = dict(zip(texts, map(tuple, render_prompts(tokenizer, texts)), strict=True))
-    openings = {text: opening(tokenizer, prompts[text]) for text in texts}
     completions = sampler.sample([Request(item.id, prompts[item.prompt], item.seed) for item in planned], params)
     return [
         item.row(
-            openings[item.prompt] + _text(tokenizer, completion),
+            _text(tokenizer, prompts[item.prompt], completion),
             teacher=teacher,
             finish_reason=completion.finish_reason,
             tokens=len(completion.token_ids),
@@ -96,12 +91,7 @@ def _sample_shard(
     ]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], completion: Completion) -> str:
     ids = completion.token_ids
-    return decode_response(tokenizer, ids[:-1] if completion.finish_reason == "stop" else ids)
-
-
-def opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
-    """The think tag that some chat templates open at the end of the prompt: it belongs to the response."""
-    tail = tokenizer.decode(list(prompt_ids[-OPENING_TOKENS:]), clean_up_tokenization_spaces=False)
-    return f"{OPEN}\n" if tail.rstrip().endswith(OPEN) else ""
+    # Other families' models end with other tokens than those that `response_text` knows.
+    return response_text(tokenizer, prompt, ids[:-1] if completion.finish_reason == "stop" else ids)

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from phimr_nemo.losses.dpo import *
     from phimr_nemo.losses.grpo import *
     from phimr_nemo.losses.logprobs import *
+    from phimr_nemo.losses.mismatch import *
     from phimr_nemo.losses.sequences import *
     from phimr_nemo.losses.sft import *
 
-_MODULES = ("advantages", "dpo", "grpo", "logprobs", "sequences", "sft")
+_MODULES = ("advantages", "dpo", "grpo", "logprobs", "mismatch", "sequences", "sft")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from phimr_nemo.losses.sequences import check_sequence_shapes
 
-__all__ = ["centered_advantages", "group_advantages"]
+__all__ = ["batch_advantages", "centered_advantages", "group_advantages"]
 
 ADVANTAGE_EPSILON = 1e-4
 """Added to a group's standard deviation of reward, as in TRL; it is 1e-4 of a +1/-1 reward's scale."""
@@ -34,6 +34,29 @@ def group_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
     squares.index_add_(0, index, centered.square())
     deviation = (squares / (sizes - 1).clamp(min=1)).sqrt()
     return (centered / (deviation[index] + ADVANTAGE_EPSILON)).to(rewards.dtype)
+
+
+def batch_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Reward minus its group's mean, over the batch's spread: (r - mean) / (std of all rewards + ADVANTAGE_EPSILON).
+
+    Source: ScaleRL (arXiv 2510.13786), Lite-PPO (arXiv 2508.08221); TRL's ``scale_rewards="batch"``, with the
+    sample standard deviation (n - 1) of the rewards. A prompt that is nearly always solved, or nearly never, is
+    not blown up to the scale of the others.
+
+    Args:
+        rewards: [S] one per response of the whole batch.
+        groups: [S] integer id of each response's prompt.
+
+    Returns:
+        [S] advantages in the dtype of ``rewards``; exactly 0 in a group of equal rewards.
+
+    Raises:
+        UserError: the shapes differ.
+    """
+    centered, _, _ = _center(rewards, groups)
+    wide = rewards.double()
+    deviation = wide.std() if len(wide) > 1 else torch.zeros((), dtype=wide.dtype, device=wide.device)
+    return (centered / (deviation + ADVANTAGE_EPSILON)).to(rewards.dtype)
 
 
 def centered_advantages(rewards: Tensor, groups: Tensor) -> Tensor:

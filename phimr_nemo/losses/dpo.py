@@ -20,6 +20,8 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.losses.sequences import check_positive, check_sequence_shapes
 
 __all__ = [
+    "apo_down_loss",
+    "apo_zero_loss",
     "dpo_loss",
     "ipo_loss",
     "label_smoothed_dpo_loss",
@@ -114,6 +116,51 @@ def ipo_loss(
     """
     ratio_chosen, ratio_rejected = _log_ratios(chosen, rejected, ref_chosen, ref_rejected, beta)
     losses = (ratio_chosen - ratio_rejected - 1.0 / (2.0 * beta)).square()
+    return losses.sum(), _metrics(chosen, rejected, beta * ratio_chosen, beta * ratio_rejected)
+
+
+def apo_zero_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> tuple[Tensor, Metrics]:
+    """APO-zero: sum of (1 - sigma(beta r_w)) + sigma(beta r_l), which anchors each side at the reference.
+
+    Source: D'Oosterlinck et al. 2024, Anchored Preference Optimization (arXiv 2408.06266, eq. 7); SmolLM3's stage of
+    preferences. For chosen responses that are better than the model's own: their likelihood rises, that of the
+    rejected ones falls, whatever the other side does. Equal policy and reference give 1 per pair.
+
+    Args:
+        chosen: as in ``dpo_loss``, like rejected, ref_chosen, ref_rejected and beta.
+
+    Returns:
+        As ``dpo_loss``.
+
+    Raises:
+        UserError: as ``dpo_loss``.
+    """
+    ratio_chosen, ratio_rejected = _log_ratios(chosen, rejected, ref_chosen, ref_rejected, beta)
+    losses = (-beta * ratio_chosen).sigmoid() + (beta * ratio_rejected).sigmoid()
+    return losses.sum(), _metrics(chosen, rejected, beta * ratio_chosen, beta * ratio_rejected)
+
+
+def apo_down_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> tuple[Tensor, Metrics]:
+    """APO-down: sum of sigma(beta r_w) + 1 - sigma(beta (r_w - r_l)).
+
+    Source: arXiv 2408.06266, eq. 8. For chosen responses that are worse than the model's own: both sides' likelihood
+    falls, that of the rejected ones more. Equal policy and reference give 1 per pair.
+
+    Args:
+        chosen: as in ``dpo_loss``, like rejected, ref_chosen, ref_rejected and beta.
+
+    Returns:
+        As ``dpo_loss``.
+
+    Raises:
+        UserError: as ``dpo_loss``.
+    """
+    ratio_chosen, ratio_rejected = _log_ratios(chosen, rejected, ref_chosen, ref_rejected, beta)
+    losses = (beta * ratio_chosen).sigmoid() + (-beta * (ratio_chosen - ratio_rejected)).sigmoid()
     return losses.sum(), _metrics(chosen, rejected, beta * ratio_chosen, beta * ratio_rejected)
 
 

@@ -8,7 +8,8 @@ chunk's logits. Memory is O(chunk_size * vocabulary / tensor_parallel) instead o
 For one token with hidden state h, temperature T and the output matrix W (rows are words):
 
     z = W h / T                 log p(y) = z_y - log sum_v exp(z_v)
-    d log p(y) / d z_v = [v = y] - p_v
+    d log p(y) / d z_v = [v = y] - p_v                      H = -sum_v p_v log p_v
+    d H / d z_v = -p_v (log p_v + H)
 
 Under tensor parallelism every rank holds a block of rows of W. The maximum, the sum of exponentials and the
 label's logit are all-reduced once per call (Shoeybi et al. 2019, arXiv 1909.08053, section 3), and the
@@ -83,10 +84,10 @@ def token_logprobs_and_entropy(
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """``token_logprobs`` and, for logging, the entropy -sum_v p_v log p_v (nats) at each token.
+    """``token_logprobs`` and the entropy -sum_v p_v log p_v (nats) at each token.
 
     Takes the arguments of ``token_logprobs``. The entropy is shaped like ``labels``, 0 at ignored labels, and
-    carries no gradient. It costs one more buffer of the size of a chunk's logits.
+    differentiable as the log-probability is. It costs one more buffer of the size of a chunk's logits.
 
     Raises:
         UserError: as ``token_logprobs``.
@@ -150,24 +151,28 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = _scatter(sums[1] - log_sum_exp, positions, labels.shape)
         if with_entropy:
             # -sum p log p = log-sum-exp - sum p z = log S - (sum e (z - m)) / S
-            entropy = _scatter(sums[0].log() - sums[2] / sums[0], positions, labels.shape)
+            of_rows = sums[0].log() - sums[2] / sums[0]
+            entropy = _scatter(of_rows, positions, labels.shape)
         else:
-            entropy = torch.empty(0, dtype=statistics_dtype, device=hidden.device)
+            of_rows, entropy = None, torch.empty(0, dtype=statistics_dtype, device=hidden.device)
 
-        ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp)
+        ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp, of_rows)
         ctx.temperature, ctx.tp_group = temperature, tp_group
         ctx.sequence_parallel, ctx.chunk_size = sequence_parallel, chunk_size
-        ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, positions, wanted, log_sum_exp = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, positions, wanted, log_sum_exp, entropy = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         gathered = _gather_sequence(hidden, ctx.tp_group) if ctx.sequence_parallel else hidden
         rows = gathered.reshape(-1, hidden.shape[-1])
         scale = grad_logprobs.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
+        # Autograd gives zeros for an entropy that nothing was made of.
+        towards_entropy = None
+        if entropy is not None and bool(grad_entropy.any()):
+            towards_entropy = grad_entropy.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
 
         grad_rows = torch.zeros_like(rows) if wants_hidden else None
         # float32: the chunks' contributions are summed, and in bfloat16 every sum would lose bits.
@@ -176,7 +181,14 @@ class _TokenLogprobs(torch.autograd.Function):
             chunk = slice(start, start + ctx.chunk_size)
             chunk_rows = rows[positions[chunk]].to(weight.dtype)
             grad_logits = _chunk_logit_gradient(
-                chunk_rows, weight, wanted[chunk], ctx.temperature, ctx.tp_group, log_sum_exp[chunk], scale[chunk]
+                chunk_rows,
+                weight,
+                wanted[chunk],
+                ctx.temperature,
+                ctx.tp_group,
+                log_sum_exp[chunk],
+                scale[chunk],
+                None if towards_entropy is None else (towards_entropy[chunk], entropy[chunk]),
             )
             if grad_rows is not None:
                 grad_rows[positions[chunk]] = torch.mm(grad_logits, weight).to(hidden.dtype)
@@ -236,13 +248,22 @@ def _chunk_logit_gradient(
     tp_group: dist.ProcessGroup | None,
     log_sum_exp: Tensor,
     scale: Tensor,
+    of_entropy: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """scale * ([v = y] - p_v) of this rank's block [chunk, vocabulary / tp], in the dtype of ``weight``."""
-    gradient = _chunk_logits(rows, weight, temperature)
-    gradient.sub_(log_sum_exp.unsqueeze(1)).exp_().neg_()
+    """scale * ([v = y] - p_v) of this rank's block [chunk, vocabulary / tp], in the dtype of ``weight``.
+
+    With `of_entropy`, a factor and the entropy of each row, also factor * -p_v (log p_v + entropy).
+    """
+    gradient = _chunk_logits(rows, weight, temperature).sub_(log_sum_exp.unsqueeze(1))
     columns, owned = _local_columns(labels, weight.shape[0], tp_group)
-    gradient.scatter_add_(1, columns.unsqueeze(1), owned.to(gradient.dtype).unsqueeze(1))
-    return gradient.mul_(scale.unsqueeze(1)).to(weight.dtype)
+    if of_entropy is None:
+        gradient.exp_().neg_().mul_(scale.unsqueeze(1))
+    else:
+        factor, entropy = (values.unsqueeze(1) for values in of_entropy)
+        probabilities = gradient.exp()
+        gradient.add_(entropy).mul_(factor).add_(scale.unsqueeze(1)).mul_(probabilities).neg_()
+    gradient.scatter_add_(1, columns.unsqueeze(1), (owned * scale).unsqueeze(1))
+    return gradient.to(weight.dtype)
 
 
 def _local_columns(

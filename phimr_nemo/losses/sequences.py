@@ -10,6 +10,15 @@ from phimr_nemo.errors import UserError
 __all__ = ["sequence_logprobs"]
 
 
+LOG_RATIO_LIMIT = 20.0
+"""Beyond it (a factor 5e8) exp would soon overflow float32; such a token gets no gradient."""
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp of a log-ratio, which stays finite in float32."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
 def sequence_logprobs(logprobs: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of log-probabilities (nats) and number of tokens of each sequence.
 

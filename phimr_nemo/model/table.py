@@ -21,6 +21,8 @@ both stacked halves."""
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
+ADAPTER: Final = ".adapter."
+"""In the names of the parameters of an adapter that stands beside a matrix; they are no tensors of a checkpoint."""
 
 
 @dataclass(frozen=True)

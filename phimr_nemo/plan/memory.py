@@ -21,7 +21,7 @@ from phimr_nemo.model.architecture import Architecture
 Kernels = Literal["pytorch", "transformer_engine"]
 Recompute = Literal["none", "selective", "mlp", "full"]
 
-BYTES_PER_NUMBER: Final = {"fp32": 4, "bf16": 2}
+BYTES_PER_NUMBER: Final = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32_BYTES: Final = 4
 INT64_BYTES: Final = 8
 ADAM_MOMENTS: Final = 2
@@ -150,7 +150,7 @@ def state_memory(parameters: float, parallel: ParallelConfig, dtype: str, *, dis
         dtype: of the weights.
         distributed: the optimizer's state is shared by the data- and context-parallel ranks.
     """
-    numbers = ADAM_MOMENTS + (1 if dtype == "bf16" else 0)
+    numbers = ADAM_MOMENTS + (0 if dtype == "fp32" else 1)
     spread = parallel.data * parallel.context if distributed else 1
     return StateMemory(
         weights=parameters * BYTES_PER_NUMBER[dtype],

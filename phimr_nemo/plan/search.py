@@ -284,7 +284,8 @@ def _judge(
         memory = dataclasses.replace(memory, sampler=weights)
     if memory.total > usable or (isinstance(config, GRPOConfig) and sampling is None):
         return Refused(candidate, memory, max(memory.total - usable, 0.0))
-    matmul: MatmulDtype = "fp8" if config.model.fp8 is not None else dtype
+    # A GPU's 16-bit formats are equally fast.
+    matmul: MatmulDtype = "fp8" if config.model.fp8 is not None else "fp32" if dtype == "fp32" else "bf16"
     work = Work(
         tokens=tokens,
         attention_length=workload.lengths.weighted,

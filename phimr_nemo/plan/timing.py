@@ -216,7 +216,7 @@ def _layer_forward(
     linear = OPERATIONS * (layer_parameters(arch, tensor) - 2 * hidden) * tokens
     # Scores and their product with the values, each over half of the pairs.
     attention = OPERATIONS * queries * attention_length * tokens / tensor
-    attention_rate = gpu.attention * gpu.peak["bf16"] if dtype == "bf16" else matmul_rate(gpu, "fp32")
+    attention_rate = gpu.attention * gpu.peak["bf16"] if dtype != "fp32" else matmul_rate(gpu, "fp32")
     # Two norms and two residual sums; rotation of queries and keys; the gated activation.
     whole = 10 * hidden / (tensor if parallel.sequence else 1)
     shared = (2 * (queries + keys) + 3 * inner) / tensor

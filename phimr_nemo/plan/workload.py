@@ -213,7 +213,7 @@ def _reinforcement(plan: TrainingPlanConfig, config: GRPOConfig, lengths: Length
         tokens=trained * lengths.mean,
         # The old policy's log-probabilities, and the reference's for a KL penalty.
         forward_only=1.0 + (config.kl > 0),
-        updates=config.inner_batches,
+        updates=config.updates,
         steps=config.steps,
         reference=config.kl > 0,
         hides_gradients=False,

@@ -26,6 +26,11 @@ def content_seed(*parts: str) -> int:
     return int(content_id(*parts), 16) >> 1
 
 
+def question_number(question: str) -> int:
+    """The number by which a question is known in packed rows: equal texts have equal numbers."""
+    return content_seed("question", question)
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, read in bounded memory."""
     digest = hashlib.sha256()

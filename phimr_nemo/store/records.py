@@ -28,15 +28,16 @@ UNGRADED_VERDICTS: Final[tuple[VerdictName, ...]] = ("timeout", "error", "gold_u
 
 PAIR_SIDES: Final = ("chosen", "rejected")
 
-_OF_A_RESPONSE: Final = ("teacher", "sample_index", "verdict", "repetition")
+_OF_A_RESPONSE: Final = ("teacher", "sample_index", "verdict", "finish_reason", "repetition")
 OPTIONAL_COLUMNS: Final[Mapping[Kind, frozenset[str]]] = {
     "rollouts": frozenset({"source"}),
     "verdicts": frozenset({"source"}),
-    "conversations": frozenset({"source", *_OF_A_RESPONSE}),
+    "conversations": frozenset({"source", "history", *_OF_A_RESPONSE}),
     "pairs": frozenset(
         {"domain", "difficulty", "source", *(f"{side}_{name}" for side in PAIR_SIDES for name in _OF_A_RESPONSE)}
     ),
     "prompts": frozenset({"domain", "difficulty", "source"}),
+    "rows": frozenset({"questions"}),
 }
 """Columns that a table of a user's own, or of an earlier release, may lack: they are null then."""
 
@@ -62,7 +63,11 @@ def gold_kind(metadata: str) -> GoldKind | None:
 
 @cache
 def schemas() -> Mapping[Kind, pa.Schema]:
-    """The schema of each record kind. Columns marked nullable may hold null, the others may not."""
+    """The schema of each record kind. Columns marked nullable may hold null, the others may not.
+
+    A finish reason of null is that of a response that ended by itself. `history` are the turns before `question`;
+    `questions` are those of a row's documents, by number.
+    """
     import pyarrow as pa
 
     def text(name: str, *, nullable: bool = False) -> pa.Field:
@@ -90,8 +95,11 @@ def schemas() -> Mapping[Kind, pa.Schema]:
         text("teacher", nullable=True),
         pa.field("sample_index", pa.int32()),
         text("verdict", nullable=True),
+        text("finish_reason", nullable=True),
         pa.field("repetition", pa.float64()),
     ]
+    turn = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
+    history = pa.field("history", pa.list_(turn))
     return {
         "problems": pa.schema(
             [
@@ -107,7 +115,7 @@ def schemas() -> Mapping[Kind, pa.Schema]:
         "rollouts": pa.schema(rollouts),
         "verdicts": pa.schema([*rollouts, text("verdict"), text("extracted"), text("reason"), text("grader")]),
         "conversations": pa.schema(
-            [text("id"), text("problem_id"), text("question"), text("response"), *annotations, *origin]
+            [text("id"), text("problem_id"), text("question"), text("response"), *annotations, *origin, history]
         ),
         "pairs": pa.schema(
             [
@@ -136,6 +144,7 @@ def schemas() -> Mapping[Kind, pa.Schema]:
                 pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
                 pa.field("loss_mask", pa.list_(pa.uint8()), nullable=False),
                 pa.field("document_lengths", pa.list_(pa.int32()), nullable=False),
+                pa.field("questions", pa.list_(pa.int64())),
             ]
         ),
     }

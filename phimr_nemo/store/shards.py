@@ -45,12 +45,14 @@ __all__ = [
     "input_hash",
     "is_complete",
     "iter_shards",
+    "read_columns",
     "read_manifest",
     "read_shard",
     "read_table",
     "rows_to_table",
     "shard_facts",
     "shard_is_complete",
+    "with_optional",
     "write_json",
     "write_shard",
 ]
@@ -164,6 +166,29 @@ def conform(table: pa.Table, kind: Kind) -> pa.Table:
                 remedy="convert this column in the input",
             ) from error
     return pa.table(columns, schema=schema)
+
+
+def with_optional(table: pa.Table, kind: Kind, names: Sequence[str]) -> pa.Table:
+    """The table with those of the named optional columns that it lacks, holding null."""
+    import pyarrow as pa
+
+    for name in names:
+        if name in OPTIONAL_COLUMNS.get(kind, ()) and name not in table.column_names:
+            item = schemas()[kind].field(name)
+            table = table.append_column(item, pa.nulls(table.num_rows, item.type))
+    return table
+
+
+def read_columns(path: Path, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a shard, all when None; optional ones that it was written without hold null."""
+    import pyarrow.parquet as pq
+
+    if columns is None:
+        return pq.read_table(path)
+    optional = OPTIONAL_COLUMNS.get(kind, ())
+    with pq.ParquetFile(path) as file:
+        there = [name for name in columns if name not in optional or name in file.schema_arrow.names]
+    return with_optional(pq.read_table(path, columns=there), kind, columns).select(list(columns))
 
 
 def rows_to_table(rows: Sequence[Mapping[str, Any]], kind: Kind) -> pa.Table:
@@ -340,13 +365,11 @@ def iter_shards(directory: Path, kind: Kind, columns: Sequence[str] | None = Non
     Raises:
         UserError: the directory is not finished, or a shard is missing or damaged (it is named).
     """
-    import pyarrow.parquet as pq
-
     shards = read_manifest(directory, kind).shards
     for name, sha256 in sorted(shards.items(), key=lambda item: (len(item[0]), item[0])):
         path = directory / name
         check_shard(path, sha256)
-        yield pq.read_table(path, columns=list(columns) if columns is not None else None)
+        yield read_columns(path, kind, columns)
 
 
 def read_shard(directory: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:

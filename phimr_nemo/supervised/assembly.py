@@ -18,6 +18,7 @@ from nemo import lightning as nl
 from phimr_nemo.config import SupervisedConfig
 from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.supervised.schedule import Schedule
+from phimr_nemo.training.optimizer import LOSS_SCALE
 from phimr_nemo.training.precision import precision_plugins
 
 Make = Callable[..., Any]
@@ -60,6 +61,7 @@ def optimizer(config: SupervisedConfig, steps: int, make: Make = call) -> Any:
             use_distributed_optimizer=optim.distributed,
             bf16=config.model.dtype == "bf16",
             params_dtype=torch_dtype(config.model.dtype),
+            **(LOSS_SCALE if config.model.dtype == "fp16" else {}),
         ),
         lr_scheduler=make(Schedule, optim=described(optim, make), max_steps=steps),
     )

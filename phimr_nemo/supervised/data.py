@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import lightning.pytorch as pl
 import numpy as np
+import numpy.typing as npt
 import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
 from phimr_nemo.config import SupervisedConfig
 from phimr_nemo.data.chat import load_tokenizer
-from phimr_nemo.data.rows.batches import EpochOrder, Int64Array, Row, collate_packed, collate_padded
+from phimr_nemo.data.rows.batches import EpochOrder, Int64Array, Row, collate_packed, collate_padded, left_over
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.supervised.rowsource import Conversations, PackedRows, RowSource
 from phimr_nemo.training.throughput import counted
+
+_LOGGER: Final = logging.getLogger(__name__)
+Mask = npt.NDArray[np.bool_]
 
 LENGTH_MULTIPLE: Final = 16
 """Padded lengths that suit FP8 and sequence parallelism on the GPU."""
@@ -54,16 +61,24 @@ class RowDataset(Dataset[Row]):
         source: all rows.
         rows: the numbers of those that belong here.
         order: sample number -> place in `rows`.
+        unseen: row -> which of its documents are not to be learnt from, [documents] bool.
     """
 
-    def __init__(self, source: RowSource, rows: Int64Array, order: EpochOrder) -> None:
-        self.source, self.rows, self.order = source, rows, order
+    def __init__(
+        self, source: RowSource, rows: Int64Array, order: EpochOrder, unseen: Mapping[int, Mask] | None = None
+    ) -> None:
+        self.source, self.rows, self.order, self.unseen = source, rows, order, unseen or {}
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, sample: int) -> Row:
-        return self.source[self.row_number(sample)]
+        number = self.row_number(sample)
+        row = self.source[number]
+        if number not in self.unseen:
+            return row
+        learnt = np.repeat(~self.unseen[number], row.document_lengths)
+        return replace(row, loss_mask=row.loss_mask * learnt.astype(np.uint8))
 
     def row_number(self, sample: int) -> int:
         """The number of a sample's row in the source."""
@@ -73,13 +88,20 @@ class RowDataset(Dataset[Row]):
 class SupervisedDataModule(pl.LightningDataModule):
     """Rows kept out for validation, the rest in seeded epochs; Megatron's sampler gives each rank its part.
 
+    No question of a validation row is learnt from: other documents to it keep their places in the rows for training,
+    and have no loss.
+
+    Attributes:
+        unseen_documents: how many those are.
+        left_over: samples of the epochs that no step trains on.
+
     Args:
         source: all rows; the last `config.validation_rows` of a seeded permutation are the validation rows.
         config: batch sizes, epochs and seed.
         collate: rows -> batch.
 
     Raises:
-        UserError: too few rows for one batch.
+        UserError: too few rows for one batch, or nothing to learn that is not validated on.
     """
 
     def __init__(self, source: RowSource, config: SupervisedConfig, collate: Any) -> None:
@@ -90,8 +112,12 @@ class SupervisedDataModule(pl.LightningDataModule):
         # Every process looks at its part of the data before anything is trained.
         source.check(config.sequence_length, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
         mixed = np.random.Generator(np.random.Philox(key=[config.run.seed, count])).permutation(count)
-        self.train = RowDataset(source, mixed[:training], EpochOrder(training, config.epochs, config.run.seed))
         held_out = np.sort(mixed[training:])
+        unseen = _unseen(source, mixed[:training], held_out)
+        self.unseen_documents = sum(int(documents.sum()) for documents in unseen.values())
+        order = EpochOrder(training, config.epochs, config.run.seed)
+        self.left_over = left_over(training, config.epochs, self.steps, config.global_batch, "rows")
+        self.train = RowDataset(source, mixed[:training], order, unseen)
         self.validation = RowDataset(source, held_out, EpochOrder(max(len(held_out), 1), 1, config.run.seed))
         self.validation_steps = len(held_out) // config.global_batch
         self.collate = counted(collate)
@@ -141,6 +167,30 @@ class SupervisedDataModule(pl.LightningDataModule):
         # The trainer's own step is restored later than this is called.
         self.data_sampler.init_global_step = consumed // self.global_batch
         update_num_microbatches(consumed_samples=consumed, consistency_check=False)
+
+
+def _unseen(source: RowSource, training: Int64Array, held_out: Int64Array) -> dict[int, Mask]:
+    """The documents of rows for training whose question a validation row has: row -> [documents]."""
+    if not len(held_out):
+        return {}
+    questions = source.questions()
+    if any(questions[row] is None for row in held_out):
+        _LOGGER.warning(
+            "%s does not say which questions its rows are about: the validation loss may be of questions that are "
+            "trained on; pack the conversations again",
+            source.table.directory,
+        )
+        return {}
+    validated = {number for row in held_out for number in questions[row] or ()}
+    found = {int(row): np.array([number in validated for number in questions[row] or ()]) for row in training}
+    unseen = {row: documents for row, documents in found.items() if documents.any()}
+    if len(unseen) == len(training) and all(documents.all() for documents in unseen.values()):
+        raise UserError(
+            f"every question of {source.table.directory} is one of its {len(held_out)} validation rows'",
+            rule="no question is both trained on and validated on",
+            remedy="set validation_rows=0, or bring more questions",
+        )
+    return unseen
 
 
 def midtrain_data(config: SupervisedConfig) -> SupervisedDataModule:

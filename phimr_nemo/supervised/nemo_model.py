@@ -13,7 +13,6 @@ from typing import Any, Final
 # NeMo imports these in the middle of a run, to build the model and in the first step.
 import nemo.collections.llm.modelopt.distill.utils
 import nemo.collections.llm.modelopt.model_utils  # noqa: F401
-import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -24,10 +23,10 @@ from nemo.lightning import io
 from nemo.lightning.io.pl import TrainerContext
 from torch import Tensor, nn
 
-from phimr_nemo.config import LongRopePolicy, ModelConfig, ParallelConfig
+from phimr_nemo.config import LongRopePolicy, LoRAConfig, ModelConfig, ParallelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.dtypes import torch_dtype
+from phimr_nemo.model.dtypes import config_dtype, torch_dtype
 from phimr_nemo.model.files.checkpoints import (
     NEMO_CONTEXT,
     NEMO_TOKENIZER,
@@ -44,6 +43,7 @@ from phimr_nemo.model.megatron.convert import load_tensors
 from phimr_nemo.model.megatron.gpt import PhiGPTModel, build_model, transformer_fields
 from phimr_nemo.model.table import NORM_RULE
 from phimr_nemo.store.atomic import atomic_directory
+from phimr_nemo.training.adapters.modules import add_adapters
 
 NEMO_PREFIX: Final = "module."
 """Before Megatron's names in NeMo's checkpoints."""
@@ -95,6 +95,8 @@ class Phi4MiniConfig(llm.GPTConfig):
         longrope: LongRoPE policy.
         hf_directory: where the starting weights come from; None = random.
         seed: of Megatron's random states, one a place in the layout.
+        fp32_output: see :class:`phimr_nemo.config.ModelConfig`.
+        lora: adapters beside the starting weights, which are not trained then.
     """
 
     architecture: Architecture | None = None
@@ -102,6 +104,8 @@ class Phi4MiniConfig(llm.GPTConfig):
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     hf_directory: str | None = None
     seed: int = 0
+    fp32_output: bool = False
+    lora: LoRAConfig | None = None
     forward_step_fn: Any = field(default=forward_step)
     data_step_fn: Any = field(default=data_step)
 
@@ -129,9 +133,12 @@ class Phi4MiniConfig(llm.GPTConfig):
             pre_process=parallel_state.is_pipeline_first_stage(**stage) if pre_process is None else pre_process,
             post_process=parallel_state.is_pipeline_last_stage(**stage) if post_process is None else post_process,
             vp_stage=vp_stage,
+            fp32_output=self.fp32_output,
         )
         if self.hf_directory is not None:
             load_tensors([model], self.architecture, HFDirectory(Path(self.hf_directory)))
+        if self.lora is not None:
+            add_adapters(model, self.lora)
         return model
 
 
@@ -197,6 +204,7 @@ def architecture_config(
         max_length=max_length,
         longrope=model.longrope,
         seed=seed,
+        fp32_output=model.fp32_output,
     )
 
 
@@ -210,7 +218,7 @@ def write_nemo(target: Path, checkpoint: Checkpoint, layout: ParallelConfig) -> 
 
     Raises:
         UserError: the target is in the way, the disk is full, the layout cannot hold the model, or the weights are
-            damaged or neither float32 nor bfloat16.
+            damaged or none of float32, bfloat16 and float16.
     """
     with atomic_directory(target) as directory:
         _write_context(directory / NEMO_CONTEXT, checkpoint)
@@ -224,7 +232,7 @@ def _write_context(directory: Path, checkpoint: Checkpoint) -> None:
     dtype = checkpoint.source.dtype(NORM_RULE.hf)
     config = architecture_config(
         arch,
-        ModelConfig(dtype="bf16" if dtype == torch.bfloat16 else "fp32"),
+        ModelConfig(dtype=config_dtype(dtype)),
         ParallelConfig(),
         max_length=min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings),
         seed=0,

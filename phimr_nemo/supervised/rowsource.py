@@ -13,14 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
-from phimr_nemo.data.chat import render_conversation
+from phimr_nemo.data.chat import forbidden_tokens, render_conversation, render_messages
 from phimr_nemo.data.rows.batches import Row
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.content import question_number
 from phimr_nemo.store.records import Kind
-from phimr_nemo.store.shards import check_shard, read_manifest
+from phimr_nemo.store.shards import check_shard, read_manifest, with_optional
 
 CACHE_BYTES: Final = 256 * 2**20
 """Of decoded row groups, and of rendered conversations, that a process keeps."""
+
+CONVERSATION: Final = ("id", "question", "response", "history", "finish_reason")
+"""What is read of a conversation."""
 
 LossOn = Literal["response", "all"]
 T = TypeVar("T")
@@ -58,7 +62,7 @@ class RecordTable:
     """
 
     def __init__(self, directory: Path, kind: Kind, columns: Sequence[str]) -> None:
-        self.directory, self.columns = directory, list(columns)
+        self.directory, self.kind, self.columns = directory, kind, list(columns)
         self._shards = dict(
             sorted(read_manifest(directory, kind).shards.items(), key=lambda item: (len(item[0]), item[0]))
         )
@@ -89,6 +93,7 @@ class RecordTable:
         # A file handle of its own each time: worker processes are forked and would share a position.
         with pq.ParquetFile(self.directory / name) as file:
             table = file.read_row_group(number, columns=self.columns, use_threads=False)
+        table = with_optional(table, self.kind, self.columns)
         return table, table.nbytes
 
     def shard_of(self, row: int) -> str:
@@ -110,7 +115,10 @@ class RecordTable:
         for group in range(share, len(self._groups), shares):
             shard, number = self._groups[group]
             with pq.ParquetFile(self.directory / shard) as file:
-                values = file.read_row_group(number, columns=[name], use_threads=False).column(name)
+                table = file.read_row_group(number, columns=[name], use_threads=False)
+                if not table.num_columns:
+                    table = pa.table({name: pa.nulls(file.metadata.row_group(number).num_rows)})
+            values = table.column(name)
             found.extend((int(self._starts[group]) + place, value) for place, value in enumerate(values))
         return found
 
@@ -125,6 +133,10 @@ class RowSource(ABC):
 
     @abstractmethod
     def __getitem__(self, row: int) -> Row: ...
+
+    @abstractmethod
+    def questions(self) -> list[tuple[int, ...] | None]:
+        """The numbers of the questions of every row's documents, by row; None where they are not known."""
 
     @abstractmethod
     def check(self, limit: int, share: int, shares: int) -> None:
@@ -172,6 +184,13 @@ class PackedRows(RowSource):
         lengths = np.asarray(record["document_lengths"].values, dtype=np.int32)
         return Row(ids, np.ones_like(mask) if self._loss_on == "all" else mask, lengths)
 
+    def questions(self) -> list[tuple[int, ...] | None]:
+        """From their own narrow column, which rows of an earlier version do not have."""
+        return [
+            None if values.as_py() is None else tuple(values.as_py())
+            for _, values in self.table.column("questions", 0, 1)
+        ]
+
     def check(self, limit: int, share: int, shares: int) -> None:
         """Checksums, and lengths from their own narrow column."""
         self.table.check(share, shares)
@@ -182,7 +201,7 @@ class PackedRows(RowSource):
 
 
 class Conversations(RowSource):
-    """Conversations, rendered when they are asked for; one document a row.
+    """Conversations, rendered when they are asked for; one document a row, with the turns before its question.
 
     Args:
         directory: a finished `conversations` record directory.
@@ -194,7 +213,7 @@ class Conversations(RowSource):
     """
 
     def __init__(self, directory: Path, tokenizer: PreTrainedTokenizerFast, loss_on: LossOn) -> None:
-        self.table = RecordTable(directory, "conversations", ("id", "question", "response"))
+        self.table = RecordTable(directory, "conversations", CONVERSATION)
         self._tokenizer, self._loss_on = tokenizer, loss_on
         self._cache: ByteCache[Row] = ByteCache(CACHE_BYTES)
 
@@ -203,13 +222,20 @@ class Conversations(RowSource):
 
     def _render(self, number: int) -> tuple[Row, int]:
         record = self.table[number]
-        ids, mask = render_conversation(self._tokenizer, record["question"].as_py(), record["response"].as_py())
+        question, response, history = (record[name].as_py() for name in ("question", "response", "history"))
+        last = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+        is_cut = record["finish_reason"].as_py() == "length"
+        ids, mask = render_messages(self._tokenizer, [*(history or ()), *last], cut_off=is_cut)
         row = Row(
             np.asarray(ids, dtype=np.int32),
             np.asarray([1] * len(mask) if self._loss_on == "all" else mask, dtype=np.uint8),
             np.asarray([len(ids)], dtype=np.int32),
         )
         return row, row.input_ids.nbytes + row.loss_mask.nbytes
+
+    def questions(self) -> list[tuple[int, ...] | None]:
+        """One question a row, the last of the conversation."""
+        return [(question_number(question.as_py()),) for _, question in self.table.column("question", 0, 1)]
 
     def describe(self, row: int) -> dict[str, Any]:
         """With the conversation's id."""
@@ -220,11 +246,12 @@ class Conversations(RowSource):
         at least one byte."""
         self.table.check(share, shares)
         overhead = len(render_conversation(self._tokenizer, "", "")[0])
-        specials = tuple(self._tokenizer.get_added_vocab())
+        specials = forbidden_tokens(self._tokenizer)
         for number in range(share, len(self), shares):
             record = self.table[number]
-            text = record["question"].as_py() + record["response"].as_py()
-            if len(text.encode()) + overhead > limit or any(token in text for token in specials):
+            turns = record["history"].as_py() or ()
+            text = "".join([record["question"].as_py(), record["response"].as_py(), *(t["content"] for t in turns)])
+            if turns or len(text.encode()) + overhead > limit or any(token in text for token in specials):
                 tokens = len(self[number].input_ids)
                 if tokens > limit:
                     self._refuse(number, tokens, limit)

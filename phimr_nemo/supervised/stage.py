@@ -25,6 +25,7 @@ from phimr_nemo.supervised.data import SupervisedDataModule, midtrain_data, sft_
 from phimr_nemo.supervised.nemo_model import Phi4MiniModel, phi4mini_config
 from phimr_nemo.supervised.pass1 import TrainingEvaluation
 from phimr_nemo.training import platform
+from phimr_nemo.training.adapters.peft import ADAPTER_DIRECTORY, write_adapter
 from phimr_nemo.training.checkpoint import CheckpointStore, exported_step, resumable
 from phimr_nemo.training.distributed import (
     PreemptionGuard,
@@ -32,6 +33,7 @@ from phimr_nemo.training.distributed import (
     exported,
     limit_collectives,
     quiet_libraries,
+    unwrapped,
     write_hf_export,
 )
 from phimr_nemo.training.early_stopping import Judge
@@ -72,16 +74,11 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
     run = RunDirectory(config.run.output)
     started = time.monotonic()
     architecture = Architecture.from_directory(config.base)
-    model = Phi4MiniModel(
-        phi4mini_config(
-            config.base,
-            config.model,
-            config.parallel,
-            max_length=config.sequence_length,
-            seed=config.run.seed,
-        ),
-        optim=assembly.optimizer(config, steps),
+    described = phi4mini_config(
+        config.base, config.model, config.parallel, max_length=config.sequence_length, seed=config.run.seed
     )
+    described.lora = config.lora
+    model = Phi4MiniModel(described, optim=assembly.optimizer(config, steps))
     store = CheckpointStore(run.checkpoints, config.checkpoint, _judge(stage, config, run, steps))
     keeper = CheckpointKeeper(store)
     newest = resumable(run.checkpoints)
@@ -127,6 +124,9 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
         write_hf_export(tensors, architecture, config.base, run.path / "hf", origin)
     else:
         export_checkpoint(store.path(best.step), config.base, run.path / "hf", origin)
+    if config.lora is not None:
+        chunks = [unwrapped(chunk.module) for chunk in trainer.strategy.megatron_parallel]
+        write_adapter(chunks, architecture, config.lora, config.base, run.path / ADAPTER_DIRECTORY)
     if trainer.global_rank == 0:
         plot_supervised(run.path)
     return {
@@ -135,6 +135,8 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
         "skipped_batches": guard.skipped,
         "seconds": time.monotonic() - started,
         "training_rows": data.train.order.rows,
+        "rows_not_trained_on": data.left_over,
+        "documents_kept_for_validation": data.unseen_documents,
         "hf": "hf",
         **exported_step(done, best, store.judge),
     }

@@ -1,4 +1,4 @@
-"""The part of a response that answers: the assistant's own turn, after its thinking."""
+"""Where a response begins and ends: what a prompt has opened of it, and the part of it that answers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _CLOSING = re.compile(
     rf"</(?:{_NAMES})>|\[/THINK\]|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|/think\|>|◁/think▷|<unused95>",
     re.IGNORECASE,
 )
+_OPENED = re.compile(rf"(?:{_OPENING.pattern})\s*\Z", re.IGNORECASE)
+_THINKING_TAG = re.compile(rf"{_OPENING.pattern}|{_CLOSING.pattern}", re.IGNORECASE)
 _START_OF_TURN: Final = (
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|<\|start_of_role\|>|<\|header_start\|>|<｜(?:User|Assistant)｜>"
     r"|<\|(?:user|assistant|system|tool|observation|User|Assistant)\|>|\[INST\]"
@@ -33,6 +35,29 @@ _END_OF_TURN = re.compile(
 )
 _CHANNEL: Final = "<|channel|>"
 _FINAL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")
+
+
+def is_thinking_tag(token: str) -> bool:
+    """Whether a token is a tag around thinking: it belongs to a response, and forges no turn."""
+    return _THINKING_TAG.fullmatch(token) is not None
+
+
+def opened_thinking(prompt: str) -> str:
+    """The tag that some chat templates open at the end of the prompt, with the space after it; empty without one.
+
+    It belongs to the response: with it in front, the response's text is what a reader of it expects.
+    """
+    found = _OPENED.search(prompt)
+    return found.group() if found else ""
+
+
+def continuation(prompt: str, response: str) -> str:
+    """What a response adds to a prompt: all of it, but for a thinking tag that the prompt has opened already."""
+    opened = opened_thinking(prompt)
+    tag, begun = opened.rstrip(), response.lstrip()
+    if not tag or not begun.startswith(tag):
+        return response
+    return begun.removeprefix(tag).removeprefix(opened.removeprefix(tag))
 
 
 def visible_text(response: str) -> str | None:

@@ -24,6 +24,9 @@ from phimr_nemo.training import platform
 MOST_SKIPS_IN_A_ROW: Final = 10
 """After so many the data is not what is wrong."""
 
+MOST_OVERFLOWS_IN_A_ROW: Final = 12
+"""The loss scale has then fallen from its start to 1, and it is not what is wrong."""
+
 GUARD_DIRECTORY: Final = "guard"
 
 Action = Literal["train", "skip", "stop", "warn"]
@@ -80,6 +83,7 @@ class BatchGuard:
         self.directory, self.config, self.describe = directory / GUARD_DIRECTORY, config, describe
         self._accepted: list[float] = []
         self._skipped_in_a_row = 0
+        self._overflows_in_a_row = 0
         self._skipped = 0
         self._loss: torch.Tensor | float = 0.0
 
@@ -95,7 +99,7 @@ class BatchGuard:
             megatron: Megatron's optimizer.
             step: the number of the optimizer step that is under way (from 1).
         """
-        norm, update = megatron.get_grad_norm, megatron.step_with_ready_grads
+        norm, update, prepare = megatron.get_grad_norm, megatron.step_with_ready_grads, megatron.prepare_grads
         seen: list[Any] = [None]
 
         def get_grad_norm() -> Any:
@@ -105,6 +109,15 @@ class BatchGuard:
         def step_with_ready_grads() -> bool:
             return bool(update()) if self._allows(step(), float(seen[0])) else False
 
+        def prepare_grads() -> bool:
+            # In fp16 Megatron leaves out a step that overflows, and asks for no norm.
+            overflowed = bool(prepare())
+            self._overflows_in_a_row = self._overflows_in_a_row + 1 if overflowed else 0
+            if self._overflows_in_a_row > MOST_OVERFLOWS_IN_A_ROW:
+                self._stop(step(), Finding("stop", f"{self._overflows_in_a_row} steps in a row overflow fp16"))
+            return overflowed
+
+        megatron.prepare_grads = prepare_grads
         megatron.get_grad_norm = get_grad_norm
         megatron.step_with_ready_grads = step_with_ready_grads
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -10,6 +11,16 @@ from torch import nn
 
 from phimr_nemo.config import OptimConfig
 from phimr_nemo.training.schedule import adam_settings, exempt_from_decay, keep_settings, learning_rate
+
+LOSS_SCALE: Final[Mapping[str, Any]] = {
+    "fp16": True,
+    "initial_loss_scale": 2.0**8,
+    "min_loss_scale": 1.0,
+    "loss_scale_window": 1000,
+    "hysteresis": 1,
+}
+"""Megatron's dynamic scale of the loss: halved after a step that overflowed, doubled after so many that did not. It
+starts low, because the losses are sums over tokens or pairs, which are divided after the backward pass."""
 
 
 class TrainerOptimizer:
@@ -33,9 +44,12 @@ class TrainerOptimizer:
         self.megatron.zero_grad()
 
     def step(self, closure: None = None) -> None:  # noqa: ARG002  DPOTrainer passes closure=None
-        """Clip, update, and remember the norm before clipping; the guard stands before the update."""
+        """Clip, update, and remember the norm before clipping; the guard stands before the update.
+
+        A step whose scaled gradients overflow fp16 has none: it changes nothing but the scale, and has the norm 0.
+        """
         _updated, norm, _zeros = self.megatron.step()
-        self.grad_norm = float(norm)
+        self.grad_norm = 0.0 if norm is None else float(norm)
 
 
 class TrainerScheduler:
@@ -96,6 +110,7 @@ def build_optimizer(
             clip_grad=config.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
+            **(LOSS_SCALE if dtype == torch.float16 else {}),
             use_distributed_optimizer=config.distributed,
         ),
         models,

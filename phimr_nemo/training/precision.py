@@ -11,6 +11,7 @@ from nemo import lightning as nl
 from phimr_nemo.config import ModelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.megatron.configuration import has_transformer_engine
+from phimr_nemo.training.optimizer import LOSS_SCALE
 
 FP8_FORMAT: Final = "hybrid"
 """E4M3 forward, E5M2 for gradients (Micikevicius et al. 2022, arXiv 2209.05433)."""
@@ -47,10 +48,13 @@ def precision_plugins(model: ModelConfig, make: Callable[..., Any]) -> list[Any]
     if model.fp8 is not None:
         # Weights stay in bf16 between steps: the export reads them.
         eight = {"fp8": FP8_FORMAT, "fp8_param_gather": False, **FP8_RECIPES[model.fp8]}
-        return [_mixed_precision(make, **eight)]
-    return [_mixed_precision(make)] if model.dtype == "bf16" else []
+        return [_in_bf16(make, **eight)]
+    if model.dtype == "fp16":
+        scale = {f"fp16_{name}": value for name, value in LOSS_SCALE.items() if name != "fp16"}
+        return [make(nl.MegatronMixedPrecision, precision="16-mixed", **scale)]
+    return [_in_bf16(make)] if model.dtype == "bf16" else []
 
 
-def _mixed_precision(make: Callable[..., Any], **more: Any) -> Any:
+def _in_bf16(make: Callable[..., Any], **more: Any) -> Any:
     # By default NeMo builds the weights in float32 and then rounds them: three times the memory for a moment.
     return make(nl.MegatronMixedPrecision, precision="bf16-mixed", params_dtype=torch.bfloat16, **more)

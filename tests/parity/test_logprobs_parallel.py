@@ -48,18 +48,20 @@ def one_process(dtype: torch.dtype = torch.float64, temperature: float = TEMPERA
     values, entropy = token_logprobs_and_entropy(
         hidden, weight, labels, temperature=temperature, chunk_size=CHUNK_SIZE
     )
-    (values * upstream).sum().backward()
+    ((values + entropy) * upstream).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None
     return {
         "logprobs": values.detach(),
-        "entropy": entropy,
+        "entropy": entropy.detach(),
         "hidden_gradient": hidden.grad,
         "weight_gradient": weight.grad,
     }
 
 
-def two_processes(sequence_parallel: bool, dtype: torch.dtype, temperature: float) -> Results:
+def two_processes(
+    sequence_parallel: bool, dtype: torch.dtype, temperature: float, *, with_entropy: bool = True
+) -> Results:
     """What this rank computes, its slices gathered back into whole tensors."""
     rank = dist.get_rank()
     hidden, weight, labels, upstream = make_case(dtype)
@@ -74,12 +76,12 @@ def two_processes(sequence_parallel: bool, dtype: torch.dtype, temperature: floa
         sequence_parallel=sequence_parallel,
         chunk_size=CHUNK_SIZE,
     )
-    (values * upstream).sum().backward()
+    ((values + entropy if with_entropy else values) * upstream).sum().backward()
     assert local_hidden.grad is not None
     assert local_weight.grad is not None
     return {
         "logprobs": values.detach(),
-        "entropy": entropy,
+        "entropy": entropy.detach(),
         "hidden_gradient": all_gather(local_hidden.grad) if sequence_parallel else local_hidden.grad,
         "weight_gradient": all_gather(local_weight.grad),
     }
@@ -175,7 +177,7 @@ def run_megatron() -> Results:
         results[f"{prefix}/megatron/logprobs"] = values.detach()
         results[f"{prefix}/megatron/hidden_gradient"] = all_gather(local.grad) if sequence_parallel else local.grad
         results[f"{prefix}/megatron/weight_gradient"] = all_gather(layer.weight.grad)
-        for name, value in two_processes(sequence_parallel, torch.float32, 1.0).items():
+        for name, value in two_processes(sequence_parallel, torch.float32, 1.0, with_entropy=False).items():
             results[f"{prefix}/ours/{name}"] = value
     return results
 

@@ -20,7 +20,7 @@ from phimr_nemo.align.grpo.log import GRPOLog
 from phimr_nemo.align.grpo.rewards import Graded
 from phimr_nemo.align.grpo.rollouts import Rollout, graded_rollouts, rollout_metrics
 from phimr_nemo.config import GRPOConfig, TrackingConfig, load_config
-from phimr_nemo.config.grpo import MonitorConfig
+from phimr_nemo.config.evaluation import MonitorConfig
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.generate.sampler import Completion
@@ -220,6 +220,25 @@ def test_rounds_become_lines_warnings_and_a_picture(
     histogram = histograms(tmp_path / "tensorboard", "group_pass_rate")
     assert [value.num for value in histogram] == [4.0] * 12
     assert (histogram[0].min, histogram[0].max, histogram[11].max) == (0.625, 0.625, 0.0)
+
+
+@pytest.mark.parametrize("last", [0.0, 0.25])
+def test_a_run_in_which_nothing_had_a_gradient_ends_with_a_word(
+    last: float, tmp_path: Path, monitor: MonitorConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counted over an interruption after the second of three rounds."""
+    rollouts = [rollout(slot, sample, correct=True) for slot in range(2) for sample in range(2)]
+    for done, steps_here in ((0, (0, 1)), (2, (2,))):
+        with closing(RunLog(tmp_path, TrackingConfig(), {}, done=done)) as writer:
+            optimizer: Any = SimpleNamespace(grad_norm=0.0)
+            log = GRPOLog(writer, optimizer, 1, lambda _: {}, monitor=monitor, directory=tmp_path)
+            for step in steps_here:
+                share = last if step == 2 else 0.0
+                log.log_metrics({**rollout_metrics(rollouts), "with_gradient": share}, step, "train_rollouts/")
+                log.log_metrics({"rollout_time": 3.0, "train_time": 4.0}, step, "timers/")
+    log.warn_of_idleness(3)
+    assert log.idle_rounds == (3 if last == 0.0 else 2)
+    assert ("no response of 3 rounds had a gradient" in caplog.text) == (last == 0.0)
 
 
 def histograms(directory: Path, tag: str) -> list[Any]:

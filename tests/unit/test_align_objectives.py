@@ -142,7 +142,7 @@ def test_a_packed_row_is_filled_to_the_multiple_that_the_layout_wants(repository
 @pytest.mark.parametrize(("kind", "expected"), [("dr_grpo", [0.5, -0.5]), ("dapo", [2**-0.5, -(2**-0.5)])])
 def test_the_loss_says_how_rewards_become_advantages(repository: Path, kind: str, expected: list[float]) -> None:
     """Rewards 1 and 0: half apart from their mean; their sample deviation is the root of a half."""
-    function = advantages_of(grpo_config(repository, *loss_settings(kind)).loss)
+    function = advantages_of(grpo_config(repository, *loss_settings(kind)))
     found = function(torch.tensor([1.0, 0.0]), torch.tensor([3, 3]))
     assert found.tolist() == pytest.approx(expected, abs=2e-4)
 

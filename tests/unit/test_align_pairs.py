@@ -71,6 +71,29 @@ def test_pairs_that_say_nothing_are_refused(
         load_pairs(written(tmp_path, *pairs), tokenizer, 256, "drop")
 
 
+def test_a_side_that_was_cut_off_has_no_end_token(tmp_path: Path, tokenizer: Any) -> None:
+    """Both sides alike; directories that do not know how responses ended hold responses that ended."""
+    sides = {"chosen": "It is 5.", "rejected": "It is, let me"}
+    rows = [
+        {"id": f"r{n}", "problem_id": "p", "question": f"{QUESTION} ({n})", **sides, "mode": "random", **reasons}
+        for n, reasons in enumerate(
+            (
+                {},
+                {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"},
+                {"chosen_finish_reason": "length", "rejected_finish_reason": None},
+            )
+        )
+    ]
+    write_shard(tmp_path / "pairs", 0, rows_to_table(rows, "pairs"), kind="pairs")
+    finish(tmp_path / "pairs", kind="pairs", config={})
+    pairs = load_pairs(tmp_path / "pairs", tokenizer, 256, "drop")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    ended = [[row.input_ids[-1] == end for row in side] for side in (pairs.chosen, pairs.rejected)]
+    assert ended == [[True, True, False], [True, False, True]]
+    for row in (*pairs.chosen, *pairs.rejected):
+        assert row.loss_mask[-1] == 1
+
+
 def test_one_response_may_stand_in_several_pairs(tmp_path: Path, tokenizer: Any) -> None:
     directory = written(tmp_path, ("It is 5.", "It is 6."), ("It is 5.", "It is 7."), ("It is 6.", "It is 8."))
     assert len(load_pairs(directory, tokenizer, 256, "drop")) == 3

@@ -20,6 +20,7 @@ from phimr_nemo.align.grpo.rollouts import (
     groups_of,
     load_prompts,
     pass_rate_bin,
+    pass_rates_of,
     rollout_metrics,
     rollout_requests,
     training_rows,
@@ -89,6 +90,25 @@ def test_a_response_that_could_not_be_graded_is_in_no_mean() -> None:
     check_graded(rollouts, 0.5)
     with pytest.raises(UserError, match="gave up on 2 of 4"):
         check_graded(rollouts, 0.49)
+
+
+def test_a_round_that_could_not_be_graded_at_all_is_an_error_whatever_is_allowed() -> None:
+    lost = replace(rollout(0, 0, 0, 1), is_graded=False, reward_parts={}, reason="no such service")
+    with pytest.raises(UserError, match="gave up on 2 of 2 responses of a round: no such service"):
+        check_graded([lost, lost], 1.0)
+    check_graded([lost, rollout(0, 1, 0, 1)], 0.5)
+
+
+def test_a_prompts_pass_rate_is_that_of_its_graded_responses() -> None:
+    rollouts = [
+        rollout(0, 0, 5, 1, correct=True),
+        rollout(0, 1, 5, 1),
+        replace(rollout(0, 2, 5, 1), is_graded=False, reward_parts={}),
+        rollout(1, 0, 5, 1, correct=True),
+        replace(rollout(2, 0, 6, 1), is_graded=False, reward_parts={}),
+        rollout(3, 0, 7, 1),
+    ]
+    assert pass_rates_of(rollouts) == {5: pytest.approx(2 / 3), 7: 0.0}
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 8, 128])
@@ -270,7 +290,6 @@ class Grader:
         (Grader(error=ZeroDivisionError("by zero")), "the reward of 2 responses raised ZeroDivisionError: by zero"),
         (Grader(error=UserError("no math-verify", rule="r", remedy="m")), "no math-verify"),
         (Grader("correct"), "1 verdicts for 2 responses"),
-        (Grader("error", "error"), "none of 2 responses could be graded: the gold answer is empty"),
     ],
 )
 def test_a_reward_that_fails_is_one_clear_error(grader: Grader, message: str) -> None:
@@ -278,9 +297,8 @@ def test_a_reward_that_fails_is_one_clear_error(grader: Grader, message: str) ->
         verdicts_of(grader, ["a", "b"], ["1", "2"])
 
 
-def test_single_responses_that_cannot_be_graded_are_wrong_ones() -> None:
-    assert [v.verdict for v in verdicts_of(Grader("error", "correct"), ["a", "b"], ["1", "2"])] == [
-        "error",
-        "correct",
-    ]
+@pytest.mark.parametrize("given", [("error", "correct"), ("timeout", "gold_unreadable")])
+def test_verdicts_that_judge_nothing_are_handed_on(given: tuple[str, str]) -> None:
+    """One process's few responses are no reason to stop: what is too much is asked of the whole round."""
+    assert tuple(v.verdict for v in verdicts_of(Grader(*given), ["a", "b"], ["1", "2"])) == given
     assert list(verdicts_of(Grader(), [], [])) == []

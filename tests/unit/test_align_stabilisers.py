@@ -15,8 +15,14 @@ from phimr_nemo.align.grpo.stabilisers import (
     rebalanced_group,
     refill_size,
     uniform_prompts,
+    unsolved,
 )
-from phimr_nemo.config.grpo import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
+from phimr_nemo.config.grpo import (
+    CurriculumConfig,
+    PromptOptimizationConfig,
+    RebalanceConfig,
+    TemperatureConfig,
+)
 from phimr_nemo.errors import UserError
 
 PAPER = TemperatureConfig(start=1.0, end=0.6, fraction=0.5)
@@ -131,3 +137,28 @@ def test_negatives_are_chosen_evenly_and_by_seed() -> None:
 
 def test_without_rebalancing_the_group_is_whole() -> None:
     assert rebalanced_group([True, True, True], rebalance(0.0, enabled=False), seed=0) == [0, 1, 2]
+
+
+# ---- a curriculum ------------------------------------------------------------------------------------------------
+
+
+def test_solved_prompts_give_their_places_to_the_next_ones() -> None:
+    """Of the epoch 4 4 7 9 the prompts 4 (9 of 10) and 9 (all) are solved, 7 is not and 8 was never sampled."""
+    epoch, rates = [4, 4, 7, 9, 8], {4: 0.9, 7: 0.8, 9: 1.0}
+    config = CurriculumConfig(solved_from=0.9)
+    assert [unsolved(epoch, place, rates, config) for place in range(5)] == [7, 7, 7, 8, 8]
+    # A prompt that is no longer solved comes back.
+    assert unsolved(epoch, 3, rates | {9: 0.5}, config) == 9
+
+
+def test_without_a_curriculum_or_with_all_solved_the_order_stays() -> None:
+    epoch, rates = [4, 7, 9], {4: 1.0, 7: 1.0, 9: 1.0}
+    for config in (CurriculumConfig(), CurriculumConfig(solved_from=0.9)):
+        assert [unsolved(epoch, place, rates, config) for place in range(3)] == epoch
+
+
+@pytest.mark.parametrize(("start", "end"), [(1.0, 1.0), (1.0, 1.4)])
+def test_a_temperature_may_stay_or_rise(start: float, end: float) -> None:
+    config = TemperatureConfig(start=start, end=end, fraction=1.0)
+    found = [annealed_temperature(step, 4, config) for step in range(5)]
+    assert found == pytest.approx([start + (end - start) * step / 4 for step in range(5)])

@@ -17,6 +17,7 @@ from phimr_nemo.config import (
     ExportConfig,
     FileProblems,
     GenerateConfig,
+    GRPOConfig,
     ModelTeacher,
     ProgrammaticTeacher,
     RecordedTeacher,
@@ -349,6 +350,17 @@ def test_a_file_changes_what_it_extends(verify_file: Path) -> None:
     changed, below = load_config(VerifyConfig, path), load_config(VerifyConfig, verify_file)
     assert changed == dataclasses.replace(below, workers=7, run=dataclasses.replace(below.run, seed=9))
     assert load_config(VerifyConfig, path, ["workers=1"]).workers == 1
+
+
+def test_a_file_may_choose_another_kind_than_what_it_extends(tmp_path: Path) -> None:
+    """Nothing of the other kind stays: `cap` belongs to truncated weights alone."""
+    (tmp_path / "tiny.yaml").write_text(Path("conf/grpo/tiny.yaml").read_text("utf-8"))
+    changes = {"kind": "masked", "low": 0.5, "high": 5.0}
+    below = yaml.safe_load((tmp_path / "tiny.yaml").read_text()) | {"correction": {"kind": "truncated", "cap": 2.0}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(below))
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"extends": "tiny.yaml", "correction": changes}))
+    config = load_config(GRPOConfig, tmp_path / "more.yaml")
+    assert to_dict(config)["correction"] == changes
 
 
 @pytest.mark.parametrize("below", ["none.yaml", "more.yaml"])

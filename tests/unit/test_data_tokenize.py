@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phimr_nemo.data.chat import holds_special_token, load_tokenizer, render_conversation
+from phimr_nemo.data.chat import forbidden_tokens, load_tokenizer, render_conversation
 from phimr_nemo.data.rows.tokenize import fast_tokenizer, prompt_frame, tokenize
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.content import question_number
 from phimr_nemo.store.shards import rows_to_table
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -49,11 +50,14 @@ def test_equal_to_the_chat_module(
     rows = [{"id": f"{i}", "problem_id": "p", "question": q, "response": r} for i, (q, r) in enumerate(conversations)]
     pq.write_table(rows_to_table(rows, "conversations"), tmp_path / "c.parquet")
     with pq.ParquetFile(tmp_path / "c.parquet") as file:
-        found, counts = tokenize(fast_tokenizer(path), prompt_frame(tokenizer), file, capacity)
-    clean = [pair for pair in conversations if not any(holds_special_token(tokenizer, text) for text in pair)]
+        found, questions, counts = tokenize(fast_tokenizer(path), prompt_frame(tokenizer), file, capacity)
+    forbidden = forbidden_tokens(tokenizer)
+    clean = [pair for pair in conversations if not any(token in text for text in pair for token in forbidden)]
     expected = [render_conversation(tokenizer, *pair) for pair in clean]
     fitting = [(ids, mask) for ids, mask in expected if len(ids) <= capacity]
     assert [(list(ids), list(mask)) for ids, mask in found] == fitting
+    asked = [question for (question, _), (ids, _) in zip(clean, expected, strict=True) if len(ids) <= capacity]
+    assert questions == [question_number(question) for question in asked]
     assert counts.get("documents", 0) == len(fitting)
     assert counts.get("tokens", 0) == sum(len(ids) for ids, _ in fitting)
     assert counts.get("dropped: longer than a row", 0) == len(expected) - len(fitting)

@@ -119,8 +119,28 @@ def test_entropy_equals_its_definition() -> None:
     logprobs, entropy = token_logprobs_and_entropy(hidden, weight, labels, temperature=0.6, chunk_size=4)
     distribution = torch.softmax(hidden @ weight.T / 0.6, dim=-1)
     torch.testing.assert_close(entropy, torch.special.entr(distribution).sum(-1), rtol=1e-12, atol=1e-12)
-    assert not entropy.requires_grad
     assert torch.equal(logprobs, token_logprobs(hidden, weight, labels, temperature=0.6, chunk_size=4))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_gradients_of_the_entropy_equal_its_definition(temperature: float, chunk_size: int) -> None:
+    """Together with those of the log-probabilities, and alone; ignored labels give none."""
+    hidden, weight, labels = make_case(5, 3)
+    generator = torch.Generator().manual_seed(2)
+    first, second = (torch.randn(5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    probabilities = torch.softmax(hidden @ weight.T / temperature, dim=-1)
+    exact = torch.where(labels == IGNORED_LABEL, 0.0, torch.special.entr(probabilities).sum(-1))
+    both = (full_logits_reference(hidden, weight, labels, temperature) * first + exact * second).sum()
+    alone = (exact * second).sum()
+    for factor, expected in ((first, both), (torch.zeros_like(first), alone)):
+        logprobs, entropy = token_logprobs_and_entropy(
+            hidden, weight, labels, temperature=temperature, chunk_size=chunk_size
+        )
+        found = torch.autograd.grad((logprobs * factor + entropy * second).sum(), (hidden, weight))
+        wanted = torch.autograd.grad(expected, (hidden, weight), retain_graph=True)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
 def test_huge_logits_stay_finite() -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from architectures import small
 
-from phimr_nemo.data.chat import render_prompt, stop_token_ids
+from phimr_nemo.data.chat import opening, render_prompt, stop_token_ids
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.plan import Plan
-from phimr_nemo.generate.rollouts import opening, sample_rollouts
+from phimr_nemo.generate.rollouts import sample_rollouts
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.model.table import checkpoint_tensors
 from phimr_nemo.store.shards import is_complete, read_manifest, read_table, rows_to_table, shard_is_complete
@@ -112,7 +112,7 @@ def test_rows_are_the_sampled_responses(
         assert request.prompt_ids == tuple(render_prompt(tokenizer, problem["question"]))
         assert (request.id, request.seed) == (row["id"], row["seed"])
         body = [token for token in completion.token_ids if token not in stops]
-        assert row["response"] == tokenizer.decode(body, skip_special_tokens=True)
+        assert row["response"] == tokenizer.decode(body)
         assert row["tokens"] == len(completion.token_ids)
         assert row["finish_reason"] == completion.finish_reason
         assert (row["finish_reason"] == "stop") == (completion.token_ids[-1] in stops)
@@ -251,4 +251,4 @@ def test_a_think_tag_that_the_template_opens_belongs_to_the_response(
     for row in read_table(tmp_path / "out", "rollouts").to_pylist():
         completion = sampler.completions[row["id"]]
         body = completion.token_ids[: -1 if completion.finish_reason == "stop" else None]
-        assert row["response"] == "<think>\n" + opened.decode(body, skip_special_tokens=True)
+        assert row["response"] == "<think>\n" + opened.decode(body)

@@ -24,6 +24,7 @@ from processes import start
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text
 from phimr_nemo.store.content import content_id, content_seed, file_sha256
+from phimr_nemo.store.records import schemas
 from phimr_nemo.store.shards import (
     MANIFEST,
     conform,
@@ -42,7 +43,7 @@ WAIT_SECONDS = 60.0
 
 
 def conversation(number: int, response: str | None = None) -> dict[str, Any]:
-    return {
+    return dict.fromkeys(schemas()["conversations"].names) | {
         "id": content_id("conversation", str(number)),
         "problem_id": content_id("problem", str(number)),
         "question": f"{number} + 1?",

@@ -26,6 +26,8 @@ from phimr_nemo.config.dpo import PreferenceLoss, RPOLoss, SmoothedLoss
 from phimr_nemo.data.packing import pack
 from phimr_nemo.losses import (
     IGNORED_LABEL,
+    apo_down_loss,
+    apo_zero_loss,
     dpo_loss,
     ipo_loss,
     label_smoothed_dpo_loss,
@@ -67,6 +69,8 @@ def pair_loss(loss: PreferenceLoss, beta: float) -> PairLoss:
     plain: Mapping[str, PairLoss] = {
         "dpo": lambda s: dpo_loss(s.chosen, s.rejected, s.ref_chosen, s.ref_rejected, beta),
         "ipo": lambda s: ipo_loss(s.chosen, s.rejected, s.ref_chosen, s.ref_rejected, beta),
+        "apo_zero": lambda s: apo_zero_loss(s.chosen, s.rejected, s.ref_chosen, s.ref_rejected, beta),
+        "apo_down": lambda s: apo_down_loss(s.chosen, s.rejected, s.ref_chosen, s.ref_rejected, beta),
         "length_normalized_dpo": lambda s: length_normalized_dpo_loss(
             s.chosen, s.rejected, s.ref_chosen, s.ref_rejected, beta, s.chosen_tokens, s.rejected_tokens
         ),
@@ -132,7 +136,12 @@ class DPOObjective:
         row, wanted, documents = packed_row(tokens, labels, lengths, multiple=self._multiple, pad_id=self._pad_id)
         return MicroBatch(row, wanted, _extras(batch, pairs), documents)
 
-    def loss(self, logprobs: Tensor, micro: MicroBatch) -> LossSums:
+    @property
+    def wants_entropy(self) -> bool:
+        """No preference loss is one of entropies."""
+        return False
+
+    def loss(self, logprobs: Tensor, micro: MicroBatch, entropy: Tensor | None = None) -> LossSums:  # noqa: ARG002
         """Loss and metrics summed over the micro-batch's pairs."""
         sums = pair_sums(logprobs, micro)
         loss, metrics = self._loss(sums)

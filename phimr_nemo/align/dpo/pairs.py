@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DIGEST_BYTES: Final = 16
+SIDES: Final = ("chosen", "rejected")
+COLUMNS: Final = ("id", "question", *SIDES, *(f"{side}_finish_reason" for side in SIDES))
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,20 @@ def load_pairs(
         UserError: the directory is not finished; a text spells a special token; a pair without a difference, or
             twice, or against another one; a pair that is too long under "error"; no pair is left.
     """
-    items = read_table(directory, "pairs", ["id", "question", "chosen", "rejected"]).to_pylist()
+    items = read_table(directory, "pairs", COLUMNS).to_pylist()
     _check_texts(directory, items)
     questions = [item["question"] for item in items]
     sides = [
-        [_row(*rendered) for rendered in render_conversations(tokenizer, questions, [item[side] for item in items])]
-        for side in ("chosen", "rejected")
+        [
+            _row(*rendered)
+            for rendered in render_conversations(
+                tokenizer,
+                questions,
+                [item[side] for item in items],
+                [item[f"{side}_finish_reason"] == "length" for item in items],
+            )
+        ]
+        for side in SIDES
     ]
     kept: list[tuple[Row, Row, str, str]] = []
     truncated = 0

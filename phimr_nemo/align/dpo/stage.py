@@ -25,7 +25,7 @@ from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, to_dict
 from phimr_nemo.config.dpo import StoredReference
 from phimr_nemo.data.chat import load_tokenizer
-from phimr_nemo.data.rows.batches import EpochOrder
+from phimr_nemo.data.rows.batches import EpochOrder, left_over
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import RunDirectory
@@ -60,6 +60,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     training, validation = held_out_pairs(pairs, config.validation_pairs, config.run.seed)
     order = TrainingOrder(training, config.epochs, config.run.seed)
     steps = _steps(config, len(order))
+    not_trained_on = left_over(len(training), config.epochs, steps, config.global_batch, "pairs")
 
     run = RunDirectory(config.run.output)
     if config.model.deterministic:
@@ -126,6 +127,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         "skipped_batches": batch_guard.skipped,
         "pairs": len(training),
         "validation_pairs": len(validation),
+        "pairs_not_trained_on": not_trained_on,
         "pairs_too_long": pairs.too_long,
         "pairs_truncated": pairs.truncated,
         "collapsed_at_step": log.collapsed_at,
@@ -195,6 +197,7 @@ def build_policy(config: DPOConfig, base: HFDirectory, steps: int, guard: BatchG
         micro_batch=2 * config.micro_batch,
         global_batch=config.global_batch,
         guard=guard,
+        lora=config.lora,
     )
 
 

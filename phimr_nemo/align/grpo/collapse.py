@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Final
 
-from phimr_nemo.config.grpo import MonitorConfig
+from phimr_nemo.config.evaluation import MonitorConfig
 
 WATCHED: Final = ("pass_rate", "repetitive", "truncated", "entropy")
 RISING: Final = ("repetitive", "truncated")

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from phimr_nemo.align.grpo.collapse import CollapseWatch
 from phimr_nemo.align.trainer_log import TrainerLog
-from phimr_nemo.config.grpo import MonitorConfig
+from phimr_nemo.config.evaluation import MonitorConfig
 from phimr_nemo.store.runs import read_metrics
 from phimr_nemo.training.metrics import PASS_RATE_MIDDLES, PASS_RATE_NAMES
 from phimr_nemo.training.optimizer import TrainerOptimizer
@@ -38,6 +38,10 @@ class GRPOLog(TrainerLog):
         log, optimizer, every, speed: as for :class:`TrainerLog`.
         monitor: what is watched.
         directory: the run's; its metrics so far are those of the steps that the run continues from.
+
+    Attributes:
+        watch: what has been found.
+        idle_rounds: rounds in which no response had a gradient.
     """
 
     def __init__(
@@ -54,7 +58,9 @@ class GRPOLog(TrainerLog):
         self._rollouts: dict[str, float] = {}
         self._updates: list[dict[str, float]] = []
         self._monitor, self._directory = monitor, directory
-        self.watch = CollapseWatch(monitor, read_metrics(directory) if log is not None else ())
+        past = list(read_metrics(directory)) if log is not None else []
+        self.watch = CollapseWatch(monitor, past)
+        self.idle_rounds = sum(row.get("with_gradient") == 0.0 for row in past)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int, prefix: str) -> None:
         """Collect; the timers come last and end the round's line. Updates of a round are averaged."""
@@ -68,6 +74,7 @@ class GRPOLog(TrainerLog):
             self._updates = []
 
     def _end_round(self, step: int, row: Mapping[str, float]) -> None:
+        self.idle_rounds += row.get("with_gradient") == 0.0
         self._write(step, row, row["train_seconds"])
         if self._log is None:
             return
@@ -79,6 +86,20 @@ class GRPOLog(TrainerLog):
             _LOGGER.warning(message)
         if step % self._monitor.dashboard_every == 0:
             self.draw()
+
+    def warn_of_idleness(self, rounds: int) -> None:
+        """Say on process 0 that a run has learnt nothing, when it is over.
+
+        Args:
+            rounds: of the run.
+        """
+        if self._log is not None and rounds and self.idle_rounds >= rounds:
+            _LOGGER.warning(
+                "no response of %d rounds had a gradient: the weights are those of the base. All rewards of a group "
+                "were equal, or every response was left out; look at pass_rate, truncated, ungraded and kept among "
+                "the metrics, then bring prompts that are sometimes solved or raise max_new_tokens",
+                rounds,
+            )
 
     def draw(self) -> None:
         """Write the dashboard, on process 0."""

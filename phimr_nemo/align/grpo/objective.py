@@ -19,18 +19,22 @@ from phimr_nemo.align.microbatch import (
 )
 from phimr_nemo.align.policy import LossSums
 from phimr_nemo.config import GRPOConfig
-from phimr_nemo.config.grpo import PolicyLossConfig, SamplerCorrection, TruncatedCorrection
+from phimr_nemo.config.grpo import MaskedCorrection, SamplerCorrection, TruncatedCorrection
 from phimr_nemo.data.packing import pack
 from phimr_nemo.losses import (
     IGNORED_LABEL,
     PolicyBatch,
     PolicyLoss,
+    batch_advantages,
     centered_advantages,
+    cispo_loss,
     dapo_loss,
     dr_grpo_loss,
     group_advantages,
     grpo_loss,
     gspo_loss,
+    masked_importance_weights,
+    sequence_masked_weights,
     truncated_importance_weights,
 )
 
@@ -46,18 +50,39 @@ def policy_loss(config: GRPOConfig) -> Callable[..., PolicyLoss]:
         "dr_grpo": partial(dr_grpo_loss, max_new_tokens=config.max_new_tokens),
         "dapo": dapo_loss,
         "gspo": gspo_loss,
+        "cispo": cispo_loss,
     }
     loss = config.loss
-    return partial(functions[loss.kind], clip_low=loss.clip_low, clip_high=loss.clip_high, kl_coefficient=config.kl)
+    return partial(
+        functions[loss.kind],
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        kl_coefficient=config.kl,
+        weighted_kl=config.kl_estimator == "importance_weighted_k3",
+        entropy_bonus=config.entropy_bonus,
+    )
 
 
-def advantages_of(loss: PolicyLossConfig) -> Advantages:
+def advantages_of(config: GRPOConfig) -> Advantages:
     """What the loss takes as advantages: rewards [S] and groups [S] -> [S]."""
-    return centered_advantages if loss.kind == "dr_grpo" else group_advantages
+    scale = config.advantage_scale or ("none" if config.loss.kind == "dr_grpo" else "group")
+    scales: Mapping[str, Advantages] = {
+        "group": group_advantages,
+        "batch": batch_advantages,
+        "none": centered_advantages,
+    }
+    return scales[scale]
 
 
-def importance_weights(correction: SamplerCorrection, trainer: Tensor, sampler: Tensor) -> Tensor | None:
+def importance_weights(
+    correction: SamplerCorrection, trainer: Tensor, sampler: Tensor, mask: Tensor
+) -> Tensor | None:
     """Weights [S, T] from log-probabilities [S, T] of the two engines, or None for no correction."""
+    if isinstance(correction, MaskedCorrection):
+        bounds = {"low": correction.low, "high": correction.high}
+        if correction.kind == "masked":
+            return masked_importance_weights(trainer, sampler, **bounds)
+        return sequence_masked_weights(trainer, sampler, mask, **bounds)
     if isinstance(correction, TruncatedCorrection):
         return truncated_importance_weights(trainer, sampler, correction.cap)
     return None
@@ -74,6 +99,7 @@ class GRPOObjective:
 
     def __init__(self, config: GRPOConfig, *, multiple: int, pad_id: int) -> None:
         self._loss, self._correction = policy_loss(config), config.correction
+        self._entropy_bonus = config.entropy_bonus
         self._packed, self._size = config.packed, config.micro_batch
         self._capacity = config.micro_batch * config.sequence_length
         self._multiple, self._pad_id = multiple, pad_id
@@ -113,7 +139,12 @@ class GRPOObjective:
         )
         return MicroBatch(tokens, labels, _extras(batch, rows, max(used)), documents)
 
-    def loss(self, logprobs: Tensor, micro: MicroBatch) -> LossSums:
+    @property
+    def wants_entropy(self) -> bool:
+        """Whether there is a bonus for it."""
+        return self._entropy_bonus > 0
+
+    def loss(self, logprobs: Tensor, micro: MicroBatch, entropy: Tensor | None = None) -> LossSums:
         """Loss and metrics summed over the micro-batch; what it is divided by depends on the loss."""
         extras = {name: value.to(logprobs.device) for name, value in micro.extras.items()}
         sequences = len(extras["rows"])
@@ -121,20 +152,32 @@ class GRPOObjective:
         mask = by_sequence((micro.labels != IGNORED_LABEL).to(logprobs.device), micro, sequences)
         # Without a value from before the round's updates this is the first update: the ratio is 1.
         old, sampler = extras.get("old_logprobs", logprobs.detach()), extras["sampler_logprobs"]
-        weights = importance_weights(self._correction, old, sampler)
+        weights = importance_weights(self._correction, old, sampler, mask)
         reference = extras.get("reference_logprobs")
-        result = self._loss(PolicyBatch(logprobs, old, extras["advantages"], mask, reference, weights))
+        entropies = None if entropy is None else by_sequence(entropy, micro, sequences)
+        result = self._loss(PolicyBatch(logprobs, old, extras["advantages"], mask, reference, weights, entropies))
         sums = {**result.metrics, "logprob_gap": torch.where(mask, (old - sampler).abs(), 0.0).sum()}
         if weights is not None:
             sums["sampler_weight"] = torch.where(mask, weights, 0.0).sum()
+            sums["sampler_masked"] = (mask & (weights == 0)).sum()
         return result.loss_sum, result.denominator, sums
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The loss over its denominator, and means over the tokens."""
         tokens = max(sums["tokens"], 1.0)
-        names = ("ratio", "clipped_low", "clipped_high", "kl_to_old", "logprob_gap", "sampler_weight")
+        names = (
+            "ratio",
+            "clipped_low",
+            "clipped_high",
+            "kl_to_old",
+            "logprob_gap",
+            "sampler_weight",
+            "sampler_masked",
+        )
         means = {"loss": sums["loss"] / max(sums["count"], 1.0)}
         means |= {name: sums[name] / tokens for name in names if name in sums}
+        if "entropy" in sums:
+            means["policy_entropy"] = sums["entropy"] / tokens
         if "kl_to_reference" in sums:
             means["kl"] = sums["kl_to_reference"] / tokens
         return means | {"clipped": means["clipped_low"] + means["clipped_high"], "trained_tokens": sums["tokens"]}

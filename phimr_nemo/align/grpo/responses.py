@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phimr_nemo.align.grpo.rollouts import Prompt, Rollout, groups_of
-from phimr_nemo.config.grpo import MonitorConfig
-from phimr_nemo.data.chat import decode_response
+from phimr_nemo.config.evaluation import MonitorConfig
+from phimr_nemo.data.chat import response_text
 from phimr_nemo.store.content import content_seed
 from phimr_nemo.store.responses import write_responses
 from phimr_nemo.training.tracking import RunLog
@@ -58,7 +58,7 @@ def response_rows(
                     "question": prompt.question,
                     "answer": prompt.answer,
                     "sample": rollout.sample,
-                    "response": decode_response(tokenizer, rollout.token_ids),
+                    "response": response_text(tokenizer, prompt.token_ids, rollout.token_ids),
                     "verdict": rollout.verdict,
                     "reward": rollout.reward,
                     "tokens": len(rollout.token_ids),

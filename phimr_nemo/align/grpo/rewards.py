@@ -34,6 +34,7 @@ class Graded:
         tokens: its length, the stop token included.
         max_new_tokens: the longest that it could have been (tokens).
         is_truncated: it ended at that limit.
+        reason: the grader's, for a verdict that judges nothing.
     """
 
     response: str
@@ -42,6 +43,7 @@ class Graded:
     tokens: int
     max_new_tokens: int
     is_truncated: bool
+    reason: str = ""
 
 
 RewardFunction = Callable[[Graded], float]

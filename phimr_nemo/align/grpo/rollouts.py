@@ -69,6 +69,7 @@ class Rollout:
         is_correct: the grader's verdict.
         verdict: in its own word.
         is_graded: False where the grader gave up; such a response takes part in nothing.
+        reason: why it did.
         reward_parts: what its reward is the sum of, by name.
         repetition: share of the end of its text that repeats what stands earlier there.
         version: of the weights that made it: the step that began with them. None if the sampler did not say.
@@ -85,6 +86,7 @@ class Rollout:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     repetition: float = 0.0
     version: int | None = None
+    reason: str = ""
     verdict: str = ""
 
     @property
@@ -154,8 +156,7 @@ def verdicts_of(grader: GradesAnswers, responses: Sequence[str], answers: Sequen
     """Verdicts of a round's responses.
 
     Raises:
-        UserError: the grader raises, answers for another number of responses, or can grade none of them. Taken for
-            wrong responses, these would be a round of rewards that say nothing.
+        UserError: the grader raises, or answers for another number of responses.
     """
     rule = "the grader returns one verdict a response"
     try:
@@ -174,17 +175,11 @@ def verdicts_of(grader: GradesAnswers, responses: Sequence[str], answers: Sequen
             rule=rule,
             remedy="correct the grader: a verdict that is missing would move all later ones to other responses",
         )
-    if verdicts and not any(is_graded(verdict.verdict) for verdict in verdicts):
-        raise UserError(
-            f"none of {len(verdicts)} responses could be graded: {verdicts[0].reason}",
-            rule="a reward is the grader's judgement of a response",
-            remedy="run `phimr doctor` for the grader, and check the answers of the prompts",
-        )
     return verdicts
 
 
 def check_graded(rollouts: Sequence[Rollout], stop_above: float) -> None:
-    """Stop where the grader gave up on too many of a round's responses, on all processes alike.
+    """Stop where the grader gave up on too many of a round's responses, or on all, on all processes alike.
 
     Args:
         rollouts: of all processes.
@@ -193,10 +188,10 @@ def check_graded(rollouts: Sequence[Rollout], stop_above: float) -> None:
     Raises:
         UserError: the share is larger.
     """
-    ungraded = sum(not rollout.is_graded for rollout in rollouts)
-    if ungraded > stop_above * len(rollouts):
+    ungraded = [rollout for rollout in rollouts if not rollout.is_graded]
+    if len(ungraded) > stop_above * len(rollouts) or len(ungraded) == len(rollouts):
         raise UserError(
-            f"the grader gave up on {ungraded} of {len(rollouts)} responses of a round",
+            f"the grader gave up on {len(ungraded)} of {len(rollouts)} responses of a round: {ungraded[0].reason}",
             rule=f"at most monitor.ungraded_stop={stop_above:g} of them: rewards of the rest would be another task",
             remedy="grade a prompt's answer with `phimr verify` to see why, or raise monitor.ungraded_stop; the run "
             "continues at its newest checkpoint with the same command",
@@ -248,6 +243,7 @@ def graded_rollouts(
                 reward_parts=parts(response) if is_graded(response.verdict) else {},
                 repetition=repetition(response.response[-REPETITION_CHARS:]),
                 version=completion.version,
+                reason="" if is_graded(response.verdict) else response.reason,
                 verdict=response.verdict,
             )
         )
@@ -268,6 +264,15 @@ def groups_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
     for number, rollout in enumerate(rollouts):
         groups.setdefault(rollout.slot, []).append(number)
     return [groups[slot] for slot in sorted(groups)]
+
+
+def pass_rates_of(rollouts: Sequence[Rollout]) -> dict[int, float]:
+    """Share of right responses among each prompt's graded ones: prompt number -> share."""
+    right: dict[int, list[bool]] = {}
+    for rollout in rollouts:
+        if rollout.is_graded:
+            right.setdefault(rollout.prompt, []).append(rollout.is_correct)
+    return {prompt: fmean(found) for prompt, found in right.items()}
 
 
 def pass_rate_bin(correct: int, size: int) -> int:

@@ -3,16 +3,18 @@
 1. Prompt optimisation: :func:`uniform_prompts`.
 2. Reward rebalancing: :func:`oversampled`, :func:`rebalanced_group`, :func:`refill_size`.
 3. Temperature annealing: :func:`annealed_temperature`.
+
+And one that is not the paper's, a curriculum that leaves out what is solved: :func:`unsolved`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
-from phimr_nemo.config.grpo import PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
+from phimr_nemo.config.grpo import CurriculumConfig, PromptOptimizationConfig, RebalanceConfig, TemperatureConfig
 from phimr_nemo.errors import UserError
 
 GroupFate = Literal["kept", "easy", "impossible"]
@@ -67,6 +69,26 @@ def oversampled(hard: Sequence[bool], config: RebalanceConfig) -> list[int]:
         )
     times = config.oversample_hard if config.enabled else 1
     return [i for i, is_hard in enumerate(hard) for _ in range(times if is_hard else 1)]
+
+
+def unsolved(epoch: Sequence[int], place: int, pass_rates: Mapping[int, float], config: CurriculumConfig) -> int:
+    """The prompt that is sampled at a place of the epoch: the first one from there on that is not solved.
+
+    Args:
+        epoch: prompt numbers of one epoch.
+        place: in it.
+        pass_rates: prompt -> share of right responses when it was last sampled; none for a prompt that was not.
+        config: from where on a prompt counts as solved; None = no prompt does.
+
+    Returns:
+        A prompt number; the one at the place when all are solved.
+    """
+    if config.solved_from is not None:
+        for step in range(len(epoch)):
+            prompt = epoch[(place + step) % len(epoch)]
+            if pass_rates.get(prompt, 0.0) < config.solved_from:
+                return prompt
+    return epoch[place]
 
 
 def group_fate(correct: Sequence[bool], config: RebalanceConfig) -> GroupFate:

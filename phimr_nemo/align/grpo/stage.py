@@ -98,6 +98,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
                 run_timer=BetweenSteps(signals, store, measuring, lambda: trainer),
             )
             trainer.load_state_dict(counters)
+            trainer.pass_rates = checkpoints.memory
             batch_guard.attach(policy.optimizer.megatron, lambda: trainer.reinforce_optimization_step + 1)
             trainer.take_up()
             try:
@@ -116,6 +117,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
     converged = judge.has_converged(trainer.step)
     if trainer.step < config.steps and not converged:
         raise Preempted(f"grpo stopped at step {trainer.step} of {config.steps}; run the same command to continue")
+    log.warn_of_idleness(trainer.step)
     return {
         "steps": trainer.step,
         "converged": converged,
@@ -124,6 +126,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         "prompts_uneven": prompts.dropped_uneven,
         "prompts_too_long": prompts.dropped_long,
         "collapses": log.watch.found,
+        "rounds_without_gradient": log.idle_rounds,
         "base_weights": identity["base weights"],
         **export(run, policy, config, store, trainer.step),
         "seconds": time.monotonic() - started,
@@ -173,11 +176,12 @@ def build_policy(config: GRPOConfig, base: HFDirectory, guard: BatchGuard) -> Me
         parallel=config.parallel,
         optim=config.optim,
         objective=objective,
-        steps=config.steps * config.inner_batches,
+        steps=config.steps * config.updates,
         sequence_length=config.sequence_length,
         micro_batch=config.micro_batch,
         global_batch=config.prompts_per_step,
         guard=guard,
+        lora=config.lora,
     )
 
 

@@ -30,6 +30,7 @@ from phimr_nemo.align.grpo.rollouts import (
     check_graded,
     gathered,
     graded_rollouts,
+    pass_rates_of,
     rollout_metrics,
     rollout_requests,
     training_rows,
@@ -37,10 +38,10 @@ from phimr_nemo.align.grpo.rollouts import (
 )
 from phimr_nemo.align.grpo.rounds import Rounds
 from phimr_nemo.align.grpo.selection import selected
-from phimr_nemo.align.grpo.stabilisers import annealed_temperature, refill_size
+from phimr_nemo.align.grpo.stabilisers import annealed_temperature, refill_size, unsolved
 from phimr_nemo.align.microbatch import deal_rows
 from phimr_nemo.config import GRPOConfig
-from phimr_nemo.data.chat import decode_response
+from phimr_nemo.data.chat import response_text
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.store.content import content_seed
@@ -83,6 +84,7 @@ class GRPOTrainer(ReinforceTrainer):
         self.tokenizer, self.kept_responses = tokenizer, kept_responses
         self._functions = import_rewards(config.reward)
         self._rollouts: Sequence[Rollout] = ()
+        self.pass_rates: dict[int, float] = {}
 
     def prompts_of_the_round(self) -> list[dict[str, Any]]:
         """Return what names the prompts that the step under way trains on."""
@@ -117,10 +119,12 @@ class GRPOTrainer(ReinforceTrainer):
             refills, sampled = self._refill(loader.dataset, slots, rollouts)
         self._check_stop()
         check_graded(rollouts, self.config.monitor.ungraded_stop)
+        self.pass_rates |= pass_rates_of(rollouts)
         metrics = {
             **rollout_metrics(rollouts),
             "temperature": self.model.temperature,
             "refills": refills,
+            "solved_prompts": self._solved(),
             **self.rounds.metrics(self.step, [rollout.version for rollout in rollouts]),
             # What upstream adds to its count of consumed samples: the sampler counts prompts.
             "rollout_size": sampled,
@@ -142,6 +146,10 @@ class GRPOTrainer(ReinforceTrainer):
             sampled += size
         return limit, sampled
 
+    def _solved(self) -> int:
+        bound = self.config.curriculum.solved_from
+        return 0 if bound is None else sum(rate >= bound for rate in self.pass_rates.values())
+
     def _check_stop(self) -> None:
         if self.run_timer.is_finished():
             raise RoundInterrupted(f"stopped in round {self.step}")
@@ -154,13 +162,19 @@ class GRPOTrainer(ReinforceTrainer):
     def _mine(self, dataset: Any, slots: Sequence[int]) -> dict[int, int]:
         """This process's slots with their prompts' numbers."""
         # Whole groups to a process, so that each prompt is computed once; all processes sample.
-        return {slot: self.prompts.epoch[dataset[slot]] for slot in slots[dist.get_rank() :: dist.get_world_size()]}
+        mine = slots[dist.get_rank() :: dist.get_world_size()]
+        curriculum = self.config.curriculum
+        return {slot: unsolved(self.prompts.epoch, dataset[slot], self.pass_rates, curriculum) for slot in mine}
 
     def _graded(self, prompt_of: Mapping[int, int], completions: Sequence[Completion]) -> list[Rollout]:
         """All processes' responses with their verdicts (collective)."""
-        texts = [decode_response(self.tokenizer, completion.token_ids) for completion in completions]
         slots = [int(completion.request_id.split("/")[0]) for completion in completions]
-        answers = [self.prompts.prompts[prompt_of[slot]].answer for slot in slots]
+        prompts = [self.prompts.prompts[prompt_of[slot]] for slot in slots]
+        answers = [prompt.answer for prompt in prompts]
+        texts = [
+            response_text(self.tokenizer, prompt.token_ids, completion.token_ids)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         verdicts = verdicts_of(self.grader, texts, answers)
         graded = [
             Graded(
@@ -170,6 +184,7 @@ class GRPOTrainer(ReinforceTrainer):
                 len(completion.token_ids),
                 self.config.max_new_tokens,
                 is_truncated=completion.finish_reason == "length",
+                reason=str(getattr(verdict, "reason", "")),
             )
             for text, answer, verdict, completion in zip(texts, answers, verdicts, completions, strict=True)
         ]
@@ -212,7 +227,7 @@ class GRPOTrainer(ReinforceTrainer):
         chosen = [rollout_batch[i] for i in selection.kept]
         groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)
         rewards = torch.tensor([rollout.reward for rollout in chosen], dtype=torch.float32)
-        advantages = advantages_of(self.config.loss)(rewards, groups).tolist()
+        advantages = advantages_of(self.config)(rewards, groups).tolist()
         mine = self._dealt([len(self.prompts.prompts[r.prompt].token_ids) + len(r.token_ids) for r in chosen])
         rows = training_rows(
             [None if number is None else chosen[number] for number in mine],
@@ -221,12 +236,13 @@ class GRPOTrainer(ReinforceTrainer):
             self.model.architecture.pad_token_id,
         )
         with self.timer("logprobs"):
-            if self.config.inner_batches > 1:
+            if self.config.updates > 1:
                 rows["old_logprobs"] = self.model.batch_log_probs(rows)
             if self.config.kl > 0:
                 with self.model.as_reference():
                     rows["reference_logprobs"] = self.model.batch_log_probs(rows)
-        return rows, selection.metrics(len(rollout_batch))
+        taught = len(chosen) if self.config.kl or self.config.entropy_bonus else sum(map(bool, advantages))
+        return rows, {**selection.metrics(len(rollout_batch)), "with_gradient": taught / len(rollout_batch)}
 
     def _dealt(self, lengths: Sequence[int]) -> list[int | None]:
         """Numbers of this rank's rows, update after update, each filled with None to the size that `fit` cuts."""
@@ -239,7 +255,7 @@ class GRPOTrainer(ReinforceTrainer):
     # ---- updates -------------------------------------------------------------------------------------------
 
     def run_training(self, dataloader_iter: Iterable[dict[str, Tensor]]) -> tuple[float, dict[str, float]]:
-        """Upstream's updates, but none for a batch without rows on any rank; meanwhile the next round is sampled."""
+        """Upstream's updates, `passes` times, none for a batch without rows; meanwhile the next round is sampled."""
         if self.config.ahead and self.step + 1 < self.config.steps:
             self.rounds.sync(self.step)
             self.rounds.start(self.step + 1, *self._next_round(self.step + 1))
@@ -249,9 +265,9 @@ class GRPOTrainer(ReinforceTrainer):
         dist.all_reduce(labels, group=parallel_state.get_data_parallel_group())
         useful = [batch for batch, count in zip(batches, labels.tolist(), strict=True) if count]
         # The learning rate follows the rounds, whatever they bring.
-        for _ in range(len(batches) - len(useful)):
+        for _ in range((len(batches) - len(useful)) * self.config.passes):
             self.scheduler.step()
         if not useful:
             return 0.0, {}
-        result: tuple[float, dict[str, float]] = super().run_training(iter(useful))
+        result: tuple[float, dict[str, float]] = super().run_training(iter(useful * self.config.passes))
         return result

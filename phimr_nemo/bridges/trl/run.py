@@ -23,7 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from phimr_nemo.bridges.files import SCHEDULE, SETTINGS, TRAIN, VALIDATION
+from phimr_nemo.data.chat import decode_response
 from phimr_nemo.store.records import UNGRADED_VERDICTS
+from phimr_nemo.text.turn import opened_thinking
 from phimr_nemo.verify import Grader
 
 LOG: Final = "log.json"
@@ -136,9 +138,19 @@ def _trainer(
     grader = processes.enter_context(Grader(workers=given["workers"], function=given["grader"]))
     worth = {"correct": given["correct"], **dict.fromkeys(UNGRADED_VERDICTS)}
 
-    def reward(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
-        """The verdict's worth; None, which TRL leaves out, where the grader gave up."""
-        verdicts = grader.grade_many(list(zip(completions, answer, strict=True)))
+    def reward(
+        prompts: list[str], completion_ids: list[list[int]], answer: list[str], **_: Any
+    ) -> list[float | None]:
+        """The verdict's worth; None, which TRL leaves out, where the grader gave up.
+
+        TRL's own texts lack special tokens, and so the turns that a model made up.
+        """
+        tokenizer = parts["processing_class"]
+        texts = [
+            opened_thinking(prompt) + decode_response(tokenizer, ids)
+            for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+        verdicts = grader.grade_many(list(zip(texts, answer, strict=True)))
         return [worth.get(verdict.verdict, given["wrong"]) for verdict in verdicts]
 
     trainer = AnnealedGRPOTrainer(args=GRPOConfig(**arguments), reward_funcs=reward, **parts)

@@ -12,14 +12,20 @@ from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
 from phimr_nemo.config.dpo import StoredReference
 from phimr_nemo.config.engine import LocalEngine, ServerEngine, VLLMEngine
-from phimr_nemo.config.grpo import TruncatedCorrection
+from phimr_nemo.config.grpo import MaskedCorrection, SamplerCorrection, TruncatedCorrection
 
 TARGET: Final = "TRL"
 Settings = dict[str, Any]
 
 # TRL's names of the losses whose value and gradient are these ones (tests/bridge holds them against each other).
-DPO_LOSSES: Final = {"dpo": "sigmoid", "length_normalized_dpo": "sigmoid_norm", "length_normalized_ipo": "ipo"}
-GRPO_LOSSES: Final = {"grpo": "grpo", "dr_grpo": "dr_grpo", "dapo": "dapo", "gspo": "grpo"}
+DPO_LOSSES: Final = {
+    "dpo": "sigmoid",
+    "length_normalized_dpo": "sigmoid_norm",
+    "length_normalized_ipo": "ipo",
+    "apo_zero": "apo_zero",
+    "apo_down": "apo_down",
+}
+GRPO_LOSSES: Final = {"grpo": "grpo", "dr_grpo": "dr_grpo", "dapo": "dapo", "gspo": "grpo", "cispo": "cispo"}
 
 COMMON: Final = (
     Counterpart("run.output", "launcher", "output_dir", "the export's own directory; --output of the runner"),
@@ -28,6 +34,8 @@ COMMON: Final = (
     Counterpart("base", "same", "model"),
     Counterpart("model.dtype", "translated", "bf16, model_init_kwargs.dtype"),
     Counterpart("model.fp8", "none", "", "refused unless off"),
+    Counterpart("model.fp32_output", "none", "", "refused unless off"),
+    Counterpart("lora", "none", "", "refused unless off"),
     Counterpart("model.longrope", "patch", "rope_parameters", "one regime a run: both sets of factors are its own"),
     Counterpart("model.recompute", "translated", "gradient_checkpointing"),
     Counterpart("optim.lr", "patch", "learning_rate", "every step's rate is in schedule.json"),
@@ -98,10 +106,14 @@ GRPO: Final = (
     Counterpart("group_size", "same", "num_generations"),
     Counterpart("loss.kind", "translated", "loss_type, scale_rewards, importance_sampling_level"),
     Counterpart("loss.clip_low", "same", "epsilon"),
-    Counterpart("loss.clip_high", "same", "epsilon_high"),
-    Counterpart("correction.", "translated", "vllm_importance_sampling_correction, _clip_max"),
+    Counterpart("loss.clip_high", "translated", "epsilon_high", "the same, with cispo 1 + clip_high"),
+    Counterpart("correction.", "translated", "vllm_importance_sampling_correction, _mode, _clip_min, _clip_max"),
+    Counterpart("advantage_scale", "translated", "scale_rewards"),
+    Counterpart("entropy_bonus", "translated", "entropy_coef", "refused unless 0: it weighs tokens by itself"),
     Counterpart("kl", "same", "beta"),
+    Counterpart("kl_estimator", "translated", "use_bias_correction_kl"),
     Counterpart("inner_batches", "translated", "steps_per_generation"),
+    Counterpart("passes", "translated", "num_iterations", "refused unless 1: it shuffles between them"),
     Counterpart("micro_batch", "same", "per_device_train_batch_size", "sequences"),
     Counterpart("packed", "none", "", "the same gradient as unpacked"),
     Counterpart("prompt", "data", "train.jsonl"),
@@ -116,6 +128,7 @@ GRPO: Final = (
     Counterpart("grader", "patch", "the reward function"),
     Counterpart("temperature.", "patch", "temperature", "the runner sets every round's, from schedule.json"),
     Counterpart("rebalance.", "none", "", "refused unless off: TRL trains on every response of every group"),
+    Counterpart("curriculum.", "none", "", "refused unless null"),
     Counterpart("prompt_optimization.", "data", "train.jsonl", "uneven prompts are not in the file"),
     Counterpart("monitor.", "none", "", "watches, and changes no number"),
 )
@@ -186,8 +199,13 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
         raise refused(f"loss.kind={config.loss.kind}", TARGET, f"loss.kind is one of {list(GRPO_LOSSES)}")
     round_size = config.prompts_per_step * config.group_size
     batches = _batches(config.micro_batch, round_size // config.inner_batches, config.parallel.data)
+    if config.passes > 1 or config.entropy_bonus:
+        raise refused("passes above 1, or entropy_bonus", TARGET, "passes=1 entropy_bonus=0")
+    is_cispo = config.loss.kind == "cispo"
+    if is_cispo and config.loss.clip_low < 1.0:
+        raise refused(f"loss.kind=cispo with loss.clip_low={config.loss.clip_low}", TARGET, "loss.clip_low=1")
     sequence_level = config.loss.kind == "gspo"
-    corrected = isinstance(config.correction, TruncatedCorrection)
+    published = "none" if config.loss.kind == "dr_grpo" else "group"
     return {
         **_common(config, steps * config.inner_batches),
         **batches,
@@ -199,23 +217,27 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
         "top_p": 1.0,
         "top_k": 0,
         "loss_type": GRPO_LOSSES[config.loss.kind],
-        "scale_rewards": "none" if config.loss.kind == "dr_grpo" else "group",
+        "scale_rewards": config.advantage_scale or published,
         "importance_sampling_level": "sequence" if sequence_level else "token",
         "epsilon": config.loss.clip_low,
-        "epsilon_high": config.loss.clip_high,
+        "epsilon_high": config.loss.clip_high + is_cispo,
         "beta": config.kl,
+        "use_bias_correction_kl": config.kl_estimator == "importance_weighted_k3",
         "mask_truncated_completions": config.overlong.kind == "mask",
         **_engine(config),
-        "vllm_importance_sampling_correction": corrected,
-        **(
-            {
-                "vllm_importance_sampling_mode": "token_truncate",
-                "vllm_importance_sampling_clip_max": config.correction.cap,
-            }
-            if isinstance(config.correction, TruncatedCorrection)
-            else {}
-        ),
+        **_correction(config.correction),
     }
+
+
+def _correction(correction: SamplerCorrection) -> Settings:
+    name = "vllm_importance_sampling_"
+    if isinstance(correction, TruncatedCorrection):
+        return {f"{name}correction": True, f"{name}mode": "token_truncate", f"{name}clip_max": correction.cap}
+    if isinstance(correction, MaskedCorrection):
+        mode = "token_mask" if correction.kind == "masked" else "sequence_mask"
+        bounds = {f"{name}clip_min": correction.low, f"{name}clip_max": correction.high}
+        return {f"{name}correction": True, f"{name}mode": mode, **bounds}
+    return {f"{name}correction": False}
 
 
 def _engine(config: GRPOConfig) -> Settings:

@@ -32,7 +32,7 @@ Sizes = npt.NDArray[np.signedinteger[Any]]
 MAX_SHARD_ROWS: Final = 50_000
 MAX_SHARD_BYTES: Final = 1 << 26
 PLAN_FILE: Final = "plan.json"
-ORIGIN: Final = ("source", "teacher", "sample_index", "verdict")
+ORIGIN: Final = ("source", "teacher", "sample_index", "verdict", "finish_reason")
 CONVERSATION: Final = ("problem_id", "question", "response", "domain", "difficulty", *ORIGIN)
 # Names of counts in the manifest of a set.
 DROPPED: Final = "dropped: "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -13,6 +15,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
+_LOGGER: Final = logging.getLogger(__name__)
 IGNORED_LABEL: Final = -100
 
 Int32Array = npt.NDArray[np.int32]
@@ -122,6 +125,27 @@ def collate_packed(rows: Sequence[Row], *, pad_id: int, capacity: int) -> dict[s
         "cu_seqlens": torch.from_numpy(boundaries.astype(np.int32)),
         "max_seqlen": torch.tensor([max(lengths)], dtype=torch.int32),
     }
+
+
+def left_over(rows: int, epochs: int, steps: int, batch: int, what: str) -> int:
+    """Samples of a run's epochs that no step trains on, said on process 0 where the last batch would not be full.
+
+    Args:
+        rows: an epoch.
+        epochs: passes over them.
+        steps: of the run.
+        batch: samples a step.
+        what: the samples' name, in the plural.
+    """
+    missing = rows * epochs - steps * batch
+    if 0 < missing < batch and os.environ.get("RANK", "0") == "0":
+        often = "not at all" if epochs == 1 else f"{epochs - 1} times instead of {epochs}"
+        _LOGGER.warning(
+            "%d of %d %s are trained on %s: the last global batch of %d would not be full. A global_batch that "
+            "divides %d trains on all of them.",
+            *(missing, rows, what, often, batch, rows * epochs),
+        )
+    return missing
 
 
 class EpochOrder:

@@ -84,7 +84,7 @@ def _pack_shard(config: PackConfig, frame: Frame, work: tuple[int, Path, str]) -
     check_shard(path, sha256)
     with pq.ParquetFile(path) as conversations:
         tokenizer = fast_tokenizer(output / TOKENIZER_FILE)
-        documents, counts = tokenize(tokenizer, frame, conversations, config.sequence_length)
+        documents, questions, counts = tokenize(tokenizer, frame, conversations, config.sequence_length)
     # Counts first: a complete shard always has them, also when the run is resumed.
     write_json(_counts_path(output, index), {"counts": counts, "conversations": sha256})
     lengths = lengths_of(documents)
@@ -93,7 +93,7 @@ def _pack_shard(config: PackConfig, frame: Frame, work: tuple[int, Path, str]) -
     else:
         seed = content_seed("pack", str(config.run.seed), sha256)
         rows = pack_mixed(lengths, config.sequence_length, seed)
-    write_shard(output, index, row_table(documents, rows), kind="rows")
+    write_shard(output, index, row_table(documents, rows, questions), kind="rows")
 
 
 def _is_packed(directory: Path, index: int, sha256: str) -> bool:

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from phimr_nemo.data.chat import ASSISTANT, END, prompt_text
+from phimr_nemo.data.chat import forbidden_tokens, prompt_text, response_part
 from phimr_nemo.data.packing import Document
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.content import question_number
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+COLUMNS: Final = ("question", "response", "history", "finish_reason")
 BATCH_ROWS: Final = 64
 """Conversations; long ones have 20 K tokens, and the tokenizer needs about a hundred bytes for each token."""
 # What a template that changes questions would change: spaces at the ends, line breaks, quotes, markup, capitals.
@@ -35,8 +37,8 @@ class Frame:
     """What the chat template writes around a question, and the tokens that no text may spell.
 
     Attributes:
-        before, after: text around the question, up to and including `<|assistant|>`.
-        special: the added tokens.
+        before, after: text around the question, up to where the response begins.
+        special: the tokens that no text may spell.
     """
 
     before: str
@@ -59,7 +61,7 @@ def prompt_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
                 rule="a chat template holds the question once and as it is",
                 remedy="use a template that neither trims nor escapes the user's content",
             )
-    return Frame(before, after, tuple(tokenizer.get_added_vocab()))
+    return Frame(before, after, forbidden_tokens(tokenizer))
 
 
 @lru_cache(maxsize=1)
@@ -72,7 +74,7 @@ def fast_tokenizer(path: Path) -> Tokenizer:
 
 def tokenize(
     tokenizer: Tokenizer, frame: Frame, conversations: pq.ParquetFile, capacity: int
-) -> tuple[list[Document], dict[str, int]]:
+) -> tuple[list[Document], list[int], dict[str, int]]:
     """Token ids and loss masks of conversations, as :func:`phimr_nemo.data.chat.render_conversations` has them.
 
     Args:
@@ -82,33 +84,44 @@ def tokenize(
         capacity: longer conversations are dropped.
 
     Returns:
-        `(input_ids int32, loss_mask uint8)` of each conversation that is kept, and the counts "documents",
-        "tokens" and drops by reason.
+        `(input_ids int32, loss_mask uint8)` of each conversation that is kept, the number of its question, and the
+        counts "documents", "tokens" and drops by reason.
     """
     counts: Counter[str] = Counter()
     documents: list[Document] = []
-    assistant = tokenizer.token_to_id(ASSISTANT)
-    for texts in _texts(conversations, frame, counts):
-        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            ids = np.array(encoding.ids, np.int32)
+    questions: list[int] = []
+    for texts, numbers in _texts(conversations, frame, counts):
+        parts = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        for prompt, response, question in zip(parts[::2], parts[1::2], numbers, strict=True):
+            ids = np.array([*prompt, *response], np.int32)
             if len(ids) > capacity:
                 counts["dropped: longer than a row"] += 1
                 continue
             mask = np.ones(len(ids), np.uint8)
-            mask[: int(np.argmax(ids == assistant)) + 1] = 0
+            mask[: len(prompt)] = 0
             documents.append((ids, mask))
+            questions.append(question)
             counts["documents"] += 1
             counts["tokens"] += len(ids)
-    return documents, dict(counts)
+    return documents, questions, dict(counts)
 
 
-def _texts(conversations: pq.ParquetFile, frame: Frame, counts: Counter[str]) -> Iterator[list[str]]:
-    """Batches of rendered conversations."""
-    for batch in conversations.iter_batches(BATCH_ROWS, columns=["question", "response"]):
-        texts = []
-        for question, response in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            if any(token in question or token in response for token in frame.special):
+def _texts(
+    conversations: pq.ParquetFile, frame: Frame, counts: Counter[str]
+) -> Iterator[tuple[list[str], list[int]]]:
+    """Batches of rendered conversations, of each the prompt and the response, and the number of the question."""
+    columns = [name for name in COLUMNS if name in conversations.schema_arrow.names]
+    for batch in conversations.iter_batches(BATCH_ROWS, columns=columns):
+        texts, numbers = [], []
+        for row in batch.to_pylist():
+            question, response = row["question"], row["response"]
+            if row.get("history"):
+                counts["dropped: several turns"] += 1
+            elif any(token in question or token in response for token in frame.special):
                 counts["dropped: special token in text"] += 1
             else:
-                texts.append(f"{frame.before}{question}{frame.after}{response}{END}")
-        yield texts
+                prompt = f"{frame.before}{question}{frame.after}"
+                is_cut = row.get("finish_reason") == "length"
+                texts += [prompt, response_part(prompt, response, cut_off=is_cut)]
+                numbers.append(question_number(question))
+        yield texts, numbers

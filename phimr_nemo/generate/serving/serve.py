@@ -18,7 +18,7 @@ def serve(
         Literal["vllm", "trtllm"], typer.Option(help="Of the run's engine.kind: vllm_server or trtllm_server.")
     ] = "vllm",
     dtype: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="What to compute in: the run's model.dtype.")
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in: the run's model.dtype.")
     ] = "bf16",
     host: Annotated[str, typer.Option(help="Where to listen; other than loopback needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,

@@ -37,7 +37,7 @@ class Served:
 
     model: Path
     max_length: int
-    dtype: Literal["fp32", "bf16"]
+    dtype: Literal["fp32", "bf16", "fp16"]
     host: str
     port: int
     api_key_env: str | None

@@ -17,7 +17,7 @@ from typing import Final
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.distindex import FORMAT_FILE, Shape
-from phimr_nemo.model.table import SavedTensor, saved_tensors
+from phimr_nemo.model.table import ADAPTER, SavedTensor, saved_tensors
 
 LAYERS: Final = "decoder.layers."
 HALVES: Final = ("_w", "_v")
@@ -51,8 +51,15 @@ def stored_tensors(path: Path, arch: Architecture, keys: Collection[str]) -> dic
         keys: names of the tensors in it, without prefix.
 
     Raises:
-        UserError: names of a layout that is none of these.
+        UserError: names of a layout that is none of these, or adapters beside the matrices.
     """
+    adapters = [key for key in keys if ADAPTER in key]
+    if adapters:
+        raise UserError(
+            f"{path} holds adapters beside its matrices, such as {min(adapters)}",
+            rule="whole matrices are converted; those here are the base's, and not what was trained",
+            remedy="take the run's `hf`, which has the adapters merged in, or its `adapter`",
+        )
     return {tensor.placement.name: _stored(path, tensor, keys) for tensor in saved_tensors(arch)}
 
 

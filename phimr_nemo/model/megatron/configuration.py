@@ -32,9 +32,11 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
         UserError: the layout cannot hold the model, or a number format that is not trained in.
     """
     check_layout(arch, layout)
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(
-            f"model dtype {dtype}", rule="float32 or bfloat16", remedy="set the precision to fp32 or bf16"
+            f"model dtype {dtype}",
+            rule="float32, bfloat16 or float16",
+            remedy="set the precision to fp32, bf16 or fp16",
         )
     on_gpu = torch.cuda.is_available()
     fused = has_transformer_engine()
@@ -55,6 +57,7 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "use_cpu_initialization": not on_gpu,
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
@@ -105,7 +108,7 @@ def transformer_config(
     Args:
         arch: the model.
         layout: how it is split over processes.
-        dtype: of parameters and activations, torch.float32 or torch.bfloat16.
+        dtype: of parameters and activations, torch.float32, torch.bfloat16 or torch.float16.
         overrides: further ``TransformerConfig`` fields, taking precedence (recompute, fp8, ...).
 
     Raises:

@@ -7,7 +7,8 @@ time and hands it on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,27 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.files.shards import write_pieces
 from phimr_nemo.model.megatron.gpt import PhiGPTModel
-from phimr_nemo.model.table import Pieces, Placement, checkpoint_tensors, pieces, placement_of, tensor_shapes
+from phimr_nemo.model.table import ADAPTER, Pieces, Placement, checkpoint_tensors, pieces, placement_of, tensor_shapes
 
-__all__ = ["export_tensors", "load_tensors", "tensor_shapes", "write_pieces"]
+__all__ = ["adapter_tensors", "export_tensors", "load_tensors", "phi_model", "tensor_shapes", "write_pieces"]
+
+WRAPPED: Final = ".to_wrap."
+"""In the name of a matrix that has an adapter beside it (NeMo's LoRALinear)."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter of this rank, and the adapter beside it: B A, scaled, is added to it.
+
+    Attributes:
+        inner: A, this rank's part.
+        outer: B, this rank's part.
+    """
+
+    parameter: Tensor
+    inner: Tensor | None = None
+    outer: Tensor | None = None
+    scale: float = 0.0
 
 
 @torch.no_grad()
@@ -60,13 +79,9 @@ def export_tensors(models: Sequence[nn.Module], arch: Architecture) -> Iterator[
 
     Yields:
         (Hugging Face name, full tensor on the CPU in the parameters' dtype), in the same order on all ranks. A
-        tied head is not repeated.
+        tied head is not repeated. Adapters are merged into the matrices that they stand beside.
     """
-    held: dict[str, Tensor] = {}
-    for chunk in models:
-        for _name, parameter, placement in _parameters(chunk, arch):
-            # A tied output layer comes after the embedding, or alone on the last stage.
-            held.setdefault(placement.name, parameter.detach())
+    held = _held(models, arch)
     owners = _owning_stages(held)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -75,13 +90,86 @@ def export_tensors(models: Sequence[nn.Module], arch: Architecture) -> Iterator[
         owner, dtype = owners[wanted.name]
         full = None
         if stage == owner:
-            full = _assemble(held[wanted.name], wanted, arch)
+            full = _assemble(_merged(held[wanted.name], wanted), wanted, arch)
         if len(stages) > 1:
             if full is None:
                 full = torch.empty(wanted.shape, dtype=dtype, device=_device(models))
             dist.broadcast(full, src=stages[owner], group=group)
         assert full is not None
         yield wanted.name, full.cpu()
+
+
+@torch.no_grad()
+def adapter_tensors(models: Sequence[nn.Module], arch: Architecture) -> list[tuple[str, Tensor, Tensor]]:
+    """The whole adapters, on every rank: (Hugging Face name of the matrix, A [rank, in], B [out, rank]) on the CPU.
+
+    Collective over the tensor- and pipeline-parallel groups.
+
+    Args:
+        models: this rank's chunks, bare or wrapped.
+        arch: the model.
+    """
+    placements = {placement.name: placement for placement in checkpoint_tensors(arch)}
+    mine = {}
+    for name, held in _held(models, arch).items():
+        if held.inner is None or held.outer is None:
+            continue
+        placement = placements[name]
+        rows, columns = placement.shape
+        rank = _adapter_rank(held, placement)
+        if placement.split == "columns":
+            inner = _assemble(held.inner, Placement(name, (rank, columns), placement.split), arch)
+            outer = _gathered(held.outer)
+        else:
+            inner = _gathered(held.inner)
+            outer = _assemble(held.outer, Placement(name, (rows, rank), placement.split), arch)
+        mine[name] = (inner.cpu(), outer.cpu())
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(stages, mine, group=group)
+    return [(name, *pair) for stage in stages for name, pair in stage.items()]
+
+
+def _held(models: Sequence[nn.Module], arch: Architecture) -> dict[str, _Held]:
+    """This rank's parameters by the tensors that they are parts of."""
+    held: dict[str, _Held] = {}
+    for chunk in models:
+        model = phi_model(chunk)
+        for name, parameter, placement in _parameters(chunk, arch):
+            found = _Held(parameter.detach())
+            if WRAPPED in name:
+                adapter: Any = model.get_submodule(name.partition(WRAPPED)[0]).adapter
+                inner, outer = adapter.linear_in.weight.detach(), adapter.linear_out.weight.detach()
+                found = _Held(parameter.detach(), inner, outer, model.adapter_scale)
+            # A tied output layer comes after the embedding, or alone on the last stage.
+            held.setdefault(placement.name, found)
+    return held
+
+
+def _adapter_rank(held: _Held, placement: Placement) -> int:
+    assert held.inner is not None
+    assert held.outer is not None
+    # The side that is not split over the group beside the matrix has the whole rank.
+    return held.inner.shape[0] if placement.split == "columns" else held.outer.shape[1]
+
+
+def _merged(held: _Held, placement: Placement) -> Tensor:
+    """This rank's part of a matrix, its adapter in it; if it has one, collective over the tensor-parallel group."""
+    if held.inner is None or held.outer is None:
+        return held.parameter
+    is_by_columns = placement.split == "columns"
+    inner = held.inner if is_by_columns else _gathered(held.inner)
+    outer = _gathered(held.outer) if is_by_columns else held.outer
+    update = outer.float() @ inner.float()
+    return (held.parameter.float() + held.scale * update).to(held.parameter.dtype)
+
+
+def _gathered(part: Tensor) -> Tensor:
+    """The parts of the tensor-parallel group, one under the other."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts)
 
 
 def _assemble(part: Tensor, placement: Placement, arch: Architecture) -> Tensor:
@@ -98,11 +186,11 @@ def _assemble(part: Tensor, placement: Placement, arch: Architecture) -> Tensor:
     return full
 
 
-def _owning_stages(held: Mapping[str, Tensor]) -> dict[str, tuple[int, torch.dtype]]:
+def _owning_stages(held: Mapping[str, _Held]) -> dict[str, tuple[int, torch.dtype]]:
     """Per checkpoint tensor, the first pipeline stage that has it, and its dtype there."""
     group = parallel_state.get_pipeline_model_parallel_group()
     by_stage: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(by_stage, {name: tensor.dtype for name, tensor in held.items()}, group=group)
+    dist.all_gather_object(by_stage, {name: each.parameter.dtype for name, each in held.items()}, group=group)
     owners: dict[str, tuple[int, torch.dtype]] = {}
     for stage, dtypes in enumerate(by_stage):
         for name, dtype in dtypes.items():
@@ -116,20 +204,22 @@ def _parameters(chunk: nn.Module, arch: Architecture) -> Iterator[tuple[str, nn.
     Raises:
         UserError: a parameter that no checkpoint of this family has.
     """
-    model = _phi_model(chunk)
+    model = phi_model(chunk)
     layers = [layer.layer_number - 1 for layer in model.decoder.layers]
     for name, parameter in model.named_parameters():
-        placement = placement_of(name, layers, arch)
+        if ADAPTER in name:
+            continue
+        placement = placement_of(name.replace(WRAPPED, "."), layers, arch)
         if placement is None:
             raise UserError(
                 f"the Megatron model has a parameter {name}",
                 rule="every parameter has a tensor in a Phi3-family checkpoint",
-                remedy="build the model with phimr_nemo.model.build_model and without adapters",
+                remedy="build the model with phimr_nemo.model.build_model",
             )
         yield name, parameter, placement
 
 
-def _phi_model(chunk: nn.Module) -> PhiGPTModel:
+def phi_model(chunk: nn.Module) -> PhiGPTModel:
     """The model inside whatever DDP, Float16Module or NeMo wrapped around it."""
     for module in chunk.modules():
         if isinstance(module, PhiGPTModel):

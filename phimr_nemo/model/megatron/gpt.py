@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.losses.logprobs import IGNORED_LABEL, token_logprobs
+from phimr_nemo.losses.logprobs import IGNORED_LABEL, token_logprobs, token_logprobs_and_entropy
 from phimr_nemo.model.layout import check_length
 from phimr_nemo.model.longrope import LongRopePolicy, LongRotaryEmbedding, uses_long_factors
 from phimr_nemo.model.megatron.attention import (
@@ -59,6 +59,7 @@ def build_model(
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None = None,
+    fp32_output: bool = False,
 ) -> PhiGPTModel:
     """Build this rank's part of the model; torch.distributed and Megatron's parallel_state come first.
 
@@ -70,6 +71,7 @@ def build_model(
         pre_process: whether this pipeline stage holds the embedding.
         post_process: whether it holds the final norm and the output layer.
         vp_stage: virtual pipeline stage, if any.
+        fp32_output: log-probabilities from a product of hidden states and output matrix in float32.
 
     Raises:
         UserError: config and architecture or process groups disagree, or sequences longer than the model supports.
@@ -85,6 +87,7 @@ def build_model(
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
+        fp32_output=fp32_output,
     )
 
 
@@ -137,6 +140,7 @@ class PhiGPTModel(GPTModel):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
+        fp32_output: bool,
     ) -> None:
         super().__init__(
             config=config,
@@ -155,7 +159,8 @@ class PhiGPTModel(GPTModel):
         # NeMo's GPTConfig carries its own (learned) default in a field that GPTModel prefers to the argument.
         self.position_embedding_type = "rope"
         self.rotary_pos_emb = LongRotaryEmbedding(arch, max_length, longrope_policy)
-        self.architecture = arch
+        self.architecture, self.fp32_output = arch, fp32_output
+        self.adapter_scale = 1.0
         self.longrope_policy: LongRopePolicy = longrope_policy
 
     def forward(
@@ -167,6 +172,7 @@ class PhiGPTModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         temperature: float = 1.0,
         runtime_gather_output: bool | None = None,
+        with_entropy: bool = False,
         **_: Any,
     ) -> Tensor:
         """Run this pipeline stage.
@@ -179,10 +185,12 @@ class PhiGPTModel(GPTModel):
             packed_seq_params: ``thd`` document boundaries, covering every token of the row.
             temperature: divides the logits of the log-probabilities.
             runtime_gather_output: gather logits over the tensor-parallel group (without labels).
+            with_entropy: also the entropies of the distributions that the labels are of.
 
         Returns:
             On the last stage, with labels: negative log-probabilities (nats), float32 [b, s], 0 where
-            ignored; without: logits [b, s, vocabulary / tp]. On the others: hidden states [s, b, h].
+            ignored; with entropies, and negative ones of those, [b, s, 2]; without labels: logits
+            [b, s, vocabulary / tp]. On the others: hidden states [s, b, h].
 
         Raises:
             UserError: an attention mask, or packed boundaries that do not fit the row.
@@ -212,31 +220,38 @@ class PhiGPTModel(GPTModel):
         )
         if not self.post_process:
             return hidden
-        output = self._output(hidden, labels, temperature, runtime_gather_output)
+        if labels is None:
+            output = self._logits(hidden, runtime_gather_output)
+        else:
+            output = self._labels(hidden, labels.transpose(0, 1), temperature, with_entropy)
         if plan is not None:
             output = gather_tokens(output, plan.places, parallel_state.get_context_parallel_group())
         return output.transpose(0, 1).contiguous()
 
-    def _output(
-        self, hidden: Tensor, labels: Tensor | None, temperature: float, runtime_gather_output: bool | None
-    ) -> Tensor:
-        """Logits [s, b, vocabulary / tp], or negative log-probabilities of the labels [s, b]."""
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
-        if labels is None:
-            logits, _bias = self.output_layer(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
-            return logits
-        return -token_logprobs(
-            hidden,
-            weight,
-            labels.transpose(0, 1),
-            temperature=temperature,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=self.config.sequence_parallel,
-        )
+    def _output_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _logits(self, hidden: Tensor, runtime_gather_output: bool | None) -> Tensor:
+        """Logits [s, b, vocabulary / tp]."""
+        weight = self._output_weight()
+        logits, _bias = self.output_layer(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
+        return logits
+
+    def _labels(self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> Tensor:
+        """Negative log-probabilities of the labels [s, b]; with negative entropies [s, b, 2]."""
+        weight = self._output_weight()
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+            "sequence_parallel": self.config.sequence_parallel,
+        }
+        if self.fp32_output:
+            weight = weight.float()
+        if with_entropy:
+            return -torch.stack(token_logprobs_and_entropy(hidden, weight, labels, **options), dim=-1)
+        return -token_logprobs(hidden, weight, labels, **options)
 
     def _plan(self, input_ids: Tensor, lengths: Tensor | None) -> ContextPlan | None:
         """How the context group shares the row (or every row of the batch alike); None without such a group."""

@@ -1,0 +1,1 @@
+"""LoRA with NeMo's adapters, and what is written of them."""
