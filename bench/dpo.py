@@ -225,8 +225,10 @@ def run_memory(root: Path, options: argparse.Namespace) -> dict[str, float]:
 
         def __init__(self, pairs: Any) -> None:
             self.micro_batches = pairs.micro_batches
+            self.wants_entropy = False
 
-        def loss(self, logprobs: Any, micro: Any) -> Any:
+        def loss(self, logprobs: Any, micro: Any, entropy: Any = None) -> Any:
+            del entropy
             return (*sft_loss(logprobs, micro.labels != IGNORED_LABEL), {})
 
         def summary(self, sums: Mapping[str, float]) -> dict[str, float]:

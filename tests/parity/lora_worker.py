@@ -42,7 +42,8 @@ def adapted(path: Path, overrides: Sequence[str], tokens: Tensor, labels: Tensor
     guard = BatchGuard(config.run.output, config.guard, lambda _: [])
     policy = dpo.build_policy(config, HFDirectory(config.base), 1, guard)
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-    trained, frozen = [], []
+    trained: list[str] = []
+    frozen: list[str] = []
     with torch.no_grad():
         for name, parameter in policy.model.module.named_parameters():
             (trained if parameter.requires_grad else frozen).append(name)

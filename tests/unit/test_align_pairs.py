@@ -74,15 +74,14 @@ def test_pairs_that_say_nothing_are_refused(
 def test_a_side_that_was_cut_off_has_no_end_token(tmp_path: Path, tokenizer: Any) -> None:
     """Both sides alike; directories that do not know how responses ended hold responses that ended."""
     sides = {"chosen": "It is 5.", "rejected": "It is, let me"}
+    endings: tuple[dict[str, str | None], ...] = (
+        {},
+        {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"},
+        {"chosen_finish_reason": "length", "rejected_finish_reason": None},
+    )
     rows = [
         {"id": f"r{n}", "problem_id": "p", "question": f"{QUESTION} ({n})", **sides, "mode": "random", **reasons}
-        for n, reasons in enumerate(
-            (
-                {},
-                {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"},
-                {"chosen_finish_reason": "length", "rejected_finish_reason": None},
-            )
-        )
+        for n, reasons in enumerate(endings)
     ]
     write_shard(tmp_path / "pairs", 0, rows_to_table(rows, "pairs"), kind="pairs")
     finish(tmp_path / "pairs", kind="pairs", config={})

@@ -28,7 +28,7 @@ from phimr_nemo.losses import (
 from phimr_nemo.losses.advantages import ADVANTAGE_EPSILON
 
 LOW, HIGH, KL, BUDGET = 0.2, 0.28, 0.3, 16
-CLIP: dict[str, float] = {"clip_low": LOW, "clip_high": HIGH}
+CLIP: dict[str, Any] = {"clip_low": LOW, "clip_high": HIGH}
 LENGTHS = (5, 2, 7, 1)
 ALL_LOSSES: dict[str, Callable[..., PolicyLoss]] = {
     "grpo": grpo_loss,

@@ -177,7 +177,7 @@ def test_what_no_step_trains_on_is_counted_and_said(tmp_path: Path, caplog: pyte
 def test_a_conversation_of_several_turns_is_a_row(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(synthetic_corpus())
     history = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "a", "problem_id": "p", "question": "And 1 more?", "response": "5", "history": history},
         {"id": "b", "problem_id": "p", "question": "And 1 more?", "response": "5"},
         {"id": "c", "problem_id": "p", "question": "And 1 more?", "response": "5", "finish_reason": "length"},
