@@ -1,6 +1,7 @@
 # Everything a newcomer types: make setup, make quickstart, make test. Each sets itself up; a repeat is a no-op.
 # make setup-vllm makes the environment of vLLM's own, which the tests of the sampler and of exported models use.
 # make setup-bridge makes the environment of Megatron-Bridge and TRL, which tests/bridge use.
+# make setup-te unpacks Transformer Engine's Python beside the others, which tests/te run over kernels of their own.
 # make setup-slurm installs Debian's Slurm, which tests/slurm start for themselves; they are skipped without it.
 #
 #   PYTHON             interpreter for the environment (3.10 to 3.12; default python3.11, else python3)
@@ -57,6 +58,13 @@ BRIDGE_INSTALL := $(BRIDGE_VENV)/bin/python -m pip --disable-pip-version-check -
 # Where Megatron-Core has wheels, short of 3.13, for which Megatron-Bridge has none.
 BRIDGE_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
 	and platform.machine() in ("x86_64", "aarch64") and (3, 11) <= sys.version_info[:2] < (3, 13)))')
+# Transformer Engine's Python and the Triton it imports, for the processes of tests/te alone.
+TE_VENV := .venv-te
+TE_STAMP := $(TE_VENV)/setup.stamp
+TE_PACKAGES := requirements/te-cpu.txt
+# Where Triton has wheels.
+TE_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
+	and platform.machine() == "x86_64" and (3, 10) <= sys.version_info[:2] < (3, 13)))')
 # The newest releases of what people run a release with; Python as for vLLM.
 CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/setup.stamp
@@ -66,10 +74,10 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm setup-bridge setup-slurm quickstart test clients faults fuzz audit gpu lint format clean
+.PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test clients faults fuzz audit gpu lint format clean
 
 help:
-	@echo "make setup | setup-vllm | setup-bridge | setup-slurm | quickstart | test | clients | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
+	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
 
 setup: $(STAMP)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "next: . $(BIN)/activate && phimr quickstart --out $(OUT)",:)
@@ -119,6 +127,17 @@ $(BRIDGE_STAMP): setup.cfg $(BRIDGE_PACKAGES)
 	@$(BRIDGE_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
+setup-te: $(TE_STAMP)
+
+# A folder, no environment: what lies in it is imported only by processes that put it on their path.
+$(TE_STAMP): $(TE_PACKAGES) | $(STAMP)
+	@test -n "$(TE_WHEELS)" || { echo "Triton's wheels are for Linux on x86-64 and Python 3.10 to 3.12: \
+		make setup-te PYTHON=python3.11"; exit 1; }
+	@echo "[1/1] Transformer Engine's Python and Triton in $(TE_VENV)"
+	@rm -rf $(TE_VENV)
+	@$(PIP) install --no-deps --no-compile --target $(TE_VENV) -r $(TE_PACKAGES)
+	@touch $@
+
 # Nothing is started here. A policy file of our own keeps the packages from doing it, where there is none yet.
 setup-slurm:
 	@PATH="$$PATH:/usr/sbin"; for name in slurmctld slurmd munged sbatch; do \
@@ -133,7 +152,7 @@ quickstart: setup
 	$(BIN)/phimr quickstart --seeds $(SEEDS) --out $(OUT)
 
 # One thread a process: the parallel tests start up to four of them.
-test: setup $(if $(VLLM_WHEELS),setup-vllm) $(if $(BRIDGE_WHEELS),setup-bridge)
+test: setup $(if $(VLLM_WHEELS),setup-vllm) $(if $(BRIDGE_WHEELS),setup-bridge) $(if $(TE_WHEELS),setup-te)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg \
 		$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
@@ -190,4 +209,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BRIDGE_VENV) $(CLIENTS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(BRIDGE_VENV) $(TE_VENV) $(CLIENTS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
-from phimr_nemo.model.files.fp8state import read_safely
+from phimr_nemo.model.files.fp8state import leave_out_absent, read_safely
 from phimr_nemo.model.files.plaindata import only_plain_data
 from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.guard import BatchGuard
@@ -65,7 +65,9 @@ class TrainerCheckpoints:
         with only_plain_data(weights):
             saved = dist_checkpointing.load_common_state_dict(str(weights))["identity"]
             self._check_identity(str(path), saved)
-            state = dist_checkpointing.load(self._policy.sharded_state_dict(is_loading=True), str(weights))
+            wanted = self._policy.sharded_state_dict(is_loading=True)
+            leave_out_absent(wanted, weights)
+            state = dist_checkpointing.load(wanted, str(weights))
         # The alignment stages compute without FP8.
         read_safely(state, fp8=False, checkpoint=path)
         self._policy.load_state_dict(state)

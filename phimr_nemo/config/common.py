@@ -17,7 +17,7 @@ from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
 Dtype = Literal["fp32", "bf16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
 Fp8Recipe = Literal["delayed", "current"]
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "mlp", "full"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 LARGEST_NUMBER: Final = 2**53
@@ -133,8 +133,9 @@ class ModelConfig:
     Attributes:
         dtype: of weights and activations.
         fp8: 8-bit matrix products in Transformer Engine's hybrid format, by its recipe; None = none.
-        recompute: activations that are computed again in the backward pass instead of being kept: those of
-            attention only ("selective"), or of whole layers ("full").
+        recompute: activations that are computed again in the backward pass instead of being kept: those of the
+            attention core ("selective", which frees next to nothing, as no attention here keeps its scores), of the
+            feed-forward part ("mlp", most of what a layer keeps), or of whole layers ("full").
         deterministic: the same bits on a GPU every time, in one layout on one kind of machine: slower kernels without
             atomic additions, in torch, cuBLAS, NCCL, Megatron and Transformer Engine. A CPU needs no such kernels.
     """

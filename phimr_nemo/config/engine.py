@@ -258,7 +258,7 @@ def _takes_weights(engine: Any) -> Any:
         raise RuleBroken(
             f"{KEY}.kind=endpoint while a model is trained",
             rule="an endpoint has the weights that it was started with, and takes none of the run's",
-            remedy=f"use {KEY}.kind=local, {KEY}.kind=vllm, or servers of `phimr serve` ({KEY}.kind=vllm_server)",
+            remedy=f"use {KEY}.kind=local, or vLLM in the trainer's environment, or servers of `phimr serve`",
         )
     return engine
 
@@ -286,7 +286,9 @@ class SamplingConfig:
     max_new_tokens: Positive
 
 
-def samples_as_trained(temperatures: Mapping[str, float], top_p: float, engine: Any, *, key: str = "engine") -> None:
+def samples_as_trained(
+    temperatures: Mapping[str, float], top_p: float, engine: Any, *, key: str = "engine", place: str = ""
+) -> None:
     """What an engine that takes a trainer's weights can sample with.
 
     Args:
@@ -294,6 +296,7 @@ def samples_as_trained(temperatures: Mapping[str, float], top_p: float, engine: 
         top_p: the nucleus.
         engine: a :data:`TrainedEngine`.
         key: where it stands.
+        place: where `top_p` stands, ending in a dot.
 
     Raises:
         RuleBroken: the engine cannot.
@@ -308,9 +311,9 @@ def samples_as_trained(temperatures: Mapping[str, float], top_p: float, engine: 
         )
     if top_p < 1.0 and not isinstance(engine, LocalEngine):
         raise RuleBroken(
-            f"{AT}{key}.kind={engine.kind} with top_p={top_p}",
+            f"{AT}{key}.kind={engine.kind} with {AT}{place}top_p={top_p}",
             rule="with new weights, vLLM and servers of `phimr serve` sample from the whole distribution",
-            remedy=f"use top_p=1.0, or {AT}{key}.kind=local",
+            remedy=f"use {AT}{place}top_p=1.0, or the built-in engine ({AT}{key}.kind=local)",
         )
     if isinstance(engine, VLLMEngine) and engine.tensor > 1:
         raise RuleBroken(

@@ -307,7 +307,8 @@ class GRPOConfig:
         asked = self.evaluation
         if asked is None:
             return
-        samples_as_trained({"evaluation.temperature": asked.temperature}, asked.top_p, self.engine)
+        temperature = {"evaluation.temperature": asked.temperature}
+        samples_as_trained(temperature, asked.top_p, self.engine, place="evaluation.")
         if asked.max_new_tokens >= self.sequence_length:
             raise RuleBroken(
                 f"{AT}evaluation.max_new_tokens={asked.max_new_tokens} with "

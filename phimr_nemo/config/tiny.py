@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
 
 from pydantic import Field
 
@@ -15,6 +16,43 @@ SMALLEST_VOCABULARY: Final = 261
 LARGEST_VOCABULARY: Final = 521
 """So many entries the synthetic problems fill."""
 LARGEST_GROWTH: Final = 1e6
+LARGEST_SIZES: Final[Mapping[str, int]] = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 200_000,
+    "intermediate_size": 2_000_000,
+    "num_hidden_layers": 2_000,
+    "num_attention_heads": 2_000,
+    "num_key_value_heads": 2_000,
+    "max_position_embeddings": 100_000_000,
+    "original_max_position_embeddings": 100_000_000,
+    "sliding_window": 1_000_000_000,
+}
+REAL_BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
+    "rope_theta": (1.0, 1e12),
+    "rms_norm_eps": (1e-12, 0.1),
+    "initializer_range": (0.0, 10.0),
+}
+SHOWN_CHARS: Final = 60
+"""Of a value in a message."""
+
+
+def size_fault(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Which number no model of the family has, and the rule; None where all can be.
+
+    Args:
+        values: by Hugging Face's names; those that are not there are not looked at. No sliding window is None.
+    """
+    for name, most in LARGEST_SIZES.items():
+        value = values.get(name, 1)
+        if name == "sliding_window" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            return f"{name} = {repr(value)[:SHOWN_CHARS]}", f"a whole number from 1 to {most:,}"
+    for name, (least, largest) in REAL_BOUNDS.items():
+        value = values.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= largest:
+            return f"{name} = {repr(value)[:SHOWN_CHARS]}", f"a number from {least:g} to {largest:g}"
+    return None
 
 
 def shape_fault(hidden_size: int, heads: int, key_value_heads: int, rotary_factor: float) -> tuple[str, str] | None:
@@ -68,6 +106,13 @@ class BaseConfig:
     initializer_range: PositiveShare
 
     def __post_init__(self) -> None:
+        impossible = size_fault(vars(self))
+        if impossible is not None:
+            raise RuleBroken(
+                f"{AT}{impossible[0]}",
+                rule=impossible[1],
+                remedy="leave it out: the preset's value is such a number",
+            )
         fault = shape_fault(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.partial_rotary_factor
         )

@@ -198,9 +198,14 @@ def _overrides(preset: Path, following: Following, output: Path) -> list[str]:
     """What a preset does not say by itself: paths beside its own output lie beside this one's here."""
     usual = _paths(preset)
     root = Path(usual["run.output"]).parent
+    places = dict(usual)
+    if following.stage == "curate":
+        # Lengths are counted with the tokenizer that rows are packed with.
+        packed = _paths(_preset("pack", preset.stem.removesuffix(SECOND_PASS)))
+        places = {"tokenizer": packed["tokenizer"], **places}
     wanted = {
         key: str(output.parent / Path(value).relative_to(root))
-        for key, value in usual.items()
+        for key, value in places.items()
         if Path(value).is_relative_to(root)
     }
     # "own-rollouts" are not graded into the directory that "rollouts" were.

@@ -203,7 +203,7 @@ def check_steps(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -
         f"{path} holds {rows} {kind}, {held_out} of them for validation: no step of "
         f"global_batch={config.global_batch} in epochs={config.epochs}",
         rule=f"at least one global batch of {config.global_batch} is left for training",
-        remedy="bring more data, or lower global_batch, validation_rows or validation_pairs",
+        remedy=f"bring more data, or lower global_batch or validation_{'pairs' if stage == 'dpo' else 'rows'}",
     )
 
 

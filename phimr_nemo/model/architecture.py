@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import locate
-from phimr_nemo.config.tiny import shape_fault
+from phimr_nemo.config.tiny import shape_fault, size_fault
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.fields import at_least_zero, shown, truth, unsupported, whole
 from phimr_nemo.model.rotary import DEFAULT_CONTEXT, attention_factor, read_rotary
@@ -36,22 +36,6 @@ _REQUIRED_VALUES: Final[Mapping[str, Any]] = {
     "resid_pdrop": 0.0,
 }
 # Ten times what the largest published models have, and more where that is cheap: a file that says more is not meant.
-_LARGEST: Final[Mapping[str, int]] = {
-    "vocab_size": 10_000_000,
-    "hidden_size": 200_000,
-    "intermediate_size": 2_000_000,
-    "num_hidden_layers": 2_000,
-    "num_attention_heads": 2_000,
-    "num_key_value_heads": 2_000,
-    "max_position_embeddings": 100_000_000,
-    "original_max_position_embeddings": 100_000_000,
-    "sliding_window": 1_000_000_000,
-}
-_REAL: Final[Mapping[str, tuple[float, float]]] = {
-    "rope_theta": (1.0, 1e12),
-    "rms_norm_eps": (1e-12, 0.1),
-    "initializer_range": (0.0, 10.0),
-}
 # transformers' for what a config does not state. A stated null is another matter: no such token.
 _DEFAULT_IDS: Final[Mapping[str, int]] = {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
 
@@ -90,16 +74,9 @@ class Architecture:
     initializer_range: float
 
     def __post_init__(self) -> None:
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            if name == "sliding_window" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise _impossible(f"{name} = {shown(value)}", f"a whole number from 1 to {most:,}")
-        for name, (least, largest) in _REAL.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= largest:
-                raise _impossible(f"{name} = {shown(value)}", f"a number from {least:g} to {largest:g}")
+        fault = size_fault(vars(self))
+        if fault is not None:
+            raise _impossible(*fault)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is None:

@@ -19,7 +19,7 @@ from phimr_nemo.config import ParallelConfig
 from phimr_nemo.model.architecture import Architecture
 
 Kernels = Literal["pytorch", "transformer_engine"]
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "mlp", "full"]
 
 BYTES_PER_NUMBER: Final = {"fp32": 4, "bf16": 2}
 FP32_BYTES: Final = 4
@@ -185,11 +185,13 @@ def layer_bytes(
 
     Attention keeps queries and keys after their rotation, the projection's output (as long as the values are a view
     of it) and its own result; the softmax is a number a head (Dao 2023, arXiv 2307.08691). Recomputing the attention
-    core (`selective`) therefore frees that number only. `full` keeps the layer's input.
+    core (`selective`) therefore frees that number only. `mlp` keeps the input of the feed-forward part, before its
+    norm where that is fused with the first matrix; `full` keeps the layer's input.
     """
     size = BYTES_PER_NUMBER[dtype]
+    layer_input = size * arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
     if recompute == "full":
-        return size * arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
+        return layer_input
     queries = arch.num_attention_heads * arch.head_dim
     keys = arch.num_key_value_heads * arch.head_dim
     if kernels == "pytorch" and packed:
@@ -199,10 +201,12 @@ def layer_bytes(
         attention = 3 * queries + 3 * keys
     statistics = 0 if recompute == "selective" else FP32_BYTES * arch.num_attention_heads
     # Gate and value; PyTorch also keeps the activated gate. Both keep their product, the second matrix's input.
-    feed_forward = (4 if kernels == "pytorch" else 3) * arch.intermediate_size
+    feed_forward = 0 if recompute == "mlp" else (4 if kernels == "pytorch" else 3) * arch.intermediate_size
+    norm = norm_bytes(arch, parallel, dtype, kernels)
+    second_norm = layer_input if recompute == "mlp" and kernels == "transformer_engine" else norm
     rotary = 4 * size * arch.rotary_dim if kernels == "pytorch" else 0
     shared = size * (attention + feed_forward) + statistics
-    return 2 * norm_bytes(arch, parallel, dtype, kernels) + shared / parallel.tensor + rotary
+    return norm + second_norm + shared / parallel.tensor + rotary
 
 
 def head_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, kernels: Kernels) -> float:
@@ -295,7 +299,11 @@ def rank_memory(
     in_flight = micro_batches_in_flight(parallel, micro_batches, stage)
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     kept = kept_bytes(arch, parallel, dtype, kernels, recompute, packed=batch.packed, stage=stage)
-    again = layer_bytes(arch, parallel, dtype, kernels, "none", batch.packed) if recompute == "full" else 0.0
+    again = 0.0
+    if recompute in ("mlp", "full"):
+        again = layer_bytes(arch, parallel, dtype, kernels, "none", batch.packed)
+    if recompute == "mlp":
+        again -= layer_bytes(arch, parallel, dtype, kernels, "mlp", batch.packed)
     # The feed-forward part is the widest: gradients of gate and value, and of the layer's input and output.
     gradients = size * (2 * arch.intermediate_size / parallel.tensor + 2 * arch.hidden_size)
     vocabulary = size * arch.vocab_size * arch.hidden_size / parallel.tensor

@@ -214,7 +214,7 @@ def candidates(config: StageConfig, gpus: int, pinned: frozenset[str]) -> Iterat
         return [size for size in range(1, most + 1) if gpus % size == 0]
 
     micro_batches = (config.micro_batch,) if "micro_batch" in pinned else MICRO_BATCHES
-    recomputes: tuple[Recompute, ...] = ("none", "full")
+    recomputes: tuple[Recompute, ...] = ("none", "mlp", "full")
     if "model.recompute" in pinned:
         recomputes = (config.model.recompute,)
     for tensor in sizes("tensor", fixed.tensor, gpus):

@@ -146,7 +146,8 @@ def step_time(
         parallel: the layout.
         gpu: of every rank.
         dtype: of weights and activations.
-        recompute: `full` computes every layer's forward pass again; `selective` repeats attention's.
+        recompute: `full` computes every layer's forward pass again; `selective` repeats attention's, `mlp` the
+            feed-forward part's.
         work: of the step.
         distributed: the optimizer's state is shared by data- and context-parallel ranks.
         matmul: number format of the layers' matrix products.
@@ -155,11 +156,17 @@ def step_time(
     layers = arch.num_hidden_layers / parallel.pipeline
     one = _layer_forward(arch, parallel, gpu, dtype, tokens, work.attention_length, matmul)
     passes = 1 + BACKWARD
-    again = {"none": 0.0, "selective": one.attention, "full": one.linear + one.attention + one.elementwise}[recompute]
-    repeats_communication = recompute == "full"
+    again = {
+        "none": 0.0,
+        "selective": one.attention,
+        "mlp": _feed_forward_share(arch) * one.linear,
+        "full": one.linear + one.attention + one.elementwise,
+    }[recompute]
+    # Half of a layer's exchanges are those of the feed-forward part.
+    repeats_communication = {"full": 1.0, "mlp": 0.5}.get(recompute, 0.0)
     # With sequence parallelism the inputs of the linear layers are gathered once more for the weights' gradients.
     tensor = (2 + repeats_communication + (0.5 if parallel.sequence else 0.0)) * one.tensor
-    context = _exposed_context(one, repeats_communication)
+    context = _exposed_context(one, recompute == "full")
     output = _output_seconds(arch, parallel, gpu, dtype, tokens)
     memory = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     parameters = max(stage_parameters(arch, parallel, stage) for stage in range(parallel.pipeline))
@@ -215,8 +222,8 @@ def _layer_forward(
     shared = (2 * (queries + keys) + 3 * inner) / tensor
     traffic = size * tokens * (whole + shared)
     if arch.attention_factor != 1.0:
-        # LongRoPE's factor, a product in fp32 of its own.
-        traffic += tokens * (queries + keys) / tensor * 2 * (size + FP32_BYTES)
+        # LongRoPE's factor, a product of its own: read and written once.
+        traffic += tokens * (queries + keys) / tensor * 2 * size
     communication = 0.0
     if tensor > 1:
         # Two all-reduces, or as many bytes as gathers and scatters under sequence parallelism.
@@ -233,6 +240,12 @@ def _layer_forward(
         tensor=communication,
         context=ring,
     )
+
+
+def _feed_forward_share(arch: Architecture) -> float:
+    """Of the operations of a layer's matrix products."""
+    inner = 3 * arch.intermediate_size
+    return inner / (inner + 2 * (arch.num_attention_heads + arch.num_key_value_heads) * arch.head_dim)
 
 
 def _exposed_context(one: _Forward, repeated: bool) -> float:

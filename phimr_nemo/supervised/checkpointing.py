@@ -10,7 +10,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io.pl import MegatronCheckpointIO
 
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
-from phimr_nemo.model.files.fp8state import read_safely
+from phimr_nemo.model.files.fp8state import leave_out_absent, read_safely
 from phimr_nemo.model.files.plaindata import only_plain_data
 from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.seal import checkpoint_name, checkpoint_step, refuse_all_damaged
@@ -53,6 +53,8 @@ class StoreIO(MegatronCheckpointIO):
         if whole is None:
             refuse_all_damaged(self._store.directory, [f"{path} is gone"])
         with only_plain_data(whole / NEMO_WEIGHTS):
+            if sharded_state_dict is not None:
+                leave_out_absent(sharded_state_dict, whole / NEMO_WEIGHTS)
             loaded: dict[str, Any] = super().load_checkpoint(
                 whole, sharded_state_dict=sharded_state_dict, map_location=map_location, strict=strict
             )

@@ -1,8 +1,8 @@
 """AdamW in the form of TE's and apex's FusedAdam, for machines that have neither.
 
-Megatron's distributed optimizer saves and loads that form: the step count in the parameter group, and nothing but
-the two moments per parameter. With torch's AdamW its checkpoints cannot be loaded into a fresh optimizer. The
-arithmetic is torch's own.
+Megatron's distributed optimizer saves and loads that form: the step count and the bias correction in the parameter
+group, without which FusedAdam cannot go on from it, and nothing but the two moments per parameter. With torch's AdamW
+its checkpoints cannot be loaded into a fresh optimizer. The arithmetic is torch's own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class FusedFormAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**numbers, "bias_correction": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:

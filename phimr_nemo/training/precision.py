@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import torch
 from nemo import lightning as nl
 
 from phimr_nemo.config import ModelConfig
@@ -46,5 +47,10 @@ def precision_plugins(model: ModelConfig, make: Callable[..., Any]) -> list[Any]
     if model.fp8 is not None:
         # Weights stay in bf16 between steps: the export reads them.
         eight = {"fp8": FP8_FORMAT, "fp8_param_gather": False, **FP8_RECIPES[model.fp8]}
-        return [make(nl.MegatronMixedPrecision, precision="bf16-mixed", **eight)]
-    return [make(nl.MegatronMixedPrecision, precision="bf16-mixed")] if model.dtype == "bf16" else []
+        return [_mixed_precision(make, **eight)]
+    return [_mixed_precision(make)] if model.dtype == "bf16" else []
+
+
+def _mixed_precision(make: Callable[..., Any], **more: Any) -> Any:
+    # By default NeMo builds the weights in float32 and then rounds them: three times the memory for a moment.
+    return make(nl.MegatronMixedPrecision, precision="bf16-mixed", params_dtype=torch.bfloat16, **more)

@@ -28,8 +28,8 @@ def modules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "transformer_engine":
         needs_transformer_engine()
     else:
-        for module in ("configuration", "megatron"):
-            monkeypatch.setattr(f"phimr_nemo.model.{module}.has_transformer_engine", lambda: False)
+        for module in ("configuration", "gpt"):
+            monkeypatch.setattr(f"phimr_nemo.model.megatron.{module}.has_transformer_engine", lambda: False)
     return str(request.param)
 
 

@@ -47,7 +47,13 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     Raises:
         RanksFailed: with the traceback of every rank that failed.
     """
-    connection = _forker()
+    return run_prepared(_prepare, fn, world_size, *args)
+
+
+def run_prepared(prepare: Callable[[], None], fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """The same on processes that something else was imported in: `prepare`, a function at the top of a module, is
+    called in place of ``phimr_nemo.training.platform.prepare`` in a process that forks the ranks of all its runs."""
+    connection = _forker(prepare)
     connection.send_bytes(pickle.dumps((fn, world_size, args, dict(os.environ))))
     if not connection.poll(START_SECONDS + RUN_SECONDS):
         raise RanksFailed(f"no answer from {world_size} ranks of {fn.__name__}")
@@ -58,11 +64,17 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     return [value for _, value in outcomes]
 
 
+def _prepare() -> None:
+    from phimr_nemo.training import platform
+
+    platform.prepare()
+
+
 @functools.cache
-def _forker() -> Connection:
+def _forker(prepare: Callable[[], None]) -> Connection:
     """The process that forks the ranks."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,))
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, prepare))
     process.start()
     theirs.close()
 
@@ -75,15 +87,13 @@ def _forker() -> Connection:
     return ours
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, prepare: Callable[[], None]) -> None:
     # More threads than cores make two-core machines crawl, and a forked OpenMP pool hangs.
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    from phimr_nemo.training import platform
-
     torch.set_num_threads(1)
-    platform.prepare()
+    prepare()
     import phimr_nemo.model.megatron.convert  # noqa: F401  (imported once, here)
 
     while True:

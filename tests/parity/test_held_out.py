@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -211,6 +211,36 @@ def test_responses_are_kept_with_what_became_of_them(whole: dict[Stage, Path]) -
         assert all(row["question"].startswith("Compute ") and row["answer"].isdigit() for row in kept)
     tables = list((whole["grpo"] / "wandb").glob("offline-run-*/files/media/table/responses_*.table.json"))
     assert len(tables) == 2
+
+
+# ---- a round that is sampled ahead ---------------------------------------------------------------------------
+
+AHEAD = ("ahead=1", "correction.kind=truncated", "correction.cap=2")
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
+def cut_to_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_to_half])
+def test_a_damaged_round_ahead_is_named_and_sampled_again(
+    damage: Callable[[Path], None], inputs: Path, tmp_path: Path
+) -> None:
+    """As if it were not there: the next round has the weights of its own step."""
+    output = tmp_path / "run"
+    overrides = settings("grpo", inputs, output, *AHEAD)
+    assert go("grpo", overrides, stop_after=2).preempted
+    file = output / "pending" / "round-00000002.parquet"
+    damage(file)
+    said = go("grpo", overrides).said
+    assert [message for message in said if f"{file} is damaged" in message]
+    assert [row["staleness"] for row in read_metrics(output) if "staleness" in row] == [0.0, 1.0, 0.0, 1.0]
 
 
 # ---- which pairs are held out ------------------------------------------------------------------------------

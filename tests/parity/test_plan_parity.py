@@ -63,6 +63,7 @@ CASES = {
     "fp32": case(dtype="fp32"),
     "untied wide": case(arch=WIDE),
     "selective": case(recompute="selective"),
+    "mlp": case(recompute="mlp"),
     "full": case(recompute="full"),
     "packed": case(batch=PACKED),
     "packed full": case(batch=PACKED, recompute="full"),

@@ -42,6 +42,7 @@ FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "OUT_OF_
 SITE = f"""
 SBATCH_OPTIONS_generate=(--array=0-{SHARDS - 1})
 SBATCH_OPTIONS_verify=(--array=0-{SHARDS - 1})
+SBATCH_OPTIONS_curate=(--array=0-{SHARDS - 1})
 for stage in midtrain sft dpo grpo; do declare -a "SBATCH_OPTIONS_$stage=(--nodes={len(NODES)})"; done
 export PHIMR_PROCS_PER_NODE=1
 export PHIMR_RDZV_HOST=127.0.0.1

@@ -120,7 +120,7 @@ CASES: Final = [
         "sft",
         f"{shlex.quote(EVALUATION)} evaluation.top_p=0.9 evaluation.engine.kind=vllm evaluation.engine.max_batch=4 "
         "evaluation.engine.memory_share=0.1",
-        "evaluation.engine.kind=vllm with top_p=0.9",
+        "evaluation.engine.kind=vllm with evaluation.top_p=0.9",
     ),
     (
         "dpo",

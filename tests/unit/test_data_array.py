@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start
 
 from phimr_nemo.config import CurateConfig, PrepareConfig, ShardConfig, load_config, to_yaml
 from phimr_nemo.data.curate import decide, pairing, sets, stage, survey
@@ -152,7 +152,7 @@ def test_tasks_at_once_share_the_work(config: CurateConfig, tmp_path: Path) -> N
     run_curate(config)
     (tmp_path / "config.yaml").write_text(to_yaml(config), "utf-8")
     command = [sys.executable, "-c", RUN, str(tmp_path / "config.yaml"), f"run.output={tmp_path / 'array'}"]
-    tasks = [subprocess.Popen([*command, f"shard.index={index}", "shard.count=2"]) for index in range(2)]
+    tasks = [start([*command, f"shard.index={index}", "shard.count=2"]) for index in range(2)]
     assert [one.wait() for one in tasks] == [0, 0]
     rows = {name: read for name, read in outcome(tmp_path / "array").items() if "manifest" in name}
     told = {name: json.loads(value) for name, value in rows.items()}

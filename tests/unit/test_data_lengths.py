@@ -73,7 +73,7 @@ def test_lengths_are_the_stages_own_above_the_limit_and_bounds_below(
     tokenizer_directory: Path, limit: int, tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(tokenizer_directory)
-    counter = token_counter(tokenizer_directory, limit, tmp_path / "tokenizer.json")
+    counter = token_counter(tokenizer_directory, tmp_path / "tokenizer.json", limit=limit, prompt_limit=limit)
     texts = ["", "12+7=19", "等于 𝔸 " * 5, "so the answer is \\boxed{4}\n" * 20]
     questions, responses = zip(*[(one, other) for one in texts for other in texts], strict=True)
     lengths, prompts = counter.count(pa.array(questions), pa.array(responses), np.full(len(questions), -1, np.int32))

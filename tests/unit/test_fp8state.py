@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.model.files.fp8state import MAX_STATE_BYTES, read_safely
+from phimr_nemo.model.files.fp8state import MAX_STATE_BYTES, leave_out_absent, read_safely
 
 RECIPES = "transformer_engine.common.recipe"
 KEY = "decoder.layers.0.self_attention.linear_qkv._extra_state"
@@ -168,3 +168,27 @@ def test_what_is_no_state_is_refused() -> None:
     huge = torch.empty(MAX_STATE_BYTES + 1, dtype=torch.uint8)
     with pytest.raises(UserError, match=f"{MAX_STATE_BYTES + 1} bytes"):
         read_safely(loaded(huge), fp8=True, checkpoint=CHECKPOINT)
+
+
+def test_a_state_that_the_checkpoint_lacks_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+
+    def state(name: str) -> ShardedObject:
+        return ShardedObject(f"decoder.{name}._extra_state", None, (4,), (0,))
+
+    there, absent, weight = state("linear_qkv"), state("core_attention"), ShardedObject("decoder.w", None, (1,), (0,))
+    monkeypatch.setattr(serialization, "load_sharded_metadata", lambda _: {"any name": there})
+    wanted: dict[str, Any] = {"state_dict": {"a": there, "b": absent, "c": weight}, "optimizer": [{"step": 1}]}
+    leave_out_absent(wanted, CHECKPOINT)
+    # A weight that is missing stays asked for, so that loading fails as it should.
+    assert (wanted["state_dict"]["a"], wanted["state_dict"]["c"]) == (there, weight)
+    left = wanted["state_dict"]["b"]
+    assert isinstance(left, LocalNonpersistentObject)
+    assert left.unwrap().numel() == 0
+
+
+def test_without_states_nothing_is_read() -> None:
+    wanted = {"state_dict": {"w": torch.ones(1)}}
+    leave_out_absent(wanted, Path("absent"))
+    assert set(wanted["state_dict"]) == {"w"}

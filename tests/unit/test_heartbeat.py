@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import start
 
 from phimr_nemo.process import heartbeat
 from phimr_nemo.process.heartbeat import DIRECTORY, LONGEST_LOOK_SECONDS, SECONDS, Watch
@@ -42,7 +43,7 @@ class Clock:
 
 
 def start_rank(rank: int) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
+    process = start(
         [sys.executable, "-c", RANK], env={**os.environ, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
@@ -97,7 +98,7 @@ def test_a_launcher_that_stood_still_blames_no_rank(watch: Watch, monkeypatch: p
 
 
 def test_a_rank_that_has_ended_is_not_named(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended = start([sys.executable, "-c", ""])
     ended.wait()
     (Path(watch._directory.name) / f"0.{ended.pid}").touch()
     Clock(monkeypatch, watch).looks(watch, 60, every=1.0)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import start
 
 from phimr_nemo.store import lease as module
 from phimr_nemo.store.lease import FreeUnits, Leases, rotated
@@ -52,7 +53,7 @@ def test_a_holder_that_starts_again_goes_on_at_once(tmp_path: Path) -> None:
 def test_a_killed_holder_is_replaced_and_a_living_one_is_not(tmp_path: Path) -> None:
     seconds = 2.0
     command = [sys.executable, "-c", HOLDER, str(tmp_path), str(seconds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with start(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         with Leases(tmp_path, "heir", seconds=seconds) as heir:

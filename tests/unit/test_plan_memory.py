@@ -83,6 +83,13 @@ def test_full_recomputation_keeps_one_input_a_layer() -> None:
     assert freed == 4 * PHI4_MINI.num_attention_heads * PHI4_MINI.num_hidden_layers * ROW.length
 
 
+def test_recomputing_the_feed_forward_part_keeps_its_input() -> None:
+    # Gate, value and their product, and of the fused norm its result and statistic.
+    freed = 2 * 3 * PHI4_MINI.intermediate_size + 2 * PHI4_MINI.hidden_size + 4
+    layers = PHI4_MINI.num_hidden_layers * ROW.length
+    assert kept(ParallelConfig(), "none") - kept(ParallelConfig(), "mlp") == freed * layers
+
+
 def test_sequence_and_context_parallelism_divide_the_activations() -> None:
     one = kept(ParallelConfig(), "none")
     assert kept(ParallelConfig(context=4), "none") == pytest.approx(one / 4)

@@ -29,6 +29,9 @@ LLAMA_8B = dataclasses.replace(
     tie_word_embeddings=False,
     short_factor=None,
     long_factor=None,
+    bos_token_id=128_000,
+    eos_token_id=128_001,
+    pad_token_id=128_001,
 )
 LENGTH = 8192
 H100 = GPUS["h100-80g"]
@@ -193,6 +196,18 @@ def test_full_recomputation_costs_the_layers_forward_pass() -> None:
         for kind in ("none", "full")
     )
     assert again.recompute == pytest.approx((plain.linear + plain.attention + plain.elementwise) / 3)
+    assert again.total == pytest.approx(plain.total + again.recompute)
+
+
+def test_recomputing_the_feed_forward_part_costs_its_share_of_the_products() -> None:
+    work = Work(tokens=16_384, attention_length=6_000, micro_batches=4)
+    plain, again = (
+        step_time(PHI4_MINI, ParallelConfig(), H100, "bf16", kind, work, distributed=True, matmul="bf16")
+        for kind in ("none", "mlp")
+    )
+    # 3 x 3072 x 8192 of these, and 3072 x (3072 + 2 x 1024) + 3072 x 3072 of attention's.
+    share = 3 * 8192 / (3 * 8192 + 3072 + 2 * 1024 + 3072)
+    assert again.recompute == pytest.approx(share * plain.linear / 3)
     assert again.total == pytest.approx(plain.total + again.recompute)
 
 

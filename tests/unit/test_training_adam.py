@@ -45,6 +45,13 @@ def test_equals_torch_adamw_bit_for_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), step
 
 
+def test_groups_hold_what_fused_adam_reads_from_them() -> None:
+    """Transformer Engine's `step` takes these from a group that it did not make, when a run goes on with it."""
+    [group, _] = FusedFormAdam(groups(parameters())).param_groups
+    assert group.keys() == {"params", "lr", "bias_correction", "betas", "eps", "weight_decay"}
+    assert group["bias_correction"] is True
+
+
 def test_first_step_by_hand() -> None:
     """With zero moments the bias-corrected step is lr * g / (|g| + eps), after the decay lr * decay * p."""
     param = torch.tensor([2.0, -1.0], requires_grad=True)

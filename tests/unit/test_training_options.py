@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from phimr_nemo.config import STAGES, ModelConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
@@ -141,6 +142,8 @@ def test_fp8_recipes_are_nemo_s(recipe: Any) -> None:
     [plugin] = precision_plugins(ModelConfig(dtype="bf16", fp8=recipe), call)
     made = plugin.dtype_config
     assert (made.fp8, made.bf16, made.fp8_param_gather) == ("hybrid", True, False)
+    # Built in the format they are kept in, and not in float32 first.
+    assert made.params_dtype == torch.bfloat16
     assert made.fp8_recipe == {"delayed": "delayed", "current": "tensorwise"}[recipe]
 
 

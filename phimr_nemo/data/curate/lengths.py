@@ -40,13 +40,15 @@ class TokenCounter:
     Attributes:
         file: the tokenizer.json; None = lengths are estimated.
         frame: what the chat template writes around a question.
-        limit: up to here an upper bound will do: the conversation fits; None = no length is wanted.
+        limit: of conversations; up to here an upper bound will do, since they fit. None = no length is wanted.
+        prompt_limit: the same of prompts.
         sha256: of the tokenizer, a part of what the lengths were made of.
     """
 
     file: Path | None = None
     frame: Frame = NO_FRAME
     limit: int | None = None
+    prompt_limit: int | None = None
     sha256: str = ""
 
     def count(
@@ -59,7 +61,7 @@ class TokenCounter:
             recorded: tokens of the responses as their teacher counted, negative = unknown, [rows].
 
         Returns:
-            Numbers that are exact wherever they are above `limit`, and otherwise no smaller than the tokens; where
+            Numbers that are exact wherever they are above the limit, and otherwise no smaller than the tokens; where
             there is no tokenizer, estimates.
         """
         import pyarrow.compute as pc
@@ -72,33 +74,35 @@ class TokenCounter:
         around = len((self.frame.before + self.frame.after + END).encode())
         prompts = pc.binary_length(questions).to_numpy() + around
         lengths = prompts + pc.binary_length(responses).to_numpy()
-        if self.limit is None:
-            return lengths.astype(np.int32), prompts.astype(np.int32)
         tokenizer, bounded = _tokenizer(self.file)
-        for index in np.flatnonzero((lengths > self.limit) | (not bounded)).tolist():
-            prompt = f"{self.frame.before}{questions[index].as_py()}{self.frame.after}"
-            lengths[index] = _count(tokenizer, prompt + responses[index].as_py() + END)
-            if prompts[index] > self.limit or not bounded:
-                prompts[index] = _count(tokenizer, prompt)
+        for limit, counted, ends in ((self.limit, lengths, responses), (self.prompt_limit, prompts, None)):
+            if limit is None:
+                continue
+            for index in np.flatnonzero((counted > limit) | (not bounded)).tolist():
+                text = f"{self.frame.before}{questions[index].as_py()}{self.frame.after}"
+                counted[index] = _count(tokenizer, text if ends is None else text + ends[index].as_py() + END)
         return lengths.astype(np.int32), prompts.astype(np.int32)
 
 
-def token_counter(directory: Path | None, limit: int | None, file: Path) -> TokenCounter:
+def token_counter(
+    directory: Path | None, file: Path, *, limit: int | None, prompt_limit: int | None = None
+) -> TokenCounter:
     """The counter of a tokenizer's directory.
 
     Args:
         directory: with a tokenizer.json and a chat template; None = estimates.
-        limit: the smallest number of tokens that anything is compared with; None = nothing is.
         file: where the tokenizer is written as the stages have it, for processes without transformers.
+        limit: the smallest number of tokens that a conversation is compared with; None = none is.
+        prompt_limit: the same of a prompt.
 
     Raises:
         UserError: the directory holds no Phi tokenizer, or its chat template changes the question.
     """
-    if directory is None or limit is None:
+    if directory is None or (limit is None and prompt_limit is None):
         return TokenCounter()
     tokenizer = load_tokenizer(directory)
     atomic_write_text(file, tokenizer.backend_tokenizer.to_str())
-    return TokenCounter(file, prompt_frame(tokenizer), limit, file_sha256(file))
+    return TokenCounter(file, prompt_frame(tokenizer), limit, prompt_limit, file_sha256(file))
 
 
 @lru_cache(maxsize=1)

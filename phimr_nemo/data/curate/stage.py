@@ -65,7 +65,12 @@ def run_curate(config: CurateConfig) -> dict[str, Any]:
     shards = shards_of(config.verdict_directories)
     missing = [name for name in named if not _is_made(config, name)]
     if missing:
-        counter = token_counter(config.tokenizer, _smallest_limit(config), output / SURVEY / TOKENIZER_FILE)
+        counter = token_counter(
+            config.tokenizer,
+            output / SURVEY / TOKENIZER_FILE,
+            limit=_smallest_limit(config),
+            prompt_limit=None if config.prompts is None else config.prompts.max_tokens,
+        )
         _warn_of_estimates(config)
         with team_of(config.shard, output) as team:
             surveyed = survey(shards, output / SURVEY, counter=counter, workers=config.workers, team=team)
@@ -76,8 +81,8 @@ def run_curate(config: CurateConfig) -> dict[str, Any]:
 
 
 def _smallest_limit(config: CurateConfig) -> int | None:
-    """The least number of tokens that a set compares with."""
-    sets = (config.midtrain, config.sft, config.pairs, config.prompts)
+    """The least number of tokens that a set compares conversations with."""
+    sets = (config.midtrain, config.sft, config.pairs)
     return min((one.max_tokens for one in sets if one is not None and one.max_tokens is not None), default=None)
 
 

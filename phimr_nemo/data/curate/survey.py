@@ -184,7 +184,7 @@ def _made_of(shard: Shard, counter: TokenCounter) -> dict[str, Any]:
         "shard": shard.sha256,
         "start": shard.start,
         "tokenizer": counter.sha256,
-        "limit": counter.limit,
+        "limits": [counter.limit, counter.prompt_limit],
     }
 
 

@@ -24,7 +24,7 @@ from phimr_nemo.data.sources.item import Item, UnusableRow
 from phimr_nemo.data.sources.normalise import clean, comparison_key, comparison_tokens, numbers, storable
 from phimr_nemo.data.sources.problems import DAMAGED, MAX_METADATA_CHARS
 from phimr_nemo.data.sources.source import read_items
-from phimr_nemo.data.sources.wrapping import Wrappers, bare_question, learn_wrappers
+from phimr_nemo.data.sources.wrapping import NO_WRAPPERS, Wrappers, bare_question, learn_wrappers
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_file, write_json
 from phimr_nemo.store.content import content_id
@@ -211,7 +211,7 @@ def _candidate(
             for one in item.trajectories
         ],
         "question_digest": digest(key),
-        "bare_digest": digest(comparison_key(bare_question(question, wrappers))),
+        "bare_digest": digest(key if wrappers == NO_WRAPPERS else comparison_key(bare_question(question, wrappers))),
         "numbers_digest": digest(" ".join(numbers(tokens))),
         # Two questions without an answer are never almost the same: nothing tells them apart.
         "answer_digest": digest(comparison_key(answer) if answer else f"no answer to {key}"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,6 +81,37 @@ def read_safely(state: MutableMapping[Any, Any] | list[Any], *, fp8: bool, check
     for value in state.values() if isinstance(state, MutableMapping) else state:
         if isinstance(value, MutableMapping | list):
             read_safely(value, fp8=fp8, checkpoint=checkpoint)
+
+
+def leave_out_absent(wanted: MutableMapping[Any, Any], weights: Path) -> None:
+    """Ask a checkpoint for no `_extra_state` that it does not have, in place: one that was written without
+    Transformer Engine has none, and a model with it starts from an empty one.
+
+    Args:
+        wanted: what is going to be loaded, nested as it is.
+        weights: the distributed checkpoint's directory.
+    """
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+    places = list(_state_places(wanted))
+    if not places:
+        return
+    kept = {item.key for item in load_sharded_metadata(str(weights)).values()}
+    for holder, place in places:
+        if holder[place].key not in kept:
+            holder[place] = LocalNonpersistentObject(torch.empty(0, dtype=torch.uint8))
+
+
+def _state_places(wanted: MutableMapping[Any, Any] | list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Every `_extra_state` as (what holds it, its key or index there)."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    for place, value in wanted.items() if isinstance(wanted, MutableMapping) else enumerate(wanted):
+        if isinstance(value, ShardedObject) and KEY in value.key:
+            yield wanted, place
+        elif isinstance(value, MutableMapping | list):
+            yield from _state_places(value)
 
 
 def _harmless(value: Any, key: str, fp8: bool, checkpoint: Path) -> Tensor | None:

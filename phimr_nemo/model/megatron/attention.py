@@ -64,7 +64,24 @@ class RotaryScale(nn.Module):
 
     def forward(self, heads: Tensor) -> Tensor:
         """[..., head_dim] -> the same."""
-        return (heads * self.scale.to(heads.device)).to(heads.dtype)
+        if heads.device != self.scale.device:
+            # Once: a copy in every forward pass would make the GPU wait for it.
+            self.scale = self.scale.to(heads.device)
+        return _Scaled.apply(heads, self.scale)
+
+
+class _Scaled(torch.autograd.Function):
+    """heads x scale in float32, rounded once, without a float32 copy of the heads."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale
+        return torch.mul(heads, scale, out=torch.empty_like(heads))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.mul(gradient, ctx.scale, out=torch.empty_like(gradient)), None
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,10 @@ def recompute_fields(recompute: Recompute) -> dict[str, Any]:
     """Values of Megatron's ``TransformerConfig`` for activations that are computed again instead of kept."""
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective"} if recompute == "selective" else {}
+    modules = {"selective": "core_attn", "mlp": "mlp"}
+    if recompute not in modules:
+        return {}
+    return {"recompute_granularity": "selective", "recompute_modules": [modules[recompute]]}
 
 
 def transformer_config(
