@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,7 +103,7 @@ class TokenEngine(Generic[S]):
 
         return weights_hash(self.directory)
 
-    def write_rollouts(self, plan: Plan, out_dir: Path, shards: Sequence[int], inputs: Sequence[Path]) -> bool:
+    def write_rollouts(self, plan: Plan, out_dir: Path, shards: Sequence[int], inputs: Mapping[str, str]) -> bool:
         """:func:`phimr_nemo.generate.rollouts.sample_rollouts`."""
         from phimr_nemo.generate.rollouts import sample_rollouts
 
@@ -133,7 +133,7 @@ class TextEngine:
         """The served model's: a part of ids and seeds."""
         return self.engine.endpoint.model
 
-    def write_rollouts(self, plan: Plan, out_dir: Path, shards: Sequence[int], inputs: Sequence[Path]) -> bool:
+    def write_rollouts(self, plan: Plan, out_dir: Path, shards: Sequence[int], inputs: Mapping[str, str]) -> bool:
         """:func:`phimr_nemo.generate.serving.remote.request_rollouts`."""
         from phimr_nemo.generate.serving.remote import request_rollouts
 
@@ -205,7 +205,7 @@ def write_rollouts(
     shard_size: int,
     seed: int,
     shard: ShardConfig | None = None,
-    inputs: Sequence[Path] = (),
+    inputs: Mapping[str, str],
 ) -> bool:
     """Sample a finished model's responses to problems into a record directory of kind "rollouts".
 
@@ -223,8 +223,7 @@ def write_rollouts(
         shard_size: problems per shard.
         seed: another one gives other responses.
         shard: which shards are this process's; None = all.
-        inputs: what the problems were read from, for the manifest; the model's own files are added by a caller that
-            wants them in it.
+        inputs: what the problems were read from and the model's directory, by content.
 
     Returns:
         Whether all shards are there; the manifest is then written.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import TYPE_CHECKING, Any
 
 from phimr_nemo.config import (
@@ -13,14 +13,16 @@ from phimr_nemo.config import (
     ProgrammaticTeacher,
     RecordedTeacher,
     RecordProblems,
-    to_dict,
 )
 from phimr_nemo.data.sources.problems import load_problems
 from phimr_nemo.data.sources.recorded import load_recorded_rollouts
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.check import open_for
+from phimr_nemo.store.content import content_id
 from phimr_nemo.store.progress import track
+from phimr_nemo.store.provenance import MadeFrom, content_of
 from phimr_nemo.store.shards import (
     Manifest,
     finish,
@@ -58,7 +60,13 @@ def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
             part, config.rollouts_per_problem, config.run.seed, teacher.mistake_rate, teacher.style
         )
 
-    return _write(config, problems, solve, counts, inputs=_problem_files(config))
+    deciding = {
+        "rollouts_per_problem": config.rollouts_per_problem,
+        "seed": config.run.seed,
+        "mistake_rate": teacher.mistake_rate,
+        "style": teacher.style,
+    }
+    return _write(config, problems, solve, counts, deciding, inputs=_problem_files(config))
 
 
 def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, dict[str, int]]:
@@ -105,11 +113,19 @@ def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any
             rule="a recorded response belongs to a problem with the same question and answer",
             remedy="problems=null uses every recorded question; or correct the columns",
         )
-    return _write(config, rollouts, lambda part: part, counts, inputs=[teacher.path, *_problem_files(config)])
+    inputs = {"teacher.path": content_of(teacher.path), **_problem_files(config)}
+    return _write(config, rollouts, lambda part: part, counts, {}, inputs=inputs)
 
 
-def _problem_files(config: GenerateConfig) -> list[Path]:
-    return [config.problems.path] if isinstance(config.problems, FileProblems | RecordProblems) else []
+def _problem_files(config: GenerateConfig) -> dict[str, str]:
+    """The content of the file or record directory that the problems come from."""
+    if isinstance(config.problems, FileProblems | RecordProblems):
+        return {"problems.path": content_of(config.problems.path)}
+    return {}
+
+
+def _rows_content(part: pa.Table) -> str:
+    return content_id("rows", *(json.dumps(row, sort_keys=True) for row in part.to_pylist()))
 
 
 def _write(
@@ -117,20 +133,37 @@ def _write(
     table: pa.Table,
     make: Callable[[pa.Table], pa.Table],
     counts: dict[str, int],
-    inputs: list[Path],
+    deciding: dict[str, Any],
+    inputs: dict[str, str],
 ) -> dict[str, Any] | None:
-    """Make shards of `shard_size` rows of `table` that are not there yet."""
+    """Make shards of `shard_size` rows of `table` that are not there yet, or were made from other rows.
+
+    Args:
+        config: of the stage.
+        table: what the shards are made of.
+        make: rows of `table` -> rollouts.
+        counts: for the manifest.
+        deciding: the settings of `make`.
+        inputs: what the table was read from.
+    """
     directory = config.run.output
     shards = range(-(-table.num_rows // config.shard_size))
-    mine = shards[config.shard.index :: config.shard.count]
-    for index in track(mine, title="generate", unit="shard"):
-        if not shard_is_complete(directory, index):
-            part = table.slice(index * config.shard_size, config.shard_size)
-            write_shard(directory, index, make(part), kind="rollouts")
-    if not all(shard_is_complete(directory, index) for index in shards):
+    whole = MadeFrom(inputs, {**deciding, "rows": table.num_rows, "shard_size": config.shard_size})
+    open_for(directory, whole, len(shards))
+
+    def part(index: int) -> pa.Table:
+        return table.slice(index * config.shard_size, config.shard_size)
+
+    def made_from(index: int) -> MadeFrom:
+        return MadeFrom({"rows": _rows_content(part(index))}, deciding)
+
+    for index in track(shards[config.shard.index :: config.shard.count], title="generate", unit="shard"):
+        of_it = made_from(index)
+        if not shard_is_complete(directory, index, of_it):
+            write_shard(directory, index, make(part(index)), kind="rollouts", made_from=of_it)
+    if not all(shard_is_complete(directory, index, made_from(index)) for index in shards):
         return None
-    manifest = finish(directory, kind="rollouts", config=to_dict(config), inputs=inputs, counts=counts)
-    return closing_facts(manifest)
+    return closing_facts(finish(directory, kind="rollouts", **whole.to_json(), counts=counts))
 
 
 def closing_facts(manifest: Manifest) -> dict[str, Any]:
@@ -141,8 +174,8 @@ def closing_facts(manifest: Manifest) -> dict[str, Any]:
 def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) -> dict[str, Any] | None:
     from phimr_nemo.generate.engines import write_rollouts
 
-    # The weights' hash names the teacher in every row; this is the rest of the model.
-    own = () if teacher.path is None else (teacher.path / "config.json", teacher.path / "tokenizer.json")
+    # The weights' hash names the teacher in every row; template and end tokens decide as well.
+    own = {} if teacher.path is None else {"teacher.path": content_of(teacher.path)}
     complete = write_rollouts(
         teacher.engine,
         teacher.path,
@@ -154,6 +187,6 @@ def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) 
         shard_size=config.shard_size,
         seed=config.run.seed,
         shard=config.shard,
-        inputs=[*own, *_problem_files(config)],
+        inputs={**own, **_problem_files(config)},
     )
     return closing_facts(read_manifest(config.run.output, "rollouts")) if complete else None

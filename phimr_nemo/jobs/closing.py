@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from phimr_nemo.config.load import find_config, flat, read_preset
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
+from phimr_nemo.evaluate.evaluate import read_result
 from phimr_nemo.store.progress import duration
-from phimr_nemo.store.runs import RunDirectory, newest_mean, read_metrics
+from phimr_nemo.store.runs import RESULTS_FILE, RunDirectory, newest_mean, read_metrics
 
 PART_OF: Final = "PHIMR_PART_OF"
 """Environment variable of commands that another one runs in their order: the next command is not the user's."""

@@ -13,19 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_dict, to_yaml
-from phimr_nemo.config.load import flat
+from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_yaml
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
+from phimr_nemo.jobs.changes import check_same_run, check_same_settings, finished_line
 from phimr_nemo.jobs.kept import kept
 from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
-from phimr_nemo.jobs.preflight import preflight, record_inputs
+from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.process.children import follow_parent
 from phimr_nemo.process.stopping import KEPT, stoppable
 from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
+from phimr_nemo.store.provenance import MADE_FROM
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
-from phimr_nemo.store.shards import input_hash
 
 # Stage -> "module:function" taking the stage's config and returning the facts that close the run.
 FUNCTIONS: Final[Mapping[str, str]] = {
@@ -42,36 +42,6 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "evaluate": "phimr_nemo.evaluate.stage:run_evaluate",
     "export": "phimr_nemo.report.export:run_export",
 }
-# Another server with the same model gives the same responses.
-_ENDPOINT: Final = (
-    *("base_urls", "api_key_env", "concurrency", "idle_seconds", "total_seconds", "attempts", "backoff_seconds"),
-    "prices",
-)
-_ENGINE: Final = (
-    *("base_urls", "api_key_env", "in_flight", "request_seconds", "attempts", "probe_seconds", "recovery_seconds"),
-    *("bucket_mb", "directory", "max_batch", "cache_gib", "tensor", "memory_share", "eager", "max_missing"),
-    *(f"endpoint.{name}" for name in _ENDPOINT),
-)
-# Settings that a continued run may change: they do not change what is computed.
-FREE_TO_CHANGE: Final = (
-    "run.log_every",
-    "parallel.",
-    "checkpoint.",
-    "micro_batch",
-    "overlap.",
-    "guard.",
-    "evaluation.",
-    "tracking.",
-    "data_workers",
-    "packed",
-    "shard.",
-    "workers",
-    "verify_workers",
-    "monitor.",
-    *(f"{place}engine.{name}" for place in ("", "teacher.") for name in _ENGINE),
-    *(f"{place}.ask.endpoint.{name}" for place in ("judge", "annotation") for name in _ENDPOINT),
-    *("judge.ask.max_", "annotation.ask.max_"),
-)
 # What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
 IMPORT_NOTES: Final = (
     "The pynvml package is deprecated",
@@ -101,15 +71,26 @@ def run_stage(stage: str, config: Any) -> None:
         Preempted: the run was asked to stop and has saved its state.
     """
     run = RunDirectory(config.run.output)
-    check_same_run(run, config)
-    if run.is_done:
-        return
     first_rank = not is_rank(config) or os.environ["RANK"] == "0"
+    if run.is_done:
+        if first_rank:
+            _say_finished(stage, run, config)
+        return
     with contextlib.ExitStack() as claim:
         if first_rank and _works_alone(config):
             with explain_os_errors(run.path):
                 claim.enter_context(run.claimed())
         _run_claimed(stage, config, run, first_rank=first_rank)
+
+
+def _say_finished(stage: str, run: RunDirectory, config: Any) -> None:
+    """A finished run is not run again, if it is still what it would be.
+
+    Raises:
+        UserError: its settings or inputs have changed since.
+    """
+    check_same_run(stage, run, config)
+    print(finished_line(stage, run, config), flush=True)
 
 
 def _works_alone(config: Any) -> bool:
@@ -124,11 +105,12 @@ def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool
     is_new = not (run.path / CONFIG_FILE).is_file()
     try:
         if first_rank:
-            inputs = {str(path): input_hash(path) for path, _ in record_inputs(stage, config)}
-            run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts={"inputs": inputs})
+            now = check_same_run(stage, run, config)
+            facts = {MADE_FROM: now.to_json()}
+            run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts=facts)
         # Libraries that write checkpoints and logs know nothing of our messages.
         with explain_os_errors(run.path):
-            facts = _with_os_errors(stage_function(stage), config)
+            closing = _with_os_errors(stage_function(stage), config)
     except Preempted as stopped:
         raise _with_what_is_kept(stopped, run) from None
     except UserError:
@@ -136,8 +118,8 @@ def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool
         if first_rank and is_new:
             run.withdraw()
         raise
-    if first_rank and facts is not None:
-        run.finish(**facts)
+    if first_rank and closing is not None:
+        run.finish(**closing)
 
 
 def _with_what_is_kept(stopped: Preempted, run: RunDirectory) -> Preempted:
@@ -175,31 +157,6 @@ def silence_import_notes() -> None:
     os.environ.setdefault("PYTHONWARNINGS", f"ignore:{IMPORT_NOTES[0]}")
     for name in IMPORT_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def check_same_run(run: RunDirectory, config: Any) -> None:
-    """An output directory belongs to one configuration.
-
-    Raises:
-        UserError: the directory was made with other settings; they are named.
-    """
-    import yaml
-
-    path = run.path / CONFIG_FILE
-    if not path.is_file():
-        return
-    before, now = flat(yaml.safe_load(path.read_text("utf-8"))), flat(to_dict(config))
-    different = [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
-    ]
-    if different:
-        raise UserError(
-            f"{run.path} holds a run with other settings ({'; '.join(different)})",
-            rule="an output directory belongs to one configuration",
-            remedy="choose another run.output, or remove the directory",
-        )
 
 
 def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default: bool = False) -> Any:
@@ -244,9 +201,11 @@ def launch(stage: str, config: Any) -> None:
         run_stage(stage, config)
         return
     run = RunDirectory(config.run.output)
-    check_same_run(run, config)
     if run.is_done:
+        _say_finished(stage, run, config)
         return
+    # The first rank compares the inputs, which takes a while with large weights.
+    check_same_settings(run, config)
     resolved = run.path / CONFIG_FILE
     is_new = not resolved.is_file()
     atomic_write_text(resolved, to_yaml(config))

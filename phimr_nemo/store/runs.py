@@ -40,15 +40,22 @@ METRICS_FILE: Final = "metrics.jsonl"
 RUN_FILE: Final = "run.json"
 CONFIG_FILE: Final = "config.yaml"
 DONE_FILE: Final = "DONE"
+RESULTS_FILE: Final = "results.json"
+"""The score, in the directory of an evaluation that has finished."""
 LOCK_FILE: Final = ".lock"
 NEWEST_SHARE: Final = 0.1
+TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+FINISHED: Final = "finished"
+"""When a run ended, among its closing facts."""
 HOLDER_FILE: Final = ".holder.json"
-OWN_FILES: Final = {CONFIG_FILE, RUN_FILE, LOCK_FILE, HOLDER_FILE}
+HASHES_FILE: Final = ".hashes.json"
+"""Hashes of a run's inputs, so that files that have not changed are not read again."""
+OWN_FILES: Final = {CONFIG_FILE, RUN_FILE, LOCK_FILE, HOLDER_FILE, HASHES_FILE}
 """What lies in a run directory before its stage has done anything."""
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(TIME, time.gmtime())
 
 
 def git_sha() -> str:
@@ -154,24 +161,78 @@ class RunDirectory:
             },
         )
 
+    def description(self) -> dict[str, Any] | None:
+        """What :meth:`describe` wrote; None where it did not, or where that is damaged and nothing depends on it.
+
+        Raises:
+            UserError: it is damaged, and the run has made something.
+        """
+        path = self.path / RUN_FILE
+        try:
+            described = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            described = error
+        if isinstance(described, dict):
+            return described
+        if self._has_only_own_files():
+            return None
+        raise UserError(
+            f"{path} is damaged: {described!r:.200}",
+            rule="it is a JSON object that says what the run was made from",
+            remedy="restore it; or choose another run.output, or remove the directory to make it again",
+        )
+
     def _starts(self) -> list[str]:
         """When this run was started before."""
-        path = self.path / RUN_FILE
-        return list(json.loads(path.read_text("utf-8")).get("starts", [])) if path.is_file() else []
+        starts = (self.description() or {}).get("starts", [])
+        return [str(start) for start in starts] if isinstance(starts, list) else []
+
+    def _has_only_own_files(self) -> bool:
+        """Whether no stage has made anything here yet."""
+        files = [entry for entry in self.path.rglob("*") if not entry.is_dir()]
+        return {str(file.relative_to(self.path)) for file in files} <= OWN_FILES
 
     def withdraw(self) -> None:
         """Undo :meth:`describe` for a stage that refused its input; a directory that holds more stays as it is."""
-        files = [entry for entry in self.path.rglob("*") if not entry.is_dir()]
-        if self.path.is_dir() and {str(file.relative_to(self.path)) for file in files} <= OWN_FILES:
+        if self.path.is_dir() and self._has_only_own_files():
             shutil.rmtree(self.path)
 
     def finish(self, **facts: object) -> None:
         """Mark the run as finished and record its closing facts."""
-        write_json(self.path / DONE_FILE, facts)
+        write_json(self.path / DONE_FILE, {FINISHED: _now(), **facts})
 
     def closing_facts(self) -> dict[str, Any]:
-        """The facts given to :meth:`finish`."""
-        return dict(json.loads((self.path / DONE_FILE).read_text("utf-8")))
+        """The facts given to :meth:`finish`.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return {name: value for name, value in self._done().items() if name != FINISHED}
+
+    def finished_at(self) -> str:
+        """When the run ended (UTC); of one by a version that did not record it, when its last file was written.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        written = (self.path / DONE_FILE).stat().st_mtime
+        return str(self._done().get(FINISHED) or time.strftime(TIME, time.gmtime(written)))
+
+    def _done(self) -> dict[str, Any]:
+        path = self.path / DONE_FILE
+        try:
+            facts = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            facts = error
+        if isinstance(facts, dict):
+            return facts
+        raise UserError(
+            f"{path} is damaged: {facts!r:.200}",
+            rule="it is a JSON object that a stage writes when it has finished",
+            remedy="remove it and run the same command again: what is there is kept",
+        )
 
 
 class MetricsWriter:

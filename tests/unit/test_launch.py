@@ -15,9 +15,10 @@ from processes import start
 
 from phimr_nemo.config import BaseConfig, GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
+from phimr_nemo.jobs.changes import check_same_run, made_from
 from phimr_nemo.jobs.kept import kept
-from phimr_nemo.jobs.launch import _launch_ranks, check_same_run, run_stage, start_stage
-from phimr_nemo.store.atomic import atomic_write_text
+from phimr_nemo.jobs.launch import _launch_ranks, run_stage, start_stage
+from phimr_nemo.store.provenance import MADE_FROM
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 from phimr_nemo.store.shards import read_table
 from phimr_nemo.training.seal import write_seal
@@ -34,6 +35,12 @@ def sft(output: Path, *overrides: str) -> SFTConfig:
     return load_config(SFTConfig, Path("conf/sft/tiny.yaml"), [f"run.output={output}", *overrides])
 
 
+def begin(run: RunDirectory, config: SFTConfig | GenerateConfig) -> None:
+    """Describe a run as its stage does."""
+    facts = {MADE_FROM: made_from(config).to_json()}
+    run.describe(stage="sft", config_yaml=to_yaml(config), seed=config.run.seed, facts=facts)
+
+
 def files(directory: Path) -> dict[str, tuple[int, bytes]]:
     """Every file below a directory with its time of writing and its content."""
     return {
@@ -44,15 +51,15 @@ def files(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize(
-    "override", ["run.seed=5", "optim.lr=0.5", "base=elsewhere/hf", "model.dtype=bf16", "global_batch=64"]
+    "override", ["run.seed=5", "optim.lr=0.5", "epochs=9", "model.dtype=bf16", "global_batch=64"]
 )
 def test_another_setting_is_named_with_both_values(override: str, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     before, now = sft(run.path), sft(run.path, override)
-    atomic_write_text(run.path / CONFIG_FILE, to_yaml(before))
-    check_same_run(run, before)
+    begin(run, before)
+    check_same_run("sft", run, before)
     with pytest.raises(UserError) as caught:
-        check_same_run(run, now)
+        check_same_run("sft", run, now)
     key = override.partition("=")[0]
     assert f"({key}: {value_of(before, key)!r} there, {value_of(now, key)!r} now)" in caught.value.problem
 
@@ -68,18 +75,18 @@ def value_of(config: SFTConfig, key: str) -> object:
 
 def test_settings_that_change_no_number_may_change(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    atomic_write_text(run.path / CONFIG_FILE, to_yaml(sft(run.path)))
+    begin(run, sft(run.path))
     free = ["run.log_every=99", "parallel.tensor=2", "parallel.sequence=true", "checkpoint.every=3", "micro_batch=8"]
-    check_same_run(run, sft(run.path, *free))
+    check_same_run("sft", run, sft(run.path, *free))
     with pytest.raises(UserError, match=r"\(optim\.lr: [^;]*\)"):
-        check_same_run(run, sft(run.path, *free, "optim.lr=0.5"))
+        check_same_run("sft", run, sft(run.path, *free, "optim.lr=0.5"))
 
 
 def test_two_settings_are_both_named(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    atomic_write_text(run.path / CONFIG_FILE, to_yaml(generate(run.path)))
+    begin(run, generate(run.path))
     with pytest.raises(UserError) as caught:
-        check_same_run(run, generate(run.path, "teacher.mistake_rate=0.75", "problems.split=heldout"))
+        check_same_run("generate", run, generate(run.path, "teacher.mistake_rate=0.75", "problems.split=heldout"))
     assert re.search(r"teacher\.mistake_rate: [\d.]+ there, 0\.75 now", caught.value.problem)
     assert "problems.split: 'train' there, 'heldout' now" in caught.value.problem
     assert str(run.path) in caught.value.problem

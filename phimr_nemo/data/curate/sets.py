@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +27,7 @@ from phimr_nemo.data.pairs import Response, pair_up
 from phimr_nemo.data.parallel import in_processes
 from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.content import content_id, content_seed
+from phimr_nemo.store.provenance import BEGUN_FILE, MadeFrom, begin, begun_from
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import MANIFEST, rows_to_table, shard_is_complete, write_shard
 
@@ -37,7 +38,6 @@ Sizes = npt.NDArray[np.signedinteger[Any]]
 
 MAX_SHARD_ROWS: Final = 50_000
 MAX_SHARD_BYTES: Final = 1 << 26
-PLAN_FILE: Final = "plan.json"
 CONVERSATION: Final = ("problem_id", "question", "response", "domain", "difficulty")
 SIDES: Final = ("chosen", "rejected")
 # Names of counts in the manifest of a set.
@@ -45,19 +45,15 @@ DROPPED: Final = "dropped: "
 INPUT: Final = {**dict.fromkeys(("midtrain", "sft", "pairs"), "input: rollouts"), "prompts": "input: problems"}
 
 
-def begin(directory: Path, made_of: Mapping[str, Any]) -> None:
-    """Forget the shards of a set that was begun from other verdicts or settings."""
-    plan = directory / PLAN_FILE
-    if plan.is_file() and plan.read_text("utf-8") == _plan_text(made_of):
+def begin_set(directory: Path, made_from: MadeFrom) -> None:
+    """Forget the shards of a set that was begun from other verdicts or settings: one row decides about others."""
+    if begun_from(directory) == made_from:
         return
     if directory.is_dir():
         for path in (*directory.glob("part-*"), *directory.glob("counts-*.json"), directory / MANIFEST):
             path.unlink(missing_ok=True)
-    write_json(plan, dict(made_of))
-
-
-def _plan_text(made_of: Mapping[str, Any]) -> str:
-    return json.dumps(made_of, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (directory / BEGUN_FILE).unlink(missing_ok=True)
+    begin(directory, made_from)
 
 
 def cut(sizes: Sizes, groups: Sizes | None = None) -> list[slice]:
@@ -87,30 +83,38 @@ def cut(sizes: Sizes, groups: Sizes | None = None) -> list[slice]:
 
 
 def write_conversations(
-    directory: Path, shards: Sequence[Shard], name: str, decisions: Decisions, workers: int
+    directory: Path, shards: Sequence[Shard], name: str, decisions: Decisions, workers: int, made_from: MadeFrom
 ) -> None:
     """Write a set of conversations in the order of the verdicts."""
     fates = decisions.fates[name]
     rows = np.flatnonzero(fates == Fate.KEPT)
     work = [(index, rows[part]) for index, part in enumerate(cut(decisions.bytes[rows]))]
-    in_processes(partial(_write_conversations, directory, shards), work, workers, title=name)
+    in_processes(partial(_write_conversations, directory, shards, made_from), work, workers, title=name)
     kept = shape_where(fates, Fate.KEPT, decisions.difficulty, decisions.bins)
     write_json(directory / SHAPE_FILE, {"kept": kept.tolist()})
 
 
-def _write_conversations(directory: Path, shards: Sequence[Shard], work: tuple[int, Indices]) -> None:
+def _write_conversations(
+    directory: Path, shards: Sequence[Shard], made_from: MadeFrom, work: tuple[int, Indices]
+) -> None:
     import pyarrow as pa
 
     index, rows = work
-    if shard_is_complete(directory, index):
+    if shard_is_complete(directory, index, made_from):
         return
     table = gather(shards, rows, ["id", *CONVERSATION])
     ids = [content_id("conversation", identity) for identity in table.column("id").to_pylist()]
-    write_shard(directory, index, table.set_column(0, "id", pa.array(ids)), kind="conversations")
+    table = table.set_column(0, "id", pa.array(ids))
+    write_shard(directory, index, table, kind="conversations", made_from=made_from)
 
 
 def write_prompts(
-    directory: Path, shards: Sequence[Shard], decisions: Decisions, hard_below: float, workers: int
+    directory: Path,
+    shards: Sequence[Shard],
+    decisions: Decisions,
+    hard_below: float,
+    workers: int,
+    made_from: MadeFrom,
 ) -> None:
     """Write the prompts, in the order of their first rollouts."""
     chosen = decisions.prompts
@@ -125,16 +129,21 @@ def write_prompts(
         )
         for index, part in enumerate(cut(np.zeros(len(chosen.rows), np.int32)))
     ]
-    in_processes(partial(_write_prompts, directory, shards, hard_below), work, workers, title="prompts")
+    task = partial(_write_prompts, directory, shards, hard_below, made_from)
+    in_processes(task, work, workers, title="prompts")
 
 
 def _write_prompts(
-    directory: Path, shards: Sequence[Shard], hard_below: float, work: tuple[int, ChosenPrompts]
+    directory: Path,
+    shards: Sequence[Shard],
+    hard_below: float,
+    made_from: MadeFrom,
+    work: tuple[int, ChosenPrompts],
 ) -> None:
     import pyarrow as pa
 
     index, chosen = work
-    if shard_is_complete(directory, index):
+    if shard_is_complete(directory, index, made_from):
         return
     table = gather(shards, chosen.rows, ["problem_id", "question", "answer"])
     ids = [content_id("prompt", identity) for identity in table.column("problem_id").to_pylist()]
@@ -147,11 +156,18 @@ def _write_prompts(
     }
     for name, column in columns.items():
         table = table.append_column(name, column)
-    write_shard(directory, index, table, kind="prompts")
+    write_shard(directory, index, table, kind="prompts", made_from=made_from)
 
 
 def write_pairs(
-    directory: Path, shards: Sequence[Shard], decisions: Decisions, chosen: PairSet, seed: int, workers: int
+    directory: Path,
+    shards: Sequence[Shard],
+    decisions: Decisions,
+    chosen: PairSet,
+    seed: int,
+    *,
+    workers: int,
+    made_from: MadeFrom,
 ) -> dict[str, int]:
     """Pair the candidates and write the pairs, in the order of first rollouts; those without a pair by reason."""
     found = candidates(decisions)
@@ -160,7 +176,8 @@ def write_pairs(
         (index, Candidates(found.rows[part], found.groups[part], found.right[part]))
         for index, part in enumerate(cut(sizes, found.groups))
     ]
-    written = in_processes(partial(_write_pairs, directory, shards, chosen, seed), work, workers, title="pairs")
+    task = partial(_write_pairs, directory, shards, chosen, seed, made_from)
+    written = in_processes(task, work, workers, title="pairs")
     unpaired: Counter[str] = Counter()
     for counts in written:
         unpaired.update(counts["dropped"])
@@ -172,12 +189,17 @@ def write_pairs(
 
 
 def _write_pairs(
-    directory: Path, shards: Sequence[Shard], chosen: PairSet, seed: int, work: tuple[int, Candidates]
+    directory: Path,
+    shards: Sequence[Shard],
+    chosen: PairSet,
+    seed: int,
+    made_from: MadeFrom,
+    work: tuple[int, Candidates],
 ) -> dict[str, Any]:
     """Write one shard of pairs; what became of its candidates, and the lengths of both sides."""
     index, candidates = work
     counts_path = directory / f"counts-{index:05d}.json"
-    if shard_is_complete(directory, index) and counts_path.is_file():
+    if shard_is_complete(directory, index, made_from) and counts_path.is_file():
         return dict(json.loads(counts_path.read_text("utf-8")))
     columns = ["id", "problem_id", "question", "response", "tokens"]
     table = gather(shards, candidates.rows, columns)
@@ -217,7 +239,7 @@ def _write_pairs(
     counts = {"dropped": dropped, **{side: bins.tolist() for side, bins in lengths.items()}}
     # Counts first: a complete shard always has them.
     write_json(counts_path, counts)
-    write_shard(directory, index, rows_to_table(rows, "pairs"), kind="pairs")
+    write_shard(directory, index, rows_to_table(rows, "pairs"), kind="pairs", made_from=made_from)
     return counts
 
 

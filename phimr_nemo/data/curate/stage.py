@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Final
 
-from phimr_nemo.config import CurateConfig, to_dict
+from phimr_nemo.config import CurateConfig
 from phimr_nemo.data.curate.decide import Decisions, decide
 from phimr_nemo.data.curate.narrow import VERDICTS
 from phimr_nemo.data.curate.sets import (
     DROPPED,
     INPUT,
-    begin,
+    begin_set,
     counts_of,
     kind_of,
     write_conversations,
@@ -25,9 +24,9 @@ from phimr_nemo.data.curate.shape import SHAPE_FILE, shape_where
 from phimr_nemo.data.curate.survey import Shard, shards_of, survey
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.provenance import MadeFrom
 from phimr_nemo.store.shards import (
     finish,
-    input_hash,
     is_complete,
     read_manifest,
 )
@@ -36,7 +35,7 @@ SETS: Final = ("midtrain", "sft", "pairs", "prompts")
 SURVEY: Final = "survey"
 
 
-def run_curate(config: CurateConfig) -> dict[str, Any]:
+def run_curate(config: CurateConfig) -> dict[str, int]:
     """Write each training set that the configuration names to its own directory of the output.
 
     Decisions are made on narrow columns, text is read shard by shard: memory does not grow with the text. A set
@@ -65,34 +64,37 @@ def run_curate(config: CurateConfig) -> dict[str, Any]:
     return {name: read_manifest(output / name, kind_of(name)).rows for name in named}
 
 
-def _made_of(config: CurateConfig, name: str) -> dict[str, Any]:
+def _made_of(config: CurateConfig, name: str) -> MadeFrom:
     """What decides the content of a set."""
-    inputs = {str(path): input_hash(path) for path in config.verdict_directories}
-    return json.loads(json.dumps({"inputs": inputs, "set": asdict(getattr(config, name)), "seed": config.run.seed}))
+    verdicts = [read_manifest(path, "verdicts").content for path in config.verdict_directories]
+    inputs = {f"verdicts.{number}": content for number, content in enumerate(verdicts)}
+    return MadeFrom(inputs, {"set": asdict(getattr(config, name)), "seed": config.run.seed})
 
 
 def _is_made(config: CurateConfig, name: str) -> bool:
     directory, kind = config.run.output / name, kind_of(name)
     if not is_complete(directory, kind):
         return False
-    return dict(read_manifest(directory, kind).inputs) == _made_of(config, name)["inputs"]
+    return read_manifest(directory, kind).made_from == _made_of(config, name)
 
 
 def _make_set(config: CurateConfig, name: str, shards: Sequence[Shard], decisions: Decisions) -> None:
     directory = config.run.output / name
     counts = counts_of(name, decisions)
     _refuse_empty(config, name, counts)
-    begin(directory, _made_of(config, name))
+    made_from = _made_of(config, name)
+    begin_set(directory, made_from)
     if name == "pairs" and config.pairs is not None:
-        unpaired = write_pairs(directory, shards, decisions, config.pairs, config.run.seed, config.workers)
+        unpaired = write_pairs(
+            directory, shards, decisions, config.pairs, config.run.seed, workers=config.workers, made_from=made_from
+        )
         counts = dict(Counter(counts) + Counter(unpaired))
         _refuse_empty(config, name, counts)
     elif name == "prompts" and config.prompts is not None:
-        write_prompts(directory, shards, decisions, config.prompts.hard_below, config.workers)
+        write_prompts(directory, shards, decisions, config.prompts.hard_below, config.workers, made_from)
     else:
-        write_conversations(directory, shards, name, decisions, config.workers)
-    inputs = config.verdict_directories
-    finish(directory, kind=kind_of(name), config=to_dict(config), inputs=inputs, counts=counts)
+        write_conversations(directory, shards, name, decisions, config.workers, made_from)
+    finish(directory, kind=kind_of(name), **made_from.to_json(), counts=counts)
 
 
 def _refuse_empty(config: CurateConfig, name: str, counts: Mapping[str, int]) -> None:

@@ -27,8 +27,10 @@ from phimr_nemo.data.prepare.decontaminate import read_index
 from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, NEAR, Duplicates, Facts, find_duplicates
 from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
 from phimr_nemo.store.atomic import atomic_file
+from phimr_nemo.store.check import open_for
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.progress import track
+from phimr_nemo.store.provenance import BEGUN_FILE, MadeFrom, begin, begun_from, content_of
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import (
     finish,
@@ -47,6 +49,7 @@ PROBLEMS: Final = "problems"
 ROLLOUTS: Final = "rollouts"
 CANDIDATES: Final = "candidates"
 ANNOTATIONS: Final = "annotations"
+NOTHING: Final = MadeFrom({}, {})
 SIGNATURES: Final = "signatures.npy"
 # A shard of rollouts ends at `shard_size` rows or at so many characters: responses are long.
 ROLLOUT_SHARD_CHARS: Final = 256 << 20
@@ -69,8 +72,12 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     output = config.run.output
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
+    made_from = _made_from(config)
+    if begun_from(output) != made_from:
+        _forget(output)
+        begin(output, made_from)
     if not is_complete(output / PROBLEMS, "problems"):
-        _prepare(config)
+        _prepare(config, made_from)
     if (output / CANDIDATES).is_dir():
         shutil.rmtree(output / CANDIDATES)
     if is_complete(output / ROLLOUTS, "rollouts"):
@@ -80,7 +87,34 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     return rows | dict(manifests[PROBLEMS].counts)
 
 
-def _prepare(config: PrepareConfig) -> None:
+def _made_from(config: PrepareConfig) -> MadeFrom:
+    """What decides the content of both record directories: one row decides about others."""
+    settings = to_dict(config)
+    inputs = {}
+    for number, source in enumerate(config.sources):
+        if not source.hub:
+            inputs[f"sources.{number}.path"] = content_of(Path(source.path))
+            settings["sources"][number].pop("path")
+    if config.decontamination:
+        for number, one in enumerate(config.decontamination.sets):
+            inputs[f"decontamination.sets.{number}.path"] = content_of(one.path)
+            settings["decontamination"]["sets"][number].pop("path")
+    deciding = ("sources", "near_duplicates", "decontamination", "shard_size")
+    ask = config.annotation.ask if config.annotation else None
+    annotator = None if config.annotation is None else "rules" if ask is None else ask.endpoint.model
+    return MadeFrom(inputs, {**{name: settings[name] for name in deciding}, "annotator": annotator})
+
+
+def _forget(output: Path) -> None:
+    """Remove what was made from other sources or settings; replies of an annotator are kept by their questions."""
+    (output / BEGUN_FILE).unlink(missing_ok=True)
+    for name in (PROBLEMS, ROLLOUTS):
+        open_for(output / name, NOTHING, 0)
+    if (output / CANDIDATES).is_dir():
+        shutil.rmtree(output / CANDIDATES)
+
+
+def _prepare(config: PrepareConfig, made_from: MadeFrom) -> None:
     output = config.run.output
     permutations = config.near_duplicates.permutations if config.near_duplicates else 0
     evaluation = read_index(config.decontamination) if config.decontamination else None
@@ -94,18 +128,16 @@ def _prepare(config: PrepareConfig) -> None:
         _facts(directories, permutations, output / CANDIDATES / SIGNATURES), config.near_duplicates
     )
     labels = Annotations(directories, duplicates)
-    inputs = [Path(source.path) for source in config.sources if Path(source.path).is_file()]
-    _write_problems(config, directories, duplicates, labels, counts)
+    _write_problems(config, directories, duplicates, labels, counts, made_from)
     if counts["trajectories"]:
         rollouts = Counter[str]()
-        _write_shards(
-            output / ROLLOUTS, "rollouts", config.shard_size, _rollouts(directories, duplicates, labels, rollouts)
-        )
-        finish(output / ROLLOUTS, kind="rollouts", config=to_dict(config), inputs=inputs, counts=rollouts)
+        rows = _rollouts(directories, duplicates, labels, rollouts)
+        _write_shards(output / ROLLOUTS, "rollouts", config.shard_size, rows, made_from)
+        finish(output / ROLLOUTS, kind="rollouts", **made_from.to_json(), counts=rollouts)
         counts.update(rollouts)
     _write_drops(config, directories, duplicates)
     # The problems are finished last: with them the whole stage is.
-    finish(output / PROBLEMS, kind="problems", config=to_dict(config), inputs=inputs, counts=counts)
+    finish(output / PROBLEMS, kind="problems", **made_from.to_json(), counts=counts)
 
 
 def _facts(directories: list[Path], permutations: int, signatures_path: Path) -> Facts:
@@ -151,6 +183,7 @@ def _write_problems(
     duplicates: Duplicates,
     labels: Annotations,
     counts: Counter[str],
+    made_from: MadeFrom,
 ) -> None:
     """The kept candidates as problems, annotated shard by shard; `labels` and `counts` take what comes of it."""
     directory = config.run.output / PROBLEMS
@@ -172,10 +205,10 @@ def _write_problems(
             part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
             indices.append(index)
             if len(part) == config.shard_size:
-                counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+                counts.update(_finish_shard(directory, shard, part, indices, annotate, labels, made_from))
                 part, indices, shard = [], [], shard + 1
         if part:
-            counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+            counts.update(_finish_shard(directory, shard, part, indices, annotate, labels, made_from))
         counts.update(annotate.facts())
 
 
@@ -186,11 +219,12 @@ def _finish_shard(
     indices: list[int],
     annotate: Annotator,
     labels: Annotations,
+    made_from: MadeFrom,
 ) -> Counter[str]:
     """Annotate and write a shard of problems, or take what an earlier run wrote; counts of its labels."""
-    if not shard_is_complete(directory, shard):
+    if not shard_is_complete(directory, shard, made_from):
         annotate.fill(rows)
-        write_shard(directory, shard, rows_to_table(rows, "problems"), kind="problems")
+        write_shard(directory, shard, rows_to_table(rows, "problems"), kind="problems", made_from=made_from)
     else:
         rows = read_shard(directory, shard, ["domain", "difficulty", "metadata"]).to_pylist()
     for index, row in zip(indices, rows, strict=True):
@@ -244,19 +278,21 @@ def _rollouts(
             }
 
 
-def _write_shards(directory: Path, kind: Kind, size: int, rows: Iterable[dict[str, Any]]) -> None:
+def _write_shards(
+    directory: Path, kind: Kind, size: int, rows: Iterable[dict[str, Any]], made_from: MadeFrom
+) -> None:
     """Rows into shards of at most `size` rows and `ROLLOUT_SHARD_CHARS` characters of responses."""
     part: list[dict[str, Any]] = []
     chars = shard = 0
     for row in track(rows, title=kind, unit="row"):
         if part and (len(part) == size or chars + len(row["response"]) > ROLLOUT_SHARD_CHARS):
-            if not shard_is_complete(directory, shard):
-                write_shard(directory, shard, rows_to_table(part, kind), kind=kind)
+            if not shard_is_complete(directory, shard, made_from):
+                write_shard(directory, shard, rows_to_table(part, kind), kind=kind, made_from=made_from)
             part, chars, shard = [], 0, shard + 1
         part.append(row)
         chars += len(row["response"])
-    if part and not shard_is_complete(directory, shard):
-        write_shard(directory, shard, rows_to_table(part, kind), kind=kind)
+    if part and not shard_is_complete(directory, shard, made_from):
+        write_shard(directory, shard, rows_to_table(part, kind), kind=kind, made_from=made_from)
 
 
 def _write_drops(config: PrepareConfig, directories: list[Path], duplicates: Duplicates) -> None:

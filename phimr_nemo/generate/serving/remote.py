@@ -21,10 +21,11 @@ from phimr_nemo.config import EndpointEngine
 from phimr_nemo.endpoint import ChatReply, ChatRequest, EndpointClient, Journal, RequestFailed, read_journal
 from phimr_nemo.endpoint.ask import cents
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
+from phimr_nemo.generate.plan import Plan, Planned, rollout_counts
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.progress import Progress
+from phimr_nemo.store.provenance import MadeFrom, begin
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 
 MIN_FAILURES_IN_A_ROW: Final = 16
@@ -40,7 +41,7 @@ def request_rollouts(
     out_dir: Path,
     *,
     shard_indices: Sequence[int],
-    inputs: Sequence[Path] = (),
+    inputs: Mapping[str, str],
 ) -> bool:
     """Ask an endpoint for the rollouts of some shards.
 
@@ -50,7 +51,7 @@ def request_rollouts(
         params: how tokens are drawn.
         out_dir: the record directory; finished shards and journaled responses in it are kept.
         shard_indices: make only these shards.
-        inputs: what the problems were read from, for the manifest.
+        inputs: what the problems were read from, by content.
 
     Returns:
         Whether all shards are there; the manifest, with the account of tokens and costs, is then written.
@@ -59,25 +60,22 @@ def request_rollouts(
         UserError: bad settings, the directory was begun with others, the endpoint refuses the key, the model or
             everything, or requests failed for good (they are counted by reason).
     """
-    settings = {
-        **plan.settings,
-        "params": asdict(params),
-        "system": engine.system,
-        "extra_body": dict(engine.endpoint.extra_body),
-    }
-    keep_settings(out_dir, settings)
+    made_from = plan.made_from(
+        inputs, params=asdict(params), system=engine.system, extra_body=dict(engine.endpoint.extra_body)
+    )
+    begin(out_dir, made_from)
     if is_complete(out_dir, "rollouts"):
         return True
     for index in shard_indices:
-        if shard_is_complete(out_dir, index):
+        if shard_is_complete(out_dir, index, made_from):
             _journal_path(out_dir, index).unlink(missing_ok=True)  # killed between the two
-    unfinished = [index for index in shard_indices if not shard_is_complete(out_dir, index)]
+    unfinished = [index for index in shard_indices if not shard_is_complete(out_dir, index, made_from)]
     if unfinished:
         done = sum(plan.count(index) for index in shard_indices) - sum(plan.count(index) for index in unfinished)
-        asyncio.run(_Generation(plan, engine, params, out_dir).run(unfinished, done))
-    if not all(shard_is_complete(out_dir, index) for index in plan.shards):
+        asyncio.run(_Generation(plan, engine, params, out_dir, made_from).run(unfinished, done))
+    if not all(shard_is_complete(out_dir, index, made_from) for index in plan.shards):
         return False
-    finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=_counts(out_dir, plan, engine))
+    finish(out_dir, kind="rollouts", **made_from.to_json(), counts=_counts(out_dir, plan, engine))
     return True
 
 
@@ -107,8 +105,8 @@ def _counts(out_dir: Path, plan: Plan, engine: EndpointEngine) -> dict[str, int]
 class _Shard:
     """A shard under way: what is planned, its journal, and what is still missing."""
 
-    def __init__(self, plan: Plan, out_dir: Path, index: int) -> None:
-        self.index, self.teacher, self.out_dir = index, plan.teacher, out_dir
+    def __init__(self, plan: Plan, out_dir: Path, index: int, made_from: MadeFrom) -> None:
+        self.index, self.teacher, self.out_dir, self.made_from = index, plan.teacher, out_dir, made_from
         self.planned = plan.shard(index)
         path = _journal_path(out_dir, index)
         have = {record["id"] for record in read_journal(path)}
@@ -153,7 +151,7 @@ class _Shard:
         records = {record["id"]: record for record in read_journal(_journal_path(self.out_dir, self.index))}
         table = rows_to_table(self._rows(records), "rollouts")
         write_json(_usage_path(self.out_dir, self.index), self._usage(list(records.values())))
-        write_shard(self.out_dir, self.index, table, kind="rollouts")
+        write_shard(self.out_dir, self.index, table, kind="rollouts", made_from=self.made_from)
         _journal_path(self.out_dir, self.index).unlink()
         if not self.failures:
             _failures_path(self.out_dir, self.index).unlink(missing_ok=True)
@@ -184,8 +182,11 @@ class _Shard:
 class _Generation:
     """One process's share of the shards, with `concurrency` requests under way."""
 
-    def __init__(self, plan: Plan, engine: EndpointEngine, params: SamplingParams, out_dir: Path) -> None:
+    def __init__(
+        self, plan: Plan, engine: EndpointEngine, params: SamplingParams, out_dir: Path, made_from: MadeFrom
+    ) -> None:
         self._plan, self._engine, self._params, self._out_dir = plan, engine, params, out_dir
+        self._made_from = made_from
         self._open: dict[int, _Shard] = {}
         self._unwritten = set[int]()
         self._failed: Counter[str] = Counter()
@@ -222,7 +223,7 @@ class _Generation:
     def _items(self, indices: Sequence[int], bar: Progress) -> Iterator[tuple[_Shard, Planned]]:
         """What is missing, shard by shard; a shard is opened when its turn comes."""
         for index in indices:
-            shard = _Shard(self._plan, self._out_dir, index)
+            shard = _Shard(self._plan, self._out_dir, index, self._made_from)
             bar.found_done(len(shard.planned) - shard.left)
             if not shard.left:
                 self._close(shard)
