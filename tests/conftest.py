@@ -53,6 +53,15 @@ def vllm_python() -> Path:
 
 
 @pytest.fixture(scope="session")
+def bridge_python() -> Path:
+    """The interpreter of the environment that has Megatron-Bridge and TRL (`make setup-bridge`)."""
+    interpreter = REPOSITORY / ".venv-bridge" / "bin" / "python"
+    if not interpreter.is_file():
+        pytest.skip("Megatron-Bridge's environment is absent (make setup-bridge; Linux and Python 3.11 or 3.12)")
+    return interpreter
+
+
+@pytest.fixture(scope="session")
 def vllm_variables() -> dict[str, str]:
     """The environment of a process that runs `vllm_python`: offline, small, one thread, nothing compiled."""
     return {

@@ -10,6 +10,7 @@ from megatron.core import dist_checkpointing
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
+from phimr_nemo.model.files.fp8state import read_safely
 from phimr_nemo.model.files.plaindata import only_plain_data
 from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.guard import BatchGuard
@@ -65,6 +66,8 @@ class TrainerCheckpoints:
             saved = dist_checkpointing.load_common_state_dict(str(weights))["identity"]
             self._check_identity(str(path), saved)
             state = dist_checkpointing.load(self._policy.sharded_state_dict(is_loading=True), str(weights))
+        # The alignment stages compute without FP8.
+        read_safely(state, fp8=False, checkpoint=path)
         self._policy.load_state_dict(state)
         self._guard.load_state_dict(state["guard"])
         return dict(state["trainer"])

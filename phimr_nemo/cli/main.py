@@ -133,10 +133,14 @@ def export(
     public: Annotated[bool, typer.Option(help="A repository that the upload makes is public.")] = False,
 ) -> None:
     """Write the release, unless that was done before, and upload it if asked to."""
-    from phimr_nemo.report.hub import check_hub, push
+    from phimr_nemo.config import STAGES, load_config
+    from phimr_nemo.report.export import front_matter
+    from phimr_nemo.report.hub import check_card, check_hub, push
 
     if push_to_hub is not None and not dry_run:
         check_hub(push_to_hub)
+        settings = load_config(STAGES["export"], config or Path("conf/export/paper.yaml"), overrides or [])
+        check_card(front_matter(settings) + "\n", push_to_hub)
     resolved = _run_stage("export", overrides, config, dry_run)
     if push_to_hub is not None and not dry_run:
         with stoppable("the upload"):

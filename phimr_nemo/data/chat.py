@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, open_tokenizer
 from phimr_nemo.errors import UserError
-from phimr_nemo.imports import lean_imports
 from phimr_nemo.store.inputs import model_remedy
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ ASSISTANT: Final = "<|assistant|>"
 END: Final = "<|end|>"
 SPECIAL_TOKENS: Final = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
 
-TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 """Where newer releases of transformers keep the template; it takes precedence."""
 REASONING_SYSTEM_PROMPT: Final = "Your name is Phi, an AI math expert developed by Microsoft."
@@ -93,25 +92,37 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory, from local files and without remote code.
 
     Raises:
-        UserError: no tokenizer.json there, or the Phi chat tokens or a chat template are missing.
+        UserError: no tokenizer.json there, one that cannot be read, or the Phi chat tokens or a chat template are
+            missing.
     """
-    with lean_imports():
-        from transformers import AutoTokenizer
-
-    if not (directory / "tokenizer.json").is_file():
+    tokenizer = load_tokens(directory)
+    if not tokenizer.chat_template:
         raise UserError(
-            f"{directory} holds no tokenizer.json",
+            f"the tokenizer in {directory} lacks a chat template",
+            rule="a model is asked through the chat template of its tokenizer",
+            remedy=f"`phimr adopt {directory} TARGET` makes a copy with the reasoning template",
+        )
+    return tokenizer
+
+
+def load_tokens(directory: Path) -> PreTrainedTokenizerBase:
+    """As :func:`load_tokenizer`, of a directory that need not have a chat template yet.
+
+    Raises:
+        UserError: no tokenizer.json there, one that cannot be read, or the Phi chat tokens are missing.
+    """
+    if not (directory / TOKENIZER_FILE).is_file():
+        raise UserError(
+            f"{directory} holds no {TOKENIZER_FILE}",
             rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
             remedy=model_remedy(directory),
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False, use_fast=True
-    )
+    tokenizer = open_tokenizer(directory)
     missing = sorted(set(SPECIAL_TOKENS) - set(tokenizer.get_added_vocab()))
-    if missing or not tokenizer.chat_template:
+    if missing:
         raise UserError(
-            f"the tokenizer in {directory} lacks {missing or 'a chat template'}",
-            rule=f"a Phi tokenizer has the added tokens {list(SPECIAL_TOKENS)} and a chat template",
+            f"the tokenizer in {directory} lacks {missing}",
+            rule=f"a Phi tokenizer has the added tokens {list(SPECIAL_TOKENS)}",
             remedy="give a Phi-family model's directory, or build a tokenizer with this project",
         )
     return tokenizer

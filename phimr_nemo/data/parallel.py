@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
-from phimr_nemo.process.children import start_pool_worker
+from phimr_nemo.process.children import start_pool_worker, unheard_by_children
 from phimr_nemo.store.progress import track
 
 Item = TypeVar("Item")
@@ -37,7 +38,9 @@ def in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=start_pool_worker) as pool:
         try:
-            return list(track(pool.map(function, items), title=title, unit="shard", total=len(items)))
+            with unheard_by_children([signal.SIGINT]):
+                results = pool.map(function, items)
+            return list(track(results, title=title, unit="shard", total=len(items)))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from phimr_nemo.errors import EXIT_DONE, EXIT_USER
+from phimr_nemo.verify.workers.confine import UNCONFINED, Confinement, confinement
 
 Status = Literal["ok", "differs", "missing"]
 
@@ -139,6 +140,7 @@ class Machine:
         disk_gib: free space of the working directory's disk.
         memory_gib: memory that is available now; None when it cannot be told.
         cores: CPU cores this process may use.
+        confinement: what holds a grading worker.
     """
 
     python: tuple[int, int, int]
@@ -149,6 +151,7 @@ class Machine:
     disk_gib: float
     memory_gib: float | None
     cores: int
+    confinement: Confinement
 
 
 def diagnose() -> list[Finding]:
@@ -168,6 +171,7 @@ def inspect_machine() -> Machine:
         disk_gib=shutil.disk_usage(Path.cwd()).free / GIB,
         memory_gib=_available_memory(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        confinement=confinement(),
     )
 
 
@@ -234,6 +238,7 @@ def judge(machine: Machine) -> list[Finding]:
         _judge_amount(
             "CPU cores", machine.cores, MIN_CORES, "cores", "the quickstart takes longer than the README says"
         ),
+        _judge_confinement(machine.confinement),
     ]
 
 
@@ -294,6 +299,14 @@ def _judge_amount(name: str, found: float | None, needed: float, unit: str, cons
     enough = found >= needed
     shown = f"{found:.1f}" if isinstance(found, float) else str(found)
     return Finding(name, f"{shown} {unit}", wanted, "ok" if enough else "differs", "" if enough else consequence)
+
+
+def _judge_confinement(found: Confinement) -> Finding:
+    confined = found == "seccomp"
+    shown = "by the kernel (seccomp)" if confined else "by Python alone (audit hooks)"
+    return Finding(
+        "grader confined", shown, "seccomp", "ok" if confined else "differs", "" if confined else UNCONFINED
+    )
 
 
 def exit_code(findings: Sequence[Finding]) -> int:

@@ -23,7 +23,14 @@ from phimr_nemo.jobs.node import run_workers
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.process.children import follow_parent
 from phimr_nemo.process.stopping import KEPT, stoppable
-from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
+from phimr_nemo.store.atomic import (
+    NO_SPACE,
+    atomic_write_text,
+    explain_os_errors,
+    keep_others_from_writing,
+    remove_left_overs,
+)
+from phimr_nemo.store.claims import WHOLE, claimed
 from phimr_nemo.store.provenance import MADE_FROM
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 
@@ -77,9 +84,11 @@ def run_stage(stage: str, config: Any) -> None:
             _say_finished(stage, run, config)
         return
     with contextlib.ExitStack() as claim:
-        if first_rank and _works_alone(config):
+        if first_rank:
             with explain_os_errors(run.path):
-                claim.enter_context(run.claimed())
+                claim.enter_context(claimed(run.path, _share(config)))
+                for directory in (run.path, *filter(Path.is_dir, run.path.iterdir())):
+                    remove_left_overs(directory)
         _run_claimed(stage, config, run, first_rank=first_rank)
 
 
@@ -93,12 +102,10 @@ def _say_finished(stage: str, run: RunDirectory, config: Any) -> None:
     print(finished_line(stage, run, config), flush=True)
 
 
-def _works_alone(config: Any) -> bool:
-    """Whether two processes in one output would harm each other: shards are written whole, whoever writes them.
-
-    Slurm starts one job of a name at a time; a lock that a lost node has left behind must not stop the next one.
-    """
-    return not hasattr(config, "shard") and "SLURM_JOB_ID" not in os.environ
+def _share(config: Any) -> tuple[int, int]:
+    """Which part of the output this process makes: tasks of an array share one."""
+    shard = getattr(config, "shard", None)
+    return WHOLE if shard is None else (shard.index, shard.count)
 
 
 def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool) -> None:
@@ -208,7 +215,8 @@ def launch(stage: str, config: Any) -> None:
     check_same_settings(run, config)
     resolved = run.path / CONFIG_FILE
     is_new = not resolved.is_file()
-    atomic_write_text(resolved, to_yaml(config))
+    with explain_os_errors(run.path), claimed(run.path):
+        atomic_write_text(resolved, to_yaml(config))
     try:
         _launch_ranks(stage, resolved, parallel.world_size)
     except Preempted as stopped:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Final
 
-from phimr_nemo.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG, load_tokenizer, reasoning_template
+from phimr_nemo.data.chat import TEMPLATE_FILE, load_tokens, reasoning_template
+from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, read_settings
 from phimr_nemo.errors import UserError
+from phimr_nemo.model.files.companions import tokenizer_settings
 from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
+
+DEFAULT: Final = "default"
+"""The one of several named templates that is used unless another one is asked for."""
 
 
 def adopt(source: Path, target: Path, *, system_prompt: str) -> None:
@@ -26,18 +32,26 @@ def adopt(source: Path, target: Path, *, system_prompt: str) -> None:
     """
     template = reasoning_template(system_prompt)
     model = HFDirectory(source)
-    file = source / TOKENIZER_CONFIG
-    try:
-        settings = json.loads(file.read_text("utf-8"))
-        settings["chat_template"] = template
-    except (OSError, ValueError, TypeError) as error:
+    settings = read_settings(source)
+    if not settings:
         raise UserError(
-            f"{file}: {error}",
-            rule="a tokenizer says how it is used in tokenizer_config.json",
+            f"{source} has no {TOKENIZER_CONFIG}",
+            rule=f"a tokenizer says how it is used in {TOKENIZER_CONFIG}",
             remedy="copy or download the model again",
-        ) from error
-    load_tokenizer(source)
+        )
+    load_tokens(source)
+    settings = tokenizer_settings(settings, model.architecture) | {
+        "chat_template": _with_default(settings.get("chat_template"), template)
+    }
     changed = {TOKENIZER_CONFIG: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
     if (source / TEMPLATE_FILE).is_file():
         changed[TEMPLATE_FILE] = template
     copy_hf_directory(target, model, tokenizer_from=source, extra_files=changed)
+
+
+def _with_default(stated: Any, template: str) -> Any:
+    """The template in place of the one that was used so far; others have names, and stay."""
+    if not isinstance(stated, list):
+        return template
+    others = [one for one in stated if not (isinstance(one, dict) and one.get("name") == DEFAULT)]
+    return [{"name": DEFAULT, "template": template}, *others]

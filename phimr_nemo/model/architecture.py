@@ -17,27 +17,14 @@ from typing import Any, Final
 from phimr_nemo.config import locate
 from phimr_nemo.config.tiny import shape_fault
 from phimr_nemo.errors import UserError
-from phimr_nemo.store.inputs import model_remedy
+from phimr_nemo.model.fields import positive, truth, unsupported, whole
+from phimr_nemo.model.rotary import DEFAULT_CONTEXT, attention_factor, read_rotary
+from phimr_nemo.store.inputs import download_remedy, model_remedy
 
 MODEL_TYPE: Final = "phi3"
 HF_CLASS: Final = "Phi3ForCausalLM"
 CONFIG_FILE: Final = "config.json"
 
-# "su" is the name that the first Phi-3-128k configs used for what became "longrope".
-_LONGROPE_NAMES: Final = frozenset({"longrope", "su"})
-_KNOWN_SCALING_KEYS: Final = frozenset(
-    {
-        "type",
-        "rope_type",
-        "short_factor",
-        "long_factor",
-        "factor",
-        "attention_factor",
-        "rope_theta",
-        "partial_rotary_factor",
-        "original_max_position_embeddings",
-    }
-)
 # Present in the config, these must have the value that the Megatron model implements.
 _REQUIRED_VALUES: Final[Mapping[str, Any]] = {
     "hidden_act": "silu",
@@ -48,8 +35,8 @@ _REQUIRED_VALUES: Final[Mapping[str, Any]] = {
     "embd_pdrop": 0.0,
     "resid_pdrop": 0.0,
 }
-_ATTENTION_FACTOR_TOLERANCE: Final = 1e-6
-_DEFAULT_CONTEXT: Final = 4096
+# transformers' for what a config does not state. A stated null is another matter: no such token.
+_DEFAULT_IDS: Final[Mapping[str, int]] = {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
 
 
 @dataclass(frozen=True)
@@ -61,6 +48,7 @@ class Architecture:
         original_max_position_embeddings: length (tokens) up to which the short factors were trained.
         short_factor, long_factor: LongRoPE divisors of the inverse frequencies, one per rotated pair; None
             for plain rotary embeddings.
+        bos_token_id: None for a model whose texts begin with no token of their own.
         sliding_window: attention span in tokens; None or anything from the run's length on is full attention.
     """
 
@@ -79,7 +67,7 @@ class Architecture:
     short_factor: tuple[float, ...] | None
     long_factor: tuple[float, ...] | None
     sliding_window: int | None
-    bos_token_id: int
+    bos_token_id: int | None
     eos_token_id: int
     pad_token_id: int
     initializer_range: float
@@ -135,10 +123,9 @@ class Architecture:
 
         sqrt(1 + ln(max / original) / ln(original)), 1.190238 for Phi-4-mini.
         """
-        scale = self.max_position_embeddings / self.original_max_position_embeddings
-        if self.long_factor is None or scale <= 1.0:
+        if self.long_factor is None:
             return 1.0
-        return math.sqrt(1.0 + math.log(scale) / math.log(self.original_max_position_embeddings))
+        return attention_factor(self.max_position_embeddings, self.original_max_position_embeddings)
 
     @property
     def num_parameters(self) -> int:
@@ -158,35 +145,37 @@ class Architecture:
             UserError: another model family, or a feature that this model does not have.
         """
         _check_family(config)
-        scaling = _rope_scaling(config)
-        rotary: dict[str, Any] = {**config, **{k: v for k, v in scaling.items() if v is not None}}
-        heads = _required(config, "num_attention_heads")
-        context = int(config.get("max_position_embeddings") or _DEFAULT_CONTEXT)
+        context = whole(config, "max_position_embeddings", DEFAULT_CONTEXT)
+        heads = whole(config, "num_attention_heads")
+        vocabulary = whole(config, "vocab_size")
+        end = _token_id(config, "eos_token_id", vocabulary)
+        if end is None:
+            raise unsupported(
+                f"eos_token_id = {config.get('eos_token_id')!r}",
+                "eos_token_id says which token ends a text",
+                "write the id of the tokenizer's end-of-text token there (199999 for Phi-4-mini)",
+            )
+        pad = _token_id(config, "pad_token_id", vocabulary)
+        rotary = read_rotary(config, context)
         architecture = cls(
-            vocab_size=_required(config, "vocab_size"),
-            hidden_size=_required(config, "hidden_size"),
-            intermediate_size=_required(config, "intermediate_size"),
-            num_hidden_layers=_required(config, "num_hidden_layers"),
+            vocab_size=vocabulary,
+            hidden_size=whole(config, "hidden_size"),
+            intermediate_size=whole(config, "intermediate_size"),
+            num_hidden_layers=whole(config, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            partial_rotary_factor=float(rotary.get("partial_rotary_factor") or 1.0),
-            rope_theta=float(rotary.get("rope_theta") or 10000.0),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            num_key_value_heads=whole(config, "num_key_value_heads", heads),
+            rms_norm_eps=positive(config, "rms_norm_eps", 1e-5),
+            tie_word_embeddings=truth(config, "tie_word_embeddings", False),
             max_position_embeddings=context,
-            # transformers' default for Phi3 when the field is absent.
-            original_max_position_embeddings=int(rotary.get("original_max_position_embeddings") or _DEFAULT_CONTEXT),
-            short_factor=_factors(scaling, "short_factor"),
-            long_factor=_factors(scaling, "long_factor"),
-            sliding_window=config.get("sliding_window"),
-            bos_token_id=_token_id(config, "bos_token_id", None),
-            eos_token_id=_token_id(config, "eos_token_id", None),
-            pad_token_id=_token_id(config, "pad_token_id", "eos_token_id"),
-            initializer_range=float(config.get("initializer_range", 0.02)),
+            sliding_window=_window(config),
+            bos_token_id=_token_id(config, "bos_token_id", vocabulary),
+            eos_token_id=end,
+            pad_token_id=end if pad is None else pad,
+            initializer_range=positive(config, "initializer_range", 0.02),
+            **vars(rotary),
         )
-        _check_attention_factor(architecture, scaling)
         if config.get("head_dim") not in (None, architecture.head_dim):
-            raise _unsupported(f"head_dim = {config['head_dim']}", f"hidden_size / heads = {architecture.head_dim}")
+            raise unsupported(f"head_dim = {config['head_dim']}", f"hidden_size / heads = {architecture.head_dim}")
         return architecture
 
     @classmethod
@@ -209,18 +198,18 @@ class Architecture:
             raise UserError(
                 f"{file} is not JSON: {error}",
                 rule="config.json is one JSON object",
-                remedy="copy or download the file again",
+                remedy=download_remedy(file),
             ) from error
         if not isinstance(config, dict):
             raise UserError(
                 f"{file} holds a {type(config).__name__}",
                 rule="config.json is one JSON object",
-                remedy="copy or download the file again",
+                remedy=download_remedy(file),
             )
         try:
             return cls.from_hf_config(config)
         except (TypeError, ValueError, ArithmeticError) as error:
-            raise _unsupported(
+            raise unsupported(
                 f"{file} holds a value of the wrong kind: {error}", "numbers stand for numbers"
             ) from error
 
@@ -238,7 +227,7 @@ class Architecture:
         names = {field.name for field in fields(cls)}
         merged = {**values, **filled}
         unknown, missing = sorted(merged.keys() - names), sorted(names - merged.keys())
-        optional = {"short_factor", "long_factor", "sliding_window"}
+        optional = {"short_factor", "long_factor", "sliding_window", "bos_token_id"}
         empty = sorted(name for name in names - optional if name in merged and merged[name] is None)
         if unknown or missing or empty:
             raise UserError(
@@ -282,77 +271,34 @@ def _impossible(found: str, rule: str) -> UserError:
     return UserError(f"impossible architecture: {found}", rule=rule, remedy="correct the model's config or preset")
 
 
-def _unsupported(found: str, rule: str) -> UserError:
-    return UserError(
-        f"model config with {found}",
-        rule=rule,
-        remedy="use a Phi3-family model: Phi-4-mini, Phi-4-mini-reasoning, Phi-3-mini, Phi-3.5-mini",
-    )
-
-
 def _check_family(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != MODEL_TYPE:
-        raise _unsupported(f"model_type = {config.get('model_type')!r}", f"model_type is {MODEL_TYPE!r}")
+        raise unsupported(f"model_type = {config.get('model_type')!r}", f"model_type is {MODEL_TYPE!r}")
     classes = config.get("architectures")
     if classes and HF_CLASS not in classes:
-        raise _unsupported(f"architectures = {classes}", f"architectures holds {HF_CLASS!r}")
+        raise unsupported(f"architectures = {classes}", f"architectures holds {HF_CLASS!r}")
     for name, value in _REQUIRED_VALUES.items():
         if config.get(name, value) not in (value, None):
-            raise _unsupported(f"{name} = {config[name]!r}", f"{name} is {value!r}")
+            raise unsupported(f"{name} = {config[name]!r}", f"{name} is {value!r}")
 
 
-def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of either transformers generation as one dictionary ({} for plain rotary)."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise _unsupported(f"rope_scaling = {scaling!r}", "a dictionary or null")
-    unknown = sorted(scaling.keys() - _KNOWN_SCALING_KEYS)
-    if unknown:
-        raise _unsupported(f"unknown rotary settings {unknown}", f"rope_scaling holds {sorted(_KNOWN_SCALING_KEYS)}")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return {k: v for k, v in scaling.items() if k not in ("short_factor", "long_factor")}
-    if kind not in _LONGROPE_NAMES:
-        raise _unsupported(f"rope_scaling type {kind!r}", "type is 'longrope' or absent")
-    return dict(scaling)
-
-
-def _factors(scaling: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
-    values = scaling.get(name)
-    if values is None:
-        return None
-    if not isinstance(values, list) or not all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
-    ):
-        raise _unsupported(f"{name} = {values!r}", f"{name} is a list of numbers")
-    return tuple(float(value) for value in values)
-
-
-def _check_attention_factor(architecture: Architecture, scaling: Mapping[str, Any]) -> None:
-    stated = scaling.get("attention_factor")
-    if stated is None:
-        return
-    if abs(float(stated) - architecture.attention_factor) > _ATTENTION_FACTOR_TOLERANCE:
-        raise _unsupported(
-            f"attention_factor = {stated}",
-            f"sqrt(1 + ln(max / original) / ln(original)) = {architecture.attention_factor:.6f}",
-        )
-
-
-def _required(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if value is None:
-        raise _unsupported(f"no {name}", f"config.json states {name}")
-    return int(value)
-
-
-def _token_id(config: Mapping[str, Any], name: str, fallback: str | None) -> int:
-    value = config.get(name)
-    if value is None and fallback is not None:
-        value = config.get(fallback)
+def _token_id(config: Mapping[str, Any], name: str, vocabulary: int) -> int | None:
+    """A token's id; None where the config says that there is none, or where transformers' default is beyond it."""
+    if name not in config:
+        default = _DEFAULT_IDS[name]
+        return default if default < vocabulary else None
+    value = config[name]
     # config.json may list several end tokens; the list's full form belongs in generation_config.json.
-    if isinstance(value, list) and value:
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _unsupported(f"{name} = {value!r}", f"{name} is a token id")
-    return value
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+        raise unsupported(f"{name} = {value!r}", f"{name} is a token id", f"write {name} as a whole number")
+    return ids[0] if ids else None
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    if config.get("sliding_window") is None:
+        return None
+    window = whole(config, "sliding_window")
+    if window < 1:
+        raise unsupported(f"sliding_window = {window}", "a span in tokens, or null", "write null for full attention")
+    return window

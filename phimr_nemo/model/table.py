@@ -83,6 +83,7 @@ HEAD_RULE: Final = TensorRule(HEAD, ("output_layer.weight",), "rows")
 # On the last pipeline stage of a tied model the output layer is a second copy of the embedding.
 TIED_HEAD_RULE: Final = TensorRule(EMBEDDING, HEAD_RULE.megatron, "rows")
 
+_DERIVED: Final = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 _LAYER_NUMBER: Final = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
 
 
@@ -143,6 +144,11 @@ def checkpoint_tensors(arch: Architecture) -> Iterator[Placement]:
     yield _placement(NORM_RULE, arch, 0)
     if not arch.tie_word_embeddings:
         yield _placement(HEAD_RULE, arch, 0)
+
+
+def is_derived(name: str) -> bool:
+    """Whether a checkpoint's tensor follows from config.json: early releases of transformers saved rotary angles."""
+    return _DERIVED.fullmatch(name) is not None
 
 
 def saved_tensors(arch: Architecture) -> Iterator[SavedTensor]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Final
 
@@ -46,6 +46,23 @@ def follow_parent(number: signal.Signals = STOP) -> None:
     """Ask in this process, which is running already, for the signal when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(number))
+
+
+@contextlib.contextmanager
+def unheard_by_children(numbers: Collection[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    """Start a child inside: from its first instruction on it does not hear these signals, for this process does.
+
+    A terminal's Ctrl-C and a scheduler's signals reach every process of a job, and one that is still starting has no
+    handlers: it would die of what its parent answers in order. This process is told as ever.
+
+    Args:
+        numbers: signals that the children block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_pool_worker() -> None:

@@ -1,8 +1,8 @@
 """How a process is told to stop: the first signal ends it in order, a second Ctrl-C at once.
 
 SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (a scheduler) and SIGHUP (a terminal that is closed) mean the same. Where nothing
-would be lost a signal raises KeyboardInterrupt; inside :func:`deferred` it is remembered, and the trainer asks
-:func:`told` after every step. A signal belongs to the whole process, hence the module's one state.
+would be lost a signal raises an Interruption, a KeyboardInterrupt; inside :func:`deferred` it is remembered, and the
+trainer asks :func:`told` after every step. A signal belongs to the whole process, hence the module's one state.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ KEPT: Final = "\n  kept: "
 """Before what is on the disk, in a message."""
 
 
+class Interruption(KeyboardInterrupt):
+    """A stop signal. Not its base class itself: Python ends with SIGINT's code, whatever code it was given, once a
+    plain KeyboardInterrupt has passed through `exec` of a text, as dataclasses and named tuples are made.
+    """
+
+
 @dataclass
 class _State:
     """What this process was told.
@@ -32,7 +38,7 @@ class _State:
     Attributes:
         process: id; a forked child has the state and the handlers, but is not the one that was told.
         told: whether a signal has come.
-        interrupted: whether it was raised as KeyboardInterrupt.
+        interrupted: whether it was raised as an Interruption.
         deferrals: contexts of :func:`deferred` that are open.
         kept: says what is kept when the process ends at once.
         previous: handlers outside :func:`listening`.
@@ -98,7 +104,7 @@ def deferred() -> Iterator[None]:
     with listening():
         if _state.told:
             # A library may have swallowed the first one.
-            raise KeyboardInterrupt
+            raise Interruption
         _state.deferrals += 1
         try:
             yield
@@ -143,7 +149,7 @@ def _handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         _say("\nstopping: this step is finished and saved; Ctrl-C again stops at once\n")
         return
     _state.interrupted = True
-    raise KeyboardInterrupt
+    raise Interruption
 
 
 def _in_a_forked_child(number: int) -> None:

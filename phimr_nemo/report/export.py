@@ -20,6 +20,7 @@ from phimr_nemo.model.regime import NAMES, was_trained_long
 from phimr_nemo.report.collect import read_evaluation
 from phimr_nemo.report.scores import as_in_the_paper, reference_table
 from phimr_nemo.report.tables import Seeds, Table, markdown, score_table
+from phimr_nemo.store.inputs import is_hub_name
 from phimr_nemo.store.provenance import ABSENT, MADE_FROM, content_of, read_made_from
 from phimr_nemo.store.runs import CONFIG_FILE, RESULTS_FILE, RUN_FILE, RunDirectory
 
@@ -57,15 +58,8 @@ def model_card(config: ExportConfig, architecture: Architecture, origin: Origin)
     Raises:
         UserError: a stage or an evaluation has not finished.
     """
-    metadata = {
-        "license": config.licence,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": config.base_model,
-        "tags": ["math", "reasoning", "phi3"],
-    }
     parts = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        front_matter(config),
         f"# {config.run.output.name}",
         f"A model of {architecture.num_parameters:,} parameters in the architecture of Phi-4-mini "
         f"(`Phi3ForCausalLM`), trained from {config.base_model} with the Phi-4-Mini-Reasoning recipe "
@@ -82,6 +76,19 @@ def model_card(config: ExportConfig, architecture: Architecture, origin: Origin)
         check_evaluated(config)
         parts.append("## Measured\n\n" + _measured(config.evaluations))
     return "\n\n".join(parts) + "\n"
+
+
+def front_matter(config: ExportConfig) -> str:
+    """The card's metadata for the hub, between lines of dashes; a base is named there if it is one of the hub's."""
+    base = {"base_model": config.base_model} if is_hub_name(config.base_model) else {}
+    metadata = {
+        "license": config.licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **base,
+        "tags": ["math", "reasoning", "phi3"],
+    }
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"
 
 
 def _length(architecture: Architecture, origin: Origin) -> list[str]:

@@ -4,8 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from phimr_nemo.errors import UserError
+
+CARD_FILE: Final = "README.md"
+ANSWER_SECONDS: Final = 60.0
+FIRST_ERROR: Final = 400
+"""HTTP statuses from here on are errors."""
 
 
 def check_hub(repository: str) -> None:
@@ -35,8 +41,44 @@ def check_hub(repository: str) -> None:
         )
 
 
+def check_card(card: str, repository: str) -> None:
+    """Ask the hub whether it takes a model card; it refuses an upload whose metadata it does not know.
+
+    Args:
+        card: the text of README.md, or its metadata alone.
+        repository: where it is to go.
+
+    Raises:
+        UserError: it does not, or it cannot be reached.
+    """
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    try:
+        answer = get_session().post(
+            f"{ENDPOINT}/api/validate-yaml",
+            json={"content": card, "repoType": "model"},
+            headers=build_hf_headers(),
+            timeout=ANSWER_SECONDS,
+        )
+        messages = [str(error.get("message")) for error in answer.json().get("errors", ())]
+    except (OSError, ValueError, AttributeError) as error:
+        raise _refused(repository, type(error).__name__) from error
+    if messages:
+        raise UserError(
+            f"the hub refuses the model card: {'; '.join(messages)}",
+            rule="a card names licence and base model as the hub does",
+            remedy="set licence=mit (or another identifier of the hub) and base_model=OWNER/NAME; a release that was "
+            "made with other settings is made anew in another run.output",
+        )
+    if answer.status_code >= FIRST_ERROR:
+        raise _refused(repository, f"HTTP status {answer.status_code}")
+
+
 def push(directory: Path, repository: str, *, private: bool) -> str:
-    """Upload a release as one commit. Weights that an interrupted upload brought there are not sent again.
+    """Upload a release as one commit; until the hub takes its card nothing is made there.
+
+    Weights that an interrupted upload brought there are not sent again.
 
     Args:
         directory: what `phimr export` wrote.
@@ -47,12 +89,14 @@ def push(directory: Path, repository: str, *, private: bool) -> str:
         The address of the commit.
 
     Raises:
-        UserError: no token, an impossible name, the hub refuses or cannot be reached.
+        UserError: no token, an impossible name, a card that the hub does not take, the hub refuses or cannot be
+            reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     check_hub(repository)
+    check_card((directory / CARD_FILE).read_text("utf-8"), repository)
     api = HfApi()
     try:
         api.create_repo(repository, repo_type="model", private=private, exist_ok=True)

@@ -16,6 +16,8 @@ MODEL_FILE: Final = "config.json"
 RECORDS_FILE: Final = "manifest.json"
 MODEL: Final = "hf"
 SHOWN: Final = 3
+LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+"""How the small text begins that Git keeps in place of a large file."""
 DATA_SUFFIXES: Final = frozenset((".json", ".jsonl", ".ndjson", ".parquet", ".gz", ".zst", ".csv", ".tsv", ".txt"))
 DEEPEST: Final = 2
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -57,6 +59,24 @@ def model_remedy(path: Path) -> str:
         where = f"models/{name}"
         return f"a model of the hub is downloaded first: huggingface-cli download {path} --local-dir {where}"
     return "run the stage that makes it first, or correct the path"
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it names a repository of the hub, owner/name, and no directory of this machine."""
+    is_name = HUB_NAME.fullmatch(text) is not None and not any(twice in text for twice in ("--", ".."))
+    return is_name and not text.endswith((".", "-")) and not Path(text.partition("/")[0]).exists()
+
+
+def download_remedy(file: Path) -> str:
+    """What to do with a model's file whose content is not what its name says."""
+    try:
+        with file.open("rb") as opened:
+            is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        is_pointer = False
+    if is_pointer:
+        return f"{file.name} is a pointer of Git LFS: run `git lfs pull` in {file.parent}, or download the model anew"
+    return f"copy or download {file.name} again"
 
 
 def records_remedy(directory: Path, kind: Kind) -> str:

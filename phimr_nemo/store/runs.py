@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import math
@@ -17,12 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from filelock import FileLock, Timeout
-
 from phimr_nemo import __version__
 from phimr_nemo.errors import UserError
 from phimr_nemo.redact import redact
 from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.claims import LOCK_FILE
 
 RECORDED_PACKAGES: Final = (
     "torch",
@@ -42,16 +40,14 @@ CONFIG_FILE: Final = "config.yaml"
 DONE_FILE: Final = "DONE"
 RESULTS_FILE: Final = "results.json"
 """The score, in the directory of an evaluation that has finished."""
-LOCK_FILE: Final = ".lock"
 NEWEST_SHARE: Final = 0.1
 TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 FINISHED: Final = "finished"
 """When a run ended, among its closing facts."""
-HOLDER_FILE: Final = ".holder.json"
 HASHES_FILE: Final = ".hashes.json"
 """Hashes of a run's inputs, so that files that have not changed are not read again."""
-OWN_FILES: Final = {CONFIG_FILE, RUN_FILE, LOCK_FILE, HOLDER_FILE, HASHES_FILE}
-"""What lies in a run directory before its stage has done anything."""
+OWN_FILES: Final = {CONFIG_FILE, RUN_FILE, HASHES_FILE}
+"""What lies in a run directory before its stage has done anything, with its locks."""
 
 
 def _now() -> str:
@@ -106,44 +102,6 @@ class RunDirectory:
         """Whether the run has finished."""
         return (self.path / DONE_FILE).is_file()
 
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keep other processes of this machine out; the kernel ends it when this process does, however that happens.
-
-        Without effect on a file system that has no locks.
-
-        Raises:
-            UserError: another process is at work in the directory.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / LOCK_FILE, blocking=False)
-        try:
-            with contextlib.suppress(NotImplementedError):
-                lock.acquire()
-                # Beside the lock and not in it: some versions of filelock empty the file when they fail.
-                write_json(
-                    self.path / HOLDER_FILE, {"process": os.getpid(), "host": platform.node(), "since": _now()}
-                )
-        except Timeout as error:
-            raise UserError(
-                f"another process is at work in {self.path}{self._holder()}",
-                rule="a run directory belongs to one process at a time",
-                remedy="wait for it or stop it, then run the same command again; or choose another run.output",
-            ) from error
-        try:
-            yield
-        finally:
-            (self.path / HOLDER_FILE).unlink(missing_ok=True)
-            lock.release()
-
-    def _holder(self) -> str:
-        """Who has claimed the directory, in words; nothing where that cannot be read."""
-        try:
-            holder = json.loads((self.path / HOLDER_FILE).read_text("utf-8"))
-            return f": process {holder['process']} on {holder['host']}, since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
-
     def describe(self, *, stage: str, config_yaml: str, seed: int, facts: Mapping[str, Any]) -> None:
         """Write config.yaml and run.json (command line, versions, git sha, seed, machine, starts, extra facts)."""
         atomic_write_text(self.path / CONFIG_FILE, config_yaml)
@@ -191,7 +149,8 @@ class RunDirectory:
 
     def _has_only_own_files(self) -> bool:
         """Whether no stage has made anything here yet."""
-        files = [entry for entry in self.path.rglob("*") if not entry.is_dir()]
+        there = [entry for entry in self.path.rglob("*") if not entry.is_dir()]
+        files = [entry for entry in there if not entry.name.startswith(LOCK_FILE)]
         return {str(file.relative_to(self.path)) for file in files} <= OWN_FILES
 
     def withdraw(self) -> None:

@@ -10,6 +10,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io.pl import MegatronCheckpointIO
 
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
+from phimr_nemo.model.files.fp8state import read_safely
 from phimr_nemo.model.files.plaindata import only_plain_data
 from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.seal import checkpoint_name, checkpoint_step, refuse_all_damaged
@@ -20,11 +21,12 @@ class StoreIO(MegatronCheckpointIO):
 
     Args:
         store: of the run.
+        fp8: whether the run computes in 8 bits.
     """
 
-    def __init__(self, store: CheckpointStore) -> None:
+    def __init__(self, store: CheckpointStore, *, fp8: bool) -> None:
         super().__init__()
-        self._store = store
+        self._store, self._fp8 = store, fp8
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save (collective).
@@ -54,6 +56,7 @@ class StoreIO(MegatronCheckpointIO):
             loaded: dict[str, Any] = super().load_checkpoint(
                 whole, sharded_state_dict=sharded_state_dict, map_location=map_location, strict=strict
             )
+        read_safely(loaded, fp8=self._fp8, checkpoint=whole)
         return loaded
 
 

@@ -96,7 +96,7 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
             on_gpu=torch.cuda.is_available(),
             callbacks=[*callbacks, StopOnSignal(preemption, keeper), keeper],
         )
-        trainer.strategy.checkpoint_io = StoreIO(store)
+        trainer.strategy.checkpoint_io = StoreIO(store, fp8=config.model.fp8 is not None)
         # The store saves beside training by itself.
         trainer.strategy.async_save = False
         if newest is not None:

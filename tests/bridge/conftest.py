@@ -27,15 +27,6 @@ Run = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="session")
-def bridge_python() -> Path:
-    """The interpreter of the environment that has Megatron-Bridge and TRL (`make setup-bridge`)."""
-    interpreter = REPOSITORY / ".venv-bridge" / "bin" / "python"
-    if not interpreter.is_file():
-        pytest.skip("Megatron-Bridge's environment is absent (make setup-bridge; Linux and Python 3.11 or 3.12)")
-    return interpreter
-
-
-@pytest.fixture(scope="session")
 def bridge_variables() -> dict[str, str]:
     """The environment of a process that runs `bridge_python`: offline, one thread, this tree's modules."""
     return {

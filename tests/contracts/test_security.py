@@ -61,6 +61,7 @@ FORBIDDEN_KEYWORDS = {"shell": True, "verify": False, "trust_remote_code": True,
 PICKLE_HOMES = {
     "phimr_nemo/model/files/distindex.py": "reads the index of a distributed checkpoint with inert classes",
     "phimr_nemo/model/files/plaindata.py": "compares the names in such an index with a list",
+    "phimr_nemo/model/files/fp8state.py": "reads Transformer Engine's state with the names of its recipes alone",
     "phimr_nemo/model/files/distcheckpoint.py": "writes such an index, as Megatron reads it",
 }
 # Who may listen on every interface, and why.

@@ -34,7 +34,24 @@ def with_transformers(job: dict[str, Any]) -> dict[str, Any]:
         "ends": model.generation_config.eos_token_id,
         "logprobs": logprobs,
         "greedy": greedy,
+        "asked": [asked(model, tokenizer, text, job["new_tokens"]) for text in job["questions"]],
     }
+
+
+def asked(model: Any, tokenizer: Any, text: str, new_tokens: int) -> list[int]:
+    """A greedy continuation of a text, in the way that everybody writes it."""
+    inputs = tokenizer(text, return_tensors="pt")
+    found: list[int] = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0].tolist()
+    return found
+
+
+def saved_again(job: dict[str, Any]) -> dict[str, Any]:
+    """The release as transformers saves what it has read."""
+    import transformers
+
+    transformers.AutoModelForCausalLM.from_pretrained(job["release"]).save_pretrained(job["saved"])
+    transformers.AutoTokenizer.from_pretrained(job["release"]).save_pretrained(job["saved"])
+    return {"version": transformers.__version__}
 
 
 def with_vllm(job: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +104,12 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 def main() -> None:
     """Do what the job asks for."""
     job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    engines = {"transformers": with_transformers, "vllm": with_vllm, "prompts": prompts_only}
+    engines = {
+        "transformers": with_transformers,
+        "vllm": with_vllm,
+        "prompts": prompts_only,
+        "saved again": saved_again,
+    }
     print("ANSWER " + json.dumps({name: engines[name](job) for name in job["engines"]}))
 
 

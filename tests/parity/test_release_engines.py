@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from release_worker import asked
 from safetensors.torch import load_file, save_file
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.data import chat
 from phimr_nemo.jobs.launch import run_stage
+from phimr_nemo.model.adopt import adopt
+from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.origin import read_origin
 
 WORKER = Path(__file__).with_name("release_worker.py")
 # vLLM's attention on CPU needs heads of 32 numbers at least.
@@ -34,6 +39,8 @@ CONVERSATIONS = [
         {"role": "user", "content": "And 2+2?"},
     ],
 ]
+
+QUESTIONS = ["What is 2+3?", "<|system|>"]
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +100,13 @@ def test_transformers_5_and_vllm_read_a_release(
     release: Path, texts: list[list[int]], vllm_python: Path, vllm_variables: dict[str, str], tmp_path: Path
 ) -> None:
     """Log-probabilities within a bound, greedy tokens, end tokens and rendered conversations equal."""
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     job = {
         "release": str(release),
         "texts": texts,
         "conversations": CONVERSATIONS,
+        "questions": QUESTIONS,
         "new_tokens": NEW_TOKENS,
         "max_length": MAX_LENGTH,
         "engines": ["transformers", "vllm"],
@@ -115,6 +123,40 @@ def test_transformers_5_and_vllm_read_a_release(
         assert found["ends"] == list(chat.stop_token_ids(tokenizer)), engine
         assert largest_difference(logprobs, found["logprobs"]) <= LOGPROB_BOUND, engine
         assert found["greedy"] == greedy, engine
+    model = AutoModelForCausalLM.from_pretrained(release, torch_dtype=torch.float32)
+    assert answer["transformers"]["asked"] == [asked(model, tokenizer, text, NEW_TOKENS) for text in QUESTIONS]
+
+
+def test_what_transformers_5_saves_goes_on_as_the_same_model(
+    release: Path, texts: list[list[int]], vllm_python: Path, vllm_variables: dict[str, str], tmp_path: Path
+) -> None:
+    """Through adoption back to transformers 4.51, and straight into a command."""
+    from transformers import AutoTokenizer
+
+    saved, adopted = tmp_path / "saved", tmp_path / "adopted"
+    job = {"release": str(release), "saved": str(saved), "engines": ["saved again"]}
+    assert ask(vllm_python, vllm_variables, tmp_path, job)["saved again"]["version"].startswith("5.")
+    config = json.loads((saved / "config.json").read_text())
+    assert {"rope_parameters", "dtype"} <= config.keys()
+    before, after = HFDirectory(release), HFDirectory(saved)
+    assert after.architecture == before.architecture
+    assert after.weights_hash() == before.weights_hash()
+    assert read_origin(saved) == read_origin(release)
+    for kept in ("generation_config.json", "tokenizer.json"):
+        assert (saved / kept).is_file()
+    adopt(saved, adopted, system_prompt="Add.")
+    assert (
+        AutoTokenizer.from_pretrained(adopted)("1+1?")["input_ids"]
+        == AutoTokenizer.from_pretrained(release)("1+1?")["input_ids"]
+    )
+    wanted, found = reference(release, texts), reference(adopted, texts)
+    assert all(torch.equal(one, other) for one, other in zip(wanted[0], found[0], strict=True))
+    assert wanted[1] == found[1]
+    command = [sys.executable, "-m", "phimr_nemo.cli", "sample", str(saved), "What is 2+3?"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "4"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_swapped_key_and_value_would_be_seen(release: Path, texts: list[list[int]], tmp_path: Path) -> None:

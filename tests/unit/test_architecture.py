@@ -149,7 +149,7 @@ def test_plain_rotary_and_defaults() -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"resid_pdrop": 0.1}, "resid_pdrop"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 12}}, "short_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 12}}, "long_factor"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "1 numbers"),
         ({"rope_scaling": {"type": "longrope", "short_mscale": 1.1}}, "short_mscale"),
         (

@@ -37,6 +37,7 @@ GOOD = Machine(
     disk_gib=MIN_DISK_GIB,
     memory_gib=MIN_MEMORY_GIB,
     cores=MIN_CORES,
+    confinement="seccomp",
 )
 
 
@@ -199,3 +200,10 @@ def test_works_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Megatron" in done.stdout
+
+
+def test_a_kernel_that_confines_no_worker_is_told() -> None:
+    assert by_name(GOOD)["grader confined"].status == "ok"
+    finding = by_name(replace(GOOD, confinement="audit"))["grader confined"]
+    assert (finding.status, finding.required) == ("differs", False)
+    assert "audit hooks alone" in finding.consequence

@@ -26,7 +26,7 @@ from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.checkpoints import open_checkpoint, write_hf, write_megatron
 from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
 from phimr_nemo.model.origin import Origin, read_origin
-from phimr_nemo.report.export import run_export
+from phimr_nemo.report.export import front_matter, run_export
 from phimr_nemo.store.provenance import MadeFrom, content_of
 from phimr_nemo.store.runs import RESULTS_FILE, RunDirectory
 
@@ -190,6 +190,7 @@ def test_the_card_tells_what_was_trained_and_measured(tmp_path: Path, model: Pat
     metadata, cells = card(tmp_path)
     assert metadata["license"] == "mit"
     assert metadata["base_model"] == "some/base"
+    assert "base_model" not in yaml.safe_load(front_matter(export_config(tmp_path, model)).strip("-"))
     assert metadata["library_name"] == "transformers"
     trainings = [row[:5] for row in cells if len(row) == 6][2:]
     assert trainings == [["SFT", "123", "96", "0.00025", "7"], ["DPO", "45", "96", "1e-06", "8"]]

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.jobs.launch import run_stage
@@ -36,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         private: whether the repository was made so.
         broken_after: large files after which it refuses more; None = never.
         denied: whether every call is refused.
+        asked: the paths of all calls, in their order.
     """
 
     def __init__(self) -> None:
@@ -48,10 +51,21 @@ class Hub(ThreadingHTTPServer):
         self.broken_after: int | None = None
         self.attempts = itertools.count()
         self.denied = False
+        self.asked: list[str] = []
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+
+def card_errors(card: str) -> list[str]:
+    """What the hub's rules say of a card's metadata: the licence and the base model are identifiers."""
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    errors = [] if metadata["license"] in {"mit", "apache-2.0", "other"} else ['"license" must be one of [...]']
+    base = metadata.get("base_model")
+    if base is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base)):
+        errors.append(f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.')
+    return errors
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -84,6 +98,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.body()
+        self.server.asked.append(self.path)
         self.server.tokens.add(self.headers.get("Authorization", "none"))
         if self.server.denied:
             self.answer(403, {"error": "this token may not write"})
@@ -91,7 +106,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.private = json.loads(body)["private"]
             self.answer(200, {"url": f"{self.server.address}/{REPOSITORY}"})
         elif self.path == "/api/validate-yaml":
-            self.answer(200, {"errors": [], "warnings": []})
+            errors = [{"message": message} for message in card_errors(json.loads(body)["content"])]
+            self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
         elif self.path == f"/api/models/{REPOSITORY}/preupload/main":
             names = [file["path"] for file in json.loads(body)["files"]]
             modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
@@ -141,7 +157,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = HFDirectory(output / "run" / "hf")
     tensors = ((name, whole.read(name)) for name in whole.names())
     write_hf_directory(
-        output / "sharded", whole.architecture, tensors, tokenizer_from=whole.path, max_shard_bytes=SHARD_BYTES
+        output / "sharded",
+        whole.architecture,
+        tensors,
+        tokenizer_from=whole.path,
+        max_shard_bytes=SHARD_BYTES,
+        extra_files={"README.md": "---\nlicense: mit\n---\n\n# A model\n"},
     )
     return output / "sharded"
 
@@ -196,6 +217,7 @@ def test_what_the_hub_refuses_is_one_message(model: Path, hub: Hub, tmp_path: Pa
     hub.denied = True
     done = phimr_push(model, hub.address, tmp_path)
     assert "HTTP status 403" in done.stderr
+    assert "/api/repos/create" not in hub.asked
     assert TOKEN not in done.stdout + done.stderr
     for arguments, token, named in [
         ((REPOSITORY,), None, "HF_TOKEN"),
@@ -218,6 +240,11 @@ def test_export_uploads_its_release_and_keeps_the_token_out_of_the_run(model: Pa
     without = run(hub.address, tmp_path / "home", None, *export)
     assert without.returncode == 2
     assert "HF_TOKEN" in without.stderr
+    assert not output.exists()
+    unknown = run(hub.address, tmp_path / "home", TOKEN, *export, "licence=my own")
+    assert unknown.returncode == 2, unknown.stderr
+    assert '"license" must be one of' in unknown.stderr
+    assert hub.asked == ["/api/validate-yaml"]
     assert not output.exists()
     hub.denied = True
     refused = run(hub.address, tmp_path / "home", TOKEN, *export)

@@ -14,7 +14,7 @@ from phimr_nemo.data.sources.rawfiles import read_rows
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.hf import HFDirectory
-from phimr_nemo.store.inputs import MADE_BY, model_remedy, records_remedy, table_remedy
+from phimr_nemo.store.inputs import MADE_BY, is_hub_name, model_remedy, records_remedy, table_remedy
 from phimr_nemo.store.records import KINDS, SCHEMA_VERSION, Kind
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import MANIFEST, read_manifest
@@ -133,3 +133,22 @@ def test_a_directory_of_rollouts_for_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a directory") as caught:
         verify_file(tmp_path, tmp_path / "out.jsonl", response="response", answer="answer", workers=1)
     assert f"phimr verify rollouts={tmp_path}" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "is_name"),
+    [
+        ("microsoft/Phi-4-mini-instruct", True),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        ("a randomly initialised tiny model", False),
+        ("gpt2", False),
+        ("runs/base/hf", False),
+        ("/models/base", False),
+        ("./base", False),
+        ("conf/base", False),
+        ("team/a--b", False),
+        ("team/model.", False),
+    ],
+)
+def test_names_of_the_hub_are_told_from_sentences_and_places(text: str, is_name: bool) -> None:
+    assert is_hub_name(text) == is_name

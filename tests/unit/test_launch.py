@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from processes import start
 
-from phimr_nemo.config import BaseConfig, GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
+from phimr_nemo.config import GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 from phimr_nemo.jobs.changes import check_same_run, made_from
 from phimr_nemo.jobs.kept import kept
@@ -125,43 +125,36 @@ def test_shares_of_the_shards_make_what_one_process_makes(tmp_path: Path) -> Non
 CLAIM = """
 import sys
 from pathlib import Path
-from phimr_nemo.store.runs import RunDirectory
-with RunDirectory(Path(sys.argv[1])).claimed():
+from phimr_nemo.store.claims import claimed
+with claimed(Path(sys.argv[1])):
     print("claimed", flush=True)
     sys.stdin.read()
 """
 
 
-def test_two_processes_do_not_work_in_one_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor after the first was killed does anything stand in the way; tasks of an array share their output."""
+@pytest.mark.parametrize("job", [None, "7"])
+def test_two_processes_do_not_work_in_one_run_directory(
+    job: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor after the first was killed does anything stand in the way; two steps of one Slurm job are two processes."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    runs = {"base": tmp_path / "base", "generate": tmp_path / "generate", "job": tmp_path / "job"}
-    base = {
-        name: load_config(
-            BaseConfig, Path("conf/base/tiny.yaml"), [f"run.output={runs[name]}", "num_hidden_layers=1"]
-        )
-        for name in ("base", "job")
-    }
-    command = [sys.executable, "-c", CLAIM]
-    others = [start([*command, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for run in runs.values()]
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    output = tmp_path / "run"
+    other = start([sys.executable, "-c", CLAIM, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        for other in others:
-            assert other.stdout is not None
-            assert other.stdout.readline() == b"claimed\n"
-        with pytest.raises(UserError, match=re.escape(f"another process is at work in {runs['base']}")) as caught:
-            run_stage("base", base["base"])
-        assert f"process {others[0].pid} on {platform.node()}, since 20" in caught.value.problem
-        assert not (runs["base"] / CONFIG_FILE).exists()
-        run_stage("generate", generate(runs["generate"]))
-        monkeypatch.setenv("SLURM_JOB_ID", "7")
-        run_stage("base", base["job"])
-        monkeypatch.delenv("SLURM_JOB_ID")
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        with pytest.raises(UserError, match=re.escape(f"another process is at work in {output}")) as caught:
+            run_stage("generate", generate(output))
+        in_job = "" if job is None else " (Slurm job 7)"
+        assert f"process {other.pid} on {platform.node()}{in_job}, since 20" in caught.value.problem
+        assert not (output / CONFIG_FILE).exists()
     finally:
-        for other in others:
-            other.kill()
-            other.communicate()
-    run_stage("base", base["base"])
-    assert all(RunDirectory(run).is_done for run in runs.values())
+        other.kill()
+        other.communicate()
+    run_stage("generate", generate(output))
+    assert RunDirectory(output).is_done
 
 
 @pytest.fixture

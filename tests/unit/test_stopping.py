@@ -16,7 +16,7 @@ from processes import left_of, start, tree, wait_for
 
 from phimr_nemo.errors import EXIT_PREEMPTED, Preempted
 from phimr_nemo.process import stopping
-from phimr_nemo.process.children import STOP_SIGNALS, run_child
+from phimr_nemo.process.children import STOP_SIGNALS, run_child, unheard_by_children
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -198,6 +198,46 @@ def test_every_process_that_a_test_leaves_running_is_started_that_way() -> None:
     allowed = {TESTS / "processes.py", TESTS / "parity" / "trtllm_standin.py"}
     found = {path for path in TESTS.rglob("*.py") if "subprocess.Popen(" in path.read_text("utf-8")}
     assert found - allowed == {Path(__file__).resolve()}
+
+
+STOPPED_IN_EXEC = """
+import os, signal
+from phimr_nemo.errors import exit_with_message
+from phimr_nemo.process.stopping import stoppable
+with exit_with_message(), stoppable("sft"):
+    exec("os.kill(os.getpid(), signal.SIGINT); [0 for _ in range(1000)]")
+"""
+
+
+def test_a_stop_inside_exec_of_a_text_keeps_its_exit_code(repository: Path, tmp_path: Path) -> None:
+    """Where dataclasses are made while libraries load. Python would make it SIGINT's code, for `python -m` alone."""
+    codes = []
+    for exception in ("KeyboardInterrupt", "Interruption"):
+        plant = f"import phimr_nemo.process.stopping as s; s.Interruption = {exception}\n"
+        (tmp_path / "planted.py").write_text(
+            (plant if exception != "Interruption" else "") + STOPPED_IN_EXEC, "utf-8"
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "planted"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(repository)},
+            check=False,
+            capture_output=True,
+        )
+        codes.append(done.returncode)
+    assert codes == [-signal.SIGINT, EXIT_PREEMPTED]
+
+
+def test_a_child_that_starts_does_not_hear_what_its_parent_answers() -> None:
+    """The signals wait for it already when its first instruction runs."""
+    program = "import sys; sys.stdin.read(); print('lived')"
+    with unheard_by_children():
+        child = start([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deaf_no_more = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    for number in STOP_SIGNALS:
+        child.send_signal(number)
+    assert child.communicate()[0] == "lived\n"
+    assert not deaf_no_more & set(STOP_SIGNALS)
 
 
 STOPPED_WHILE_LOADING = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -128,3 +129,41 @@ def test_a_damaged_one_takes_no_place_among_those_that_are_kept(tmp_path: Path) 
     make(tmp_path, 5)
     kept._prune(5)
     assert kept.steps() == [2, 5]
+
+
+class NoPolicy:
+    """What a restore asks of a policy, and what it handed over."""
+
+    given: object = None
+
+    def sharded_state_dict(self, *, is_loading: bool) -> dict[str, object]:
+        return {"is_loading": is_loading}
+
+    def load_state_dict(self, state: object) -> None:
+        self.given = state
+
+
+def test_no_stage_hands_over_a_state_that_transformer_engine_would_unpickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways in which a checkpoint is loaded: Lightning's for stages 1 and 2, Aligner's for 3 and 4."""
+    import torch
+    from nemo.lightning.io.pl import MegatronCheckpointIO
+
+    from phimr_nemo.align import checkpoint as align
+    from phimr_nemo.supervised import checkpointing as supervised
+
+    states = {"model": {"layer._extra_state": torch.ones(1, dtype=torch.uint8)}, "identity": {}, "trainer": {}}
+    make(tmp_path, 2)
+    for module in (align, supervised):
+        monkeypatch.setattr(module, "only_plain_data", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(align.dist_checkpointing, "load_common_state_dict", lambda _: states)
+    monkeypatch.setattr(align.dist_checkpointing, "load", lambda *_: states)
+    monkeypatch.setattr(MegatronCheckpointIO, "load_checkpoint", lambda *_, **__: states)
+    policy = NoPolicy()
+    with pytest.raises(UserError, match="no FP8"):
+        align.TrainerCheckpoints(store(tmp_path, {}), policy, None, {}).restore()  # type: ignore[arg-type]
+    assert policy.given is None
+    for fp8, found in ((False, "no FP8"), (True, "not read")):
+        with pytest.raises(UserError, match=found):
+            supervised.StoreIO(store(tmp_path, {}), fp8=fp8).load_checkpoint(tmp_path)

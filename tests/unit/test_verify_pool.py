@@ -17,6 +17,7 @@ import pytest
 from processes import start
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.process.children import STOP_SIGNALS
 from phimr_nemo.verify import Grader, grade
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 from phimr_nemo.verify.workers import worker as protocol
@@ -163,6 +164,23 @@ def test_a_spawner_that_dies_is_replaced() -> None:
         os.kill(worker, signal.SIGKILL)
         os.kill(spawner, signal.SIGKILL)
         assert grader.grade(*reversed(SYMBOLIC)).verdict == "correct"
+
+
+def test_a_pool_starts_while_the_whole_job_is_told_to_stop() -> None:
+    """A trainer grades the step that it finishes; a job's signals reach the spawner before its first import."""
+    pool = Pool(1, soft_seconds=5, deadline_seconds=30, memory_bytes=2 << 30)
+    verdicts: list[Any] = []
+    job = Job(SYMBOLIC[0], "1+x", (), ("1+x",))
+    thread = threading.Thread(target=lambda: verdicts.extend(pool.run([job])))
+    thread.start()
+    try:
+        wait_until(lambda: bool(pool.pids()))
+        for number in STOP_SIGNALS:
+            os.kill(pool.pids()[0], number)
+        thread.join(PATIENCE_SECONDS)
+        assert [verdict.verdict for verdict in verdicts] == ["correct"]
+    finally:
+        pool.close()
 
 
 def test_closing_ends_every_process() -> None:

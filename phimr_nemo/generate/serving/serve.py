@@ -45,6 +45,10 @@ def serve(
             help="trtllm: where the weights it runs on are kept; default shared memory.",
         ),
     ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="vllm: what clients call the model; the digest of its weights stays a name of it."),
+    ] = None,
 ) -> None:
     """A server of rollouts for `phimr grpo`, which sends it new weights. Runs in its engine's environment."""
     served = Served(
@@ -61,9 +65,12 @@ def serve(
         weights_directory,
         eager,
         refit_directory,
+        name,
     )
     # What can be wrong without the engine is said before it is loaded.
     api_key(served)
+    if name is not None and not name.strip():
+        raise UserError(f"--name {name!r}", rule="a name is not empty", remedy="for example --name my-model")
     if engine == "trtllm":
         _serve_trtllm(served)
     else:
@@ -89,6 +96,8 @@ def _serve_trtllm(served: Served) -> None:
 
     if served.eager:
         raise _not_of("trtllm", "--eager")
+    if served.name is not None:
+        raise _not_of("trtllm", f"--name {served.name}")
     # Before torch is loaded.
     program = find_program()
     try:

@@ -31,6 +31,7 @@ class Served:
         weights_directory: where the trainer leaves buckets for this server; None = they come over HTTP.
         eager: no CUDA graphs and no compilation.
         refit_directory: where TensorRT-LLM's checkpoints are kept; None = shared memory where there is such.
+        name: what clients call the model, besides the digest of its weights; None = by that alone.
     """
 
     model: Path
@@ -46,6 +47,7 @@ class Served:
     weights_directory: Path | None
     eager: bool
     refit_directory: Path | None
+    name: str | None = None
 
 
 def api_key(served: Served) -> str | None:

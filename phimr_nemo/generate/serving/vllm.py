@@ -271,16 +271,9 @@ def load_any_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it cannot be loaded, or has no chat template.
     """
-    from transformers import AutoTokenizer
+    from phimr_nemo.data.tokenizer import open_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{directory} holds no usable tokenizer: {error}",
-            rule="a teacher's directory has the files of a fast tokenizer",
-            remedy="download them beside the weights",
-        ) from error
+    tokenizer = open_tokenizer(directory)
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer in {directory} has no chat template",

@@ -77,16 +77,24 @@ class WeightReceiver:
         await self._engine.resume_generation()
 
 
-def vllm_arguments(served: Served, name: str) -> list[str]:
-    """vLLM's own command line for it."""
+def vllm_arguments(served: Served, digest: str) -> list[str]:
+    """vLLM's own command line for it.
+
+    Args:
+        served: how it is served.
+        digest: of the weights, by which trainers ask.
+    """
+    # The first name is the one that answers bear.
+    names = (digest,) if served.name is None else (served.name, digest)
     arguments = [
-        *(str(served.model), "--served-model-name", name, "--host", served.host, "--port", str(served.port)),
+        *(str(served.model), "--served-model-name", *names, "--host", served.host, "--port", str(served.port)),
         *("--dtype", TORCH_NAMES[served.dtype], "--max-model-len", str(served.max_length)),
         *("--max-num-seqs", str(served.max_batch), "--tensor-parallel-size", str(served.tensor)),
         *("--gpu-memory-utilization", str(served.memory_share), "--load-format", "safetensors"),
         *("--logprobs-mode", LOGPROBS, "--worker-extension-cls", WORKER_EXTENSION),
         # The routes for token ids.
         "--enable-scale-out",
+        "--log-error-stack",
         *("--weight-transfer-config", f'{{"backend": "{WEIGHTS_BACKEND}"}}'),
         # The model's own generation_config.json would change what is sampled from.
         *("--generation-config", "vllm"),

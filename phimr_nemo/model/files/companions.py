@@ -1,31 +1,39 @@
-"""What a model directory holds besides its weights: configuration, end tokens, tokenizer, chat template."""
+"""What a model directory holds besides its weights: configuration, end tokens, tokenizer, chat templates, licence."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from phimr_nemo.data.chat import END
+from phimr_nemo.data.chat import END, TEMPLATE_FILE
+from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, portable, read_settings
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
 from phimr_nemo.model.origin import Origin, read_origin
+from phimr_nemo.store.inputs import download_remedy
 
 GENERATION_FILE: Final = "generation_config.json"
-TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_FILES: Final = (
     TOKENIZER_FILE,
-    "tokenizer_config.json",
+    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
+    "chat_template.json",
 )
+TEMPLATES: Final = "additional_chat_templates"
+"""A directory of named chat templates, in releases of transformers from 4.52 on."""
+LICENCES: Final = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
+INPUT_NAMES: Final = ["input_ids", "attention_mask"]
+"""What a Phi3 model takes; a tokenizer without a class of its own would give token types too."""
 
 
 def write_model_files(
@@ -35,40 +43,118 @@ def write_model_files(
     dtype: torch.dtype | None,
     origin: Origin | None = None,
 ) -> None:
-    """Write what a model directory holds besides its weights: config, generation config, tokenizer, chat template.
+    """Write what a model directory holds besides its weights: config, generation config, tokenizer, chat templates.
 
     Args:
         directory: where to; it exists.
         arch: the model.
-        tokenizer_from: a directory with the tokenizer's files.
+        tokenizer_from: a directory with the tokenizer's files; its generation config and licence are handed on too.
         dtype: of the weights, for config.json; None leaves it unsaid.
         origin: how the model was made; None: what the tokenizer's directory says of that is handed on.
 
     Raises:
-        UserError: the tokenizer is missing or does not fit the model.
+        UserError: the tokenizer is missing or does not fit the model, or a file of it cannot be read.
     """
     stated = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
     made = read_origin(tokenizer_from) if origin is None else origin
     _write_json(directory / CONFIG_FILE, {**arch.to_hf_config(), **stated, **made.to_config()})
-    added_tokens = read_added_tokens(tokenizer_from, arch)
-    _write_json(directory / GENERATION_FILE, generation_config(arch, added_tokens))
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, directory / name)
+    _write_json(directory / GENERATION_FILE, generation_config(arch, tokenizer_from))
+    settings = read_settings(tokenizer_from)
+    if settings:
+        _write_json(directory / TOKENIZER_CONFIG, tokenizer_settings(settings, arch))
+    for file in _copied(tokenizer_from):
+        target = directory / file.relative_to(tokenizer_from)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
-def generation_config(arch: Architecture, added_tokens: Mapping[str, int]) -> dict[str, Any]:
-    """End tokens for generation: [end of turn, end of text], as in Phi-4-mini's own generation_config.json."""
-    ends = [arch.eos_token_id]
-    end_of_turn = added_tokens.get(END)
-    if end_of_turn is not None and end_of_turn not in ends:
-        ends.insert(0, end_of_turn)
+def tokenizer_settings(settings: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+    """tokenizer_config.json of a model, so that `model.generate(**tokenizer(text))` works in transformers 4.51 and 5.
+
+    Args:
+        settings: those of the tokenizer that the model was made with.
+        arch: the model.
+    """
+    length = settings.get("model_max_length")
+    context = arch.max_position_embeddings
+    is_within = isinstance(length, int) and not isinstance(length, bool) and 1 <= length <= context
     return {
-        "_from_model_config": True,
-        "bos_token_id": arch.bos_token_id,
-        "eos_token_id": ends,
-        "pad_token_id": arch.pad_token_id,
+        **portable(dict(settings)),
+        "model_input_names": INPUT_NAMES,
+        "model_max_length": length if is_within else context,
     }
+
+
+def generation_config(arch: Architecture, tokenizer_from: Path) -> dict[str, Any]:
+    """What generation_config.json of a model says: its predecessor's settings, completed.
+
+    Without a predecessor the end tokens are [end of turn, end of text], as in Phi-4-mini's own.
+
+    Args:
+        arch: the model.
+        tokenizer_from: a directory with the tokenizer and, where there is one, the generation config.
+
+    Raises:
+        UserError: the tokenizer does not fit the model, or the generation config is none.
+    """
+    end_of_turn = read_added_tokens(tokenizer_from, arch).get(END)
+    stated = _stated_generation(tokenizer_from / GENERATION_FILE, arch)
+    ends = [*stated.get("eos_token_id", ()), *([] if end_of_turn is None else [end_of_turn])]
+    ends += [token for token in _ends_in_config(tokenizer_from, arch) if token not in ends]
+    known = {name: stated.get(name) for name in ("bos_token_id", "pad_token_id")}
+    return {
+        **(stated or {"_from_model_config": True}),
+        "bos_token_id": arch.bos_token_id if known["bos_token_id"] is None else known["bos_token_id"],
+        "eos_token_id": list(dict.fromkeys(ends)),
+        "pad_token_id": arch.pad_token_id if known["pad_token_id"] is None else known["pad_token_id"],
+    }
+
+
+def _stated_generation(file: Path, arch: Architecture) -> dict[str, Any]:
+    """A generation config with its end tokens as a list; {} where there is none."""
+    try:
+        stated = json.loads(file.read_text("utf-8"))
+        if not isinstance(stated, dict):
+            raise ValueError(f"a {type(stated).__name__}")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not a JSON object: {error}",
+            rule="generation_config.json says where responses end and how they are sampled",
+            remedy=f"{download_remedy(file)}, or delete it",
+        ) from error
+    ends = stated.pop("eos_token_id", None)
+    if ends is None:
+        return stated
+    ids = ends if isinstance(ends, list) else [ends]
+    wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int)]
+    if wrong or any(not 0 <= token < arch.vocab_size for token in ids):
+        raise UserError(
+            f"{file}: eos_token_id = {ends!r}",
+            rule=f"end tokens are ids below the model's vocab_size, {arch.vocab_size}",
+            remedy="use the file that belongs to the model, or delete it",
+        )
+    return {**stated, "eos_token_id": ids}
+
+
+def _ends_in_config(directory: Path, arch: Architecture) -> list[int]:
+    """The end tokens of config.json, which may list several; at least the architecture's."""
+    try:
+        stated = json.loads((directory / CONFIG_FILE).read_text("utf-8")).get("eos_token_id")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        stated = None
+    listed = stated if isinstance(stated, list) else []
+    return [arch.eos_token_id, *(token for token in listed if isinstance(token, int) and token != arch.eos_token_id)]
+
+
+def _copied(directory: Path) -> Iterator[Path]:
+    """The files that are handed on as they are."""
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            yield directory / name
+    yield from sorted(file for file in directory.iterdir() if LICENCES.fullmatch(file.name) and file.is_file())
+    yield from sorted((directory / TEMPLATES).glob("*.jinja"))
 
 
 def read_added_tokens(directory: Path, arch: Architecture) -> dict[str, int]:
@@ -92,7 +178,7 @@ def read_added_tokens(directory: Path, arch: Architecture) -> dict[str, int]:
         raise UserError(
             f"{file} is not a tokenizer that is understood here: {error!r}",
             rule="a fast tokenizer is a JSON file with model.vocab and added_tokens",
-            remedy="copy or download the tokenizer again",
+            remedy=download_remedy(file),
         ) from error
     if largest >= arch.vocab_size:
         raise UserError(

@@ -33,12 +33,15 @@ from phimr_nemo.model.files.blocks import (
 from phimr_nemo.model.files.companions import read_added_tokens, write_model_files
 from phimr_nemo.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, WeightFiles, tensor_places, write_weights
 from phimr_nemo.model.origin import Origin
-from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.model.table import EMBEDDING, HEAD, is_derived, tensor_shapes
 from phimr_nemo.store.atomic import atomic_directory
-from phimr_nemo.store.inputs import model_remedy
+from phimr_nemo.store.inputs import download_remedy, model_remedy
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
+COMPARED_ROWS: Final = 4096
+ADAPTED: Final = "base_model."
+"""How PEFT's names begin."""
 DEFAULT_SHARD_BYTES: Final = 4 * 2**30
 HASH_DIGEST_BYTES: Final = 16
 
@@ -63,7 +66,7 @@ class HFDirectory:
                 remedy=model_remedy(self.path),
             )
         self.architecture = Architecture.from_directory(self.path)
-        self._files = _weight_files(self.path)
+        self._files = {name: file for name, file in _weight_files(self.path).items() if not is_derived(name)}
         self._dtypes: dict[str, torch.dtype] = {}
         self._places: dict[str, int] = {}
         self._check_tensors()
@@ -146,13 +149,15 @@ class HFDirectory:
 
     def _check_tensors(self) -> None:
         expected = tensor_shapes(self.architecture)
+        if self.architecture.tie_word_embeddings and self._files.keys() >= {EMBEDDING, HEAD}:
+            _check_tied_head(self._files[EMBEDDING], self._files.pop(HEAD))
         missing, extra = sorted(expected.keys() - self._files), sorted(self._files.keys() - expected)
         if missing or extra:
             raise UserError(
                 f"{self.path}: {len(missing)} tensors missing {_some(missing)}, "
                 f"{len(extra)} left over {_some(extra)}",
                 rule=f"exactly the {len(expected)} tensors of the architecture in {CONFIG_FILE}",
-                remedy="use the config.json that belongs to these weights, and all of their shards",
+                remedy=_misfit_remedy(extra),
             )
         by_file: dict[Path, list[str]] = {}
         for name, file in self._files.items():
@@ -163,6 +168,40 @@ class HFDirectory:
                 for name in names:
                     self._dtypes[name] = _check_tensor(handle, present, file, name, expected[name])
             self._places |= tensor_places(file)
+
+
+def _check_tied_head(embedding_file: Path, head_file: Path) -> None:
+    """A tied model may store its output layer too, as long as that is the embedding.
+
+    Raises:
+        UserError: it is another tensor.
+    """
+    with _opened(embedding_file) as one, _opened(head_file) as other:
+        if HEAD not in other.keys():  # noqa: SIM118 - no mapping, it has keys() alone
+            return
+        embedding, head = one.get_slice(EMBEDDING), other.get_slice(HEAD)
+        shape = embedding.get_shape()
+        is_alike = (shape, embedding.get_dtype()) == (head.get_shape(), head.get_dtype())
+        starts = range(0, shape[0], COMPARED_ROWS)
+        if is_alike and all(
+            torch.equal(embedding[at : at + COMPARED_ROWS], head[at : at + COMPARED_ROWS]) for at in starts
+        ):
+            return
+    raise UserError(
+        f"{HEAD} in {head_file} is not {EMBEDDING}, and {CONFIG_FILE} says that they are one tensor",
+        rule="a model with tie_word_embeddings has its embedding as output layer",
+        remedy=f'if it was trained with a head of its own, write "tie_word_embeddings": false into {CONFIG_FILE}; '
+        f"otherwise remove {HEAD} from the weights",
+    )
+
+
+def _misfit_remedy(extra: Sequence[str]) -> str:
+    """What to do with tensors of other names than the architecture's."""
+    if any(name.startswith(ADAPTED) for name in extra):
+        return "merge the adapter into its base and save that: in PEFT model.merge_and_unload().save_pretrained(...)"
+    if any(name.endswith(".q_proj.weight") for name in extra):
+        return "save it as Phi3ForCausalLM, which stacks query, key and value, gate and up: these are a Llama's names"
+    return "use the config.json that belongs to these weights, and all of their shards"
 
 
 def _check_tensor(handle: Any, present: set[str], file: Path, name: str, shape: tuple[int, ...]) -> torch.dtype:
@@ -304,10 +343,11 @@ def _indexed_files(path: Path, index: Path) -> dict[str, Path]:
                 remedy="do not use this directory unless you know where it comes from",
             )
         if not (path / shard).is_file():
+            beside = f", or delete the index if {SINGLE_FILE} is the model" if (path / SINGLE_FILE).is_file() else ""
             raise UserError(
                 f"shard {shard} is missing in {path}",
                 rule="every shard that the index names is there",
-                remedy="finish the download",
+                remedy=f"finish the download{beside}",
             )
     return {name: path / shard for name, shard in files.items()}
 
@@ -325,8 +365,8 @@ def _opened(file: Path) -> Iterator[Any]:
 def _unreadable(file: Path, error: Exception) -> UserError:
     return UserError(
         f"{file} cannot be read as safetensors: {error}",
-        rule="the file is complete: its header's offsets match its size",
-        remedy="download or export it again; it is truncated or corrupted",
+        rule="a file that is not truncated or corrupted: its header's offsets match its size",
+        remedy=f"{download_remedy(file)}, or export it again",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import selectors
@@ -19,15 +20,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.process.children import unheard_by_children
 from phimr_nemo.verify.plug import REMEDY, RULE
 from phimr_nemo.verify.verdict import MATH_VERIFY_VERSION, Verdict
 from phimr_nemo.verify.workers import worker as protocol
+from phimr_nemo.verify.workers.confine import UNCONFINED
 
 START_SECONDS: Final = 120.0
 MAX_ATTEMPTS: Final = 2
 """An answer whose worker dies is tried once more on a fresh one: the worker may have died of something else."""
 MAX_DEATHS_IN_A_ROW: Final = 16
 CLOSE_SECONDS: Final = 5.0
+_LOGGER: Final = logging.getLogger(__name__)
 _ROOT: Final = str(Path(__file__).resolve().parents[2])
 _BOOT: Final = (
     "import sys; sys.path[:1] = [sys.argv[1]]; from phimr_nemo.verify.workers.worker import spawner_main;"
@@ -205,23 +209,24 @@ class Pool:
     def _start_spawner(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         try:
-            self._spawner = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _BOOT,
-                    _ROOT,
-                    str(theirs.fileno()),
-                    str(self._memory),
-                    str(self._soft_seconds),
-                    self._function,
-                ],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=worker_environment(os.environ),
-            )
+            with unheard_by_children():
+                self._spawner = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-c",
+                        _BOOT,
+                        _ROOT,
+                        str(theirs.fileno()),
+                        str(self._memory),
+                        str(self._soft_seconds),
+                        self._function,
+                    ],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=worker_environment(os.environ),
+                )
         finally:
             theirs.close()
         ours.settimeout(START_SECONDS)
@@ -241,6 +246,8 @@ class Pool:
                 rule=f"answers are graded by math-verify {MATH_VERIFY_VERSION}, and by no other version",
                 remedy=f"pip install math-verify=={MATH_VERIFY_VERSION}",
             )
+        if hello["confinement"] != "seccomp":
+            _LOGGER.warning("%s", UNCONFINED)
         return ours
 
     def _spawn(self) -> _Worker:

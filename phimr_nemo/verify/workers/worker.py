@@ -4,9 +4,10 @@
 process that is torch and NeMo, seconds and gigabytes each time a worker is replaced. The spawner here is
 started as a plain interpreter that imports this module alone. It speaks over a Unix socket:
 ``spawn`` (with the worker's own socket attached) -> the worker's pid; ``reap <pid>`` -> ``done``. When its
-parent goes away, by any signal, it kills its workers and ends.
+parent goes away, by any signal, it kills its workers and ends. Its parent starts it deaf to what stops a job: a
+trainer that is told to stop finishes its step, and grades it.
 
-Limits of a worker: no network, no other processes, no writing (:mod:`.confine`), address space, a soft limit of
+Limits of a worker: no network, no other processes, no files (:mod:`.confine`), address space, a soft limit of
 processor time per answer (an exception), and a processor-time limit that the kernel enforces should the exception not
 get through. The parent adds a deadline of wall time with SIGKILL. Messages are JSON, never pickles.
 """
@@ -32,7 +33,8 @@ from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 if TYPE_CHECKING:
     from phimr_nemo.verify.plug import GraderFunction
 
-from phimr_nemo.verify.workers.confine import confine
+from phimr_nemo.verify.workers.confine import confine, confinement
+from phimr_nemo.verify.workers.preload import preload_mathematics
 
 RECURSION_LIMIT: Final = 3000
 SOFT_LIMIT_REPEAT_SECONDS: Final = 0.2
@@ -158,8 +160,7 @@ def _import_grader() -> str:
 
     try:
         installed = metadata.version("math-verify")
-        import phimr_nemo.verify.compare
-        import phimr_nemo.verify.symbolic  # noqa: F401
+        preload_mathematics()
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to tell the user
         return f"{type(error).__name__}: {error}"
     return "" if installed == MATH_VERIFY_VERSION else f"math-verify {installed} is installed"
@@ -186,11 +187,10 @@ def spawner_main(control_fd: int, memory_bytes: int, soft_seconds: float, functi
         soft_seconds: processor time per answer.
         function: a grader of the user's own, as MODULE:FUNCTION; empty for mathematics.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=control_fd)
     parent = os.getppid()
     grade, problem = _choose_grader(function)
-    send(control, {"ready": not problem, "problem": problem})
+    send(control, {"ready": not problem, "problem": problem, "confinement": confinement()})
     if problem:
         return
     gc.collect()

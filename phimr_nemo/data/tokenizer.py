@@ -1,0 +1,88 @@
+"""A tokenizer's files: what they say of it, in a form that every release of transformers from 4.51 on reads.
+
+transformers 5 gives the fast tokenizer's class another name and keeps its further special tokens under another key.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from phimr_nemo.errors import UserError
+from phimr_nemo.imports import lean_imports
+from phimr_nemo.store.inputs import download_remedy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILE: Final = "tokenizer.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+FAST_CLASS: Final = "PreTrainedTokenizerFast"
+NEW_FAST_CLASS: Final = "TokenizersBackend"
+"""transformers 5's name of the same class."""
+SPECIAL: Final = "additional_special_tokens"
+NEW_SPECIAL: Final = "extra_special_tokens"
+# How and where from transformers 5 has loaded it, which says nothing of the tokenizer.
+OF_THE_LOADING: Final = ("backend", "is_local", "local_files_only")
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """A directory's tokenizer_config.json; {} where there is none.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    file = directory / TOKENIZER_CONFIG
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"a {type(settings).__name__}")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not a JSON object: {error}",
+            rule=f"a tokenizer says how it is used in {TOKENIZER_CONFIG}",
+            remedy=download_remedy(file),
+        ) from error
+    return settings
+
+
+def portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same settings as every release of transformers from 4.51 on understands them."""
+    kept = {name: value for name, value in settings.items() if name not in OF_THE_LOADING}
+    if kept.get("tokenizer_class") == NEW_FAST_CLASS:
+        kept["tokenizer_class"] = FAST_CLASS
+    if isinstance(kept.get(NEW_SPECIAL), list):
+        kept.setdefault(SPECIAL, kept[NEW_SPECIAL])
+        kept[NEW_SPECIAL] = {}
+    return kept
+
+
+def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory, from local files and without remote code.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with lean_imports():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    stated = read_settings(directory)
+    understood = portable(stated)
+    changed = {name: value for name, value in understood.items() if stated.get(name) != value}
+    is_renamed = changed.pop("tokenizer_class", None) is not None
+    loader = PreTrainedTokenizerFast if is_renamed else AutoTokenizer
+    try:
+        opened: PreTrainedTokenizerBase = loader.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, use_fast=True, **changed
+        )
+    # The tokenizers library raises Exception itself.
+    except Exception as error:
+        raise UserError(
+            f"{directory} has a {TOKENIZER_FILE} that cannot be read: {error}",
+            rule=f"a model directory has the files of a fast tokenizer, {TOKENIZER_FILE} and {TOKENIZER_CONFIG}",
+            remedy=download_remedy(directory / TOKENIZER_FILE),
+        ) from error
+    return opened

@@ -1,0 +1,65 @@
+"""Values of a config.json, each of the kind that it must be; what is of another kind is refused, never converted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from phimr_nemo.errors import UserError
+
+FAMILY: Final = "use a Phi3-family model: Phi-4-mini, Phi-4-mini-reasoning, Phi-3-mini, Phi-3.5-mini"
+
+
+def unsupported(found: str, rule: str, remedy: str = FAMILY) -> UserError:
+    """The refusal of a config that the model would not reproduce."""
+    return UserError(f"model config with {found}", rule=rule, remedy=remedy)
+
+
+def whole(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number; `default` where the config does not state it.
+
+    Raises:
+        UserError: another kind of value, or none and no default.
+    """
+    value = config.get(name)
+    if value is None:
+        if default is None:
+            raise unsupported(f"no {name}", f"config.json states {name}")
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise unsupported(f"{name} = {value!r}", f"{name} is a whole number", f"write {name} as a whole number")
+    return value
+
+
+def positive(config: Mapping[str, Any], name: str, default: float) -> float:
+    """A finite number above 0; `default` where the config does not state it.
+
+    Raises:
+        UserError: another kind of value.
+    """
+    value = config.get(name)
+    if value is None:
+        return default
+    if not is_number(value) or not value > 0:
+        raise unsupported(f"{name} = {value!r}", f"{name} is a number above 0", f"write {name} as a number above 0")
+    return float(value)
+
+
+def truth(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    """True or false; `default` where the config does not state it.
+
+    Raises:
+        UserError: another kind of value.
+    """
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise unsupported(f"{name} = {value!r}", f"{name} is true or false", f"write {name} as true or false")
+    return value
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
