@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import PackConfig, SourceConfig, SupervisedConfig, to_dict
-from phimr_nemo.config.load import flat
+from phimr_nemo.config.load import flat, read_preset
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import grader_of
 from phimr_nemo.store.content import content_id
@@ -201,12 +201,7 @@ def finished_line(stage: str, run: RunDirectory, config: Any) -> str:
 
 def _free_changes(run: RunDirectory, config: Any) -> Iterator[str]:
     """Settings that may change and did; the places of inputs and output among them."""
-    import yaml
-
-    try:
-        before = flat(yaml.safe_load((run.path / CONFIG_FILE).read_text("utf-8")))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError):
-        return
+    before = flat(read_preset(run.path / CONFIG_FILE))
     now = flat(to_dict(config))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

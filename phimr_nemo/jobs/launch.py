@@ -62,6 +62,7 @@ IMPORT_LOGGERS: Final = ("megatron", "NeMo", "nemo.collections.llm.gpt.model.meg
 SHORT_WRITE: Final = ". unexpected pos "
 CHECKED: Final = "PHIMR_CHECKED"
 """Environment variable of the ranks that this launcher starts: it has checked inputs and machine for all of them."""
+RANK_VARIABLES: Final = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 # A rendezvous of this launch alone, on a free port.
 ELASTIC_ARGUMENTS: Final = ("--nnodes=1", "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
@@ -186,6 +187,10 @@ def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default:
         check_default(stage, path)
     if is_rank(resolved):
         follow_parent()
+    else:
+        # Another program's, whose rank this process is; libraries would believe them.
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
     with stoppable(stage, lambda: kept(resolved.run.output)):
         if CHECKED not in os.environ:
             preflight(stage, resolved)

@@ -39,6 +39,10 @@ LAYOUTS: Final = {
 DATA: Final = ("generate", "verify", "curate", "pack")
 TRAINING: Final = ("midtrain", "sft", "dpo", "grpo")
 SAME_LAYOUT_EVERY: Final = 3
+BY_CLOCK: Final = 0.3
+"""Share of the kills at any moment from the start on; the others come after a step or shard that is drawn."""
+STEP_SECONDS: Final = 0.5
+POLL_SECONDS: Final = 0.02
 SIZES: Final = {
     "base": (
         *("hidden_size=32", "intermediate_size=64", "num_hidden_layers=2", "num_attention_heads=4"),
@@ -128,17 +132,37 @@ def fly(root: Path, stage: str, output: Path, seconds: float, kills: int, draw: 
         if len(layouts) > kills:
             finish(ranks)
         else:
-            kill(ranks, draw.uniform(0.2, 1.0) * seconds * len(ranks))
+            moment = seconds * len(ranks) if draw.random() < BY_CLOCK else STEP_SECONDS
+            steps = 0 if moment > STEP_SECONDS else made(output) + draw.randint(1, 3)
+            kill(ranks, output, steps, draw.uniform(0.0, moment))
     return Flight(stage, layouts, kept, *compared(root / stage, output, stage))
 
 
-def kill(ranks: Sequence[int], seconds: float) -> None:
-    """Kill all ranks at once after a while; those that have finished before are past it."""
+def kill(ranks: Sequence[int], output: Path, steps: int, seconds: float) -> None:
+    """Kill all ranks at once, so long after so many steps or shards; those that have finished before are past it."""
+    ended: dict[int, int] = {}
+
+    def reap(flags: int) -> None:
+        for pid in ranks:
+            if pid not in ended and (found := os.waitpid(pid, flags))[0]:
+                ended[pid] = found[1]
+
+    while made(output) < steps and len(ended) < len(ranks):
+        time.sleep(POLL_SECONDS)
+        reap(os.WNOHANG)
     time.sleep(seconds)
+    reap(os.WNOHANG)
     for pid in ranks:
-        os.kill(pid, signal.SIGKILL)
-    ended = [os.waitpid(pid, 0)[1] for pid in ranks]
-    assert all(status in (0, signal.SIGKILL) for status in ended), f"ranks ended with {ended}"
+        if pid not in ended:
+            os.kill(pid, signal.SIGKILL)
+    reap(0)
+    assert all(status in (0, signal.SIGKILL) for status in ended.values()), f"ranks ended with {ended}"
+
+
+def made(output: Path) -> int:
+    """Steps that a run has made, or shards."""
+    steps = [row["step"] for row in read_metrics(output)]
+    return max(steps) if steps else sum(1 for _ in output.rglob("part-*.json"))
 
 
 def start(stage: str, config: Sequence[str], layout: str) -> list[int]:
