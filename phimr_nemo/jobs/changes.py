@@ -48,6 +48,7 @@ FREE_TO_CHANGE: Final = (
 )
 """Settings that a continued run may change: they do not change what is computed."""
 OUTPUT: Final = "run.output"
+NOT_RECORDED: Final = "an earlier version did not record what it was made from"
 REMADE_BY_SHARD: Final = frozenset(("prepare", "generate", "verify", "curate", "pack"))
 """Stages that look at each shard they find, and make again what was made from something else."""
 
@@ -125,6 +126,8 @@ def changes(run: RunDirectory, config: Any) -> list[str]:
         UserError: as :func:`begun_from`.
     """
     before = begun_from(run)
+    if before is None and run.is_done and run.description() is not None:
+        return [NOT_RECORDED]
     return [] if before is None else before.changes(made_from(config, FileHashes(run.path / HASHES_FILE)))
 
 
@@ -173,6 +176,8 @@ def check_same_run(stage: str, run: RunDirectory, config: Any) -> MadeFrom:
     if run.path.is_dir() and not run.is_done:
         hashes.keep()
     changed = [] if before is None else before.changed_inputs(now)
+    if before is None and not run.is_done and run.description() is not None:
+        print(f"{stage}: the run in {run.path}: {NOT_RECORDED}, so it is not compared", flush=True)
     if changed and (run.is_done or stage not in REMADE_BY_SHARD):
         ended = f"has finished ({run.finished_at()})" if run.is_done else "was begun"
         raise UserError(
@@ -193,7 +198,7 @@ def finished_line(stage: str, run: RunDirectory, config: Any) -> str:
     """What is said of a finished run that is asked for again: when it ended, and what has changed since."""
     told = f"{stage}: has finished already ({run.finished_at()}), nothing is made again"
     if begun_from(run) is None:
-        return f"{told}; it did not record what it was made from, so that was not compared"
+        return f"{told}; {NOT_RECORDED}, so it is not compared"
     notes = [*_free_changes(run, config), *_other_code(run)]
     changed = f"; changed since, without changing what it holds: {'; '.join(notes)}" if notes else ""
     return f"{told}; its inputs and settings are as they were{changed}"
