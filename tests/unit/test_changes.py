@@ -238,6 +238,44 @@ def test_rows_are_those_of_the_tokenizer_that_the_manifest_names(tmp_path: Path)
     assert manifests[0].made_from == manifests[1].made_from
 
 
+def test_candidates_are_those_of_the_source_that_is_there(tmp_path: Path) -> None:
+    source = tmp_path / "problems.jsonl"
+
+    def write(*numbers: int) -> None:
+        rows = [{"question": f"How much is {n} plus {n}?", "answer": f"{2 * n}"} for n in numbers]
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def prepare(out: Path) -> list[str]:
+        given = [f"run.output={out}", f"sources=[{{name: own, path: {source}}}]", "decontamination=null"]
+        run_stage("prepare", load_config(STAGES["prepare"], Path("conf/prepare/paper.yaml"), given))
+        return sorted(read_table(out / "problems", "problems")["question"].to_pylist())
+
+    write(3, 5)
+    prepare(tmp_path / "out")
+    # Killed after its first pass over the sources.
+    (tmp_path / "out" / "DONE").unlink()
+    (tmp_path / "out" / "problems" / "manifest.json").unlink()
+    write(7, 5, 9)
+    assert prepare(tmp_path / "out") == prepare(tmp_path / "fresh")
+    write(7)
+    with pytest.raises(UserError, match=r"sources\.0\.path: content"):
+        prepare(tmp_path / "out")
+
+
+def test_a_finished_evaluation_does_not_answer_for_other_weights(tmp_path: Path, stopped: list[str]) -> None:
+    given = [f"run.output={tmp_path / 'run'}", f"model={model(tmp_path / 'hf')}"]
+    config = load_config(STAGES["evaluate"], Path("conf/evaluate/tiny.yaml"), given)
+    for _ in range(3):
+        run_stage("evaluate", config)
+    assert len(stopped) == 2
+    weights = tmp_path / "hf" / "model.safetensors"
+    then = weights.stat()
+    weights.write_bytes(b"Weights")
+    os.utime(weights, ns=(then.st_atime_ns, then.st_mtime_ns))
+    with pytest.raises(UserError, match=r"has finished \(20.*model: content"):
+        run_stage("evaluate", config)
+
+
 # Quickstart and pipeline -------------------------------------------------------------------------------------
 
 
