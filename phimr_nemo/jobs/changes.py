@@ -8,13 +8,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.config import PackConfig, SourceConfig, SupervisedConfig, to_dict
+from phimr_nemo.config import (
+    CurateConfig,
+    GenerateConfig,
+    ModelTeacher,
+    PackConfig,
+    PrepareConfig,
+    SourceConfig,
+    SupervisedConfig,
+    VerifyConfig,
+    to_dict,
+)
 from phimr_nemo.config.load import flat, read_preset
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import grader_of
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.provenance import MADE_FROM, FileHashes, MadeFrom, content_of, read_made_from, tokenizer_content
-from phimr_nemo.store.runs import CONFIG_FILE, HASHES_FILE, RunDirectory, code_versions
+from phimr_nemo.store.runs import CONFIG_FILE, HASHES_FILE, RUN_FILE, RunDirectory, code_versions
 from phimr_nemo.verify.plug import plugged_name
 
 # Another server with the same model gives the same responses.
@@ -48,9 +58,8 @@ FREE_TO_CHANGE: Final = (
 )
 """Settings that a continued run may change: they do not change what is computed."""
 OUTPUT: Final = "run.output"
+CHECKPOINTS: Final = "step=*"
 NOT_RECORDED: Final = "an earlier version did not record what it was made from"
-REMADE_BY_SHARD: Final = frozenset(("prepare", "generate", "verify", "curate", "pack"))
-"""Stages that look at each shard they find, and make again what was made from something else."""
 
 
 def made_from(config: Any, hashes: FileHashes | None = None) -> MadeFrom:
@@ -156,11 +165,21 @@ def check_same_settings(run: RunDirectory, config: Any) -> None:
         )
 
 
+def is_remade(config: Any) -> bool:
+    """Whether a stage looks at each shard that it finds, and makes again what was made from something else.
+
+    What a model was sampled for is too dear for that.
+    """
+    if isinstance(config, GenerateConfig):
+        return not isinstance(config.teacher, ModelTeacher)
+    return isinstance(config, PrepareConfig | VerifyConfig | CurateConfig | PackConfig)
+
+
 def check_same_run(stage: str, run: RunDirectory, config: Any) -> MadeFrom:
     """An output directory belongs to one configuration and to the inputs that it was begun with.
 
     Args:
-        stage: some make what they find again, shard by shard, where an input has changed.
+        stage: its name.
         run: the output.
         config: of the stage.
 
@@ -178,12 +197,18 @@ def check_same_run(stage: str, run: RunDirectory, config: Any) -> MadeFrom:
     changed = [] if before is None else before.changed_inputs(now)
     if before is None and not run.is_done and run.description() is not None:
         print(f"{stage}: the run in {run.path}: {NOT_RECORDED}, so it is not compared", flush=True)
-    if changed and (run.is_done or stage not in REMADE_BY_SHARD):
+    if changed and (run.is_done or not is_remade(config)):
         ended = f"has finished ({run.finished_at()})" if run.is_done else "was begun"
         raise UserError(
             f"the run in {run.path} {ended} with other inputs ({'; '.join(changed)})",
             rule="what is continued, reused or reported was made from what its inputs hold now",
             remedy=f"restore them; or {_choice(run)}",
+        )
+    if before is None and run.description() is None and any(run.checkpoints.glob(CHECKPOINTS)):
+        raise UserError(
+            f"{run.path} has checkpoints and no {RUN_FILE}, which says what they were made from",
+            rule="what is continued was made from what its inputs hold now",
+            remedy=f"restore {RUN_FILE}; or {_choice(run)}",
         )
     for change in changed:
         print(f"{stage}: {change}; what was made from it is made again", flush=True)

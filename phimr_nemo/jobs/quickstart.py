@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from phimr_nemo.config import STAGES, QuickstartConfig, load_config
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
-from phimr_nemo.jobs.changes import REMADE_BY_SHARD, changed_settings, changes
+from phimr_nemo.jobs.changes import changed_settings, changes, is_remade
 from phimr_nemo.jobs.closing import PART_OF
 from phimr_nemo.jobs.demonstration import answers, to_type
 from phimr_nemo.jobs.kept import kept
@@ -152,10 +152,12 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
     started = time.monotonic()
     for number, step in enumerate(steps, 1):
         # What was made again before it may have changed what it reads.
-        changed = changed_since(step) if redo else []
-        if changed:
+        changed = changed_since(step)
+        if changed and redo:
             print(f"{step.output}: made again ({'; '.join(changed)})", flush=True)
             shutil.rmtree(step.output)
+        elif changed:
+            _refuse_changed([step])
         if RunDirectory(step.output).is_done:
             continue
         print(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}", flush=True)
@@ -178,7 +180,7 @@ def changed_since(step: Step) -> list[str]:
     stage, _, preset, *overrides = step.arguments
     config: Any = load_config(STAGES[stage], Path(preset), overrides)
     run = RunDirectory(step.output)
-    if not run.is_done and stage in REMADE_BY_SHARD:
+    if not run.is_done and is_remade(config):
         return changed_settings(run, config)
     return changes(run, config)
 

@@ -27,6 +27,8 @@ MADE_FROM: Final = "made_from"
 BEGUN_FILE: Final = "made_from.json"
 """What a record directory was begun from, before the manifest says it."""
 ABSENT: Final = "absent"
+SHARDS: Final = "part-*.json"
+"""The sidecars of a record directory."""
 WEIGHTS_SUFFIX: Final = ".safetensors"
 MODEL_SUFFIXES: Final = frozenset((WEIGHTS_SUFFIX, ".json", ".jinja", ".model", ".txt"))
 """The files of a model that decide what it computes; its card and licence do not."""
@@ -167,7 +169,7 @@ def content_of(path: Path, hashes: FileHashes | None = None) -> str:
 
     Of finished records the checksums in their manifest, which every reader compares with the shards; of a model the
     files that decide what it computes; of a finished run what it was made from and how it ended; of a file or any
-    other directory the bytes. :data:`ABSENT` where there is nothing.
+    other directory the bytes. :data:`ABSENT` where there is nothing, or what has not finished.
     """
     hashes = hashes or FileHashes()
     if path.is_file():
@@ -181,9 +183,13 @@ def content_of(path: Path, hashes: FileHashes | None = None) -> str:
         return _files_content(path, hashes, lambda file: file.suffix in MODEL_SUFFIXES)
     if (path / RESULTS_FILE).is_file():
         return hashes.sha256(path / RESULTS_FILE)
+    if (path / BEGUN_FILE).is_file() or any(file.with_suffix(".parquet").is_file() for file in path.glob(SHARDS)):
+        return ABSENT
     if (path / DONE_FILE).is_file():
         made_from = json.dumps(_json(path / RUN_FILE).get(MADE_FROM), sort_keys=True)
         return content_id("run", made_from, hashes.sha256(path / DONE_FILE))
+    if (path / RUN_FILE).is_file():
+        return ABSENT
     return _files_content(path, hashes, lambda _: True)
 
 

@@ -399,3 +399,42 @@ def test_a_damaged_description_of_a_run_with_results_is_one_error(text: str, tmp
     (run.path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=r"run\.json is damaged"):
         changes(run, config)
+
+
+def test_checkpoints_without_a_description_are_not_continued(tmp_path: Path, stopped: list[str]) -> None:
+    records(tmp_path / "data", "conversations", 1)
+    model(tmp_path / "base")
+    config = training("sft", tmp_path, "data")
+    run_stage("sft", config)
+    (config.run.output / "checkpoints" / "step=3").mkdir(parents=True)
+    (config.run.output / RUN_FILE).unlink()
+    with pytest.raises(UserError, match=r"has checkpoints and no run\.json"):
+        run_stage("sft", config)
+    assert stopped == ["sft"]
+
+
+def test_a_step_whose_input_is_made_again_alike_stays(tmp_path: Path, in_this_process: list[str]) -> None:
+    """As after `phimr data check --redo`: until then the input is not finished, and nothing is said of it."""
+    arguments = (Path("conf/quickstart/tiny.yaml"), [0], tmp_path, ())
+    quickstart.run_quickstart(*arguments, redo=False)
+    rollouts = tmp_path / "seed-0" / "rollouts"
+    for name in ("DONE", "manifest.json", "part-00000.json"):
+        (rollouts / name).unlink()
+    quickstart.run_quickstart(*arguments, redo=False)
+    assert in_this_process[3:] == ["rollouts"]
+
+
+def test_a_step_that_is_made_again_otherwise_leaves_no_later_one(
+    tmp_path: Path, in_this_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (Path("conf/quickstart/tiny.yaml"), [0], tmp_path, ())
+    quickstart.run_quickstart(*arguments, redo=False)
+    shutil.rmtree(tmp_path / "seed-0" / "rollouts")
+    run = quickstart.run_step
+
+    def other(step: quickstart.Step) -> None:
+        run(quickstart.Step(step.name, (*step.arguments, "teacher.mistake_rate=0.9"), step.output))
+
+    monkeypatch.setattr(quickstart, "run_step", other)
+    with pytest.raises(UserError, match="verdicts: rollouts: content"):
+        quickstart.run_quickstart(*arguments, redo=False)

@@ -218,3 +218,18 @@ def test_a_directory_that_is_made_from_something_else_is_unfinished(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"part-{index:05d}{suffix}" for index in (0, 1) for suffix in (".json", ".parquet")
     ]
+
+
+def test_what_has_not_finished_has_no_content_and_other_peoples_parts_have(tmp_path: Path) -> None:
+    path = records(tmp_path / "records", 1, 2)
+    (path / MANIFEST).unlink()
+    assert content_of(path) == ABSENT
+    run = finished_run(tmp_path / "run")
+    assert content_of(run) != ABSENT
+    (run / "DONE").unlink()
+    assert content_of(run) == ABSENT
+    source = plain(tmp_path / "source")
+    (source / "part-00000.json").write_text("[1]")
+    before = content_of(source)
+    (source / "part-00000.json").write_text("[2]")
+    assert before not in (ABSENT, content_of(source))
