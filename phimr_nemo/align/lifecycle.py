@@ -17,7 +17,7 @@ from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.provenance import content_of
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.training.checkpoint import CheckpointStore, exported_step
-from phimr_nemo.training.distributed import PreemptionGuard, export_checkpoint, export_hf
+from phimr_nemo.training.distributed import PreemptionGuard, export_checkpoint, export_hf, wait_for_all
 from phimr_nemo.training.throughput import Speed
 
 HF_DIRECTORY: Final = "hf"
@@ -79,6 +79,7 @@ def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:
         data: the record directory.
     """
     box = [base.weights_hash() if dist.get_rank() == 0 else ""]
+    wait_for_all(f"the weights of {base.path} are read")
     dist.broadcast_object_list(box, 0)
     return {"base weights": box[0], "data": content_of(data)}
 

@@ -329,6 +329,7 @@ def _build(
         base.architecture,
         parallel,
         dtype=torch_dtype(model.dtype),
+        deterministic_mode=model.deterministic,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         **overrides,

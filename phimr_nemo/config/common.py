@@ -110,6 +110,8 @@ class ParallelConfig:
         context: processes that share the tokens of every sequence.
         virtual: parts of the model in each pipeline process, taken in turn so that it waits less.
         nodes: machines that a job of this layout asks for; None = what its script says.
+        timeout_minutes: how long the processes exchange tensors before the job ends, because one of them has died or
+            hangs. Work that may take them unequal times (sampling, grading, writing) is waited for without it.
     """
 
     tensor: Positive = 1
@@ -119,6 +121,7 @@ class ParallelConfig:
     context: Positive = 1
     virtual: Positive = 1
     nodes: Positive | None = None
+    timeout_minutes: AboveZero = 30.0
 
     def __post_init__(self) -> None:
         if self.virtual > 1 and self.pipeline == 1:
@@ -149,12 +152,15 @@ class ModelConfig:
         fp8: 8-bit matrix products in Transformer Engine's hybrid format, by its recipe; None = none.
         recompute: activations that are computed again in the backward pass instead of being kept: those of
             attention only ("selective"), or of whole layers ("full").
+        deterministic: the same bits on a GPU every time, in one layout on one kind of machine: slower kernels without
+            atomic additions, in torch, cuBLAS, NCCL, Megatron and Transformer Engine. A CPU needs no such kernels.
     """
 
     dtype: Dtype
     fp8: Fp8Recipe | None = None
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     recompute: Recompute = "none"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.fp8 is not None and self.dtype != "bf16":

@@ -23,7 +23,7 @@ from phimr_nemo.config.common import (
 )
 from phimr_nemo.config.engine import AskConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
-from phimr_nemo.store.records import Difficulty
+from phimr_nemo.store.records import DIFFICULTIES, Difficulty
 
 Preset = Literal[
     "openr1_math",
@@ -147,6 +147,8 @@ class PrepareConfig:
         sources: in the order in which they win where duplicates are equal otherwise.
         near_duplicates, decontamination, annotation: None = not done.
         shard_size: problems (rollouts) a shard.
+        workers: processes that read sources.
+        shard: this process's place among those that share the sources.
     """
 
     run: RunConfig
@@ -155,6 +157,8 @@ class PrepareConfig:
     decontamination: DecontaminationConfig | None = None
     annotation: AnnotationConfig | None = None
     shard_size: Positive
+    workers: Positive = 1
+    shard: ShardConfig = field(default_factory=ShardConfig)
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -167,15 +171,45 @@ class PrepareConfig:
             )
 
 
+BalanceKey = Literal["domain", "source", "difficulty", "length"]
+
+
+@config
+class Cap:
+    """At most so many rows of one domain, source or difficulty.
+
+    Attributes:
+        by: the label.
+        value: the one that is capped; None = each, also those without the label.
+        rows: that are kept at most, drawn by content.
+    """
+
+    by: Literal["domain", "source", "difficulty"]
+    value: Name | None = None
+    rows: Positive
+
+    def __post_init__(self) -> None:
+        if self.by == "difficulty" and self.value not in (None, *DIFFICULTIES):
+            raise RuleBroken(
+                f"{AT}by=difficulty with {AT}value={self.value}",
+                rule=f"a difficulty is one of {list(DIFFICULTIES)}",
+                remedy=f"set {AT}value={DIFFICULTIES[0]}, or {AT}value=null for each",
+            )
+
+
 @config
 class MidtrainSet:
     """The full verified set.
 
     Attributes:
         max_per_problem: responses to one problem at most.
+        max_tokens: of a conversation at most, as the stage that trains on it counts: its sequence length; None = any.
+        caps: rows of a label at most.
     """
 
     max_per_problem: Positive
+    max_tokens: Positive | None = None
+    caps: tuple[Cap, ...] = ()
 
 
 @config
@@ -184,10 +218,12 @@ class SFTSet:
 
     Attributes:
         difficulties: tiers to keep; problems of unknown difficulty are kept too.
-        max_per_problem: responses to one problem at most, the longest.
+        max_per_problem: responses to one problem at most, the longest of those that fit `max_tokens`.
         max_repetition: drop responses that repeat a larger share of themselves.
         one_boxed_answer: drop responses that do not box exactly one answer after their thinking.
-        size: rows to keep, balanced over difficulty and length; None = all.
+        size: rows to keep, balanced; None = all.
+        max_tokens, caps: as those of the mid-training set.
+        balance: what `size` is balanced over: cells of these labels share it evenly.
     """
 
     difficulties: Annotated[tuple[Difficulty, ...], Field(min_length=1)]
@@ -195,23 +231,37 @@ class SFTSet:
     max_repetition: Share
     one_boxed_answer: bool
     size: Positive | None = None
+    max_tokens: Positive | None = None
+    balance: Annotated[tuple[BalanceKey, ...], Field(min_length=1)] = ("difficulty", "length")
+    caps: tuple[Cap, ...] = ()
 
 
 @config
 class PairSet:
-    """Preference pairs from rollouts of one question.
+    """Preference pairs from rollouts of one question; both sides are complete responses.
 
     Attributes:
         mode: the nearest pairs, or random ones.
         nearness: what is near, see :mod:`phimr_nemo.data.pairs`.
         max_per_problem: pairs of one problem at most.
         max_length_ratio: no pair of which one is more than this many times as long as the other; None = any.
+        difficulties: tiers to keep; problems of unknown difficulty are kept too. None = any.
+        max_repetition: of either side; a model that is taught to avoid loops learns nothing about mathematics.
+        max_tokens: of the question with either side, as those of the mid-training set.
+        size: pairs to keep, balanced over `balance` (the length is that of the rejected side); None = all.
+        caps: pairs of a label at most.
     """
 
     mode: Literal["near_miss", "random"]
     nearness: Literal["common_steps", "common_beginning"]
     max_per_problem: Positive
     max_length_ratio: AtLeastOne | None = None
+    difficulties: Annotated[tuple[Difficulty, ...], Field(min_length=1)] | None = None
+    max_repetition: Share = 1.0
+    max_tokens: Positive | None = None
+    size: Positive | None = None
+    balance: Annotated[tuple[BalanceKey, ...], Field(min_length=1)] = ("difficulty", "length")
+    caps: tuple[Cap, ...] = ()
 
 
 @config
@@ -223,6 +273,8 @@ class PromptSet:
         hard_below: prompts with a lower share are marked as hard, for oversampling.
         min_samples: graded responses that a prompt must have, over all sampling rounds.
         max_length_spread: coefficient of variation of the response lengths at most; None = any.
+        max_tokens: of the prompt at most: what the stage's sequence length leaves beside its longest response;
+            None = any.
     """
 
     min_pass: Number
@@ -230,6 +282,7 @@ class PromptSet:
     hard_below: Share
     min_samples: Positive
     max_length_spread: AtLeastZero | None = None
+    max_tokens: Positive | None = None
 
     def __post_init__(self) -> None:
         if not (self.min_pass < self.max_pass and self.min_pass < 1.0 and self.max_pass > 0.0):
@@ -248,11 +301,16 @@ class CurateConfig:
     Attributes:
         verdicts: one directory, or several: sampling rounds, sources that bring their own solutions.
         workers: processes.
+        tokenizer: directory of the tokenizer that the stages train with, which counts for `max_tokens`. None = the
+            recorded number of tokens, else an estimate from the characters: a stage may then refuse a set.
+        shard: this process's place among those that share the work.
     """
 
     run: RunConfig
     verdicts: Place | Annotated[tuple[Place, ...], Field(min_length=1)]
     workers: Positive
+    tokenizer: Place | None = None
+    shard: ShardConfig = field(default_factory=ShardConfig)
     midtrain: MidtrainSet | None = None
     sft: SFTSet | None = None
     pairs: PairSet | None = None

@@ -71,11 +71,14 @@ class RecordProblems:
 
     Attributes:
         path: a record directory of problems.
-        limit: only the first ones; 0 = all.
+        answered: record directories of rollouts, such as those that `prepare` took from the sources: a problem that
+            has one there is not asked.
+        limit: only the first ones of what is left; 0 = all.
     """
 
     kind: Literal["records"]
     path: Place
+    answered: tuple[Place, ...] = ()
     limit: NonNegative = 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from phimr_nemo.config.common import AboveZero, Decay, Name, Positive, PositiveShare
+from phimr_nemo.config.common import AboveZero, AtLeastZero, Decay, Name, Positive, PositiveShare, Share
 from phimr_nemo.config.rules import config
 
 
@@ -47,6 +47,9 @@ class GenerationPlanConfig:
         cores: that verify at the same time.
         bytes_a_token: of a rollout as text.
         compression: bytes of the text over bytes in a record directory.
+        judged_share: of the rollouts, those that the grader calls wrong and the judge looks at; 0 = no judge.
+        judge_prompt_tokens, judge_reply_tokens: of one question to the judge.
+        judge_input_per_million, judge_output_per_million: US dollars for its tokens.
     """
 
     stage: Literal["generate"]
@@ -60,3 +63,8 @@ class GenerationPlanConfig:
     cores: Positive
     bytes_a_token: AboveZero
     compression: AboveZero
+    judged_share: Share
+    judge_prompt_tokens: Positive
+    judge_reply_tokens: Positive
+    judge_input_per_million: AtLeastZero
+    judge_output_per_million: AtLeastZero

@@ -37,6 +37,8 @@ class Fate(IntEnum):
     FEW_SAMPLES = 22
     UNEVEN = 23
     GOLD_UNREADABLE = 24
+    TOO_LONG = 25
+    CAPPED = 26
 
     @property
     def reason(self) -> str:
@@ -58,7 +60,7 @@ REASONS: Final[dict[Fate, str]] = {
     Fate.OTHER_DIFFICULTY: "other difficulty",
     Fate.REPETITIVE: "repetitive",
     Fate.NOT_ONE_BOX: "not exactly one boxed answer",
-    Fate.BALANCE: "balance of difficulty and length",
+    Fate.BALANCE: "balance",
     Fate.UNGRADED: "ungraded",
     Fate.BLANK: "empty response",
     Fate.NO_RIGHT: "problem without right response",
@@ -70,4 +72,6 @@ REASONS: Final[dict[Fate, str]] = {
     Fate.TOO_HARD: "prompt too hard",
     Fate.FEW_SAMPLES: "prompt with too few graded responses",
     Fate.UNEVEN: "prompt of uneven length",
+    Fate.TOO_LONG: "longer than max_tokens",
+    Fate.CAPPED: "over a cap",
 }

@@ -1,15 +1,23 @@
-"""One function over many items, in this process or in several."""
+"""One function over many items: in this process, in several, or shared by the processes of an array."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
 
+from phimr_nemo.config import ShardConfig
 from phimr_nemo.process.children import start_pool_worker, unheard_by_children
+from phimr_nemo.store.check import is_declared
+from phimr_nemo.store.lease import FreeUnits, Leases, rotated
 from phimr_nemo.store.progress import track
+from phimr_nemo.store.provenance import MadeFrom
+from phimr_nemo.store.shards import shard_is_complete
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,3 +52,93 @@ def in_processes(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share a step's work: all of an array, or this one alone.
+
+    Attributes:
+        leases: of this process; None when it is alone.
+        index, count: its place among them.
+    """
+
+    leases: Leases | None = None
+    index: int = 0
+    count: int = 1
+
+    def share(
+        self,
+        function: Callable[[Item], None],
+        items: Sequence[Item],
+        *,
+        is_done: Callable[[Item], bool],
+        workers: int,
+        title: str,
+    ) -> None:
+        """Call the function for every item, wherever, and return when all of them are done.
+
+        Args:
+            function: does an item, and does nothing where it was done and is undamaged.
+            items: the same in all processes.
+            is_done: whether an item was done by somebody, damaged or not; cheap.
+            workers: processes of this one.
+            title: of the progress bar, and of the leases.
+        """
+        if self.leases is None:
+            in_processes(function, items, workers, title=title)
+            return
+        # An item that was done before is looked at once, by the process whose share it would be.
+        own = [item for item in items[self.index :: self.count] if is_done(item)]
+        in_processes(function, own, workers, title=title)
+        # A process of the array takes `workers` items at a time.
+        groups = [items[start : start + workers] for start in range(0, len(items), workers)]
+        free = FreeUnits(
+            rotated(range(len(groups)), self.index, self.count),
+            self.leases,
+            name=title,
+            is_done=lambda group: all(map(is_done, groups[group])),
+            wait=True,
+        )
+        for group in free.one_by_one():
+            in_processes(function, groups[group], workers, title=title)
+
+    def free_shards(self, directory: Path, shards: Sequence[int], made_from: Callable[[int], MadeFrom]) -> FreeUnits:
+        """The shards of a record directory that are to be made by this process, as it asks for them.
+
+        In an array whoever is free takes the next one; one that was made before is read, for damage, by the process
+        whose share it would be.
+
+        Args:
+            directory: the record directory.
+            shards: their numbers.
+            made_from: a shard's number -> what it is made from; one that was made from something else is to be made.
+        """
+
+        def is_whole(shard: int) -> bool:
+            return shard_is_complete(directory, shard, made_from(shard))
+
+        if self.leases is None:
+            return FreeUnits(shards, None, name="shard", is_done=is_whole)
+
+        def is_made(shard: int) -> bool:
+            if not is_declared(directory, shard, made_from(shard)):
+                return False
+            return shard % self.count != self.index or is_whole(shard)
+
+        tried = rotated(shards, self.index, self.count)
+        return FreeUnits(tried, self.leases, name="shard", is_done=is_made)
+
+
+LEASES: Final = "leases"
+ALONE: Final = Team()
+
+
+@contextmanager
+def team_of(shard: ShardConfig, output: Path) -> Iterator[Team]:
+    """The team of a step's array; its leases lie under the step's output."""
+    if shard.count == 1:
+        yield ALONE
+        return
+    with Leases(output / LEASES, f"task-{shard.index}") as leases:
+        yield Team(leases, shard.index, shard.count)

@@ -20,6 +20,7 @@ from phimr_nemo.config import (
     VLLMEngine,
 )
 from phimr_nemo.config.engine import QUESTION
+from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.generate import sampler as protocol
 from phimr_nemo.generate.plan import Plan
 from phimr_nemo.generate.sampler import SamplingParams
@@ -103,12 +104,12 @@ class TokenEngine(Generic[S]):
 
         return weights_hash(self.directory)
 
-    def write_rollouts(self, plan: Plan, out_dir: Path, shards: Sequence[int], inputs: Mapping[str, str]) -> bool:
+    def write_rollouts(self, plan: Plan, out_dir: Path, team: Team, inputs: Mapping[str, str]) -> bool:
         """:func:`phimr_nemo.generate.rollouts.sample_rollouts`."""
         from phimr_nemo.generate.rollouts import sample_rollouts
 
         return sample_rollouts(
-            plan, self.sampler, self.tokenizer, out_dir, params=self.params, shard_indices=shards, inputs=inputs
+            plan, self.sampler, self.tokenizer, out_dir, params=self.params, inputs=inputs, team=team
         )
 
     def close(self) -> None:
@@ -133,11 +134,13 @@ class TextEngine:
         """The served model's: a part of ids and seeds."""
         return self.engine.endpoint.model
 
-    def write_rollouts(self, plan: Plan, out_dir: Path, shards: Sequence[int], inputs: Mapping[str, str]) -> bool:
+    def write_rollouts(self, plan: Plan, out_dir: Path, team: Team, inputs: Mapping[str, str]) -> bool:
         """:func:`phimr_nemo.generate.serving.remote.request_rollouts`."""
         from phimr_nemo.generate.serving.remote import request_rollouts
 
-        return request_rollouts(plan, self.engine, self.params, out_dir, shard_indices=shards, inputs=inputs)
+        return request_rollouts(
+            plan, self.engine, self.params, out_dir, shard_indices=plan.shards, inputs=inputs, team=team
+        )
 
     def close(self) -> None:
         """Nothing: the endpoint is not this process's."""
@@ -222,7 +225,7 @@ def write_rollouts(
         samples: responses to each problem.
         shard_size: problems per shard.
         seed: another one gives other responses.
-        shard: which shards are this process's; None = all.
+        shard: this process's place among those that share the shards; None = it is alone.
         inputs: what the problems were read from and the model's directory, by content.
 
     Returns:
@@ -249,8 +252,8 @@ def write_rollouts(
             stage_seed=seed,
             prompt_template=sampling.prompt,
         )
-        mine = plan.shards if shard is None else plan.shards[shard.index :: shard.count]
-        return opened.write_rollouts(plan, out_dir, mine, inputs)
+        with team_of(shard or ShardConfig(), out_dir) as team:
+            return opened.write_rollouts(plan, out_dir, team, inputs)
 
 
 def _tokenizer(engine: LocalEngine | VLLMEngine | ServerEngine, model: SampledModel) -> Any:

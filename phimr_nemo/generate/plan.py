@@ -56,6 +56,7 @@ class Planned:
             "tokens": tokens,
             "domain": self.problem["domain"],
             "difficulty": self.problem["difficulty"],
+            "source": self.problem["source"],
             "metadata": self.problem["metadata"],
         }
 

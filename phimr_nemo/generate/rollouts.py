@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.data.chat import decode_response, render_prompts
+from phimr_nemo.data.parallel import ALONE, Team
 from phimr_nemo.generate.plan import Plan, Planned, rollout_counts
 from phimr_nemo.generate.sampler import Completion, Engine, Request, SamplingParams
 from phimr_nemo.store.progress import Progress
@@ -32,6 +33,7 @@ def sample_rollouts(
     params: SamplingParams,
     shard_indices: Sequence[int] | None = None,
     inputs: Mapping[str, str] = NOTHING,
+    team: Team = ALONE,
 ) -> bool:
     """Sample several responses to every problem into a record directory of kind "rollouts".
 
@@ -43,6 +45,7 @@ def sample_rollouts(
         params: how tokens are drawn.
         shard_indices: make only these shards (for an array of processes); all when None.
         inputs: what the problems were read from and the rest of the model, by content.
+        team: the processes that share the shards.
 
     Returns:
         Whether all shards are there; the manifest is then written.
@@ -56,13 +59,16 @@ def sample_rollouts(
         return True
     mine = plan.shards if shard_indices is None else shard_indices
     with Progress(sum(map(plan.count, mine)), title="sampling", unit="rollout") as progress:
-        for index in mine:
-            if not shard_is_complete(out_dir, index, made_from):
-                rollouts = _sample_shard(plan.shard(index), sampler, tokenizer, params, plan.teacher)
-                table = rows_to_table(rollouts, "rollouts")
-                write_shard(out_dir, index, table, kind="rollouts", made_from=made_from)
-                progress.show({"tokens in the shard": sum(row["tokens"] for row in rollouts)})
+        left = set(mine)
+        for index in team.free_shards(out_dir, mine, lambda _: made_from).one_by_one():
+            rollouts = _sample_shard(plan.shard(index), sampler, tokenizer, params, plan.teacher)
+            table = rows_to_table(rollouts, "rollouts")
+            write_shard(out_dir, index, table, kind="rollouts", made_from=made_from)
+            progress.show({"tokens in the shard": sum(row["tokens"] for row in rollouts)})
             progress.update(plan.count(index))
+            left.discard(index)
+        # What was there before, or others of the array have made or hold.
+        progress.update(sum(map(plan.count, left)))
     if not all(shard_is_complete(out_dir, index, made_from) for index in plan.shards):
         return False
     finish(out_dir, kind="rollouts", **made_from.to_json(), counts=rollout_counts(out_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from phimr_nemo.config import (
@@ -14,6 +15,7 @@ from phimr_nemo.config import (
     RecordedTeacher,
     RecordProblems,
 )
+from phimr_nemo.data.parallel import team_of
 from phimr_nemo.data.sources.problems import load_problems
 from phimr_nemo.data.sources.recorded import load_recorded_rollouts
 from phimr_nemo.data.synthetic.problems import generate_problems
@@ -26,6 +28,7 @@ from phimr_nemo.store.provenance import MadeFrom, content_of
 from phimr_nemo.store.shards import (
     Manifest,
     finish,
+    iter_shards,
     read_manifest,
     read_table,
     shard_is_complete,
@@ -77,8 +80,9 @@ def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, d
     """
     if isinstance(problems, RecordProblems):
         table = read_table(problems.path, "problems")
+        table, counts = _unanswered(table, problems)
         table = table.slice(0, problems.limit or None)
-        return table, {"read": table.num_rows}
+        return table, {"read": table.num_rows, **counts}
     if isinstance(problems, FileProblems):
         return load_problems(
             problems.path,
@@ -88,6 +92,32 @@ def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, d
             limit=problems.limit,
         )
     return generate_problems(seed, problems.count, problems.split), {"read": problems.count}
+
+
+def _unanswered(table: pa.Table, problems: RecordProblems) -> tuple[pa.Table, dict[str, int]]:
+    """The problems that have no response yet, and how many have.
+
+    Raises:
+        UserError: a directory of rollouts is not finished, or every problem has a response.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not problems.answered:
+        return table, {}
+    known: set[str] = set()
+    for directory in problems.answered:
+        for shard in iter_shards(directory, "rollouts", ["problem_id"]):
+            known.update(shard.column("problem_id").to_pylist())
+    has_one = pc.is_in(table.column("id"), value_set=pa.array(sorted(known), pa.string()))
+    left = table.filter(pc.invert(has_one))
+    if not left.num_rows:
+        raise UserError(
+            f"every problem of {problems.path} has a response in {[str(path) for path in problems.answered]}",
+            rule="a teacher is asked about problems that have no response yet",
+            remedy="verify those responses; or set problems.answered=[] to sample more",
+        )
+    return left, {"problems with a response": table.num_rows - left.num_rows}
 
 
 def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any] | None:
@@ -118,9 +148,12 @@ def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any
 
 
 def _problem_files(config: GenerateConfig) -> dict[str, str]:
-    """The content of the file or record directory that the problems come from."""
-    if isinstance(config.problems, FileProblems | RecordProblems):
+    """The content of the files and record directories that the problems come from."""
+    if isinstance(config.problems, FileProblems):
         return {"problems.path": content_of(config.problems.path)}
+    if isinstance(config.problems, RecordProblems):
+        answered = {f"problems.answered.{n}": content_of(path) for n, path in enumerate(config.problems.answered)}
+        return {"problems.path": content_of(config.problems.path), **answered}
     return {}
 
 
@@ -136,7 +169,7 @@ def _write(
     deciding: dict[str, Any],
     inputs: dict[str, str],
 ) -> dict[str, Any] | None:
-    """Make shards of `shard_size` rows of `table` that are not there yet, or were made from other rows.
+    """Make shards of `shard_size` rows of `table` that are not there, or of other rows, and that nobody else makes.
 
     Args:
         config: of the stage.
@@ -154,13 +187,14 @@ def _write(
     def part(index: int) -> pa.Table:
         return table.slice(index * config.shard_size, config.shard_size)
 
+    @cache
     def made_from(index: int) -> MadeFrom:
         return MadeFrom({"rows": _rows_content(part(index))}, deciding)
 
-    for index in track(shards[config.shard.index :: config.shard.count], title="generate", unit="shard"):
-        of_it = made_from(index)
-        if not shard_is_complete(directory, index, of_it):
-            write_shard(directory, index, make(part(index)), kind="rollouts", made_from=of_it)
+    with team_of(config.shard, directory) as team:
+        free = team.free_shards(directory, shards, made_from)
+        for index in track(free.one_by_one(), title="generate", unit="shard", total=len(shards)):
+            write_shard(directory, index, make(part(index)), kind="rollouts", made_from=made_from(index))
     if not all(shard_is_complete(directory, index, made_from(index)) for index in shards):
         return None
     return closing_facts(finish(directory, kind="rollouts", **whole.to_json(), counts=counts))

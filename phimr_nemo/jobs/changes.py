@@ -74,7 +74,7 @@ def made_from(config: Any, hashes: FileHashes | None = None) -> MadeFrom:
     """
     hashes = hashes or FileHashes()
     inputs = {key: content_of(value, hashes) for key, value in _deciding(config) if isinstance(value, Path)}
-    if isinstance(config, PackConfig):
+    if isinstance(config, PackConfig | CurateConfig) and config.tokenizer is not None:
         inputs["tokenizer"] = tokenizer_content(config.tokenizer, hashes)
     grader = grader_of(config)
     if grader is not None and not isinstance(config, SupervisedConfig):

@@ -104,7 +104,7 @@ def _say_finished(stage: str, run: RunDirectory, config: Any) -> None:
 
 
 def _share(config: Any) -> tuple[int, int]:
-    """Which part of the output this process makes: tasks of an array share one."""
+    """This process's place among the tasks of an array, which share one output."""
     shard = getattr(config, "shard", None)
     return WHOLE if shard is None else (shard.index, shard.count)
 

@@ -5,9 +5,7 @@ Nothing heavy is imported where there is no GPU.
 
 from __future__ import annotations
 
-import glob
 import os
-import shutil
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +14,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_world
 from phimr_nemo.plan.memory import MicroBatch, largest_rank, largest_state
+from phimr_nemo.process.gpus import has_gpu_driver
 
 GIBIBYTE: Final = 2**30
 RANK_BYTES: Final = 0.9 * GIBIBYTE
@@ -24,11 +23,6 @@ FEWEST_CORES: Final = 2
 """A parallel layout can be tried on a single core too: two processes on it harm nobody."""
 CGROUP: Final = Path("/sys/fs/cgroup")
 Training = (SupervisedConfig, DPOConfig, GRPOConfig)
-
-
-def has_gpu_driver() -> bool:
-    """Whether an NVIDIA driver shows itself; without one torch need not be asked."""
-    return bool(glob.glob("/dev/nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
 
 
 def count_gpus() -> int:

@@ -86,7 +86,8 @@ def preflight(stage: str, config: Any) -> None:
 def record_inputs(stage: str, config: Any) -> list[tuple[Path, Kind]]:
     """The record directories that a stage reads, with their kinds."""
     if isinstance(config, GenerateConfig | EvaluateConfig) and isinstance(config.problems, RecordProblems):
-        return [(config.problems.path, "problems")]
+        answered: list[tuple[Path, Kind]] = [(path, "rollouts") for path in config.problems.answered]
+        return [(config.problems.path, "problems"), *answered]
     if isinstance(config, VerifyConfig):
         return [(config.rollouts, "rollouts")]
     if isinstance(config, CurateConfig):
@@ -111,6 +112,8 @@ def file_inputs(config: Any) -> list[Path]:
         paths += [config.problems.path] if config.problems.path else []
     if isinstance(config, GenerateConfig) and isinstance(config.teacher, RecordedTeacher | ModelTeacher):
         paths += [config.teacher.path] if config.teacher.path else []
+    if isinstance(config, CurateConfig):
+        paths += [] if config.tokenizer is None else [config.tokenizer]
     if isinstance(config, PrepareConfig):
         paths += [Path(source.path) for source in config.sources if not source.hub]
         paths += [one.path for one in config.decontamination.sets] if config.decontamination else []

@@ -10,6 +10,7 @@ from phimr_nemo.plan.hardware import find_gpu
 
 SECONDS_AN_HOUR: Final = 3600
 HOURS_A_DAY: Final = 24
+MILLION: Final = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class GenerationPlan:
         gpu_hours, gpu_days: of the teacher; days on all its GPUs together.
         text_bytes, stored_bytes: as text, and in record directories of rollouts (verdicts take as much again).
         core_hours, core_days: of verification; days on all cores together.
+        judge_requests, judge_tokens, judge_dollars: of the judge's second look at what the grader calls wrong.
     """
 
     rollouts: int
@@ -32,6 +34,9 @@ class GenerationPlan:
     stored_bytes: float
     core_hours: float
     core_days: float
+    judge_requests: int
+    judge_tokens: float
+    judge_dollars: float
 
 
 def plan_generation(config: GenerationPlanConfig) -> GenerationPlan:
@@ -46,6 +51,8 @@ def plan_generation(config: GenerationPlanConfig) -> GenerationPlan:
     gpu_hours = tokens / config.tokens_a_gpu_second / SECONDS_AN_HOUR
     core_hours = rollouts / config.answers_a_core_second / SECONDS_AN_HOUR
     text = tokens * config.bytes_a_token
+    asked = round(rollouts * config.judged_share)
+    prompts, replies = asked * config.judge_prompt_tokens, asked * config.judge_reply_tokens
     return GenerationPlan(
         rollouts=rollouts,
         tokens=tokens,
@@ -55,4 +62,8 @@ def plan_generation(config: GenerationPlanConfig) -> GenerationPlan:
         stored_bytes=text / config.compression,
         core_hours=core_hours,
         core_days=core_hours / config.cores / HOURS_A_DAY,
+        judge_requests=asked,
+        judge_tokens=float(prompts + replies),
+        judge_dollars=(prompts * config.judge_input_per_million + replies * config.judge_output_per_million)
+        / MILLION,
     )

@@ -188,6 +188,16 @@ def print_generation(config: GenerationPlanConfig, plan: GenerationPlan, console
             f"{config.answers_a_core_second:g} answers/s/core, measured",
         ),
         ("verification, days", f"{plan.core_days:,.2f}", f"{config.cores} cores at once"),
+        (
+            "judge, questions",
+            f"{plan.judge_requests:,}",
+            f"{config.judged_share:.0%} of the rollouts called wrong, assumed",
+        ),
+        (
+            "judge, US dollars",
+            f"{plan.judge_dollars:,.0f}",
+            f"{config.judge_prompt_tokens} + {config.judge_reply_tokens} tokens a question, measured",
+        ),
         ("text, TB", f"{plan.text_bytes / TERABYTE:.3g}", f"{config.bytes_a_token:g} bytes a token, measured"),
         (
             "record directory, TB",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.store.provenance import MadeFrom, read_made_from
+from phimr_nemo.store.provenance import MADE_FROM, MadeFrom, read_made_from
 from phimr_nemo.store.records import KINDS, Kind
 from phimr_nemo.store.runs import DONE_FILE
 from phimr_nemo.store.shards import MANIFEST, SHARD_NAME, read_manifest, shard_is_complete
@@ -103,11 +103,18 @@ def open_for(directory: Path, made_from: MadeFrom, shards: int) -> None:
             path.unlink()
 
 
+def is_declared(directory: Path, index: int, made_from: MadeFrom) -> bool:
+    """Whether a sidecar says that shard `index` was made from this; without a look at the shard itself."""
+    sidecar = directory / f"part-{index:05d}.json"
+    facts = _object(sidecar) if sidecar.is_file() else None
+    return isinstance(facts, dict) and read_made_from(facts.get(MADE_FROM)) == made_from
+
+
 def _object(path: Path) -> object:
     """What a JSON file holds; None where it is damaged."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         return None
 
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import platform
 import re
@@ -32,6 +31,9 @@ LOCK_MODE: Final = 0o644
 START_FIELD: Final = 19
 """Of /proc/PID/stat behind the name: field 22 of proc(5)."""
 QUEUE_SECONDS: Final = 10.0
+ORPHAN_SECONDS: Final = 60.0
+"""How long the children of a killed process may take to notice: writers of checkpoints, graders."""
+POLL_SECONDS: Final = 0.1
 Share = tuple[int, int]
 
 
@@ -77,12 +79,11 @@ def _lock_name(share: Share) -> str:
 
 
 def _overlapping(directory: Path, share: Share) -> Iterator[Path]:
-    """The other locks there whose shards are some of this share's."""
-    index, count = share
+    """The other locks there, those of tasks of the same array excepted: leases divide the shards among them."""
     for path in directory.glob(f"{LOCK_FILE}*"):
         match = SHARE_LOCK.fullmatch(path.name)
         other = WHOLE if path.name == LOCK_FILE else (int(match[1]), int(match[2])) if match else share
-        if other != share and (index - other[0]) % math.gcd(count, other[1]) == 0:
+        if other[1] != share[1]:
             yield path
 
 
@@ -96,6 +97,8 @@ def _take(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = read_holder(path)
+        if _is_gone_from_here(holder) and _outlasts(descriptor):
+            return
         if not _is_left_behind(holder):
             raise _refusal(path, holder) from None
         _warn(f"{path.parent}: the lock of {_who(holder)} is that of a lost node and is passed over")
@@ -109,6 +112,25 @@ def _take(descriptor: int, path: Path) -> None:
             f"{path.parent}: its file system has no working locks ({os.strerror(error.errno)}): "
             "a command there on another machine is not kept out"
         )
+
+
+def _is_gone_from_here(holder: Mapping[str, Any]) -> bool:
+    """Whether a lock's holder was a process of this machine that has ended: its children have the lock too."""
+    process = holder.get("process")
+    if holder.get("host") != platform.node() or not isinstance(process, int) or "started" not in holder:
+        return False
+    return _started(process) != holder["started"]
+
+
+def _outlasts(descriptor: int) -> bool:
+    """Wait for what a killed process has left, which ends by itself; whether it did in time."""
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 def _warn(line: str) -> None:

@@ -25,6 +25,20 @@ VerdictName = Literal["correct", "wrong", "unparsable", "timeout", "error", "gol
 UNGRADED_VERDICTS: Final[tuple[VerdictName, ...]] = ("timeout", "error", "gold_unreadable")
 """Verdicts that say nothing about the response: the grader gave up or failed, or the gold answer is at fault."""
 
+PAIR_SIDES: Final = ("chosen", "rejected")
+
+_OF_A_RESPONSE: Final = ("teacher", "sample_index", "verdict", "repetition")
+OPTIONAL_COLUMNS: Final[Mapping[Kind, frozenset[str]]] = {
+    "rollouts": frozenset({"source"}),
+    "verdicts": frozenset({"source"}),
+    "conversations": frozenset({"source", *_OF_A_RESPONSE}),
+    "pairs": frozenset(
+        {"domain", "difficulty", "source", *(f"{side}_{name}" for side in PAIR_SIDES for name in _OF_A_RESPONSE)}
+    ),
+    "prompts": frozenset({"domain", "difficulty", "source"}),
+}
+"""Columns that a table of a user's own, or of an earlier release, may lack: they are null then."""
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -49,7 +63,16 @@ def schemas() -> Mapping[Kind, pa.Schema]:
         text("finish_reason"),
         pa.field("tokens", pa.int32(), nullable=False),
         *annotations,
+        text("source", nullable=True),
         text("metadata"),
+    ]
+    # What a response of a training set was, beside its text.
+    origin = [
+        text("source", nullable=True),
+        text("teacher", nullable=True),
+        pa.field("sample_index", pa.int32()),
+        text("verdict", nullable=True),
+        pa.field("repetition", pa.float64()),
     ]
     return {
         "problems": pa.schema(
@@ -66,10 +89,15 @@ def schemas() -> Mapping[Kind, pa.Schema]:
         "rollouts": pa.schema(rollouts),
         "verdicts": pa.schema([*rollouts, text("verdict"), text("extracted"), text("reason"), text("grader")]),
         "conversations": pa.schema(
-            [text("id"), text("problem_id"), text("question"), text("response"), *annotations]
+            [text("id"), text("problem_id"), text("question"), text("response"), *annotations, *origin]
         ),
         "pairs": pa.schema(
-            [text("id"), text("problem_id"), text("question"), text("chosen"), text("rejected"), text("mode")]
+            [
+                *(text(name) for name in ("id", "problem_id", "question", "chosen", "rejected", "mode")),
+                *annotations,
+                origin[0],
+                *(item.with_name(f"{side}_{item.name}") for side in PAIR_SIDES for item in origin[1:]),
+            ]
         ),
         "prompts": pa.schema(
             [
@@ -77,6 +105,8 @@ def schemas() -> Mapping[Kind, pa.Schema]:
                 text("problem_id"),
                 text("question"),
                 text("answer"),
+                *annotations,
+                origin[0],
                 pa.field("pass_rate", pa.float64(), nullable=False),
                 pa.field("mean_length", pa.float64(), nullable=False),
                 pa.field("length_spread", pa.float64(), nullable=False),

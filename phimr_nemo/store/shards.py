@@ -26,7 +26,7 @@ from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_
 from phimr_nemo.store.content import content_id, content_seed, file_sha256
 from phimr_nemo.store.inputs import records_remedy
 from phimr_nemo.store.provenance import MADE_FROM, MadeFrom, read_made_from, records_content
-from phimr_nemo.store.records import KINDS, SCHEMA_VERSION, Kind, schemas
+from phimr_nemo.store.records import KINDS, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind, schemas
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -149,7 +149,8 @@ def conform(table: pa.Table, kind: Kind) -> pa.Table:
     import pyarrow as pa
 
     schema = schemas()[kind]
-    missing = [name for name in schema.names if name not in table.column_names]
+    absent = [name for name in schema.names if name not in table.column_names]
+    missing = [name for name in absent if name not in OPTIONAL_COLUMNS.get(kind, ())]
     if missing:
         raise UserError(
             f"columns {missing} are missing; the table has {table.column_names}",
@@ -158,7 +159,7 @@ def conform(table: pa.Table, kind: Kind) -> pa.Table:
         )
     columns = []
     for item in schema:
-        column = table.column(item.name)
+        column = pa.nulls(table.num_rows, item.type) if item.name in absent else table.column(item.name)
         nulls = column.null_count
         if nulls and not item.nullable:
             raise UserError(

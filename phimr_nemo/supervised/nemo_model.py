@@ -184,6 +184,7 @@ def architecture_config(
     fields: dict[str, Any] = transformer_fields(architecture, parallel, dtype=torch_dtype(model.dtype))
     return Phi4MiniConfig(
         **(fields | recompute_fields(model.recompute)),
+        deterministic_mode=model.deterministic,
         # The global mean over valid tokens, whatever the micro-batching: sums here, one division at the end.
         calculate_per_token_loss=True,
         # Micro-batches are padded to their own longest row.

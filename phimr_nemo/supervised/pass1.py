@@ -23,7 +23,7 @@ from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.content import content_seed
 from phimr_nemo.supervised.callbacks import RunMonitor
 from phimr_nemo.training import platform
-from phimr_nemo.training.distributed import exported
+from phimr_nemo.training.distributed import exported, wait_for_all
 from phimr_nemo.verify import Grader
 
 DIRECTORY: Final = "evaluation"
@@ -85,7 +85,7 @@ class TrainingEvaluation(pl.Callback):
         else:
             for _ in tensors:
                 continue
-        dist.barrier()
+        wait_for_all(f"problems are answered at step {trainer.global_step}")
 
     def _evaluate(self, tensors: Iterator[tuple[str, Tensor]], step: int) -> dict[str, float]:
         completions = self._sample(tensors)

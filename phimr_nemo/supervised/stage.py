@@ -30,6 +30,7 @@ from phimr_nemo.training.distributed import (
     export_checkpoint,
     exported,
     quiet_libraries,
+    start_torch,
     write_hf_export,
 )
 from phimr_nemo.training.early_stopping import Judge
@@ -63,6 +64,9 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
     _require_transformer_engine(config)
     platform.prepare()
     quiet_libraries()
+    if config.model.deterministic:
+        platform.make_deterministic()
+    start_torch(config.parallel)
     steps = data.steps
     run = RunDirectory(config.run.output)
     started = time.monotonic()

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from phimr_nemo.config import CheckpointConfig
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
 from phimr_nemo.store.atomic import write_json
+from phimr_nemo.training.distributed import wait_for_all
 from phimr_nemo.training.early_stopping import Judge, Measured, best_of
 from phimr_nemo.training.seal import (
     checkpoint_name,
@@ -85,7 +86,7 @@ class CheckpointStore:
             if directory.exists():
                 remove_checkpoint(directory)
             (directory / NEMO_WEIGHTS).mkdir(parents=True)
-        dist.barrier()
+        wait_for_all(f"{directory} is made")
         results: Any = _Drain() if self.config.asynchronous else queue.Queue()
         request = _with_checksums(_prepared(state, directory / NEMO_WEIGHTS, results), directory)
         request.add_finalize_fn(lambda: self._seal(directory, results))
@@ -107,12 +108,13 @@ class CheckpointStore:
         mine = json.loads(own.read_text("utf-8")) if own.is_file() else {}
         own.unlink(missing_ok=True)
         rank = dist.get_rank()
+        wait_for_all(f"{directory} is written")
         shares: list[dict[str, Any]] | None = [{} for _ in range(dist.get_world_size())] if rank == 0 else None
         dist.gather_object(mine, shares)
         if shares is not None:
             write_seal(directory, {name: facts for share in shares for name, facts in share.items()})
             self._prune(checkpoint_step(directory))
-        dist.barrier()
+        wait_for_all(f"{directory} is sealed")
 
     def _mark_best(self, step: int) -> None:
         """Note which checkpoint is the best, the one of `step` included, which is about to be written."""
@@ -149,7 +151,7 @@ class CheckpointStore:
                     remove_checkpoint(path)
             for left_over in self.directory.glob(".step=*.sums-*.json"):
                 left_over.unlink()
-        dist.barrier()
+        wait_for_all("what a killed run left is removed")
 
     # ---- choosing ------------------------------------------------------------------------------------------
 
@@ -217,8 +219,10 @@ def resumable(directory: Path) -> Path | None:
 def damage(path: Path) -> str:
     """Return what is wrong with a sealed checkpoint, as a sentence; empty when it is whole (collective)."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    mine = damaged_files(path, share=rank, shares=world)
+    wait_for_all(f"{path} is read")
     found: list[Any] = [None] * world
-    dist.all_gather_object(found, damaged_files(path, share=rank, shares=world))
+    dist.all_gather_object(found, mine)
     names = [name for share in found for name in share]
     return f"{path} is damaged ({', '.join(names)}: wrong checksum) and is passed over" if names else ""
 

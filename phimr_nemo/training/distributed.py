@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 SILENT_LOGGERS: Final = ("megatron.core.rerun_state_machine",)
 """They warn about a feature that is off."""
+
+WAITING_HOURS: Final = 12.0
+"""Longer than any work that one process does while the others wait, and shorter than most jobs."""
 
 NOISY_LOGGERS: Final = (
     "nemo_logger",
@@ -60,15 +65,14 @@ def start_process_group(parallel: ParallelConfig, seed: int) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    check_world(parallel, world)
-    if not dist.is_initialized():
-        _start_torch(world)
+    start_torch(parallel)
     if _is_other_layout(parallel):
         parallel_state.destroy_model_parallel()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            parallel.tensor, parallel.pipeline, context_parallel_size=parallel.context
+            parallel.tensor,
+            parallel.pipeline,
+            context_parallel_size=parallel.context,
         )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -84,16 +88,63 @@ def stop_process_group() -> None:
     dist.destroy_process_group()
 
 
-def _start_torch(world: int) -> None:
+def start_torch(parallel: ParallelConfig) -> None:
+    """Start torch.distributed unless it runs, and tell Megatron the limit of its groups, which are made later.
+
+    Raises:
+        UserError: another number of processes was started than the layout needs.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    check_world(parallel, world)
+    _limit_megatron(parallel.timeout_minutes)
+    if dist.is_initialized():
+        return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # NCCL's own limit is 10 minutes and gloo's 30.
+    limit = timedelta(minutes=parallel.timeout_minutes)
     if world > 1:
-        dist.init_process_group(platform.backend())
+        dist.init_process_group(platform.backend(), timeout=limit)
     else:
         # In memory: a lone process needs no port, and two of them on one machine never meet.
-        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(platform.backend(), timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
     # Not at the end of a stage: under torchrun a second start would meet the first one's addresses in the store.
     atexit.register(stop_process_group)
+
+
+def _limit_megatron(minutes: float) -> None:
+    """NeMo makes Megatron's groups without a word about it."""
+    from megatron.core import parallel_state
+
+    make: Any = parallel_state.initialize_model_parallel
+    plain = make.func if isinstance(make, functools.partial) else make
+    parallel_state.initialize_model_parallel = functools.partial(plain, distributed_timeout_minutes=minutes)
+
+
+def wait_for_all(what: str, *, hours: float = WAITING_HOURS) -> None:
+    """Wait until every process is here, after work that may take them unequal times (collective).
+
+    Over gloo, also where tensors go over NCCL, so that a straggler meets this limit and not the collectives', and
+    no GPU spins meanwhile.
+
+    Args:
+        what: the work, for the message.
+        hours: the limit.
+
+    Raises:
+        RuntimeError: some did not come in time; the message of the first process numbers them.
+    """
+    if dist.get_world_size() == 1:
+        return
+    try:
+        dist.monitored_barrier(_waiting_group(dist.group.WORLD), timedelta(hours=hours), wait_all_ranks=True)
+    except RuntimeError as error:
+        raise RuntimeError(f"processes were waited for {hours:g} h: {what}; {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _waiting_group(world: dist.ProcessGroup) -> dist.ProcessGroup:  # noqa: ARG001 - one for each world
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=WAITING_HOURS))
 
 
 def _is_other_layout(parallel: ParallelConfig) -> bool:
@@ -213,7 +264,7 @@ def write_hf_export(
     else:
         for _ in tensors:
             continue
-    dist.barrier()
+    wait_for_all(f"{target} is written")
 
 
 def export_checkpoint(checkpoint: Path, base: Path, target: Path, origin: Origin) -> None:
@@ -232,7 +283,7 @@ def export_checkpoint(checkpoint: Path, base: Path, target: Path, origin: Origin
         if target.exists():
             shutil.rmtree(target)
         write_hf(target, open_checkpoint(checkpoint, base), origin)
-    dist.barrier()
+    wait_for_all(f"{target} is written")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -21,6 +22,14 @@ CPU: Final = torch.device("cpu")
 # pipeline schedules, checkpoint exchange; in 0.19 masks of windowed attention as well.
 _FACTORIES: Final = ("empty", "empty_like", "ones", "tensor", "zeros")
 
+# What cannot be asked for by a call: cuBLAS wants it before its first product, NCCL before its first group (sums in
+# the network have an order of their own), and Transformer Engine's attention where it is built.
+_DETERMINISTIC: Final = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "^NVLS",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+
 
 def device() -> torch.device:
     """The device of this worker's tensors."""
@@ -30,6 +39,15 @@ def device() -> torch.device:
 def backend() -> str:
     """The torch.distributed backend: nccl with CUDA, else gloo."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def make_deterministic() -> None:
+    """Choose kernels that give the same bits every time; before the process groups are started.
+
+    Megatron's own part is its `deterministic_mode`.
+    """
+    os.environ.update(_DETERMINISTIC)
+    torch.use_deterministic_algorithms(True)
 
 
 @functools.cache

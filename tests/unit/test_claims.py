@@ -33,19 +33,14 @@ NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO]
         ((1, 2), WHOLE, True),
         ((0, 2), (1, 2), False),
         ((0, 2), (0, 2), True),
-        # Shards 0, 2, 4 ... and 1, 4, 7 ... are some of the same.
+        # Of another array, which divides the shards by leases of other names.
         ((0, 2), (1, 3), True),
-        ((0, 2), (1, 4), False),
         ((3, 4), (1, 2), True),
     ],
 )
-def test_shares_without_a_shard_in_common_work_side_by_side(
+def test_tasks_of_one_array_work_side_by_side_and_nobody_else(
     ours: tuple[int, int], theirs: tuple[int, int], kept_out: bool, tmp_path: Path
 ) -> None:
-    in_common = {n for n in range(12) if n % ours[1] == ours[0]} & {
-        n for n in range(12) if n % theirs[1] == theirs[0]
-    }
-    assert bool(in_common) == kept_out
     with claimed(tmp_path, ours):
         if kept_out:
             with (
@@ -149,6 +144,54 @@ def test_a_lock_that_a_lost_node_keeps_does_not_stop_its_requeued_job(
         else:
             with pytest.raises(UserError, match="another process is at work"), claimed(path.parent):
                 pass
+
+
+ORPHANED = """
+import os, sys, time
+from pathlib import Path
+from phimr_nemo.store.claims import claimed
+with claimed(Path(sys.argv[1])):
+    if not os.fork():
+        while not Path(sys.argv[2]).exists():
+            time.sleep(0.02)
+        os._exit(0)
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_a_killed_process_has_started_is_waited_for(
+    ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forked child has its parent's lock, and may write for a moment more."""
+    run, sign = tmp_path / "run", tmp_path / "end"
+    command = [sys.executable, "-c", ORPHANED, str(run), str(sign)]
+    other = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"claimed\n"
+    other.kill()
+    other.wait()
+    if ends:
+        # The child ends while it is waited for.
+        outlasts = claims._outlasts
+
+        def told_to_end(descriptor: int) -> bool:
+            sign.touch()
+            return outlasts(descriptor)
+
+        monkeypatch.setattr(claims, "_outlasts", told_to_end)
+    else:
+        monkeypatch.setattr(claims, "ORPHAN_SECONDS", 0.2)
+    try:
+        if ends:
+            with claimed(run):
+                assert read_holder(run / LOCK_FILE)["process"] == os.getpid()
+        else:
+            with pytest.raises(UserError, match=f"process {other.pid}"), claimed(run):
+                pass
+    finally:
+        sign.touch()
 
 
 # What killed processes have left ----------------------------------------------------------------------------

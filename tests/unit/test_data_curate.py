@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from phimr_nemo.data.curate.fates import (
     LENGTH_EDGES,
     OF_VERDICT,
-    balance_cells,
     balanced,
+    length_classes,
     midtrain_fates,
     pair_fates,
     prompts,
     sft_fates,
 )
+from phimr_nemo.data.curate.lengths import TokenCounter
 from phimr_nemo.data.curate.narrow import VERDICTS, Narrow, narrow_columns
 from phimr_nemo.data.fate import MAX_CANDIDATES, REASONS, Fate
 from phimr_nemo.data.repetition import repetition
@@ -65,7 +66,9 @@ def verdict(problem: str, response: str, name: str = "correct", **other: Any) ->
 def narrow(*rows: dict[str, Any]) -> Narrow:
     table = rows_to_table(rows, "verdicts")
     return (
-        narrow_columns(table.combine_chunks().to_batches()[0], quality=True) if rows else narrow(verdict("", ""))[:0]
+        narrow_columns(table.combine_chunks().to_batches()[0], TokenCounter())
+        if rows
+        else narrow(verdict("", ""))[:0]
     )
 
 
@@ -202,7 +205,7 @@ def test_pair_candidates_against_the_rule_row_by_row(drawn: list[dict[str, Any]]
     for row in drawn:
         if row["verdict"] in UNGRADED_VERDICTS:
             expected.append("UNGRADED")
-        elif row["verdict"] == "correct" and row["finish_reason"] != "stop":
+        elif row["finish_reason"] != "stop":
             expected.append("CUT_OFF")
         elif not row["response"].strip():
             expected.append("BLANK")
@@ -273,16 +276,15 @@ def test_balance_keeps_rare_cells_whole() -> None:
     assert np.bincount(cells[kept]).tolist() == [21, 3, 20]
 
 
-def test_cells_are_difficulty_by_length_class() -> None:
+def test_length_classes_are_powers_of_two_in_tokens() -> None:
     rows = [
-        verdict("a", "", tokens=LENGTH_EDGES[0], difficulty="elementary"),
-        verdict("b", "", tokens=LENGTH_EDGES[0] + 1, difficulty="elementary"),
-        verdict("c", "", tokens=10**6, difficulty="graduate"),
-        verdict("d", "x" * 4000, tokens=-1, difficulty=None),
+        verdict("a", "", tokens=LENGTH_EDGES[0]),
+        verdict("b", "", tokens=LENGTH_EDGES[0] + 1),
+        verdict("c", "", tokens=10**6),
+        # 4,000 characters are about 1,212 tokens: the second class.
+        verdict("d", "x" * 4000, tokens=-1),
     ]
-    classes = len(LENGTH_EDGES) + 1
-    # 4,000 characters are about 1,212 tokens: the second class.
-    assert balance_cells(narrow(*rows)).tolist() == [0, 1, 4 * classes + classes - 1, 5 * classes + 1]
+    assert length_classes(narrow(*rows)).tolist() == [0, 1, len(LENGTH_EDGES), 1]
 
 
 def group(problem: str, right: int, wrong: int, lengths: list[int]) -> list[dict[str, Any]]:

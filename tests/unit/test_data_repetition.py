@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 
+import numpy as np
 import pytest
 
 from phimr_nemo.data import repetition as module
@@ -75,3 +76,35 @@ def test_of_a_long_text_the_end_is_judged() -> None:
     assert repetition(fresh) == 0.0
     assert repetition("loop again " * 100_000 + fresh) == 0.0
     assert repetition(fresh + "loop again " * 100_000) > REPETITIVE_ABOVE
+
+
+SIGNS = ["a", "Ab", "x ", "\n", "1", "等", "\u3000", "\x1c", "é", "\ud800", "z" * 17, "B" * 33, "\\frac", "𝑥"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_kind_of_character_equals_the_brute_force(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choice(SIGNS) for _ in range(rng.randrange(150)))
+    text += text[rng.randrange(len(text) + 1) :] + text[: rng.randrange(len(text) + 1)]
+    assert repetition(text) == brute_force(text)
+
+
+@pytest.mark.parametrize("hashes", ["one for all", "one for both of two"])
+def test_grams_of_equal_hash_that_differ_are_told_apart(hashes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [random_text(random.Random(seed)) for seed in range(10)]
+    expected = [brute_force(text) for text in texts]
+    own = module._hashes
+    kept = 0 if hashes == "one for all" else 3
+    monkeypatch.setattr(module, "_hashes", lambda *place: own(*place) & np.uint64(kept))
+    assert [repetition(text) for text in texts] == expected
+    # The planted fault: without the comparison in full, the hash alone is believed.
+    monkeypatch.setattr(module, "_are_equal", lambda *_: True)
+    assert [repetition(text) for text in texts] != expected
+
+
+def test_a_hostile_text_takes_no_more_than_its_size() -> None:
+    """A square of comparisons would be 10^11 here."""
+    assert repetition("ab" * (MAX_CHARS // 2)) > 0.99
+    assert repetition("a " * (MAX_CHARS // 2)) > 0.99
+    rng = random.Random(2)
+    assert repetition("".join(rng.choice("01") for _ in range(MAX_CHARS))) > 0

@@ -223,7 +223,7 @@ def test_a_damaged_survey_is_made_again_and_a_damaged_verdict_named(
 ) -> None:
     config = curate_config(repository, verdicts, tmp_path / "curated")
     facts = run_curate(config)
-    narrow = tmp_path / "curated" / "survey" / "narrow-00000.npy"
+    narrow = tmp_path / "curated" / "survey" / "narrow-00000.parquet"
     whole = narrow.read_bytes()
     for data in (whole[:-1], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
         narrow.write_bytes(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 from phimr_nemo.jobs.node import GENERATION
@@ -26,9 +27,31 @@ def test_what_it_adds_is_what_the_tests_run_with() -> None:
 
 def test_the_image_is_the_users_to_name() -> None:
     assert [line for line in INSTRUCTIONS if line.startswith(("ARG", "FROM"))] == [
-        "ARG NEMO_IMAGE",
-        "FROM ${NEMO_IMAGE}",
+        "ARG NEMO_IMAGE=nvidia/nemo",
+        "ARG NEMO_TAG=25.07",
+        "FROM ${NEMO_IMAGE}:${NEMO_TAG}",
     ]
+
+
+def test_what_the_image_has_of_aligners_neighbours_stays(tmp_path: Path) -> None:
+    """The loop is run with a stand-in of pip on which modelopt is installed."""
+    program = tmp_path / "python3"
+    log = tmp_path / "log"
+    installed = '[[ "$5" == nvidia-modelopt ]]'
+    program.write_text(f'#!/bin/bash\nif [[ $3 == show ]]; then {installed}; else echo "${{@: -1}}" >>"{log}"; fi\n')
+    program.chmod(0o755)
+    (loop,) = (line.removeprefix("RUN ") for line in INSTRUCTIONS if line.startswith("RUN while"))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-euo", "pipefail", "-c", loop], cwd=REPOSITORY, env=environment, check=True)
+    wanted = pins((REPOSITORY / "requirements" / "aligner.txt").read_text("utf-8"))
+    assert "nvidia-modelopt" in wanted
+    assert pins(log.read_text("utf-8")) == {k: v for k, v in wanted.items() if k != "nvidia-modelopt"}
+
+
+def test_the_images_own_constraints_are_lifted_before_anything_is_installed() -> None:
+    assert INSTRUCTIONS.index("ENV PIP_CONSTRAINT=") < min(
+        number for number, line in enumerate(INSTRUCTIONS) if "pip install" in line
+    )
 
 
 def test_nothing_of_the_image_is_replaced_or_left_behind() -> None:

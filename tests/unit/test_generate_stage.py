@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -10,12 +11,20 @@ from typing import Any
 
 import pytest
 
-from phimr_nemo.config import BaseConfig, FileProblems, GenerateConfig, SyntheticProblems, load_config
+from phimr_nemo.config import (
+    BaseConfig,
+    FileProblems,
+    GenerateConfig,
+    RecordProblems,
+    SyntheticProblems,
+    load_config,
+)
 from phimr_nemo.data.synthetic.problems import generate_problems
+from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import read_configured_problems, run_generate
 from phimr_nemo.store.provenance import content_of
-from phimr_nemo.store.shards import read_manifest, read_table
+from phimr_nemo.store.shards import finish, read_manifest, read_table, write_shard
 
 # Two questions answered by two models each, in the layout of OpenAI's recorded GSM8K solutions.
 RECORDED: list[dict[str, Any]] = [
@@ -230,3 +239,26 @@ def test_published_files_load_as_they_are(name: str, read_answers: Any, shared_d
     assert all(answer in rest for answer in found)
     assert len(found) > 0.95 * len(expected)
     assert all(table.column("question").to_pylist())
+
+
+def test_only_problems_without_a_response_are_asked(tmp_path: Path) -> None:
+    problems = generate_problems(3, 9, "train")
+    write_shard(tmp_path / "problems", 0, problems, kind="problems")
+    finish(tmp_path / "problems", kind="problems", config={})
+    for name, part in (("one", problems.slice(2, 3)), ("other", problems.slice(7, 1))):
+        write_shard(tmp_path / name, 0, teacher_rollouts(part, 2, 0, 0.0), kind="rollouts")
+        finish(tmp_path / name, kind="rollouts", config={})
+    answered = RecordProblems(
+        kind="records", path=tmp_path / "problems", answered=(tmp_path / "one", tmp_path / "other"), limit=4
+    )
+    left, counts = read_configured_problems(answered, 0)
+    ids = problems.column("id").to_pylist()
+    assert left.column("id").to_pylist() == [ids[place] for place in (0, 1, 5, 6)]
+    assert counts == {"read": 4, "problems with a response": 4}
+    # The planted fault: nothing is left out, and the first four are asked.
+    everything, _ = read_configured_problems(dataclasses.replace(answered, answered=()), 0)
+    assert everything.column("id").to_pylist() == ids[:4]
+    write_shard(tmp_path / "all", 0, teacher_rollouts(problems, 1, 0, 0.0), kind="rollouts")
+    finish(tmp_path / "all", kind="rollouts", config={})
+    with pytest.raises(UserError, match="every problem"):
+        read_configured_problems(dataclasses.replace(answered, answered=(tmp_path / "all",)), 0)

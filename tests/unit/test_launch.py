@@ -18,6 +18,7 @@ from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 from phimr_nemo.jobs.changes import check_same_run, made_from
 from phimr_nemo.jobs.kept import kept
 from phimr_nemo.jobs.launch import _launch_ranks, run_stage, start_stage
+from phimr_nemo.store.lease import Leases
 from phimr_nemo.store.provenance import MADE_FROM
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 from phimr_nemo.store.shards import read_table
@@ -113,11 +114,19 @@ def test_the_run_directory_tells_what_made_it(tmp_path: Path) -> None:
     assert {"python", "phimr-nemo", "git", "pyarrow"} <= made["versions"].keys()
 
 
-def test_shares_of_the_shards_make_what_one_process_makes(tmp_path: Path) -> None:
+def test_tasks_that_share_the_shards_make_what_one_process_makes(tmp_path: Path) -> None:
     run_stage("generate", generate(tmp_path / "one"))
-    for index in (2, 0, 1):
+    # Another task of the array is at work on two of the shards: this one does the rest, and leaves them to it.
+    held = ("shard-00000", "shard-00002")
+    with Leases(tmp_path / "three" / "leases", "task-0") as other:
+        assert all(map(other.take, held))
+        run_stage("generate", generate(tmp_path / "three", "shard.index=2", "shard.count=3"))
+        made = {path.name for path in (tmp_path / "three").glob("part-*.parquet")}
+        everything = {path.name for path in (tmp_path / "one").glob("part-*.parquet")}
+        assert everything - made == {"part-00000.parquet", "part-00002.parquet"}
         assert not RunDirectory(tmp_path / "three").is_done
-        run_stage("generate", generate(tmp_path / "three", f"shard.index={index}", "shard.count=3"))
+        # The other one was killed, and starts again under its name: it goes on at once.
+        run_stage("generate", generate(tmp_path / "three", "shard.index=0", "shard.count=3"))
     assert RunDirectory(tmp_path / "three").is_done
     assert read_table(tmp_path / "three", "rollouts") == read_table(tmp_path / "one", "rollouts")
 

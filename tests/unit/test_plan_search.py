@@ -137,6 +137,9 @@ def test_generation_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.core_hours * 3600 * config.answers_a_core_second == pytest.approx(4000)
     assert plan.stored_bytes * config.compression == pytest.approx(tokens * config.bytes_a_token)
     assert plan.gpu_days * 24 * config.gpus == pytest.approx(plan.gpu_hours)
+    # 1,200 questions of 195 + 2 tokens to the judge, at 0.15 and 0.60 dollars a million.
+    assert (plan.judge_requests, plan.judge_tokens) == (1200, 1200 * 197)
+    assert plan.judge_dollars == pytest.approx(1200 * (195 * 0.15 + 2 * 0.60) / 1e6)
     values = printed(capsys, "stage=generate", "problems=1000", "rollouts=4")
     assert values["rollouts"] == 4000
     assert values["is_extrapolated"] is True

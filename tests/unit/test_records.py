@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.store.records import DIFFICULTIES, KINDS, Kind, schemas
+from phimr_nemo.store.records import DIFFICULTIES, KINDS, OPTIONAL_COLUMNS, Kind, schemas
 from phimr_nemo.store.shards import conform, rows_to_table
 
 SAMPLES: dict[pa.DataType, Any] = {
@@ -44,7 +44,7 @@ def test_a_row_makes_the_round_trip(kind: Kind) -> None:
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in schemas()[kind].names])
 def test_only_annotations_and_solutions_may_be_null(kind: Kind, name: str) -> None:
     table = rows_to_table([{**row(kind), name: None}], kind)
-    if name in NULLABLE:
+    if name in NULLABLE or name in OPTIONAL_COLUMNS.get(kind, ()):
         assert conform(table, kind).column(name).to_pylist() == [None]
     else:
         with pytest.raises(UserError, match=f"'{name}' holds 1 nulls"):
@@ -52,8 +52,11 @@ def test_only_annotations_and_solutions_may_be_null(kind: Kind, name: str) -> No
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in schemas()[kind].names])
-def test_every_column_is_needed(kind: Kind, name: str) -> None:
+def test_every_column_is_needed_but_those_that_another_origin_lacks(kind: Kind, name: str) -> None:
     table = rows_to_table([row(kind)], kind).drop_columns([name])
+    if name in OPTIONAL_COLUMNS.get(kind, ()):
+        assert conform(table, kind).to_pylist() == [{**row(kind), name: None}]
+        return
     with pytest.raises(UserError, match=f"'{name}'"):
         conform(table, kind)
 

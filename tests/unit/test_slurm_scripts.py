@@ -24,8 +24,8 @@ from recipes import RECIPES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "slurm"
-ARRAY_STAGES = ("generate", "verify")
-PLAIN_STAGES = ("prepare", *ARRAY_STAGES, "curate", "pack", "evaluate", "export")
+ARRAY_STAGES = ("prepare", "generate", "verify", "curate")
+PLAIN_STAGES = (*ARRAY_STAGES, "pack", "evaluate", "export")
 DISTRIBUTED_STAGES = ("midtrain", "sft", "dpo", "grpo")
 STAGE_ORDER = (
     "generate",
@@ -184,7 +184,15 @@ def test_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("stage", STAGE_ORDER)
+@pytest.mark.parametrize("stage", ["prepare", "verify", "curate", "pack"])
+def test_a_data_stage_uses_the_cores_that_its_script_asks_for(stage: str) -> None:
+    preset = yaml.safe_load((REPOSITORY / "conf" / stage / "paper.yaml").read_text("utf-8"))
+    text = (SLURM / f"{stage}.sh").read_text("utf-8")
+    cores = int(text.split("#SBATCH --cpus-per-task=")[1].split()[0])
+    assert preset["workers"] in (cores, cores // 2)
+
+
+@pytest.mark.parametrize("stage", ["prepare", *STAGE_ORDER])
 def test_directives(stage: str) -> None:
     lines = (SLURM / f"{stage}.sh").read_text("utf-8").splitlines()
     directives = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]

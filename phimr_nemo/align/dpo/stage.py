@@ -26,6 +26,7 @@ from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import read_manifest
+from phimr_nemo.training import platform
 from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
 from phimr_nemo.training.early_stopping import Judge
@@ -56,6 +57,8 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     steps = _steps(config, len(order))
 
     run = RunDirectory(config.run.output)
+    if config.model.deterministic:
+        platform.make_deterministic()
     start_process_group(config.parallel, config.run.seed)
     metric = metrics_of("dpo")[config.checkpoint.metric]
     judge = Judge(run.path, metric, config.early_stopping, every=config.checkpoint.every, last=steps)

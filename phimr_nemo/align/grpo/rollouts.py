@@ -23,6 +23,7 @@ from phimr_nemo.generate.sampler import Completion, Request
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.store.content import content_seed
 from phimr_nemo.store.shards import read_table
+from phimr_nemo.training.distributed import wait_for_all
 from phimr_nemo.training.metrics import PASS_RATE_BINS, PASS_RATE_NAMES
 from phimr_nemo.verify.extract import gold_answer
 
@@ -251,6 +252,7 @@ def graded_rollouts(
 
 def gathered(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """All processes' rollouts on every process, in the order of slots and samples (collective)."""
+    wait_for_all("responses are graded")
     parts: list[list[Rollout]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, list(rollouts))
     return sorted((rollout for part in parts for rollout in part), key=lambda r: (r.slot, r.sample))

@@ -23,6 +23,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request, Sampler, SamplingParams, Unfinished
 from phimr_nemo.store.atomic import atomic_write_bytes
 from phimr_nemo.training import platform
+from phimr_nemo.training.distributed import wait_for_all
 
 if TYPE_CHECKING:
     from phimr_nemo.store.runs import RunDirectory
@@ -92,7 +93,7 @@ class Rounds:
     def _send(self, step: int) -> None:
         self._sampler.update_weights(self._weights(), step)
         # Nobody asks a server before the one process that sends weights has sent them.
-        dist.barrier()
+        wait_for_all(f"the weights of step {step} are sent")
 
     def sample(self, step: int, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """This process's responses of a round, by new weights or those that were sampled ahead.
@@ -114,10 +115,12 @@ class Rounds:
         done = {completion.request_id: completion for completion in found}
         for _ in range(ATTEMPTS):
             missing = [request for request in requests if request.id not in done]
+            wait_for_all(f"round {step} is sampled")
             if not _total(len(missing)):
                 break
             self._send(step)
             done |= {c.request_id: c for c in _sampled(self._sampler, missing, params)}
+        wait_for_all(f"round {step} is sampled")
         return self._whole_groups(requests, done)
 
     def _whole_groups(self, requests: Sequence[Request], done: Mapping[str, Completion]) -> list[Completion]:
@@ -156,6 +159,7 @@ class Rounds:
             mine = self._taken[1]
         else:
             is_begun = False
+        wait_for_all(f"round {step} is sampled")
         if not _total(int(is_begun)):
             return
         parts: list[list[Completion]] = [[] for _ in range(dist.get_world_size())]
@@ -166,7 +170,7 @@ class Rounds:
                 self._directory / FILE.format(step=step),
                 _to_parquet([completion for part in parts for completion in part]),
             )
-        dist.barrier()
+        wait_for_all(f"round {step} is written")
 
     def restore(self, step: int, requests: Sequence[Request]) -> None:
         """Take over the round ahead that was saved with the checkpoint of `step`; without one nothing happens.

@@ -1,19 +1,22 @@
-"""The global decisions of curation, bucket by bucket over narrow columns: the fate of every rollout in every set."""
+"""The global decisions of curation over narrow columns sorted by problem: the fate of every rollout in every set.
+
+The decisions are made by one process of an array, which leaves them in a file for the others."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from phimr_nemo.config import CurateConfig
-from phimr_nemo.config.data import PromptSet, SFTSet
+from phimr_nemo.config.data import PromptSet
+from phimr_nemo.data.curate.balance import Kinds, chosen_fates
 from phimr_nemo.data.curate.fates import (
     Fates,
     Indices,
-    balance_cells,
-    balanced,
     midtrain_fates,
     pair_fates,
     prompts,
@@ -23,6 +26,9 @@ from phimr_nemo.data.curate.narrow import CORRECT, VERDICTS, Narrow
 from phimr_nemo.data.curate.shape import Bytes, length_bins
 from phimr_nemo.data.curate.survey import Survey
 from phimr_nemo.data.fate import Fate
+from phimr_nemo.store.atomic import atomic_file
+
+_ARRAYS: Final = ("bytes", "difficulty", "bins", "verdict", "first", "prompt_counts")
 
 
 @dataclass
@@ -88,7 +94,7 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
         verdict=np.zeros(rows, np.uint8),
         first=np.zeros(rows if config.pairs is not None else 0, np.int32),
     )
-    clean: list[tuple[Indices, npt.NDArray[np.uint64], Bytes]] = []
+    kept: dict[str, list[tuple[Indices, Kinds]]] = {"midtrain": [], "sft": []}
     chosen: list[ChosenPrompts] = []
     for narrow in survey.buckets():
         place = narrow["row"]
@@ -96,38 +102,64 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
         decisions.bins[place] = length_bins(narrow["tokens"], narrow["characters"])
         decisions.verdict[place] = np.minimum(narrow["verdict"], len(VERDICTS))
         decisions.problems += len(np.unique(narrow["problem"]))
-        if config.midtrain is not None:
-            fates = midtrain_fates(narrow, max_per_problem=config.midtrain.max_per_problem)
-            decisions.fates["midtrain"][place] = fates
-        if config.sft is not None:
-            fates = _sft(narrow, config.sft)
-            decisions.fates["sft"][place] = fates
-            if config.sft.size is not None:
-                kept = narrow[fates == Fate.KEPT]
-                clean.append((kept["row"], kept["rollout"], balance_cells(kept)))
+        for name in ("midtrain", "sft"):
+            if name in named:
+                fates = _conversation_fates(narrow, config, name)
+                decisions.fates[name][place] = fates
+                if _is_chosen(config, name):
+                    left = narrow[fates == Fate.KEPT]
+                    kept[name].append((left["row"], Kinds.of(left)))
         if config.pairs is not None:
-            fates = pair_fates(narrow)
-            decisions.fates["pairs"][place] = fates
+            decisions.fates["pairs"][place] = pair_fates(
+                narrow,
+                difficulties=config.pairs.difficulties,
+                max_repetition=config.pairs.max_repetition,
+                max_tokens=config.pairs.max_tokens,
+            )
             decisions.first[place] = _first_of_problem(narrow)
         if config.prompts is not None:
             chosen.append(_prompts(narrow, config.prompts, decisions))
-    if config.sft is not None and config.sft.size is not None:
-        kept_rows, order, cells = (np.concatenate(parts) for parts in zip(*clean, strict=True))
-        left = balanced(cells, order, config.sft.size)
-        decisions.fates["sft"][kept_rows[~left]] = Fate.BALANCE
+    for name, parts in kept.items():
+        if parts:
+            _choose(decisions.fates[name], parts, config, name)
     if config.prompts is not None:
         decisions.prompts = _first_come(chosen)
     return decisions
 
 
-def _sft(narrow: Narrow, chosen: SFTSet) -> Fates:
+def _conversation_fates(narrow: Narrow, config: CurateConfig, name: str) -> Fates:
+    if name == "midtrain":
+        assert config.midtrain is not None
+        chosen = config.midtrain
+        return midtrain_fates(narrow, max_per_problem=chosen.max_per_problem, max_tokens=chosen.max_tokens)
+    assert config.sft is not None
     return sft_fates(
         narrow,
-        difficulties=chosen.difficulties,
-        max_per_problem=chosen.max_per_problem,
-        max_repetition=chosen.max_repetition,
-        one_boxed_answer=chosen.one_boxed_answer,
+        difficulties=config.sft.difficulties,
+        max_per_problem=config.sft.max_per_problem,
+        max_repetition=config.sft.max_repetition,
+        one_boxed_answer=config.sft.one_boxed_answer,
+        max_tokens=config.sft.max_tokens,
     )
+
+
+def _is_chosen(config: CurateConfig, name: str) -> bool:
+    """Whether the rows of a set of conversations are capped or balanced."""
+    if name == "midtrain":
+        return config.midtrain is not None and bool(config.midtrain.caps)
+    return config.sft is not None and (config.sft.size is not None or bool(config.sft.caps))
+
+
+def _choose(fates: Fates, parts: list[tuple[Indices, Kinds]], config: CurateConfig, name: str) -> None:
+    """Cap and balance what a set of conversations has kept so far."""
+    rows = np.concatenate([rows for rows, _ in parts])
+    kinds = Kinds.joined([kinds for _, kinds in parts])
+    if name == "midtrain":
+        assert config.midtrain is not None
+        fates[rows] = chosen_fates(kinds, caps=config.midtrain.caps, balance=(), size=None)
+    else:
+        assert config.sft is not None
+        fates[rows] = chosen_fates(kinds, caps=config.sft.caps, balance=config.sft.balance, size=config.sft.size)
 
 
 def _first_of_problem(narrow: Narrow) -> npt.NDArray[np.int32]:
@@ -155,6 +187,7 @@ def _prompts(narrow: Narrow, chosen: PromptSet, decisions: Decisions) -> ChosenP
         max_pass=chosen.max_pass,
         min_samples=chosen.min_samples,
         max_length_spread=chosen.max_length_spread,
+        max_tokens=chosen.max_tokens,
     )
     decisions.prompt_counts += np.bincount(found.fates, minlength=len(Fate))
     decisions.ungraded += found.ungraded
@@ -170,3 +203,37 @@ def _first_come(parts: list[ChosenPrompts]) -> ChosenPrompts:
         for name in ("pass_rate", "mean_length", "length_spread")
     )
     return ChosenPrompts(rows[order], *rates)
+
+
+def save_decisions(decisions: Decisions, path: Path) -> None:
+    """Write the decisions into one file; equal ones give equal bytes."""
+    prompts = decisions.prompts or ChosenPrompts(np.zeros(0, np.int64), *(np.zeros(0),) * 3)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.array(sorted(decisions.fates), "U16"), allow_pickle=False)
+        np.save(file, np.array([decisions.problems, decisions.ungraded, decisions.prompts is not None], np.int64))
+        arrays = [decisions.fates[name] for name in sorted(decisions.fates)]
+        arrays += [getattr(decisions, name) for name in _ARRAYS]
+        for array in (*arrays, *(getattr(prompts, item.name) for item in fields(ChosenPrompts))):
+            np.save(file, array, allow_pickle=False)
+
+
+def load_decisions(path: Path) -> Decisions:
+    """What :func:`save_decisions` wrote."""
+    with path.open("rb") as file:
+
+        def read() -> npt.NDArray[np.generic]:
+            array: npt.NDArray[np.generic] = np.load(file, allow_pickle=False)
+            return array
+
+        names = read().tolist()
+        problems, ungraded, has_prompts = read().tolist()
+        fates = {name: read() for name in names}
+        arrays = {name: read() for name in _ARRAYS}
+        prompts = ChosenPrompts(*(read() for _ in fields(ChosenPrompts)))  # type: ignore[arg-type]
+    return Decisions(
+        fates=fates,  # type: ignore[arg-type]
+        **arrays,  # type: ignore[arg-type]
+        prompts=prompts if has_prompts else None,
+        problems=problems,
+        ungraded=ungraded,
+    )

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from phimr_nemo.data.curate.lengths import CHARACTERS_PER_TOKEN
 from phimr_nemo.data.curate.narrow import CORRECT, UNKNOWN_DIFFICULTY, VERDICTS, Narrow
 from phimr_nemo.data.fate import MAX_CANDIDATES, Fate
 from phimr_nemo.store.records import DIFFICULTIES, UNGRADED_VERDICTS, Difficulty
@@ -32,21 +33,21 @@ OF_VERDICT: Final = np.array(
 UNGRADED: Final = [VERDICTS.index(name) for name in UNGRADED_VERDICTS]
 LENGTH_EDGES: Final = (1024, 2048, 4096, 8192, 16384)
 """Tokens at which the length classes of the SFT balance part: powers of two up to the paper's 16 K."""
-CHARACTERS_PER_TOKEN: Final = 3.3
-"""Of mathematical English under Phi-4-mini's tokenizer, for responses whose tokens are unknown."""
 
 
-def midtrain_fates(narrow: Narrow, *, max_per_problem: int) -> Fates:
+def midtrain_fates(narrow: Narrow, *, max_per_problem: int, max_tokens: int | None = None) -> Fates:
     """The full verified set: right, finished responses, each text once a problem.
 
     Args:
         narrow: all rollouts of some problems.
         max_per_problem: keep at most this many responses to one problem, those sampled first.
+        max_tokens: drop conversations that are longer; None = any fits.
 
     Returns:
         [rows].
     """
     fates = _verified(narrow)
+    _fit(narrow, fates, max_tokens)
     _limit(narrow, fates, [narrow["sample"]], max_per_problem)
     return fates
 
@@ -58,24 +59,26 @@ def sft_fates(
     max_per_problem: int,
     max_repetition: float,
     one_boxed_answer: bool,
+    max_tokens: int | None = None,
 ) -> Fates:
-    """A harder, cleaner part of the verified set: of each problem the most worked-out responses.
+    """A harder, cleaner part of the verified set: of each problem the most worked-out responses that fit.
 
     A problem of unknown difficulty is kept: nothing says that it is easy.
 
     Args:
-        narrow: all rollouts of some problems, quality measured.
+        narrow: all rollouts of some problems.
         difficulties: the tiers to keep.
         max_per_problem: keep at most this many responses to one problem, the longest ones.
         max_repetition: drop responses that repeat a larger share of themselves.
         one_boxed_answer: drop responses that do not box exactly one answer after their thinking.
+        max_tokens: drop conversations that are longer; None = any fits.
 
     Returns:
         [rows].
     """
     fates = _verified(narrow)
-    wanted = [UNKNOWN_DIFFICULTY, *(DIFFICULTIES.index(name) for name in difficulties)]
-    _drop(fates, ~np.isin(narrow["difficulty"], wanted), Fate.OTHER_DIFFICULTY)
+    _of_difficulty(narrow, fates, difficulties)
+    _fit(narrow, fates, max_tokens)
     _drop(fates, narrow["repetition"] > max_repetition, Fate.REPETITIVE)
     if one_boxed_answer:
         _drop(fates, narrow["boxes"] != 1, Fate.NOT_ONE_BOX)
@@ -83,15 +86,14 @@ def sft_fates(
     return fates
 
 
-def balance_cells(narrow: Narrow) -> npt.NDArray[np.uint8]:
-    """The cell of each rollout in the SFT balance: its difficulty x its length class (see :data:`LENGTH_EDGES`)."""
+def length_classes(narrow: Narrow) -> npt.NDArray[np.uint8]:
+    """The length class of each response (see :data:`LENGTH_EDGES`)."""
     known = narrow["tokens"] >= 0
     tokens = np.where(known, narrow["tokens"], narrow["characters"] / CHARACTERS_PER_TOKEN)
-    classes = np.searchsorted(LENGTH_EDGES, tokens, side="left")
-    return (narrow["difficulty"] * (len(LENGTH_EDGES) + 1) + classes).astype(np.uint8)
+    return np.searchsorted(LENGTH_EDGES, tokens, side="left").astype(np.uint8)
 
 
-def balanced(cells: npt.NDArray[np.uint8], order: npt.NDArray[np.uint64], size: int) -> Mask:
+def balanced(cells: npt.NDArray[np.integer[Any]], order: npt.NDArray[np.uint64], size: int) -> Mask:
     """Which rollouts to keep so that `size` are left and no cell is larger than it must be.
 
     The rule is max-min fairness: every cell keeps min(its rollouts, level), with the highest level at which the sum
@@ -130,10 +132,23 @@ def _level(counts: Indices, size: int) -> Indices:
     return quota
 
 
-def pair_fates(narrow: Narrow) -> Fates:
-    """Which rollouts may be paired: right or wrong responses to a problem that has both.
+def pair_fates(
+    narrow: Narrow,
+    *,
+    difficulties: Collection[Difficulty] | None = None,
+    max_repetition: float = 1.0,
+    max_tokens: int | None = None,
+) -> Fates:
+    """Which rollouts may be paired: complete right or wrong responses to a problem that has both.
 
-    Wrong means "wrong" or "unparsable", finished or cut off; a grader that gave up says nothing about a response.
+    Wrong means "wrong" or "unparsable"; a grader that gave up says nothing about a response. One that was cut off is
+    no side of a pair: nobody knows how it would have ended, and an end that it never had must not be learned.
+
+    Args:
+        narrow: all rollouts of some problems.
+        difficulties: the tiers to keep, and problems of unknown difficulty; None = any.
+        max_repetition: drop responses that repeat a larger share of themselves.
+        max_tokens: drop conversations that are longer; None = any fits.
 
     Returns:
         [rows]; KEPT are candidates, at most :data:`MAX_CANDIDATES` right and as many wrong ones of a problem.
@@ -141,9 +156,13 @@ def pair_fates(narrow: Narrow) -> Fates:
     fates = np.zeros(len(narrow), np.uint8)
     right = narrow["verdict"] == CORRECT
     _drop(fates, np.isin(narrow["verdict"], UNGRADED), Fate.UNGRADED)
-    _drop(fates, right & ~narrow["stopped"], Fate.CUT_OFF)
+    _drop(fates, ~narrow["stopped"], Fate.CUT_OFF)
     _drop(fates, narrow["blank"], Fate.BLANK)
     _drop(fates, narrow["forged_question"] | narrow["forged_response"], Fate.SPECIAL_TOKEN)
+    if difficulties is not None:
+        _of_difficulty(narrow, fates, difficulties)
+    _fit(narrow, fates, max_tokens)
+    _drop(fates, narrow["repetition"] > max_repetition, Fate.REPETITIVE)
     for side in (right, ~right):
         others = np.where(side, fates, Fate.UNGRADED).astype(np.uint8)
         _limit(narrow, others, [narrow["sample"]], MAX_CANDIDATES, over=Fate.TOO_MANY)
@@ -176,7 +195,13 @@ class Prompts:
 
 
 def prompts(
-    narrow: Narrow, *, min_pass: float, max_pass: float, min_samples: int, max_length_spread: float | None
+    narrow: Narrow,
+    *,
+    min_pass: float,
+    max_pass: float,
+    min_samples: int,
+    max_length_spread: float | None,
+    max_tokens: int | None = None,
 ) -> Prompts:
     """Problems worth reinforcement learning, from several rollouts of each by the model that is to learn.
 
@@ -186,6 +211,7 @@ def prompts(
         max_pass: ... and below this (exclusive).
         min_samples: keep problems with at least this many graded responses.
         max_length_spread: keep problems with at most this spread; None = any (prompt optimisation off).
+        max_tokens: drop prompts that are longer; None = any fits.
     """
     _, first, problem = np.unique(narrow["problem"], return_index=True, return_inverse=True)
     graded = ~np.isin(narrow["verdict"], UNGRADED)
@@ -204,6 +230,8 @@ def prompts(
     forged = np.zeros(len(first), np.bool_)
     forged[problem[narrow["forged_question"]]] = True
     _drop(fates, forged, Fate.SPECIAL_TOKEN)
+    if max_tokens is not None:
+        _drop(fates, narrow["prompt"][first] > max_tokens, Fate.TOO_LONG)
     _drop(fates, samples < min_samples, Fate.FEW_SAMPLES)
     _drop(fates, pass_rate <= min_pass, Fate.TOO_HARD)
     _drop(fates, pass_rate >= max_pass, Fate.TOO_EASY)
@@ -221,6 +249,16 @@ def _verified(narrow: Narrow) -> Fates:
     _drop(fates, ~narrow["stopped"], Fate.CUT_OFF)
     _drop(fates, narrow["forged_question"] | narrow["forged_response"], Fate.SPECIAL_TOKEN)
     return fates
+
+
+def _fit(narrow: Narrow, fates: Fates, max_tokens: int | None) -> None:
+    if max_tokens is not None:
+        _drop(fates, narrow["length"] > max_tokens, Fate.TOO_LONG)
+
+
+def _of_difficulty(narrow: Narrow, fates: Fates, difficulties: Collection[Difficulty]) -> None:
+    wanted = [UNKNOWN_DIFFICULTY, *(DIFFICULTIES.index(name) for name in difficulties)]
+    _drop(fates, ~np.isin(narrow["difficulty"], wanted), Fate.OTHER_DIFFICULTY)
 
 
 def _drop(fates: Fates, mask: Mask, fate: Fate) -> None:

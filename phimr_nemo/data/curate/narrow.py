@@ -1,8 +1,7 @@
 """What curation needs to know of a rollout, in a few dozen bytes: the columns of every global decision.
 
-Ten million rollouts hold a hundred gigabytes of text and 0.6 GB of these columns. A survey of a shard of verdicts
-is an array of them, sorted by bucket: a bucket holds all rollouts of the problems whose hash falls into it, so
-decisions about problems are made bucket by bucket, in memory that does not grow with the number of rollouts.
+Ten million rollouts hold a hundred gigabytes of text and 0.9 GB of these columns. They are taken shard by shard, by
+any number of processes, and are all that the reduce (:mod:`.reduce`) reads.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Final, get_args
 import numpy as np
 import numpy.typing as npt
 
+from phimr_nemo.data.curate.lengths import TokenCounter
 from phimr_nemo.data.repetition import repetition
 from phimr_nemo.store.records import DIFFICULTIES, VerdictName
 from phimr_nemo.text.tokens import START, spells_special_token
@@ -37,8 +37,12 @@ NARROW: Final = np.dtype(
         ("problem", np.uint64),
         ("rollout", np.uint64),
         ("response", np.uint64),
+        ("source", np.uint64),
+        ("domain", np.uint64),
         ("sample", np.int32),
         ("tokens", np.int32),
+        ("length", np.int32),
+        ("prompt", np.int32),
         ("characters", np.int32),
         ("bytes", np.int32),
         ("repetition", np.float32),
@@ -53,10 +57,12 @@ NARROW: Final = np.dtype(
 )
 """One rollout.
 
-row: its number over all shards. problem, rollout, response: 64-bit hashes of the two ids and of the text.
-tokens: of the response, -1 unknown. characters: of the response. bytes: of question and response in UTF-8.
-repetition, boxes: of right, finished responses only, else 0: see :func:`phimr_nemo.data.repetition.repetition`, and
-how many different boxed answers follow the thinking. forged: the text spells a special token.
+row: its number over all shards. problem, rollout, response, source, domain: 64-bit hashes of ids, text and labels; 0
+without a label. tokens: of the response as recorded, -1 unknown. length, prompt: tokens of the conversation, and of
+its prompt, in training (see :mod:`phimr_nemo.data.curate.lengths`). characters: of the response. bytes: of question
+and response in UTF-8. repetition: of the response, see :func:`phimr_nemo.data.repetition.repetition`; 0 where it
+spells a special token. boxes: of right, finished responses only, else 0: how many different boxed answers follow the
+thinking. forged: the text spells a special token.
 """
 
 # What the added tokens of Phi-family tokenizers look like.
@@ -65,27 +71,27 @@ BATCH_ROWS: Final = 1024
 MOST_BOXES: Final = 255
 COLUMNS: Final = (
     *("id", "problem_id", "question", "response", "sample_index", "finish_reason", "tokens", "difficulty"),
-    "verdict",
+    *("domain", "source", "verdict"),
 )
 
 
-def narrow_of_file(path: Path, *, quality: bool) -> Narrow:
+def narrow_of_file(path: Path, counter: TokenCounter) -> Narrow:
     """The narrow columns of a parquet file of verdicts; rows count from 0. Memory is that of one batch of text.
 
     Args:
         path: a shard of kind "verdicts".
-        quality: measure repetition and boxes too, which takes most of the time.
+        counter: of the tokens in training.
     """
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        parts = [narrow_columns(batch, quality=quality) for batch in file.iter_batches(BATCH_ROWS, columns=COLUMNS)]
+        parts = [narrow_columns(batch, counter) for batch in file.iter_batches(BATCH_ROWS, columns=COLUMNS)]
     narrow = np.concatenate([np.empty(0, NARROW), *parts])
     narrow["row"] = np.arange(len(narrow))
     return narrow
 
 
-def narrow_columns(batch: pa.RecordBatch, *, quality: bool) -> Narrow:
+def narrow_columns(batch: pa.RecordBatch, counter: TokenCounter) -> Narrow:
     """The narrow columns of some verdicts; rows count from 0."""
     import pyarrow.compute as pc
 
@@ -94,6 +100,10 @@ def narrow_columns(batch: pa.RecordBatch, *, quality: bool) -> Narrow:
     narrow["row"] = np.arange(batch.num_rows)
     narrow["problem"], narrow["rollout"] = hashes(batch.column("problem_id")), hashes(batch.column("id"))
     narrow["response"] = hashes(response)
+    for name in ("source", "domain"):
+        # Verdicts of an earlier release have no column `source`.
+        if name in batch.schema.names:
+            narrow[name] = label_hashes(batch.column(name))
     narrow["sample"], narrow["tokens"] = batch.column("sample_index").to_numpy(), batch.column("tokens").to_numpy()
     narrow["characters"] = pc.utf8_length(response).to_numpy()
     narrow["bytes"] = pc.add(pc.binary_length(question), pc.binary_length(response)).to_numpy()
@@ -102,8 +112,8 @@ def narrow_columns(batch: pa.RecordBatch, *, quality: bool) -> Narrow:
     narrow["stopped"] = pc.equal(batch.column("finish_reason"), "stop").to_numpy(zero_copy_only=False)
     narrow["blank"] = pc.equal(pc.utf8_trim_whitespace(response), "").to_numpy(zero_copy_only=False)
     narrow["forged_question"], narrow["forged_response"] = _forged(question), _forged(response)
-    if quality:
-        _measure(narrow, response)
+    _measure(narrow, response)
+    narrow["length"], narrow["prompt"] = counter.count(question, response, narrow["tokens"])
     return narrow
 
 
@@ -117,6 +127,21 @@ def hashes(texts: pa.StringArray) -> Hashes:
         for start, end in itertools.pairwise(offsets)
     )
     return np.frombuffer(b"".join(digests), "<u8")
+
+
+def label_hash(label: str | None) -> int:
+    """The hash of a domain or a source; 0 without."""
+    if label is None:
+        return 0
+    return int.from_bytes(hashlib.blake2b(label.encode(), digest_size=HASH_BYTES).digest(), "little")
+
+
+def label_hashes(labels: pa.StringArray) -> Hashes:
+    """:func:`label_hash` of every label, [rows]; each different one is hashed once."""
+    encoded = labels.dictionary_encode()
+    known = np.array([label_hash(label) for label in [*encoded.dictionary.to_pylist(), None]], np.uint64)
+    places = encoded.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)
+    return np.asarray(known[places], np.uint64)
 
 
 def _codes(column: pa.StringArray, names: tuple[str, ...]) -> npt.NDArray[np.uint8]:
@@ -138,11 +163,11 @@ def _forged(column: pa.StringArray) -> npt.NDArray[np.bool_]:
 
 
 def _measure(narrow: Narrow, response: pa.StringArray) -> None:
-    fit = (narrow["verdict"] == CORRECT) & narrow["stopped"] & ~narrow["forged_response"]
-    for index in np.flatnonzero(fit):
+    for index in np.flatnonzero(~narrow["forged_response"]):
         text = response[int(index)].as_py()
         narrow["repetition"][index] = repetition(text)
-        narrow["boxes"][index] = min(len(final_answer(text).boxes), MOST_BOXES)
+        if narrow["verdict"][index] == CORRECT and narrow["stopped"][index]:
+            narrow["boxes"][index] = min(len(final_answer(text).boxes), MOST_BOXES)
 
 
 def runs(sorted_values: npt.NDArray[np.generic]) -> Iterator[tuple[int, int]]:

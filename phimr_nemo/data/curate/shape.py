@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from phimr_nemo.data.curate.fates import CHARACTERS_PER_TOKEN
+from phimr_nemo.data.curate.lengths import CHARACTERS_PER_TOKEN
 from phimr_nemo.store.records import DIFFICULTIES
 
 SHAPE_FILE: Final = "shape.json"

@@ -1,9 +1,12 @@
-"""Shards of verdicts as files: their narrow columns, bucket by bucket, and rows of text by number."""
+"""Shards of verdicts as files: their narrow columns, sorted by problem out of core, and rows of text by number.
+
+The sort is DuckDB's: it reads parquet, spills to the disk under a limit on memory, streams what it has sorted, and is
+one package without dependencies. Polars' streaming engine does the same; its memory cannot be limited."""
 
 from __future__ import annotations
 
-import io
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from phimr_nemo.data.curate.lengths import TokenCounter
 from phimr_nemo.data.curate.narrow import NARROW, Narrow, narrow_of_file
-from phimr_nemo.data.parallel import in_processes
+from phimr_nemo.data.parallel import ALONE, Team
 from phimr_nemo.errors import UserError
-from phimr_nemo.store.atomic import atomic_write_bytes, write_json
+from phimr_nemo.store.atomic import atomic_file, write_json
 from phimr_nemo.store.content import file_sha256
 from phimr_nemo.store.shards import check_shard, read_manifest, shard_facts
 
@@ -25,11 +29,13 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 
-SURVEY_VERSION: Final = 1
+SURVEY_VERSION: Final = 2
 """Another number whenever a narrow column changes meaning: surveys made before are made again."""
 BUCKET_ROWS: Final = 1 << 17
 READ_ROWS: Final = 1024
 MAX_ROLLOUTS: Final = 2**31 - 1
+SORT_MEMORY: Final = "1GiB"
+SORT_DIRECTORY: Final = "sort"
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,12 @@ class Survey:
     Attributes:
         shards: the shards of verdicts.
         files: the narrow columns of each.
-        bounds: where each bucket begins and ends in each file, [shards, buckets + 1].
+        threads: of the reduce.
     """
 
     shards: Sequence[Shard]
     files: Sequence[Path]
-    bounds: Rows
+    threads: int = 1
 
     @property
     def rows(self) -> int:
@@ -69,15 +75,50 @@ class Survey:
         return self.shards[-1].start + self.shards[-1].rows if self.shards else 0
 
     def buckets(self) -> Iterator[Narrow]:
-        """The rollouts of one bucket of problems after the other, in the order of their rows."""
-        for bucket in range(self.bounds.shape[1] - 1):
-            parts = []
-            for number, (shard, path) in enumerate(zip(self.shards, self.files, strict=True)):
-                start, end = self.bounds[number, bucket : bucket + 2]
-                part = np.array(np.load(path, mmap_mode="r", allow_pickle=False)[start:end])
-                part["row"] += shard.start
-                parts.append(part)
+        """All rollouts of some problems, then of others, in memory that does not grow with the rollouts.
+
+        DuckDB reads every file once and sorts them by problem, on the disk beside the files where they are many.
+        """
+        parts: list[Narrow] = []
+        held = 0
+        for part in self._sorted():
+            parts.append(part)
+            held += len(part)
+            if held < BUCKET_ROWS:
+                continue
+            narrow = np.concatenate(parts)
+            # The last problem may go on in the next part.
+            whole = int(np.searchsorted(narrow["problem"], narrow["problem"][-1]))
+            if whole:
+                yield narrow[:whole]
+            parts, held = [narrow[whole:]], len(narrow) - whole
+        if held:
             yield np.concatenate(parts)
+
+    def _sorted(self) -> Iterator[Narrow]:
+        """Batches of narrow columns in the order of problems, those of one problem in the order of their rows."""
+        import duckdb
+
+        directory = self.files[0].parent / SORT_DIRECTORY
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": SORT_MEMORY,
+            "threads": self.threads,
+            "temp_directory": str(directory),
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        }
+        try:
+            with duckdb.connect(config=settings) as connection:
+                columns = ", ".join(NARROW.names or ())
+                query = f"SELECT {columns} FROM read_parquet($files) ORDER BY problem, row"
+                found = connection.execute(query, {"files": [str(path) for path in self.files]})
+                for batch in found.fetch_record_batch(BUCKET_ROWS):
+                    narrow = np.empty(batch.num_rows, NARROW)
+                    for name, column in zip(NARROW.names or (), batch.columns, strict=True):
+                        narrow[name] = column.to_numpy(zero_copy_only=False)
+                    yield narrow
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def shards_of(directories: Sequence[Path]) -> list[Shard]:
@@ -103,7 +144,14 @@ def shards_of(directories: Sequence[Path]) -> list[Shard]:
     return shards
 
 
-def survey(shards: Sequence[Shard], directory: Path, *, quality: bool, workers: int) -> Survey:
+def survey(
+    shards: Sequence[Shard],
+    directory: Path,
+    *,
+    counter: TokenCounter,
+    workers: int,
+    team: Team = ALONE,
+) -> Survey:
     """Take the narrow columns of every shard that has none yet.
 
     A file is kept when it was made of the same shard with the same settings and has not changed since.
@@ -111,39 +159,69 @@ def survey(shards: Sequence[Shard], directory: Path, *, quality: bool, workers: 
     Args:
         shards: all shards of verdicts.
         directory: where the narrow columns go.
-        quality: measure repetition and boxes.
+        counter: of the tokens in training.
         workers: processes.
+        team: the processes that share the work.
 
     Raises:
         UserError: a shard is missing or damaged (it is named).
     """
-    buckets = max(1, -(-(shards[-1].start + shards[-1].rows) // BUCKET_ROWS))
-    files = [directory / f"narrow-{number:05d}.npy" for number in range(len(shards))]
-    task = partial(_survey_shard, buckets=buckets, quality=quality)
-    bounds = in_processes(task, list(zip(shards, files, strict=True)), workers, title="survey")
-    return Survey(shards, files, np.array(bounds, np.int64).reshape(len(shards), buckets + 1))
+    files = [directory / f"narrow-{number:05d}.parquet" for number in range(len(shards))]
+    work = list(zip(shards, files, strict=True))
+    team.share(
+        partial(_survey_shard, counter=counter),
+        work,
+        is_done=lambda item: _facts_of(item[1]).get("made_of") == _made_of(item[0], counter),
+        workers=workers,
+        title="survey",
+    )
+    return Survey(shards, files, workers)
 
 
-def _survey_shard(work: tuple[Shard, Path], *, buckets: int, quality: bool) -> list[int]:
-    """Write the narrow columns of one shard, sorted by bucket; where each bucket begins."""
+def _made_of(shard: Shard, counter: TokenCounter) -> dict[str, Any]:
+    return {
+        "version": SURVEY_VERSION,
+        "shard": shard.sha256,
+        "start": shard.start,
+        "tokenizer": counter.sha256,
+        "limit": counter.limit,
+    }
+
+
+def _survey_shard(work: tuple[Shard, Path], *, counter: TokenCounter) -> None:
+    """Write the narrow columns of one shard, in the order of its rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     shard, path = work
-    made_of = {"version": SURVEY_VERSION, "shard": shard.sha256, "buckets": buckets, "quality": quality}
-    facts_path = path.with_suffix(".json")
-    if facts_path.is_file() and path.is_file():
-        facts = _read_facts(facts_path)
-        if facts.get("made_of") == made_of and facts.get("sha256") == file_sha256(path):
-            return list(facts["bounds"])
+    made_of, facts = _made_of(shard, counter), _facts_of(path)
+    if facts.get("made_of") == made_of and path.is_file() and facts.get("sha256") == file_sha256(path):
+        return
     check_shard(shard.path, shard.sha256)
-    narrow = narrow_of_file(shard.path, quality=quality)
-    bucket = (narrow["problem"] % np.uint64(buckets)).astype(np.int64)
-    order = np.argsort(bucket, kind="stable")
-    bounds = np.searchsorted(bucket[order], np.arange(buckets + 1)).tolist()
-    # Not numpy's own writing into a file: on a full disk it raises an error that does not say so.
-    content = io.BytesIO()
-    np.save(content, narrow[order].astype(NARROW), allow_pickle=False)
-    atomic_write_bytes(path, content.getvalue())
-    write_json(facts_path, {"made_of": made_of, "sha256": file_sha256(path), "bounds": bounds})
-    return list(bounds)
+    narrow = narrow_of_file(shard.path, counter)
+    narrow["row"] += shard.start
+    with atomic_file(path) as temporary:
+        pq.write_table(pa.table({name: narrow[name].copy() for name in NARROW.names or ()}), temporary)
+    write_json(path.with_suffix(".json"), {"made_of": made_of, "sha256": file_sha256(path)})
+
+
+def _facts_of(path: Path) -> dict[str, Any]:
+    facts = path.with_suffix(".json")
+    return _read_facts(facts) if facts.is_file() else {}
+
+
+def measured(shards: Sequence[Shard], files: Sequence[Path], rows: Rows, name: str) -> npt.NDArray[Any]:
+    """One narrow column of some rows, in the order asked for."""
+    import pyarrow.parquet as pq
+
+    starts = np.array([shard.start for shard in shards])
+    numbers = np.searchsorted(starts, rows, side="right") - 1
+    values = np.empty(len(rows), NARROW[name])
+    for number in np.unique(numbers):
+        own = numbers == number
+        column = pq.read_table(files[number], columns=[name]).column(name).to_numpy()
+        values[own] = column[rows[own] - shards[number].start]
+    return values
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def collect(
     """
     finished = directory / COUNTS_FILE
     if finished.is_file():
-        return dict(json.loads(finished.read_text("utf-8")))
+        return counts_of(directory)
     for left_over in directory.glob("part-*.parquet"):
         left_over.unlink()
     directory.mkdir(parents=True, exist_ok=True)
@@ -121,6 +121,11 @@ def collect(
         )
     write_json(finished, dict(counts))
     return dict(counts)
+
+
+def counts_of(directory: Path) -> dict[str, int]:
+    """The counts of a source that is collected."""
+    return dict(json.loads((directory / COUNTS_FILE).read_text("utf-8")))
 
 
 def candidate_shards(directories: list[Path], columns: list[str]) -> Iterator[tuple[int, pa.Table]]:

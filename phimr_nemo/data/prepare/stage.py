@@ -15,20 +15,31 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from phimr_nemo.config import PrepareConfig, to_dict
+from phimr_nemo.config import DecontaminationConfig, PrepareConfig, SourceConfig, to_dict
+from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.data.prepare.annotate import Annotations, Annotator, count_labels
-from phimr_nemo.data.prepare.candidates import DROPS_FILE, SHOWN_CHARS, candidate_shards, collect, digest
-from phimr_nemo.data.prepare.decontaminate import read_index
+from phimr_nemo.data.prepare.candidates import (
+    COUNTS_FILE,
+    DROPS_FILE,
+    SHOWN_CHARS,
+    candidate_shards,
+    collect,
+    counts_of,
+    digest,
+)
+from phimr_nemo.data.prepare.decontaminate import EvaluationIndex, read_index
 from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, NEAR, Duplicates, Facts, find_duplicates
 from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.check import open_for
 from phimr_nemo.store.content import content_id, content_seed
+from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.progress import track
 from phimr_nemo.store.provenance import BEGUN_FILE, MadeFrom, begin, begun_from, content_of
 from phimr_nemo.store.records import Kind
@@ -73,13 +84,13 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     output = config.run.output
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
     made_from = _made_from(config)
-    if begun_from(output) != made_from:
-        _forget(output)
-        begin(output, made_from)
-    if not is_complete(output / PROBLEMS, "problems"):
-        _prepare(config, made_from)
+    if begun_from(output) != made_from or not is_complete(output / PROBLEMS, "problems"):
+        with team_of(config.shard, output) as team:
+            _begin(output, made_from, team)
+            _prepare(config, made_from, team)
     if (output / CANDIDATES).is_dir():
-        shutil.rmtree(output / CANDIDATES)
+        # All tasks of an array come here.
+        shutil.rmtree(output / CANDIDATES, ignore_errors=True)
     if is_complete(output / ROLLOUTS, "rollouts"):
         wanted.append((ROLLOUTS, "rollouts"))
     manifests = {name: read_manifest(output / name, kind) for name, kind in wanted}
@@ -105,8 +116,18 @@ def _made_from(config: PrepareConfig) -> MadeFrom:
     return MadeFrom(inputs, {**{name: settings[name] for name in deciding}, "annotator": annotator})
 
 
-def _forget(output: Path) -> None:
+def _begin(output: Path, made_from: MadeFrom, team: Team) -> None:
     """Remove what was made from other sources or settings; replies of an annotator are kept by their questions."""
+
+    def is_begun(_: int) -> bool:
+        return begun_from(output) == made_from
+
+    for _ in FreeUnits([0], team.leases, name="begin", is_done=is_begun, wait=True).one_by_one():
+        _forget(output)
+        begin(output, made_from)
+
+
+def _forget(output: Path) -> None:
     (output / BEGUN_FILE).unlink(missing_ok=True)
     for name in (PROBLEMS, ROLLOUTS):
         open_for(output / name, NOTHING, 0)
@@ -114,14 +135,43 @@ def _forget(output: Path) -> None:
         shutil.rmtree(output / CANDIDATES)
 
 
-def _prepare(config: PrepareConfig, made_from: MadeFrom) -> None:
+def _prepare(config: PrepareConfig, made_from: MadeFrom, team: Team) -> None:
+    """The processes of an array share the sources; the first that finds all of them read does the rest alone."""
+    output = config.run.output
+    directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
+
+    def is_prepared(_: object) -> bool:
+        return is_complete(output / PROBLEMS, "problems")
+
+    team.share(
+        partial(_collect, config),
+        list(zip(config.sources, directories, strict=True)),
+        is_done=lambda item: (item[1] / COUNTS_FILE).is_file() or is_prepared(item),
+        workers=config.workers,
+        title="sources",
+    )
+    for _ in FreeUnits([0], team.leases, name="reduce", is_done=is_prepared, wait=True).one_by_one():
+        _reduce(config, made_from, directories)
+
+
+def _collect(config: PrepareConfig, item: tuple[SourceConfig, Path]) -> None:
+    permutations = config.near_duplicates.permutations if config.near_duplicates else 0
+    collect(*item, permutations=permutations, evaluation=_evaluation(config.decontamination))
+
+
+@lru_cache(maxsize=1)
+def _evaluation(config: DecontaminationConfig | None) -> EvaluationIndex | None:
+    """The evaluation questions, read once a process."""
+    return read_index(config) if config is not None else None
+
+
+def _reduce(config: PrepareConfig, made_from: MadeFrom, directories: list[Path]) -> None:
+    """What is decided over all sources, and the record directories."""
     output = config.run.output
     permutations = config.near_duplicates.permutations if config.near_duplicates else 0
-    evaluation = read_index(config.decontamination) if config.decontamination else None
-    directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
     counts: Counter[str] = Counter()
-    for source, directory in zip(track(config.sources, title="sources", unit="source"), directories, strict=True):
-        for name, count in collect(source, directory, permutations=permutations, evaluation=evaluation).items():
+    for source, directory in zip(config.sources, directories, strict=True):
+        for name, count in counts_of(directory).items():
             counts[name] += count
             counts[f"{source.name}: {name}"] += count
     duplicates = find_duplicates(
@@ -131,7 +181,7 @@ def _prepare(config: PrepareConfig, made_from: MadeFrom) -> None:
     _write_problems(config, directories, duplicates, labels, counts, made_from)
     if counts["trajectories"]:
         rollouts = Counter[str]()
-        rows = _rollouts(directories, duplicates, labels, rollouts)
+        rows = _rollouts(directories, [source.name for source in config.sources], duplicates, labels, rollouts)
         _write_shards(output / ROLLOUTS, "rollouts", config.shard_size, rows, made_from)
         finish(output / ROLLOUTS, kind="rollouts", **made_from.to_json(), counts=rollouts)
         counts.update(rollouts)
@@ -233,7 +283,7 @@ def _finish_shard(
 
 
 def _rollouts(
-    directories: list[Path], duplicates: Duplicates, labels: Annotations, counts: Counter[str]
+    directories: list[Path], names: list[str], duplicates: Duplicates, labels: Annotations, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """The trajectories of all candidates as rollouts; those of a duplicate belong to the problem that was kept."""
     kept = duplicates.kept.tolist()
@@ -246,7 +296,8 @@ def _rollouts(
     # By a digest, not by (problem, teacher): a third of the memory, and there are millions.
     samples: Counter[int] = Counter()
     seen: set[int] = set()
-    for index, _, row in _candidates(directories, ["id", "question", "answer", "trajectories"]):
+    columns = ["id", "question", "answer", "trajectories"]
+    for index, source, row in _candidates(directories, columns):
         problem = kept[index]
         problem_id, answer = problems.get(problem, (row["id"], row["answer"]))
         domain, difficulty = labels.get(problem)
@@ -274,6 +325,7 @@ def _rollouts(
                 "tokens": TOKENS_UNKNOWN,
                 "domain": domain,
                 "difficulty": difficulty,
+                "source": names[source],
                 "metadata": one["labels"],
             }
 

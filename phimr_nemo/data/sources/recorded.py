@@ -155,6 +155,7 @@ def _rollout(problem: Row, recorded: Recorded, sample_index: int) -> Row:
         "tokens": TOKENS_UNKNOWN,
         "domain": problem["domain"],
         "difficulty": problem["difficulty"],
+        "source": problem["source"],
         "metadata": json.dumps(recorded.labels, ensure_ascii=False),
     }
 

@@ -214,6 +214,7 @@ def teacher_rollouts(
                     "tokens": TOKENS_UNKNOWN,
                     "domain": problem["domain"],
                     "difficulty": problem["difficulty"],
+                    "source": problem["source"],
                     "metadata": problem["metadata"],
                 }
             )

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import EndpointEngine
+from phimr_nemo.data.parallel import ALONE, Team
 from phimr_nemo.endpoint import ChatReply, ChatRequest, EndpointClient, Journal, RequestFailed, read_journal
 from phimr_nemo.endpoint.ask import cents
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import Plan, Planned, rollout_counts
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.provenance import MadeFrom, begin
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
@@ -42,6 +44,7 @@ def request_rollouts(
     *,
     shard_indices: Sequence[int],
     inputs: Mapping[str, str],
+    team: Team = ALONE,
 ) -> bool:
     """Ask an endpoint for the rollouts of some shards.
 
@@ -52,6 +55,7 @@ def request_rollouts(
         out_dir: the record directory; finished shards and journaled responses in it are kept.
         shard_indices: make only these shards.
         inputs: what the problems were read from, by content.
+        team: the processes that share the shards.
 
     Returns:
         Whether all shards are there; the manifest, with the account of tokens and costs, is then written.
@@ -66,13 +70,16 @@ def request_rollouts(
     begin(out_dir, made_from)
     if is_complete(out_dir, "rollouts"):
         return True
+    unfinished = []
     for index in shard_indices:
         if shard_is_complete(out_dir, index, made_from):
             _journal_path(out_dir, index).unlink(missing_ok=True)  # killed between the two
-    unfinished = [index for index in shard_indices if not shard_is_complete(out_dir, index, made_from)]
+        else:
+            unfinished.append(index)
     if unfinished:
         done = sum(plan.count(index) for index in shard_indices) - sum(plan.count(index) for index in unfinished)
-        asyncio.run(_Generation(plan, engine, params, out_dir, made_from).run(unfinished, done))
+        free = team.free_shards(out_dir, unfinished, lambda _: made_from)
+        asyncio.run(_Generation(plan, engine, params, out_dir, made_from, free).run(unfinished, done))
     if not all(shard_is_complete(out_dir, index, made_from) for index in plan.shards):
         return False
     finish(out_dir, kind="rollouts", **made_from.to_json(), counts=_counts(out_dir, plan, engine))
@@ -180,13 +187,19 @@ class _Shard:
 
 
 class _Generation:
-    """One process's share of the shards, with `concurrency` requests under way."""
+    """The shards that one process takes, with `concurrency` requests under way."""
 
     def __init__(
-        self, plan: Plan, engine: EndpointEngine, params: SamplingParams, out_dir: Path, made_from: MadeFrom
+        self,
+        plan: Plan,
+        engine: EndpointEngine,
+        params: SamplingParams,
+        out_dir: Path,
+        made_from: MadeFrom,
+        free: FreeUnits,
     ) -> None:
         self._plan, self._engine, self._params, self._out_dir = plan, engine, params, out_dir
-        self._made_from = made_from
+        self._made_from, self._free = made_from, free
         self._open: dict[int, _Shard] = {}
         self._unwritten = set[int]()
         self._failed: Counter[str] = Counter()
@@ -201,9 +214,8 @@ class _Generation:
             UserError: see :func:`request_rollouts`.
         """
         total = done + sum(self._plan.count(index) for index in indices)
-        self._unwritten = set(indices)
         with Progress(total, done=done, unit="rollout", title="generate") as bar:
-            items = self._items(indices, bar)
+            items = self._items(bar)
             async with EndpointClient(self._engine.endpoint) as client:
                 workers = [
                     asyncio.create_task(self._work(client, items, bar))
@@ -220,9 +232,10 @@ class _Generation:
         if self._unwritten:
             raise self._failure(total)
 
-    def _items(self, indices: Sequence[int], bar: Progress) -> Iterator[tuple[_Shard, Planned]]:
-        """What is missing, shard by shard; a shard is opened when its turn comes."""
-        for index in indices:
+    def _items(self, bar: Progress) -> Iterator[tuple[_Shard, Planned]]:
+        """What is missing, shard by shard; a shard is opened when its turn comes, and held until it is written."""
+        for index in self._free:
+            self._unwritten.add(index)
             shard = _Shard(self._plan, self._out_dir, index, self._made_from)
             bar.found_done(len(shard.planned) - shard.left)
             if not shard.left:
@@ -247,6 +260,7 @@ class _Generation:
     def _close(self, shard: _Shard) -> None:
         if shard.close(self._engine.max_missing):
             self._unwritten.discard(shard.index)
+        self._free.release(shard.index)
 
     async def _ask(self, client: EndpointClient, shard: _Shard, item: Planned) -> None:
         request = ChatRequest(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from phimr_nemo.config import LongRopePolicy, VLLMEngine
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
+from phimr_nemo.generate.serving.gpus import require_promised_gpus
 from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
 from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
 from phimr_nemo.model.dtypes import TORCH_NAMES
@@ -68,6 +69,7 @@ class VLLMSampler:
                 rule="vLLM in the process needs an environment that has the trainer and vLLM",
                 remedy="serve the model from vLLM's own environment (`phimr serve`) and use engine.kind=vllm_server",
             ) from error
+        require_promised_gpus("engine.kind=vllm")
         self._options, self._stop_ids, self._version = options, list(stop_ids), -1
         self._arrivals = Arrivals(tensor_shapes(Architecture.from_directory(model)))
         self._llm = LLM(
@@ -191,6 +193,7 @@ class FixedVLLM:
                 remedy="make setup-vllm, then .venv-vllm/bin/phimr with the same arguments; or serve the model "
                 "elsewhere and use engine.kind=endpoint",
             ) from error
+        require_promised_gpus("engine.kind=vllm")
         self._stop_ids = list(stop_ids)
         try:
             self._llm = LLM(

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+from phimr_nemo.generate.serving.gpus import require_promised_gpus
 from phimr_nemo.generate.serving.receiving import weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.vllm import WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
@@ -106,7 +107,8 @@ def run_server(served: Served) -> None:
     """Serve until a signal comes.
 
     Raises:
-        UserError: an unreadable model, a LongRoPE policy that vLLM does not follow, or no key where one is needed.
+        UserError: an unreadable model, a LongRoPE policy that vLLM does not follow, no key where one is needed, or
+            a CPU build beside GPUs.
     """
     import uvloop
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -115,6 +117,7 @@ def run_server(served: Served) -> None:
     from phimr_nemo.model import Architecture
     from phimr_nemo.model.table import tensor_shapes
 
+    require_promised_gpus("phimr serve")
     key = api_key(served)
     check_longrope(served.model, served.longrope, served.max_length)
     weights = weights_hash(served.model)
