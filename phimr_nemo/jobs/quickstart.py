@@ -151,7 +151,7 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
     """
     steps = plan_quickstart(path, seeds, out, overrides)
     if not redo:
-        _refuse_changed(steps)
+        refuse_changed(steps)
     started = time.monotonic()
     for number, step in enumerate(steps, 1):
         # What was made again before it may have changed what it reads.
@@ -160,7 +160,7 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
             print(f"{step.output}: made again ({'; '.join(changed)})", flush=True)
             shutil.rmtree(step.output)
         elif changed:
-            _refuse_changed([step])
+            refuse_changed([step])
         if RunDirectory(step.output).is_done:
             continue
         print(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}", flush=True)
@@ -188,7 +188,7 @@ def changed_since(step: Step) -> list[str]:
     return changes(run, config)
 
 
-def _refuse_changed(steps: Sequence[Step]) -> None:
+def refuse_changed(steps: Sequence[Step]) -> None:
     """Name every step that is not what its command would make now.
 
     Raises:
@@ -199,8 +199,9 @@ def _refuse_changed(steps: Sequence[Step]) -> None:
         named = "".join(f"\n    {output}: {'; '.join(changed)}" for output, changed in found)
         raise UserError(
             f"steps that were made with another command, settings or inputs than now:{named}",
-            rule="a quickstart goes on from steps that are what its commands would make",
-            remedy="add --redo to make them and what follows from them again, or give another --out",
+            rule="a recipe goes on from steps that are what its commands would make",
+            remedy="for a quickstart add --redo, which makes them and what follows from them again, or give another "
+            "--out; or remove these directories, or choose another output",
         )
 
 

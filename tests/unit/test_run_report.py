@@ -149,7 +149,7 @@ def test_data_steps_are_those_that_made_data(tmp_path: Path) -> None:
         row = {"id": "1", "source": str(path), "question": "q", "answer": "1", "solution": None, "domain": None}
         table = rows_to_table([{**row, "difficulty": None, "metadata": "{}"}], "problems")
         write_shard(path, 0, table, kind="problems")
-        finish(path, kind="problems", config={}, inputs=[], counts={})
+        finish(path, kind="problems", config={}, counts={})
 
     evaluation(tmp_path / "seed-0" / "evaluate-sft", 3, row="SFT", benchmark="mine")
     records(tmp_path / "seed-0" / "evaluate-sft" / "rollouts")
