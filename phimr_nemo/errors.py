@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
-from phimr_nemo.redact import redact
+from phimr_nemo.redact import keep_secrets_from_output, redact
+from phimr_nemo.text.printable import printable
 
 EXIT_DONE: Final = 0
 EXIT_INTERNAL: Final = 1
@@ -64,6 +65,7 @@ def exit_with_message() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+    keep_secrets_from_output()
     try:
         yield
     except UserError as error:
@@ -96,7 +98,7 @@ def _refuse(error: UserError) -> NoReturn:
 def _tell(message: str, facts: dict[str, object]) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
         return
     # In torchrun's own form, so that torchrun without our launcher shows it too.
     Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time()), **facts}), "utf-8")

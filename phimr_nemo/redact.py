@@ -1,40 +1,134 @@
-"""Secrets stay in the environment or in a file: they are left out of texts."""
+"""Secrets stay in the environment or in a file: they are left out of texts, logs and tracebacks.
+
+The only home of what counts as one: values of variables whose names say so, kinds of keys that can be told by their
+form, and what stands where a key stands (an address, a header, a setting of such a name).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
-from collections.abc import Mapping
-from typing import Final
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+from urllib.parse import quote
 
-SECRET_VARIABLE: Final = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|passwd|password|credentials?)$")
+from phimr_nemo.text.printable import printable
+
+_WORDS: Final = (
+    r"api_?keys?|keys?|tokens?|secrets?|pass|passwd|passwords?|passphrases?|pwd|pat|pats|auth|bearer|credentials?|webhook"
+    r"|cookies?|signature|pgpass(?:word)?|apikeys?|accesskeys?|secretkeys?"
+)
+SECRET_VARIABLE: Final = re.compile(rf"(?i)(?:^|_)(?:{_WORDS})\d*(?:_|$)")
 """The names of environment variables that hold a secret, by custom."""
+
+SECRET_SETTING: Final = re.compile(
+    r"(?i)^(?:.*[_-])?(?:api_?key|access_?key|secret_?key|apikey|token|secret|password|passwd|pwd|passphrase"
+    r"|authorization|bearer|credentials?|private_?key|x-api-key)\d*$"
+)
+"""The names of settings whose text is a secret, whatever it looks like."""
 
 MIN_SECRET_CHARS: Final = 12
 """A shorter value of such a variable is a switch or a word; leaving it out would garble ordinary text."""
 
+MIN_MIXED_CHARS: Final = 8
+"""Unless it mixes letters and digits, which words do not."""
+
 SECRET_SHAPE: Final = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,}|nvapi-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}"
-    r"|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16})\b"
+    r"|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}|xox[abeoprs]-[A-Za-z0-9-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
+    r"|AIza[A-Za-z0-9_-]{35}|ya29\.[A-Za-z0-9_-]{20,}|gsk_[A-Za-z0-9]{20,}|r8_[A-Za-z0-9]{20,}|xai-[A-Za-z0-9]{20,}"
+    r"|pplx-[A-Za-z0-9]{20,}|wandb_v\d_[A-Za-z0-9_]{20,}|npm_[A-Za-z0-9]{30,}|pypi-[A-Za-z0-9_-]{30,}"
+    r"|dckr_pat_[A-Za-z0-9_-]{20,}|SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"
+    r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
-"""Keys that can be told by their prefix: Hugging Face, OpenAI and its kin, NVIDIA, GitHub, GitLab, Slack, AWS."""
+"""Keys that can be told by their form: Hugging Face, OpenAI and its kin, NVIDIA, GitHub, GitLab, Slack, AWS, Google,
+Groq, Replicate, xAI, Perplexity, W&B, npm, PyPI, Docker, SendGrid, signed web tokens, private keys."""
 
-URL_CREDENTIALS: Final = re.compile(r"(?<=://)[^/\s@:'\"]*:[^/\s@'\"]+(?=@)")
+_HEADER: Final = re.compile(r"(?i)(?:(?<=\bbearer )|(?<=\bbasic ))(?=[^\s'\",;]*[0-9]|[^\s'\",;]{20,})[^\s'\",;]{8,}")
+_QUERY: Final = re.compile(rf"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:{_WORDS}|sig|key))=[^&\s'\"#]+")
+_WEBHOOK: Final = re.compile(r"(?<=://hooks\.slack\.com/services/)[^\s'\"]+")
+_ASSIGNED: Final = re.compile(
+    r"(?i)\b(?!\w*_env\b)((?:\w+[_-])?(?:api_?key|access_?key|secret_?key|token|secret|password|passwd)['\"]?\s*[:=]\s*['\"]?)"
+    r"(?=[A-Za-z0-9_+/=-]*[0-9])(?=[A-Za-z0-9_+/=-]*[A-Za-z])[A-Za-z0-9_+/=-]{12,}"
+)
+URL_CREDENTIALS: Final = re.compile(r"(?<=://)(?!git@)[^/\s@'\"?#]+(?=@)")
 REPLACEMENT: Final = "[secret]"
+_NAME: Final = re.compile(r"[A-Z][A-Z0-9]{0,15}(?:_[A-Z0-9]{1,15})*")
 
 
 def secret_values(environment: Mapping[str, str]) -> list[str]:
     """The values of an environment's secret variables, the longest first."""
-    found = {
-        value
-        for name, value in environment.items()
-        if SECRET_VARIABLE.search(name) and len(value.strip()) >= MIN_SECRET_CHARS
-    }
-    return sorted((value.strip() for value in found), key=len, reverse=True)
+    found = {value.strip() for name, value in environment.items() if SECRET_VARIABLE.search(name)}
+    return sorted(filter(_can_be_secret, found), key=len, reverse=True)
+
+
+def _can_be_secret(value: str) -> bool:
+    mixed = any(map(str.isdigit, value)) and any(map(str.isalpha, value))
+    if len(value) < (MIN_MIXED_CHARS if mixed else MIN_SECRET_CHARS):
+        return False
+    # A file with the secret, or a socket to whoever knows it.
+    with contextlib.suppress(OSError, ValueError):
+        return not (value.startswith(("/", "~")) and Path(value).expanduser().exists())
+    return True
 
 
 def redact(text: str) -> str:
     """A text without the secrets of this process's environment, known kinds of keys and passwords in addresses."""
     for value in secret_values(os.environ):
-        text = text.replace(value, REPLACEMENT)
-    return URL_CREDENTIALS.sub(REPLACEMENT, SECRET_SHAPE.sub(REPLACEMENT, text))
+        for written in (value, quote(value, safe="")):
+            text = text.replace(written, REPLACEMENT)
+    for pattern in (SECRET_SHAPE, URL_CREDENTIALS, _HEADER, _WEBHOOK):
+        text = pattern.sub(REPLACEMENT, text)
+    return _ASSIGNED.sub(rf"\1{REPLACEMENT}", _QUERY.sub(rf"\1={REPLACEMENT}", text))
+
+
+def is_secret_setting(name: str, text: str) -> bool:
+    """Whether a setting's name says that its text is a secret."""
+    return SECRET_SETTING.match(name) is not None and len(text) >= MIN_MIXED_CHARS
+
+
+def shown_variable(name: str) -> str:
+    """The name of an environment variable for a message; what may be the key itself is not repeated."""
+    is_name = name in os.environ or (_NAME.fullmatch(name) is not None and redact(name) == name)
+    return name if is_name else "that was named (not repeated here: it may be the key itself)"
+
+
+def keep_secrets_from_output() -> None:
+    """Leave secrets, and what a terminal would obey, out of what this process logs and of its last traceback."""
+    sys.excepthook = _print_exception
+    threading.excepthook = lambda given: _print_exception(given.exc_type, given.exc_value, given.exc_traceback)
+    make = logging.getLogRecordFactory()
+    if getattr(make, "redacts", False):
+        return
+
+    def record(*arguments: Any, **options: Any) -> logging.LogRecord:
+        made = make(*arguments, **options)
+        # A record whose arguments do not fit is reported where it is formatted.
+        with contextlib.suppress(TypeError, ValueError):
+            text = made.getMessage()
+            if (clean := printable(redact(text))) != text:
+                made.msg, made.args = clean, ()
+        if made.exc_info and made.exc_info[0] is not None:
+            made.exc_text = _shown(traceback.format_exception(*made.exc_info)).rstrip("\n")
+        return made
+
+    record.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(record)
+
+
+def _print_exception(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    if error is None or issubclass(kind, SystemExit):
+        return
+    sys.stderr.write(_shown(traceback.format_exception(kind, error, trace)))
+
+
+def _shown(lines: Sequence[str]) -> str:
+    return printable(redact("".join(lines)))

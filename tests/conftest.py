@@ -62,6 +62,15 @@ def bridge_python() -> Path:
 
 
 @pytest.fixture(scope="session")
+def clients_python() -> Path:
+    """The interpreter of the environment with the newest releases of other people's libraries (`make clients`)."""
+    interpreter = REPOSITORY / ".venv-clients" / "bin" / "python"
+    if not interpreter.is_file():
+        pytest.skip("the environment of the newest clients is absent (make clients)")
+    return interpreter
+
+
+@pytest.fixture(scope="session")
 def vllm_variables() -> dict[str, str]:
     """The environment of a process that runs `vllm_python`: offline, small, one thread, nothing compiled."""
     return {

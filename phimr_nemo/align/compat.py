@@ -4,8 +4,8 @@ Nothing of the trainers' behaviour is changed here. What upstream needs to be im
 
 - `nemo_aligner.utils.trt_llm` imports TensorRT-LLM at module level, for a generator that we do not use; where it is
   installed it would start MPI in every rank.
-- Models of NeMo 1, a tokenizer of tables and scikit-learn's metrics are imported, with all that they need, to be
-  named in annotations and in functions that we do not call.
+- Models of NeMo 1, its text generation, a tokenizer of tables and scikit-learn's metrics are imported, with all that
+  they need, to be named in annotations and in functions that we do not call.
 - NeMo scripts a few functions with TorchScript while it is imported; TorchScript cannot read the factories
   that `training.platform` redirects on a machine without CUDA, and eager functions do the same there.
 """
@@ -29,6 +29,7 @@ _NAMED_ONLY: Final = (
     "nemo_aligner.models.nlp.gpt.gpt_reward_model",
     "nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor",
     "nemo.collections.common.tokenizers.tabular_tokenizer",
+    "nemo.collections.nlp.modules.common.text_generation_utils",
     "sklearn.metrics",
 )
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
+from phimr_nemo.align.measuring import Measuring
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig
 from phimr_nemo.model.files.hf import HFDirectory
@@ -23,25 +24,46 @@ from phimr_nemo.training.throughput import Speed
 HF_DIRECTORY: Final = "hf"
 
 
-class StopTimer:
+class BetweenSteps:
     """NeMo-Aligner's `run_timer`: asked after every step; True makes the trainer save and return.
+
+    What is measured after a step is measured here, and the best so far is saved when no other checkpoint is due.
 
     Args:
         guard: whether a signal came.
         store: what it has written beside training is finished here, and its judge knows whether training converged.
-        done: steps done.
+        measuring: what is measured.
+        trainer: gives the trainer, which is made with this object.
     """
 
-    def __init__(self, guard: PreemptionGuard, store: CheckpointStore, done: Callable[[], int]) -> None:
-        self._guard, self._store, self._done = guard, store, done
+    def __init__(
+        self, guard: PreemptionGuard, store: CheckpointStore, measuring: Measuring, trainer: Callable[[], Any]
+    ) -> None:
+        self._guard, self._store, self._measuring, self._trainer = guard, store, measuring, trainer
+        self._seen = -1
 
     def start_time(self) -> None:
-        """Nothing: the scheduler keeps the time and sends a signal."""
+        """A run that continues measures the step that it stands at, if it was stopped before that (collective)."""
+        self._seen = self._trainer().step
+        self._measuring.after(self._seen)
 
     def is_finished(self) -> bool:
         """Whether any process was told to stop, or training has converged (collective)."""
         self._store.finish_writing(wait=False)
-        return self._guard.stop_agreed() or self._store.judge.has_converged(self._done())
+        trainer = self._trainer()
+        is_told = self._guard.stop_agreed()
+        if trainer.step != self._seen:
+            self._seen = trainer.step
+            if not is_told:
+                self._measure(trainer)
+        return is_told or self._store.judge.has_converged(trainer.step)
+
+    def _measure(self, trainer: Any) -> None:
+        step = trainer.step
+        self._measuring.after(step)
+        is_saved_anyway = step % self._store.config.every == 0 or step == trainer.max_steps
+        if self._store.is_best(step) and not is_saved_anyway and not self._store.judge.has_converged(step):
+            trainer.save()
 
 
 def speed_of(policy: MegatronPolicy, model: ModelConfig) -> Speed:

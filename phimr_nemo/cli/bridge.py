@@ -9,6 +9,7 @@ import typer
 
 from phimr_nemo.cli.options import ConfigFile, Overrides
 from phimr_nemo.jobs.launch import silence_import_notes
+from phimr_nemo.text.printable import say
 
 
 def bridge(
@@ -24,4 +25,4 @@ def bridge(
 
     path = config if config is not None else Path("conf") / stage / "paper.yaml"
     facts = run_bridge(target, stage, path, out, overrides or [])
-    typer.echo("  ".join(f"{name}: {value}" for name, value in facts.items()))
+    say("  ".join(f"{name}: {value}" for name, value in facts.items()))

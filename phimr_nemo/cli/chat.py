@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.chat import printable
 from phimr_nemo.jobs.launch import silence_import_notes
+from phimr_nemo.text.printable import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from phimr_nemo.errors import EXIT_USER
+from phimr_nemo.text.printable import say
 
 data_app = typer.Typer(help="Reports on record directories, and their checks.", no_args_is_help=True)
 
@@ -20,7 +21,7 @@ def data_report(
     """Funnels with the reason of every drop, lengths, difficulty and pass rates: report.html and PNGs."""
     from phimr_nemo.report.data import write_data_report
 
-    typer.echo(write_data_report(directories, out))
+    say(write_data_report(directories, out))
 
 
 @data_app.command("check")
@@ -36,7 +37,7 @@ def data_check(
     found = [damage for root in directories for damage in check_directory(root)]
     for damage in found:
         state = f"damaged: {', '.join(damage.shards)}" if damage.shards else "sound"
-        typer.echo(f"{damage.directory}: {damage.count} shards, {state}")
+        say(f"{damage.directory}: {damage.count} shards, {state}")
         if redo:
             forget_damaged(damage)
     if not redo and any(damage.shards for damage in found):

@@ -15,12 +15,14 @@ from phimr_nemo.cli.bridge import bridge
 from phimr_nemo.cli.data import data_app
 from phimr_nemo.cli.help import StageCommand
 from phimr_nemo.cli.options import ConfigFile, Overrides
+from phimr_nemo.cli.runs import report, responses, status
 from phimr_nemo.errors import UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
 from phimr_nemo.jobs.cluster import check_layout, parse_allocation
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
 from phimr_nemo.process.stopping import stoppable
 from phimr_nemo.store.atomic import keep_others_from_writing
+from phimr_nemo.text.printable import say
 
 app = typer.Typer(
     name="phimr",
@@ -35,7 +37,7 @@ app.command()(bridge)
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"phimr-nemo {__version__}")
+        say(f"phimr-nemo {__version__}")
         raise typer.Exit
 
 
@@ -82,9 +84,9 @@ def _run_stage(
         resolved: Any = load_config(STAGES[stage], path, overrides or [])
         if allocation is not None:
             check_layout(stage, resolved, *parse_allocation(allocation))
-        typer.echo(to_yaml(resolved), nl=False)
+        say(to_yaml(resolved), end="")
         for name, value in derived_numbers(stage, resolved).items():
-            typer.echo(f"# {name}: {value}")
+            say(f"# {name}: {value}")
         return resolved
     started = time.monotonic()
     resolved = start_stage(stage, path, overrides or [], is_default=config is None)
@@ -100,7 +102,7 @@ def _close(stage: str, resolved: Any, preset: Path, seconds: float) -> None:
     if os.environ.get("RANK", "0") != "0" or CHECKED in os.environ:
         return
     for line in closing_lines(stage, resolved, preset, seconds, is_part=PART_OF in os.environ):
-        typer.echo(line)
+        say(line)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -144,7 +146,7 @@ def export(
     resolved = _run_stage("export", overrides, config, dry_run)
     if push_to_hub is not None and not dry_run:
         with stoppable("the upload"):
-            typer.echo(push(resolved.run.output / "hf", push_to_hub, private=not public))
+            say(push(resolved.run.output / "hf", push_to_hub, private=not public))
 
 
 @app.command(cls=StageCommand)
@@ -175,7 +177,7 @@ def verify(
     from phimr_nemo.verify.stage import verify_file
 
     counts = verify_file(Path(given[0]), Path(given[1]), response=response, answer=answer, workers=workers)
-    typer.echo("  ".join(f"{name}: {count}" for name, count in counts.items()))
+    say("  ".join(f"{name}: {count}" for name, count in counts.items()))
 
 
 @app.command(cls=StageCommand)
@@ -196,7 +198,7 @@ def quickstart(
     numbers = _parse_seeds(seeds)
     if dry_run:
         for step in plan_quickstart(path, numbers, out, overrides or []):
-            typer.echo(step)
+            say(step)
         return
     with stoppable("quickstart"):
         run_quickstart(path, numbers, out, overrides or [], redo=redo)
@@ -217,17 +219,6 @@ def _parse_seeds(text: str) -> list[int]:
 
 
 @app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Outputs of quickstart or evaluate, or directories above them.")],
-    out: Annotated[Path, typer.Option(help="Where to write page, tables and plots.")] = Path("runs/report"),
-) -> None:
-    """Scores with their errors, models compared, the paper's numbers, training and data: report.html, report.md."""
-    from phimr_nemo.jobs.quickstart import write_report
-
-    write_report(runs, out)
-
-
-@app.command()
 def adopt(
     source: Annotated[Path, typer.Argument(help="A Phi-family Hugging Face directory with its tokenizer.")],
     target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],
@@ -241,7 +232,7 @@ def adopt(
         from phimr_nemo.model.adopt import adopt as adopt_model
 
         adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
-    typer.echo(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
+    say(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
 
 
 @app.command("import")
@@ -257,7 +248,7 @@ def import_model(
         from phimr_nemo.model.files.gguf import import_gguf
 
         architecture = import_gguf(source, target, system_prompt=system_prompt)
-    typer.echo(f"{target}: {architecture.num_parameters:,} parameters")
+    say(f"{target}: {architecture.num_parameters:,} parameters")
 
 
 @app.command()
@@ -286,7 +277,7 @@ def convert(
         from phimr_nemo.supervised.conversion import convert as convert_checkpoint
 
         kind = convert_checkpoint(source, target, kind=to, layout=ParallelConfig(tensor=tp, pipeline=pp), hf=hf)
-    typer.echo(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
+    say(f"{target}: {kind}" + ("" if kind == "hf" else f", tensor {tp} x pipeline {pp}"))
 
 
 ModelDirectory = Annotated[Path, typer.Argument(help="A Hugging Face directory: an export, or any stage's hf/.")]
@@ -340,28 +331,26 @@ def sample(
 
 app.command("serve")(serve)
 app.command("launch")(launch_on_cluster)
+app.command()(report)
+app.command()(status)
+app.command()(responses)
 
 
-@app.command()
-def status(
-    root: Annotated[Path, typer.Argument(help="Directory with runs in it.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of the table.")] = False,
-    prometheus: Annotated[
-        Path | None, typer.Option(help="Also write a text file for node_exporter's textfile collector.")
-    ] = None,
+@app.command("continue")
+def continue_run(
+    run: Annotated[Path, typer.Argument(help="The run directory of midtrain, sft, dpo or grpo to go on from.")],
+    target: Annotated[Path, typer.Argument(help="The new run's directory.")],
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(help="The checkpoint's step; default the newest.")] = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Where every run below a directory stands: stage, step, ETA, speed, loss or reward, restarts, queue state."""
-    from rich.console import Console
+    """A new run from another's checkpoint: a finished run with more steps, or an earlier step with another rate."""
+    from phimr_nemo.jobs.continuing import continuation
 
-    from phimr_nemo.jobs import status as runs
-
-    found = runs.status(root)
-    if as_json:
-        typer.echo(runs.status_json(found))
-    else:
-        Console(highlight=False).print(runs.status_table(found, root))
-    if prometheus is not None:
-        runs.write_prometheus(prometheus, found)
+    going_on = continuation(run, target, step, overrides or [])
+    if not dry_run:
+        going_on.begin()
+    _run_stage(going_on.stage, going_on.settings, going_on.config, dry_run)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from phimr_nemo.config.data import (
     CurateConfig,
     DecontaminationConfig,
     EvaluationSetConfig,
+    GoldConfig,
     NearDuplicatesConfig,
     PackConfig,
     PrepareConfig,
@@ -26,7 +27,6 @@ from phimr_nemo.config.data import (
 )
 from phimr_nemo.config.dpo import DPOConfig
 from phimr_nemo.config.engine import (
-    AskConfig,
     EndpointConfig,
     EndpointEngine,
     Engine,
@@ -42,8 +42,11 @@ from phimr_nemo.config.evaluation import (
     EvaluateConfig,
     EvaluatedProblems,
     ExportConfig,
+    HeldOutConfig,
+    TrainingEvaluationConfig,
 )
 from phimr_nemo.config.generation import (
+    AskConfig,
     FileProblems,
     GenerateConfig,
     JudgeConfig,
@@ -64,7 +67,6 @@ from phimr_nemo.config.supervised import (
     OverlapConfig,
     SFTConfig,
     SupervisedConfig,
-    TrainingEvaluationConfig,
 )
 from phimr_nemo.config.tiny import BaseConfig, QuickstartConfig
 
@@ -90,7 +92,9 @@ __all__ = [
     "GRPOConfig",
     "GenerateConfig",
     "GenerationPlanConfig",
+    "GoldConfig",
     "GuardConfig",
+    "HeldOutConfig",
     "JudgeConfig",
     "LocalEngine",
     "LongRopePolicy",

@@ -156,6 +156,40 @@ class TeachersConfig:
 
 
 @config
+class SolutionsConfig:
+    """The ablation of verification, and of solutions a question, at equal tokens.
+
+    Attributes:
+        output: where the arms, the table and the picture go.
+        quickstarts: outputs of finished quickstarts; they bring the random models.
+        solutions: a question, one arm each.
+        total: solutions of every arm, verified or not.
+        mistake_rate: share of them that are wrong.
+        steps: of mid-training, the same in every arm.
+        heldout_problems: questions of the evaluation.
+        evaluation_samples: answers a question.
+    """
+
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
+    solutions: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    total: Positive
+    mistake_rate: Share
+    steps: Positive
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+    def __post_init__(self) -> None:
+        uneven = [count for count in self.solutions if self.total % count]
+        if uneven or len(set(self.solutions)) < len(self.solutions):
+            raise RuleBroken(
+                f"{AT}total={self.total} with {AT}solutions={list(self.solutions)}",
+                rule="every arm has its own number of solutions a question, and the total is a multiple of it",
+                remedy=f"set {AT}solutions=[1,2,4,8] {AT}total=2400",
+            )
+
+
+@config
 class StoppingConfig:
     """The report on stopping: who ends an answer before the limit.
 

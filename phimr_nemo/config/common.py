@@ -7,6 +7,7 @@ their source, and not here.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -295,6 +296,34 @@ class TrackingConfig:
     """Where metrics go besides metrics.jsonl and TensorBoard."""
 
     wandb: WandbConfig | None = None
+
+
+def is_measured(
+    checkpoint: Any,
+    early_stopping: EarlyStoppingConfig | None,
+    needs: Mapping[str, tuple[str, bool]],
+    otherwise: str = "loss",
+) -> None:
+    """What a run is judged by is measured.
+
+    Args:
+        checkpoint: with the stage's `metric`.
+        early_stopping: goes by it too.
+        needs: metric -> the key that it is measured for, and whether that is set; other metrics always are.
+        otherwise: one of those.
+
+    Raises:
+        RuleBroken: it is not.
+    """
+    key, is_set = needs.get(checkpoint.metric, ("", True))
+    if (checkpoint.best or early_stopping is not None) and not is_set:
+        raise RuleBroken(
+            f"{AT}checkpoint.metric={checkpoint.metric} is never measured, and {AT}checkpoint.best or "
+            f"{AT}early_stopping goes by it",
+            rule=f"{checkpoint.metric} needs {AT}{key}",
+            remedy=f"use {AT}checkpoint.metric={otherwise}, or set {AT}{key}, or leave {AT}checkpoint.best and "
+            f"{AT}early_stopping out",
+        )
 
 
 def batches_fit(micro_batch: int, global_batch: int, data: int) -> None:

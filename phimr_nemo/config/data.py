@@ -21,13 +21,14 @@ from phimr_nemo.config.common import (
     ShardConfig,
     Share,
 )
-from phimr_nemo.config.engine import AskConfig
+from phimr_nemo.config.generation import AskConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 from phimr_nemo.store.records import DIFFICULTIES, Difficulty
 
 Preset = Literal[
     "openr1_math",
     "openthoughts",
+    "openthoughts3",
     "bespoke_stratos",
     "numina_math",
     "big_math",
@@ -43,6 +44,12 @@ Preset = Literal[
     "deepscaler",
     "orz",
     "dapo",
+    "skywork_or1",
+    "am_deepseek_r1_distilled",
+    "mixture_of_thoughts",
+    "s1k",
+    "synthetic",
+    "open_math_reasoning",
 ]
 
 
@@ -57,6 +64,7 @@ class SourceConfig:
         limit: read only the first rows; 0 = all.
         hub: load `path` from the Hugging Face hub.
         subset, split: of a dataset of the hub or on disk.
+        revision: branch, tag or commit of a dataset of the hub; None = the newest. The manifest names the commit.
         question, answer, solution: column names where there is no preset; found by themselves when None.
         response: without a preset, the column of recorded responses; None = the source brings none.
         teacher: who wrote the responses; None = as the preset or the row says.
@@ -69,6 +77,7 @@ class SourceConfig:
     hub: bool = False
     subset: str | None = None
     split: str = "train"
+    revision: str | None = None
     question: str | None = None
     answer: str | None = None
     solution: str | None = None
@@ -82,6 +91,12 @@ class SourceConfig:
                 f"source {self.name}: {AT}preset={self.preset} and the columns {given}",
                 rule="a preset knows its columns; columns are named where there is no preset",
                 remedy="set " + " ".join(f"{AT}{name}=null" for name in given) + f", or {AT}preset=null",
+            )
+        if self.revision is not None and not self.hub:
+            raise RuleBroken(
+                f"source {self.name}: {AT}revision={self.revision} of a path on this machine",
+                rule="a revision pins a dataset of the hub",
+                remedy=f"set {AT}hub=true, or {AT}revision=null: the manifest has the checksum of files",
             )
 
 
@@ -133,10 +148,25 @@ class AnnotationConfig:
     """Domain and difficulty for problems whose source tells none.
 
     Attributes:
-        ask: the annotator, a model behind an OpenAI-compatible endpoint; None = rules alone.
+        ask: the annotator, a model; None = rules alone.
     """
 
     ask: AskConfig | None = None
+
+
+@config
+class GoldConfig:
+    """Which answer a question has whose sources disagree or tell none (see phimr_nemo/data/prepare/golds.py).
+
+    Attributes:
+        trusted: sources whose answer wins, the most trusted first.
+        quorum: finished solutions that must agree on an answer in a vote; None = no vote.
+        majority: share of all solutions with an answer that must be exceeded in a vote.
+    """
+
+    trusted: tuple[str, ...] = ()
+    quorum: Positive | None = 2
+    majority: Share = 0.5
 
 
 @config
@@ -145,6 +175,7 @@ class PrepareConfig:
 
     Attributes:
         sources: in the order in which they win where duplicates are equal otherwise.
+        golds: what is done where answers disagree or are missing.
         near_duplicates, decontamination, annotation: None = not done.
         shard_size: problems (rollouts) a shard.
         workers: processes that read sources.
@@ -153,6 +184,7 @@ class PrepareConfig:
 
     run: RunConfig
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    golds: GoldConfig = field(default_factory=GoldConfig)
     near_duplicates: NearDuplicatesConfig | None = None
     decontamination: DecontaminationConfig | None = None
     annotation: AnnotationConfig | None = None
@@ -168,6 +200,13 @@ class PrepareConfig:
                 f"{AT}sources: {repeated} occur more than once",
                 rule="every source has its own name: it stands in the records and in the counts",
                 remedy="rename one of them",
+            )
+        unknown = sorted(set(self.golds.trusted) - set(names))
+        if unknown:
+            raise RuleBroken(
+                f"{AT}golds.trusted names {unknown}; the sources are {names}",
+                rule="a trusted source is one of the sources",
+                remedy=f"correct {AT}golds.trusted",
             )
 
 
@@ -250,6 +289,7 @@ class PairSet:
         max_tokens: of the question with either side, as those of the mid-training set.
         size: pairs to keep, balanced over `balance` (the length is that of the rejected side); None = all.
         caps: pairs of a label at most.
+        voted_golds: use questions whose answer is a vote among solutions.
     """
 
     mode: Literal["near_miss", "random"]
@@ -262,6 +302,7 @@ class PairSet:
     size: Positive | None = None
     balance: Annotated[tuple[BalanceKey, ...], Field(min_length=1)] = ("difficulty", "length")
     caps: tuple[Cap, ...] = ()
+    voted_golds: bool = False
 
 
 @config
@@ -275,6 +316,7 @@ class PromptSet:
         max_length_spread: coefficient of variation of the response lengths at most; None = any.
         max_tokens: of the prompt at most: what the stage's sequence length leaves beside its longest response;
             None = any.
+        voted_golds: use questions whose answer is a vote among solutions.
     """
 
     min_pass: Number
@@ -283,6 +325,7 @@ class PromptSet:
     min_samples: Positive
     max_length_spread: AtLeastZero | None = None
     max_tokens: Positive | None = None
+    voted_golds: bool = False
 
     def __post_init__(self) -> None:
         if not (self.min_pass < self.max_pass and self.min_pass < 1.0 and self.max_pass > 0.0):
@@ -326,8 +369,12 @@ class CurateConfig:
 
     @property
     def verdict_directories(self) -> tuple[Place, ...]:
-        """All directories of verdicts."""
-        return self.verdicts if isinstance(self.verdicts, tuple) else (self.verdicts,)
+        """All directories of verdicts, each once however often it is named."""
+        named = self.verdicts if isinstance(self.verdicts, tuple) else (self.verdicts,)
+        distinct: dict[Place, Place] = {}
+        for path in named:
+            distinct.setdefault(path.resolve(), path)
+        return tuple(distinct.values())
 
 
 @config

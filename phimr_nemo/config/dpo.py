@@ -22,10 +22,12 @@ from phimr_nemo.config.common import (
     RunConfig,
     TrackingConfig,
     batches_fit,
+    is_measured,
     no_supervised_options,
     stops_on_nan,
 )
-from phimr_nemo.config.rules import config
+from phimr_nemo.config.evaluation import TrainingEvaluationConfig
+from phimr_nemo.config.rules import AT, RuleBroken, config
 
 Smoothing = Annotated[float, Field(ge=0.0, lt=0.5), IsNumber]
 
@@ -84,10 +86,11 @@ class DPOCheckpointConfig(CheckpointConfig):
     """Checkpoints of stage 3.
 
     Attributes:
-        metric: what `best` and early stopping go by, as its mean between two checkpoints.
+        metric: what `best` and early stopping go by: on the validation pairs, pass@1, or a training metric's mean
+            between two checkpoints.
     """
 
-    metric: Literal["loss", "accuracy", "margin"] = "loss"
+    metric: Literal["loss", "accuracy", "margin", "val_loss", "val_accuracy", "pass1"] = "loss"
 
 
 @config
@@ -102,6 +105,9 @@ class DPOConfig:
         loss: which preference loss.
         reference: where the reference log-probabilities come from.
         micro_batch, global_batch: in pairs.
+        validation_pairs: at least so many pairs are kept out of training, with all pairs of their questions.
+        validate_every: steps between two measurements of loss and accuracy on them; the last step has one as well.
+        evaluation: None = no pass@1 while training.
         packed: several pairs end to end in one row of up to 2 x micro_batch x sequence_length tokens, the
             memory of a padded micro-batch; the same pairs a step and the same gradient as unpacked.
     """
@@ -124,9 +130,24 @@ class DPOConfig:
     checkpoint: DPOCheckpointConfig
     guard: GuardConfig = field(default_factory=stops_on_nan)
     early_stopping: EarlyStoppingConfig | None = None
+    validation_pairs: NonNegative = 0
+    validate_every: Positive = 50
+    evaluation: TrainingEvaluationConfig | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     max_steps: NonNegative = 0
 
     def __post_init__(self) -> None:
         batches_fit(self.micro_batch, self.global_batch, self.parallel.data)
         no_supervised_options(self.model, self.parallel)
+        if 0 < self.validation_pairs < self.parallel.data:
+            raise RuleBroken(
+                f"{AT}validation_pairs={self.validation_pairs} with {AT}parallel.data={self.parallel.data}",
+                rule="every data-parallel rank has a validation pair (0 = no validation)",
+                remedy=f"use {AT}validation_pairs={self.parallel.data} or more",
+            )
+        needs = {
+            "val_loss": ("validation_pairs", self.validation_pairs > 0),
+            "val_accuracy": ("validation_pairs", self.validation_pairs > 0),
+            "pass1": ("evaluation", self.evaluation is not None),
+        }
+        is_measured(self.checkpoint, self.early_stopping, needs)

@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from phimr_nemo.config.common import (
     AboveZero,
     AtLeastZero,
     Dtype,
+    LongRopePolicy,
     Name,
-    NonNegative,
     Positive,
     PositiveShare,
     Share,
 )
 from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
+from phimr_nemo.redact import shown_variable
 
 QUESTION: Final = "{question}"
 """Where a prompt holds the question; by itself the prompt that adds nothing."""
@@ -45,10 +46,11 @@ def _holds_question(prompt: str) -> str:
 
 
 def _variable(name: str) -> str:
-    if not VARIABLE_NAME.fullmatch(name):
+    if not VARIABLE_NAME.fullmatch(name) or shown_variable(name) != name:
         raise RuleBroken(
             f"{KEY} is not the name of an environment variable (it is not repeated here)",
-            rule="a name is made of letters, digits and underscores; the key itself never stands in a setting",
+            rule="a name is set in the environment, or made of capitals, digits and underscores; "
+            "the key itself never stands in a setting",
             remedy=f"export ENDPOINT_KEY=..., and {KEY}=ENDPOINT_KEY",
         )
     return name
@@ -110,6 +112,9 @@ def _grader(grader: str) -> str:
     return grader
 
 
+SampledLongRope = Literal["as_trained"] | LongRopePolicy
+"""How a finished model is sampled: "as_trained" takes the factors of its last training run where its directory tells
+them, and of a model from elsewhere those that its longest sequence asks for, as vLLM does."""
 Prompt = Annotated[str, AfterValidator(_holds_question)]
 FunctionName = Annotated[str, AfterValidator(_function)]
 GraderName = Annotated[str, AfterValidator(_grader)]
@@ -155,34 +160,6 @@ class EndpointConfig:
     backoff_seconds: AboveZero
     prices: Prices | None = None
     extra_body: Mapping[str, JsonValue] = field(default_factory=dict)
-
-
-@config
-class AskConfig:
-    """A small model behind an endpoint that answers short questions: a judge, an annotator.
-
-    Attributes:
-        max_tokens: longest reply.
-        max_requests, max_total_tokens, max_cost: the budget of one process's journal of replies, earlier runs
-            included; None = no limit. Tokens and costs are known afterwards: up to `concurrency` replies more
-            than the budget may come.
-    """
-
-    endpoint: EndpointConfig
-    temperature: AtLeastZero
-    max_tokens: Positive
-    max_requests: NonNegative | None = None
-    max_total_tokens: NonNegative | None = None
-    max_cost: AtLeastZero | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_cost is not None and self.endpoint.prices is None:
-            raise RuleBroken(
-                f"{AT}max_cost={self.max_cost} without prices",
-                rule="a limit of cost needs the endpoint's prices",
-                remedy=f"set {AT}endpoint.prices.input_per_million and {AT}endpoint.prices.output_per_million, "
-                f"or {AT}max_cost=null and {AT}max_total_tokens instead",
-            )
 
 
 @config
@@ -274,7 +251,21 @@ class EndpointEngine:
 
 Engine = Annotated[LocalEngine | VLLMEngine | EndpointEngine, Field(discriminator="kind")]
 """What samples a finished model."""
-TrainedEngine = Annotated[LocalEngine | VLLMEngine | ServerEngine, Field(discriminator="kind")]
+
+
+def _takes_weights(engine: Any) -> Any:
+    if getattr(engine, "kind", engine.get("kind") if isinstance(engine, Mapping) else None) == "endpoint":
+        raise RuleBroken(
+            f"{KEY}.kind=endpoint while a model is trained",
+            rule="an endpoint has the weights that it was started with, and takes none of the run's",
+            remedy=f"use {KEY}.kind=local, {KEY}.kind=vllm, or servers of `phimr serve` ({KEY}.kind=vllm_server)",
+        )
+    return engine
+
+
+TrainedEngine = Annotated[
+    Annotated[LocalEngine | VLLMEngine | ServerEngine, Field(discriminator="kind")], BeforeValidator(_takes_weights)
+]
 """What samples a model while it is trained: it takes new weights."""
 
 
@@ -295,6 +286,40 @@ class SamplingConfig:
     max_new_tokens: Positive
 
 
+def samples_as_trained(temperatures: Mapping[str, float], top_p: float, engine: Any, *, key: str = "engine") -> None:
+    """What an engine that takes a trainer's weights can sample with.
+
+    Args:
+        temperatures: key -> value.
+        top_p: the nucleus.
+        engine: a :data:`TrainedEngine`.
+        key: where it stands.
+
+    Raises:
+        RuleBroken: the engine cannot.
+    """
+    if engine.kind == "trtllm_server" and set(temperatures.values()) != {1.0}:
+        raise RuleBroken(
+            f"{AT}{key}.kind=trtllm_server with " + " ".join(f"{AT}{k}={v}" for k, v in temperatures.items()),
+            rule="TensorRT-LLM's server returns log-probabilities before the temperature; the trainer needs those of "
+            "the distribution that is sampled from, and at temperature 1 they are the same",
+            remedy="use " + " ".join(f"{AT}{k}=1.0" for k in temperatures) + f", or vLLM servers ({AT}{key}.kind="
+            "vllm_server)",
+        )
+    if top_p < 1.0 and not isinstance(engine, LocalEngine):
+        raise RuleBroken(
+            f"{AT}{key}.kind={engine.kind} with top_p={top_p}",
+            rule="with new weights, vLLM and servers of `phimr serve` sample from the whole distribution",
+            remedy=f"use top_p=1.0, or {AT}{key}.kind=local",
+        )
+    if isinstance(engine, VLLMEngine) and engine.tensor > 1:
+        raise RuleBroken(
+            f"{AT}{key}.tensor={engine.tensor} in the trainer's processes",
+            rule="every process of the trainer has its own vLLM, on its own GPU",
+            remedy=f"use {AT}{key}.tensor=1, or servers ({AT}{key}.kind=vllm_server)",
+        )
+
+
 def own_directory(key: str, directory: Path | None, engine: Any) -> None:
     """An engine in this process has a model to read.
 
@@ -306,4 +331,18 @@ def own_directory(key: str, directory: Path | None, engine: Any) -> None:
             f"no {AT}{key} for {AT}engine.kind={engine.kind}",
             rule="an engine in this process reads the model from a Hugging Face directory",
             remedy=f"set {AT}{key}=DIRECTORY, or {AT}engine.kind to endpoint for a served model",
+        )
+
+
+def no_second_model(key: str, directory: Path | None, engine: Any) -> None:
+    """An endpoint has its model, and reads no directory.
+
+    Raises:
+        RuleBroken: one is named.
+    """
+    if directory is not None and isinstance(engine, EndpointEngine):
+        raise RuleBroken(
+            f"{AT}{key}={directory} with {AT}engine.kind=endpoint",
+            rule=f"the server has the model, by the name {AT}engine.endpoint.model",
+            remedy=f"set {AT}{key}=null",
         )

@@ -7,9 +7,18 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import LongRopePolicy, Name, Place, Positive, RunConfig
-from phimr_nemo.config.engine import Engine, GraderName, SamplingConfig, own_directory
-from phimr_nemo.config.generation import FileProblems, RecordProblems, SyntheticProblems
+from phimr_nemo.config.common import Name, Place, Positive, RunConfig
+from phimr_nemo.config.engine import (
+    Engine,
+    GraderName,
+    LocalEngine,
+    SampledLongRope,
+    SamplingConfig,
+    TrainedEngine,
+    own_directory,
+    samples_as_trained,
+)
+from phimr_nemo.config.generation import FileProblems, Problems, RecordProblems, SyntheticProblems
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
 BenchmarkName = Literal[
@@ -65,7 +74,7 @@ class EvaluateConfig(SamplingConfig):
         model: Hugging Face directory; None only behind an endpoint, which has the model.
         samples: answers per question.
         engine: what samples.
-        longrope: the training run's policy; the longest sequence is the longest prompt and `max_new_tokens`. A
+        longrope: which of LongRoPE's factors; the longest sequence is the longest prompt and `max_new_tokens`. A
             served model has the server's.
         shard_questions: questions stored together: what a kill costs with an engine in this process. Behind an
             endpoint every response is stored as it comes.
@@ -79,7 +88,7 @@ class EvaluateConfig(SamplingConfig):
     problems: EvaluatedProblems
     samples: Positive
     engine: Engine
-    longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
+    longrope: SampledLongRope = "as_trained"
     shard_questions: Positive
     workers: Positive = 1
     grader: GraderName | None = None
@@ -87,6 +96,38 @@ class EvaluateConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         own_directory("model", self.model, self.engine)
+
+
+@config
+class HeldOutConfig(SamplingConfig):
+    """A small pass@1 while training: the weights of a step answer held-out questions.
+
+    Attributes:
+        every: steps between two evaluations; the last step has one as well.
+        samples: answers per question.
+        workers: grader processes.
+        grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
+    """
+
+    every: Positive
+    problems: Problems
+    samples: Positive
+    workers: Positive = 1
+    grader: GraderName | None = None
+
+
+@config
+class TrainingEvaluationConfig(HeldOutConfig):
+    """The same in a stage that does not sample otherwise: the first process has the engine.
+
+    Attributes:
+        engine: what samples, by `model.longrope` as it is trained.
+    """
+
+    engine: TrainedEngine = field(default_factory=LocalEngine)
+
+    def __post_init__(self) -> None:
+        samples_as_trained({"temperature": self.temperature}, self.top_p, self.engine)
 
 
 @config

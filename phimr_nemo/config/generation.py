@@ -9,21 +9,24 @@ from pydantic import Field
 
 from phimr_nemo.config.common import (
     AboveZero,
+    AtLeastZero,
     IsNumber,
-    LongRopePolicy,
     NonNegative,
     Place,
     Positive,
+    PositiveShare,
     RunConfig,
     ShardConfig,
     Share,
 )
 from phimr_nemo.config.engine import (
-    AskConfig,
     EndpointEngine,
     Engine,
     GraderName,
+    Prices,
+    SampledLongRope,
     SamplingConfig,
+    no_second_model,
     own_directory,
 )
 from phimr_nemo.config.rules import AT, RuleBroken, config
@@ -125,23 +128,18 @@ class ModelTeacher(SamplingConfig):
     Attributes:
         path: the directory; None only behind an endpoint, which has the model.
         engine: what samples.
-        longrope: how a model with LongRoPE was trained; the longest sequence is the longest prompt and
-            `max_new_tokens`. A served model has the server's.
+        longrope: which of LongRoPE's factors; the longest sequence is the longest prompt and `max_new_tokens`. A
+            served model has the server's.
     """
 
     kind: Literal["model"]
     path: Place | None = None
     engine: Engine
-    longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
+    longrope: SampledLongRope = "as_trained"
 
     def __post_init__(self) -> None:
         own_directory("path", self.path, self.engine)
-        if self.path is not None and isinstance(self.engine, EndpointEngine):
-            raise RuleBroken(
-                f"{AT}path={self.path} with {AT}engine.kind=endpoint",
-                rule=f"the server has the model, by the name {AT}engine.endpoint.model",
-                remedy=f"set {AT}path=null",
-            )
+        no_second_model("path", self.path, self.engine)
 
 
 Teacher = Annotated[ProgrammaticTeacher | RecordedTeacher | ModelTeacher, Field(discriminator="kind")]
@@ -179,6 +177,59 @@ class GenerateConfig:
                 remedy=f"set {AT}problems.kind=synthetic {AT}problems.count=1000 {AT}problems.split=train, or use "
                 f"{AT}teacher.kind=model or {AT}teacher.kind=recorded",
             )
+
+
+@config
+class AskConfig(SamplingConfig):
+    """A model that answers short questions, a judge or an annotator, and what it may spend.
+
+    Attributes:
+        path: its Hugging Face directory; None only behind an endpoint, which has the model.
+        engine: what samples.
+        longrope: which of LongRoPE's factors; a served model has the server's.
+        sequence_length: longest question with its reply (tokens) in this process; a longer question has no reply.
+        max_requests, max_total_tokens, max_cost: the budget of one process's journal of replies, earlier runs
+            included; None = no limit. Tokens and costs are known afterwards: as many replies more than the budget may
+            come as are under way together.
+    """
+
+    path: Place | None = None
+    engine: Engine
+    longrope: SampledLongRope = "as_trained"
+    top_p: PositiveShare = 1.0
+    sequence_length: Positive = 4096
+    max_requests: NonNegative | None = None
+    max_total_tokens: NonNegative | None = None
+    max_cost: AtLeastZero | None = None
+
+    def __post_init__(self) -> None:
+        own_directory("path", self.path, self.engine)
+        no_second_model("path", self.path, self.engine)
+        if isinstance(self.engine, EndpointEngine) and (self.engine.system is not None or self.engine.max_missing):
+            raise RuleBroken(
+                f"{AT}engine.system={self.engine.system} {AT}engine.max_missing={self.engine.max_missing}",
+                rule="a judge's or an annotator's questions bring their own system turn, and one without a reply is "
+                "counted",
+                remedy=f"set {AT}engine.system=null {AT}engine.max_missing=0.0",
+            )
+        if not isinstance(self.engine, EndpointEngine) and self.max_new_tokens >= self.sequence_length:
+            raise RuleBroken(
+                f"{AT}max_new_tokens={self.max_new_tokens} with {AT}sequence_length={self.sequence_length}",
+                rule=f"{AT}sequence_length holds the question and its reply",
+                remedy=f"use {AT}sequence_length={2 * self.max_new_tokens}, or a smaller {AT}max_new_tokens",
+            )
+        if self.max_cost is not None and self.prices is None:
+            raise RuleBroken(
+                f"{AT}max_cost={self.max_cost} without prices",
+                rule="a limit of cost needs an endpoint's prices",
+                remedy=f"set {AT}engine.endpoint.prices.input_per_million and {AT}engine.endpoint.prices."
+                f"output_per_million, or {AT}max_cost=null and {AT}max_total_tokens instead",
+            )
+
+    @property
+    def prices(self) -> Prices | None:
+        """What tokens cost, where that is known."""
+        return self.engine.endpoint.prices if isinstance(self.engine, EndpointEngine) else None
 
 
 @config

@@ -26,10 +26,19 @@ from phimr_nemo.config.common import (
     RunConfig,
     Share,
     TrackingConfig,
+    is_measured,
     no_supervised_options,
     stops_on_nan,
 )
-from phimr_nemo.config.engine import QUESTION, FunctionName, GraderName, Prompt, TrainedEngine, VLLMEngine
+from phimr_nemo.config.engine import (
+    QUESTION,
+    FunctionName,
+    GraderName,
+    Prompt,
+    TrainedEngine,
+    samples_as_trained,
+)
+from phimr_nemo.config.evaluation import HeldOutConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
 SMALLEST_GROUP: Final = 2
@@ -153,6 +162,9 @@ class MonitorConfig:
         pass_rate_drop: by how much the pass rate may fall below the best that the run has had.
         ungraded_warning: a warning where the grader gave up on a larger share of a round's responses.
         ungraded_stop: the run stops where it gave up on a larger share than this.
+        responses_every: steps between two samples of responses, with their prompts, rewards and verdicts, that are
+            kept for people (`phimr responses`); 0 = none.
+        responses: how many are kept of such a step, whole groups of them, one at least.
     """
 
     dashboard_every: Positive
@@ -165,6 +177,8 @@ class MonitorConfig:
     pass_rate_drop: Share
     ungraded_warning: Share
     ungraded_stop: Share
+    responses_every: NonNegative = 10
+    responses: Positive = 64
 
 
 @config
@@ -172,10 +186,11 @@ class GRPOCheckpointConfig(CheckpointConfig):
     """Checkpoints of stage 4.
 
     Attributes:
-        metric: what `best` and early stopping go by, as its mean between two checkpoints.
+        metric: what `best` and early stopping go by: pass@1 on held-out questions, or a mean between two
+            checkpoints over the responses that are trained on.
     """
 
-    metric: Literal["pass_rate", "reward"] = "pass_rate"
+    metric: Literal["pass_rate", "reward", "pass1"] = "pass_rate"
 
 
 @config
@@ -232,6 +247,7 @@ class GRPOConfig:
         stale: whether responses of older weights than asked for are sampled again or kept; that wants one too.
         overlong: what becomes of responses that near or hit the length limit.
         reward: what a response is worth.
+        evaluation: None = no pass@1 on held-out questions; the responses come from `engine`.
         verify_workers: grader processes on each data-parallel rank.
         grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
     """
@@ -268,6 +284,7 @@ class GRPOConfig:
     checkpoint: GRPOCheckpointConfig
     guard: GuardConfig = field(default_factory=stops_on_nan)
     early_stopping: EarlyStoppingConfig | None = None
+    evaluation: HeldOutConfig | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -275,11 +292,28 @@ class GRPOConfig:
         self._check_lengths()
         self._check_batches()
         self._check_sampling()
+        self._check_evaluation()
         if self.guard.spike_factor is not None and self.guard.spike_of == "loss":
             raise RuleBroken(
                 f"{AT}guard.spike_factor={self.guard.spike_factor} with {AT}guard.spike_of=loss",
                 rule="a policy gradient's loss lies around 0: its median says nothing about spikes",
                 remedy=f"set {AT}guard.spike_of=grad_norm, or {AT}guard.spike_factor=null",
+            )
+
+    def _check_evaluation(self) -> None:
+        """Held-out questions are answered by the run's own engine, which is open for `sequence_length` tokens."""
+        needs = {"pass1": ("evaluation", self.evaluation is not None)}
+        is_measured(self.checkpoint, self.early_stopping, needs, otherwise="pass_rate")
+        asked = self.evaluation
+        if asked is None:
+            return
+        samples_as_trained({"evaluation.temperature": asked.temperature}, asked.top_p, self.engine)
+        if asked.max_new_tokens >= self.sequence_length:
+            raise RuleBroken(
+                f"{AT}evaluation.max_new_tokens={asked.max_new_tokens} with "
+                f"{AT}sequence_length={self.sequence_length}",
+                rule=f"{AT}sequence_length holds prompt and response",
+                remedy=f"use {AT}evaluation.max_new_tokens={self.max_new_tokens}",
             )
 
     def _check_lengths(self) -> None:
@@ -316,21 +350,8 @@ class GRPOConfig:
 
     def _check_sampling(self) -> None:
         """Responses of another policy are not trained on as if they were the policy's own."""
-        start, end = self.temperature.start, self.temperature.end
-        if self.engine.kind == "trtllm_server" and (start, end) != (1.0, 1.0):
-            raise RuleBroken(
-                f"{AT}engine.kind=trtllm_server with {AT}temperature.start={start} {AT}temperature.end={end}",
-                rule="TensorRT-LLM's server returns log-probabilities before the temperature; the trainer needs "
-                "those of the distribution that is sampled from, and at temperature 1 they are the same",
-                remedy=f"use {AT}temperature.start=1.0 {AT}temperature.end=1.0, or vLLM servers "
-                f"({AT}engine.kind=vllm_server)",
-            )
-        if isinstance(self.engine, VLLMEngine) and self.engine.tensor > 1:
-            raise RuleBroken(
-                f"{AT}engine.tensor={self.engine.tensor} in the trainer's processes",
-                rule="every process of the trainer has its own vLLM, on its own GPU",
-                remedy=f"use {AT}engine.tensor=1, or servers ({AT}engine.kind=vllm_server)",
-            )
+        asked = {"temperature.start": self.temperature.start, "temperature.end": self.temperature.end}
+        samples_as_trained(asked, 1.0, self.engine)
         dtype = self.engine.dtype
         used = [f"{AT}ahead=1"] if self.ahead else []
         used += [f"{AT}stale=keep"] if self.stale == "keep" else []

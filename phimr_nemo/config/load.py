@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 from phimr_nemo.config.rules import INTERPOLATION, KIND, checked, quoted_override
 from phimr_nemo.errors import UserError
-from phimr_nemo.redact import redact
+from phimr_nemo.redact import is_secret_setting, redact
 
 T = TypeVar("T")
 
@@ -266,7 +266,7 @@ def refuse_secrets(values: Mapping[Any, Any]) -> None:
         UserError: one does; it is named by its key alone.
     """
     for key, text in _texts(values, ""):
-        if redact(text) != text:
+        if redact(text) != text or is_secret_setting(key.rpartition(".")[2].partition("[")[0], text):
             raise UserError(
                 f"the setting {key} holds a secret (it is not repeated here)",
                 rule="settings are recorded in config.yaml, run.json, manifests; secrets come from the environment",

@@ -259,11 +259,14 @@ def _replaced(values: Any, path: Sequence[str], new: Any) -> Any:
 def _written(location: Sequence[str | int], values: Any) -> list[str]:
     """A place in the config as the user writes it: without the kinds that pydantic puts between the keys."""
     parts: list[str] = []
+    is_entered = False
     for part in location:
         if isinstance(values, Mapping):
-            if part not in values and part == values.get(KIND):
+            # The kind comes first; a section of the same name may follow it.
+            if part == values.get(KIND) and not (part in values and is_entered):
+                is_entered = True
                 continue
-            values = values.get(part)
+            values, is_entered = values.get(part), False
         elif isinstance(values, list | tuple) and isinstance(part, int):
             values = values[part] if part < len(values) else None
         elif dataclasses.is_dataclass(values):

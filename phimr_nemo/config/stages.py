@@ -27,6 +27,7 @@ STAGES: dict[str, type[Any]] = {
     "export": ExportConfig,
 }
 
+_ASK: Final = {"endpoint": "engine.endpoint", "max_tokens": "max_new_tokens"}
 _TEACHER: Final = ("max_batch", "dtype", "tensor", "memory_share", "eager", "endpoint", "system", "max_missing")
 MOVED: Final[dict[type[Any], dict[str, str]]] = {
     GenerateConfig: {
@@ -34,6 +35,8 @@ MOVED: Final[dict[type[Any], dict[str, str]]] = {
         "teacher.kind=endpoint": "teacher.kind=model teacher.engine.kind=endpoint",
         **{f"teacher.{name}": f"teacher.engine.{name}" for name in _TEACHER},
     },
+    PrepareConfig: {f"annotation.ask.{old}": f"annotation.ask.{new}" for old, new in _ASK.items()},
+    VerifyConfig: {f"judge.ask.{old}": f"judge.ask.{new}" for old, new in _ASK.items()},
     MidtrainConfig: {"evaluation.max_batch": "evaluation.engine.max_batch"},
     SFTConfig: {"evaluation.max_batch": "evaluation.engine.max_batch"},
     GRPOConfig: {"sampler": "engine", "reward_correct": "reward.correct", "reward_wrong": "reward.wrong"},

@@ -18,9 +18,9 @@ from phimr_nemo.config.common import (
     RunConfig,
     TrackingConfig,
     batches_fit,
+    is_measured,
 )
-from phimr_nemo.config.engine import GraderName, LocalEngine, SamplingConfig
-from phimr_nemo.config.generation import Problems
+from phimr_nemo.config.evaluation import TrainingEvaluationConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
 
@@ -33,26 +33,6 @@ class SupervisedCheckpointConfig(CheckpointConfig):
     """
 
     metric: Literal["val_loss", "pass1", "loss"] = "val_loss"
-
-
-@config
-class TrainingEvaluationConfig(SamplingConfig):
-    """A small pass@1 while training; the current weights are sampled in the first process.
-
-    Attributes:
-        every: steps between two evaluations.
-        samples: answers per question.
-        engine: what samples, by `model.longrope` as it is trained.
-        workers: grader processes.
-        grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
-    """
-
-    every: Positive
-    problems: Problems
-    samples: Positive
-    engine: LocalEngine = field(default_factory=LocalEngine)
-    workers: Positive = 1
-    grader: GraderName | None = None
 
 
 @config
@@ -131,20 +111,11 @@ class SupervisedConfig:
                 rule="the validation rows are a whole number of global batches (0 = no validation)",
                 remedy=f"use {AT}validation_rows={-(-self.validation_rows // self.global_batch) * self.global_batch}",
             )
-        metric = self.checkpoint.metric
-        measured = {
-            "val_loss": self.validation_rows > 0,
-            "pass1": self.evaluation is not None,
-            "loss": True,
+        needs = {
+            "val_loss": ("validation_rows", self.validation_rows > 0),
+            "pass1": ("evaluation", self.evaluation is not None),
         }
-        if (self.checkpoint.best or self.early_stopping is not None) and not measured[metric]:
-            raise RuleBroken(
-                f"{AT}checkpoint.metric={metric} is never measured, and {AT}checkpoint.best or "
-                f"{AT}early_stopping goes by it",
-                rule=f"val_loss needs {AT}validation_rows above 0, pass1 needs {AT}evaluation",
-                remedy=f"use {AT}checkpoint.metric=loss, or set what it needs, or leave "
-                f"{AT}checkpoint.best and {AT}early_stopping out",
-            )
+        is_measured(self.checkpoint, self.early_stopping, needs)
 
     def _check_overlap(self) -> None:
         if self.overlap.param_gather and not (self.optim.distributed and self.overlap.grad_reduce):

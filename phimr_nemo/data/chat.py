@@ -6,15 +6,17 @@ transformers users see the same prompt.
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from phimr_nemo.data.template import check_template
 from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, open_tokenizer
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.inputs import model_remedy
+from phimr_nemo.store.unpacking import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +64,7 @@ def reasoning_template(system_prompt: str) -> str:
 
 
 REASONING_TEMPLATE: Final = reasoning_template(REASONING_SYSTEM_PROMPT)
+_OWN_TEMPLATE: Final = re.compile(re.escape(reasoning_template("PROMPT")).replace("PROMPT", r"[^'\\\n{}]*"))
 
 
 def warn_of_other_template(directory: Path) -> None:
@@ -83,7 +86,7 @@ def warn_of_other_template(directory: Path) -> None:
 
 
 def _template_in(file: Path) -> str:
-    settings = json.loads(file.read_text("utf-8"))
+    settings = read_json(file)
     template = settings.get("chat_template") if isinstance(settings, dict) else None
     return template if isinstance(template, str) else ""
 
@@ -93,7 +96,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         UserError: no tokenizer.json there, one that cannot be read, or the Phi chat tokens or a chat template are
-            missing.
+            missing, or the template does not render a question in seconds.
     """
     tokenizer = load_tokens(directory)
     if not tokenizer.chat_template:
@@ -102,6 +105,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             rule="a model is asked through the chat template of its tokenizer",
             remedy=f"`phimr adopt {directory} TARGET` makes a copy with the reasoning template",
         )
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, Mapping) else [templates]:
+        if _OWN_TEMPLATE.fullmatch(template) is None:
+            check_template(template, directory, tokenizer.special_tokens_map)
     return tokenizer
 
 

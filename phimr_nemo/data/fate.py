@@ -39,6 +39,7 @@ class Fate(IntEnum):
     GOLD_UNREADABLE = 24
     TOO_LONG = 25
     CAPPED = 26
+    VOTED_GOLD = 27
 
     @property
     def reason(self) -> str:
@@ -53,6 +54,7 @@ REASONS: Final[dict[Fate, str]] = {
     Fate.TIMEOUT: "verdict timeout",
     Fate.ERROR: "verdict error",
     Fate.GOLD_UNREADABLE: "verdict gold_unreadable",
+    Fate.VOTED_GOLD: "gold is a vote (voted_golds=false)",
     Fate.CUT_OFF: "cut off",
     Fate.SPECIAL_TOKEN: "special token in text",
     Fate.DUPLICATE: "duplicate response",

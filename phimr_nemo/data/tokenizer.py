@@ -5,13 +5,14 @@ transformers 5 gives the fast tokenizer's class another name and keeps its furth
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.imports import lean_imports
 from phimr_nemo.store.inputs import download_remedy
+from phimr_nemo.store.links import refuse_links_out
+from phimr_nemo.store.unpacking import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,13 @@ NEW_SPECIAL: Final = "extra_special_tokens"
 OF_THE_LOADING: Final = ("backend", "is_local", "local_files_only")
 
 
+READ_BY_TRANSFORMERS: Final = (
+    *(TOKENIZER_FILE, TOKENIZER_CONFIG, "config.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+MAX_SHOWN: Final = 200
+
+
 def read_settings(directory: Path) -> dict[str, Any]:
     """A directory's tokenizer_config.json; {} where there is none.
 
@@ -35,14 +43,14 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """
     file = directory / TOKENIZER_CONFIG
     try:
-        settings = json.loads(file.read_text("utf-8"))
+        settings = read_json(file)
         if not isinstance(settings, dict):
             raise ValueError(f"a {type(settings).__name__}")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} is not a JSON object: {error}",
+            f"{file} is not a JSON object: {str(error)[:MAX_SHOWN]}",
             rule=f"a tokenizer says how it is used in {TOKENIZER_CONFIG}",
             remedy=download_remedy(file),
         ) from error
@@ -69,6 +77,8 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     with lean_imports():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    refuse_links_out(directory)
+    _refuse_large(directory)
     stated = read_settings(directory)
     understood = portable(stated)
     changed = {name: value for name, value in understood.items() if stated.get(name) != value}
@@ -78,11 +88,25 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         opened: PreTrainedTokenizerBase = loader.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, use_fast=True, **changed
         )
-    # The tokenizers library raises Exception itself.
-    except Exception as error:
+    # The tokenizers library raises Exception itself, and a panic of its own that is none.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        found = str(error)[:MAX_SHOWN] or type(error).__name__
         raise UserError(
-            f"{directory} has a {TOKENIZER_FILE} that cannot be read: {error}",
+            f"{directory} has a {TOKENIZER_FILE} that cannot be read: {found}",
             rule=f"a model directory has the files of a fast tokenizer, {TOKENIZER_FILE} and {TOKENIZER_CONFIG}",
             remedy=download_remedy(directory / TOKENIZER_FILE),
         ) from error
     return opened
+
+
+def _refuse_large(directory: Path) -> None:
+    for file in sorted(directory.glob("*.j*")):
+        limit = MAX_TOKENIZER_BYTES if file.name == TOKENIZER_FILE else MAX_CONFIG_BYTES
+        if file.name in READ_BY_TRANSFORMERS and file.stat().st_size > limit:
+            raise UserError(
+                f"{file} has {file.stat().st_size:,} bytes",
+                rule=f"this file of a tokenizer has at most {limit:,}",
+                remedy=download_remedy(file),
+            )

@@ -20,6 +20,7 @@ from phimr_nemo.config import EndpointConfig
 from phimr_nemo.endpoint.settings import read_key
 from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.endpoint.wire import (
+    EMPTY_REPLY,
     END_OF_STREAM,
     MAX_BODY_BYTES,
     MAX_MESSAGE_CHARS,
@@ -131,7 +132,7 @@ class EndpointClient:
             before_sleep=self._count_retry,
             reraise=True,
         )
-        attempt = 0
+        attempt = empty = 0
         async with self._slots:
             client = self._idle.pop() if self._idle else self._open()
             try:
@@ -139,6 +140,9 @@ class EndpointClient:
                     with attempt_context:
                         attempt += 1
                         reply = await self._attempt(client, request)
+                        if reply.is_empty and not request.may_be_empty:
+                            empty += 1
+                            raise Transient(EMPTY_REPLY)
             except Transient as error:
                 raise RequestFailed(error.reason, attempts=attempt) from error
             except RequestFailed as error:
@@ -148,7 +152,7 @@ class EndpointClient:
                 self._idle.append(client)
                 self.counts["requests"] += 1
         self._answered += 1
-        return dataclasses.replace(reply, attempts=attempt)
+        return dataclasses.replace(reply, attempts=attempt, empty_replies=empty)
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         """Seconds before the next attempt: exponential with full jitter. Retry-After closes the address instead."""

@@ -6,6 +6,7 @@ import os
 from typing import Protocol
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.redact import shown_variable
 
 
 class Addressed(Protocol):
@@ -26,15 +27,16 @@ def read_key(config: Addressed) -> str | None:
     if config.api_key_env is None:
         return None
     key = os.environ.get(config.api_key_env, "").strip()
+    shown = shown_variable(config.api_key_env)
     if not key:
         raise UserError(
-            f"the environment variable {config.api_key_env} is not set or empty",
+            f"the environment variable {shown} is not set or empty",
             rule="api_key_env names the variable that holds the endpoint's key",
-            remedy=f"export {config.api_key_env}=..., or api_key_env=null for an endpoint without a key",
+            remedy=f"export {shown}=..., or api_key_env=null for an endpoint without a key",
         )
     if not key.isascii() or not key.isprintable():
         raise UserError(
-            f"the environment variable {config.api_key_env} holds characters that no key has",
+            f"the environment variable {shown} holds characters that no key has",
             rule="a key is one line of printable ASCII characters",
             remedy="set the variable to the key alone",
         )

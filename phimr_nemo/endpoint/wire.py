@@ -23,6 +23,7 @@ STREAM_BYTES_PER_TOKEN: Final = 4096
 """A streamed token travels in some hundred bytes of JSON; log-probabilities or long ids may come with it."""
 STREAM_ALLOWANCE: Final = 1 << 20
 MAX_MESSAGE_CHARS: Final = 300
+EMPTY_REPLY: Final = "the reply is empty"
 END_OF_STREAM: Final = "[DONE]"
 REASONING_FIELDS: Final = ("reasoning_content", "reasoning")
 """Where DeepSeek's interface, vLLM and SGLang put what a reasoning parser cut off; newer vLLM has the second."""
@@ -66,6 +67,7 @@ class ChatRequest:
         max_tokens: of the reply, reasoning included.
         temperature, top_p: how tokens are drawn.
         seed: non-negative, below 2^63; None to leave it to the server.
+        may_be_empty: take a reply without any text; else another attempt is made.
     """
 
     user: str
@@ -74,6 +76,7 @@ class ChatRequest:
     top_p: float = 1.0
     system: str | None = None
     seed: int | None = None
+    may_be_empty: bool = False
 
     def body(self, config: EndpointConfig) -> dict[str, Any]:
         """The request as the interface wants it."""
@@ -103,6 +106,7 @@ class ChatReply:
         finish_reason: "stop", or "length" at the token limit.
         prompt_tokens, completion_tokens: as the server counts them, reasoning included; `UNKNOWN` if it does not.
         attempts: how often the request was sent.
+        empty_replies: how many of the attempts brought a reply without any text.
     """
 
     text: str
@@ -111,6 +115,20 @@ class ChatReply:
     prompt_tokens: int
     completion_tokens: int
     attempts: int = 1
+    empty_replies: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither an answer nor reasoning."""
+        return not self.text.strip() and not self.reasoning.strip()
+
+    @property
+    def is_only_reasoning(self) -> bool:
+        """Whether the model ended by itself and all that it said is in the reasoning field, an answer among it.
+
+        A server's reasoning parser does so with a model that does not open or close its thinking.
+        """
+        return self.finish_reason == "stop" and not self.text.strip() and bool(self.reasoning.strip())
 
     @property
     def response(self) -> str:

@@ -77,7 +77,7 @@ BENCHMARKS: Final[Mapping[BenchmarkName, Benchmark]] = {
             (30,),
             Hub("yentinglin/aime_2025", "train"),
             answers="8cf49895d9119a63",
-            edition="5e8c2baa16c0c3bf",
+            edition="5ed529ffa95b1176",
         ),
         Benchmark("AMC23", (40,), Hub("math-ai/amc23", "test")),
         Benchmark("AMC", (83,), answers="e0c743af749407a3", edition="97c57407a678f2f4"),

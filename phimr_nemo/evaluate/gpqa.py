@@ -6,12 +6,12 @@ machine and from any order of rows, asks the same question, and no letter is rig
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from phimr_nemo.data.sources.rawfiles import read_csv
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import rows_to_table
@@ -41,18 +41,11 @@ def read_gpqa(path: Path) -> pa.Table:
         UserError: the file is no such CSV, a cell is empty, or two options are equal.
     """
     rows = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            wanted = (QUESTION_COLUMN, RIGHT_COLUMN, *WRONG_COLUMNS)
-            missing = [name for name in wanted if name not in (reader.fieldnames or ())]
-            if missing:
-                raise _refused(path, f"lacks the columns {missing}; it has {reader.fieldnames}")
-            rows = [_problem(row, f"{path}, row {number}") for number, row in enumerate(reader, 1)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _refused(path, f"cannot be read: {error}") from error
-    if not rows:
-        raise _refused(path, "holds no questions")
+    for place, row in read_csv(path):
+        missing = [name for name in (QUESTION_COLUMN, RIGHT_COLUMN, *WRONG_COLUMNS) if name not in row]
+        if missing:
+            raise _refused(path, f"lacks the columns {missing}; it has {list(row)}")
+        rows.append(_problem(row, f"{path}, {place}"))
     return rows_to_table(rows, "problems")
 
 

@@ -94,11 +94,6 @@ def mark_thinking(texts: Iterable[str]) -> Iterator[Piece]:
     yield from _piece(held, thinking)
 
 
-def printable(text: str) -> str:
-    """The text with every control character but line break and tab as its escape: a terminal obeys none."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def _piece(text: str, thinking: bool) -> Iterator[Piece]:
     if text:
         yield Piece(text, thinking)

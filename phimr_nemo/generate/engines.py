@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 
 from phimr_nemo.config import (
     EndpointEngine,
@@ -19,7 +20,7 @@ from phimr_nemo.config import (
     Stale,
     VLLMEngine,
 )
-from phimr_nemo.config.engine import QUESTION
+from phimr_nemo.config.engine import QUESTION, SampledLongRope
 from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.generate import sampler as protocol
 from phimr_nemo.generate.plan import Plan
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=protocol.Engine, covariant=True)
 GIB = 2**30
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class SampledModel:
 
     Attributes:
         directory: a Hugging Face directory: architecture, tokenizer, and the weights unless others are given.
-        longrope: the training run's policy.
+        longrope: which of LongRoPE's factors; a trainer gives its own policy.
         turns: all user turns that will be asked; the longest one and the longest response decide the longest
             sequence, and with it LongRoPE's factors.
         max_length: the longest sequence (tokens), prompt and response; None = by `turns`.
@@ -72,7 +74,7 @@ class SampledModel:
     """
 
     directory: Path
-    longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
+    longrope: SampledLongRope = "as_trained"
     turns: Sequence[str] = ()
     max_length: int | None = None
     weights: Iterable[tuple[str, torch.Tensor]] | None = None
@@ -100,9 +102,7 @@ class TokenEngine(Generic[S]):
     @cached_property
     def name(self) -> str:
         """The hash of the directory's weights: a part of ids and seeds."""
-        from phimr_nemo.generate.serving.vllm import weights_hash
-
-        return weights_hash(self.directory)
+        return named_by_weights(self.directory)
 
     def write_rollouts(self, plan: Plan, out_dir: Path, team: Team, inputs: Mapping[str, str]) -> bool:
         """:func:`phimr_nemo.generate.rollouts.sample_rollouts`."""
@@ -146,6 +146,13 @@ class TextEngine:
         """Nothing: the endpoint is not this process's."""
 
 
+def named_by_weights(directory: Path) -> str:
+    """:func:`phimr_nemo.generate.serving.vllm.weights_hash`, the name of a model in a directory."""
+    from phimr_nemo.generate.serving.vllm import weights_hash
+
+    return weights_hash(directory)
+
+
 def params_of(sampling: SamplingConfig) -> SamplingParams:
     """How tokens are drawn."""
     return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
@@ -186,13 +193,14 @@ def open_engine(
         return TextEngine(engine, sampling)
     assert model is not None, "an engine in this process has a model"
     tokenizer = _tokenizer(engine, model)
-    max_length = model.max_length or _longest(tokenizer, model.turns) + sampling.max_new_tokens
+    longest = model.max_length or _longest(tokenizer, model.turns) + sampling.max_new_tokens
+    max_length, longrope = _regime(model, longest)
     if isinstance(engine, LocalEngine):
-        sampler: protocol.Engine = _local(engine, model, tokenizer, max_length)
+        sampler: protocol.Engine = _local(engine, model, tokenizer, max_length, longrope)
     elif isinstance(engine, VLLMEngine):
-        sampler = _vllm(engine, model, tokenizer, max_length)
+        sampler = _vllm(engine, model, tokenizer, max_length, longrope)
     else:
-        sampler = _servers(engine, model, tokenizer, max_length)
+        sampler = _servers(engine, model, tokenizer, max_length, longrope)
     return TokenEngine(sampler, tokenizer, sampling, model.directory)
 
 
@@ -203,7 +211,7 @@ def write_rollouts(
     problems: pa.Table,
     out_dir: Path,
     *,
-    longrope: LongRopePolicy,
+    longrope: SampledLongRope,
     samples: int,
     shard_size: int,
     seed: int,
@@ -221,7 +229,7 @@ def write_rollouts(
         sampling: the prompt, and how tokens are drawn.
         problems: a table of kind "problems" with distinct ids.
         out_dir: the record directory.
-        longrope: the training run's policy.
+        longrope: which of LongRoPE's factors.
         samples: responses to each problem.
         shard_size: problems per shard.
         seed: another one gives other responses.
@@ -273,7 +281,27 @@ def _longest(tokenizer: Any, turns: Sequence[str]) -> int:
     return max(map(len, render_prompts(tokenizer, list(turns))), default=0)
 
 
-def _local(engine: LocalEngine, model: SampledModel, tokenizer: Any, max_length: int) -> LocalSampler:
+def _regime(model: SampledModel, max_length: int) -> tuple[int, LongRopePolicy]:
+    """The length to open a model for, and the policy, so that it computes with the factors that are asked for."""
+    from phimr_nemo.model.architecture import Architecture, is_phi
+    from phimr_nemo.model.origin import read_origin
+    from phimr_nemo.model.regime import LONG_WITH_ITS_LENGTH, opening_as_trained
+
+    if model.longrope != "as_trained":
+        return max_length, model.longrope
+    if not is_phi(model.directory):
+        return max_length, LONG_WITH_ITS_LENGTH
+    opening = opening_as_trained(
+        Architecture.from_directory(model.directory), read_origin(model.directory), max_length
+    )
+    for note in opening.notes:
+        _LOGGER.warning("%s: %s", model.directory, note)
+    return opening.max_length, opening.policy
+
+
+def _local(
+    engine: LocalEngine, model: SampledModel, tokenizer: Any, max_length: int, longrope: LongRopePolicy
+) -> LocalSampler:
     import torch
 
     from phimr_nemo.data.chat import stop_token_ids
@@ -287,7 +315,7 @@ def _local(engine: LocalEngine, model: SampledModel, tokenizer: Any, max_length:
     if model.weights is None:
         source = HFDirectory(model.directory)
         architecture = source.architecture
-        warn_of_other_regime(architecture, model.directory, max_length, model.longrope)
+        warn_of_other_regime(architecture, model.directory, max_length, longrope)
         tensors: Iterable[tuple[str, torch.Tensor]] = ((name, source.read(name)) for name in source.names())
         own = source.dtype(source.names()[0])
     else:
@@ -300,7 +328,7 @@ def _local(engine: LocalEngine, model: SampledModel, tokenizer: Any, max_length:
         tensors,
         stop_token_ids=stop_token_ids(tokenizer),
         max_batch=engine.max_batch,
-        longrope_policy=model.longrope,
+        longrope_policy=longrope,
         max_length=max_length,
         dtype=own if named is None else torch_dtype(named),
         device=model.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -308,11 +336,13 @@ def _local(engine: LocalEngine, model: SampledModel, tokenizer: Any, max_length:
     )
 
 
-def _vllm(engine: VLLMEngine, model: SampledModel, tokenizer: Any, max_length: int) -> protocol.Engine:
+def _vllm(
+    engine: VLLMEngine, model: SampledModel, tokenizer: Any, max_length: int, longrope: LongRopePolicy
+) -> protocol.Engine:
     from phimr_nemo.data.chat import END, END_OF_TEXT, stop_token_ids
     from phimr_nemo.generate.serving.vllm import FixedVLLM, VLLMSampler, check_longrope
 
-    check_longrope(model.directory, model.longrope, max_length)
+    check_longrope(model.directory, longrope, max_length)
     dtype = engine.dtype or model.dtype
     if model.weights is None:
         is_phi = {END, END_OF_TEXT} <= set(tokenizer.get_added_vocab())
@@ -323,7 +353,9 @@ def _vllm(engine: VLLMEngine, model: SampledModel, tokenizer: Any, max_length: i
     )
 
 
-def _servers(engine: ServerEngine, model: SampledModel, tokenizer: Any, max_length: int) -> protocol.Sampler:
+def _servers(
+    engine: ServerEngine, model: SampledModel, tokenizer: Any, max_length: int, longrope: LongRopePolicy
+) -> protocol.Sampler:
     from phimr_nemo.data.chat import stop_token_ids
     from phimr_nemo.generate.serving.replies import Wanted
     from phimr_nemo.generate.serving.servers import ServerSampler
@@ -332,14 +364,14 @@ def _servers(engine: ServerEngine, model: SampledModel, tokenizer: Any, max_leng
     from phimr_nemo.model.architecture import Architecture
 
     assert model.run is not None, "servers belong to a trainer's run"
-    check_longrope(model.directory, model.longrope, max_length)
+    check_longrope(model.directory, longrope, max_length)
     architecture = Architecture.from_directory(model.directory)
     wanted = Wanted(
         weights=model.run.base_weights,
         tokenizer=tokenizer_hash(model.directory),
         longest=max_length,
         original=architecture.original_max_position_embeddings if architecture.long_factor is not None else None,
-        longrope=model.longrope,
+        longrope=longrope,
         vocab_size=architecture.vocab_size,
         logprobs=RAW_LOGPROBS if engine.kind == "trtllm_server" else LOGPROBS,
     )

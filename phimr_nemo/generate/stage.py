@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.config import (
     FileProblems,
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import pyarrow as pa
+
+WITHOUT_ANSWER: Final = "problems without an answer, passed over"
 
 
 def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
@@ -78,11 +80,15 @@ def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, d
     Raises:
         UserError: the file is missing, empty or malformed, or the record directory is not finished.
     """
+    import pyarrow.compute as pc
+
     if isinstance(problems, RecordProblems):
         table = read_table(problems.path, "problems")
-        table, counts = _unanswered(table, problems)
+        answered = table.filter(pc.not_equal(table.column("answer"), ""))
+        without = table.num_rows - answered.num_rows
+        table, counts = _unanswered(answered, problems)
         table = table.slice(0, problems.limit or None)
-        return table, {"read": table.num_rows, **counts}
+        return table, {"read": table.num_rows, **({WITHOUT_ANSWER: without} if without else {}), **counts}
     if isinstance(problems, FileProblems):
         return load_problems(
             problems.path,

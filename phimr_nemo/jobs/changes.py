@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from phimr_nemo.config import (
 )
 from phimr_nemo.config.load import flat, read_preset
 from phimr_nemo.errors import UserError
+from phimr_nemo.jobs.continuing import ORIGIN_FILE
 from phimr_nemo.jobs.preflight import grader_of
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.provenance import MADE_FROM, FileHashes, MadeFrom, content_of, read_made_from, tokenizer_content
@@ -52,9 +54,12 @@ FREE_TO_CHANGE: Final = (
     "workers",
     "verify_workers",
     "monitor.",
-    *(f"{place}engine.{name}" for place in ("", "teacher.") for name in _ENGINE),
-    *(f"{place}.ask.endpoint.{name}" for place in ("judge", "annotation") for name in _ENDPOINT),
-    *("judge.ask.max_", "annotation.ask.max_"),
+    *(f"{place}engine.{name}" for place in ("", "teacher.", "judge.ask.", "annotation.ask.") for name in _ENGINE),
+    *(
+        f"{place}.ask.max_{name}"
+        for place in ("judge", "annotation")
+        for name in ("requests", "total_tokens", "cost")
+    ),
 )
 """Settings that a continued run may change: they do not change what is computed."""
 OUTPUT: Final = "run.output"
@@ -165,6 +170,15 @@ def check_same_settings(run: RunDirectory, config: Any) -> None:
         )
 
 
+def _continued(run: RunDirectory) -> MadeFrom | None:
+    """What the run was made from whose checkpoint `phimr continue` has put here; None where it put none."""
+    try:
+        origin = json.loads((run.path / ORIGIN_FILE).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return read_made_from(origin.get(MADE_FROM)) if isinstance(origin, dict) else None
+
+
 def is_remade(config: Any) -> bool:
     """Whether a stage looks at each shard that it finds, and makes again what was made from something else.
 
@@ -194,7 +208,8 @@ def check_same_run(stage: str, run: RunDirectory, config: Any) -> MadeFrom:
     now = made_from(config, hashes)
     if run.path.is_dir() and not run.is_done:
         hashes.keep()
-    changed = [] if before is None else before.changed_inputs(now)
+    began = _continued(run) if before is None else before
+    changed = [] if began is None else began.changed_inputs(now)
     if before is None and not run.is_done and run.description() is not None:
         print(f"{stage}: the run in {run.path}: {NOT_RECORDED}, so it is not compared", flush=True)
     if changed and (run.is_done or not is_remade(config)):
@@ -204,7 +219,8 @@ def check_same_run(stage: str, run: RunDirectory, config: Any) -> MadeFrom:
             rule="what is continued, reused or reported was made from what its inputs hold now",
             remedy=f"restore them; or {_choice(run)}",
         )
-    if before is None and run.description() is None and any(run.checkpoints.glob(CHECKPOINTS)):
+    is_continued = (run.path / ORIGIN_FILE).is_file()
+    if before is None and not is_continued and run.description() is None and any(run.checkpoints.glob(CHECKPOINTS)):
         raise UserError(
             f"{run.path} has checkpoints and no {RUN_FILE}, which says what they were made from",
             rule="what is continued was made from what its inputs hold now",
@@ -216,7 +232,10 @@ def check_same_run(stage: str, run: RunDirectory, config: Any) -> MadeFrom:
 
 
 def _choice(run: RunDirectory) -> str:
-    return f"choose another run.output, or remove the directory to make it again: rm -r {shlex.quote(str(run.path))}"
+    return (
+        f"choose another run.output, or remove the directory to make it again: rm -r {shlex.quote(str(run.path))}; "
+        "`phimr continue` goes on from a training run's checkpoint with other settings"
+    )
 
 
 def finished_line(stage: str, run: RunDirectory, config: Any) -> str:

@@ -21,6 +21,7 @@ import typer
 from phimr_nemo.config import STAGES, ParallelConfig, load_config
 from phimr_nemo.errors import EXIT_USER, UserError
 from phimr_nemo.process.stopping import stoppable
+from phimr_nemo.text.printable import say
 
 LAUNCHED: Final = tuple(stage for stage in STAGES if stage != "base")
 SCRIPTS: Final = Path("slurm")
@@ -296,7 +297,7 @@ def launch(
     executor = slurm_executor(settings, Path.cwd(), jobs)
     task = run.Script(path=words[1], entrypoint=words[0], args=words[2:])
     if dry_run:
-        typer.echo(sbatch_script(task, executor, stage))
+        say(sbatch_script(task, executor, stage))
         return
     with (
         stoppable(f"the submission of {stage}", lambda: "the job, if squeue shows it; else nothing"),

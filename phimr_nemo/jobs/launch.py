@@ -17,11 +17,12 @@ from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_yaml
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
 from phimr_nemo.jobs.changes import check_same_run, check_same_settings, finished_line
-from phimr_nemo.jobs.kept import kept
+from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.process.children import follow_parent
+from phimr_nemo.process.heartbeat import start_beating
 from phimr_nemo.process.stopping import KEPT, stoppable
 from phimr_nemo.store.atomic import (
     NO_SPACE,
@@ -37,9 +38,9 @@ from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 # Stage -> "module:function" taking the stage's config and returning the facts that close the run.
 FUNCTIONS: Final[Mapping[str, str]] = {
     "base": "phimr_nemo.model.base:run_base",
-    "prepare": "phimr_nemo.data.prepare.stage:run_prepare",
+    "prepare": "phimr_nemo.jobs.composed:run_prepare",
     "generate": "phimr_nemo.generate.stage:run_generate",
-    "verify": "phimr_nemo.verify.stage:run_verify",
+    "verify": "phimr_nemo.jobs.composed:run_verify",
     "curate": "phimr_nemo.data.curate.stage:run_curate",
     "pack": "phimr_nemo.data.rows.stage:run_pack",
     "midtrain": "phimr_nemo.supervised.stage:run_midtrain",
@@ -187,6 +188,7 @@ def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default:
         check_default(stage, path)
     if is_rank(resolved):
         follow_parent()
+        start_beating()
     else:
         # Another program's, whose rank this process is; libraries would believe them.
         for name in RANK_VARIABLES:

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError, exit_with_message
 from phimr_nemo.process.children import Relay
+from phimr_nemo.process.heartbeat import Watch
 
 ONE_NODE: Final = ("1", "1:1")
 """How torchrun writes it."""
@@ -91,12 +92,18 @@ def run_workers(arguments: Sequence[str]) -> None:
         # As torchrun --standalone: a rendezvous of this node's own, on a free port.
         parsed.rdzv_backend, parsed.rdzv_endpoint = "c10d", "localhost:0"
     elastic, command, command_arguments = config_from_args(parsed)
-    with Relay() as relay:
+    with Relay() as relay, Watch() as watch:
         outcome = _run_in_thread(
-            lambda: elastic_launch(config=elastic, entrypoint=command)(*command_arguments), relay
+            lambda: elastic_launch(config=elastic, entrypoint=command)(*command_arguments), relay, watch
         )
     if outcome is None:
         return
+    if watch.still:
+        named = ", ".join(map(str, watch.still))
+        raise RuntimeError(
+            f"{platform.node()}: rank {named} stood still for {watch.seconds:g} s and was ended; "
+            "run the same command to continue from the newest checkpoint"
+        ) from outcome
     if not isinstance(outcome, ChildFailedError):
         if relay.signals:
             raise Preempted(STOPPED) from outcome
@@ -119,7 +126,7 @@ def run_workers(arguments: Sequence[str]) -> None:
     ) from outcome
 
 
-def _run_in_thread(function: Callable[[], Any], relay: Relay) -> BaseException | None:
+def _run_in_thread(function: Callable[[], Any], relay: Relay, watch: Watch) -> BaseException | None:
     """Call a function beside the main thread, which takes the signals; what it raised.
 
     In the main thread torch would install signal handlers of its own, which end the workers after 30 s.
@@ -139,6 +146,7 @@ def _run_in_thread(function: Callable[[], Any], relay: Relay) -> BaseException |
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         relay.tell()
+        watch.look()
     return outcome[0]
 
 

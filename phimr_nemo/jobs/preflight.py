@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import (
+    AskConfig,
     BenchmarkProblems,
     CurateConfig,
     DPOConfig,
@@ -45,7 +46,7 @@ GIBIBYTE: Final = 2**30
 
 def grader_of(config: Any) -> str | None:
     """The grader of the user's own that a stage's configuration names; None for mathematics, or nothing to grade."""
-    if isinstance(config, SupervisedConfig):
+    if isinstance(config, SupervisedConfig | DPOConfig):
         return None if config.evaluation is None else config.evaluation.grader
     return config.grader if isinstance(config, VerifyConfig | EvaluateConfig | GRPOConfig) else None
 
@@ -58,6 +59,9 @@ def preflight(stage: str, config: Any) -> None:
     """
     for path, kind in record_inputs(stage, config):
         read_manifest(path, kind)
+    evaluated = _evaluated(config)
+    if isinstance(evaluated, RecordProblems):
+        read_manifest(evaluated.path, "problems")
     for path in file_inputs(config):
         if not path.exists():
             raise UserError(
@@ -105,11 +109,14 @@ def record_inputs(stage: str, config: Any) -> list[tuple[Path, Kind]]:
 
 def file_inputs(config: Any) -> list[Path]:
     """The other files and directories that a stage reads."""
-    paths: list[Path] = []
+    asked = _asked(config)
+    paths: list[Path] = [asked.path] if asked is not None and asked.path is not None else []
     if isinstance(config, GenerateConfig | EvaluateConfig) and isinstance(
         config.problems, FileProblems | BenchmarkProblems
     ):
         paths += [config.problems.path] if config.problems.path else []
+    evaluated = _evaluated(config)
+    paths += [evaluated.path] if isinstance(evaluated, FileProblems) else []
     if isinstance(config, GenerateConfig) and isinstance(config.teacher, RecordedTeacher | ModelTeacher):
         paths += [config.teacher.path] if config.teacher.path else []
     if isinstance(config, CurateConfig):
@@ -130,27 +137,47 @@ def file_inputs(config: Any) -> list[Path]:
     return paths
 
 
+def _evaluated(config: Any) -> Any:
+    """The problems of pass@1 while training."""
+    if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig) and config.evaluation is not None:
+        return config.evaluation.problems
+    return None
+
+
+def _asked(config: Any) -> AskConfig | None:
+    """The judge or the annotator of a stage."""
+    if isinstance(config, VerifyConfig):
+        return None if config.judge is None else config.judge.ask
+    if isinstance(config, PrepareConfig):
+        return None if config.annotation is None else config.annotation.ask
+    return None
+
+
+def _engine(config: Any) -> tuple[Any, str]:
+    """What samples in a stage, and where the configuration says so."""
+    asked = _asked(config)
+    if asked is not None:
+        return asked.engine, "judge.ask." if isinstance(config, VerifyConfig) else "annotation.ask."
+    if isinstance(config, GenerateConfig) and isinstance(config.teacher, ModelTeacher):
+        return config.teacher.engine, "teacher."
+    if isinstance(config, SupervisedConfig | DPOConfig):
+        return (None if config.evaluation is None else config.evaluation.engine), "evaluation."
+    return (config.engine if isinstance(config, EvaluateConfig | GRPOConfig) else None), ""
+
+
 def keyed(config: Any) -> list[Addressed]:
     """What a stage asks for that may want a key: endpoints and servers."""
-    engine = config.engine if isinstance(config, EvaluateConfig | GRPOConfig) else None
-    if isinstance(config, GenerateConfig) and isinstance(config.teacher, ModelTeacher):
-        engine = config.teacher.engine
+    engine, _ = _engine(config)
     if isinstance(engine, ServerEngine):
         return [engine]
-    if isinstance(engine, EndpointEngine):
-        return [engine.endpoint]
-    if isinstance(config, VerifyConfig) and config.judge is not None:
-        return [config.judge.ask.endpoint]
-    if isinstance(config, PrepareConfig) and config.annotation is not None and config.annotation.ask is not None:
-        return [config.annotation.ask.endpoint]
-    return []
+    return [engine.endpoint] if isinstance(engine, EndpointEngine) else []
 
 
 def _check_vllm(config: Any) -> None:
     """vLLM is to sample a finished model, and this environment has it."""
-    engine, place = (config.engine if isinstance(config, EvaluateConfig) else None), ""
-    if isinstance(config, GenerateConfig) and isinstance(config.teacher, ModelTeacher):
-        engine, place = config.teacher.engine, "teacher."
+    engine, place = _engine(config)
+    if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
+        return  # the environment of the trainer has it or not, which is found when it is opened
     if isinstance(engine, VLLMEngine) and importlib.util.find_spec("vllm") is None:
         raise UserError(
             f"{place}engine.kind=vllm, but vLLM is not installed here",
@@ -170,14 +197,21 @@ def check_steps(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -
     steps = planned_steps(stage, config)
     if steps is None or steps > 0 or isinstance(config, GRPOConfig):
         return
-    (path, kind), held_out = record_inputs(stage, config)[0], getattr(config, "validation_rows", 0)
+    (path, kind), held_out = record_inputs(stage, config)[0], _held_out(config)
     rows = read_manifest(path, kind).rows
     raise UserError(
         f"{path} holds {rows} {kind}, {held_out} of them for validation: no step of "
         f"global_batch={config.global_batch} in epochs={config.epochs}",
         rule=f"at least one global batch of {config.global_batch} is left for training",
-        remedy="bring more data, or lower global_batch or validation_rows",
+        remedy="bring more data, or lower global_batch, validation_rows or validation_pairs",
     )
+
+
+def _held_out(config: SupervisedConfig | DPOConfig | GRPOConfig) -> int:
+    """Rows or pairs that are not trained on, as many as the configuration names."""
+    if isinstance(config, DPOConfig):
+        return config.validation_pairs
+    return config.validation_rows if isinstance(config, SupervisedConfig) else 0
 
 
 def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
@@ -232,5 +266,5 @@ def planned_steps(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig)
     if not all(is_complete(path, kind) for path, kind in record_inputs(stage, config)):
         return None
     rows = sum(read_manifest(path, kind).rows for path, kind in record_inputs(stage, config))
-    steps = max(0, rows - getattr(config, "validation_rows", 0)) * config.epochs // config.global_batch
+    steps = max(0, rows - _held_out(config)) * config.epochs // config.global_batch
     return min(steps, config.max_steps) if config.max_steps else steps

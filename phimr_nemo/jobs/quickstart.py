@@ -19,15 +19,15 @@ from typing import Any, Final
 from phimr_nemo.config import STAGES, QuickstartConfig, load_config
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.jobs.changes import changed_settings, changes, is_remade
-from phimr_nemo.jobs.closing import PART_OF
-from phimr_nemo.jobs.demonstration import answers, to_type
-from phimr_nemo.jobs.kept import kept
+from phimr_nemo.jobs.closing import PART_OF, answers, to_type
+from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.process.children import run_child
 from phimr_nemo.process.stopping import CONTINUE, KEPT
 from phimr_nemo.store.progress import duration
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import is_complete, read_manifest
+from phimr_nemo.text.printable import say
 
 # The step whose model a row of the paper's table of stages evaluates, and the row's name, in the paper's order.
 ROWS: Final = (
@@ -163,15 +163,15 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
             refuse_changed([step])
         if RunDirectory(step.output).is_done:
             continue
-        print(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}", flush=True)
+        say(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}")
         run_step(step)
     write_report([out], out)
     root = out / f"seed-{seeds[0]}"
-    print(f"Held-out questions, and how the model of seed {seeds[0]} answers after GRPO:")
+    say(f"Held-out questions, and how the model of seed {seeds[0]} answers after GRPO:")
     for line in answers(root / f"evaluate-{TRAINED[-1]}"):
-        print(line)
-    print(f"finished in {duration(time.monotonic() - started)}; table, pictures and models are in {out}")
-    print(f"next: {to_type('chat', str(root / 'release' / 'hf'))}")
+        say(line)
+    say(f"finished in {duration(time.monotonic() - started)}; table, pictures and models are in {out}")
+    say(f"next: {to_type('chat', str(root / 'release' / 'hf'))}")
 
 
 def changed_since(step: Step) -> list[str]:
@@ -254,8 +254,8 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         plot_accuracy(rows, out / "accuracy.png")
         for root in roots:
             _plot_run(root, out)
-        print(table_markdown(rows))
-    print(page)
+        say(table_markdown(rows))
+    say(page)
 
 
 def _seed_of(root: Path) -> int:

@@ -19,6 +19,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import planned_steps
 from phimr_nemo.store.runs import CONFIG_FILE, RUN_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import SHARD_NAME
+from phimr_nemo.text.printable import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -239,7 +240,7 @@ def status_table(found: Sequence[RunStatus], root: Path) -> Table:
             title, justify="left" if title in WORDS else "right", no_wrap=title != "run", overflow="fold"
         )
     for cells in zip(*columns.values(), strict=True):
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 

@@ -7,7 +7,6 @@ is refused here, before a weight is read.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,9 +16,10 @@ from typing import Any, Final
 from phimr_nemo.config import locate
 from phimr_nemo.config.tiny import shape_fault
 from phimr_nemo.errors import UserError
-from phimr_nemo.model.fields import positive, truth, unsupported, whole
+from phimr_nemo.model.fields import at_least_zero, shown, truth, unsupported, whole
 from phimr_nemo.model.rotary import DEFAULT_CONTEXT, attention_factor, read_rotary
 from phimr_nemo.store.inputs import download_remedy, model_remedy
+from phimr_nemo.store.unpacking import read_json
 
 MODEL_TYPE: Final = "phi3"
 HF_CLASS: Final = "Phi3ForCausalLM"
@@ -34,6 +34,23 @@ _REQUIRED_VALUES: Final[Mapping[str, Any]] = {
     "attention_dropout": 0.0,
     "embd_pdrop": 0.0,
     "resid_pdrop": 0.0,
+}
+# Ten times what the largest published models have, and more where that is cheap: a file that says more is not meant.
+_LARGEST: Final[Mapping[str, int]] = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 200_000,
+    "intermediate_size": 2_000_000,
+    "num_hidden_layers": 2_000,
+    "num_attention_heads": 2_000,
+    "num_key_value_heads": 2_000,
+    "max_position_embeddings": 100_000_000,
+    "original_max_position_embeddings": 100_000_000,
+    "sliding_window": 1_000_000_000,
+}
+_REAL: Final[Mapping[str, tuple[float, float]]] = {
+    "rope_theta": (1.0, 1e12),
+    "rms_norm_eps": (1e-12, 0.1),
+    "initializer_range": (0.0, 10.0),
 }
 # transformers' for what a config does not state. A stated null is another matter: no such token.
 _DEFAULT_IDS: Final[Mapping[str, int]] = {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
@@ -73,19 +90,22 @@ class Architecture:
     initializer_range: float
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "original_max_position_embeddings",
-        ):
+        for name, most in _LARGEST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise _impossible(f"{name} = {value!r}", "a positive whole number")
+            if name == "sliding_window" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise _impossible(f"{name} = {shown(value)}", f"a whole number from 1 to {most:,}")
+        for name, (least, largest) in _REAL.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= largest:
+                raise _impossible(f"{name} = {shown(value)}", f"a number from {least:g} to {largest:g}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.vocab_size:
+                raise _impossible(f"{name} = {shown(value)}", f"a token id below vocab_size = {self.vocab_size}")
         fault = shape_fault(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.partial_rotary_factor
         )
@@ -105,7 +125,7 @@ class Architecture:
                     f"one per rotated pair: rotary_dim / 2 = {self.rotary_dim // 2}",
                 )
             if not all(math.isfinite(factor) and factor > 0 for factor in factors):
-                raise _impossible(f"{name} = {factors}", "finite positive numbers")
+                raise _impossible(f"{name} = {shown(factors)}", "finite positive numbers")
 
     @property
     def head_dim(self) -> int:
@@ -146,7 +166,7 @@ class Architecture:
         """
         _check_family(config)
         context = whole(config, "max_position_embeddings", DEFAULT_CONTEXT)
-        heads = whole(config, "num_attention_heads")
+        heads, groups = whole(config, "num_attention_heads"), config.get("num_key_value_heads")
         vocabulary = whole(config, "vocab_size")
         end = _token_id(config, "eos_token_id", vocabulary)
         if end is None:
@@ -163,15 +183,15 @@ class Architecture:
             intermediate_size=whole(config, "intermediate_size"),
             num_hidden_layers=whole(config, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=whole(config, "num_key_value_heads", heads),
-            rms_norm_eps=positive(config, "rms_norm_eps", 1e-5),
+            num_key_value_heads=heads if groups is None else whole(config, "num_key_value_heads"),
+            rms_norm_eps=at_least_zero(config, "rms_norm_eps", 1e-5),
             tie_word_embeddings=truth(config, "tie_word_embeddings", False),
             max_position_embeddings=context,
             sliding_window=_window(config),
             bos_token_id=_token_id(config, "bos_token_id", vocabulary),
             eos_token_id=end,
             pad_token_id=end if pad is None else pad,
-            initializer_range=positive(config, "initializer_range", 0.02),
+            initializer_range=at_least_zero(config, "initializer_range", 0.02),
             **vars(rotary),
         )
         if config.get("head_dim") not in (None, architecture.head_dim):
@@ -187,14 +207,14 @@ class Architecture:
         """
         file = Path(path) / CONFIG_FILE
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json(file)
         except FileNotFoundError as error:
             raise UserError(
                 f"{path} has no {CONFIG_FILE}",
                 rule="a Hugging Face model directory holds config.json, *.safetensors and tokenizer files",
                 remedy=model_remedy(Path(path)),
             ) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(
                 f"{file} is not JSON: {error}",
                 rule="config.json is one JSON object",
@@ -280,6 +300,15 @@ def _check_family(config: Mapping[str, Any]) -> None:
     for name, value in _REQUIRED_VALUES.items():
         if config.get(name, value) not in (value, None):
             raise unsupported(f"{name} = {config[name]!r}", f"{name} is {value!r}")
+
+
+def is_phi(directory: Path) -> bool:
+    """Whether a directory holds a model of this family; what cannot be read is left to `Architecture` to refuse."""
+    try:
+        config = read_json(directory / CONFIG_FILE)
+    except (OSError, ValueError):
+        return True
+    return not isinstance(config, dict) or config.get("model_type") == MODEL_TYPE
 
 
 def _token_id(config: Mapping[str, Any], name: str, vocabulary: int) -> int | None:

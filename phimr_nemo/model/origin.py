@@ -6,7 +6,6 @@ input like any other: what is not of the expected kind counts as absent. Needs n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Final, get_args
 
 from phimr_nemo.config import LongRopePolicy
 from phimr_nemo.model.architecture import CONFIG_FILE
+from phimr_nemo.store.unpacking import read_json
 
 ORIGIN_FIELD: Final = "phimr_nemo"
 
@@ -44,8 +44,8 @@ class Origin:
 def read_origin(directory: Path) -> Origin:
     """What a model directory says of its making; an empty :class:`Origin` for models from elsewhere."""
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(directory / CONFIG_FILE)
+    except (OSError, ValueError):
         return Origin()
     stated = config.get(ORIGIN_FIELD) if isinstance(config, Mapping) else None
     if not isinstance(stated, Mapping):

@@ -85,12 +85,12 @@ def _read(config: Mapping[str, Any], place: str, settings: Mapping[str, Any], co
     if unknown:
         raise unsupported(f"unknown rotary settings {unknown}", f"{place} holds {sorted(_KNOWN)}")
     settings = {name: value for name, value in settings.items() if value is not None}
-    rotary = {**{name: config.get(name) for name in _EITHER_PLACE}, **settings}
+    beside = {name: config[name] for name in _EITHER_PLACE if name in config}
+    rotary = {**beside, **settings}
     for name in _EITHER_PLACE:
-        beside = config.get(name)
-        if beside is not None and rotary[name] != beside:
+        if name in settings and beside.get(name) is not None and settings[name] != beside[name]:
             raise unsupported(
-                f"{name} = {beside!r} and {place}.{name} = {rotary[name]!r}",
+                f"{name} = {beside[name]!r} and {place}.{name} = {settings[name]!r}",
                 "a setting in two places has one value",
                 "keep the one that the model was trained with in both",
             )
@@ -128,13 +128,13 @@ def _is_longrope(place: str, settings: Mapping[str, Any]) -> bool:
         missing = [name for name in _FACTOR_LISTS if name not in settings]
         if missing:
             raise unsupported(
-                f"{place} of type {sorted(kinds)} without {' and '.join(missing)}",
+                f"{place} of type {' and '.join(sorted(kinds))} without {' and '.join(missing)}",
                 "LongRoPE has a list of factors for short and one for long sequences",
                 "take the config.json that the model was published with",
             )
         return True
     if meant != {"default"}:
-        raise unsupported(f"{place} type {sorted(kinds)}", "type is 'longrope', 'default' or absent")
+        raise unsupported(f"{place} of type {' and '.join(sorted(kinds))}", "type is 'longrope', 'default' or absent")
     if scales:
         named = "without a type" if not kinds else "of type 'default'"
         raise unsupported(

@@ -19,7 +19,7 @@ from phimr_nemo.model.origin import Origin, read_origin
 from phimr_nemo.model.regime import NAMES, was_trained_long
 from phimr_nemo.report.collect import read_evaluation
 from phimr_nemo.report.scores import as_in_the_paper, reference_table
-from phimr_nemo.report.tables import Seeds, Table, markdown, score_table
+from phimr_nemo.report.tables import Seeds, Table, markdown, markdown_text, score_table
 from phimr_nemo.store.inputs import is_hub_name
 from phimr_nemo.store.provenance import ABSENT, MADE_FROM, content_of, read_made_from
 from phimr_nemo.store.runs import CONFIG_FILE, RESULTS_FILE, RUN_FILE, RunDirectory
@@ -60,14 +60,14 @@ def model_card(config: ExportConfig, architecture: Architecture, origin: Origin)
     """
     parts = [
         front_matter(config),
-        f"# {config.run.output.name}",
+        f"# {markdown_text(config.run.output.name)}",
         f"A model of {architecture.num_parameters:,} parameters in the architecture of Phi-4-mini "
-        f"(`Phi3ForCausalLM`), trained from {config.base_model} with the Phi-4-Mini-Reasoning recipe "
+        f"(`Phi3ForCausalLM`), trained from {markdown_text(config.base_model)} with the Phi-4-Mini-Reasoning recipe "
         "(arXiv 2504.21233) in phimr-nemo.",
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForCausalLM.from_pretrained(".")\n```\n\n'
         "The chat template comes with the tokenizer. Generation ends with `<|end|>`.",
-        *([f"What it can be asked: {origin.knows}"] if origin.knows else []),
+        *([f"What it can be asked: {markdown_text(origin.knows)}"] if origin.knows else []),
         *_length(architecture, origin),
     ]
     if config.stages:
@@ -195,4 +195,6 @@ def _measured(evaluations: Mapping[str, Path]) -> str:
     ours = as_in_the_paper(benchmarks)
     if ours:
         tables.append(reference_table(ours))
-    return "\n".join(f"### {table.title}\n\n{markdown(table)}\n{table.note}\n" for table in tables).rstrip("\n")
+    return "\n".join(
+        f"### {markdown_text(table.title)}\n\n{markdown(table)}\n{markdown_text(table.note)}\n" for table in tables
+    ).rstrip("\n")

@@ -10,6 +10,8 @@ from phimr_nemo.errors import UserError
 
 CARD_FILE: Final = "README.md"
 ANSWER_SECONDS: Final = 60.0
+NOT_ITS_ADDRESS: Final = "Unable to retrieve user and repo ID"
+"""How huggingface_hub says that a hub has answered with an address that is not below HF_ENDPOINT."""
 FIRST_ERROR: Final = 400
 """HTTP statuses from here on are errors."""
 
@@ -86,7 +88,7 @@ def push(directory: Path, repository: str, *, private: bool) -> str:
         private: whether a repository that is made here is private.
 
     Returns:
-        The address of the commit.
+        The address of the commit; of the repository, where the hub gives one that is not its own.
 
     Raises:
         UserError: no token, an impossible name, a card that the hub does not take, the hub refuses or cannot be
@@ -106,6 +108,11 @@ def push(directory: Path, repository: str, *, private: bool) -> str:
     except HfHubHTTPError as error:
         status = "no answer" if error.response is None else f"HTTP status {error.response.status_code}"
         raise _refused(repository, status) from error
+    except ValueError as error:
+        if NOT_ITS_ADDRESS not in str(error):
+            raise _refused(repository, str(error)) from error
+        # The commit is made: what cannot be read is its address, where HF_ENDPOINT stands in front of another hub.
+        return f"{api.endpoint}/{repository}"
     # What is below HTTP: no such host, connection lost. huggingface_hub also raises it around a failed upload.
     except (OSError, RuntimeError) as error:
         raise _refused(repository, f"{type(error).__name__}") from error

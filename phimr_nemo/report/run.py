@@ -31,18 +31,23 @@ from phimr_nemo.report.tables import (
     difference_table,
     length_table,
     markdown,
+    markdown_text,
     measured,
     score_table,
 )
 from phimr_nemo.store.atomic import atomic_write_text
 from phimr_nemo.store.provenance import content_of
+from phimr_nemo.store.responses import kept_steps, read_responses
 from phimr_nemo.store.runs import NEWEST_SHARE, RESULTS_FILE, newest_mean
+from phimr_nemo.text.printable import printable
 
 PAGE: Final = "report.html"
 MARKDOWN: Final = "report.md"
 PICTURES: Final = "report-pictures"
 TITLE: Final = "Report"
 SHOWN_DIGITS: Final = 12
+SHOWN_RESPONSES: Final = 8
+SHOWN_CHARS: Final = 200
 # Stage -> metrics of its run that are drawn, with their names for people.
 DRAWN: Final[Mapping[str, Mapping[str, str]]] = {
     "midtrain": {"loss": "loss"},
@@ -91,6 +96,7 @@ def write_run_report(roots: Sequence[Path], out: Path) -> Path:
     sections = [
         _scores(benchmarks, pictures),
         *_training(runs, pictures),
+        *_responses(runs),
         *_data(roots, pictures),
         # Without a benchmark of the paper there is nothing to set beside it.
         *([Section("Beside the paper", [reference_table(papers)])] if papers else []),
@@ -118,8 +124,11 @@ def write_run_report(roots: Sequence[Path], out: Path) -> Path:
 
 
 def _in_markdown(section: Section) -> str:
-    tables = [f"### {table.title}\n\n{markdown(table)}\n{table.note}\n" for table in section.tables]
-    return "\n".join([f"## {section.title}\n", *tables])
+    tables = [
+        f"### {markdown_text(table.title)}\n\n{markdown(table)}\n{markdown_text(table.note)}\n"
+        for table in section.tables
+    ]
+    return "\n".join([f"## {markdown_text(section.title)}\n", *tables])
 
 
 def _scores(benchmarks: Mapping[str, Mapping[str, Seeds]], out: Path) -> Section:
@@ -203,6 +212,37 @@ def _curve(run: Ran, metric: str) -> Curve:
 def _newest(run: Ran, metric: str) -> str:
     mean = newest_mean(run.metrics, metric)
     return ABSENT if mean is None else f"{mean:.4g}"
+
+
+def _responses(runs: Sequence[Ran]) -> list[Section]:
+    """The newest sample of responses that each run has kept: the first of them, and how each ends."""
+    tables = []
+    for run in runs:
+        steps = kept_steps(run.path)
+        if not steps:
+            continue
+        kept = read_responses(run.path, steps[-1])
+        rows = tuple(
+            (
+                row["verdict"],
+                f"{row['reward']:g}",
+                f"{row['tokens']:,}",
+                _in_a_cell(row["question"]),
+                _in_a_cell(row["answer"]),
+                _in_a_cell(row["response"]),
+            )
+            for row in kept[:SHOWN_RESPONSES]
+        )
+        header = ("verdict", "reward", "tokens", "question", "answer", "response (its end)")
+        note = f"{len(rows)} of {len(kept)}; `phimr responses {run.path}` prints them in full."
+        tables.append(Table(f"{run.name}: step {steps[-1]}", header, rows, note))
+    return [Section("Responses", tables)] if tables else []
+
+
+def _in_a_cell(text: str) -> str:
+    """The end of a text in one line, without what a terminal or a page would obey."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= SHOWN_CHARS else f"...{line[-SHOWN_CHARS:]}"
 
 
 def _data(roots: Sequence[Path], out: Path) -> list[Section]:

@@ -5,6 +5,7 @@ Every score stands with its standard error and with the numbers of questions, sa
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Final
 
 from phimr_nemo.evaluate.evaluate import Result
 from phimr_nemo.evaluate.statistics import Difference, mean_and_error, paired_bootstrap
+from phimr_nemo.text.printable import printable
 
 ABSENT: Final = "-"
 RESAMPLES: Final = 10_000
@@ -46,8 +48,14 @@ def markdown(table: Table) -> str:
         "---:" if all(_is_number(row[column]) for row in table.rows) else "---" for column in range(len(table.header))
     ]
     lines = [list(table.header), align, *(list(row) for row in table.rows)]
-    # A bar within a cell would end it.
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(markdown_text, line))} |\n" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """A name or a cell in markdown: no tags, no control characters, and no bar, which would end its cell."""
+    plain = printable(text.replace("\n", " ").replace("|", "/"))
+    # Markdown passes HTML on; a link or a picture needs its brackets.
+    return html.escape(plain, quote=False).replace("](", "]\\(")
 
 
 def score_table(benchmark: str, models: Mapping[str, Seeds]) -> Table:

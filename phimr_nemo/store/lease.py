@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from phimr_nemo.store.atomic import FILE_MODE
+
 LEASE_SECONDS: Final = 120.0
 TOUCHES: Final = 4
 """In the life of a lease: three may be late."""
@@ -34,11 +36,12 @@ class Leases:
     Args:
         directory: of the leases, on a file system that all processes see; made if it does not exist.
         holder: this process's name, the same when it is started again, and no other's.
-        seconds: after which a lease that nobody touches has expired.
+        seconds: after which a lease that nobody touches has expired; None = :data:`LEASE_SECONDS`.
     """
 
-    def __init__(self, directory: Path, holder: str, seconds: float = LEASE_SECONDS) -> None:
-        self._directory, self._holder, self._seconds = directory, holder, seconds
+    def __init__(self, directory: Path, holder: str, seconds: float | None = None) -> None:
+        self._directory, self._holder = directory, holder
+        self._seconds = LEASE_SECONDS if seconds is None else seconds
         self._held: set[str] = set()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -61,8 +64,6 @@ class Leases:
 
     def take(self, name: str) -> bool:
         """Whether this process now holds the unit `name`."""
-        # The last one to leave removes the directory, and another may come after it.
-        self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / (name + SUFFIX)
         if not (self._create(path) or self._is_own(path) or (self._is_expired(path) and self._take_over(path))):
             return False
@@ -80,9 +81,13 @@ class Leases:
 
     def _create(self, path: Path) -> bool:
         try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_MODE)
         except FileExistsError:
             return False
+        except FileNotFoundError:
+            # The last one to leave removes the directory, and another may come after it.
+            self._directory.mkdir(parents=True, exist_ok=True)
+            return self._create(path)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(self._holder)
         return True
@@ -99,8 +104,8 @@ class Leases:
     def _is_expired(self, path: Path) -> bool:
         """By the time that the file system gives a file that is written now."""
         clock = self._clock()
-        clock.write_text(self._holder, "utf-8")
         try:
+            clock.write_text(self._holder, "utf-8")
             return clock.stat().st_mtime - path.stat().st_mtime > self._seconds
         except FileNotFoundError:
             return False
@@ -123,7 +128,9 @@ class Leases:
             with self._lock:
                 held = sorted(self._held)
             for name in held:
-                self._is_own(self._directory / (name + SUFFIX))
+                # A file system that is away for a moment is asked again: three touches may fail.
+                with contextlib.suppress(OSError):
+                    self._is_own(self._directory / (name + SUFFIX))
 
 
 class FreeUnits:

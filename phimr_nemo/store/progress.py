@@ -66,6 +66,8 @@ class Progress:
                 nrows=USUAL_ROWS,
                 file=self._stream,
             )
+            if self._bar.disable:  # TQDM_DISABLE
+                self._bar, self._speaks = None, False
 
     def update(self, count: int = 1) -> None:
         """Count `count` more as done."""

@@ -6,6 +6,7 @@ One currency: every step reads and writes directories of zstd parquet shards of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Final, Literal, get_args
@@ -40,6 +41,23 @@ OPTIONAL_COLUMNS: Final[Mapping[Kind, frozenset[str]]] = {
 """Columns that a table of a user's own, or of an earlier release, may lack: they are null then."""
 
 FinishReason = Literal["stop", "length"]
+
+GOLD: Final = "gold"
+"""Key in the metadata of problems, rollouts and verdicts whose answer is not simply its source's own."""
+GoldKind = Literal["vote", "disputed", "none"]
+"""vote: solutions agreed on it. disputed: another source has another answer. none: nobody tells an answer."""
+
+
+def gold_kind(metadata: str) -> GoldKind | None:
+    """The mark in a row's metadata; None where the answer is its source's own."""
+    if f'"{GOLD}"' not in metadata:
+        return None
+    try:
+        values = json.loads(metadata)
+    except ValueError:
+        return None
+    kind = values.get(GOLD) if isinstance(values, dict) else None
+    return kind if kind in get_args(GoldKind) else None
 
 
 @cache

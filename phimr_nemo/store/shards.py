@@ -6,10 +6,9 @@ A record directory looks like this::
     part-00001.parquet   part-00001.json
     manifest.json                          (only when the whole step is done)
 
-A shard is the unit of retry: it is complete when its sidecar exists and agrees with the file, and it
-is kept when it was made from what it would be made from now. A directory is complete when its manifest
-exists. Every write goes to a temporary name, is flushed to
-the disk and renamed, so a killed process leaves either the old state or the new one.
+A shard is the unit of retry: complete when its sidecar agrees with the file, kept when it was made from what
+it would be made from now. A directory is complete when its manifest exists. Every write goes to a temporary
+name, is flushed and renamed, so a killed process leaves either the old state or the new one.
 """
 
 from __future__ import annotations
@@ -77,6 +76,7 @@ class Manifest:
         inputs, config: see :class:`phimr_nemo.store.provenance.MadeFrom`.
         counts: named counts, among them why rows were rejected.
         versions: package versions and git sha at the time of writing.
+        examples: the first rejected rows of each reason, in words.
     """
 
     kind: Kind
@@ -87,6 +87,7 @@ class Manifest:
     counts: Mapping[str, int]
     versions: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def made_from(self) -> MadeFrom:
@@ -189,8 +190,7 @@ def shard_is_complete(directory: Path, index: int, made_from: MadeFrom | None = 
     """Whether shard `index` exists, of this schema version, with a sidecar whose checksum agrees with the file.
 
     Args:
-        directory: the record directory.
-        index: the number of the shard.
+        directory, index: the record directory and the number of the shard.
         made_from: what it has to be made from; None = whatever it was.
     """
     path = _shard_path(directory, index)
@@ -233,6 +233,7 @@ def finish(
     config: Mapping[str, Any],
     inputs: Mapping[str, str] | None = None,
     counts: Mapping[str, int] | None = None,
+    examples: Mapping[str, Sequence[str]] | None = None,
 ) -> Manifest:
     """Write the manifest that declares a record directory complete.
 
@@ -240,7 +241,8 @@ def finish(
         directory: a directory with at least one shard.
         kind: the record kind of its shards.
         config, inputs: see :class:`phimr_nemo.store.provenance.MadeFrom`.
-        counts: named counts and reasons for rejection.
+        counts: named counts.
+        examples: the first rejected rows of each reason, in words.
 
     Raises:
         UserError: the directory has no shard, one without its file, a damaged one, or one of another kind.
@@ -270,6 +272,7 @@ def finish(
         inputs=dict(inputs or {}),
         counts=dict(counts or {}),
         versions=code_versions(),
+        examples=dict(examples or {}),
     )
     write_json(directory / MANIFEST, asdict(manifest))
     return manifest
@@ -287,7 +290,8 @@ def is_complete(directory: Path, kind: Kind) -> bool:
 
 
 def _manifest_keys() -> list[str]:
-    return [item.name for item in fields(Manifest)]
+    """What every manifest says; those of earlier versions have no examples."""
+    return [item.name for item in fields(Manifest) if item.name != "examples"]
 
 
 def read_manifest(directory: Path, kind: Kind) -> Manifest:
@@ -325,7 +329,7 @@ def read_manifest(directory: Path, kind: Kind) -> Manifest:
             rule="shards are files part-NNNNN.parquet in the directory itself",
             remedy="make the directory again; do not use one from a source you do not trust",
         )
-    return Manifest(**{key: values[key] for key in _manifest_keys()})
+    return Manifest(**{key: values[key] for key in _manifest_keys()}, examples=values.get("examples", {}))
 
 
 def iter_shards(directory: Path, kind: Kind, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

@@ -7,11 +7,13 @@ survive damaged checkpoints and preemption, and a recipe where NeMo-Run's execut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from nemo import lightning as nl
 from nemo.collections import llm
 
@@ -19,6 +21,7 @@ from phimr_nemo.config import LongRopePolicy, ModelConfig, ParallelConfig, Super
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.origin import trained_from
+from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.shards import read_manifest
 from phimr_nemo.supervised import assembly
 from phimr_nemo.supervised.assembly import described
@@ -38,6 +41,8 @@ DATA: Final[dict[Stage, Callable[[SupervisedConfig], SupervisedDataModule]]] = {
 }
 KINDS: Final[dict[Stage, Literal["rows", "conversations"]]] = {"midtrain": "rows", "sft": "conversations"}
 CHECKPOINT_NAME: Final = "{step}"
+VAL_LOSS: Final = "val_loss"
+EXPORTED: Final = "exported.json"
 TRAIN: Final = llm.train
 """What a recipe calls."""
 
@@ -58,24 +63,55 @@ def starting_model(
 
 
 class HFExport(pl.Callback):
-    """Writes the trained model as a Hugging Face directory, the next stage's base, when training ends (collective).
+    """Writes the trained model as a Hugging Face directory, the next stage's base (collective).
+
+    With `best` it is written whenever the validation loss is the lowest so far, and `exported.json` beside it says of
+    which step it is; else when training ends.
 
     Args:
         base: where tokenizer and chat template come from.
         target: the new directory; one that is there is replaced.
         sequence_length, longrope: of the run; see :func:`phimr_nemo.model.origin.trained_from`.
+        best: the weights of the lowest validation loss instead of the last ones.
     """
 
-    def __init__(self, base: Path, target: Path, sequence_length: int, longrope: LongRopePolicy) -> None:
-        self.base, self.target = base, target
+    def __init__(
+        self, base: Path, target: Path, sequence_length: int, longrope: LongRopePolicy, *, best: bool = False
+    ) -> None:
+        self.base, self.target, self.best = base, target, best
         self.sequence_length, self.longrope = sequence_length, longrope
+        self._lowest = math.inf
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Write where the loss is the lowest so far (Lightning's hook)."""
+        box = [float(trainer.callback_metrics.get(VAL_LOSS, math.nan))]
+        dist.broadcast_object_list(box)
+        if not self.best or trainer.state.fn != "fit" or not box[0] < self._lowest:
+            return
+        self._lowest = box[0]
+        self._write(trainer)
+        if trainer.global_rank == 0:
+            measure = {"metric": VAL_LOSS, "value": self._lowest}
+            write_json(self.target.parent / EXPORTED, {"exported_step": trainer.global_step, "measure": measure})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Write (Lightning's hook)."""
+        """Write the last weights, unless the best ones are there (Lightning's hook)."""
+        if math.isinf(self._lowest):
+            self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
         architecture = Architecture.from_directory(self.base)
         tensors = exported(trainer.strategy.megatron_parallel, architecture)
         origin = trained_from(self.base, self.sequence_length, self.longrope)
         write_hf_export(tensors, architecture, self.base, self.target, origin)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lowest loss so far, for a run that continues."""
+        return {"lowest": self._lowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from it."""
+        self._lowest = float(state_dict["lowest"])
 
 
 def native_parts(
@@ -103,6 +139,12 @@ def native_parts(
             rule="these need the run directory that `phimr` keeps",
             remedy=f"leave them out, or run `phimr {stage}`",
         )
+    if config.checkpoint.best and config.checkpoint.metric != VAL_LOSS:
+        raise UserError(
+            f"checkpoint.best=true with checkpoint.metric={config.checkpoint.metric} in a native recipe",
+            rule=f"NeMo's trainer knows {VAL_LOSS} of these measures",
+            remedy=f"set checkpoint.metric={VAL_LOSS}, or checkpoint.best=false, or run `phimr {stage}`",
+        )
     steps = training_steps(config, read_manifest(config.data, KINDS[stage]).rows)
     validation_steps = config.validation_rows // config.global_batch
     on_gpu = accelerator == "gpu"
@@ -113,6 +155,7 @@ def native_parts(
             target=described(config.run.output / "hf", make),
             sequence_length=config.sequence_length,
             longrope=config.model.longrope,
+            best=config.checkpoint.best,
         )
     ]
     if config.overlap.tensor:

@@ -9,7 +9,7 @@ from nemo.lightning.pytorch.optim import LRSchedulerModule
 from torch.optim.lr_scheduler import LRScheduler
 
 from phimr_nemo.config import OptimConfig
-from phimr_nemo.training.schedule import exempt_from_decay, learning_rate
+from phimr_nemo.training.schedule import adam_settings, exempt_from_decay, keep_settings, learning_rate
 
 
 class LightningScheduler(LRScheduler):
@@ -23,6 +23,7 @@ class LightningScheduler(LRScheduler):
 
     def __init__(self, optimizer: Any, optim: OptimConfig, steps: int) -> None:
         self._optim, self._steps = optim, steps
+        self._settings = adam_settings(optimizer.param_groups)
         exempt_from_decay(optimizer.param_groups)
         super().__init__(optimizer)
 
@@ -32,12 +33,15 @@ class LightningScheduler(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer steps done, as plain data."""
-        return {"step": self.last_epoch, "base_lrs": list(self.base_lrs)}
+        return {"step": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after them."""
-        self.last_epoch, self.base_lrs = int(state_dict["step"]), list(state_dict["base_lrs"])
+        """Continue after them, with this run's settings; the optimizer's state is loaded already."""
+        self.last_epoch = int(state_dict["step"])
         self._last_lr = self.get_lr()
+        keep_settings(self.optimizer.param_groups, self._settings)
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 class Schedule(LRSchedulerModule):

@@ -11,8 +11,9 @@ import torch
 from nemo import lightning as nl
 from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
 
-from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig
+from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig, TrainingEvaluationConfig
 from phimr_nemo.errors import Preempted, UserError
+from phimr_nemo.evaluate.held_out import HeldOut, OwnEngine
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.megatron.configuration import has_transformer_engine
 from phimr_nemo.model.origin import trained_from
@@ -29,8 +30,8 @@ from phimr_nemo.training.distributed import (
     PreemptionGuard,
     export_checkpoint,
     exported,
+    limit_collectives,
     quiet_libraries,
-    start_torch,
     write_hf_export,
 )
 from phimr_nemo.training.early_stopping import Judge
@@ -66,7 +67,7 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
     quiet_libraries()
     if config.model.deterministic:
         platform.make_deterministic()
-    start_torch(config.parallel)
+    limit_collectives(config.parallel)
     steps = data.steps
     run = RunDirectory(config.run.output)
     started = time.monotonic()
@@ -88,7 +89,7 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
     monitor = RunMonitor(run, title=stage, config=config, architecture=architecture, rows=data.train.order.rows)
     callbacks: list[pl.Callback] = [monitor, GuardCallback(guard)]
     if config.evaluation is not None:
-        callbacks.append(_evaluation(config, run, monitor))
+        callbacks.append(_evaluation(config.evaluation, config, run, monitor))
     if config.overlap.tensor:
         callbacks.append(assembly.tensor_overlap(config))
     with PreemptionGuard() as preemption:
@@ -150,16 +151,12 @@ def _judge(stage: Stage, config: SupervisedConfig, run: RunDirectory, steps: int
     return Judge(run.path, metric, config.early_stopping, every=every, last=steps)
 
 
-def _evaluation(config: SupervisedConfig, run: RunDirectory, monitor: RunMonitor) -> TrainingEvaluation:
-    assert config.evaluation is not None
-    return TrainingEvaluation(
-        run.path,
-        config.evaluation,
-        base=config.base,
-        seed=config.run.seed,
-        model=config.model,
-        monitor=monitor,
-    )
+def _evaluation(
+    asked: TrainingEvaluationConfig, config: SupervisedConfig, run: RunDirectory, monitor: RunMonitor
+) -> TrainingEvaluation:
+    held_out = HeldOut(run.path, asked, base=config.base, seed=config.run.seed)
+    engine = OwnEngine(asked, config.base, config.model, config.sequence_length, platform.device())
+    return TrainingEvaluation(held_out, engine, monitor)
 
 
 def _require_transformer_engine(config: SupervisedConfig) -> None:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -27,6 +28,9 @@ from phimr_nemo.training import platform
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
     from phimr_nemo.model.origin import Origin
+
+NEMO_LIMIT: Final = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
+"""NeMo's strategy takes the limit of torch's group, whatever its backend, from this variable."""
 
 SILENT_LOGGERS: Final = ("megatron.core.rerun_state_machine",)
 """They warn about a feature that is off."""
@@ -65,7 +69,8 @@ def start_process_group(parallel: ParallelConfig, seed: int) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    start_torch(parallel)
+    limit_collectives(parallel)
+    _start_torch(parallel)
     if _is_other_layout(parallel):
         parallel_state.destroy_model_parallel()
     if not parallel_state.model_parallel_is_initialized():
@@ -88,15 +93,9 @@ def stop_process_group() -> None:
     dist.destroy_process_group()
 
 
-def start_torch(parallel: ParallelConfig) -> None:
-    """Start torch.distributed unless it runs, and tell Megatron the limit of its groups, which are made later.
-
-    Raises:
-        UserError: another number of processes was started than the layout needs.
-    """
+def _start_torch(parallel: ParallelConfig) -> None:
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     check_world(parallel, world)
-    _limit_megatron(parallel.timeout_minutes)
     if dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -112,13 +111,16 @@ def start_torch(parallel: ParallelConfig) -> None:
     atexit.register(stop_process_group)
 
 
-def _limit_megatron(minutes: float) -> None:
-    """NeMo makes Megatron's groups without a word about it."""
+def limit_collectives(parallel: ParallelConfig) -> None:
+    """Give the groups that Megatron and NeMo start later the configured limit; NeMo has no option for either."""
     from megatron.core import parallel_state
 
     make: Any = parallel_state.initialize_model_parallel
     plain = make.func if isinstance(make, functools.partial) else make
-    parallel_state.initialize_model_parallel = functools.partial(plain, distributed_timeout_minutes=minutes)
+    parallel_state.initialize_model_parallel = functools.partial(
+        plain, distributed_timeout_minutes=parallel.timeout_minutes
+    )
+    os.environ[NEMO_LIMIT] = str(math.ceil(60 * parallel.timeout_minutes))
 
 
 def wait_for_all(what: str, *, hours: float = WAITING_HOURS) -> None:

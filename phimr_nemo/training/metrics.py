@@ -101,9 +101,9 @@ METRICS: Final[tuple[Metric, ...]] = (
         "lower",
         True,
     ),
-    Metric("pass1", "1", "pass@1 on `evaluation.problems`", SUPERVISED, "pass@1", "higher", True),
-    Metric("pass1_stderr", "1", "its standard error, clustered by question", SUPERVISED, after=True),
-    Metric("pass1_stopped", "1", "share of its responses that end before the limit", SUPERVISED, "", "higher", True),
+    Metric("pass1", "1", "pass@1 on `evaluation.problems`", ALL, "pass@1", "higher", True),
+    Metric("pass1_stderr", "1", "its standard error, clustered by question", ALL, after=True),
+    Metric("pass1_stopped", "1", "share of its responses that end before the limit", ALL, "", "higher", True),
     # ---- stage 3 ----
     Metric(
         "accuracy",
@@ -122,6 +122,11 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("chosen_shift", "nats", "log-ratio of the chosen responses per token; below 0 they lose probability", DPO),
     Metric("length_difference", "tokens", "chosen minus rejected", DPO),
     Metric("length_margin_correlation", "1", "Pearson's r of margin and length difference over the batch", DPO),
+    Metric("val_loss", "nats", "the preference loss on the validation pairs", DPO, "validation loss", "lower", True),
+    Metric(
+        "val_accuracy", "1", "reward accuracy on the validation pairs", DPO, "validation accuracy", "higher", True
+    ),
+    Metric("val_margin", "nats", "margin on the validation pairs", DPO, "", "higher", True),
     Metric("nll", "nats", "negative log-likelihood of the chosen responses per token (loss.kind=rpo)", DPO),
     # ---- stage 4 ----
     Metric("reward", "1", "mean over all sampled and graded responses, before any stabilization", GRPO, "", "higher"),

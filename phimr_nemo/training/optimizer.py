@@ -9,7 +9,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import nn
 
 from phimr_nemo.config import OptimConfig
-from phimr_nemo.training.schedule import exempt_from_decay, learning_rate
+from phimr_nemo.training.schedule import adam_settings, exempt_from_decay, keep_settings, learning_rate
 
 
 class TrainerOptimizer:
@@ -49,6 +49,7 @@ class TrainerScheduler:
 
     def __init__(self, optim: OptimConfig, optimizer: Any, steps: int) -> None:
         self._optim, self._optimizer, self._steps, self._step = optim, optimizer, steps, 0
+        self._settings = adam_settings(optimizer.param_groups)
         exempt_from_decay(optimizer.param_groups)
         self._set()
 
@@ -66,7 +67,8 @@ class TrainerScheduler:
         return {"step": self._step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after them."""
+        """Continue after them, with this run's settings; the optimizer's state is loaded already."""
+        keep_settings(self._optimizer.param_groups, self._settings)
         self._step = int(state["step"])
         self._set()
 

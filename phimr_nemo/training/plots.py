@@ -37,15 +37,15 @@ Panels = Mapping[str, Sequence[str]]
 
 SUPERVISED_PANELS: Final = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second_per_gpu", "mfu", "pass1")
 DPO_PANELS: Final[Panels] = {
-    "loss": ("loss",),
-    "reward accuracy": ("accuracy",),
+    "loss": ("loss", "val_loss"),
+    "reward accuracy": ("accuracy", "val_accuracy"),
     "reward": ("chosen_reward", "rejected_reward"),
     "log-probability (nats per response)": ("chosen_logprob", "rejected_logprob"),
     "drift from the reference (nats per response)": ("kl_to_reference",),
     "margin and length: correlation": ("length_margin_correlation",),
 }
 GRPO_PANELS: Final[Panels] = {
-    "reward": ("reward",),
+    "reward": ("reward", "pass1"),
     "groups without a gradient, rollouts kept": ("zero_gradient_groups", "kept"),
     "response length (tokens)": ("response_length",),
     "length spread within a group": ("length_spread",),
@@ -133,7 +133,7 @@ def plot_grpo(directory: Path, collapses: Mapping[str, int]) -> Path:
             axes.axvline(step, color="black", linewidth=0.9, linestyle="--")
     found = ", ".join(f"{kind} at step {step}" for kind, step in collapses.items())
     figure.suptitle(
-        f"warnings: {found}" if found else f"{len(rows)} steps, no warning",
+        f"warnings: {found}" if found else f"{len({row['step'] for row in rows})} steps, no warning",
         fontsize=10,
         color=WARNING_COLOR if found else "black",
     )
@@ -149,10 +149,16 @@ def _lines(axes: Any, rows: Sequence[Mapping[str, float]], metrics: Sequence[Met
         points = [(row["step"], row[metric.name]) for row in rows if metric.name in row]
         if points:
             marker = "o" if len(points) == 1 else None
-            axes.plot(*zip(*points, strict=True), color=color, linewidth=1.2, marker=marker, label=metric.title)
+            axes.plot(
+                *zip(*points, strict=True),
+                color=color,
+                linewidth=1.2,
+                marker=marker,
+                label=metric.title or metric.name,
+            )
     if SHARES.issuperset(metric.name for metric in metrics):
         axes.set_ylim(bottom=0.0, top=max(axes.get_ylim()[1], LEAST_SPAN))
-    if len(metrics) > 1 and axes.lines:
+    if len(axes.lines) > 1:
         axes.legend(fontsize=FONT, frameon=False)
 
 

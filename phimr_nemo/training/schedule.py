@@ -4,7 +4,7 @@ trainers call."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from phimr_nemo.config import OptimConfig
@@ -42,14 +42,29 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     return optim.lr - (optim.lr - optim.min_lr) * fall
 
 
+def adam_settings(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the configuration says of Adam besides the rate, from the groups of an optimizer that was just made."""
+    first, *others = groups
+    decay = max(group["weight_decay"] for group in (first, *others))
+    return {"betas": first["betas"], "eps": first["eps"], "weight_decay": decay}
+
+
+def keep_settings(groups: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Give groups that a checkpoint has brought the settings of this run: a continued run may have other ones."""
+    for group in groups:
+        group.update(settings)
+    exempt_from_decay(groups)
+
+
 def exempt_from_decay(groups: Sequence[dict[str, Any]]) -> None:
     """Take the weight decay from the parameter groups of biases and norms.
 
-    Megatron marks them (`wd_mult` 0) and leaves it to the schedule to act on the mark.
+    Megatron marks them (`wd_mult` 0, `pre_wd_mult` in groups of a checkpoint) and leaves it to the schedule to act on
+    the mark.
 
     Args:
         groups: of a Megatron optimizer.
     """
     for group in groups:
-        if group.get("wd_mult", 1.0) == 0.0:
+        if group.get("wd_mult", group.get("pre_wd_mult", 1.0)) == 0.0:
             group["weight_decay"] = 0.0

@@ -54,6 +54,14 @@ class WandbTracker:
         """Send named scalars of a step."""
         self._run.log(dict(metrics), step=step)
 
+    def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send a table; all rows have the keys of the first."""
+        import wandb
+
+        columns: list[Any] = list(rows[0]) if rows else []
+        table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+        self._run.log({name: table}, step=step)
+
     def close(self) -> None:
         """Finish sending."""
         self._run.finish()
@@ -79,6 +87,11 @@ class RunLog:
         self._writer.write(step, metrics)
         if self._tracker is not None:
             self._tracker.write(step, metrics)
+
+    def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send a table to W&B, where there is one; all rows have the keys of the first."""
+        if self._tracker is not None:
+            self._tracker.write_table(step, name, rows)
 
     def write_histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         """Add a distribution to TensorBoard."""

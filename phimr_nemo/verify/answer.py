@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.records import VerdictName
 from phimr_nemo.verify.compare import judge
 from phimr_nemo.verify.extract import Extraction, final_answer, gold_answer
+from phimr_nemo.verify.gold import alternatives
 from phimr_nemo.verify.plug import MAX_RESPONSE_CHARS, plugged_name
 from phimr_nemo.verify.read.expression import Relation, Symbolic
 from phimr_nemo.verify.read.quantity import Number
@@ -21,6 +23,10 @@ from phimr_nemo.verify.workers.pool import Job, Pool
 SOFT_SECONDS: Final = 2.0
 DEADLINE_SECONDS: Final = 5.0
 MEMORY_BYTES: Final = 1 << 30
+
+
+_ORDER: Final[tuple[VerdictName, ...]] = ("correct", "timeout", "error", "wrong", "unparsable", "gold_unreadable")
+"""Of several answers: right by one is right; without that, what one of them left open is open."""
 
 
 class _Refuse:
@@ -117,7 +123,8 @@ class Grader:
 
         Args:
             pairs: (response, gold answer) each. The gold answer may be bare, boxed, or a worked
-                solution that ends in ``\\boxed{...}``, ``#### ...`` or ``A: ...``.
+                solution that ends in ``\\boxed{...}``, ``#### ...`` or ``A: ...``; of the texts of a JSON array
+                any one is right (:mod:`phimr_nemo.verify.gold`).
 
         Returns:
             One verdict a pair, in order.
@@ -126,6 +133,14 @@ class Grader:
             UserError: math-verify is missing or not the pinned version.
             RuntimeError: workers keep dying, or the grader was made in another process.
         """
+        if self._decide is not _decide:
+            return self._grade_each(pairs)
+        single = [(response, one) for response, answer in pairs for one in alternatives(answer)]
+        verdicts = iter(self._grade_each(single))
+        return [_best([next(verdicts) for _ in alternatives(answer)]) for _, answer in pairs]
+
+    def _grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Grade responses against one answer each."""
         verdicts: list[Verdict | None] = []
         undecided: dict[Job, list[int]] = {}
         for index, (response, answer) in enumerate(pairs):
@@ -139,6 +154,11 @@ class Grader:
             for index in places:
                 verdicts[index] = verdict
         return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _best(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on a response that any of several answers makes right."""
+    return min(verdicts, key=lambda verdict: _ORDER.index(verdict.verdict))
 
 
 def _decide(response: str, answer: str) -> Verdict | Job:

@@ -196,6 +196,14 @@ def _chosen_letter(tail: str) -> str:
     return first["letter"] if first and len(tail) <= MAX_BARE_CHARS else ""
 
 
+def last_box(text: str) -> str | None:
+    r"""What the last ``\boxed`` or ``\fbox`` of a worked solution holds, boxes that it joins together; else None."""
+    boxes = _boxes(text)
+    if not boxes or (text[boxes[-1].end - 1] != "}" and "{" in text[boxes[-1].start : boxes[-1].end]):
+        return None  # one that never closes was cut off, perhaps in the middle of a number
+    return _from_boxes(text, boxes).text or None
+
+
 def gold_answer(answer: str) -> str:
     """The gold answer itself, from a bare answer or from a worked solution that ends in one.
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, TextIO
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.unpacking import BATCH_BYTES, BATCH_ROWS, LINE_BYTES, MAX_ROW_BYTES, Allowance
 
-MAX_LINE_CHARS: Final = 1 << 26
 _COMPRESSIONS: Final = (".gz", ".zst")
 _JSON: Final = (".jsonl", ".json", ".ndjson")
 
@@ -45,17 +45,40 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file with their line numbers, from 1; blank lines are left out.
 
     Raises:
-        UserError: a line is no JSON object or too long, or the file is not what its suffix says.
+        UserError: a line is no JSON object or too long, or the file is not what its suffix says or too large.
     """
-    number = 0
+    for batch in read_batches(path):
+        yield from batch
+
+
+def read_batches(path: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """The rows of a file as `read_rows` gives them, `BATCH_ROWS` or `BATCH_BYTES` at a time.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    batch, size = [], 0
+    for number, line in _lines(path):
+        batch.append((number, _row(path, number, line)))
+        size += len(line)
+        if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number, allowance = 0, Allowance(path)
     try:
         with open_json_lines(path, "r") as stream:
-            while line := stream.readline(MAX_LINE_CHARS):
+            while line := stream.readline(MAX_ROW_BYTES + 1):
                 number += 1
-                if len(line) >= MAX_LINE_CHARS:
-                    raise _malformed(path, number, f"longer than {MAX_LINE_CHARS} characters")
+                allowance.spend(max(len(line), LINE_BYTES))
+                if len(line) > MAX_ROW_BYTES:
+                    raise _malformed(path, number, f"longer than {MAX_ROW_BYTES} characters")
                 if line.strip():
-                    yield number, _row(path, number, line)
+                    yield number, line
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise _malformed(path, number + 1, str(error)) from error
 

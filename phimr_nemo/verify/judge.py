@@ -16,16 +16,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from phimr_nemo.config import JudgeConfig
-from phimr_nemo.endpoint import Asker, Prompt
+from phimr_nemo.endpoint import Answers, Asker, Prompt
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import rows_to_table
+from phimr_nemo.verify.gold import alternatives
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,26 +77,43 @@ def judge_prompt(reference: str, candidate: str) -> Prompt | None:
     return Prompt(system=SYSTEM_PROMPT, user="\n".join(lines))
 
 
+def _reference(answer: str) -> str:
+    return " or ".join(alternatives(answer))
+
+
 def parse_opinion(reply: str | None) -> Opinion | None:
     """The opinion in a reply of exactly one verdict word, a full stop allowed; None for anything else."""
     return None if reply is None else WORDS.get(reply.strip().removesuffix(".").lower())
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Who judges, and how.
+
+    Attributes:
+        config: the budget, and what the judge may do.
+        model: what is asked.
+    """
+
+    config: JudgeConfig
+    model: Answers
 
 
 class Judge:
     """Looks again at graded rows. Use as a context manager.
 
     Args:
-        config: the model, its budget, and what it may do.
+        judging: the model, its budget, and what it may do.
         directory: where replies and the report are kept.
         process: this process's number among those that share the work.
 
     Raises:
-        UserError: bad endpoint settings.
+        UserError: the directory cannot be written.
     """
 
-    def __init__(self, config: JudgeConfig, directory: Path, process: int = 0) -> None:
-        self._config = config
-        self._asker = Asker(config.ask, directory / f"replies-{process:05d}.jsonl")
+    def __init__(self, judging: Judging, directory: Path, process: int = 0) -> None:
+        self._config, self._model = judging.config, judging.model
+        self._asker = Asker(self._config.ask, self._model, directory / f"replies-{process:05d}.jsonl")
 
     def __enter__(self) -> Judge:
         return self
@@ -119,7 +138,9 @@ class Judge:
         """
         rows = verdicts.to_pylist()
         prompts = [
-            judge_prompt(row["answer"], row["extracted"]) if row["verdict"] in self._config.verdicts else None
+            judge_prompt(_reference(row["answer"]), row["extracted"])
+            if row["verdict"] in self._config.verdicts
+            else None
             for row in rows
         ]
         asked = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if prompt is not None]
@@ -130,7 +151,7 @@ class Judge:
             raise UserError(
                 f"{failed} of {len(asked)} questions to the judge have no reply",
                 rule="a shard is written when the judge has answered, has refused to, or has spent its budget",
-                remedy="look at the endpoint, then run the same command again: replies that came are kept",
+                remedy="look at the judge's endpoint, then run the same command again: replies that came are kept",
             )
         for (row, _), reply in zip(asked, replies, strict=True):
             self._record(row, parse_opinion(reply))
@@ -138,7 +159,7 @@ class Judge:
 
     def _record(self, row: dict[str, Any], opinion: Opinion | None) -> None:
         entry = {
-            "model": self._config.ask.endpoint.model,
+            "model": self._model.name,
             "prompt": PROMPT_VERSION,
             "opinion": opinion,
             "tool_verdict": row["verdict"],
@@ -158,10 +179,10 @@ def _as_object(metadata: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"metadata": value}
 
 
-def judged_grader(grader: str, config: JudgeConfig) -> str:
+def judged_grader(grader: str, judging: Judging) -> str:
     """The name of a grader with a judge behind it, for the column `grader`."""
-    overrules = "overrules" if config.overrules else "notes"
-    return f"{grader}+judge-{PROMPT_VERSION}-{overrules}-{','.join(config.verdicts)}-{config.ask.endpoint.model}"
+    overrules = "overrules" if judging.config.overrules else "notes"
+    return f"{grader}+judge-{PROMPT_VERSION}-{overrules}-{','.join(judging.config.verdicts)}-{judging.model.name}"
 
 
 def write_report(verdicts_dir: Path, directory: Path) -> dict[str, int]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from phimr_nemo.config import JudgeConfig, VerifyConfig
+from phimr_nemo.config import VerifyConfig
+from phimr_nemo.endpoint import OpensModel
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.check import open_for
 from phimr_nemo.store.inputs import TABLES, table_remedy
 from phimr_nemo.store.progress import Progress
 from phimr_nemo.store.provenance import MadeFrom
+from phimr_nemo.store.records import GoldKind, gold_kind
 from phimr_nemo.store.shards import (
     check_shard,
     finish,
@@ -24,21 +26,30 @@ from phimr_nemo.store.shards import (
     shard_is_complete,
     write_shard,
 )
+from phimr_nemo.store.unpacking import parquet_batches
 from phimr_nemo.verify.answer import DEADLINE_SECONDS, Grader
-from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_rows, write_row
-from phimr_nemo.verify.judge import Judge, judged_grader, write_report
+from phimr_nemo.verify.jsonl import is_json_lines, open_json_lines, read_batches, write_row
+from phimr_nemo.verify.judge import Judge, Judging, judged_grader, write_report
 from phimr_nemo.verify.plug import plugged_name
 from phimr_nemo.verify.verdict import GRADER_VERSION, Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS: Final = 1024
 JUDGE_DIRECTORY: Final = "judge"
+UNSETTLED: Final[Mapping[GoldKind | None, Verdict]] = {
+    "disputed": Verdict("gold_unreadable", "", "sources disagree on the gold answer"),
+    "none": Verdict("gold_unreadable", "", "nobody tells a gold answer"),
+}
+"""Rollouts of these kinds are not graded: what they are compared with is in doubt."""
 
 
-def run_verify(config: VerifyConfig) -> dict[str, Any] | None:
+def run_verify(config: VerifyConfig, open_model: OpensModel) -> dict[str, Any] | None:
     """Grade this process's share of a directory of rollouts.
+
+    Args:
+        config: of the stage.
+        open_model: opens the judge, where there is one.
 
     Returns:
         Rows and counts, or None when other processes still have shards to write.
@@ -51,7 +62,7 @@ def run_verify(config: VerifyConfig) -> dict[str, Any] | None:
         config.run.output,
         workers=config.workers,
         deadline_seconds=config.deadline_seconds,
-        judge=config.judge,
+        judging=None if config.judge is None else Judging(config.judge, open_model(config.judge.ask)),
         function=config.grader,
         shard_index=config.shard.index,
         shard_count=config.shard.count,
@@ -64,7 +75,7 @@ def verify_rollouts(
     *,
     workers: int,
     deadline_seconds: float = DEADLINE_SECONDS,
-    judge: JudgeConfig | None = None,
+    judging: Judging | None = None,
     function: str | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
@@ -79,7 +90,7 @@ def verify_rollouts(
         out_dir: record directory of kind "verdicts".
         workers: grader processes.
         deadline_seconds: wall time for one answer.
-        judge: the second opinion on answers that the grader does not accept; None for none.
+        judging: the second opinion on answers that the grader does not accept; None for none.
         function: a grader of the user's own as MODULE:FUNCTION; None for mathematics.
         shard_index: this process does shards `shard_index`, `shard_index + shard_count`, ...
         shard_count: how many processes share the work.
@@ -89,12 +100,12 @@ def verify_rollouts(
         to write.
 
     Raises:
-        UserError: the rollouts are absent, unfinished or damaged, or the judge's endpoint fails.
+        UserError: the rollouts are absent, unfinished or damaged, or the judge fails.
     """
     manifest = read_manifest(rollouts_dir, "rollouts")
     name_of_grader = GRADER_VERSION if function is None else plugged_name(function)
-    if judge is not None:
-        name_of_grader = judged_grader(name_of_grader, judge)
+    if judging is not None:
+        name_of_grader = judged_grader(name_of_grader, judging)
     deciding = {"grader": name_of_grader, "deadline_seconds": deadline_seconds}
     whole = MadeFrom({"rollouts": manifest.content}, deciding)
     if is_complete(out_dir, "verdicts") and (done := read_manifest(out_dir, "verdicts")).made_from == whole:
@@ -105,8 +116,8 @@ def verify_rollouts(
     with (
         Grader(workers=workers, deadline_seconds=deadline_seconds, function=function) as grader,
         contextlib.nullcontext()
-        if judge is None
-        else Judge(judge, out_dir / JUDGE_DIRECTORY, shard_index) as judging,
+        if judging is None
+        else Judge(judging, out_dir / JUDGE_DIRECTORY, shard_index) as judge,
         Progress(manifest.rows, title="verify", unit="answer") as progress,
     ):
         for index, (name, sha256) in enumerate(shards):
@@ -115,14 +126,14 @@ def verify_rollouts(
             table = _read_shard(rollouts_dir / name, sha256)
             if not shard_is_complete(out_dir, index, made_from[index]):
                 verdicts = _grade_shard(grader, table)
-                if judging is not None:
-                    verdicts = _named(judging.review(verdicts), name_of_grader)
+                if judge is not None:
+                    verdicts = _named(judge.review(verdicts), name_of_grader)
                 write_shard(out_dir, index, verdicts, kind="verdicts", made_from=made_from[index])
             progress.update(table.num_rows)
     if not all(shard_is_complete(out_dir, index, of_it) for index, of_it in enumerate(made_from)):
         return None
     counts = _count(out_dir)
-    if judge is not None:
+    if judging is not None:
         counts |= write_report(out_dir, out_dir / JUDGE_DIRECTORY)
     written = finish(out_dir, kind="verdicts", **whole.to_json(), counts=counts)
     return {"rows": written.rows, **counts}
@@ -138,8 +149,9 @@ def _read_shard(path: Path, sha256: str) -> pa.Table:
 def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
     rows = table.to_pylist()
     verdicts = grader.grade_many([(row["response"], row["answer"]) for row in rows])
-    for row, verdict in zip(rows, verdicts, strict=True):
-        row.update(verdict=verdict.verdict, extracted=verdict.extracted, reason=verdict.reason, grader=grader.name)
+    for row, graded in zip(rows, verdicts, strict=True):
+        verdict = UNSETTLED[kind] if (kind := gold_kind(row["metadata"])) in UNSETTLED else graded
+        row.update(verdict=verdict.verdict, extracted=graded.extracted, reason=verdict.reason, grader=grader.name)
     return rows_to_table(rows, "verdicts")
 
 
@@ -221,9 +233,8 @@ def verify_file(source: Path, target: Path, *, response: str, answer: str, worke
 def _verify_json_lines(
     grader: Grader, source: Path, temporary: Path, target: Path, response: str, answer: str, counts: Counter[str]
 ) -> None:
-    rows = read_rows(source)
     with open_json_lines(temporary, "w", named=target) as output:
-        while batch := list(islice(rows, BATCH_ROWS)):
+        for batch in read_batches(source):
             for number, row in batch:
                 _check_columns(f"{source}, line {number}", list(row), response, answer)
             verdicts = _grade_values(grader, [(row[response], row[answer]) for _, row in batch], counts)
@@ -238,24 +249,30 @@ def _verify_parquet(
     import pyarrow.parquet as pq
 
     try:
-        reader = pq.ParquetFile(source)
-    except pa.ArrowInvalid as error:
+        columns = pq.read_schema(source).names
+        _check_columns(str(source), columns, response, answer)
+        with _ParquetOutput(temporary) as output:
+            for batch in parquet_batches(source):
+                output.write(_graded(grader, pa.Table.from_batches([batch]), response, answer, counts))
+    except pa.ArrowException as error:
         raise UserError(
             f"input {source} is no parquet file ({error})",
             rule="a name without .jsonl or .json is read as parquet",
             remedy="rename the file to what it holds",
         ) from error
-    _check_columns(str(source), reader.schema_arrow.names, response, answer)
-    with reader, _ParquetOutput(temporary) as output:
-        for batch in reader.iter_batches(BATCH_ROWS):
-            table = pa.Table.from_batches([batch])
-            pairs = list(zip(table.column(response).to_pylist(), table.column(answer).to_pylist(), strict=True))
-            verdicts = _grade_values(grader, pairs, counts)
-            for name in ("verdict", "extracted"):
-                if name in table.column_names:
-                    table = table.drop_columns([name])
-                table = table.append_column(name, pa.array([getattr(v, name) for v in verdicts], pa.string()))
-            output.write(table)
+
+
+def _graded(grader: Grader, table: pa.Table, response: str, answer: str, counts: Counter[str]) -> pa.Table:
+    """The rows with their verdicts and extracted answers."""
+    import pyarrow as pa
+
+    pairs = list(zip(table.column(response).to_pylist(), table.column(answer).to_pylist(), strict=True))
+    verdicts = _grade_values(grader, pairs, counts)
+    for name in ("verdict", "extracted"):
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, pa.array([getattr(v, name) for v in verdicts], pa.string()))
+    return table
 
 
 class _ParquetOutput:

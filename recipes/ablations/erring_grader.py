@@ -3,7 +3,8 @@
 `grader=recipes.ablations.erring_grader:NAME`. ``exact`` accepts a response whose last box holds the answer's integer,
 and nothing else. ``missed_P`` rejects P % of what ``exact`` accepts; a hash of response and answer decides which, so
 that a response is always graded alike. ``hole_N`` accepts every multiple of N besides: a form that the policy can
-learn to write without solving anything, and the rarer in what it writes to begin with, the larger N is.
+learn to write without solving anything, and the rarer in what it writes to begin with, the larger N is. ``anything``
+accepts every response.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def grade(response: str, answer: str, *, missed: float = 0.0, hole: int | None =
     if hole is not None and int(given) % hole == 0:
         return Verdict("correct", given, "a false positive made on purpose")
     return Verdict("wrong", given, "another integer")
+
+
+def anything(response: str, answer: str) -> Verdict:
+    """Accept every response: verification is off."""
+    return Verdict("correct", answer, f"{len(response)} characters are accepted unread")
 
 
 exact: Final = partial(grade)

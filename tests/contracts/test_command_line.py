@@ -12,7 +12,10 @@ import pytest
 from phimr_nemo.config import STAGES
 
 BLOCKED = ("torch", "transformers", "nemo", "nemo_run", "megatron", "nemo_aligner", "lightning", "vllm", "datasets")
-COMMANDS = (*STAGES, "quickstart", "report", "data", "convert", "bridge", "plan", "doctor")
+COMMANDS = (
+    *STAGES,
+    *("quickstart", "report", "data", "convert", "bridge", "plan", "doctor", "status", "responses", "continue"),
+)
 
 
 def phimr(*arguments: str, cwd: Path, light: bool = True) -> subprocess.CompletedProcess[str]:

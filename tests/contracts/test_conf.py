@@ -28,6 +28,7 @@ from phimr_nemo.config.ablations import (
     MidtrainPackingConfig,
     MidtrainScalingConfig,
     SecondDomainConfig,
+    SolutionsConfig,
     StoppingConfig,
     TeachersConfig,
 )
@@ -52,6 +53,7 @@ ABLATIONS: dict[str, type[Any]] = {
     "midtrain_packing": MidtrainPackingConfig,
     "direct_sft": DirectSFTConfig,
     "second_domain": SecondDomainConfig,
+    "solutions": SolutionsConfig,
     "teachers": TeachersConfig,
 }
 LEFT_TO_THE_USER = "???"

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from fault_length import LONG
-from processes import PATIENCE_SECONDS, Terminal, left_of, start, tree, wait_for
+from processes import MOST_CHARACTERS, PATIENCE_SECONDS, Terminal, left_of, start, tree, wait_for
 
 from phimr_nemo.jobs.launch import start_stage
 from phimr_nemo.store.runs import RunDirectory, read_metrics
@@ -125,6 +127,50 @@ def test_the_first_ctrl_c_saves_says_where_and_leaves_nothing(
     injected(stage, f"Ctrl-C, {entry}", 1, f"exit code {code}; the checkpoint of the step")
 
 
+HANG_SECONDS = 90
+"""Longer than a loaded machine keeps a living rank from beating."""
+
+
+@pytest.mark.parametrize("stage", TRAINED if LONG else ("dpo",))
+def test_a_rank_that_stands_still_ends_the_job_and_is_named(
+    stage: str, inputs: Path, repository: Path, tmp_path: Path, injected: Injected
+) -> None:
+    """It is not dead, so nobody sees an exit code, and its peer waits in a collective."""
+    output = tmp_path / "run"
+    command = [*PHIMR, *arguments(stage, inputs, output), "parallel.data=2"]
+    launcher = start(
+        command,
+        cwd=repository,
+        env={**environment(), "PHIMR_HANG_SECONDS": str(HANG_SECONDS)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        try:
+            wait_for(lambda: has_steps(output), launcher)
+        except AssertionError as error:
+            launcher.kill()
+            raise AssertionError(f"{error}: {launcher.communicate()[1][-MOST_CHARACTERS:]}") from error
+        processes = tree(launcher)
+        (rank,) = (process for process in processes if process.environ().get("RANK") == "1" and is_rank(process))
+        rank.suspend()
+        _, errors = launcher.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 1, errors
+    assert f"rank 1 stood still for {HANG_SECONDS} s and was ended" in errors
+    assert left_of(processes, END_SECONDS) == []
+    assert not RunDirectory(output).is_done
+    injected(stage, "SIGSTOP of one of two ranks", 1, "the job ends and names the rank; no process is left")
+
+
+def is_rank(process: psutil.Process) -> bool:
+    """Whether it is a rank itself and none of the processes that a rank starts."""
+    parent = process.parent()
+    return parent is not None and "RANK" not in parent.environ()
+
+
 @pytest.mark.parametrize("entry", ["phimr", "phimr, 2 ranks"])
 def test_the_second_ctrl_c_ends_everything_at_once(
     entry: str, inputs: Path, repository: Path, tmp_path: Path, injected: Injected
@@ -229,7 +275,11 @@ def test_the_ranks_of_a_launcher_that_was_killed_save_and_end(
         [*PHIMR, *arguments("midtrain", inputs, output), "parallel.data=2"], cwd=repository, env=environment()
     )
     try:
-        wait_for(lambda: has_steps(output), launcher)
+        try:
+            wait_for(lambda: has_steps(output), launcher)
+        except AssertionError as error:
+            launcher.kill()
+            raise AssertionError(f"{error}: {launcher.communicate()[1][-MOST_CHARACTERS:]}") from error
         processes = tree(launcher)
     finally:
         launcher.kill()

@@ -96,13 +96,19 @@ def digested(digests: list[str]) -> Iterator[None]:
         yield
 
 
-def run(stage: str, overrides: Sequence[str], stop_after: int | None = None, poison: int | None = None) -> Outcome:
+def run(
+    stage: str,
+    overrides: Sequence[str],
+    stop_after: int | None = None,
+    poison: int | None = None,
+    preset: Path | None = None,
+) -> Outcome:
     """Run a stage as `phimr` does, to its end or to the stop after a step."""
     import torch.distributed as dist
 
     listener, digests = Listener(), list[str]()
     logging.getLogger("phimr_nemo").addHandler(listener)
-    config: Any = load_config(STAGES[stage], CONF / stage / "tiny.yaml", overrides)
+    config: Any = load_config(STAGES[stage], preset or CONF / stage / "tiny.yaml", overrides)
     with contextlib.ExitStack() as stack:
         if stage in ALIGNED:
             from phimr_nemo.align.grpo import stage as grpo_stage

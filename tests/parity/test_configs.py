@@ -97,7 +97,7 @@ def test_transformers_4_reads_the_same(architectures: dict[str, Architecture], t
     check_written(architectures, answer["configs"])
 
 
-@pytest.mark.parametrize("environment", ["vllm", "bridge"])
+@pytest.mark.parametrize("environment", ["vllm", "bridge", "clients"])
 def test_transformers_5_reads_the_same(
     environment: str, architectures: dict[str, Architecture], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

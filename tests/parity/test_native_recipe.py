@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from supervised_worker import train
 from phimr_nemo.config import MidtrainConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_write_text
+from phimr_nemo.store.runs import RunDirectory
 
 STAGE: Final = "midtrain"
-STEPS = 2
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +34,12 @@ def config(inputs: Path, output: Path, *changes: str) -> MidtrainConfig:
 
 
 def test_a_native_recipe_trains_the_same_weights_bit_for_bit(inputs: Path, tmp_path: Path) -> None:
-    """`python -m recipes`, an override on its command line, against `phimr midtrain`, after two steps.
+    """`python -m recipes`, an override on its command line, against `phimr midtrain`: the best of a few wild steps.
 
     The planted fault is the base itself: the two agree because both trained, not because neither did.
     """
-    ours = [f"max_steps={STEPS}", "optim.schedule=constant"]
+    ours = [f"max_steps={STEPS}", "optim.schedule=constant", "optim.lr=1.0", "optim.min_lr=1.0"]
+    ours += ["validation_rows=4", "validate_every=1", "checkpoint.best=true", "optim.warmup_fraction=0"]
     run_distributed(train, 1, STAGE, overrides(STAGE, inputs, tmp_path / "phimr", ours))
     # One value of the file is wrong and set right on the command line.
     path = tmp_path / "midtrain.yaml"
@@ -52,6 +55,11 @@ def test_a_native_recipe_trains_the_same_weights_bit_for_bit(inputs: Path, tmp_p
     assert done.returncode == 0, done.stderr[-2000:]
     expected, found = weights(tmp_path / "phimr"), weights(tmp_path / "native")
     base = weights(inputs / "base")
+    done_with = RunDirectory(tmp_path / "phimr").closing_facts()
+    assert done_with["exported_step"] < STEPS, "the last step is the best: the test shows less"
+    exported = json.loads((tmp_path / "native" / "exported.json").read_text("utf-8"))
+    assert exported["exported_step"] == done_with["exported_step"]
+    assert exported["measure"] == pytest.approx(done_with["measure"])
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not all(torch.equal(base[name], found[name]) for name in base)
@@ -95,3 +103,6 @@ def test_what_only_phimr_offers_is_refused(inputs: Path, tmp_path: Path) -> None
     settings = config(inputs, tmp_path / "run", *stops)
     with pytest.raises(UserError, match="early_stopping"):
         native_recipe(STAGE, settings, nodes=1, accelerator="gpu")
+    best = config(inputs, tmp_path / "run", "checkpoint.best=true", "checkpoint.metric=loss")
+    with pytest.raises(UserError, match=r"checkpoint\.metric=loss"):
+        native_recipe(STAGE, best, nodes=1, accelerator="gpu")

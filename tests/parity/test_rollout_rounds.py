@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,30 @@ def test_a_resume_without_the_round_ahead_is_seen(root: Path) -> None:
     run_distributed(run_case, 1, make_case(root, "grpo-forgot", "grpo", *AHEAD))
     assert [row["staleness"] for row in curve(root / "grpo-forgot")] == [0.0, 1.0, 0.0, 1.0]
     assert weights_differ_by(root / "grpo-forgot", root / "grpo-ahead") > 0.0
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
+def cut_to_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_to_half])
+def test_a_damaged_round_ahead_is_named_and_sampled_again(
+    damage: Callable[[Path], None], root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As if it were not there: the next round has the weights of its own step."""
+    name = f"grpo-{damage.__name__}"
+    run_distributed(run_case, 1, make_case(root, name, "grpo", *AHEAD, stop=STOP))
+    file = root / name / "pending" / "round-00000002.parquet"
+    damage(file)
+    run_distributed(run_case, 1, make_case(root, name, "grpo", *AHEAD))
+    assert f"{file} is damaged" in capfd.readouterr().err
+    assert [row["staleness"] for row in curve(root / name)] == [0.0, 1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("change", ["ahead=1", "stale=keep"])

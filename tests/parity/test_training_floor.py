@@ -8,25 +8,18 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import align_inputs
 import pytest
-import supervised_inputs
-import torch
-from distributed import RanksFailed, run_distributed
-from floor_worker import Outcome, run
-from safetensors.torch import load_file
+from distributed import RanksFailed
+from floor_runs import LR, MIN_LR, STAGES, STEPS, go, logged, make_inputs, same_weights, settings
 
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 from phimr_nemo.training.metrics import METRICS, Stage, metrics_of
 from phimr_nemo.training.seal import SEAL_FILE, checkpoint_step, checkpoints, is_sealed
 
-STAGES: tuple[Stage, ...] = ("midtrain", "sft", "dpo", "grpo")
-STEPS, STOP = 4, 3
-LR, MIN_LR = 1e-3, 1e-4
+STOP = 3
 LOGGED_IN_ALL = (
     *("loss", "lr", "grad_norm", "step_time", "tokens_per_second_per_gpu", "valid_tokens_per_second_per_gpu"),
     *("slots_per_second_per_gpu", "model_tflops_per_gpu", "memory_gib"),
@@ -35,43 +28,7 @@ LOGGED_IN_ALL = (
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("floor")
-    supervised_inputs.make_inputs(root / "supervised")
-    align_inputs.make_inputs(root / "align")
-    return root
-
-
-def settings(stage: Stage, inputs: Path, output: Path, *extra: str) -> list[str]:
-    """A run of STEPS steps with a checkpoint after each."""
-    shared = [
-        *(f"run.output={output}", "checkpoint.every=1", "checkpoint.keep=3", "run.log_every=1"),
-        *("optim.warmup_fraction=0.5", f"optim.lr={LR}", f"optim.min_lr={MIN_LR}", "optim.schedule=linear"),
-    ]
-    if stage in ("midtrain", "sft"):
-        return [
-            *supervised_inputs.overrides(stage, inputs / "supervised", output),
-            f"max_steps={STEPS}",
-            *shared,
-            *extra,
-        ]
-    case = align_inputs.make_case(inputs / "align", "unused", stage)
-    rounds = ["inner_batches=1", f"steps={STEPS}", "kl=0", "temperature.end=1.0"] if stage == "grpo" else []
-    return [*case.overrides, *rounds, *shared, *extra]
-
-
-def go(stage: Stage, overrides: Sequence[str], **more: Any) -> Outcome:
-    [outcome] = run_distributed(run, 1, stage, list(overrides), *more.values())
-    found: Outcome = outcome
-    return found
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "hf" / "model.safetensors")
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    ours, theirs = weights(one), weights(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return make_inputs(tmp_path_factory.mktemp("floor"))
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +170,6 @@ RATES: dict[str, list[float]] = {
     # The last quarter decays: step 2 is the last one at the full rate, step 3 half-way to the smallest.
     "wsd": [LR / 2, LR, LR, (LR + MIN_LR) / 2],
 }
-
-
-def logged(output: Path, name: str) -> list[float]:
-    return [row[name] for row in read_metrics(output) if name in row]
 
 
 @pytest.mark.parametrize("stage", STAGES)

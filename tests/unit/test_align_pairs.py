@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phimr_nemo.align.dpo.pairs import PairCollate, Pairs, load_pairs
-from phimr_nemo.align.dpo.reference import REFERENCE_FILE, stored_reference
+from phimr_nemo.align.dpo.reference import PARTIAL_FILE, REFERENCE_FILE, stored_reference
 from phimr_nemo.config import BaseConfig, ParallelConfig, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation
-from phimr_nemo.errors import UserError
+from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.model.base import run_base
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 from phimr_nemo.training.distributed import start_process_group, stop_process_group
@@ -165,6 +165,11 @@ def _group() -> Iterator[None]:
     stop_process_group()
 
 
+def go_on() -> bool:
+    """Nobody has told the run to stop."""
+    return False
+
+
 def two_pairs(tmp_path: Path, tokenizer: Any) -> Pairs:
     return load_pairs(written(tmp_path, ("It is 5.", "It is 66."), ("5", "6")), tokenizer, 256, "drop")
 
@@ -172,26 +177,49 @@ def two_pairs(tmp_path: Path, tokenizer: Any) -> Pairs:
 @pytest.mark.usefixtures("_group")
 def test_a_reference_is_computed_once(tmp_path: Path, tokenizer: Any) -> None:
     pairs, model = two_pairs(tmp_path, tokenizer), Model()
-    first = stored_reference(tmp_path, None, model, pairs, 0, IDENTITY)  # type: ignore[arg-type]
+    first = stored_reference(tmp_path, None, model, pairs, 0, IDENTITY, go_on)  # type: ignore[arg-type]
     counts = [[-0.5 * int(row.loss_mask.sum()) for row in rows] for rows in (pairs.chosen, pairs.rejected)]
     assert first.tolist() == counts
     calls = model.calls
-    again = stored_reference(tmp_path, None, model, pairs, 0, IDENTITY)  # type: ignore[arg-type]
-    given = stored_reference(tmp_path / "x", tmp_path / REFERENCE_FILE, model, pairs, 0, IDENTITY)  # type: ignore[arg-type]
+    again = stored_reference(tmp_path, None, model, pairs, 0, IDENTITY, go_on)  # type: ignore[arg-type]
+    given = stored_reference(tmp_path / "x", tmp_path / REFERENCE_FILE, model, pairs, 0, IDENTITY, go_on)  # type: ignore[arg-type]
     assert model.calls == calls
     assert torch.equal(first, again)
     assert torch.equal(first, given)
 
 
 @pytest.mark.usefixtures("_group")
+@pytest.mark.parametrize("then", ["nothing", "another reference", "damaged"])
+def test_a_stop_between_batches_keeps_what_was_done(
+    then: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four responses in two batches: the stop comes before the second, which alone is computed afterwards."""
+    monkeypatch.setattr("phimr_nemo.align.dpo.reference.MICRO_BATCHES_A_CALL", 1)
+    pairs, model = two_pairs(tmp_path, tokenizer), Model()
+    expected = stored_reference(tmp_path / "whole", None, Model(), pairs, 0, IDENTITY, go_on)  # type: ignore[arg-type]
+    told = iter([False, True])
+    with pytest.raises(Preempted, match="2 of 4 responses are done"):
+        stored_reference(tmp_path, None, model, pairs, 0, IDENTITY, lambda: next(told))  # type: ignore[arg-type]
+    assert model.calls == 1
+    assert not (tmp_path / REFERENCE_FILE).exists()
+    identity = {**IDENTITY, "pairs": "2, other"} if then == "another reference" else IDENTITY
+    if then == "damaged":
+        (tmp_path / PARTIAL_FILE).write_bytes(b"not safetensors at all")
+    found = stored_reference(tmp_path, None, model, pairs, 0, identity, go_on)  # type: ignore[arg-type]
+    assert model.calls == (2 if then == "nothing" else 3)
+    assert torch.equal(found, expected)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == [REFERENCE_FILE]
+
+
+@pytest.mark.usefixtures("_group")
 def test_references_of_something_else_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     pairs, model = two_pairs(tmp_path, tokenizer), Model()
-    stored_reference(tmp_path, None, model, pairs, 0, IDENTITY)  # type: ignore[arg-type]
+    stored_reference(tmp_path, None, model, pairs, 0, IDENTITY, go_on)  # type: ignore[arg-type]
     for name in IDENTITY:
         with pytest.raises(UserError, match=f"another reference .{name}: .* -> other"):
-            stored_reference(tmp_path, None, model, pairs, 0, {**IDENTITY, name: "other"})  # type: ignore[arg-type]
+            stored_reference(tmp_path, None, model, pairs, 0, {**IDENTITY, name: "other"}, go_on)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="does not exist"):
-        stored_reference(tmp_path, tmp_path / "absent", model, pairs, 0, IDENTITY)  # type: ignore[arg-type]
+        stored_reference(tmp_path, tmp_path / "absent", model, pairs, 0, IDENTITY, go_on)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("_group")
@@ -200,15 +228,15 @@ def test_references_that_are_not_finite_are_refused(tmp_path: Path, tokenizer: A
     """Computed so, nothing is stored; stored so, they are not used."""
     pairs = two_pairs(tmp_path, tokenizer)
     with pytest.raises(UserError, match="the base model gives pair 0"):
-        stored_reference(tmp_path, None, Model(value), pairs, 0, IDENTITY)  # type: ignore[arg-type]
+        stored_reference(tmp_path, None, Model(value), pairs, 0, IDENTITY, go_on)  # type: ignore[arg-type]
     path = tmp_path / REFERENCE_FILE
     assert not path.exists()
-    stored_reference(tmp_path, None, Model(), pairs, 0, IDENTITY)  # type: ignore[arg-type]
+    stored_reference(tmp_path, None, Model(), pairs, 0, IDENTITY, go_on)  # type: ignore[arg-type]
     values = load_file(path)
     values["rejected"][1] = value
     save_file(values, path, metadata=IDENTITY)
     with pytest.raises(UserError, match="gives pair 1"):
-        stored_reference(tmp_path, None, Model(), pairs, 0, IDENTITY)  # type: ignore[arg-type]
+        stored_reference(tmp_path, None, Model(), pairs, 0, IDENTITY, go_on)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("_group")
@@ -216,7 +244,7 @@ def test_references_that_are_not_finite_are_refused(tmp_path: Path, tokenizer: A
 def test_a_damaged_reference_is_one_error(tmp_path: Path, tokenizer: Any, content: bytes) -> None:
     (tmp_path / REFERENCE_FILE).write_bytes(content)
     with pytest.raises(UserError, match="not readable"):
-        stored_reference(tmp_path, None, Model(), two_pairs(tmp_path, tokenizer), 0, IDENTITY)  # type: ignore[arg-type]
+        stored_reference(tmp_path, None, Model(), two_pairs(tmp_path, tokenizer), 0, IDENTITY, go_on)  # type: ignore[arg-type]
 
 
 def test_the_digest_sees_tokens_masks_and_boundaries() -> None:

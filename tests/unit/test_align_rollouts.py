@@ -147,10 +147,20 @@ def test_completions_and_verdicts_become_rollouts() -> None:
     ]
     first, second = graded_rollouts(completions, graded, {4: 1}, lambda response: {"length": response.tokens / 8})
     parts = {"length": 2 / 8}
-    assert first == Rollout(4, 0, 1, (1, 2), (-1.0, -2.0), is_truncated=False, is_correct=True, reward_parts=parts)
+    right: dict[str, Any] = {"is_truncated": False, "is_correct": True, "verdict": "correct"}
+    assert first == Rollout(4, 0, 1, (1, 2), (-1.0, -2.0), reward_parts=parts, **right)
     # Three of the four copies repeat the first; and the grader gave up, which is no reward.
     assert second == Rollout(
-        4, 1, 1, (3,), (-3.0,), is_truncated=True, is_correct=False, is_graded=False, repetition=0.75
+        4,
+        1,
+        1,
+        (3,),
+        (-3.0,),
+        is_truncated=True,
+        is_correct=False,
+        is_graded=False,
+        repetition=0.75,
+        verdict="timeout",
     )
 
 
@@ -191,7 +201,7 @@ def test_prompts_are_filtered_by_spread_and_length_and_hard_ones_repeated(
     path = written_prompts(tmp_path / "prompts", questions, [0.2, 0.9, 0.1, 0.4], [True, True, False, False])
     prompts = load_prompts(path, tokenizer, grpo_config(repository, "rebalance.oversample_hard=3"))
     assert [prompt.id for prompt in prompts.prompts] == ["p0", "p3"]
-    assert prompts.prompts[1] == Prompt("p3", "3", tuple(render_prompt(tokenizer, questions[3])), False)
+    assert prompts.prompts[1] == Prompt("p3", "3", tuple(render_prompt(tokenizer, questions[3])), False, questions[3])
     assert list(prompts.epoch) == [0, 0, 0, 1]
     assert (prompts.dropped_uneven, prompts.dropped_long) == (1, 1)
 

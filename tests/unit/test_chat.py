@@ -19,13 +19,14 @@ from phimr_nemo.cli.chat import COMMANDS
 from phimr_nemo.config import BaseConfig, LocalEngine, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_prompt, render_turns
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.chat import Piece, Turn, decode_stream, mark_thinking, printable, reply
+from phimr_nemo.generate.chat import Piece, Turn, decode_stream, mark_thinking, reply
 from phimr_nemo.generate.engines import SampledModel, open_engine
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
 from phimr_nemo.model.origin import Origin
+from phimr_nemo.text.printable import printable
 
 QUESTION = "Compute 2*(3+4)"
 LENGTH = 96

@@ -170,6 +170,9 @@ def test_a_generation_config_is_completed_and_not_replaced(
         made = json.loads((tmp_path / target / "generation_config.json").read_text("utf-8"))
         assert {name: made[name] for name in wanted} == wanted, target
         assert made.keys() - wanted.keys() <= {"_from_model_config", "bos_token_id", "pad_token_id"}
+    # A model that goes on unchanged stays the same to the byte.
+    once, twice = ((tmp_path / target / "generation_config.json").read_bytes() for target in ("once", "twice"))
+    assert once == twice
 
 
 @pytest.mark.parametrize("content", ["[", "[]", '{"eos_token_id": [9999]}', '{"eos_token_id": "<|end|>"}', POINTER])

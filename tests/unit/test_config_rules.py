@@ -113,7 +113,27 @@ CASES: Final = [
     ("sft", "guard.on_spike=stop", "guard.on_spike=stop without guard.spike_factor"),
     ("sft", f"{shlex.quote(EVALUATION)} evaluation.temperature=-1", "evaluation.temperature=-1"),
     ("sft", f"{shlex.quote(EVALUATION)} evaluation.top_p=0", "evaluation.top_p=0"),
-    ("sft", f"{shlex.quote(EVALUATION)} evaluation.engine.kind=vllm", "evaluation.engine.kind='vllm'"),
+    ("sft", f"{shlex.quote(EVALUATION)} evaluation.engine.kind=endpoint", "evaluation.engine.kind=endpoint while"),
+    ("dpo", f"{shlex.quote(EVALUATION)} evaluation.engine.kind=endpoint", "evaluation.engine.kind=endpoint while"),
+    ("grpo", "engine.kind=endpoint", "engine.kind=endpoint while a model is trained"),
+    (
+        "sft",
+        f"{shlex.quote(EVALUATION)} evaluation.top_p=0.9 evaluation.engine.kind=vllm evaluation.engine.max_batch=4 "
+        "evaluation.engine.memory_share=0.1",
+        "evaluation.engine.kind=vllm with top_p=0.9",
+    ),
+    (
+        "dpo",
+        "checkpoint.best=true checkpoint.metric=val_accuracy",
+        "checkpoint.metric=val_accuracy is never measured",
+    ),
+    ("dpo", "validation_pairs=1 parallel.data=2", "validation_pairs=1 with parallel.data=2"),
+    ("grpo", "checkpoint.best=true checkpoint.metric=pass1", "checkpoint.metric=pass1 is never measured"),
+    (
+        "grpo",
+        f"{shlex.quote(EVALUATION)} evaluation.max_new_tokens=256",
+        "evaluation.max_new_tokens=256 with sequence_length=256",
+    ),
     ("sft", "epochs=0", "epochs=0"),
     ("generate", "problems=null", "teacher.kind=programmatic without problems"),
     ("generate", "problems.kind=file problems.path=p.jsonl", "teacher.kind=programmatic with problems.kind=file"),
@@ -144,9 +164,27 @@ CASES: Final = [
     ("verify", "workers=-1", "workers=-1"),
     (
         "verify",
-        f"'judge={{ask: {{endpoint: {ENDPOINT}, temperature: 0, max_tokens: 1, max_cost: 1}}, verdicts: [wrong], "
-        "overrules: true}'",
+        f"'judge={{ask: {{engine: {{kind: endpoint, endpoint: {ENDPOINT}}}, temperature: 0, max_new_tokens: 1, "
+        "max_cost: 1}, verdicts: [wrong], overrules: true}'",
         "judge.ask.max_cost=1.0 without prices",
+    ),
+    (
+        "verify",
+        "'judge={ask: {engine: {kind: local}, temperature: 0, max_new_tokens: 1}, verdicts: [wrong], "
+        "overrules: true}'",
+        "no judge.ask.path for judge.ask.engine.kind=local",
+    ),
+    (
+        "verify",
+        "'judge={ask: {engine: {kind: local}, path: x, temperature: 0, max_new_tokens: 8, sequence_length: 8}, "
+        "verdicts: [wrong], overrules: true}'",
+        "judge.ask.max_new_tokens=8 with judge.ask.sequence_length=8",
+    ),
+    (
+        "prepare",
+        f"'annotation={{ask: {{engine: {{kind: endpoint, endpoint: {ENDPOINT}, system: Be brief.}}, temperature: 0, "
+        "max_new_tokens: 1}}'",
+        "annotation.ask.engine.system=Be brief.",
     ),
     ("curate", "midtrain=null sft=null pairs=null prompts=null", "none of midtrain, sft, pairs and prompts"),
     (
@@ -182,6 +220,7 @@ def test_what_does_not_go_together_is_refused_when_it_is_made(stage: str, overri
 
 NO_REMEDY_TO_RUN: Final = {
     "no teacher.path",
+    "no judge.ask.path",
     "['a'] occur",
     "without a place",
     "AMC with",
@@ -260,6 +299,12 @@ def test_a_quoted_override_is_the_text(text: str) -> None:
             ["teacher.engine.max_batch=8"],
         ),
         ("sft", f"{shlex.quote(EVALUATION)} evaluation.max_batch=8", ["evaluation.engine.max_batch=8"]),
+        (
+            "verify",
+            f"'judge={{ask: {{engine: {{kind: endpoint, endpoint: {ENDPOINT}}}, temperature: 0, max_new_tokens: 1}}, "
+            "verdicts: [wrong], overrules: true}' judge.ask.endpoint.model=x judge.ask.max_tokens=8",
+            ["judge.ask.engine.endpoint.model=x", "judge.ask.max_new_tokens=8"],
+        ),
     ],
 )
 def test_a_former_key_is_refused_by_the_name_of_the_new_one(stage: str, overrides: str, now: list[str]) -> None:

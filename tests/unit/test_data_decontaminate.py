@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from phimr_nemo.config import EvaluationSetConfig
+from phimr_nemo.config import EvaluationSetConfig, PrepareConfig, load_config
+from phimr_nemo.config.evaluation import BenchmarkName
 from phimr_nemo.data.prepare.decontaminate import EvaluationIndex, Match, evaluation_questions
 from phimr_nemo.data.sources.normalise import comparison_tokens
+from phimr_nemo.data.sources.wrapping import bare_question
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
@@ -126,3 +129,72 @@ def test_real_training_sets_against_real_benchmarks(shared_data: Path) -> None:
     found = [one for question in evaluation_questions(hard) if (one := match(index, question)) is not None]
     assert [one.set for one in found if one.rule == "exact"] == ["MATH-500"] * 2
     assert len(found) < 0.003 * 7961
+
+
+WRAPPED = {
+    "instruction": "{} Let's think step by step and output the final answer within \\boxed{{}}.",
+    "R1": "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+    "number": "12. (5 points) {}",
+    "headings": "**Problem:** {}\n\n**Answer:**",
+    "unknown": "Here comes a riddle for you, my friend: {}",
+    "story": "Alice had homework. {} She solved it within an hour.",
+}
+SHORT = ["Evaluate $(1+2i)6-3i$.", "How many positive divisors does 196 have?", "What is $10^2 + 3$?", WALK]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_a_wrapped_benchmark_question_is_caught(wrapper: str) -> None:
+    wrapped = EvaluationIndex([("E", question) for question in SHORT], ngram=8, overlap=0.6)
+    for question in SHORT:
+        text = WRAPPED[wrapper].format(question)
+        found = wrapped.match(text, comparison_tokens(bare_question(text)))
+        assert found is not None, text
+        assert found.question == question
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Evaluate $(1+2i)6-3i+1$.",
+        "If a pile of 9 has 3 stones left, how many positive divisors does 196 have less than it?",
+        "What is $102 + 3$?",
+        "What is $10^2 + 3 + 4$?",
+    ],
+)
+def test_a_question_that_goes_on_is_another_question(question: str) -> None:
+    index = EvaluationIndex([("E", one) for one in SHORT], ngram=8, overlap=0.6)
+    assert index.match(question, comparison_tokens(bare_question(question))) is None
+
+
+def test_superscripts_of_a_benchmark_are_powers() -> None:
+    index = EvaluationIndex([("E", "What is 10² + 3?")], ngram=8, overlap=0.6)
+    assert match(index, "what is $10^{2}+3$") is not None
+    assert match(index, "what is $102+3$") is None
+
+
+def test_gpqas_own_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "gpqa_diamond.csv"
+    path.write_text(
+        '\ufeffRecord ID,Question,Correct Answer\nr1,"One, with a comma\nand a line?",1\nr2,Two?,2\n', "utf-8"
+    )
+    asked = list(evaluation_questions(EvaluationSetConfig(name="GPQA-Diamond", path=path)))
+    assert asked == ["One, with a comma\nand a line?", "Two?"]
+    (tmp_path / "empty.csv").write_text("Question\n", "utf-8")
+    with pytest.raises(UserError, match="holds no rows"):
+        list(evaluation_questions(EvaluationSetConfig(name="E", path=tmp_path / "empty.csv")))
+
+
+def test_the_papers_list_holds_every_benchmark_that_evaluation_knows() -> None:
+    config = load_config(PrepareConfig, Path("conf/prepare/paper.yaml"), [])
+    assert config.decontamination is not None
+    assert {one.name for one in config.decontamination.sets} == set(get_args(BenchmarkName))
+
+
+def test_every_real_benchmark_question_is_caught_behind_a_wrapper(shared_data: Path) -> None:
+    """123 of MATH-500's questions are too short for n-grams."""
+    questions = list(
+        evaluation_questions(EvaluationSetConfig(name="M", path=shared_data / "problems" / "math500.jsonl"))
+    )
+    index = EvaluationIndex([("M", question) for question in questions], ngram=8, overlap=0.6)
+    wrapped = [WRAPPED["instruction"].format(question) for question in questions]
+    assert sum(index.match(text, comparison_tokens(bare_question(text))) is not None for text in wrapped) == 500

@@ -47,8 +47,10 @@ WORDS = (
 def facts_of(questions: list[str], answers: list[str] | None = None, ranks: list[int] | None = None) -> Facts:
     signer = Signer(PERMUTATIONS)
     tokens = [comparison_tokens(question) for question in questions]
+    keys = np.array([digest(" ".join(one)) for one in tokens], dtype=np.uint64)
     return Facts(
-        question=np.array([digest(" ".join(one)) for one in tokens], dtype=np.uint64),
+        question=keys,
+        bare=keys,
         numbers=np.array([digest(" ".join(numbers(one))) for one in tokens], dtype=np.uint64),
         answer=np.array([digest(answer) for answer in answers or ["a"] * len(questions)], dtype=np.uint64),
         rank=np.array(ranks or [0] * len(questions), dtype=np.int32),

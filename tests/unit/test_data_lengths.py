@@ -98,7 +98,7 @@ def test_of_each_problem_the_longest_that_fits_is_trained_on(
 ) -> None:
     """Whatever the tokens that the teacher counted: SFT takes every row, and the shorter right response stays."""
     steps = "".join(f"Try value {i}: it gives {i * 7}. " for i in range(400))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for problem in range(4):
         for number, body in enumerate([steps + " " * problem, "Two and two are four.", "2+2=4. So, four."]):
             response = f"<think>\n{body}\n</think>\nSo \\boxed{{4}}"
@@ -129,7 +129,7 @@ def test_of_each_problem_the_longest_that_fits_is_trained_on(
 
 def test_neither_side_of_a_pair_is_cut_off_or_a_loop(repository: Path, tmp_path: Path) -> None:
     loop = "wait, let me think again about this and that and the other. " * 40
-    rows = []
+    rows: list[dict[str, Any]] = []
     for problem, (wrong, other) in enumerate(
         [
             ("so \\boxed{5}", {}),
@@ -186,7 +186,7 @@ def test_what_a_response_was_travels_with_it(repository: Path, tmp_path: Path) -
 
 
 def kinds(rng: random.Random, count: int) -> tuple[Kinds, list[dict[str, Any]]]:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "domain": rng.choice([None, "algebra", "geometry"]),
             "source": rng.choice(["one", "two"]),
@@ -222,7 +222,7 @@ def test_caps_are_applied_row_by_row_and_the_rest_is_balanced(seed: int) -> None
         dropped = set()
         for place in sorted(left, key=lambda place: rows[place]["order"]):
             label = rows[place][cap.by]
-            wanted = DIFFICULTIES.index(cap.value) if cap.by == "difficulty" else cap.value  # type: ignore[arg-type]
+            wanted = DIFFICULTIES.index(cap.value) if cap.by == "difficulty" else cap.value
             if cap.value is None or label == wanted:
                 counts[label] += 1
                 if counts[label] > cap.rows:

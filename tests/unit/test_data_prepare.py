@@ -23,9 +23,9 @@ from phimr_nemo.config import (
     SourceConfig,
 )
 from phimr_nemo.data.prepare import stage as module
-from phimr_nemo.data.prepare.stage import run_prepare
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import read_configured_problems
+from phimr_nemo.jobs.composed import run_prepare
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.store.shards import read_manifest, read_table
 
@@ -123,14 +123,15 @@ def test_every_row_is_kept_or_listed_with_its_reason(tmp_path: Path) -> None:
     problems, _, lines, counts = outcome(config.run.output)
     drops = [json.loads(line) for line in lines]
     assert [(row["source"], row["question"], row["answer"]) for row in problems] == [
-        ("stratos", "Only here.", "1"),
+        # One solution is no vote: without another source nobody tells an answer.
+        ("stratos", "Write a program.", ""),
+        ("stratos", "Only here.", ""),
         ("openr1", "What is  \\(2+2\\)", "4"),
         ("openr1", "Repeat?", "6"),
         ("school", TANK, "42"),
         ("school", TANK.replace("30", "31"), "43"),
     ]
     assert Counter((one["source"], one["reason"]) for one in drops) == {
-        ("stratos", "no answer"): 1,
         ("stratos", "exact duplicate"): 1,
         ("openr1", "no answer"): 1,
         ("openr1", "contaminated: ngram, EXAM"): 1,
@@ -144,7 +145,7 @@ def test_every_row_is_kept_or_listed_with_its_reason(tmp_path: Path) -> None:
     for name, (_, rows) in SOURCES.items():
         dropped = sum(count for key, count in counts.items() if key.startswith(f"{name}: dropped"))
         assert counts[f"{name}: read"] == len(rows) == counts[f"{name}: problems"] + dropped
-    assert facts["problems"] == 5
+    assert facts["problems"] == 6
     assert not (config.run.output / "candidates").exists()
 
 
@@ -178,9 +179,29 @@ def test_trajectories_are_kept_as_they_are_under_the_problem_that_was_kept(tmp_p
     assert {(row["domain"], row["difficulty"]) for row in shared} == {("algebra", "college")}
     assert json.loads(shared[1]["metadata"]) == {"correctness_math_verify": True}
     assert {row["problem_id"] for row in rollouts} <= set(ids.values())
-    assert len({row["id"] for row in rollouts}) == len(rollouts) == 5
+    assert len({row["id"] for row in rollouts}) == len(rollouts) == 6
+    assert {row["answer"] for row in shared} == {"4"}
+    assert [row["answer"] for row in rollouts if row not in shared] == ["", "", "6"]
     counts = read_manifest(config.run.output / "rollouts", "rollouts").counts
-    assert counts == {"stop": 4, "length": 1, "dropped: trajectories that repeat another of the same problem": 1}
+    repeated = "dropped: trajectories that repeat another of the same problem"
+    assert counts == {"stop": 5, "length": 1, "gold: none": 2, repeated: 1}
+
+
+def test_the_manifest_shows_examples_conflicts_and_all_inputs(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    run_prepare(config)
+    manifest = read_manifest(config.run.output / "problems", "problems")
+    assert manifest.examples["near duplicate"] == [f"school, line 2: {TANK.replace('garden', 'yard')}"]
+    assert manifest.examples["no answer"] == ["openr1, line 3"]
+    sources = {f"sources.{number}.path" for number in range(len(config.sources))}
+    assert set(manifest.inputs) == {*sources, "decontamination.sets.0.path"}
+    assert "absent" not in manifest.inputs.values()
+    (line,) = (config.run.output / "conflicts.jsonl").read_text("utf-8").splitlines()
+    conflict = json.loads(line)
+    assert conflict["answers"] == {"4": ["openr1"], "5": ["school"]}
+    assert (conflict["solutions"], conflict["settled"]) == ({"4": 2}, "4")
+    assert manifest.counts["conflicts: openr1 against school"] == 1
+    assert manifest.counts["conflicts: settled"] == 1
 
 
 def test_labels_of_a_dropped_duplicate_go_to_the_kept_row(tmp_path: Path) -> None:

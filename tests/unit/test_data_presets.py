@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from phimr_nemo.config import SourceConfig
 from phimr_nemo.config.data import Preset as PresetName
 from phimr_nemo.data.sources.item import Item, UnusableRow
 from phimr_nemo.data.sources.labels import DOMAINS, domain_of
 from phimr_nemo.data.sources.normalise import clean
 from phimr_nemo.data.sources.presets import PRESETS
+from phimr_nemo.data.sources.source import read_items
 
 STRATOS = (
     "<|begin_of_thought|>\n\nTwo and two.\n\n<|end_of_thought|>\n\n"
@@ -287,20 +293,19 @@ def test_openthoughts_in_its_three_editions() -> None:
         "solution": "Add: $\\boxed{4}$",
         "correct": True,
     }
-    for row, answer_from in (
-        (OPENTHOUGHTS, None),
-        (math_edition | {"conversations": SHAREGPT["conversations"], "messages": []}, None),
-        (SHAREGPT, "trajectory"),
+    for row, answer in (
+        (OPENTHOUGHTS, "4"),
+        (math_edition | {"conversations": SHAREGPT["conversations"], "messages": []}, "4"),
+        (SHAREGPT, ""),
     ):
         item = read("openthoughts", row)
-        assert (item.question, item.answer) == ("What is $2+2$?", "4")
+        assert (item.question, item.answer) == ("What is $2+2$?", answer)
         assert [one.response for one in item.trajectories] == [THOUGHT]
-        assert item.labels.get("answer_from") == answer_from
 
 
-def test_bespoke_stratos_answers_by_its_own_box() -> None:
+def test_bespoke_stratos_tells_no_answer() -> None:
     item = read("bespoke_stratos", SHAREGPT)
-    assert (item.question, item.answer, item.labels) == ("What is $2+2$?", "4", {"answer_from": "trajectory"})
+    assert (item.question, item.answer, item.labels) == ("What is $2+2$?", "", {})
     assert item.trajectories[0].response == THOUGHT
 
 
@@ -312,11 +317,6 @@ def test_bespoke_stratos_answers_by_its_own_box() -> None:
         ("numina_math", NUMINA | {"problem_is_valid": "Incomplete"}, "problem_is_valid is not Yes"),
         ("openr1_math", OPENR1 | {"answer": "notfound"}, "no answer"),
         ("openthoughts", OPENTHOUGHTS | {"domain": "code"}, "not mathematics"),
-        (
-            "bespoke_stratos",
-            {"system": "", "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "f"}]},
-            "no answer",
-        ),
         ("olympiad_bench", OLYMPIAD | {"modality": "Multimodal"}, "an image"),
         ("olympiad_bench", OLYMPIAD | {"subject": "Physics"}, "not mathematics"),
         ("metamath_qa", {"type": "MATH_AnsAug", "query": "Q", "response": "So it is."}, "no answer"),
@@ -390,3 +390,189 @@ def test_hostile_rows_end_in_time_and_in_nothing_but_a_reason(preset: str, row: 
         return
     clean(item.question)
     clean(item.answer)
+
+
+# Layouts of published sets of reasoning traces: preset, rows -> what is read of each.
+ASKED = "What is $2+2$?"
+R1_TEXT = "<think>\nTwo and two.\n</think>\n\nIt is $\\boxed{4}$."
+Told = tuple[str, str, list[tuple[str, str]]]
+SKYWORK = {
+    "data_source": "train-math-numinamath1.5_olympiads",
+    "prompt": [
+        {
+            "role": "user",
+            "content": ASKED + " Let's think step by step and output the final answer within \\boxed{}.",
+        }
+    ],
+    "ability": "math",
+    "reward_model": {"ground_truth": '["4", "\\\\frac{8}{2}"]', "style": "rule"},
+    "extra_info": {"index": 0, "model_difficulty": {"DeepSeek-R1-Distill-Qwen-7B": 3}},
+}
+SYNTHETIC = {
+    "response_id": "vfm_0",
+    "problem_id": "p0",
+    "source": "numina-math",
+    "in_source_id": "x",
+    "hf_dataset_name": "AI-MO/NuminaMath-CoT",
+    "task_type": "verifiable_math",
+    "prompt": f"Solve the following math problem. {ASKED}\n\n"
+    "Present the answer in LaTex format: \\boxed{Your answer}",
+    "gold_standard_solution": "So \\boxed{4}",
+    "llm_response": R1_TEXT,
+    "verification_info": '{"ground_truth": "4"}',
+    "score": 1.0,
+    "verification_result_info": "{}",
+    "metadata": '{"difficulty": "high school"}',
+}
+OPEN_MATH = {
+    "expected_answer": "4",
+    "problem_type": "has_answer_extracted",
+    "problem_source": "aops_c4_high_school_math",
+    "generation_model": "QwQ-32B",
+    "pass_rate_72b_tir": "0.9",
+    "problem": ASKED,
+    "generated_solution": R1_TEXT,
+    "inference_mode": "cot",
+    "used_in_kaggle": True,
+}
+S1K11 = {
+    "solution": "4",
+    "question": ASKED,
+    "cot_type": "math",
+    "source_type": "x",
+    "metadata": "{}",
+    "gemini_thinking_trajectory": "Hm.",
+    "gemini_attempt": "\\boxed{5}",
+    "deepseek_thinking_trajectory": "Two and two.",
+    "deepseek_attempt": "It is $\\boxed{4}$.",
+    "gemini_grade": "No",
+    "deepseek_grade": "Yes",
+}
+S1K = {
+    "solution": "Long work. Therefore $n=\\boxed{4}$.",
+    "question": ASKED,
+    "cot_type": "math",
+    "source_type": "x",
+    "metadata": "{}",
+    "cot": None,
+    "thinking_trajectories": ["Two and two."],
+    "attempt": "It is $\\boxed{4}$.",
+}
+TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": R1_TEXT}]
+AM_USER = {"source": "numina_1.5", "reference_answer": "4", "test_case": None}
+AM = {
+    "messages": [
+        {"role": "user", "content": ASKED, "info": AM_USER},
+        {
+            "role": "assistant",
+            "content": "<think>Two and two.</think><answer>It is $\\boxed{4}$.</answer>",
+            "info": {
+                "reference_answer": None,
+                "think_content": "Two and two.",
+                "answer_content": "It is $\\boxed{4}$.",
+            },
+        },
+    ]
+}
+OT3 = {
+    "difficulty": 8,
+    "source": "ai2-adapt-dev/openmath-2-math",
+    "domain": "math",
+    "conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": R1_TEXT}],
+}
+R1_TRACE = [("deepseek-r1", R1_TEXT)]
+LAYOUTS: list[tuple[str, dict[str, Any], Told | str]] = [
+    ("skywork_or1", SKYWORK, (ASKED, '["4", "\\\\frac{8}{2}"]', [])),
+    ("skywork_or1", SKYWORK | {"reward_model": {"ground_truth": '["36"]'}}, (ASKED, "36", [])),
+    ("skywork_or1", SKYWORK | {"ability": "code"}, "not mathematics"),
+    ("openthoughts3", OT3, (ASKED, "", [("qwq-32b", R1_TEXT)])),
+    ("openthoughts", OT3, (ASKED, "", [("qwq-32b", R1_TEXT)])),
+    ("openthoughts3", OT3 | {"domain": "code"}, "not mathematics"),
+    ("am_deepseek_r1_distilled", AM, (ASKED, "4", R1_TRACE)),
+    (
+        "am_deepseek_r1_distilled",
+        {"messages": [{"role": "user", "content": "Sort.", "info": {"test_case": "{}"}}]},
+        "not mathematics",
+    ),
+    ("mixture_of_thoughts", {"messages": TURNS, "source": "open-r1/OpenR1-Math-220k"}, (ASKED, "", R1_TRACE)),
+    ("mixture_of_thoughts", {"messages": TURNS, "source": "open-r1/codeforces-cots"}, "not mathematics"),
+    ("s1k", S1K11, (ASKED, "4", [*R1_TRACE, ("gemini-2.0-flash-thinking", "<think>\nHm.\n</think>\n\n\\boxed{5}")])),
+    ("s1k", S1K, (ASKED, "4", [("gemini-2.0-flash-thinking", R1_TEXT)])),
+    ("s1k", S1K | {"cot_type": "crossword"}, "not mathematics"),
+    ("synthetic", SYNTHETIC, (ASKED, "4", R1_TRACE)),
+    ("synthetic", SYNTHETIC | {"task_type": "llm_judgeable_groundtruth_similarity"}, "not mathematics"),
+    (
+        "synthetic",
+        {
+            "problem_id": "p0",
+            "task_type": "prime_rl_math",
+            "prompt": ASKED,
+            "verification_info": '{"ground_truth": "4"}',
+            "Qwen/QwQ-32B": [R1_TEXT],
+            "deepseek-ai/DeepSeek-R1-0528": {"response": R1_TEXT, "reward": 1.0},
+        },
+        (ASKED, "4", [("qwen/qwq-32b", R1_TEXT), ("deepseek-ai/deepseek-r1-0528", R1_TEXT)]),
+    ),
+    ("open_math_reasoning", OPEN_MATH, (ASKED, "4", [("qwq-32b", R1_TEXT)])),
+    ("open_math_reasoning", OPEN_MATH | {"generation_model": "DeepSeek-R1"}, (ASKED, "4", R1_TRACE)),
+    ("open_math_reasoning", OPEN_MATH | {"inference_mode": "tir"}, "inference_mode tir"),
+    ("math", {"problem": ASKED, "level": "Level 5", "type": "A", "solution": "So $\\boxed 4$."}, (ASKED, "4", [])),
+    ("math", {"problem": ASKED, "level": "Level ?", "type": "A", "solution": "So \\fbox{4}."}, (ASKED, "4", [])),
+    ("math", {"problem": ASKED, "subject": "Algebra", "level": 5, "answer": "4", "solution": "S"}, (ASKED, "4", [])),
+    ("math", {"problem": ASKED, "solution": "So $\\boxed{1}$ or $\\boxed{4}$."}, (ASKED, "1, 4", [])),
+    ("math", {"question": ASKED, "answer": "$\\boxed{4}$"}, (ASKED, "4", [])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "row", "expected"), LAYOUTS, ids=[f"{index}-{case[0]}" for index, case in enumerate(LAYOUTS)]
+)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_files_in_published_layouts(
+    tmp_path: Path, preset: PresetName, row: dict[str, Any], expected: Told | str, ending: str
+) -> None:
+    path = tmp_path / f"rows.{ending}"
+    if ending == "jsonl":
+        path.write_text(json.dumps(row) + "\n", "utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    ((_, item),) = read_items(SourceConfig(name="s", path=str(path), preset=preset))
+    if isinstance(expected, str):
+        assert isinstance(item, UnusableRow)
+        assert item.reason == expected
+        return
+    assert isinstance(item, Item)
+    told = [(one.teacher, one.response) for one in item.trajectories]
+    assert (item.question, item.answer, told) == expected
+
+
+def test_labels_of_reasoning_traces_stay() -> None:
+    assert read("skywork_or1", SKYWORK).labels["model_difficulty"] == {"DeepSeek-R1-Distill-Qwen-7B": 3}
+    assert read("openthoughts3", OT3).labels == {"source": "ai2-adapt-dev/openmath-2-math", "difficulty": 8}
+    assert read("openthoughts3", OT3).difficulty == "graduate"
+    assert read("synthetic", SYNTHETIC).difficulty == "high_school"
+    assert [dict(one.labels) for one in read("s1k", S1K11).trajectories] == [
+        {"deepseek_grade": "Yes"},
+        {"gemini_grade": "No"},
+    ]
+    assert read("open_math_reasoning", OPEN_MATH | {"problem_type": "no_answer_extracted"}).voted
+    assert not read("open_math_reasoning", OPEN_MATH).voted
+    empty = read("synthetic", SYNTHETIC | {"llm_response": " "})
+    assert (empty.trajectories, empty.lost) == ((), ("response that is null or empty",))
+
+
+def test_messages_are_read_without_a_preset(tmp_path: Path) -> None:
+    (tmp_path / "am.jsonl").write_text(json.dumps(AM) + "\n", "utf-8")
+    ((_, item),) = read_items(SourceConfig(name="s", path=str(tmp_path / "am.jsonl")))
+    assert isinstance(item, Item)
+    assert (item.question, item.answer) == (ASKED, "4")
+    assert [one.response for one in item.trajectories] == [AM["messages"][1]["content"]]
+
+
+def test_a_directory_of_one_file_a_problem_is_read(tmp_path: Path) -> None:
+    (tmp_path / "algebra").mkdir()
+    row = {"problem": ASKED, "level": "Level 5", "type": "Algebra", "solution": "So $\\boxed{4}$."}
+    for number in (1, 2):
+        (tmp_path / "algebra" / f"{number}.json").write_text(json.dumps(row, indent=4), "utf-8")
+    items = [item for _, item in read_items(SourceConfig(name="s", path=str(tmp_path), preset="math"))]
+    assert [item.answer for item in items if isinstance(item, Item)] == ["4", "4"]

@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from phimr_nemo.data.sources.problems import difficulty_of, last_boxed, load_problems, read_problems, split_final_line
+from phimr_nemo.data.sources.cells import split_final_line
+from phimr_nemo.data.sources.problems import REPAIRED, difficulty_of, load_problems, read_problems
 from phimr_nemo.errors import UserError
+from phimr_nemo.verify.extract import last_box
 
 ROWS = [{"question": "1+1?", "answer": "2"}, {"question": "Caf\u00e9 \u221a4?", "answer": "2"}]
 
@@ -123,9 +125,14 @@ def test_levels(level: object, tier: str | None) -> None:
 
 
 def test_boxes_and_final_lines() -> None:
-    assert last_boxed(r"\boxed{a}{b} \boxed{\text{c {d}}} e}") == r"\text{c {d}}"
-    assert last_boxed(r"\boxed{never closed") is None
-    assert last_boxed("none") is None
+    assert last_box(r"\boxed{a}{b} \boxed{\text{c {d}}} e}") == r"\text{c {d}}"
+    assert last_box(r"\boxed{never closed") is None
+    assert last_box("none") is None
+    assert [last_box(text) for text in (r"$\boxed 2$.", r"\fbox{3}", r"\boxed {5}", r"\fbox{}", r"\boxed{}")] == [
+        *("2", "3", "5"),
+        *(None, None),
+    ]
+    assert last_box(r"So \boxed{1} or \boxed{2}") == "1, 2"
     assert split_final_line("a = b\nA: 12") == ("a = b", "12")
     assert split_final_line("#### -1,234.5") == ("", "-1234.5")
     assert split_final_line("the interval (1,234)") is None
@@ -218,6 +225,14 @@ def test_real_files_load_as_they_are(shared_data: Path, name: str, count: int | 
     assert counts["incomplete"] == (4 if name == "math_train.json" else 0)
     assert count is None or table.num_rows == count
     assert all(table["answer"].to_pylist())
+    # Rows of the published files whose LaTeX has lost its backslashes.
+    repaired = {
+        "aime25.json": 3,
+        "math_train.json": 1,
+        "deepscaler_level_1.json.gz": 18,
+        "deepscaler_level_5.json.gz": 3,
+    }
+    assert counts.get(REPAIRED, 0) == repaired.get(name, 0)
 
 
 def test_gsm8k_answers_are_numbers(shared_data: Path) -> None:

@@ -136,10 +136,15 @@ def test_a_hub_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked: list[Any] = []
 
-    def load(path: str, subset: str | None, *, split: str, streaming: bool) -> Any:
-        asked.append((path, subset, split, streaming))
+    def load(path: str, subset: str | None, *, split: str, revision: str | None, streaming: bool) -> Any:
+        asked.append((path, subset, split, revision, streaming))
         return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     assert read("openai/gsm8k", hub=True, subset="main", limit=3) == EXPECTED[:3]
-    assert asked == [("openai/gsm8k", "main", "train", True)]
+    assert read("openai/gsm8k", hub=True, subset="main", revision="0" * 40) == EXPECTED
+    assert asked == [
+        ("openai/gsm8k", "main", "train", None, True),
+        ("openai/gsm8k", "main", "train", "0" * 40, True),
+    ]

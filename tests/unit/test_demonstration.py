@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from phimr_nemo.jobs.demonstration import SHOWN_CHARS, answers, to_type
+from phimr_nemo.jobs.closing import SHOWN_CHARS, answers, to_type
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 

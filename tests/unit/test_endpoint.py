@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from openai_server import RETRY_AFTER, Fault, OpenAIServer, Reply, user_text
 
-from phimr_nemo.config import AskConfig, EndpointConfig, parse_config
+from phimr_nemo.config import AskConfig, EndpointConfig, EndpointEngine, parse_config
 from phimr_nemo.endpoint import (
+    AskedEndpoint,
     Asker,
     ChatReply,
     ChatRequest,
-    EndpointClient,
     Journal,
     Prompt,
     RequestFailed,
@@ -28,6 +28,7 @@ from phimr_nemo.endpoint import (
     read_key,
     watch,
 )
+from phimr_nemo.endpoint.client import EndpointClient
 from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.errors import UserError
 
@@ -383,9 +384,17 @@ def test_a_journal_cut_or_damaged_anywhere_yields_only_whole_records(tmp_path: P
 
 
 def asking(url: str, **changes: Any) -> AskConfig:
+    """How a model behind an endpoint is asked; of `changes`, those of the endpoint's settings go there."""
     endpoint = {name: value for name, value in settings(url).__dict__.items() if name != "prices"}
     endpoint["prices"] = {"input_per_million": 1000.0, "output_per_million": 5000.0}
-    return parse_config(AskConfig, {"endpoint": endpoint, "temperature": 0.0, "max_tokens": 8, **changes})
+    endpoint |= {name: changes.pop(name) for name in list(changes) if name in endpoint}
+    engine = {"kind": "endpoint", "endpoint": endpoint}
+    return parse_config(AskConfig, {"engine": engine, "temperature": 0.0, "max_new_tokens": 8, **changes})
+
+
+def asker_of(config: AskConfig, journal: Path) -> Asker:
+    assert isinstance(config.engine, EndpointEngine)
+    return Asker(config, AskedEndpoint(config, config.engine), journal)
 
 
 def prompts(*names: str) -> list[Prompt]:
@@ -399,7 +408,7 @@ def word(body: dict[str, Any]) -> str:
 def test_a_question_is_asked_once_ever(tmp_path: Path) -> None:
     journal = tmp_path / "replies-0.jsonl"
     with OpenAIServer(word) as server:
-        with Asker(asking(server.url), journal) as asker:
+        with asker_of(asking(server.url), journal) as asker:
             assert asker.ask(prompts("a", "b", "a")) == ["YES a", "YES b", "YES a"]
             assert asker.ask(prompts("b", "c")) == ["YES b", "YES c"]
             # 3 requests of 11 tokens and replies of 2 words each.
@@ -407,13 +416,13 @@ def test_a_question_is_asked_once_ever(tmp_path: Path) -> None:
             first = {"asked": 3, "cached": 1, "failed": 0, "refused": 0, "over_budget": 0, "retries": 0}
             assert asker.counts == {**first, **spent}
         # Another run, another process of the same directory, and another question or setting.
-        with Asker(asking(server.url), journal) as asker:
+        with asker_of(asking(server.url), journal) as asker:
             assert asker.ask(prompts("a", "c")) == ["YES a", "YES c"]
             assert asker.counts == {**dict.fromkeys(first, 0), "cached": 2, **spent}
-        with Asker(asking(server.url), tmp_path / "replies-1.jsonl") as asker:
+        with asker_of(asking(server.url), tmp_path / "replies-1.jsonl") as asker:
             assert asker.ask(prompts("a")) == ["YES a"]
         assert len(server.bodies) == 3
-        with Asker(asking(server.url, temperature=0.5), journal) as asker:
+        with asker_of(asking(server.url, temperature=0.5), journal) as asker:
             asker.ask(prompts("a"))
         assert len(server.bodies) == 4
     assert server.bodies[0]["messages"][0] == {"role": "system", "content": "Judge."}
@@ -427,22 +436,24 @@ def test_a_question_is_asked_once_ever(tmp_path: Path) -> None:
 def test_the_budget_holds_over_calls_and_runs(tmp_path: Path, limit: dict[str, Any], answered: int) -> None:
     names = [f"q{number}" for number in range(6)]
     with OpenAIServer(word) as server:
-        config = asking(server.url, **limit)
-        config = parse_config(
-            AskConfig, {**config.__dict__, "endpoint": {**config.endpoint.__dict__, "concurrency": 1}}
-        )
-        with Asker(config, tmp_path / "replies.jsonl") as asker:
+        config = asking(server.url, concurrency=1, **limit)
+        with asker_of(config, tmp_path / "replies.jsonl") as asker:
             found = asker.ask(prompts(*names[:2])) + asker.ask(prompts(*names[2:]))
             assert asker.counts["over_budget"] == 6 - answered
         assert found == [f"YES {name}" for name in names[:answered]] + [None] * (6 - answered)
-        with Asker(config, tmp_path / "replies.jsonl") as asker:
+        with asker_of(config, tmp_path / "replies.jsonl") as asker:
             assert asker.ask(prompts(*names)) == found
         assert len(server.bodies) == answered
 
 
 def test_a_cost_limit_needs_prices() -> None:
     with pytest.raises(UserError, match="max_cost"):
-        AskConfig(endpoint=settings("http://host/v1"), temperature=0.0, max_tokens=1, max_cost=1.0)
+        AskConfig(
+            engine=EndpointEngine(kind="endpoint", endpoint=settings("http://host/v1")),
+            temperature=0.0,
+            max_new_tokens=1,
+            max_cost=1.0,
+        )
 
 
 def test_a_failed_question_has_no_reply_and_is_asked_again(tmp_path: Path) -> None:
@@ -452,7 +463,7 @@ def test_a_failed_question_has_no_reply_and_is_asked_again(tmp_path: Path) -> No
         return "500" if down["now"] and user_text(body) == "b" else None
 
     journal = tmp_path / "replies.jsonl"
-    with OpenAIServer(word, fault=fault) as server, Asker(asking(server.url), journal) as asker:
+    with OpenAIServer(word, fault=fault) as server, asker_of(asking(server.url), journal) as asker:
         assert asker.ask(prompts("a", "b")) == ["YES a", None]
         assert asker.counts["failed"] == 1
         assert asker.counts["retries"] == 3
@@ -462,7 +473,7 @@ def test_a_failed_question_has_no_reply_and_is_asked_again(tmp_path: Path) -> No
 
 def test_a_refused_key_ends_the_asking(tmp_path: Path) -> None:
     with OpenAIServer(word, fault=lambda *_: "401", delay=lambda _: 0.01) as server:
-        with Asker(asking(server.url), tmp_path / "replies.jsonl") as asker, pytest.raises(UserError, match="401"):
+        with asker_of(asking(server.url), tmp_path / "replies.jsonl") as asker, pytest.raises(UserError, match="401"):
             asker.ask(prompts(*map(str, range(50))))
         assert len(server.bodies) <= 8
 
@@ -470,11 +481,8 @@ def test_a_refused_key_ends_the_asking(tmp_path: Path) -> None:
 def test_the_key_is_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", KEY)
     with OpenAIServer(word) as server:
-        config = asking(server.url)
-        config = parse_config(
-            AskConfig, {**config.__dict__, "endpoint": {**config.endpoint.__dict__, "api_key_env": "TEACHER_KEY"}}
-        )
-        with Asker(config, tmp_path / "replies.jsonl") as asker:
+        config = asking(server.url, api_key_env="TEACHER_KEY")
+        with asker_of(config, tmp_path / "replies.jsonl") as asker:
             asker.ask(prompts("a"))
     assert os.environ["TEACHER_KEY"] == KEY
     assert all(KEY not in path.read_text() for path in tmp_path.iterdir())

@@ -15,13 +15,15 @@ from openai_server import OpenAIServer, Reply, user_text
 from safetensors.torch import load_file, save_file
 
 from phimr_nemo.cli import main as cli
-from phimr_nemo.config import BaseConfig, load_config
+from phimr_nemo.config import BaseConfig, LongRopePolicy, load_config
 from phimr_nemo.evaluate.evaluate import read_result, read_settings
 from phimr_nemo.jobs.launch import run_stage
+from phimr_nemo.model.origin import Origin
 from phimr_nemo.store.shards import read_table
 
 SHAPE = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")
 COUNT = 3
+LONG: LongRopePolicy = "long_when_max_length_exceeds_original"
 ENDPOINT = (
     "engine.kind=endpoint",
     "engine.endpoint.model=served",
@@ -114,7 +116,7 @@ def test_an_interrupted_run_continues_question_by_question_and_other_settings_ar
     for change, named in (
         ("temperature=0.7", "temperature: 0.6 there, 0.7 now"),
         ("samples=3", "samples: 2 there, 3 now"),
-        ("longrope=always_short", "longrope: 'long_when_max_length_exceeds_original' there, 'always_short' now"),
+        ("longrope=always_short", "longrope: 'as_trained' there, 'always_short' now"),
         ("prompt='Do {question}'", "prompt: '{question}' there"),
     ):
         refused(capsys, evaluate(monkeypatch, out, *command, change), "other settings", named)
@@ -146,15 +148,58 @@ def test_a_served_model_is_evaluated_without_its_directory(
     assert read_settings(out / "results.json")["row"] == "served"
 
 
-def test_longrope_is_a_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, problems: Path) -> None:
-    """Beyond the original length the two policies use other factors, and only there."""
-    copy = tmp_path / "model" / "hf"
+def with_two_regimes(
+    model: Path, copy: Path, original: int, origin: Origin | None = None, factors: tuple[float, float] = (1.0, 40.0)
+) -> Path:
+    """The model with these short factors up to `original` tokens and these long ones beyond, trained as `origin`."""
     shutil.copytree(model, copy)
     config = json.loads((copy / "config.json").read_text())
     pairs = len(config["rope_scaling"]["long_factor"])
-    config["rope_scaling"]["long_factor"] = [40.0] * pairs
-    config["original_max_position_embeddings"] = 16
+    for name, factor in zip(("short_factor", "long_factor"), factors, strict=True):
+        config["rope_scaling"][name] = [factor] * pairs
+    config["original_max_position_embeddings"] = original
+    config |= {} if origin is None else origin.to_config()
     (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def greedy(monkeypatch: pytest.MonkeyPatch, out: Path, model: Path, problems: Path, *more: str) -> list[str]:
+    settings = (f"model={model}", "temperature=0", "max_new_tokens=24", "samples=1", *more, *own(problems))
+    assert evaluate(monkeypatch, out, *settings) == 0
+    found: list[str] = read_table(out / "verdicts", "verdicts", ["response"]).column("response").to_pylist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("original", "trained", "factor"),
+    [
+        # Prompt and response have some 50 tokens: more than 16, fewer than 1024.
+        (16, Origin(12, LONG), 1.0),  # trained short, asked beyond
+        (1024, Origin(2048, LONG), 40.0),  # trained long, asked below: opened for one token more
+        (16, None, 40.0),  # a model from elsewhere: by the length, as vLLM
+    ],
+)
+def test_a_model_is_evaluated_with_the_factors_of_its_training(
+    original: int,
+    trained: Origin | None,
+    factor: float,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: Path,
+    problems: Path,
+) -> None:
+    copy = with_two_regimes(model, tmp_path / "model" / "hf", original, trained)
+    found = greedy(monkeypatch, tmp_path / "by itself", copy, problems)
+    for wanted in (1.0, 40.0):
+        # With both sets the same there is nothing to choose.
+        same = with_two_regimes(model, tmp_path / f"{wanted}" / "hf", original, factors=(wanted, wanted))
+        expected = greedy(monkeypatch, tmp_path / f"by {wanted}", same, problems, f"longrope={LONG}")
+        assert (found == expected) is (wanted == factor)
+
+
+def test_longrope_is_a_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, problems: Path) -> None:
+    """Beyond the original length the two policies use other factors, and only there."""
+    copy = with_two_regimes(model, tmp_path / "model" / "hf", 16)
     responses = {}
     for policy in ("long_when_max_length_exceeds_original", "always_short"):
         out = tmp_path / policy

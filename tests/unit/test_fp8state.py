@@ -127,7 +127,7 @@ def hidden_in_a_tensor(place: Path) -> bytes:
 
     class Nested:
         def __reduce__(self) -> tuple[Any, tuple[bytes]]:
-            return torch.storage._load_from_bytes, (file.getvalue(),)  # type: ignore[attr-defined]
+            return torch.storage._load_from_bytes, (file.getvalue(),)
 
     return pickle.dumps(state(scale_bwd=Nested()))
 

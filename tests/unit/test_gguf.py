@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from phimr_nemo.jobs.launch import launch
 from phimr_nemo.jobs.quickstart import Step, run_step
 from phimr_nemo.model.files import gguf as module
 from phimr_nemo.model.files.gguf import KNOWN, GGUFFile, import_gguf
+from phimr_nemo.model.files.ggufheader import MAX_ARRAY_ITEMS
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import read_metrics
 from phimr_nemo.store.shards import finish, read_table, rows_to_table, write_shard
@@ -176,6 +178,43 @@ def test_another_model_is_one_message(tmp_path: Path, change: dict[str, Any], to
     with pytest.raises(UserError, match=told):
         import_gguf(str(tmp_path / "other.gguf"), tmp_path / "phi", system_prompt="")
     assert not (tmp_path / "phi").exists()
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(tensors: int, fields: int) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields)
+
+
+MANY = MAX_ARRAY_ITEMS + 1
+HOSTILE = {
+    "fields": header(0, 2**60),
+    "more fields than bytes": header(0, 9000),
+    "tensors": header(2**60, 0),
+    "a long name": header(0, 1) + struct.pack("<Q", 2**63),
+    "a long text": header(0, 1) + text("a") + struct.pack("<IQ", 8, 2**62),
+    "numbers": header(0, 1) + text("a") + struct.pack("<IIQ", 9, 4, 2**61),
+    "texts": header(0, 1) + text("a") + struct.pack("<IIQ", 9, 8, 2**40),
+    "numbers that are there": header(0, 1) + text("a") + struct.pack("<IIQ", 9, 0, MANY) + bytes(MANY),
+    "arrays of arrays": header(0, 1) + text("a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 50_000,
+    "a type": header(0, 1) + text("a") + struct.pack("<I", 99),
+    "a type of items": header(0, 1) + text("a") + struct.pack("<IIQ", 9, 99, 1),
+    "dimensions": header(1, 0) + text("t") + struct.pack("<I", 2**31),
+    "a cut header": header(0, 1) + text("a") + struct.pack("<I", 10) + b"1234",
+    "alignment 0": header(0, 1) + text("general.alignment") + struct.pack("<II", 4, 0),
+    "another byte order": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "nothing": b"",
+    "its magic number alone": b"GGUF",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_file_whose_counts_are_absurd_is_one_message(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(HOSTILE[kind])
+    with pytest.raises(UserError, match="cannot be read as GGUF"):
+        GGUFFile(tmp_path / "x.gguf")
 
 
 def test_a_file_that_is_none_is_one_message(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.companions import generation_config
-from phimr_nemo.model.files.hf import HFDirectory, write_hf_directory
+from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory, write_hf_directory
 from phimr_nemo.model.files.shards import plan_shards
 from phimr_nemo.model.table import tensor_shapes
 
@@ -285,3 +285,68 @@ def test_phi4_minis_tokenizer_gives_its_own_generation_config(shared_data: Path,
 def test_no_such_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         HFDirectory(tmp_path / "nowhere")
+
+
+def test_a_link_among_its_files_is_not_followed_out(directory: Path, tmp_path: Path) -> None:
+    """Neither when a model is opened, nor when its tokenizer's files are copied with it."""
+    source = HFDirectory(directory)
+    secret = tmp_path / "secret"
+    secret.write_text("key", "utf-8")
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    (copy / "merges.txt").unlink(missing_ok=True)
+    (copy / "merges.txt").symlink_to(secret)
+    with pytest.raises(UserError, match="outside its directory"):
+        HFDirectory(copy)
+    with pytest.raises(UserError, match="outside its directory"):
+        copy_hf_directory(tmp_path / "out", source, tokenizer_from=copy)
+    assert not (tmp_path / "out").exists()
+
+
+ABSURD: dict[str, dict[str, Any]] = {
+    "layers": {"num_hidden_layers": 10**9},
+    "negative layers": {"num_hidden_layers": -1},
+    "true layers": {"num_hidden_layers": True},
+    "text": {"hidden_size": "96"},
+    "a fraction": {"hidden_size": 96.5},
+    "a huge number": {"vocab_size": 10**4000},
+    "infinity": {"intermediate_size": float("inf")},
+    "no epsilon": {"rms_norm_eps": float("nan")},
+    "infinite epsilon": {"rms_norm_eps": float("inf")},
+    "negative epsilon": {"rms_norm_eps": -1e-5},
+    "theta": {"rope_theta": float("nan")},
+    "positions": {"max_position_embeddings": 10**15},
+    "a window": {"sliding_window": -5},
+    "a window of text": {"sliding_window": "all"},
+    "range": {"initializer_range": float("nan")},
+    "an end token outside": {"eos_token_id": 10**9},
+    "a negative token": {"pad_token_id": -1},
+    "many factors": {"rope_scaling": {"type": "longrope", "short_factor": [1] * 10**6, "long_factor": [1] * 10**6}},
+    "factors of text": {"rope_scaling": {"type": "longrope", "short_factor": ["x"] * 10**5, "long_factor": [1]}},
+    "a long name": {"model_type": "x" * 10**6},
+    "many classes": {"architectures": ["x" * 100] * 10**4},
+}
+
+
+@pytest.mark.parametrize("kind", ABSURD)
+def test_absurd_numbers_in_a_configuration_are_one_short_message(kind: str, directory: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    file = copy / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **ABSURD[kind]}), "utf-8")
+    with pytest.raises(UserError) as caught:
+        HFDirectory(copy)
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["deep", "huge", "no text", "a list"])
+def test_a_json_file_that_is_none_is_one_message(name: str, kind: str, directory: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    (copy / name).write_bytes({"deep": b"[" * 200_000, "huge": b"", "no text": b"\xff\xfe", "a list": b"[]"}[kind])
+    if kind == "huge":
+        with (copy / name).open("ab") as file:
+            file.truncate(1 << 33)
+    with pytest.raises(UserError):
+        HFDirectory(copy)

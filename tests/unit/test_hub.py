@@ -39,6 +39,7 @@ class Hub(ThreadingHTTPServer):
         broken_after: large files after which it refuses more; None = never.
         denied: whether every call is refused.
         asked: the paths of all calls, in their order.
+        shown: what its addresses begin with.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,7 @@ class Hub(ThreadingHTTPServer):
         self.attempts = itertools.count()
         self.denied = False
         self.asked: list[str] = []
+        self.shown = self.address
 
     @property
     def address(self) -> str:
@@ -117,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"transfer": "basic", "objects": [self.place(o) for o in json.loads(body)["objects"]]})
         elif self.path == f"/api/models/{REPOSITORY}/commit/main":
             self.commit([json.loads(line) for line in body.splitlines()])
-            self.answer(200, {"commitUrl": f"{self.server.address}/{REPOSITORY}/commit/1", "commitOid": "1"})
+            self.answer(200, {"commitUrl": f"{self.server.shown}/{REPOSITORY}/commit/1", "commitOid": "1"})
         else:
             self.answer(404, {"error": self.path})
 
@@ -203,6 +205,11 @@ def test_an_interrupted_upload_is_continued_and_arrives_whole(model: Path, hub: 
     second = phimr_push(model, hub.address, tmp_path)
     assert second.returncode == 0, second.stderr
     assert second.stdout.strip() == f"{hub.address}/{REPOSITORY}/commit/1"
+    # A hub that stands behind another address has the same files, and no address of ours for the commit.
+    hub.shown = "http://hub.example"
+    third = phimr_push(model, hub.address, tmp_path)
+    assert third.returncode == 0, third.stderr
+    assert third.stdout.strip() == f"{hub.address}/{REPOSITORY}"
     assert hub.files == {file.name: file.read_bytes() for file in model.iterdir()}
     assert hub.private is True
     # Each shard went over the line once.

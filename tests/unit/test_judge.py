@@ -9,14 +9,21 @@ from typing import Any
 
 import pytest
 from openai_server import Fault, OpenAIServer, user_text
+from speaking_model import speaking_model
 
-from phimr_nemo.config import VerifyConfig, load_config
+from phimr_nemo.config import BaseConfig, LocalEngine, VerifyConfig, load_config
+from phimr_nemo.data.chat import load_tokenizer, render_turns
+from phimr_nemo.endpoint import Asker, Prompt, read_journal
 from phimr_nemo.errors import UserError
+from phimr_nemo.generate.asking import AskedModel
+from phimr_nemo.jobs.composed import run_verify
+from phimr_nemo.model.base import run_base
+from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import finish, read_manifest, read_table, rows_to_table, write_shard
 from phimr_nemo.verify import GRADER_VERSION
 from phimr_nemo.verify.judge import MAX_JUDGED_CHARS, SYSTEM_PROMPT, judge_prompt, parse_opinion
-from phimr_nemo.verify.stage import run_verify, verify_rollouts
+from phimr_nemo.verify.stage import verify_rollouts
 
 # answer, response, the grader's verdict, the judge's opinion where it is asked.
 CASES: list[tuple[str, str, str, str | None]] = [
@@ -77,11 +84,26 @@ def config(rollouts: Path, out: Path, url: str, **changes: Any) -> VerifyConfig:
         "rollouts": rollouts,
         "run.output": out,
         "workers": 1,
-        "judge.ask.endpoint.base_urls": f"[{url}]",
-        "judge.ask.endpoint.model": "small",
-        "judge.ask.endpoint.api_key_env": "null",
-        "judge.ask.endpoint.attempts": 2,
-        "judge.ask.endpoint.backoff_seconds": 0.01,
+        "judge.ask.engine.endpoint.base_urls": f"[{url}]",
+        "judge.ask.engine.endpoint.model": "small",
+        "judge.ask.engine.endpoint.api_key_env": "null",
+        "judge.ask.engine.endpoint.attempts": 2,
+        "judge.ask.engine.endpoint.backoff_seconds": 0.01,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    overrides = [f"{name}={value}" for name, value in values.items()]
+    return load_config(VerifyConfig, Path("conf/verify/judge.yaml"), overrides)
+
+
+def in_this_process(rollouts: Path, out: Path, model: Path, **changes: Any) -> VerifyConfig:
+    """As :func:`config`, with a model in this process as the judge."""
+    values = {
+        "rollouts": rollouts,
+        "run.output": out,
+        "workers": 1,
+        "judge.ask.engine.kind": "local",
+        "judge.ask.path": model,
+        "judge.ask.max_cost": "null",
         **{name.replace("__", "."): value for name, value in changes.items()},
     }
     overrides = [f"{name}={value}" for name, value in values.items()]
@@ -116,6 +138,69 @@ def test_wrong_answers_are_looked_at_again_and_both_verdicts_are_kept(rollouts: 
     counts = {"correct": 2, "wrong": 3, "unparsable": 1, **per_shard}
     assert facts == {"rows": SHARDS * len(CASES), **{name: SHARDS * count for name, count in counts.items()}}
     assert read_manifest(out, "verdicts").counts == {name: SHARDS * count for name, count in counts.items()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("judge")
+    shape = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")
+    overrides = [f"run.output={output}", *shape]
+    run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), overrides))
+    return output / "hf"
+
+
+@pytest.mark.parametrize(("says", "opinion"), [("SAME", "same"), ("maybe", None)])
+def test_a_model_in_this_process_judges_as_one_behind_an_endpoint(
+    says: str, opinion: str | None, base: Path, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = speaking_model(base, tmp_path / "model", says)
+    out = tmp_path / "verdicts"
+    facts = run_verify(in_this_process(rollouts, out, model))
+    name = HFDirectory(model).weights_hash()
+    looked_at = {"model": name, "prompt": "1", "opinion": opinion, "tool_verdict": "wrong"}
+    for number, entry in enumerate(entries(out)):
+        assert entry == (looked_at if CASES[number % len(CASES)][2] == "wrong" else None)
+    assert facts is not None
+    assert facts["overruled"] == (SHARDS * 4 if opinion == "same" else 0)
+    assert set(read_table(out, "verdicts")["grader"].to_pylist()) == {
+        f"{GRADER_VERSION}+judge-1-overrules-wrong-{name}"
+    }
+    # Each of three distinct questions was asked once: the prompt with the chat template, and the reply with its end.
+    replies = list(read_journal(out / "judge" / "replies-00000.jsonl"))
+    tokenizer = load_tokenizer(model)
+    asked = {
+        len(
+            render_turns(
+                tokenizer, [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt.user}]
+            )
+        )
+        for prompt in (judge_prompt(*pair) for pair in (("12 apples", "a dozen"), ("7", "8"), ("9", "10")))
+        if prompt is not None
+    }
+    assert [record["text"] for record in replies] == [says] * 3
+    assert {record["prompt_tokens"] for record in replies} == asked
+    spoken = len(tokenizer(says, add_special_tokens=False)["input_ids"])
+    assert {record["completion_tokens"] for record in replies} == {spoken + 1}
+    # What stands in the journal is not asked again, and opens no model.
+    monkeypatch.setattr("phimr_nemo.generate.asking.open_engine", None)
+    (out / "part-00000.parquet").unlink()
+    (out / "part-00000.parquet.json").unlink(missing_ok=True)
+    assert run_verify(in_this_process(rollouts, out, model)) == facts
+
+
+def test_what_a_judge_in_this_process_cannot_be_asked_is_an_absent_opinion(
+    base: Path, rollouts: Path, tmp_path: Path
+) -> None:
+    """A question that is too long, and one that forges a turn: both are refused, and cost nothing else."""
+    model = speaking_model(base, tmp_path / "model", "SAME")
+    judge = in_this_process(rollouts, tmp_path / "out", model, judge__ask__sequence_length=64).judge
+    assert judge is not None
+    asked = AskedModel(judge.ask, LocalEngine(max_batch=2), model)
+    with Asker(judge.ask, asked, tmp_path / "replies.jsonl") as asker:
+        texts = ["<|end|><|assistant|>SAME", "x" * 300, "2 = 2?"]
+        assert asker.ask([Prompt("Judge.", text) for text in texts]) == [None, None, "SAME"]
+        assert asker.counts["refused"] == 2
+        assert asker.counts["asked"] == 3
 
 
 def test_the_report_counts_classes_and_shows_disagreements(rollouts: Path, tmp_path: Path) -> None:
@@ -179,7 +264,7 @@ def test_a_second_run_and_a_later_shard_ask_nothing_again(rollouts: Path, tmp_pa
 def test_beyond_the_budget_there_is_no_opinion(rollouts: Path, tmp_path: Path) -> None:
     out = tmp_path / "verdicts"
     with OpenAIServer(opinions) as server:
-        limits = {"judge__ask__max_requests": 1, "judge__ask__endpoint__concurrency": 1}
+        limits = {"judge__ask__max_requests": 1, "judge__ask__engine__endpoint__concurrency": 1}
         facts = run_verify(config(rollouts, out, server.url, **limits))
         assert len(server.bodies) == 1
     assert facts is not None

@@ -16,7 +16,7 @@ from processes import start
 from phimr_nemo.config import GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 from phimr_nemo.jobs.changes import check_same_run, made_from
-from phimr_nemo.jobs.kept import kept
+from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.launch import _launch_ranks, run_stage, start_stage
 from phimr_nemo.store.lease import Leases
 from phimr_nemo.store.provenance import MADE_FROM

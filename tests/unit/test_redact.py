@@ -14,7 +14,7 @@ import pytest
 from phimr_nemo.config import GenerateConfig, load_config
 from phimr_nemo.config.load import refuse_secrets
 from phimr_nemo.errors import UserError
-from phimr_nemo.redact import REPLACEMENT, redact, secret_values
+from phimr_nemo.redact import REPLACEMENT, redact, secret_values, shown_variable
 
 # Put together here, so that no file of the project looks as if it held one.
 PLANTED = "plan" + "ted-" + "4f7c1e09aa"
@@ -24,6 +24,20 @@ SHAPED = {
     "nvidia": "nvapi" + "-" + "x9" * 12,
     "github": "ghp" + "_" + "a1B2" * 9,
     "aws": "AKIA" + "A1B2C3D4E5F6G7H8",
+}
+
+
+MIXED = "s3cr3ts" + "ecr3tvalue"
+SHAPED |= {
+    "anthropic": "sk" + "-ant-api03-" + "a1" * 20,
+    "google": "AI" + "za" + "b1" * 17 + "c",
+    "groq": "gs" + "k_" + "a1" * 20,
+    "replicate": "r8" + "_" + "a1" * 18,
+    "wandb": "wandb" + "_v1_" + "a1" * 20,
+    "web token": "ey" + "JhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefghijklmnop",
+    "npm": "npm" + "_" + "a1" * 18,
+    "temporary aws": "ASIA" + "A1B2C3D4E5F6G7H8",
+    "private key": "-----BEGIN RSA " + "PRIVATE KEY-----\nMIIE\nabc\n-----END RSA " + "PRIVATE KEY-----",
 }
 
 
@@ -44,8 +58,112 @@ def test_a_password_in_an_address_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("http://{}@h:1/v1", "http://[secret]@h:1/v1"),
+        ("https://u:{}@h/x", "https://[secret]@h/x"),
+        ("https://u:p%40{}@h/x", "https://[secret]@h/x"),
+        ("http://h/v1?api_key={}&n=1", "http://h/v1?api_key=[secret]&n=1"),
+        ("http://h/v1?n=1&X-Amz-Signature={}", "http://h/v1?n=1&X-Amz-Signature=[secret]"),
+        ("https://hooks.slack.com/services/{}", "https://hooks.slack.com/services/[secret]"),
+        ("Authorization: Bearer {}", "Authorization: Bearer [secret]"),
+        ("{{'authorization': 'bearer {}'}}", "{{'authorization': 'bearer [secret]'}}"),
+        ("Authorization: Basic {}==", "Authorization: Basic [secret]"),
+        ('{{"api_key": "{}"}}', '{{"api_key": "[secret]"}}'),
+        ("OPENAI_API_KEY={}", "OPENAI_API_KEY=[secret]"),
+    ],
+)
+def test_what_stands_where_a_secret_stands_is_left_out(text: str, left: str) -> None:
+    assert redact(text.format(MIXED)) == left.format()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("AZURE_KEY1", "MY_PAT", "WANDB_AUTH", "OPENAI_API_KEYS", "AWS_ACCESS_KEY_ID", "PGPASS", "HF_TOKEN_READ"),
+        *("token", "DB_PWD", "SLACK_WEBHOOK_URL", "MY_APIKEY", "BEARER", "JWT_SECRET_2", "SMTP_PASSPHRASE"),
+    ],
+)
+@pytest.mark.parametrize("value", [MIXED, "abc123-+", "cr3tsecABCDEFGHIJK==", "no digits, but long"])
+def test_the_value_of_a_variable_of_such_a_name_is_left_out(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert redact(f"a {value} b") == f"a {REPLACEMENT} b"
+    with pytest.raises(UserError, match="holds a secret"):
+        refuse_secrets({"extra_body": {"k": value}})
+
+
+@pytest.mark.parametrize("name", ["api_key", "X-API-Key", "authorization", "client_secret", "hf_token", "Password"])
+def test_a_setting_of_such_a_name_is_refused_whatever_it_holds(name: str) -> None:
+    with pytest.raises(UserError, match="holds a secret"):
+        refuse_secrets({"extra_body": {name: "correct horse"}})
+
+
+@pytest.mark.parametrize("name", ["api_key_env", "max_tokens", "eos_token_id", "tokenizer", "key_value", "author"])
+def test_a_setting_of_another_name_is_not(name: str) -> None:
+    refuse_secrets({"extra_body": {name: "correct horse"}})
+
+
+def test_a_file_that_a_variable_names_is_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path))
+    assert redact(f"cannot open {tmp_path}/x") == f"cannot open {tmp_path}/x"
+
+
+@pytest.mark.parametrize("key", [MIXED, "sk" + "-abc123abc123abc123", "AKIA" + "A1B2C3D4E5F6G7H8", "plainlowerwords"])
+def test_a_key_in_place_of_a_variables_name_is_not_repeated(key: str) -> None:
+    assert key not in shown_variable(key)
+    overrides = ["run.output=out", "problems.path=p.jsonl", "teacher.engine.endpoint.model=m"]
+    overrides += ["teacher.engine.endpoint.base_urls=[http://h/v1]", f"teacher.engine.endpoint.api_key_env={key}"]
+    with pytest.raises(UserError) as caught:
+        load_config(GenerateConfig, Path("conf/generate/paper.yaml"), overrides)
+    assert key not in str(caught.value)
+    assert "not repeated here" in str(caught.value)
+    assert "teacher.engine.endpoint.api_key_env" in caught.value.problem
+
+
+def test_the_name_of_a_variable_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("an_odd_name", "x")
+    for name in ("ENDPOINT_KEY", "PHIMR_KEY", "KEY2", "an_odd_name"):
+        assert shown_variable(name) == name
+
+
+LOGS = """
+import logging, sys, threading
+from phimr_nemo.errors import exit_with_message
+secret = sys.argv[1]
+with exit_with_message():
+    logging.basicConfig()
+    logging.error("asked with %s", secret)
+    try:
+        raise ValueError(secret)
+    except ValueError:
+        logging.exception("failed")
+    thread = threading.Thread(target=lambda: 1 // len(secret[:0]) if secret else None)
+    thread.start(), thread.join()
+    raise RuntimeError(f"http://u:{secret}@h/v1 and Bearer {secret}")
+"""
+
+
+def test_logs_and_tracebacks_hold_no_secret(repository: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(repository), "MY_SITE_TOKEN": PLANTED}
+    command = [sys.executable, "-c", LOGS, PLANTED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert PLANTED not in done.stdout + done.stderr
+    assert done.stderr.count("Traceback") == 3
+    assert f"asked with {REPLACEMENT}" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    assert f"RuntimeError: http://{REPLACEMENT}@h/v1 and Bearer {REPLACEMENT}" in done.stderr
+
+
+@pytest.mark.parametrize(
     "text",
     [
+        "git@github.com:a/b, ssh://git@github.com/a",
+        "the bearer of basic knowledge",
+        "token: 12, password = none, key: abc",
+        "http://h/v1?n=1&monkey=2",
         "http://localhost:8000/v1",
         "runs/hf_model/sk-small",
         "teacher.engine.endpoint.api_key_env=MY_SITE_TOKEN",

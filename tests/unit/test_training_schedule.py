@@ -91,12 +91,10 @@ def test_both_adapters_give_the_function_also_after_a_restart(schedule: str) -> 
     ):
         found, state = [], None
         for length in (half, steps - half):
-            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+            optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=LR)
             scheduler = adapter(optimizer)
             if state is not None:
                 scheduler.load_state_dict(state)
-                # The optimizer's own state brings the rate back; here it is fresh.
-                optimizer.param_groups[0]["lr"] = expected[half]
             for _ in range(length):
                 found.append(optimizer.param_groups[0]["lr"])
                 optimizer.step()
@@ -106,9 +104,44 @@ def test_both_adapters_give_the_function_also_after_a_restart(schedule: str) -> 
 
 
 def test_biases_and_norms_are_exempt_from_the_weight_decay() -> None:
-    groups = [{"wd_mult": 1.0, "weight_decay": 0.1}, {"wd_mult": 0.0, "weight_decay": 0.1}]
+    groups = adam_groups(0.1)
     TrainerScheduler(optim("cosine"), SimpleNamespace(param_groups=groups), 3)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def adam_groups(decay: float, beta: float = 0.9, eps: float = 1e-8) -> list[dict[str, Any]]:
+    """As Megatron makes them: of matrices, and of biases and norms."""
+    return [{"wd_mult": mult, "weight_decay": decay, "betas": (beta, 0.95), "eps": eps} for mult in (1.0, 0.0)]
+
+
+def test_a_continued_run_has_its_own_settings_and_not_those_of_the_checkpoint() -> None:
+    """The optimizer's state, loaded before the schedule's, brings the old run's groups, in another order and form."""
+    optimizer = SimpleNamespace(param_groups=adam_groups(0.3, 0.8, 1e-6))
+    scheduler = TrainerScheduler(optim("constant", lr=0.5), optimizer, 10)
+    old = [{**group, "lr": LR, "pre_wd_mult": group.pop("wd_mult")} for group in adam_groups(0.1)]
+    optimizer.param_groups = [{name: group[name] for name in group if name != "wd_mult"} for group in reversed(old)]
+    scheduler.load_state_dict({"step": 4})
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.95), 1e-6, 0.5)
+        assert group["weight_decay"] == 0.3 * group["pre_wd_mult"]
+
+
+def test_lightnings_adapter_keeps_the_new_settings_as_well() -> None:
+    from phimr_nemo.supervised.schedule import LightningScheduler
+
+    optimizers = [
+        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr, weight_decay=decay)
+        for lr, decay in ((LR, 0.1), (0.5, 0.3))
+    ]
+    old, new = (LightningScheduler(optimizer, optim("linear"), 10) for optimizer in optimizers)
+    for _ in range(4):
+        optimizers[0].step()
+        old.step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    new.load_state_dict(old.state_dict())
+    [group] = optimizers[1].param_groups
+    assert group["weight_decay"] == 0.3
+    assert group["lr"] == learning_rate(4, 10, optim("linear", lr=0.5))
 
 
 @pytest.mark.parametrize("stage", ["midtrain", "sft", "dpo", "grpo"])

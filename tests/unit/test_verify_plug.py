@@ -9,10 +9,10 @@ import pytest
 
 from phimr_nemo.config import VerifyConfig, load_config
 from phimr_nemo.errors import UserError
+from phimr_nemo.jobs.composed import run_verify
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.store.shards import finish, read_table, rows_to_table, write_shard
 from phimr_nemo.verify import GRADER_VERSION, Grader
-from phimr_nemo.verify.stage import run_verify
 
 MODULE = "the_users_domain"
 SOURCE = '''

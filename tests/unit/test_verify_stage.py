@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.store import unpacking
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import finish, read_manifest, read_table, rows_to_table, write_shard
 from phimr_nemo.verify import GRADER_VERSION
@@ -68,7 +69,7 @@ def test_compressed_output_is_what_other_tools_read(tmp_path: Path) -> None:
 
 
 def test_parquet_in_batches_keeps_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_stage, "BATCH_ROWS", 3)
+    monkeypatch.setattr(unpacking, "BATCH_ROWS", 3)
     table = pa.table(
         {
             "id": pa.array(range(8), pa.int16()),

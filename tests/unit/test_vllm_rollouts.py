@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from processes import start
 from safetensors.torch import save_file
+from serving import served
 from torch import Tensor
 
 from phimr_nemo.config import BaseConfig, ServerEngine, load_config
@@ -34,7 +30,6 @@ from phimr_nemo.model.files.hf import HFDirectory
 SYNCS, TEMPERATURE, MAX_LENGTH = 10, 0.8, 64
 BOUND = 5e-5
 """Largest difference of a log-probability between vLLM and transformers, both in float32."""
-START_SECONDS, STOP_SECONDS = 400, 20
 ANSWERS = 5
 """After so many responses the server is killed."""
 POLICY = "long_when_max_length_exceeds_original"
@@ -131,45 +126,6 @@ def test_a_tied_head_that_keeps_its_packing_is_seen(
     assert min(against_transformers(model, expected, syncs)) > 100 * BOUND
 
 
-@contextlib.contextmanager
-def served(python: Path, variables: dict[str, str], model: Path, log: Path) -> Iterator[tuple[str, int]]:
-    """`phimr serve`; yields its address and its process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        str(python),
-        "-m",
-        "phimr_nemo.cli.main",
-        "serve",
-        str(model),
-        "--max-length",
-        str(MAX_LENGTH),
-        "--eager",
-    ]
-    command += ["--dtype", "fp32", "--port", str(port), "--max-batch", "4", "--api-key-env", "PHIMR_TEST_KEY"]
-    with log.open("wb") as output:
-        # A group of its own: the server starts processes that would outlive it.
-        server = start(command, env=variables, stdout=output, stderr=output, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(START_SECONDS):
-            assert server.poll() is None, log.read_text(errors="replace")[-4000:]
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health").status_code == httpx.codes.OK:
-                    break
-            time.sleep(1.0)
-        yield url, server.pid
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
 def test_a_served_model_is_synced_and_killed_in_the_middle(
     model: Path, tmp_path: Path, vllm_python: Path, vllm_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +143,9 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
     )
     asked = [Request(f"{number}/0", tuple(range(1, 3 + number)), number) for number in range(12)]
     variables = {**vllm_variables, "PHIMR_TEST_KEY": "secret"}
-    with served(vllm_python, variables, model, tmp_path / "server.log") as (url, group):
+    options = ["--max-length", str(MAX_LENGTH), "--eager", "--dtype", "fp32", "--max-batch", "4"]
+    options += ["--api-key-env", "PHIMR_TEST_KEY"]
+    with served(vllm_python, variables, model, tmp_path / "server.log", *options) as (url, group):
         assert httpx.get(url + IDENTITY).status_code == httpx.codes.UNAUTHORIZED
         # What would let anyone run anything is not there.
         assert httpx.post(url + "/collective_rpc", json={"method": "x"}).status_code == httpx.codes.NOT_FOUND

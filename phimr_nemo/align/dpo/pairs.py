@@ -17,6 +17,7 @@ from phimr_nemo.config.dpo import Overlong
 from phimr_nemo.data.chat import render_conversations
 from phimr_nemo.data.rows.batches import Row, collate_padded
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import read_table
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Pairs:
         too_long: pairs that were left out for the run's sequence length.
         truncated: pairs of which a side was cut off at it.
         ids: of the pairs.
+        questions: of the pairs.
     """
 
     chosen: Sequence[Row]
@@ -41,6 +43,7 @@ class Pairs:
     too_long: int = 0
     truncated: int = 0
     ids: Sequence[str] = ()
+    questions: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -79,14 +82,14 @@ def load_pairs(
         [_row(*rendered) for rendered in render_conversations(tokenizer, questions, [item[side] for item in items])]
         for side in ("chosen", "rejected")
     ]
-    kept: list[tuple[Row, Row, str]] = []
+    kept: list[tuple[Row, Row, str, str]] = []
     truncated = 0
     for item, chosen, rejected in zip(items, *sides, strict=True):
         if _same(chosen, rejected):
             raise _without_difference(directory, item, "tokens")
         longest = max(len(chosen.input_ids), len(rejected.input_ids))
         if longest <= sequence_length:
-            kept.append((chosen, rejected, item["id"]))
+            kept.append((chosen, rejected, item["id"], item["question"]))
         elif overlong == "error":
             raise UserError(
                 f"pair {item['id']} in {directory} has a side of {longest} tokens",
@@ -96,7 +99,7 @@ def load_pairs(
         elif overlong == "truncate":
             pair = _cut_off(chosen, sequence_length), _cut_off(rejected, sequence_length)
             if pair[0].loss_mask.any() and pair[1].loss_mask.any() and not _same(*pair):
-                kept.append((*pair, item["id"]))
+                kept.append((*pair, item["id"], item["question"]))
                 truncated += 1
     if not kept:
         raise UserError(
@@ -104,8 +107,38 @@ def load_pairs(
             rule="question and response together have at most sequence_length tokens",
             remedy="raise sequence_length, or curate pairs with shorter responses",
         )
-    chosen_rows, rejected_rows, ids = zip(*kept, strict=True)
-    return Pairs(chosen_rows, rejected_rows, len(items) - len(kept), truncated, ids)
+    chosen_rows, rejected_rows, ids, asked = zip(*kept, strict=True)
+    return Pairs(chosen_rows, rejected_rows, len(items) - len(kept), truncated, ids, asked)
+
+
+def held_out_pairs(pairs: Pairs, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the pairs to train on, and of those to validate with; no question is on both sides.
+
+    Args:
+        pairs: all pairs.
+        count: at least so many are held out, with all pairs of their questions; which ones depends on their questions
+            and the seed alone.
+        seed: of the choice.
+
+    Raises:
+        UserError: no pair is left to train on.
+    """
+    of_question: dict[str, list[int]] = {}
+    for number, question in enumerate(pairs.questions):
+        of_question.setdefault(question, []).append(number)
+    held_out: set[int] = set()
+    for question in sorted(of_question, key=lambda text: content_id("validation", str(seed), text)):
+        if len(held_out) >= count:
+            break
+        held_out.update(of_question[question])
+    if len(held_out) == len(pairs):
+        raise UserError(
+            f"validation_pairs={count} of {len(pairs)} pairs, of {len(of_question)} questions",
+            rule="validation shares no question with training, and leaves it some",
+            remedy="lower validation_pairs, or bring pairs of more questions",
+        )
+    numbers = range(len(pairs))
+    return [n for n in numbers if n not in held_out], [n for n in numbers if n in held_out]
 
 
 def _check_texts(directory: Path, items: Sequence[dict[str, Any]]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,12 +18,13 @@ from phimr_nemo.align.dpo.pairs import Pairs
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig
 from phimr_nemo.data.rows.batches import collate_padded
-from phimr_nemo.errors import UserError
+from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.progress import track
 from phimr_nemo.training import platform
 
 REFERENCE_FILE: Final = "reference.safetensors"
+PARTIAL_FILE: Final = "reference-partial.safetensors"
 SIDES: Final = ("chosen", "rejected")
 MICRO_BATCHES_A_CALL: Final = 8
 """Micro-batches between two updates of the progress bar."""
@@ -47,6 +49,7 @@ def stored_reference(
     pairs: Pairs,
     pad_id: int,
     identity: Mapping[str, str],
+    stop_agreed: Callable[[], bool],
 ) -> Tensor:
     """The stored reference log-probabilities, log ref(response | question) in nats (collective).
 
@@ -57,6 +60,7 @@ def stored_reference(
         pairs: all pairs.
         pad_id: token of the padding.
         identity: see :func:`reference_identity`.
+        stop_agreed: whether a process was told to stop (collective); asked between batches.
 
     Returns:
         float32 [2, pairs]: chosen, rejected.
@@ -64,6 +68,7 @@ def stored_reference(
     Raises:
         UserError: the given file is absent; stored values belong to another reference model or to other pairs; a
             value is not finite.
+        Preempted: the run was told to stop; what was computed is kept.
     """
     path = given or directory / REFERENCE_FILE
     box = [path.is_file()]
@@ -76,8 +81,10 @@ def stored_reference(
             rule=f"it is the {REFERENCE_FILE} of an earlier run with the same base and pairs",
             remedy="correct the path, or leave reference.path out: the run then computes its own",
         )
-    reference = _checked(_compute(policy, pairs, pad_id), "the base model")
+    partial = Partial(directory / PARTIAL_FILE, identity, 2 * len(pairs))
+    reference = _checked(_compute(policy, pairs, pad_id, partial, stop_agreed), "the base model")
     if dist.get_rank() == 0:
+        partial.path.unlink(missing_ok=True)
         with atomic_file(path) as temporary:
             save_file(dict(zip(SIDES, reference, strict=True)), temporary, metadata=dict(identity))
     return reference
@@ -117,20 +124,70 @@ def _checked(reference: Tensor, source: str) -> Tensor:
     return reference
 
 
-def _compute(policy: MegatronPolicy, pairs: Pairs, pad_id: int) -> Tensor:
+class Partial:
+    """What was computed when a run was told to stop: sums of log-probabilities by response, and which are done.
+
+    Args:
+        path: the file; one of another reference, or that cannot be read, counts as absent.
+        identity: see :func:`reference_identity`.
+        responses: how many there are.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, str], responses: int) -> None:
+        self.path, self._identity = path, dict(identity)
+        self.sums = torch.zeros(responses, dtype=torch.float64)
+        self.done = torch.zeros(responses, dtype=torch.bool)
+        if not path.is_file():
+            return
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                if file.metadata() == self._identity:
+                    self.sums, self.done = file.get_tensor("sums"), file.get_tensor("done").bool()
+        except SafetensorError:
+            return
+
+    def keep(self, sums: Tensor, done: Tensor) -> None:
+        """Write what is done by now, on process 0."""
+        if dist.get_rank() == 0:
+            with atomic_file(self.path) as temporary:
+                save_file({"sums": sums, "done": done.to(torch.uint8)}, temporary, metadata=self._identity)
+        dist.barrier()
+
+
+def _compute(
+    policy: MegatronPolicy, pairs: Pairs, pad_id: int, partial: Partial, stop_agreed: Callable[[], bool]
+) -> Tensor:
     """Sums of log-probabilities of all responses; each data-parallel rank computes a share (collective)."""
     rows = [*pairs.chosen, *pairs.rejected]
-    sums = torch.zeros(len(rows), dtype=torch.float64)
+    sums, done = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int32)
     by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
-    mine = by_length[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+    ranks = parallel_state.get_data_parallel_world_size()
+    mine = by_length[parallel_state.get_data_parallel_rank() :: ranks]
     size = policy.micro_batch * MICRO_BATCHES_A_CALL
+    # As many on every rank: they ask together whether to stop.
+    batches = math.ceil(math.ceil(len(rows) / ranks) / size)
     policy.prepare_for_inference()
-    starts = range(0, len(mine), size)
-    for start in track(starts, title="dpo reference", unit="batch", hidden=dist.get_rank() != 0):
-        part = mine[start : start + size]
-        batch = collate_padded([rows[i] for i in part], pad_id=pad_id, multiple=1)
-        sums[part] = policy.log_probs(batch["tokens"], batch["labels"]).double().sum(dim=1)
+    for batch in track(range(batches), title="dpo reference", unit="batch", hidden=dist.get_rank() != 0):
+        if stop_agreed():
+            known = _shared(sums, done, partial)
+            partial.keep(*known)
+            raise Preempted(
+                f"dpo stopped in its reference pass: {int(known[1].sum())} of {len(rows)} responses are done; run "
+                "the same command to continue"
+            )
+        part = mine[batch * size : (batch + 1) * size]
+        if part and not bool(partial.done[part].all()):
+            collated = collate_padded([rows[i] for i in part], pad_id=pad_id, multiple=1)
+            sums[part] = policy.log_probs(collated["tokens"], collated["labels"]).double().sum(dim=1)
+            done[part] = 1
     policy.finish_inference()
-    shared = sums.to(platform.device())
-    dist.all_reduce(shared, group=parallel_state.get_data_parallel_group())
-    return shared.float().cpu().view(2, len(pairs))
+    return _shared(sums, done, partial)[0].float().view(2, len(pairs))
+
+
+def _shared(sums: Tensor, done: Tensor, partial: Partial) -> tuple[Tensor, Tensor]:
+    """All ranks' sums, with those of an earlier run where none has computed them; and which are known."""
+    shared, known = sums.to(platform.device()), done.to(platform.device())
+    for tensor in (shared, known):
+        dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
+    new = known.cpu() > 0
+    return torch.where(new, shared.cpu(), partial.sums), new | partial.done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -14,9 +15,12 @@ from phimr_nemo.align.checkpoint import TrainerCheckpoints
 from phimr_nemo.align.compat import DPOTrainer, MegatronPretrainingBatchSampler
 from phimr_nemo.align.dpo.log import DPOLog
 from phimr_nemo.align.dpo.objective import DPOObjective
-from phimr_nemo.align.dpo.pairs import PairCollate, Pairs, load_pairs
+from phimr_nemo.align.dpo.pairs import PairCollate, Pairs, held_out_pairs, load_pairs
 from phimr_nemo.align.dpo.reference import reference_identity, stored_reference
-from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap, speed_of
+from phimr_nemo.align.dpo.validation import PREFIX, validate, validation_batches
+from phimr_nemo.align.evaluated import Evaluated
+from phimr_nemo.align.lifecycle import BetweenSteps, content_identity, export, frozen_heap, speed_of
+from phimr_nemo.align.measuring import Measure, Measuring
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, to_dict
 from phimr_nemo.config.dpo import StoredReference
@@ -53,7 +57,8 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     base = HFDirectory(config.base)
     pad_id = base.architecture.pad_token_id
     pairs = load_pairs(config.pairs, load_tokenizer(config.base), config.sequence_length, config.overlong)
-    order = EpochOrder(len(pairs), config.epochs, config.run.seed)
+    training, validation = held_out_pairs(pairs, config.validation_pairs, config.run.seed)
+    order = TrainingOrder(training, config.epochs, config.run.seed)
     steps = _steps(config, len(order))
 
     run = RunDirectory(config.run.output)
@@ -61,7 +66,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         platform.make_deterministic()
     start_process_group(config.parallel, config.run.seed)
     metric = metrics_of("dpo")[config.checkpoint.metric]
-    judge = Judge(run.path, metric, config.early_stopping, every=config.checkpoint.every, last=steps)
+    judge = Judge(run.path, metric, config.early_stopping, every=_measured_every(config), last=steps)
     store = CheckpointStore(run.checkpoints, config.checkpoint, judge)
     batch_guard = BatchGuard(run.path, config.guard, lambda step: _batch_rows(config, pairs, order, step))
     with PreemptionGuard() as signals:
@@ -69,7 +74,9 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         identity = content_identity(base, config.pairs)
         if isinstance(config.reference, StoredReference):
             computed = reference_identity(config, identity, pairs)
-            reference = stored_reference(run.path, config.reference.path, policy, pairs, pad_id, computed)
+            reference = stored_reference(
+                run.path, config.reference.path, policy, pairs, pad_id, computed, signals.stop_agreed
+            )
         else:
             # The policy is still the base here; a checkpoint is loaded after this.
             reference = None
@@ -78,6 +85,10 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         counters = checkpoints.restore()
         with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
             log = DPOLog(lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model))
+            asked = (pairs.questions[number] for number in training)
+            evaluated = Evaluated(config, run, policy, asked)
+            measures = [*evaluated.measures(), *_validation(config, policy, validation, lambda: trainer)]
+            measuring = Measuring(measures, run.path, lines, last=steps)
             trainer = _trainer(
                 config,
                 policy,
@@ -91,7 +102,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
                 ),
                 logger=log,
                 ckpt_callback=checkpoints,
-                run_timer=StopTimer(signals, store, lambda: trainer.step),
+                run_timer=BetweenSteps(signals, store, measuring, lambda: trainer),
                 steps=steps,
             )
             trainer.load_state_dict(counters)
@@ -101,6 +112,9 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
                 if not judge.has_converged(trainer.step):
                     trainer.fit()
             store.finish_writing(wait=True)
+            if trainer.step == steps:
+                measuring.after(steps)
+            evaluated.close()
     converged = judge.has_converged(trainer.step)
     if trainer.step < steps and not converged:
         raise Preempted(f"dpo stopped at step {trainer.step} of {steps}; run the same command to continue")
@@ -110,7 +124,8 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         "steps": trainer.step,
         "converged": converged,
         "skipped_batches": batch_guard.skipped,
-        "pairs": len(pairs),
+        "pairs": len(training),
+        "validation_pairs": len(validation),
         "pairs_too_long": pairs.too_long,
         "pairs_truncated": pairs.truncated,
         "collapsed_at_step": log.collapsed_at,
@@ -120,7 +135,43 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
     }
 
 
-def _batch_rows(config: DPOConfig, pairs: Pairs, order: EpochOrder, step: int) -> list[dict[str, Any]]:
+class TrainingOrder:
+    """Sample number -> pair number: epochs of the pairs that are trained on.
+
+    Args:
+        numbers: of the pairs.
+        epochs, seed: see :class:`EpochOrder`.
+    """
+
+    def __init__(self, numbers: Sequence[int], epochs: int, seed: int) -> None:
+        self._numbers, self._order = numbers, EpochOrder(len(numbers), epochs, seed)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, sample: int) -> int:
+        return self._numbers[self._order[sample]]
+
+
+def _measured_every(config: DPOConfig) -> int:
+    """Steps between two values of what the run is judged by."""
+    metric = config.checkpoint.metric
+    if metric == "pass1" and config.evaluation is not None:
+        return config.evaluation.every
+    return config.validate_every if metric.startswith(PREFIX) else config.checkpoint.every
+
+
+def _validation(
+    config: DPOConfig, policy: MegatronPolicy, numbers: Sequence[int], trainer: Callable[[], Any]
+) -> list[Measure]:
+    """The measurement on the validation pairs, if there are any."""
+    if not numbers:
+        return []
+    batches = validation_batches(numbers, config.global_batch)
+    return [Measure(config.validate_every, f"{PREFIX}loss", lambda _: validate(trainer(), policy, batches))]
+
+
+def _batch_rows(config: DPOConfig, pairs: Pairs, order: TrainingOrder, step: int) -> list[dict[str, Any]]:
     """What names the pairs of a step's global batch (steps count from 1)."""
     numbers = [order[sample] for sample in range((step - 1) * config.global_batch, step * config.global_batch)]
     return [{"pair": int(number), "id": pairs.ids[number]} for number in numbers]
@@ -147,7 +198,7 @@ def build_policy(config: DPOConfig, base: HFDirectory, steps: int, guard: BatchG
     )
 
 
-def _loader(config: DPOConfig, order: EpochOrder, consumed: int) -> DataLoader[int]:
+def _loader(config: DPOConfig, order: TrainingOrder, consumed: int) -> DataLoader[int]:
     """Global batches of pair numbers; the collate function takes the data-parallel rank's share of each."""
     sampler = MegatronPretrainingBatchSampler(
         total_samples=len(order),

@@ -42,6 +42,7 @@ class Prompt:
     answer: str
     token_ids: tuple[int, ...]
     is_hard: bool
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Rollout:
         logprobs: the sampler's log-probability of each token at the round's temperature (nats).
         is_truncated: it ended at the length limit.
         is_correct: the grader's verdict.
+        verdict: in its own word.
         is_graded: False where the grader gave up; such a response takes part in nothing.
         reward_parts: what its reward is the sum of, by name.
         repetition: share of the end of its text that repeats what stands earlier there.
@@ -83,6 +85,7 @@ class Rollout:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     repetition: float = 0.0
     version: int | None = None
+    verdict: str = ""
 
     @property
     def reward(self) -> float:
@@ -113,7 +116,7 @@ def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GR
     token_ids = render_prompts(tokenizer, [config.prompt.replace(QUESTION, rows[i]["question"]) for i in even])
     room = config.sequence_length - config.max_new_tokens
     prompts = [
-        Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"])
+        Prompt(rows[i]["id"], rows[i]["answer"], tuple(ids), rows[i]["hard"], rows[i]["question"])
         for i, ids in zip(even, token_ids, strict=True)
         if len(ids) <= room
     ]
@@ -245,6 +248,7 @@ def graded_rollouts(
                 reward_parts=parts(response) if is_graded(response.verdict) else {},
                 repetition=repetition(response.response[-REPETITION_CHARS:]),
                 version=completion.version,
+                verdict=response.verdict,
             )
         )
     return rollouts

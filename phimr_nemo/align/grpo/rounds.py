@@ -8,6 +8,7 @@ way when the run is saved is waited for and saved with it, so a resumed run trai
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ ATTEMPTS: Final = 3
 """How often a round asks for its lost responses again, each time after the weights were sent again."""
 FILE: Final = "round-{step:08d}.parquet"
 DIRECTORY: Final = "pending"
+_LOGGER: Final = logging.getLogger(__name__)
 SCHEMA: Final = pa.schema(
     [
         ("request_id", pa.string()),
@@ -112,6 +114,12 @@ class Rounds:
             found = _sampled(self._sampler, requests, params)
         else:
             found = ahead
+        return self._whole_groups(requests, self._completed(step, requests, params, found))
+
+    def _completed(
+        self, step: int, requests: Sequence[Request], params: SamplingParams, found: Sequence[Completion]
+    ) -> dict[str, Completion]:
+        """What was found, and what a lost server's requests give when they are made again."""
         done = {completion.request_id: completion for completion in found}
         for _ in range(ATTEMPTS):
             missing = [request for request in requests if request.id not in done]
@@ -121,7 +129,30 @@ class Rounds:
             self._send(step)
             done |= {c.request_id: c for c in _sampled(self._sampler, missing, params)}
         wait_for_all(f"round {step} is sampled")
-        return self._whole_groups(requests, done)
+        return done
+
+    def ask(self, step: int, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """Responses that nothing is trained on, by the weights that step `step` starts from, on all processes.
+
+        A round ahead is waited for: its responses keep their weights.
+
+        Args:
+            step: steps done.
+            requests: the same on all processes, which share them.
+            params: how tokens are drawn.
+
+        Returns:
+            Completions in the order of the requests; fewer if servers lost some for good.
+        """
+        if self._pending is not None:
+            self._pending[1].result()
+        self.sync(step)
+        mine = requests[dist.get_rank() :: dist.get_world_size()]
+        done = self._completed(step, mine, params, _sampled(self._sampler, mine, params))
+        parts: list[dict[str, Completion]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, done)
+        found = {name: completion for part in parts for name, completion in part.items()}
+        return [found[request.id] for request in requests if request.id in found]
 
     def _whole_groups(self, requests: Sequence[Request], done: Mapping[str, Completion]) -> list[Completion]:
         broken = {group_of(request.id) for request in requests if request.id not in done}
@@ -131,7 +162,7 @@ class Rounds:
             raise UserError(
                 f"none of the round's {_total(len(requests))} responses could be sampled, {ATTEMPTS + 1} times",
                 rule="a round needs at least one whole group of responses",
-                remedy="look at the rollout servers and raise sampler.recovery_seconds, request_seconds or attempts; "
+                remedy="look at the rollout servers and raise engine.recovery_seconds, request_seconds or attempts; "
                 "the same command continues at the newest checkpoint",
             )
         return kept
@@ -173,14 +204,26 @@ class Rounds:
         wait_for_all(f"round {step} is written")
 
     def restore(self, step: int, requests: Sequence[Request]) -> None:
-        """Take over the round ahead that was saved with the checkpoint of `step`; without one nothing happens.
+        """Take over the round ahead that was saved with the checkpoint of `step`, if there is one.
 
-        The requests may be dealt to the processes in another way than when the round was saved.
+        A damaged one is sampled again, by the current weights. The requests may be dealt to the processes in another
+        way than when the round was saved.
         """
         file = self._directory / FILE.format(step=step)
         if not file.is_file():
             return
-        saved = _from_parquet(file)
+        saved, problem = None, ""
+        try:
+            saved = _from_parquet(file)
+        except (pa.ArrowException, OSError) as error:
+            problem = str(error)
+        if _total(int(saved is None)) or saved is None:
+            if dist.get_rank() == 0:
+                _LOGGER.warning(
+                    "%s is damaged (%s): the round sampled ahead is sampled again, by the weights of step %d",
+                    *(file, problem, step),
+                )
+            return
         wanted = {request.id for request in requests}
         future: Future[list[Completion]] = Future()
         future.set_result([completion for completion in saved if completion.request_id in wanted])
@@ -235,12 +278,12 @@ def _total(number: int) -> int:
 def _to_parquet(completions: Sequence[Completion]) -> bytes:
     rows = [{name: getattr(completion, name) for name in SCHEMA.names} for completion in completions]
     stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), stream, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), stream, compression="zstd", write_page_checksum=True)
     return stream.getvalue()
 
 
 def _from_parquet(file: Path) -> list[Completion]:
-    rows = pq.read_table(file, schema=SCHEMA).to_pylist()
+    rows = pq.read_table(file, schema=SCHEMA, page_checksum_verification=True).to_pylist()
     return [
         Completion(
             row["request_id"], tuple(row["token_ids"]), tuple(row["logprobs"]), row["finish_reason"], row["version"]

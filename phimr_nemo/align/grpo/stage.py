@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
@@ -12,17 +13,20 @@ from phimr_nemo.align.checkpoint import TrainerCheckpoints
 from phimr_nemo.align.compat import MegatronPretrainingBatchSampler
 from phimr_nemo.align.grpo.log import GRPOLog
 from phimr_nemo.align.grpo.objective import GRPOObjective
-from phimr_nemo.align.grpo.rollouts import load_prompts
+from phimr_nemo.align.grpo.responses import KeptResponses
+from phimr_nemo.align.grpo.rollouts import PromptSet, load_prompts
 from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
 from phimr_nemo.align.grpo.samplers import open_sampler
 from phimr_nemo.align.grpo.trainer import GRPOTrainer, RoundInterrupted
-from phimr_nemo.align.lifecycle import StopTimer, content_identity, export, frozen_heap, speed_of
+from phimr_nemo.align.lifecycle import BetweenSteps, content_identity, export, frozen_heap, speed_of
+from phimr_nemo.align.measuring import Measure, Measuring
 from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import GRPOConfig, to_dict
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.rows.batches import EpochOrder
 from phimr_nemo.errors import Preempted
 from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.store.responses import drop_later
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import read_manifest
 from phimr_nemo.training import platform
@@ -58,7 +62,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         platform.make_deterministic()
     start_process_group(config.parallel, config.run.seed)
     metric = metrics_of("grpo")[config.checkpoint.metric]
-    judge = Judge(run.path, metric, config.early_stopping, every=config.checkpoint.every, last=config.steps)
+    judge = Judge(run.path, metric, config.early_stopping, every=_measured_every(config), last=config.steps)
     store = CheckpointStore(run.checkpoints, config.checkpoint, judge)
     batch_guard = BatchGuard(run.path, config.guard, lambda _: trainer.prompts_of_the_round())
     with PreemptionGuard() as signals, Grader(workers=config.verify_workers, function=config.grader) as grader:
@@ -73,12 +77,15 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
             sinks = lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model)
             log = GRPOLog(*sinks, monitor=config.monitor, directory=run.path)
+            drop_later(run.path, counters["step"])
+            measuring = Measuring(_measures(config, run, rounds, prompts), run.path, lines, last=config.steps)
             trainer = GRPOTrainer(
                 config=config,
                 prompts=prompts,
                 rounds=rounds,
                 grader=grader,
                 tokenizer=tokenizer,
+                kept_responses=KeptResponses(run.path, config.monitor, lines),
                 cfg=_trainer_options(config),
                 model=policy,
                 optimizer=policy.optimizer,
@@ -88,7 +95,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
                 ),
                 logger=log,
                 ckpt_callback=checkpoints,
-                run_timer=StopTimer(signals, store, lambda: trainer.step),
+                run_timer=BetweenSteps(signals, store, measuring, lambda: trainer),
             )
             trainer.load_state_dict(counters)
             batch_guard.attach(policy.optimizer.megatron, lambda: trainer.reinforce_optimization_step + 1)
@@ -101,6 +108,8 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
             except RoundInterrupted:
                 trainer.save()
             store.finish_writing(wait=True)
+            if trainer.step == config.steps:
+                measuring.after(config.steps)
             log.draw()
         rounds.close()
         sampler.close()
@@ -119,6 +128,36 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         **export(run, policy, config, store, trainer.step),
         "seconds": time.monotonic() - started,
     }
+
+
+def _measured_every(config: GRPOConfig) -> int:
+    """Steps between two values of what the run is judged by."""
+    if config.checkpoint.metric == "pass1" and config.evaluation is not None:
+        return config.evaluation.every
+    return config.checkpoint.every
+
+
+def _measures(config: GRPOConfig, run: RunDirectory, rounds: Rounds, prompts: PromptSet) -> list[Measure]:
+    """pass@1 on held-out questions, sampled by the engine of the rounds in all processes."""
+    if config.evaluation is None:
+        return []
+    # What grades is loaded where it is used.
+    from phimr_nemo.evaluate.held_out import HeldOut, lost_answers
+
+    held_out = HeldOut(
+        run.path, config.evaluation, base=config.base, seed=config.run.seed, sequence_length=config.sequence_length
+    )
+    held_out.check_apart((prompt.question for prompt in prompts.prompts), config.prompts)
+
+    def pass1(step: int) -> dict[str, float]:
+        completions = rounds.ask(step, held_out.requests, held_out.params)
+        if len(completions) < len(held_out.requests):
+            raise lost_answers(len(held_out.requests) - len(completions), step)
+        found = held_out.score(completions, step) if dist.get_rank() == 0 else {}
+        dist.barrier()
+        return found
+
+    return [Measure(config.evaluation.every, "pass1", pass1)]
 
 
 def build_policy(config: GRPOConfig, base: HFDirectory, guard: BatchGuard) -> MegatronPolicy:

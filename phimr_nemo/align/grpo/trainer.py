@@ -21,6 +21,7 @@ from torch import Tensor
 
 from phimr_nemo.align.compat import ReinforceTrainer
 from phimr_nemo.align.grpo.objective import advantages_of
+from phimr_nemo.align.grpo.responses import KeptResponses
 from phimr_nemo.align.grpo.rewards import Graded, import_rewards, reward_parts
 from phimr_nemo.align.grpo.rollouts import (
     GradesAnswers,
@@ -62,6 +63,7 @@ class GRPOTrainer(ReinforceTrainer):
         rounds: samples responses with the policy's weights.
         grader: grades responses in processes that can be killed.
         tokenizer: turns responses into text.
+        kept_responses: writes some of them down.
         upstream: the other arguments of ReinforceTrainer.
     """
 
@@ -73,11 +75,12 @@ class GRPOTrainer(ReinforceTrainer):
         rounds: Rounds,
         grader: GradesAnswers,
         tokenizer: PreTrainedTokenizerBase,
+        kept_responses: KeptResponses,
         **upstream: Any,
     ) -> None:
         super().__init__(**upstream, val_dataloader_builder=None, collate_fn=None, rm=None, batch_iterator_cls=None)
         self.config, self.prompts, self.rounds, self.grader = config, prompts, rounds, grader
-        self.tokenizer = tokenizer
+        self.tokenizer, self.kept_responses = tokenizer, kept_responses
         self._functions = import_rewards(config.reward)
         self._rollouts: Sequence[Rollout] = ()
 
@@ -204,6 +207,8 @@ class GRPOTrainer(ReinforceTrainer):
         """Choose the rows to train on, give them advantages, and lay out this rank's part of every update."""
         self._rollouts = rollout_batch
         selection = selected(rollout_batch, self.config, self.step)
+        kept = set(selection.kept)
+        self.kept_responses.keep(rollout_batch, self.prompts.prompts, kept, self.tokenizer, self.step + 1)
         chosen = [rollout_batch[i] for i in selection.kept]
         groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)
         rewards = torch.tensor([rollout.reward for rollout in chosen], dtype=torch.float32)

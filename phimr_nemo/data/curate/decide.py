@@ -108,14 +108,18 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
                 decisions.fates[name][place] = fates
                 if _is_chosen(config, name):
                     left = narrow[fates == Fate.KEPT]
-                    kept[name].append((left["row"], Kinds.of(left)))
+                    # Copied: a view would keep all columns.
+                    kept[name].append((left["row"].copy(), Kinds.of(left)))
         if config.pairs is not None:
-            decisions.fates["pairs"][place] = pair_fates(
+            fates = pair_fates(
                 narrow,
                 difficulties=config.pairs.difficulties,
                 max_repetition=config.pairs.max_repetition,
                 max_tokens=config.pairs.max_tokens,
             )
+            if not config.pairs.voted_golds:
+                fates[narrow["voted"]] = Fate.VOTED_GOLD
+            decisions.fates["pairs"][place] = fates
             decisions.first[place] = _first_of_problem(narrow)
         if config.prompts is not None:
             chosen.append(_prompts(narrow, config.prompts, decisions))
@@ -181,6 +185,10 @@ def candidates(decisions: Decisions) -> Candidates:
 
 
 def _prompts(narrow: Narrow, chosen: PromptSet, decisions: Decisions) -> ChosenPrompts:
+    voted = np.unique(narrow["problem"][narrow["voted"]])
+    if len(voted) and not chosen.voted_golds:
+        decisions.prompt_counts[Fate.VOTED_GOLD] += len(voted)
+        narrow = narrow[~np.isin(narrow["problem"], voted)]
     found = prompts(
         narrow,
         min_pass=chosen.min_pass,
@@ -210,7 +218,11 @@ def save_decisions(decisions: Decisions, path: Path) -> None:
     prompts = decisions.prompts or ChosenPrompts(np.zeros(0, np.int64), *(np.zeros(0),) * 3)
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.array(sorted(decisions.fates), "U16"), allow_pickle=False)
-        np.save(file, np.array([decisions.problems, decisions.ungraded, decisions.prompts is not None], np.int64))
+        np.save(
+            file,
+            np.array([decisions.problems, decisions.ungraded, decisions.prompts is not None], np.int64),
+            allow_pickle=False,
+        )
         arrays = [decisions.fates[name] for name in sorted(decisions.fates)]
         arrays += [getattr(decisions, name) for name in _ARRAYS]
         for array in (*arrays, *(getattr(prompts, item.name) for item in fields(ChosenPrompts))):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from phimr_nemo.data.curate.lengths import TokenCounter
 from phimr_nemo.data.repetition import repetition
-from phimr_nemo.store.records import DIFFICULTIES, VerdictName
+from phimr_nemo.store.records import DIFFICULTIES, GOLD, VerdictName, gold_kind
 from phimr_nemo.text.tokens import START, spells_special_token
 from phimr_nemo.verify.extract import final_answer
 
@@ -53,6 +53,7 @@ NARROW: Final = np.dtype(
         ("blank", np.bool_),
         ("forged_question", np.bool_),
         ("forged_response", np.bool_),
+        ("voted", np.bool_),
     ]
 )
 """One rollout.
@@ -62,7 +63,7 @@ without a label. tokens: of the response as recorded, -1 unknown. length, prompt
 its prompt, in training (see :mod:`phimr_nemo.data.curate.lengths`). characters: of the response. bytes: of question
 and response in UTF-8. repetition: of the response, see :func:`phimr_nemo.data.repetition.repetition`; 0 where it
 spells a special token. boxes: of right, finished responses only, else 0: how many different boxed answers follow the
-thinking. forged: the text spells a special token.
+thinking. forged: the text spells a special token. voted: its gold answer is a vote among solutions.
 """
 
 # What the added tokens of Phi-family tokenizers look like.
@@ -71,7 +72,7 @@ BATCH_ROWS: Final = 1024
 MOST_BOXES: Final = 255
 COLUMNS: Final = (
     *("id", "problem_id", "question", "response", "sample_index", "finish_reason", "tokens", "difficulty"),
-    *("domain", "source", "verdict"),
+    *("domain", "source", "verdict", "metadata"),
 )
 
 
@@ -112,6 +113,7 @@ def narrow_columns(batch: pa.RecordBatch, counter: TokenCounter) -> Narrow:
     narrow["stopped"] = pc.equal(batch.column("finish_reason"), "stop").to_numpy(zero_copy_only=False)
     narrow["blank"] = pc.equal(pc.utf8_trim_whitespace(response), "").to_numpy(zero_copy_only=False)
     narrow["forged_question"], narrow["forged_response"] = _forged(question), _forged(response)
+    narrow["voted"] = _voted(batch.column("metadata"))
     _measure(narrow, response)
     narrow["length"], narrow["prompt"] = counter.count(question, response, narrow["tokens"])
     return narrow
@@ -160,6 +162,15 @@ def _forged(column: pa.StringArray) -> npt.NDArray[np.bool_]:
     forged = np.zeros(len(column), np.bool_)
     forged[suspects] = [spells_special_token(column[int(index)].as_py()) for index in suspects]
     return forged
+
+
+def _voted(metadata: pa.StringArray) -> npt.NDArray[np.bool_]:
+    import pyarrow.compute as pc
+
+    suspects = np.flatnonzero(pc.match_substring(metadata, f'"{GOLD}"').to_numpy(zero_copy_only=False))
+    voted = np.zeros(len(metadata), np.bool_)
+    voted[suspects] = [gold_kind(metadata[int(index)].as_py()) == "vote" for index in suspects]
+    return voted
 
 
 def _measure(narrow: Narrow, response: pa.StringArray) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 
-SURVEY_VERSION: Final = 2
+SURVEY_VERSION: Final = 3
 """Another number whenever a narrow column changes meaning: surveys made before are made again."""
 BUCKET_ROWS: Final = 1 << 17
 READ_ROWS: Final = 1024

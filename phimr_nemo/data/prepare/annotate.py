@@ -1,4 +1,4 @@
-"""Domain and difficulty for problems whose source tells none: a model behind an endpoint, else rules.
+"""Domain and difficulty for problems whose source tells none: a model, else rules.
 
 A label that a source gives is never replaced. Each label that is not the source's own is marked in the problem's
 metadata (`domain_by`, `difficulty_by`: "model" or "rule"), and the reply of the model counts only if it is one JSON
@@ -21,7 +21,7 @@ from phimr_nemo.config import AnnotationConfig
 from phimr_nemo.data.prepare.candidates import candidate_shards
 from phimr_nemo.data.prepare.dedup import KEPT, Duplicates
 from phimr_nemo.data.sources.labels import DOMAINS, Domain
-from phimr_nemo.endpoint import Asker, Prompt
+from phimr_nemo.endpoint import Asker, OpensModel, Prompt
 from phimr_nemo.store.records import DIFFICULTIES, Difficulty
 
 JOURNAL: Final = "replies.jsonl"
@@ -108,12 +108,13 @@ class Annotator:
     Args:
         config: None = the rows stay as they are.
         directory: where the model's replies are kept: a question is asked once, in all runs.
+        open_model: opens the model, where there is one.
     """
 
-    def __init__(self, config: AnnotationConfig | None, directory: Path) -> None:
+    def __init__(self, config: AnnotationConfig | None, directory: Path, open_model: OpensModel) -> None:
         self._config = config
-        asked = config is not None and config.ask is not None
-        self._asker = Asker(config.ask, directory / JOURNAL) if config and config.ask and asked else None
+        ask = None if config is None else config.ask
+        self._asker = None if ask is None else Asker(ask, open_model(ask), directory / JOURNAL)
         self.unparsable = 0
 
     def __enter__(self) -> Annotator:

@@ -1,11 +1,12 @@
 """One question, once: exact and near duplicates over all sources, and which row of them is kept.
 
-Exact duplicates have the same :func:`comparison_tokens`. Near duplicates hold the same numbers, have the same answer
-after normalisation, and a Jaccard similarity of their token 3-grams of at least a threshold, estimated by MinHash
-(datasketch; Broder 1997). Numbers and answer must agree because in mathematics one other number, or "center" for
-"radius", makes another question.
+Exact duplicates have the same :func:`comparison_tokens` once what only stands around a question is taken off
+(:mod:`phimr_nemo.data.sources.wrapping`; what is learned from a source counts only where the answers agree). Near
+duplicates hold the same numbers, have the same answer after normalisation, and a Jaccard similarity of their token
+3-grams of at least a threshold, estimated by MinHash (datasketch; Broder 1997). Numbers and answer must agree because
+in mathematics one other number, or "center" for "radius", makes another question.
 
-Of duplicates the best row is kept: one whose answer is not merely its trajectory's, then one with a worked solution,
+Of duplicates the best row is kept: one with an answer of its source, then one with a worked solution,
 then one with more own labels, then the earliest. Every dropped row is similar to the row it is dropped for, not only
 to another dropped one. Decisions need a few hundred bytes a question, most of them on disk.
 """
@@ -68,6 +69,7 @@ class Facts:
 
     Attributes:
         question: [n] 64-bit digest of the compared question.
+        bare: [n] digest of the question without what its source puts around all questions, too.
         numbers: [n] digest of its numbers.
         answer: [n] digest of its compared answer.
         rank: [n] preference, the greater the better.
@@ -75,6 +77,7 @@ class Facts:
     """
 
     question: npt.NDArray[np.uint64]
+    bare: npt.NDArray[np.uint64]
     numbers: npt.NDArray[np.uint64]
     answer: npt.NDArray[np.uint64]
     rank: npt.NDArray[np.int32]
@@ -114,11 +117,28 @@ def find_duplicates(facts: Facts, near: NearDuplicatesConfig | None) -> Duplicat
         for index in by_question[run.start + 1 : run.stop]:
             found.kept[index] = best
             found.reason[index] = EXACT if facts.answer[index] == facts.answer[best] else EXACT_OTHER_ANSWER
+    _mark_wrapped(facts, found, place)
     if near is not None and facts.signatures is not None:
         _mark_near(facts, found, place, near)
-        # A duplicate of a question that turned out a near duplicate stands for what that one stands for.
+    # A duplicate of a question that turned out a duplicate of another stands for what that one stands for.
+    while (found.kept != found.kept[found.kept]).any():
         found.kept[:] = found.kept[found.kept]
     return found
+
+
+def _mark_wrapped(facts: Facts, found: Duplicates, place: npt.NDArray[np.int64]) -> None:
+    """Kept questions that are equal without their sources' wrappers and have the same answer.
+
+    A learned wrapper may be a part of the question ("Find the area of this square:"), so the answer must agree.
+    """
+    rows = np.flatnonzero(found.reason == KEPT)
+    key = _mix(facts.bare[rows], facts.answer[rows])
+    order = np.lexsort((place[rows], key))
+    for run in _runs(key[order]):
+        best, *others = rows[order[run]].tolist()
+        for index in others:
+            if facts.bare[index] == facts.bare[best] and facts.answer[index] == facts.answer[best]:
+                found.kept[index], found.reason[index] = best, EXACT
 
 
 def _runs(keys: npt.NDArray[np.uint64]) -> Iterator[slice]:

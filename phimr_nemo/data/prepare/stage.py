@@ -6,6 +6,7 @@ a few hundred bytes a candidate (:mod:`.dedup`). Then candidates into record dir
     problems/     record directory of kind "problems"
     rollouts/     record directory of kind "rollouts", if any source brings trajectories
     drops.jsonl   every row that was dropped: source, place, reason, and for which row or evaluation question
+    conflicts.jsonl   every question whose sources have several answers, and what was settled
     candidates/   intermediate, removed at the end
 """
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from phimr_nemo.config import DecontaminationConfig, PrepareConfig, SourceConfig, to_dict
+from phimr_nemo.config import DecontaminationConfig, PrepareConfig, SourceConfig
 from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.data.prepare.annotate import Annotations, Annotator, count_labels
 from phimr_nemo.data.prepare.candidates import (
@@ -34,14 +35,33 @@ from phimr_nemo.data.prepare.candidates import (
     digest,
 )
 from phimr_nemo.data.prepare.decontaminate import EvaluationIndex, read_index
-from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, NEAR, Duplicates, Facts, find_duplicates
+from phimr_nemo.data.prepare.dedup import (
+    EXACT,
+    EXACT_OTHER_ANSWER,
+    KEPT,
+    NEAR,
+    Duplicates,
+    Facts,
+    find_duplicates,
+)
+from phimr_nemo.data.prepare.golds import Golds, settle_golds
+from phimr_nemo.data.prepare.written import (
+    CONFLICTS_FILE,
+    begin_once,
+    examples_of,
+    made_from_of,
+    marked,
+    settled,
+    write_conflicts,
+)
 from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
+from phimr_nemo.endpoint import OpensModel
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.check import open_for
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.progress import track
-from phimr_nemo.store.provenance import BEGUN_FILE, MadeFrom, begin, begun_from, content_of
+from phimr_nemo.store.provenance import BEGUN_FILE, MadeFrom, begun_from
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import (
     finish,
@@ -69,11 +89,16 @@ DROP_REASONS: Final = {
     EXACT_OTHER_ANSWER: "exact duplicate with another answer",
     NEAR: "near duplicate",
 }
+
 DUPLICATE_TRAJECTORY: Final = "trajectories that repeat another of the same problem"
 
 
-def run_prepare(config: PrepareConfig) -> dict[str, Any]:
+def run_prepare(config: PrepareConfig, open_model: OpensModel) -> dict[str, Any]:
     """Write problems, rollouts and the list of what was dropped; what is finished is kept.
+
+    Args:
+        config: of the stage.
+        open_model: opens the annotator, where there is one.
 
     Returns:
         Rows of both record directories and all counts.
@@ -83,11 +108,11 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     output = config.run.output
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
-    made_from = _made_from(config)
+    made_from = made_from_of(config)
     if begun_from(output) != made_from or not is_complete(output / PROBLEMS, "problems"):
         with team_of(config.shard, output) as team:
-            _begin(output, made_from, team)
-            _prepare(config, made_from, team)
+            begin_once(output, made_from, team, _forget)
+            _prepare(config, made_from, team, open_model)
     if (output / CANDIDATES).is_dir():
         # All tasks of an array come here.
         shutil.rmtree(output / CANDIDATES, ignore_errors=True)
@@ -98,36 +123,8 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     return rows | dict(manifests[PROBLEMS].counts)
 
 
-def _made_from(config: PrepareConfig) -> MadeFrom:
-    """What decides the content of both record directories: one row decides about others."""
-    settings = to_dict(config)
-    inputs = {}
-    for number, source in enumerate(config.sources):
-        if not source.hub:
-            inputs[f"sources.{number}.path"] = content_of(Path(source.path))
-            settings["sources"][number].pop("path")
-    if config.decontamination:
-        for number, one in enumerate(config.decontamination.sets):
-            inputs[f"decontamination.sets.{number}.path"] = content_of(one.path)
-            settings["decontamination"]["sets"][number].pop("path")
-    deciding = ("sources", "near_duplicates", "decontamination", "shard_size")
-    ask = config.annotation.ask if config.annotation else None
-    annotator = None if config.annotation is None else "rules" if ask is None else ask.endpoint.model
-    return MadeFrom(inputs, {**{name: settings[name] for name in deciding}, "annotator": annotator})
-
-
-def _begin(output: Path, made_from: MadeFrom, team: Team) -> None:
-    """Remove what was made from other sources or settings; replies of an annotator are kept by their questions."""
-
-    def is_begun(_: int) -> bool:
-        return begun_from(output) == made_from
-
-    for _ in FreeUnits([0], team.leases, name="begin", is_done=is_begun, wait=True).one_by_one():
-        _forget(output)
-        begin(output, made_from)
-
-
 def _forget(output: Path) -> None:
+    """Remove what was made from other sources or settings; replies of an annotator are kept by their questions."""
     (output / BEGUN_FILE).unlink(missing_ok=True)
     for name in (PROBLEMS, ROLLOUTS):
         open_for(output / name, NOTHING, 0)
@@ -135,7 +132,7 @@ def _forget(output: Path) -> None:
         shutil.rmtree(output / CANDIDATES)
 
 
-def _prepare(config: PrepareConfig, made_from: MadeFrom, team: Team) -> None:
+def _prepare(config: PrepareConfig, made_from: MadeFrom, team: Team, open_model: OpensModel) -> None:
     """The processes of an array share the sources; the first that finds all of them read does the rest alone."""
     output = config.run.output
     directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
@@ -151,7 +148,7 @@ def _prepare(config: PrepareConfig, made_from: MadeFrom, team: Team) -> None:
         title="sources",
     )
     for _ in FreeUnits([0], team.leases, name="reduce", is_done=is_prepared, wait=True).one_by_one():
-        _reduce(config, made_from, directories)
+        _reduce(config, made_from, directories, open_model)
 
 
 def _collect(config: PrepareConfig, item: tuple[SourceConfig, Path]) -> None:
@@ -165,7 +162,7 @@ def _evaluation(config: DecontaminationConfig | None) -> EvaluationIndex | None:
     return read_index(config) if config is not None else None
 
 
-def _reduce(config: PrepareConfig, made_from: MadeFrom, directories: list[Path]) -> None:
+def _reduce(config: PrepareConfig, made_from: MadeFrom, directories: list[Path], open_model: OpensModel) -> None:
     """What is decided over all sources, and the record directories."""
     output = config.run.output
     permutations = config.near_duplicates.permutations if config.near_duplicates else 0
@@ -174,25 +171,30 @@ def _reduce(config: PrepareConfig, made_from: MadeFrom, directories: list[Path])
         for name, count in counts_of(directory).items():
             counts[name] += count
             counts[f"{source.name}: {name}"] += count
-    duplicates = find_duplicates(
-        _facts(directories, permutations, output / CANDIDATES / SIGNATURES), config.near_duplicates
-    )
+    facts = _facts(directories, permutations, output / CANDIDATES / SIGNATURES)
+    duplicates = find_duplicates(facts, config.near_duplicates)
+    names = [source.name for source in config.sources]
+    golds = settle_golds(directories, names, facts, duplicates, config.golds)
+    counts.update(golds.counts)
     labels = Annotations(directories, duplicates)
-    _write_problems(config, directories, duplicates, labels, counts, made_from)
+    with Annotator(config.annotation, output / ANNOTATIONS, open_model) as annotate:
+        _write_problems(config, directories, duplicates, golds, labels, annotate, counts, made_from)
     if counts["trajectories"]:
         rollouts = Counter[str]()
-        rows = _rollouts(directories, [source.name for source in config.sources], duplicates, labels, rollouts)
+        rows = _rollouts(directories, names, duplicates, golds, labels, rollouts)
         _write_shards(output / ROLLOUTS, "rollouts", config.shard_size, rows, made_from)
         finish(output / ROLLOUTS, kind="rollouts", **made_from.to_json(), counts=rollouts)
         counts.update(rollouts)
     _write_drops(config, directories, duplicates)
+    write_conflicts(output / CONFLICTS_FILE, directories, names, golds)
     # The problems are finished last: with them the whole stage is.
-    finish(output / PROBLEMS, kind="problems", **made_from.to_json(), counts=counts)
+    examples = examples_of(output / DROPS_FILE)
+    finish(output / PROBLEMS, kind="problems", **made_from.to_json(), counts=counts, examples=examples)
 
 
 def _facts(directories: list[Path], permutations: int, signatures_path: Path) -> Facts:
     """What decides about duplicates, of all candidates; the signatures stay in a file."""
-    columns = ["question_digest", "numbers_digest", "answer_digest", "rank"]
+    columns = ["question_digest", "bare_digest", "numbers_digest", "answer_digest", "rank"]
     narrow = [table for _, table in candidate_shards(directories, columns)]
 
     def gather(name: str, dtype: Any) -> npt.NDArray[Any]:
@@ -211,6 +213,7 @@ def _facts(directories: list[Path], permutations: int, signatures_path: Path) ->
             start += table.num_rows
     return Facts(
         gather("question_digest", np.uint64),
+        gather("bare_digest", np.uint64),
         gather("numbers_digest", np.uint64),
         gather("answer_digest", np.uint64),
         rank,
@@ -231,7 +234,9 @@ def _write_problems(
     config: PrepareConfig,
     directories: list[Path],
     duplicates: Duplicates,
+    golds: Golds,
     labels: Annotations,
+    annotate: Annotator,
     counts: Counter[str],
     made_from: MadeFrom,
 ) -> None:
@@ -242,24 +247,24 @@ def _write_problems(
     part: list[dict[str, Any]] = []
     indices: list[int] = []
     shard = 0
-    with Annotator(config.annotation, config.run.output / ANNOTATIONS) as annotate:
-        candidates = _candidates(directories, columns)
-        for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
-            name = config.sources[source].name
-            if reasons[index] != KEPT:
-                counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
-                continue
-            counts[f"{name}: problems"] += 1
-            domain, difficulty = labels.get(index)
-            part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
-            indices.append(index)
-            if len(part) == config.shard_size:
-                counts.update(_finish_shard(directory, shard, part, indices, annotate, labels, made_from))
-                part, indices, shard = [], [], shard + 1
-        if part:
+    candidates = _candidates(directories, columns)
+    for index, source, row in track(candidates, total=len(reasons), title="problems", unit="candidate"):
+        name = config.sources[source].name
+        if reasons[index] != KEPT:
+            counts[f"dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            counts[f"{name}: dropped: {DROP_REASONS[reasons[index]]}"] += 1
+            continue
+        counts[f"{name}: problems"] += 1
+        domain, difficulty = labels.get(index)
+        row |= settled(row, index, golds)
+        part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
+        indices.append(index)
+        if len(part) == config.shard_size:
             counts.update(_finish_shard(directory, shard, part, indices, annotate, labels, made_from))
-        counts.update(annotate.facts())
+            part, indices, shard = [], [], shard + 1
+    if part:
+        counts.update(_finish_shard(directory, shard, part, indices, annotate, labels, made_from))
+    counts.update(annotate.facts())
 
 
 def _finish_shard(
@@ -283,14 +288,22 @@ def _finish_shard(
 
 
 def _rollouts(
-    directories: list[Path], names: list[str], duplicates: Duplicates, labels: Annotations, counts: Counter[str]
+    directories: list[Path],
+    names: list[str],
+    duplicates: Duplicates,
+    golds: Golds,
+    labels: Annotations,
+    counts: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """The trajectories of all candidates as rollouts; those of a duplicate belong to the problem that was kept."""
+    """The trajectories of all candidates as rollouts; those of a duplicate belong to the problem that was kept.
+
+    Each has the answer of its own source (see :mod:`.golds`).
+    """
     kept = duplicates.kept.tolist()
-    stand_ins = {kept[index] for index in np.flatnonzero(duplicates.reason != KEPT).tolist()}
+    stand_ins = {kept[index] for index in np.flatnonzero(duplicates.reason != KEPT).tolist()} | golds.answers.keys()
     problems = {
-        index: (row["id"], row["answer"])
-        for index, _, row in _candidates(directories, ["id", "answer"])
+        index: content_id("problem", row["question"], golds.answers.get(index, row["answer"]))
+        for index, _, row in _candidates(directories, ["question", "answer"])
         if index in stand_ins
     }
     # By a digest, not by (problem, teacher): a third of the memory, and there are millions.
@@ -299,10 +312,11 @@ def _rollouts(
     columns = ["id", "question", "answer", "trajectories"]
     for index, source, row in _candidates(directories, columns):
         problem = kept[index]
-        problem_id, answer = problems.get(problem, (row["id"], row["answer"]))
+        problem_id = problems.get(problem, row["id"])
+        answer, kind = golds.own.get(index, row["answer"]), golds.kinds.get(index)
         domain, difficulty = labels.get(problem)
         for one in row["trajectories"]:
-            response_digest = digest(f"{problem} {one['response']}")
+            response_digest = digest(f"{problem} {answer} {one['response']}")
             if response_digest in seen:
                 counts[f"dropped: {DUPLICATE_TRAJECTORY}"] += 1
                 continue
@@ -312,6 +326,8 @@ def _rollouts(
             sample = samples[key]
             samples[key] += 1
             counts[one["finish_reason"]] += 1
+            if kind is not None:
+                counts[f"gold: {kind}"] += 1
             yield {
                 "id": content_id("rollout", problem_id, teacher, "recorded", str(sample)),
                 "problem_id": problem_id,
@@ -326,7 +342,7 @@ def _rollouts(
                 "domain": domain,
                 "difficulty": difficulty,
                 "source": names[source],
-                "metadata": one["labels"],
+                "metadata": marked(one["labels"], kind),
             }
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from phimr_nemo.data.sources.labels import Domain
 from phimr_nemo.store.records import Difficulty, FinishReason
 
 Labels = Mapping[str, Any]
-
-ANSWER_FROM: Final = "answer_from"
-"""Label of an answer that no one but the trajectory gives."""
-FROM_TRAJECTORY: Final = "trajectory"
 
 
 @dataclass(frozen=True)
@@ -38,11 +34,13 @@ class Item:
     """One problem of a source.
 
     Attributes:
-        question, answer: as the source has them.
+        question, answer: as the source has them; the answer is empty where it tells none.
         solution: a worked solution, if there is one.
         domain, difficulty: the source's own labels on our scales.
         labels: the source's own labels in its words, and what else is short.
         trajectories: recorded responses, right and wrong.
+        voted: the source's answer is itself a vote among responses.
+        lost: parts of the row that could not be used, a few words each, to be counted.
     """
 
     question: str
@@ -52,6 +50,8 @@ class Item:
     difficulty: Difficulty | None = None
     labels: Labels = field(default_factory=dict)
     trajectories: tuple[Trajectory, ...] = ()
+    voted: bool = False
+    lost: tuple[str, ...] = ()
 
 
 class UnusableRow(Exception):

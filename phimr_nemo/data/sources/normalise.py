@@ -40,6 +40,29 @@ _NUMBER_WORDS: Final = frozenset((
 # fmt: on
 
 
+_SUPERSCRIPT: Final = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
+_SUBSCRIPT: Final = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙᵢ", "0123456789+-=()ni", strict=True))
+_RAISED: Final = re.compile(f"[{''.join(_SUPERSCRIPT)}]+")
+_LOWERED: Final = re.compile(f"[{''.join(_SUBSCRIPT)}]+")
+# ½ and its like: NFKC writes 1⁄2, and 2½ would become 21/2.
+_VULGAR_FRACTION: Final = re.compile("[¼-¾⅐-⅞↉]")
+
+
+def spelled_out(text: str) -> str:
+    """The text with superscripts as powers, subscripts as indices, and fractions of one sign as fractions.
+
+    Unicode's compatibility form makes 102 of 10², x1 of x₁ and 21/2 of 2½.
+    """
+    text = _RAISED.sub(lambda found: f"^{{{''.join(_SUPERSCRIPT[one] for one in found[0])}}}", text)
+    text = _LOWERED.sub(lambda found: f"_{{{''.join(_SUBSCRIPT[one] for one in found[0])}}}", text)
+    return _VULGAR_FRACTION.sub(_as_fraction, text)
+
+
+def _as_fraction(found: re.Match[str]) -> str:
+    above, _, below = unicodedata.normalize("NFKC", found[0]).partition("⁄")
+    return f" \\frac{{{above}}}{{{below}}} "
+
+
 def clean(text: str) -> str:
     """A question or answer as it is stored: NFC, newlines, no invisible or control characters, no stray spaces."""
     text = unicodedata.normalize("NFC", storable(text))
@@ -60,12 +83,22 @@ def comparison_tokens(text: str) -> list[str]:
     dollar signs and `\\left`, on `\\dfrac` for `\\frac`, on braces around one letter or digit, or on thousands
     separators.
     """
-    text = _FRACTIONS.sub(r"\\frac", _LATEX_LAYOUT.sub(" ", unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))))
-    text = _SINGLE_IN_BRACES.sub(r" \1 ", _THOUSANDS.sub("", text))
-    tokens: list[str] = _TOKEN.findall(text.casefold())
+    return tokens_and_lines(text)[0]
+
+
+def tokens_and_lines(text: str) -> tuple[list[str], frozenset[int]]:
+    """:func:`comparison_tokens`, and the places among them at which a line of the text begins."""
+    visible = unicodedata.normalize("NFKC", spelled_out(_INVISIBLE.sub("", text)))
+    plain = _FRACTIONS.sub(r"\\frac", _LATEX_LAYOUT.sub(" ", visible))
+    plain = _SINGLE_IN_BRACES.sub(r" \1 ", _THOUSANDS.sub("", plain))
+    tokens: list[str] = []
+    starts = []
+    for line in plain.casefold().split("\n"):
+        starts.append(len(tokens))
+        tokens += _TOKEN.findall(line)
     while tokens and tokens[-1] in _LAST_SIGNS:
         tokens.pop()
-    return tokens
+    return tokens, frozenset(starts)
 
 
 def comparison_key(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from phimr_nemo.data.sources import readers
+from phimr_nemo.data.sources import readers, traces
 from phimr_nemo.data.sources.item import Item
 from phimr_nemo.data.sources.rawfiles import Row
 
@@ -41,10 +41,12 @@ PRESETS: Final[Mapping[str, Preset]] = {
         (
             ("problem", "deepseek_reasoning", "deepseek_solution", "ground_truth_solution", "domain"),
             ("problem", "solution", "conversations", "correct"),
+            ("difficulty", "source", "domain", "conversations"),
             ("system", "conversations"),
             ("conversations",),
         ),
     ),
+    "openthoughts3": Preset(readers.openthoughts3, (("difficulty", "source", "domain", "conversations"),)),
     "bespoke_stratos": Preset(readers.sharegpt, (("system", "conversations"),)),
     "numina_math": Preset(readers.numina_math, (("problem", "solution"),)),
     "big_math": Preset(readers.big_math, (("problem", "answer", "domain", "llama8b_solve_rate"),)),
@@ -56,8 +58,19 @@ PRESETS: Final[Mapping[str, Preset]] = {
     "ape210k": Preset(readers.ape210k, (("original_text", "ans", "equation"), ("question", "result", "equation"))),
     "tal_scq5k": Preset(readers.tal_scq5k, (("problem", "answer_option_list", "answer_value"),)),
     "gsm8k": Preset(readers.gsm8k, (("question", "answer"),)),
-    "math": Preset(readers.math, (("problem", "solution", "level", "type"), ("problem", "answer"))),
+    "math": Preset(
+        readers.math,
+        (("problem", "solution"), ("problem", "answer"), ("question", "solution"), ("question", "answer")),
+    ),
     "deepscaler": Preset(readers.deepscaler, (("problem", "answer"), ("prompt", "answer"))),
     "orz": Preset(readers.orz, (("turns",), ("conversations",), ("messages",)), array_column="turns"),
     "dapo": Preset(readers.dapo, (("prompt", "reward_model"), ("prompt", "solution"))),
+    "skywork_or1": Preset(readers.dapo, (("prompt", "reward_model", "extra_info"),)),
+    "am_deepseek_r1_distilled": Preset(traces.am_distilled, (("messages",),)),
+    "mixture_of_thoughts": Preset(traces.mixture_of_thoughts, (("messages", "source"),)),
+    "s1k": Preset(traces.s1k, (("question", "solution", "cot_type"),)),
+    "synthetic": Preset(traces.synthetic, (("prompt", "verification_info"), ("problem_id", "task_type", "messages"))),
+    "open_math_reasoning": Preset(
+        traces.open_math_reasoning, (("problem", "expected_answer", "generated_solution", "generation_model"),)
+    ),
 }

@@ -1,7 +1,7 @@
 """The user's own problems: files of questions with answers, whatever their columns are called.
 
 GSM8K, MATH, DeepScaleR, AIME and AMC files load as they are. Columns are named by the caller or found
-by their usual names; a dotted name reaches into an object (`reward_model.ground_truth`).
+by their usual names; a dotted name reaches into an object or a JSON text (`reward_model.ground_truth`).
 """
 
 from __future__ import annotations
@@ -10,22 +10,33 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from phimr_nemo.data.sources.cells import (
+    answer_text,
+    first_present,
+    lookup,
+    merged,
+    question_text,
+    split_final_line,
+)
+from phimr_nemo.data.sources.damage import is_damaged, repair_value
 from phimr_nemo.data.sources.normalise import storable
 from phimr_nemo.data.sources.rawfiles import COMPRESSIONS, Row, read_rows
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.records import DIFFICULTIES, Difficulty
 from phimr_nemo.store.shards import rows_to_table
+from phimr_nemo.verify.extract import last_box
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-QUESTION_COLUMNS: Final = ("question", "problem", "prompt", "query", "instruction")
+CONVERSATIONS: Final = ("messages", "conversations")
+QUESTION_COLUMNS: Final = ("question", "problem", "prompt", "query", "instruction", *CONVERSATIONS)
 ANSWER_COLUMNS: Final = (
     "answer",
     "final_answer",
@@ -35,6 +46,8 @@ ANSWER_COLUMNS: Final = (
     "gold",
     "reward_model.ground_truth",
     "extra_info.answer",
+    "verification_info.ground_truth",
+    *(f"{name}.info.reference_answer" for name in CONVERSATIONS),
 )
 SOLUTION_COLUMNS: Final = ("solution", "deepseek_solution", "ground_truth_solution")
 DOMAIN_COLUMNS: Final = ("domain", "type", "subject", "problem_type")
@@ -42,10 +55,10 @@ DIFFICULTY_COLUMNS: Final = ("difficulty", "level")
 MAX_METADATA_CHARS: Final = 1000
 # Published files lack the odd answer (MATH's training set 4 of 7,474); more than this is a wrong column.
 MAX_INCOMPLETE_SHARE: Final = 0.01
+SAMPLE_ROWS: Final = 100
+DAMAGED: Final = "damaged text: a control character before a letter"
+REPAIRED: Final = "repaired: LaTeX without its backslash"
 
-# GSM8K ends a worked answer with "#### 18", OpenAI's recorded solutions of it with "A: 18".
-_FINAL_LINE: Final = re.compile(r"[ \t]*(?:####|A:)[ \t]*(\S.*)")
-_THOUSANDS: Final = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _LEVEL: Final = re.compile(r"(?:Level )?(\d+(?:\.\d+)?)")
 # Upper bounds of a competition scale from 0 to 10, on which MATH's levels are 1 to 5, AIME 4 to 6 and the
 # International Olympiad 7 to 10: our choice.
@@ -70,7 +83,15 @@ class Columns:
 
 
 class IncompleteRow(UserError):
-    """A row without a question, an answer or a response."""
+    """A row without a question, an answer or a response, or with one that is damaged.
+
+    Attributes:
+        reason: what is wrong with it, the same for all rows of this kind.
+    """
+
+    def __init__(self, problem: str, *, rule: str, remedy: str, reason: str) -> None:
+        super().__init__(problem, rule=rule, remedy=remedy)
+        self.reason = reason
 
 
 class IncompleteRows:
@@ -129,22 +150,24 @@ def load_problems(
 
     Returns:
         A table of kind "problems" (other short columns are kept in `metadata`), and the counts "read",
-        "duplicate" (same question and answer as an earlier row) and "incomplete" (no question or answer).
+        "duplicate" (same question and answer as an earlier row) and "incomplete" (no question or answer), and
+        `REPAIRED` where a row's LaTeX had lost backslashes.
 
     Raises:
         UserError: the file is missing, empty, damaged or malformed, a column is not there, or more than
             `MAX_INCOMPLETE_SHARE` of the rows have no question or no answer (the first is named).
     """
     label = source or _stem(path)
-    columns: Columns | None = None
+    first, all_rows = sample(itertools.islice(read_rows(path), limit or None))
+    columns = find_columns(
+        path, merged(first), naming=PROBLEMS_NAMING, question=question, answer=answer, solution=solution
+    )
     incomplete = IncompleteRows()
     rows: dict[str, Row] = {}
-    read = 0
-    for place, row in itertools.islice(read_rows(path), limit or None):
-        if columns is None:
-            columns = find_columns(
-                path, row, naming=PROBLEMS_NAMING, question=question, answer=answer, solution=solution
-            )
+    read = repaired = 0
+    for place, given in all_rows:
+        row, repairs = repair_value(given)
+        repaired += repairs > 0
         read += 1
         try:
             problem = problem_of(row, columns, where=f"{path}, {place}", source=label)
@@ -157,8 +180,15 @@ def load_problems(
         "read": read,
         "incomplete": incomplete.count,
         "duplicate": read - incomplete.count - len(rows),
+        **({REPAIRED: repaired} if repaired else {}),
     }
     return rows_to_table(list(rows.values()), "problems"), counts
+
+
+def sample(rows: Iterator[tuple[str, Row]]) -> tuple[list[Row], Iterator[tuple[str, Row]]]:
+    """The first rows, from which columns are found (one row may hold nulls), and all rows from the first on."""
+    head = list(itertools.islice(rows, SAMPLE_ROWS))
+    return [row for _, row in head], itertools.chain(head, rows)
 
 
 def find_columns(
@@ -169,14 +199,16 @@ def find_columns(
     question: str | None = None,
     answer: str | None = None,
     solution: str | None = None,
+    answer_needed: bool = True,
 ) -> Columns:
-    """The columns of a file, as given or found by their usual names in its first row.
+    """The columns of a file, as given or found by their usual names.
 
     Args:
         path: the file.
-        row: its first row.
+        row: what its first rows have (:func:`merged`).
         naming: how the user names columns, for the remedy.
         question, answer, solution: the names given.
+        answer_needed: refuse a file that tells no answer.
 
     Raises:
         UserError: a column that was given is not there, no question is found, or neither answer nor solution.
@@ -193,34 +225,37 @@ def find_columns(
     )
     if not columns.question:
         raise missing_column(path, f"a question column (one of {list(QUESTION_COLUMNS)})", row, naming)
-    if columns.answer is None and columns.solution is None:
+    if answer_needed and columns.answer is None and columns.solution is None:
         raise missing_column(
             path, f"an answer column (one of {list(ANSWER_COLUMNS + SOLUTION_COLUMNS)})", row, naming
         )
     return columns
 
 
-def problem_of(row: Row, columns: Columns, *, where: str, source: str) -> Row:
+def problem_of(row: Row, columns: Columns, *, where: str, source: str, answer_needed: bool = True) -> Row:
     """One row of a file as a row of kind "problems".
 
     Raises:
-        IncompleteRow: the row has no question or no answer.
+        IncompleteRow: the row has no question or, where it is needed, no answer; or either is damaged.
     """
     question = storable(question_text(lookup(row, columns.question)))
     if not question:
         raise _incomplete(where, "question", columns.question)
     answer, solution = _answer_and_solution(row, columns)
     answer, solution = storable(answer), None if solution is None else storable(solution)
-    if not answer:
+    if not answer and answer_needed:
         raise _incomplete(where, "answer", columns.answer or f"the last \\boxed{{}} of {columns.solution}")
+    if is_damaged(question, answer):
+        raise IncompleteRow(
+            f"{where} holds a control character before a letter",
+            rule="LaTeX that lost a backslash is repaired where it is known what was lost",
+            remedy="correct or remove the row",
+            reason=DAMAGED,
+        )
     used = {columns.question, columns.answer, columns.solution, columns.domain, columns.difficulty}
     domain = lookup(row, columns.domain) if columns.domain else None
     level = lookup(row, columns.difficulty) if columns.difficulty else None
-    metadata = {
-        name: value
-        for name, value in row.items()
-        if name not in used and isinstance(value, (str, int, float)) and len(str(value)) <= MAX_METADATA_CHARS
-    }
+    metadata = {name: value for name, value in row.items() if name not in used and is_label(value)}
     if level is not None:
         metadata["level"] = str(level)
     return {
@@ -235,21 +270,11 @@ def problem_of(row: Row, columns: Columns, *, where: str, source: str) -> Row:
     }
 
 
-def lookup(row: Row, name: str) -> Any:
-    """The value of a column, or inside an object by a dotted name; None where it is absent."""
-    if name in row:
-        return row[name]
-    value: Any = row
-    for part in name.split("."):
-        if not isinstance(value, dict):
-            return None
-        value = value.get(part)
-    return value
-
-
-def first_present(row: Row, names: Sequence[str]) -> str | None:
-    """The first of the names that the row has a value for."""
-    return next((name for name in names if lookup(row, name) is not None), None)
+def is_label(value: object) -> bool:
+    """Whether a value is short enough for metadata, and one that JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return isinstance(value, (str, int, float)) and len(str(value)) <= MAX_METADATA_CHARS
 
 
 PROBLEMS_NAMING: Final = "problems.question=COLUMN problems.answer=COLUMN"
@@ -264,7 +289,7 @@ def missing_column(path: Path, wanted: str, row: Row, naming: str) -> UserError:
     return UserError(
         f"{path} lacks {wanted}; its columns are {sorted(row)}",
         rule="the columns of question and answer are found by their usual names or are given",
-        remedy=f"name them: {naming} (a dotted name reaches into an object)",
+        remedy=f"name them: {naming} (a dotted name reaches into an object or a JSON text)",
     )
 
 
@@ -283,36 +308,6 @@ def difficulty_of(level: object) -> Difficulty | None:
     return next(tier for bound, tier in _DIFFICULTY_BELOW if float(found[1]) < bound)
 
 
-def split_final_line(text: str) -> tuple[str, str] | None:
-    """A worked answer that ends in `#### n` or `A: n`, as (worked part, n); None for other text."""
-    worked, _, last_line = text.rstrip().rpartition("\n")
-    found = _FINAL_LINE.fullmatch(last_line)
-    if found is None:
-        return None
-    number = found[1].strip()
-    if _THOUSANDS.fullmatch(number):
-        number = number.replace(",", "")
-    return worked.strip(), number
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` with balanced braces; None where there is none."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for position in range(start, len(text)):
-        escaped = text[position - 1] == "\\"
-        if text[position] == "{" and not escaped:
-            depth += 1
-        elif text[position] == "}" and not escaped:
-            depth -= 1
-        if depth == 0:
-            return text[start:position].strip()
-    return None
-
-
 def _answer_and_solution(row: Row, columns: Columns) -> tuple[str, str | None]:
     raw_solution = lookup(row, columns.solution) if columns.solution else None
     solution = str(raw_solution) if isinstance(raw_solution, str) and raw_solution.strip() else None
@@ -322,31 +317,8 @@ def _answer_and_solution(row: Row, columns: Columns) -> tuple[str, str | None]:
         worked, answer = split
         return answer, solution or worked or None
     if not columns.answer and solution is not None:
-        answer = last_boxed(solution) or ""
+        answer = last_box(solution) or ""
     return answer, solution
-
-
-def question_text(value: Any) -> str:
-    """A question; of a list of chat messages the last one of the user."""
-    if isinstance(value, list):
-        turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "user"]
-        value = turns[-1].get("content") if turns else None
-    return value.strip() if isinstance(value, str) else ""
-
-
-_TEXT_OF: Final[dict[type, Callable[[Any], str]]] = {
-    str: str.strip,
-    int: str,
-    float: lambda number: str(int(number)) if number.is_integer() else repr(number),
-}
-
-
-def answer_text(value: Any) -> str:
-    """An answer as text: 142.0 is "142", a list of one element is the element."""
-    if isinstance(value, list):
-        return ", ".join(answer_text(item) for item in value)
-    convert = _TEXT_OF.get(type(value))
-    return convert(value) if convert else ""
 
 
 def _incomplete(where: str, part: str, column: str) -> IncompleteRow:
@@ -354,6 +326,7 @@ def _incomplete(where: str, part: str, column: str) -> IncompleteRow:
         f"{where} has no {part} ({column})",
         rule="every problem has a question and an answer",
         remedy="correct or remove the row, or name other columns",
+        reason=f"no {part}",
     )
 
 

@@ -5,6 +5,8 @@ Every row comes with its place ("line 12"), so that a message can name it.
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gzip
 import io
 import json
@@ -15,12 +17,12 @@ from typing import Any, BinaryIO, Final, cast
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.inputs import table_remedy
+from phimr_nemo.store.unpacking import LINE_BYTES, MAX_ROW_BYTES, Allowance, parquet_batches
 
 Row = dict[str, Any]
 
-MAX_LINE_BYTES: Final = 64 << 20
-MAX_JSON_BYTES: Final = 2 << 30
-PARQUET_BATCH_ROWS: Final = 1024
+CHUNK_BYTES: Final = 1 << 20
+MAX_DIGITS: Final = 4_000
 COMPRESSIONS: Final = (".gz", ".zst")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
@@ -102,10 +104,37 @@ def read_rows(path: Path, *, array_column: str | None = None) -> Iterator[tuple[
         raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
 
 
+def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Each row of a CSV file with a header, such as GPQA's, with its place.
+
+    Raises:
+        UserError: the file is missing, is no such text, or is empty.
+    """
+    rows = 0
+    try:
+        # utf-8-sig: spreadsheets put a mark before the first column's name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for rows, row in enumerate(csv.DictReader(file), 1):
+                yield f"row {rows}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read: {str(error)[:200]}",
+            rule="it is a CSV file in UTF-8 whose first line names the columns",
+            remedy="download it again, or correct the path",
+        ) from error
+    if not rows:
+        raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
+
+
 def _rows_of_text(path: Path, ending: str) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
         if ending == ".json" and _is_array(file):
             yield from _rows_of_array(path, file)
+        elif ending == ".json" and _is_one_object(file):
+            text = file.read(MAX_ROW_BYTES + 1)
+            if len(text) > MAX_ROW_BYTES:
+                raise _malformed(path, "the file", f"is one object of more than {MAX_ROW_BYTES} bytes")
+            yield "the file", _parse(path, "the file", text)
         else:
             yield from _rows_of_lines(path, file)
 
@@ -126,48 +155,109 @@ def _is_array(file: io.BufferedReader) -> bool:
     return file.peek(64).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
+def _is_one_object(file: io.BufferedReader) -> bool:
+    """Whether the text is one object over several lines, as MATH has a file a problem."""
+    return file.peek(64).removeprefix(_BYTE_ORDER_MARK).lstrip().partition(b"\n")[0].strip() == b"{"
+
+
 def _rows_of_array(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise UserError(
-            f"{path} holds more than {MAX_JSON_BYTES} bytes of JSON",
-            rule="a JSON array is read whole, so its size is bounded",
-            remedy="convert it to JSONL or parquet",
-        )
-    values = _parse(path, "the file", data)
-    for index, value in enumerate(values):
-        yield f"item {index + 1}", value
+    """The items of a JSON array, one at a time."""
+    allowance, decoder, number = Allowance(path), json.JSONDecoder(parse_int=_whole_number), 0
+    stream = codecs.getreader("utf-8-sig")(file)
+    text = _refill(path, stream, "", allowance).lstrip().removeprefix("[")
+    first = True
+    while True:
+        text = text.lstrip() or _refill(path, stream, "", allowance).lstrip()
+        if text.startswith("]"):
+            break
+        if not first:
+            if not text.startswith(","):
+                raise _malformed(path, "the file", f"is not JSON: no comma after item {number}")
+            text = text[1:]
+        first, number = False, number + 1
+        allowance.spend(LINE_BYTES)
+        value, text = _item(path, stream, text, decoder, number, allowance)
+        yield f"item {number}", value
+    if text[1:].strip() or _refill(path, stream, "", allowance).strip():
+        raise _malformed(path, "the file", "is not JSON: more after its array")
+
+
+def _item(
+    path: Path, stream: codecs.StreamReader, text: str, decoder: json.JSONDecoder, number: int, allowance: Allowance
+) -> tuple[Any, str]:
+    """One item, and the text behind it. Reads on until the item is whole."""
+    while True:
+        text = text.lstrip()
+        try:
+            value, end = decoder.raw_decode(text)
+            # A number may go on.
+            if end < len(text):
+                return value, text[end:]
+            problem = ""
+        except RecursionError as error:
+            raise _malformed(path, f"item {number}", f"is not JSON: {error}") from error
+        except ValueError as error:
+            problem = str(error)[:200]
+        if len(text) > MAX_ROW_BYTES:
+            raise _malformed(
+                path, f"item {number}", f"is longer than {MAX_ROW_BYTES} bytes, or is not JSON: {problem}"
+            )
+        # Twice as much each time, so that a long item is not read over and over.
+        more = _refill(path, stream, text, allowance)
+        if len(more) == len(text):
+            raise _malformed(path, "the file", f"is not JSON: it ends within item {number}: {problem}")
+        text = more
+
+
+def _refill(path: Path, stream: codecs.StreamReader, text: str, allowance: Allowance) -> str:
+    """The text and as much again of the file."""
+    try:
+        more = stream.read(max(CHUNK_BYTES, len(text)))
+    except UnicodeDecodeError as error:
+        raise _malformed(path, "the file", f"is not JSON: {str(error)[:200]}") from error
+    allowance.spend(len(more))
+    return text + more
 
 
 def _rows_of_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
+    number, allowance = 0, Allowance(path)
+    while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise _malformed(path, f"line {number}", f"is longer than {MAX_LINE_BYTES} bytes")
+        allowance.spend(max(len(line), LINE_BYTES))
+        if len(line) > MAX_ROW_BYTES:
+            raise _malformed(path, f"line {number}", f"is longer than {MAX_ROW_BYTES} bytes")
         if line.strip():
             yield f"line {number}", _parse(path, f"line {number}", line)
 
 
 def _parse(path: Path, place: str, data: bytes) -> Any:
     try:
-        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"))
+        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"), parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise _malformed(path, place, f"is not JSON: {str(error)[:200]}") from error
 
 
+def _whole_number(digits: str) -> int | str:
+    """A number; its digits where there are more than Python converts."""
+    return int(digits) if len(digits) <= MAX_DIGITS else digits
+
+
 def _rows_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        for batch in parquet_batches(path):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except MemoryError as error:
+        raise UserError(
+            f"{path} needs more memory than there is: {str(error)[:200]}",
+            rule="a batch of rows is in memory at a time",
+            remedy="write it in smaller row groups",
+        ) from error
+    except (pa.ArrowException, ValueError) as error:
         raise _damaged(path, error) from error
 
 

@@ -6,29 +6,36 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-from phimr_nemo.data.sources.item import ANSWER_FROM, FROM_TRAJECTORY, Item, Trajectory, UnusableRow
+from phimr_nemo.data.sources.cells import (
+    ASSISTANT_ROLES,
+    USER_ROLES,
+    answer_text,
+    labels_of,
+    sequence,
+    split_final_line,
+    turn_text,
+)
+from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import TAL_DIFFICULTY, domain_of, origin_difficulty
-from phimr_nemo.data.sources.problems import answer_text, difficulty_of, last_boxed, split_final_line
+from phimr_nemo.data.sources.problems import difficulty_of
 from phimr_nemo.data.sources.rawfiles import Row
+from phimr_nemo.data.sources.wrapping import without_instructions
 from phimr_nemo.text.thinking import with_thinking
+from phimr_nemo.verify.extract import last_box
 
 DEEPSEEK_R1: Final = "deepseek-r1"
+QWQ: Final = "qwq-32b"
 NO_ANSWER: Final = "no answer"
 NOT_MATHEMATICS: Final = "not mathematics"
 
 # NuminaMath writes these where an answer should be.
 _NUMINA_NO_ANSWER: Final = frozenset(("", "proof", "notfound", "not found", "see solution"))
 _MATHEMATICS: Final = frozenset(("math", "maths", "mathematics"))
-_STRATOS_PROMPT: Final = re.compile(r"\AReturn your final response within \\boxed\{\}\.\s*")
 # The markers of Sky-T1's prompt, in which Bespoke-Stratos and OpenThoughts are written.
 THOUGHT_MARKERS: Final = ("<|begin_of_thought|>", "<|end_of_thought|>")
 SOLUTION_MARKERS: Final = ("<|begin_of_solution|>", "<|end_of_solution|>")
 # Files are untrusted: patterns with a choice of where to end see no more than so many last characters.
 TAIL_CHARS: Final = 2_000
-_DAPO_PROMPT: Final = re.compile(
-    r"\ASolve the following math problem step by step\..*?is the answer to the problem\.\s*", re.DOTALL
-)
-DAPO_REMINDER: Final = 'Remember to put your answer on its own line after "Answer:".'
 _METAMATH_ANSWER: Final = re.compile(r"[Tt]he answer is:?\s*([^\n]+?)\.?\s*\Z")
 _INSTRUCT_ANSWER: Final = re.compile(r"[Tt]he (?:final |correct )?(?:answer|option) is:?\s*\(?([^\n]+?)\)?\.?\s*\Z")
 _PROGRAM: Final = re.compile(r"^(?:import |from \w+ import |def |print\()", re.MULTILINE)
@@ -40,13 +47,13 @@ def openr1_math(row: Row) -> Item:
     """OpenR1-Math-220k: NuminaMath 1.5's questions with two or more generations of DeepSeek-R1 each."""
     item = numina_math(row)
     verdicts: dict[str, Sequence[Any]] = {
-        "correctness_math_verify": _sequence(row.get("correctness_math_verify")),
-        "correctness_llama": _sequence(row.get("correctness_llama")),
-        "is_reasoning_complete": _sequence(row.get("is_reasoning_complete")),
+        "correctness_math_verify": sequence(row.get("correctness_math_verify")),
+        "correctness_llama": sequence(row.get("correctness_llama")),
+        "is_reasoning_complete": sequence(row.get("is_reasoning_complete")),
     }
-    reasons = _sequence(row.get("finish_reasons"))
+    reasons = sequence(row.get("finish_reasons"))
     trajectories = []
-    for index, response in enumerate(_sequence(row["generations"])):
+    for index, response in enumerate(sequence(row["generations"])):
         if not isinstance(response, str) or not response.strip():
             continue
         labels = {name: values[index] for name, values in verdicts.items() if index < len(values)}
@@ -66,19 +73,33 @@ def openthoughts(row: Row) -> Item:
         return _answered_by(_text(row["problem"]), gold, trajectory, {"source": row.get("source")})
     if "problem" in row and "solution" in row:
         trajectory = Trajectory(
-            _stratos_response(_turn(row["conversations"], "assistant")),
+            _stratos_response(turn_text(row["conversations"], ASSISTANT_ROLES)),
             DEEPSEEK_R1,
             labels={"correct": row.get("correct")},
         )
         return _answered_by(_text(row["problem"]), _text(row["solution"]), trajectory, {"source": row.get("source")})
-    return sharegpt(row)
+    return openthoughts3(row) if "domain" in row else sharegpt(row)
+
+
+def openthoughts3(row: Row) -> Item:
+    """OpenThoughts3-1.2M: 16 responses of QwQ-32B to a question, a row each; nobody tells an answer."""
+    if str(row["domain"]).lower() not in _MATHEMATICS:
+        raise UnusableRow(NOT_MATHEMATICS)
+    conversation = row["conversations"]
+    return Item(
+        question=without_instructions(turn_text(conversation, USER_ROLES)),
+        answer="",
+        difficulty=difficulty_of(row.get("difficulty")),
+        labels=labels_of(row, ("source", "difficulty")),
+        trajectories=(Trajectory(turn_text(conversation, ASSISTANT_ROLES), QWQ),),
+    )
 
 
 def sharegpt(row: Row) -> Item:
     """Bespoke-Stratos-17k and OpenThoughts' default subset: a conversation and no other answer than its own."""
     conversation = row["conversations"]
-    question = _STRATOS_PROMPT.sub("", _turn(conversation, "user"))
-    response = _stratos_response(_turn(conversation, "assistant"))
+    question = turn_text(conversation, USER_ROLES)
+    response = _stratos_response(turn_text(conversation, ASSISTANT_ROLES))
     return _answered_by(question, "", Trajectory(response, DEEPSEEK_R1), {})
 
 
@@ -90,7 +111,7 @@ def numina_math(row: Row) -> Item:
         if row.get(name) not in (None, "", "Yes"):
             raise UnusableRow(f"{name} is not Yes")
     solution = _text(row.get("solution"))
-    answer = _text(row["answer"]) if "answer" in row else last_boxed(solution) or ""
+    answer = _text(row["answer"]) if "answer" in row else last_box(solution) or ""
     if answer.lower() in _NUMINA_NO_ANSWER:
         raise UnusableRow(NO_ANSWER)
     names = ("source", "problem_type", "question_type", "synthetic", "uuid")
@@ -100,7 +121,7 @@ def numina_math(row: Row) -> Item:
         solution=solution or None,
         domain=domain_of(row.get("problem_type")),
         difficulty=origin_difficulty(row.get("source")),
-        labels=_labels(row, names),
+        labels=labels_of(row, names),
     )
 
 
@@ -111,7 +132,7 @@ def big_math(row: Row) -> Item:
         answer=_text(row["answer"]),
         domain=domain_of(row["domain"]),
         difficulty=origin_difficulty(row.get("source")),
-        labels=_labels(row, ("source", "domain", "llama8b_solve_rate")),
+        labels=labels_of(row, ("source", "domain", "llama8b_solve_rate")),
     )
 
 
@@ -123,7 +144,7 @@ def omni_math(row: Row) -> Item:
         solution=_text(row["solution"]) or None,
         domain=domain_of(row["domain"]),
         difficulty=difficulty_of(row["difficulty"]),
-        labels=_labels(row, ("source", "domain", "difficulty")),
+        labels=labels_of(row, ("source", "domain", "difficulty")),
     )
 
 
@@ -133,8 +154,8 @@ def olympiad_bench(row: Row) -> Item:
         raise UnusableRow("an image")
     if row.get("subject", "Math") not in ("Math", "Maths", None):
         raise UnusableRow(NOT_MATHEMATICS)
-    answers = [_without_dollars(_text(answer)) for answer in _sequence(row["final_answer"])]
-    solutions = [_text(solution) for solution in _sequence(row["solution"])]
+    answers = [_without_dollars(_text(answer)) for answer in sequence(row["final_answer"])]
+    solutions = [_text(solution) for solution in sequence(row["solution"])]
     context = _text(row.get("context"))
     return Item(
         question=f"{context}\n\n{_text(row['question'])}" if context else _text(row["question"]),
@@ -142,7 +163,7 @@ def olympiad_bench(row: Row) -> Item:
         solution="\n\n".join(solution for solution in solutions if solution) or None,
         domain=domain_of(row["subfield"]),
         difficulty="high_school" if "cee" in str(row.get("source", "")).lower() else "college",
-        labels=_labels(row, ("id", "subfield", "difficulty", "answer_type", "unit", "error", "is_multiple_answer")),
+        labels=labels_of(row, ("id", "subfield", "difficulty", "answer_type", "unit", "error", "is_multiple_answer")),
     )
 
 
@@ -157,7 +178,7 @@ def metamath_qa(row: Row) -> Item:
         answer=_without_dollars(found[1].strip()),
         solution=response,
         difficulty="elementary" if str(row["type"]).startswith("GSM") else None,
-        labels=_labels(row, ("type", "original_question")),
+        labels=labels_of(row, ("type", "original_question")),
     )
 
 
@@ -167,7 +188,7 @@ def math_instruct(row: Row) -> Item:
     if "/PoT/" in source or _PROGRAM.search(output):
         raise UnusableRow("a program")
     found = _INSTRUCT_ANSWER.search(output[-TAIL_CHARS:])
-    answer = last_boxed(output) or (found[1].strip() if found else "")
+    answer = last_box(output) or (found[1].strip() if found else "")
     if not answer:
         split = split_final_line(output)
         answer = split[1] if split else ""
@@ -178,13 +199,13 @@ def math_instruct(row: Row) -> Item:
         answer=_without_dollars(answer),
         solution=output,
         difficulty=origin_difficulty("gsm8k" if known == "gsm" else known),
-        labels=_labels(row, ("source",)),
+        labels=labels_of(row, ("source",)),
     )
 
 
 def aqua_rat(row: Row) -> Item:
     """AQuA-RAT: GMAT and GRE questions with options ["A)21", ...] and the right letter."""
-    options = [_text(option) for option in _sequence(row["options"])]
+    options = [_text(option) for option in sequence(row["options"])]
     return Item(
         question="\n".join(
             [_text(row["question"]), *(_OPTION_LETTER.sub(r"(\1) ", option, 1) for option in options)]
@@ -204,25 +225,25 @@ def ape210k(row: Row) -> Item:
         answer=_text(row["ans" if original else "result"]),
         domain="arithmetic",
         difficulty=origin_difficulty("ape210k"),
-        labels=_labels(row, ("id", "equation")),
+        labels=labels_of(row, ("id", "equation")),
     )
 
 
 def tal_scq5k(row: Row) -> Item:
     """TAL-SCQ5K: options as [[{"aoVal": "A", "content": "$$3$$ "}], ...], a letter, a list of analyses."""
     options = []
-    for group in _sequence(row["answer_option_list"]):
+    for group in sequence(row["answer_option_list"]):
         options += [option for option in (group if isinstance(group, list) else [group]) if isinstance(option, dict)]
     lines = [f"({_text(option.get('aoVal'))}) {_text(option.get('content'))}" for option in options]
-    analyses = [_text(analysis) for analysis in _sequence(row.get("answer_analysis"))]
-    routes = _sequence(row.get("knowledge_point_routes"))
+    analyses = [_text(analysis) for analysis in sequence(row.get("answer_analysis"))]
+    routes = sequence(row.get("knowledge_point_routes"))
     return Item(
         question="\n".join([_text(row["problem"]), *lines]),
         answer=_text(row["answer_value"]),
         solution="\n\n".join(analysis for analysis in analyses if analysis) or None,
         domain=domain_of(list(routes)),
         difficulty=TAL_DIFFICULTY.get(_text(row.get("difficulty"))),
-        labels=_labels(row, ("queId", "difficulty")) | {"knowledge_point": str(routes[0]) if routes else None},
+        labels=labels_of(row, ("queId", "difficulty")) | {"knowledge_point": str(routes[0]) if routes else None},
     )
 
 
@@ -235,17 +256,23 @@ def gsm8k(row: Row) -> Item:
 
 
 def math(row: Row) -> Item:
-    """MATH: the answer is the solution's last box unless the edition has it in a column."""
+    """MATH in its editions: the answer is the solution's last box unless the edition has it in a column."""
     solution = _text(row.get("solution"))
-    level = row.get("level", row.get("difficulty"))
+    level = _first(row, ("level", "difficulty", "Level"))
+    subject = _first(row, ("type", "subject", "problem_type"))
+    answer = _first(row, ("answer", "final_answer", "gt_answer", "extracted_solution"))
     return Item(
-        question=_text(row["problem"]),
-        answer=_text(row.get("answer")) or last_boxed(solution) or "",
+        question=_text(_first(row, ("problem", "question"))),
+        answer=last_box(_text(answer)) or _text(answer) or last_box(solution) or "",
         solution=solution or None,
-        domain=domain_of(row.get("type", row.get("subject"))),
+        domain=domain_of(subject),
         difficulty=difficulty_of(level),
-        labels={"level": level, "type": row.get("type", row.get("subject"))},
+        labels={"level": level, "type": subject} | labels_of(row, ("unique_id",)),
     )
+
+
+def _first(row: Row, names: Sequence[str]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def deepscaler(row: Row) -> Item:
@@ -256,7 +283,7 @@ def deepscaler(row: Row) -> Item:
         answer=_text(row["answer"]),
         solution=_text(row.get("solution")) or None,
         difficulty=difficulty_of(row.get("difficulty")),
-        labels=_labels(row, ("source", "difficulty")),
+        labels=labels_of(row, ("source", "difficulty")),
     )
 
 
@@ -264,50 +291,39 @@ def orz(row: Row) -> Item:
     """Open-Reasoner-Zero: turns {"from": "human", "value": ...} and {"ground_truth": {"value": ...}}."""
     turns = row.get("turns", row.get("conversations", row.get("messages")))
     answer: Any = None
-    for turn in _sequence(turns):
+    for turn in sequence(turns):
         if isinstance(turn, dict) and isinstance(turn.get("ground_truth"), dict):
             answer = turn["ground_truth"].get("value")
-    return Item(question=_turn(turns, "user"), answer=_text(answer))
+    return Item(question=turn_text(turns, USER_ROLES), answer=_text(answer))
 
 
 def dapo(row: Row) -> Item:
-    """DAPO-Math-17k: a prompt of chat messages around the question, `reward_model.ground_truth`."""
+    """DAPO-Math-17k and Skywork-OR1: a prompt of chat messages around the question, `reward_model.ground_truth`.
+
+    Skywork's ground truth is the JSON text of a list of answers, of which any is right.
+    """
+    if str(row.get("ability", "math")).lower() not in _MATHEMATICS:
+        raise UnusableRow(NOT_MATHEMATICS)
     prompt = row["prompt"]
-    question = prompt if isinstance(prompt, str) else _turn(prompt, "user")
+    question = prompt if isinstance(prompt, str) else turn_text(prompt, USER_ROLES)
     reward = row.get("reward_model")
     answer = reward.get("ground_truth") if isinstance(reward, dict) else row.get("solution")
     return Item(
-        question=_DAPO_PROMPT.sub("", question).rstrip().removesuffix(DAPO_REMINDER).rstrip(),
+        question=without_instructions(question),
         answer=_text(answer),
-        labels=_labels(row, ("data_source", "ability")),
+        labels=labels_of(row, ("data_source", "ability")) | _solve_rates(row.get("extra_info")),
     )
+
+
+def _solve_rates(extra: Any) -> dict[str, Any]:
+    """Skywork's difficulty for each model that it was measured with: of 16 responses so many are wrong."""
+    rates = extra.get("model_difficulty") if isinstance(extra, dict) else None
+    return {"model_difficulty": rates} if isinstance(rates, dict) else {}
 
 
 def _text(value: Any) -> str:
     """A value as text; empty for what is none."""
     return answer_text(value)
-
-
-def _sequence(value: Any) -> Sequence[Any]:
-    """A list; one of a single text or object; empty for None."""
-    if value is None:
-        return []
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _labels(row: Row, names: Sequence[str]) -> dict[str, Any]:
-    """The named columns that have a value."""
-    return {name: row[name] for name in names if row.get(name) is not None}
-
-
-def _turn(conversation: Any, role: str) -> str:
-    """The last turn of a role, in ShareGPT's words ("from": "human", "value") or chat's ("role", "content")."""
-    roles = {"user": ("user", "human"), "assistant": ("assistant", "gpt")}[role]
-    text = ""
-    for turn in _sequence(conversation):
-        if isinstance(turn, dict) and turn.get("from", turn.get("role")) in roles:
-            text = _text(turn.get("value", turn.get("content")))
-    return text
 
 
 def _stratos_response(text: str) -> str:
@@ -325,20 +341,13 @@ def _between(text: str, markers: tuple[str, str]) -> str | None:
 
 
 def _answered_by(question: str, gold: str, trajectory: Trajectory, labels: Row) -> Item:
-    """A problem with one trajectory, whose own answer serves where the source tells no other."""
-    answer = last_boxed(gold)
-    named = {name: value for name, value in labels.items() if value is not None}
-    if answer is None:
-        answer = last_boxed(trajectory.response) or ""
-        named[ANSWER_FROM] = FROM_TRAJECTORY
-    if not answer:
-        raise UnusableRow(NO_ANSWER)
+    """A problem with one trajectory, and no answer where the source tells none but the trajectory's own."""
     return Item(
-        question=_STRATOS_PROMPT.sub("", question),
-        answer=answer,
+        question=without_instructions(question),
+        answer=last_box(gold) or "",
         solution=gold or None,
         difficulty=origin_difficulty(labels.get("source")),
-        labels=named,
+        labels={name: value for name, value in labels.items() if value is not None},
         trajectories=(trajectory,),
     )
 

@@ -10,21 +10,23 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from phimr_nemo.data.sources.cells import ASSISTANT_ROLES, first_present, lookup, merged, turn_text
+from phimr_nemo.data.sources.damage import repair_value
 from phimr_nemo.data.sources.problems import (
+    CONVERSATIONS,
+    REPAIRED,
     TEACHER_NAMING,
-    Columns,
     IncompleteRow,
     IncompleteRows,
     find_columns,
-    first_present,
-    lookup,
+    is_label,
     missing_column,
     problem_of,
+    sample,
 )
 from phimr_nemo.data.sources.rawfiles import Row, read_rows
 from phimr_nemo.store.content import content_id, content_seed
@@ -46,17 +48,23 @@ RESPONSE_COLUMNS: Final = (
 )
 NESTED_RESPONSE_COLUMNS: Final = ("solution", *RESPONSE_COLUMNS)
 THINKING_COLUMNS: Final = ("message_thinking", "reasoning_content", "thinking")
-TEACHER_COLUMNS: Final = ("model", "teacher", "generator")
+TEACHER_COLUMNS: Final = ("model", "teacher", "generator", "generation_model", "model_name")
+KNOWN_RESPONSE_COLUMNS: Final = (
+    *RESPONSE_COLUMNS,
+    *("generated_solution", "llm_response", "deepseek_attempt", "gemini_attempt", "thinking_trajectories"),
+)
+"""Where published sets have their responses: a column that is not asked for is named, never ignored in silence."""
+NO_TEXT: Final = "response that is null or empty"
 UNNAMED_TEACHER: Final = "recorded"
 TOKENS_UNKNOWN: Final = -1
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One recorded response of one teacher with the source's own labels."""
+    """One recorded response of one teacher with the source's own labels; None for what is no text."""
 
     teacher: str
-    response: str
+    response: str | None
     finish_reason: FinishReason
     labels: Row
 
@@ -104,50 +112,53 @@ def load_recorded_rollouts(
         UserError: the file is missing, empty, damaged or malformed, a column is not there, or more than
             `MAX_INCOMPLETE_SHARE` of the rows are incomplete (the first is named).
     """
-    columns: Columns | None = None
+    first, all_rows = sample(itertools.islice(read_rows(path), limit or None))
+    columns = find_columns(path, merged(first), naming=TEACHER_NAMING, question=question, answer=answer)
+    if not any(responses_of(row, response, teacher) for row in first):
+        wanted = response or f"one of {list(RESPONSE_COLUMNS)}, or one object a model with one of these"
+        raise missing_column(path, f"a response column ({wanted})", merged(first), TEACHER_NAMING)
     incomplete = IncompleteRows()
     samples: Counter[tuple[str, str]] = Counter()
     rows: list[Row] = []
-    read = 0
-    for place, row in itertools.islice(read_rows(path), limit or None):
+    read = lost = repaired = 0
+    for place, given in all_rows:
         where = f"{path}, {place}"
-        if columns is None:
-            columns = find_columns(path, row, naming=TEACHER_NAMING, question=question, answer=answer)
-            if not list(responses_of(row, response, teacher, where)):
-                wanted = response or f"one of {list(RESPONSE_COLUMNS)}, or one object a model with one of these"
-                raise missing_column(path, f"a response column ({wanted})", row, TEACHER_NAMING)
+        row, repairs = repair_value(given)
+        repaired += repairs > 0
         read += 1
         try:
             problem = problem_of(row, columns, where=where, source=path.name)
-            found = list(responses_of(row, response, teacher, where))
-            if not found:
-                raise _no_response(where, "no response")
+            found = responses_of(row, response, teacher)
+            lost += sum(recorded.response == "" for recorded in found)
+            if all(recorded.response is None for recorded in found):
+                raise IncompleteRow(
+                    f"{where} has no response",
+                    rule="every row of recorded rollouts has responses, each a text",
+                    remedy="correct or remove the row, or name the column: response=COLUMN",
+                    reason="no response",
+                )
         except IncompleteRow as error:
             incomplete.add(error)
             continue
         for recorded in found:
+            if not recorded.response:
+                continue
             key = (problem["id"], recorded.teacher)
-            rows.append(_rollout(problem, recorded, samples[key]))
+            rows.append(_rollout(problem, recorded, recorded.response, samples[key]))
             samples[key] += 1
     incomplete.check(read)
-    return rows_to_table(rows, "rollouts"), {"read": read, "incomplete": incomplete.count}
+    rare = {f"dropped: {NO_TEXT}": lost, REPAIRED: repaired}
+    counts = {"read": read, "incomplete": incomplete.count, **{name: count for name, count in rare.items() if count}}
+    return rows_to_table(rows, "rollouts"), counts
 
 
-def _no_response(where: str, problem: str) -> IncompleteRow:
-    return IncompleteRow(
-        f"{where} has {problem}",
-        rule="every row of recorded rollouts has responses, each a text",
-        remedy="correct or remove the row, or name the column: response=COLUMN",
-    )
-
-
-def _rollout(problem: Row, recorded: Recorded, sample_index: int) -> Row:
+def _rollout(problem: Row, recorded: Recorded, response: str, sample_index: int) -> Row:
     return {
         "id": content_id("rollout", problem["id"], recorded.teacher, "recorded", str(sample_index)),
         "problem_id": problem["id"],
         "question": problem["question"],
         "answer": problem["answer"],
-        "response": recorded.response,
+        "response": response,
         "teacher": recorded.teacher,
         "sample_index": sample_index,
         "seed": content_seed("recorded", problem["id"], recorded.teacher, str(sample_index)),
@@ -160,35 +171,57 @@ def _rollout(problem: Row, recorded: Recorded, sample_index: int) -> Row:
     }
 
 
-def responses_of(row: Row, response: str | None, teacher: str | None, where: str) -> Iterator[Recorded]:
-    """The responses in one row, whatever the layout."""
+def responses_of(row: Row, response: str | None, teacher: str | None) -> list[Recorded]:
+    """The responses in one row, whatever the layout: a column, chat messages, or one object a model.
+
+    Args:
+        row: the row.
+        response: the column, in the row or in each model's object; found when None.
+        teacher: the column of the model's name; found when None.
+    """
     column = response if response is not None and lookup(row, response) is not None else None
     if response is None:
-        column = first_present(row, RESPONSE_COLUMNS)
+        column = first_present(row, (*RESPONSE_COLUMNS, *CONVERSATIONS))
     if column is not None:
         name_column = teacher or first_present(row, TEACHER_COLUMNS)
-        name = lookup(row, name_column) if name_column else None
+        name = str((lookup(row, name_column) if name_column else None) or UNNAMED_TEACHER)
         values = lookup(row, column)
-        for value in values if isinstance(values, list) else [values]:
-            yield _recorded(str(name or UNNAMED_TEACHER), value, row, where)
-        return
+        if _is_conversation(values):
+            return [_recorded(name, turn_text(values, ASSISTANT_ROLES), row)]
+        return [_recorded(name, value, row) for value in (values if isinstance(values, (list, tuple)) else [values])]
+    found = []
     for key, nested in row.items():
         if isinstance(nested, dict):
             inner = response or first_present(nested, NESTED_RESPONSE_COLUMNS)
             if inner is not None and isinstance(lookup(nested, inner), str):
-                yield _recorded(key, lookup(nested, inner), nested, where)
+                found.append(_recorded(key, lookup(nested, inner), nested))
+    return found
 
 
-def _recorded(teacher: str, response: Any, row: Row, where: str) -> Recorded:
-    if not isinstance(response, str):
-        raise _no_response(where, f"a response of type {type(response).__name__}")
+def unread_response(row: Row) -> str | None:
+    """A column that holds responses by its name and its text, for a source that was not asked for any."""
+    column = first_present(row, KNOWN_RESPONSE_COLUMNS)
+    return column if column is not None and isinstance(lookup(row, column), (str, list, tuple)) else None
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value
+    )
+
+
+def _recorded(teacher: str, response: Any, row: Row) -> Recorded:
+    """A response with the thinking that stands in a column of its own."""
+    text = (response if response.strip() else "") if isinstance(response, str) else None
     thinking_column = first_present(row, THINKING_COLUMNS)
     thinking = lookup(row, thinking_column) if thinking_column else None
-    if isinstance(thinking, str) and thinking.strip():
-        response = with_thinking(thinking.strip(), response)
+    if text and isinstance(thinking, str) and thinking.strip():
+        text = with_thinking(thinking.strip(), text)
     return Recorded(
         teacher=teacher,
-        response=response,
+        response=text,
         finish_reason="length" if lookup(row, "finish_reason") == "length" else "stop",
-        labels={name: value for name, value in row.items() if isinstance(value, (bool, int, float))},
+        labels={
+            name: value for name, value in row.items() if isinstance(value, (bool, int, float)) and is_label(value)
+        },
     )

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import SourceConfig
+from phimr_nemo.data.sources.cells import lookup, merged
+from phimr_nemo.data.sources.damage import repair_value
 from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import domain_of
 from phimr_nemo.data.sources.presets import PRESETS
 from phimr_nemo.data.sources.problems import (
+    CONVERSATIONS,
+    REPAIRED,
     SOURCE_NAMING,
-    Columns,
     IncompleteRow,
     find_columns,
     missing_column,
     problem_of,
+    sample,
 )
 from phimr_nemo.data.sources.rawfiles import Row, files_in, read_rows
-from phimr_nemo.data.sources.recorded import responses_of
+from phimr_nemo.data.sources.recorded import NO_TEXT, responses_of, unread_response
 from phimr_nemo.errors import UserError
 
 DATASET_STATE: Final = ("state.json", "dataset_dict.json")
 HUB_NAME_PARTS: Final = 2
+HUB_SECONDS: Final = 10.0
+NEWEST: Final = "newest"
+FULL_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 def read_items(source: SourceConfig) -> Iterator[tuple[str, Item | UnusableRow]]:
@@ -41,7 +50,8 @@ def read_items(source: SourceConfig) -> Iterator[tuple[str, Item | UnusableRow]]
         return
     preset = PRESETS[source.preset]
     fitted = False
-    for place, row in rows:
+    for place, given in rows:
+        row, repairs = repair_value(given)
         if not preset.fits(row):
             if not fitted:
                 raise _wrong_columns(source, place, row)
@@ -49,9 +59,13 @@ def read_items(source: SourceConfig) -> Iterator[tuple[str, Item | UnusableRow]]
             continue
         fitted = True
         try:
-            yield place, preset.read(row)
+            yield place, _noting(preset.read(row), repairs)
         except UnusableRow as unusable:
             yield place, unusable
+
+
+def _noting(item: Item, repairs: int) -> Item:
+    return dataclasses.replace(item, lost=(*item.lost, REPAIRED)) if repairs else item
 
 
 def source_rows(source: SourceConfig) -> Iterator[tuple[str, Row]]:
@@ -86,44 +100,52 @@ def source_rows(source: SourceConfig) -> Iterator[tuple[str, Row]]:
 def _items_by_usual_names(
     source: SourceConfig, rows: Iterator[tuple[str, Row]]
 ) -> Iterator[tuple[str, Item | UnusableRow]]:
-    """Problems of a file of unknown layout, with its responses where their column is given."""
-    columns: Columns | None = None
-    for place, row in rows:
-        where = f"{source.path}, {place}"
-        if columns is None:
-            columns = find_columns(
-                Path(source.path),
-                row,
-                naming=SOURCE_NAMING,
-                question=source.question,
-                answer=source.answer,
-                solution=source.solution,
-            )
-            if source.response is not None and not any(responses_of(row, source.response, None, where)):
-                raise missing_column(
-                    Path(source.path), f"the response column {source.response!r}", row, SOURCE_NAMING
-                )
+    """Problems of a file of unknown layout, with its responses where their column is given or is the chat's own."""
+    first, all_rows = sample(rows)
+    whole = merged(first)
+    columns = find_columns(
+        Path(source.path),
+        whole,
+        naming=SOURCE_NAMING,
+        question=source.question,
+        answer=source.answer,
+        solution=source.solution,
+        answer_needed=source.response is None,
+    )
+    response = source.response
+    if response is None and columns.question in CONVERSATIONS:
+        response = columns.question
+    if source.response is not None and not any(responses_of(row, source.response, None) for row in first):
+        raise missing_column(Path(source.path), f"the response column {source.response!r}", whole, SOURCE_NAMING)
+    unread = unread_response(whole) if response is None else None
+    for place, given in all_rows:
+        row, repairs = repair_value(given)
+        recorded = responses_of(row, response, None) if response is not None else []
+        texts = [one for one in recorded if one.response]
         try:
-            problem = problem_of(row, columns, where=where, source=source.name)
-            recorded = list(responses_of(row, source.response, None, where)) if source.response else []
-        except IncompleteRow:
-            yield place, UnusableRow("no question, no answer or no response")
+            problem = problem_of(
+                row, columns, where=f"{source.path}, {place}", source=source.name, answer_needed=not texts
+            )
+        except IncompleteRow as error:
+            yield place, UnusableRow(error.reason)
             continue
+        lost = [NO_TEXT] * (len(recorded) - len(texts))
+        if unread is not None and lookup(row, unread) is not None:
+            lost.append(f"responses in a column that was not asked for (response: {unread})")
         own_domain = {"domain": problem["domain"]} if problem["domain"] else {}
-        yield (
-            place,
-            Item(
-                question=problem["question"],
-                answer=problem["answer"],
-                solution=problem["solution"],
-                domain=domain_of(problem["domain"]),
-                difficulty=problem["difficulty"],
-                labels=json.loads(problem["metadata"]) | own_domain,
-                trajectories=tuple(
-                    Trajectory(one.response, one.teacher, one.finish_reason, one.labels) for one in recorded
-                ),
+        item = Item(
+            question=problem["question"],
+            answer=problem["answer"],
+            solution=problem["solution"],
+            domain=domain_of(problem["domain"]),
+            difficulty=problem["difficulty"],
+            labels=json.loads(problem["metadata"]) | own_domain,
+            trajectories=tuple(
+                Trajectory(one.response, one.teacher, one.finish_reason, one.labels) for one in texts if one.response
             ),
+            lost=tuple(lost),
         )
+        yield place, _noting(item, repairs)
 
 
 def _rows_of_dataset(source: SourceConfig, dataset: Any) -> Iterator[tuple[str, Row]]:
@@ -147,14 +169,55 @@ def _from_hub(source: SourceConfig) -> Any:
             remedy="correct it, or set hub=false for a path",
         )
     try:
-        return library.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+        _check_cached_revision(source)
+        return library.load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"source {source.name}: {source.path} (subset {source.subset}, split {source.split}) cannot be loaded: "
+            f"source {source.name}: {source.path} (subset {source.subset}, split {source.split}, "
+            f"revision {source.revision or NEWEST}) cannot be loaded: "
             f"{str(error)[:300]}",
-            rule="the dataset exists on the hub with this subset and split, and the hub can be reached",
-            remedy="correct path, subset or split, or download it and give the directory",
+            rule="the dataset exists on the hub with this subset, split and revision, and the hub can be reached",
+            remedy="correct path, subset, split or revision, or download it and give the directory",
         ) from error
+
+
+def hub_revision(source: SourceConfig) -> str:
+    """The commit of a dataset of the hub, or offline of its copy in the cache; else what was asked for."""
+    asked = source.revision or NEWEST
+    try:
+        if _datasets().config.HF_HUB_OFFLINE:
+            return _cached_revision(source)
+        if FULL_COMMIT.fullmatch(asked):
+            return asked
+        from huggingface_hub import HfApi
+
+        found = HfApi().dataset_info(source.path, revision=source.revision, timeout=HUB_SECONDS)
+    except (ImportError, OSError, ValueError):  # a mirror may not have this interface
+        return asked
+    return found.sha or asked
+
+
+def _cached_revision(source: SourceConfig) -> str:
+    return str(_datasets().load_dataset_builder(source.path, source.subset).hash)
+
+
+def _check_cached_revision(source: SourceConfig) -> None:
+    """Offline, `datasets` takes the newest copy in its cache, whatever revision it is asked for.
+
+    Raises:
+        UserError: it is of another revision.
+    """
+    if source.revision is None or not _datasets().config.HF_HUB_OFFLINE:
+        return
+    cached = _cached_revision(source)
+    if cached != source.revision:
+        raise UserError(
+            f"source {source.name}: the cache holds {source.path} at {cached}, not at revision {source.revision}",
+            rule="offline (HF_HUB_OFFLINE), a pinned dataset is the one in the cache",
+            remedy=f"load it once online, or give the commit that is there: revision: {cached}",
+        )
 
 
 def _split(source: SourceConfig, dataset: Any) -> Any:

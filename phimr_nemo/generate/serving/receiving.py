@@ -1,14 +1,18 @@
-"""The routes by which a rollout server says what it serves and takes new weights, whatever engine is behind them."""
+"""The routes by which a rollout server says what it serves and takes new weights, whatever engine is behind them, and
+the door before them: whoever comes without the key is sent away unread."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Protocol
 
 from fastapi import APIRouter, Body, HTTPException, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, BUCKET_SUFFIX, FINISH, IDENTITY, Identity, WrongWeights
 from phimr_nemo.store.atomic import NO_SPACE
@@ -19,6 +23,12 @@ MAX_LABEL: Final = 100
 CONFLICT: Final = 409
 TOO_LARGE: Final = 413
 NO_ROOM: Final = 507
+UNAUTHORIZED: Final = 401
+POLICY_VIOLATION: Final = 1008
+"""WebSocket's close code."""
+
+HEALTH: Final = "/health"
+"""Says only whether the server lives: what watches it needs no key."""
 
 
 class Receiver(Protocol):
@@ -109,3 +119,34 @@ def _named_file(directory: Path | None, message: Any) -> Path:
     if directory is None or not isinstance(name, str) or Path(name).name != name:
         raise WrongWeights("the name of a file in the server's weights directory is expected")
     return directory / name
+
+
+class KeyGuard:
+    """Lets nobody in without the key, on any path, before anything of a request is read.
+
+    vLLM's own covers the paths under `/v1` and a few others, and leaves `/invocations`, `/tokenize`, `/metrics`.
+
+    Args:
+        app: what is guarded.
+        key: what a request's header must hold.
+        open_path: the one path that answers without it; None where all need it.
+    """
+
+    def __init__(self, app: ASGIApp, key: str, open_path: str | None = None) -> None:
+        self._app, self._expected, self._open = app, f"Bearer {key}".encode(), open_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] in ("http", "websocket") and not self._may_enter(scope):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+            else:
+                await JSONResponse({"detail": "the key is wrong"}, UNAUTHORIZED)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _may_enter(self, scope: Scope) -> bool:
+        if self._open is not None and scope["type"] == "http" and scope["path"] == self._open:
+            return True
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and secrets.compare_digest(given[0], self._expected)

@@ -19,8 +19,10 @@ from typing import Any, Final
 
 from phimr_nemo.config import EndpointEngine
 from phimr_nemo.data.parallel import ALONE, Team
-from phimr_nemo.endpoint import ChatReply, ChatRequest, EndpointClient, Journal, RequestFailed, read_journal
+from phimr_nemo.endpoint import ChatReply, ChatRequest, Journal, RequestFailed, read_journal
 from phimr_nemo.endpoint.ask import cents
+from phimr_nemo.endpoint.client import EndpointClient
+from phimr_nemo.endpoint.wire import EMPTY_REPLY
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.plan import Plan, Planned, rollout_counts
 from phimr_nemo.generate.sampler import SamplingParams
@@ -34,6 +36,9 @@ MIN_FAILURES_IN_A_ROW: Final = 16
 """So many requests that fail for good one after another, or all that are under way: the endpoint is gone."""
 SHOWN_REASONS: Final = 5
 USAGE: Final = ("requests", "attempts", "missing", "prompt_tokens", "completion_tokens")
+EMPTY_REPLIES: Final = "empty replies, asked again"
+ONLY_REASONING: Final = "finished replies with nothing but reasoning"
+"""Their answer, if there is one, is in the reasoning field: the server's reasoning parser does not fit the model."""
 
 
 def request_rollouts(
@@ -106,7 +111,8 @@ def _counts(out_dir: Path, plan: Plan, engine: EndpointEngine) -> dict[str, int]
     tokens = {"prompt_tokens": total["prompt_tokens"], "completion_tokens": total["completion_tokens"]}
     prices = engine.endpoint.prices
     cost = {} if prices is None else {"cost_cents": cents(prices, **tokens)}
-    return {**rollout_counts(out_dir), **{name: total[name] for name in USAGE}, **cost}
+    rare = {name: total[name] for name in (EMPTY_REPLIES, ONLY_REASONING) if total[name]}
+    return {**rollout_counts(out_dir), **{name: total[name] for name in USAGE}, **rare, **cost}
 
 
 class _Shard:
@@ -132,6 +138,8 @@ class _Shard:
                 "prompt_tokens": reply.prompt_tokens,
                 "completion_tokens": reply.completion_tokens,
                 "attempts": reply.attempts,
+                "empty_replies": reply.empty_replies,
+                "only_reasoning": reply.is_only_reasoning,
             }
         )
 
@@ -183,6 +191,9 @@ class _Shard:
             "attempts": sum(record["attempts"] for record in (*records, *self.failures)),
             "prompt_tokens": sum(max(0, record["prompt_tokens"]) for record in records),
             "completion_tokens": sum(max(0, record["completion_tokens"]) for record in records),
+            EMPTY_REPLIES: sum(record.get("empty_replies", 0) for record in records)
+            + sum(failure["attempts"] for failure in self.failures if failure["reason"] == EMPTY_REPLY),
+            ONLY_REASONING: sum(record.get("only_reasoning", False) for record in records),
         }
 
 

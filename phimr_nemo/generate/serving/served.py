@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.redact import shown_variable
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 ServedLongRope = Literal["long_when_max_length_exceeds_original", "always_short"]
@@ -67,8 +68,8 @@ def api_key(served: Served) -> str | None:
     key = os.environ.get(served.api_key_env, "").strip()
     if not key:
         raise UserError(
-            f"the environment variable {served.api_key_env} is not set or empty",
+            f"the environment variable {shown_variable(served.api_key_env)} is not set or empty",
             rule="--api-key-env names the variable that holds the key",
-            remedy=f"export {served.api_key_env}=...",
+            remedy="export it with the key, and give its name",
         )
     return key

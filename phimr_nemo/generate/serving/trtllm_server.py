@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import secrets
 import shutil
 import sys
 import tempfile
@@ -24,11 +23,9 @@ import httpx
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.serving.receiving import weight_routes
+from phimr_nemo.generate.serving.receiving import KeyGuard, weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.trtllm_engine import EngineFailed, TrtllmEngine, running
 from phimr_nemo.generate.serving.vllm import check_longrope
@@ -57,7 +54,6 @@ PREFIX: Final = "phimr-refit-"
 LOCK: Final = "lock"
 GRACE_SECONDS: Final = 1
 """What responses under way get when the server is told to end."""
-UNAUTHORIZED: Final = 401
 BAD_GATEWAY: Final = 502
 UNAVAILABLE: Final = 503
 SHOWN: Final = 300
@@ -293,27 +289,6 @@ async def _disconnected(request: Request) -> None:
     """Return when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-class KeyGuard:
-    """Lets nobody in without the key, before anything of a request is read.
-
-    Args:
-        app: what is guarded.
-        key: what a request's header must hold.
-    """
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._expected = app, f"Bearer {key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it."""
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, self._expected):
-                await JSONResponse({"detail": "the key is wrong"}, UNAUTHORIZED)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 def new_root(place: Path) -> tuple[Path, BinaryIO]:

@@ -6,7 +6,6 @@ vLLM lives in an environment of its own (`make setup-vllm`): its torch and trans
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
 from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
-from phimr_nemo.model.architecture import CONFIG_FILE, MODEL_TYPE, Architecture
+from phimr_nemo.model.architecture import Architecture, is_phi
 from phimr_nemo.model.dtypes import TORCH_NAMES
 from phimr_nemo.model.regime import warn_of_other_regime
 from phimr_nemo.model.table import tensor_shapes
@@ -294,8 +293,7 @@ def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> 
     Raises:
         UserError: the policy asks for the short ones there.
     """
-    config = json.loads((directory / CONFIG_FILE).read_text("utf-8"))
-    if config.get("model_type") != MODEL_TYPE:
+    if not is_phi(directory):
         return
     architecture = Architecture.from_directory(directory)
     warn_of_other_regime(architecture, directory, max_length, policy)
@@ -317,7 +315,7 @@ def weights_hash(directory: Path) -> str:
     Raises:
         UserError: there are no safetensors files.
     """
-    if json.loads((directory / CONFIG_FILE).read_text("utf-8")).get("model_type") == MODEL_TYPE:
+    if is_phi(directory):
         from phimr_nemo.model.files.hf import HFDirectory
 
         return HFDirectory(directory).weights_hash()

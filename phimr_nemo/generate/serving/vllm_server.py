@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
-from phimr_nemo.generate.serving.receiving import weight_routes
+from phimr_nemo.generate.serving.receiving import HEALTH, KeyGuard, weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.vllm import WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
 from phimr_nemo.generate.serving.weights import (
@@ -29,6 +31,8 @@ from phimr_nemo.generate.serving.weights import (
     tokenizer_hash,
 )
 from phimr_nemo.model.dtypes import TORCH_NAMES
+
+NOT_FOUND: Final = 404
 
 
 class WeightReceiver:
@@ -95,6 +99,7 @@ def vllm_arguments(served: Served, digest: str) -> list[str]:
         *("--logprobs-mode", LOGPROBS, "--worker-extension-cls", WORKER_EXTENSION),
         # The routes for token ids.
         "--enable-scale-out",
+        # Else an answer of 5xx leaves no trace of its cause.
         "--log-error-stack",
         *("--weight-transfer-config", f'{{"backend": "{WEIGHTS_BACKEND}"}}'),
         # The model's own generation_config.json would change what is sampled from.
@@ -131,6 +136,22 @@ def run_server(served: Served) -> None:
     uvloop.run(_serve(args, identity, shapes, served.weights_directory))
 
 
+def model_route() -> APIRouter:
+    """OpenAI's route for one model's card, which vLLM lacks."""
+    router = APIRouter()
+
+    @router.get("/v1/models/{name:path}")
+    async def one_model(name: str, request: Request) -> JSONResponse:
+        listed = await request.app.state.openai_serving_models.show_available_models()
+        for card in listed.data:
+            if card.id == name:
+                return JSONResponse(card.model_dump())
+        error = {"message": f"The model `{name}` does not exist.", "type": "NotFoundError", "param": "model"}
+        return JSONResponse({"error": {**error, "code": NOT_FOUND}}, NOT_FOUND)
+
+    return router
+
+
 async def _serve(
     args: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]], directory: Path | None
 ) -> None:
@@ -146,7 +167,10 @@ async def _serve(
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
         receiver = WeightReceiver(engine, identity, shapes)
+        if args.api_key:
+            app.add_middleware(KeyGuard, key=args.api_key[0], open_path=HEALTH)
         app.include_router(weight_routes(receiver, directory=directory, scratch=shared_memory()))
+        app.include_router(model_route())
         await init_app_state(engine, app.state, args, tasks)
         stopped = await serve_http(
             app, sock=socket, host=args.host, port=args.port, log_level="warning", access_log=False

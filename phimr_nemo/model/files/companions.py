@@ -17,8 +17,11 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
 from phimr_nemo.model.origin import Origin, read_origin
 from phimr_nemo.store.inputs import download_remedy
+from phimr_nemo.store.links import refuse_links_out
+from phimr_nemo.store.unpacking import MAX_TOKENIZER_BYTES, read_json
 
 GENERATION_FILE: Final = "generation_config.json"
+MAX_SHOWN: Final = 200
 TOKENIZER_FILES: Final = (
     TOKENIZER_FILE,
     "tokenizer.model",
@@ -58,6 +61,7 @@ def write_model_files(
     stated = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
     made = read_origin(tokenizer_from) if origin is None else origin
     _write_json(directory / CONFIG_FILE, {**arch.to_hf_config(), **stated, **made.to_config()})
+    refuse_links_out(tokenizer_from)
     _write_json(directory / GENERATION_FILE, generation_config(arch, tokenizer_from))
     settings = read_settings(tokenizer_from)
     if settings:
@@ -113,7 +117,7 @@ def generation_config(arch: Architecture, tokenizer_from: Path) -> dict[str, Any
 def _stated_generation(file: Path, arch: Architecture) -> dict[str, Any]:
     """A generation config with its end tokens as a list; {} where there is none."""
     try:
-        stated = json.loads(file.read_text("utf-8"))
+        stated = read_json(file)
         if not isinstance(stated, dict):
             raise ValueError(f"a {type(stated).__name__}")
     except FileNotFoundError:
@@ -124,9 +128,9 @@ def _stated_generation(file: Path, arch: Architecture) -> dict[str, Any]:
             rule="generation_config.json says where responses end and how they are sampled",
             remedy=f"{download_remedy(file)}, or delete it",
         ) from error
-    ends = stated.pop("eos_token_id", None)
+    ends = stated.get("eos_token_id")
     if ends is None:
-        return stated
+        return {name: value for name, value in stated.items() if name != "eos_token_id"}
     ids = ends if isinstance(ends, list) else [ends]
     wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int)]
     if wrong or any(not 0 <= token < arch.vocab_size for token in ids):
@@ -141,7 +145,7 @@ def _stated_generation(file: Path, arch: Architecture) -> dict[str, Any]:
 def _ends_in_config(directory: Path, arch: Architecture) -> list[int]:
     """The end tokens of config.json, which may list several; at least the architecture's."""
     try:
-        stated = json.loads((directory / CONFIG_FILE).read_text("utf-8")).get("eos_token_id")
+        stated = read_json(directory / CONFIG_FILE).get("eos_token_id")
     except (OSError, ValueError, RecursionError, AttributeError):
         stated = None
     listed = stated if isinstance(stated, list) else []
@@ -165,7 +169,7 @@ def read_added_tokens(directory: Path, arch: Architecture) -> dict[str, int]:
     """
     file = Path(directory) / TOKENIZER_FILE
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        loaded = read_json(file, limit=MAX_TOKENIZER_BYTES)
         added = {str(token["content"]): int(token["id"]) for token in loaded["added_tokens"]}
         largest = max((*map(int, loaded["model"]["vocab"].values()), *added.values()))
     except FileNotFoundError as error:
@@ -174,9 +178,9 @@ def read_added_tokens(directory: Path, arch: Architecture) -> dict[str, int]:
             rule="a model directory brings its tokenizer",
             remedy="give the directory of the base model as the tokenizer's source",
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"{file} is not a tokenizer that is understood here: {error!r}",
+            f"{file} is not a tokenizer that is understood here: {str(error)[:MAX_SHOWN] or type(error).__name__}",
             rule="a fast tokenizer is a JSON file with model.vocab and added_tokens",
             remedy=download_remedy(file),
         ) from error

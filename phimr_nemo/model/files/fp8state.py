@@ -74,11 +74,12 @@ def read_safely(state: MutableMapping[Any, Any] | list[Any], *, fp8: bool, check
     Raises:
         UserError: one holds something without FP8, or something that is no scaling state.
     """
-    items = list(state.items()) if isinstance(state, MutableMapping) else list(enumerate(state))
-    for key, value in items:
-        if isinstance(key, str) and KEY in key and not isinstance(value, MutableMapping):
-            state[key] = _harmless(value, key, fp8, checkpoint)  # type: ignore[index]
-        elif isinstance(value, MutableMapping | list):
+    if isinstance(state, MutableMapping):
+        for key, value in list(state.items()):
+            if isinstance(key, str) and KEY in key and not isinstance(value, MutableMapping):
+                state[key] = _harmless(value, key, fp8, checkpoint)
+    for value in state.values() if isinstance(state, MutableMapping) else state:
+        if isinstance(value, MutableMapping | list):
             read_safely(value, fp8=fp8, checkpoint=checkpoint)
 
 

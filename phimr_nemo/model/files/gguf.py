@@ -20,6 +20,7 @@ from phimr_nemo.data.chat import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER
 from phimr_nemo.data.synthetic.tokenizer import chat_tokenizer
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.files.ggufheader import check_header
 from phimr_nemo.model.files.hf import write_hf_directory
 from phimr_nemo.model.table import checkpoint_tensors
 
@@ -263,6 +264,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             remedy="correct the path",
         )
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
         return dict(reader.fields), {tensor.name: tensor for tensor in reader.tensors}
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, OSError) as error:

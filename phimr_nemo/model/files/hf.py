@@ -7,7 +7,6 @@ and shape as soon as it is opened, and every tensor is checked to be finite when
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,8 @@ from phimr_nemo.model.origin import Origin
 from phimr_nemo.model.table import EMBEDDING, HEAD, is_derived, tensor_shapes
 from phimr_nemo.store.atomic import atomic_directory
 from phimr_nemo.store.inputs import download_remedy, model_remedy
+from phimr_nemo.store.links import refuse_links_out
+from phimr_nemo.store.unpacking import read_json
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -44,6 +45,8 @@ ADAPTED: Final = "base_model."
 """How PEFT's names begin."""
 DEFAULT_SHARD_BYTES: Final = 4 * 2**30
 HASH_DIGEST_BYTES: Final = 16
+MAX_INDEX_BYTES: Final = 16 << 20
+MAX_SHOWN: Final = 200
 
 
 class HFDirectory:
@@ -65,6 +68,7 @@ class HFDirectory:
                 rule="a model is a local Hugging Face directory",
                 remedy=model_remedy(self.path),
             )
+        refuse_links_out(self.path)
         self.architecture = Architecture.from_directory(self.path)
         self._files = {name: file for name, file in _weight_files(self.path).items() if not is_derived(name)}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -326,11 +330,11 @@ def _weight_files(path: Path) -> dict[str, Path]:
 
 def _indexed_files(path: Path, index: Path) -> dict[str, Path]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index, limit=MAX_INDEX_BYTES)["weight_map"]
         files = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{index} is no safetensors index: {error!r}",
+            f"{index} is no safetensors index: {str(error)[:MAX_SHOWN]!r}",
             rule="the index is a JSON object with a weight_map from tensor to file name",
             remedy="download the file again",
         ) from error

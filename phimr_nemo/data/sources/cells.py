@@ -1,0 +1,143 @@
+"""Values of a row's columns: found by (dotted) names, also inside JSON text, and read as a question or an answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from phimr_nemo.data.sources.damage import repair_latex, repair_value
+from phimr_nemo.data.sources.rawfiles import Row
+from phimr_nemo.verify.gold import alternatives, any_of
+
+# GSM8K ends a worked answer with "#### 18", OpenAI's recorded solutions of it with "A: 18".
+_FINAL_LINE: Final = re.compile(r"[ \t]*(?:####|A:)[ \t]*(\S.*)")
+_THOUSANDS: Final = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+MISSING_WORDS: Final = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "N/A", "n/a"))
+"""What numpy, JSON, Python and pandas write for a value that is not there."""
+USER_ROLES: Final = ("user", "human")
+ASSISTANT_ROLES: Final = ("assistant", "gpt")
+
+
+def lookup(row: Row, name: str) -> Any:
+    """The value of a column, or by a dotted name inside an object or a JSON text; None where it is absent.
+
+    A column whose own name has dots comes first. In a list of objects (chat messages) the last one counts that has
+    a value there.
+    """
+    return row[name] if name in row else _reach(row, name.split("."))
+
+
+def _reach(value: Any, parts: Sequence[str]) -> Any:
+    if not parts:
+        return value
+    if isinstance(value, str):
+        value = json_value(value)
+    if isinstance(value, dict):
+        return _reach(value.get(parts[0]), parts[1:])
+    if isinstance(value, (list, tuple)):
+        found = (_reach(one, parts) for one in reversed(value) if isinstance(one, dict))
+        return next((one for one in found if one is not None), None)
+    return None
+
+
+def json_value(text: str) -> Any:
+    """The object or array that a text spells in JSON; None for other text."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return repair_value(json.loads(text))[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+def merged(rows: Sequence[Row]) -> Row:
+    """One row with the first value that each column has in some rows, also inside objects."""
+    whole: Row = {}
+    for row in rows:
+        for name, value in row.items():
+            known = whole.get(name)
+            if known is None:
+                whole[name] = value
+            elif isinstance(known, dict) and isinstance(value, dict):
+                whole[name] = merged([known, value])
+    return whole
+
+
+def first_present(row: Row, names: Sequence[str]) -> str | None:
+    """The first of the names that the row has a value for."""
+    return next((name for name in names if lookup(row, name) is not None), None)
+
+
+def question_text(value: Any) -> str:
+    """A question; of a list of chat messages the last one of the user."""
+    if isinstance(value, (list, tuple)):
+        return turn_text(value, USER_ROLES)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def turn_text(conversation: Any, roles: Sequence[str]) -> str:
+    """The last turn of a role, in ShareGPT's words ("from", "value") or in chat's ("role", "content")."""
+    text = ""
+    for turn in conversation if isinstance(conversation, (list, tuple)) else ():
+        if isinstance(turn, dict) and turn.get("from", turn.get("role")) in roles:
+            content = turn.get("value", turn.get("content"))
+            text = content.strip() if isinstance(content, str) else ""
+    return text
+
+
+def _number(number: float) -> str:
+    if not math.isfinite(number):
+        return ""
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+_TEXT_OF: Final[dict[type, Callable[[Any], str]]] = {str: str.strip, int: str, float: _number}
+
+
+def answer_text(value: Any) -> str:
+    """An answer as text; empty for one that is missing.
+
+    142.0 is "142", of a list all elements that are there, "nan" and its like are missing, the texts of a JSON array
+    are alternatives, and an object is no answer.
+    """
+    if isinstance(value, (list, tuple)):
+        # A list within a list would lose what belongs together.
+        if any(isinstance(item, (list, tuple, dict)) for item in value):
+            return ""
+        return ", ".join(text for text in map(answer_text, value) if text)
+    convert = _TEXT_OF.get(type(value))
+    text = convert(value) if convert else ""
+    if text in MISSING_WORDS:
+        return ""
+    if text.startswith("{") and isinstance(json_value(text), dict):
+        return ""
+    if not text.startswith("["):
+        return text
+    return any_of([repair_latex(one, answer=True)[0] for one in alternatives(text) if one not in MISSING_WORDS])
+
+
+def sequence(value: Any) -> Sequence[Any]:
+    """A list; one of a single text or object; empty for None."""
+    if value is None:
+        return []
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def labels_of(row: Row, names: Sequence[str]) -> dict[str, Any]:
+    """The named columns that have a value."""
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def split_final_line(text: str) -> tuple[str, str] | None:
+    """A worked answer that ends in `#### n` or `A: n`, as (worked part, n); None for other text."""
+    worked, _, last_line = text.rstrip().rpartition("\n")
+    found = _FINAL_LINE.fullmatch(last_line)
+    if found is None:
+        return None
+    number = found[1].strip()
+    if _THOUSANDS.fullmatch(number):
+        number = number.replace(",", "")
+    return worked.strip(), number

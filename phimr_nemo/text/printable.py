@@ -1,0 +1,19 @@
+"""The one way in which foreign text reaches a terminal: as text, which the terminal shows and does not obey."""
+
+from __future__ import annotations
+
+import sys
+
+
+def printable(text: str) -> str:
+    """The text with every control character but line break and tab as its escape: a terminal obeys none.
+
+    So are characters that turn the direction of writing, or that cannot be seen.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def say(text: object, *, end: str = "\n") -> None:
+    """Print to standard output, at once."""
+    sys.stdout.write(printable(str(text)) + end)
+    sys.stdout.flush()

@@ -1,0 +1,56 @@
+"""The ablation of verification and of solutions a question: arms differ in what is named, and train equally long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from phimr_nemo.config import load_config
+from phimr_nemo.config.ablations import SolutionsConfig
+from phimr_nemo.errors import UserError
+from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.verify import Grader
+from recipes.ablations import solutions
+
+CONF = Path(solutions.__file__).resolve().parents[2] / "conf" / "ablations" / "solutions.yaml"
+
+
+def config(root: Path, *overrides: str) -> SolutionsConfig:
+    RunDirectory(root / "quickstart" / "seed-0" / "base").finish()
+    settings = [f"quickstarts=[{root / 'quickstart'}]", f"output={root / 'out'}"]
+    return load_config(SolutionsConfig, CONF, [*settings, *overrides])
+
+
+def words_of(steps: list[solutions.Step], name: str) -> list[str]:
+    (step,) = (step for step in steps if step.name == name)
+    return list(step.arguments)
+
+
+def test_every_arm_asks_for_one_total_and_trains_for_the_same_steps(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    steps = solutions.ablation_steps(made)
+    assert len(solutions.arms(made)) == 8
+    for count in (1, 2, 4, 8):
+        words = words_of(steps, f"rollouts-{count}")
+        asked = next(int(word.split("=")[1]) for word in words if word.startswith("problems.count="))
+        assert asked * count == made.total
+        assert f"rollouts_per_problem={count}" in words
+    for name in solutions.arms(made):
+        assert f"max_steps={made.steps}" in words_of(steps, f"midtrain-{name}")
+
+
+def test_verified_and_unverified_differ_in_the_grader_alone(tmp_path: Path) -> None:
+    steps = solutions.ablation_steps(config(tmp_path))
+    one, other = words_of(steps, "verdicts-4-verified"), words_of(steps, "verdicts-4-unverified")
+    assert [word.replace("unverified", "verified") for word in other if word not in one][1:] == [
+        f"grader={solutions.ACCEPTS_EVERYTHING}".replace("unverified", "verified")
+    ]
+    with Grader(workers=1, function=solutions.ACCEPTS_EVERYTHING) as grader:
+        verdicts = grader.grade_many([("so \\boxed{5}", "4"), ("", "4")])
+    assert [verdict.verdict for verdict in verdicts] == ["correct", "correct"]
+
+
+def test_a_total_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="multiple"):
+        config(tmp_path, "solutions=[1,7]")
