@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from phimr_nemo.redact import keep_secrets_from_output, redact
 from phimr_nemo.text.printable import printable
@@ -18,6 +20,10 @@ EXIT_DONE: Final = 0
 EXIT_INTERNAL: Final = 1
 EXIT_USER: Final = 2
 EXIT_PREEMPTED: Final = 3
+LONGEST_PATH: Final = 4095
+LONGEST_NAME: Final = 255
+"""Bytes, on Linux; temporary names and files in a directory need some of them."""
+SHOWN_CHARS: Final = 100
 
 
 class UserError(Exception):
@@ -53,20 +59,40 @@ class Preempted(Exception):
 def exit_with_message() -> Iterator[None]:
     """Around a program: the user's mistake becomes one clear message and exit code 2, a preemption 3.
 
-    One of several ranks hands its message to the launcher that started it, so that it is shown once.
+    One of several ranks hands its message to the launcher that started it, so that it is shown once. What the
+    terminal's encoding lacks is written as an escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     keep_secrets_from_output()
     try:
         yield
     except UserError as error:
-        message = redact(str(error))
-        _tell(
-            f"error: {message}", {"user_error": [redact(part) for part in (error.problem, error.rule, error.remedy)]}
-        )
-        sys.exit(EXIT_USER)
+        _refuse(error)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _refuse(path_too_long(str(error.filename)))
     except Preempted as stopped:
         _tell(str(stopped), {"preempted": str(stopped)})
         sys.exit(EXIT_PREEMPTED)
+
+
+def path_too_long(path: str) -> UserError:
+    """The message about a path that no file system takes."""
+    shown = path if len(path) <= SHOWN_CHARS else f"{path[:SHOWN_CHARS]}..."
+    return UserError(
+        f"the path {shown} has {len(os.fsencode(path)):,} bytes",
+        rule=f"a path has at most {LONGEST_PATH:,} bytes, and each name in it at most {LONGEST_NAME}",
+        remedy="use a shorter one",
+    )
+
+
+def _refuse(error: UserError) -> NoReturn:
+    message = redact(str(error))
+    _tell(f"error: {message}", {"user_error": [redact(part) for part in (error.problem, error.rule, error.remedy)]})
+    sys.exit(EXIT_USER)
 
 
 def _tell(message: str, facts: dict[str, object]) -> None:

@@ -15,8 +15,8 @@ from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.origin import trained_from
+from phimr_nemo.store.provenance import content_of
 from phimr_nemo.store.runs import RunDirectory
-from phimr_nemo.store.shards import input_hash
 from phimr_nemo.training.adapters.peft import ADAPTER_DIRECTORY, write_adapter
 from phimr_nemo.training.checkpoint import CheckpointStore, exported_step
 from phimr_nemo.training.distributed import PreemptionGuard, export_checkpoint, export_hf, wait_for_all
@@ -104,7 +104,7 @@ def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:
     box = [base.weights_hash() if dist.get_rank() == 0 else ""]
     wait_for_all(f"the weights of {base.path} are read")
     dist.broadcast_object_list(box, 0)
-    return {"base weights": box[0], "data": input_hash(data)}
+    return {"base weights": box[0], "data": content_of(data)}
 
 
 def export(

@@ -186,6 +186,9 @@ def quickstart(
     config: ConfigFile = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/quickstart"),
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Make steps again whose command, settings or inputs have changed.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """The whole recipe on a tiny model: data, four training stages, evaluation, export, table, plots."""
@@ -198,7 +201,7 @@ def quickstart(
             say(step)
         return
     with stoppable("quickstart"):
-        run_quickstart(path, numbers, out, overrides or [])
+        run_quickstart(path, numbers, out, overrides or [], redo=redo)
 
 
 def _parse_seeds(text: str) -> list[int]:

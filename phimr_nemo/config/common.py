@@ -6,6 +6,7 @@ their source, and not here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field
 
 from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
+from phimr_nemo.errors import LONGEST_NAME, LONGEST_PATH, path_too_long
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
@@ -22,6 +24,9 @@ Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 LARGEST_NUMBER: Final = 2**53
 """Whole numbers up to here are exact everywhere, in JSON too."""
+ROOM_BELOW: Final = 195
+ROOM_OF_NAME: Final = 25
+"""Bytes of a path and of a name that the files of a run and their temporary names need."""
 LARGEST_SEED: Final = 2**32 - 1
 
 
@@ -31,12 +36,25 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
-def _no_empty_text(value: Any) -> Any:
+def _a_path(value: Any) -> Any:
     if value == "":
         raise RuleBroken(
             f"{KEY} is empty", rule=f"{KEY} names a file or directory", remedy=f"for example {KEY}=runs/x"
         )
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise RuleBroken(
+            f"{KEY} holds a zero byte", rule=f"{KEY} names a file or directory", remedy=f"for example {KEY}=runs/x"
+        )
+    if isinstance(value, str | Path) and _is_too_long(str(value)):
+        refused = path_too_long(str(value))
+        raise RuleBroken(f"{KEY}: {refused.problem}", rule=refused.rule, remedy=refused.remedy)
     return value
+
+
+def _is_too_long(path: str) -> bool:
+    """Whether no file system takes a path, with what a run writes below it."""
+    names = max((len(os.fsencode(name)) for name in path.split("/")), default=0)
+    return len(os.fsencode(path)) > LONGEST_PATH - ROOM_BELOW or names > LONGEST_NAME - ROOM_OF_NAME
 
 
 IsNumber = BeforeValidator(_no_truth_value)
@@ -53,7 +71,7 @@ AtLeastOne = Annotated[float, Field(ge=1.0), IsNumber]
 AboveOne = Annotated[float, Field(gt=1.0), IsNumber]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0), IsNumber]
 Name = Annotated[str, Field(min_length=1)]
-Place = Annotated[Path, BeforeValidator(_no_empty_text)]
+Place = Annotated[Path, BeforeValidator(_a_path)]
 
 
 @config

@@ -19,6 +19,7 @@ CONF: Final = "conf"
 
 MAX_SHOWN: Final = 500
 MISSING_VALUE: Final = "???"
+MOST_NODES: Final = 10_000
 EXTENDS: Final = "extends"
 """The key of a YAML file that names another one beside it, whose values it changes."""
 
@@ -147,11 +148,15 @@ def _read(source: Path) -> Any:
     """
     from omegaconf import OmegaConf
 
+    _refuse_large(source)
     values: Any = OmegaConf.load(source)
     if not OmegaConf.is_dict(values) or EXTENDS not in values:
         return values
     below = source.parent / str(values.pop(EXTENDS))
-    lower = OmegaConf.load(below) if below.is_file() else None
+    lower = None
+    if below.is_file():
+        _refuse_large(below)
+        lower = OmegaConf.load(below)
     if lower is None or not OmegaConf.is_dict(lower) or EXTENDS in lower:
         raise UserError(
             f"{source} extends {below}",
@@ -170,6 +175,34 @@ def _whole_sections(changes: Mapping[str, Any]) -> list[str]:
     sections = {key.rpartition(".")[0]: value for key, value in values.items() if key.rpartition(".")[2] == KIND}
     told = [key.rpartition(".")[0] for key in values]
     return [f"{section}.{KIND}={kind}" for section, kind in sections.items() if told.count(section) > 1]
+
+
+def _refuse_large(source: Path) -> None:
+    """Refuse a YAML file whose anchors, written out, are more than any configuration.
+
+    Raises:
+        UserError: they are; or one of them is a part of itself.
+    """
+    import yaml
+
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            # A part of itself is as large as that.
+            sizes[id(node)] = MOST_NODES
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            below = (one for part in parts for one in (part if isinstance(part, tuple) else (part,)))
+            sizes[id(node)] = 1 + sum(map(size, below))
+        return sizes[id(node)]
+
+    root = yaml.compose(source.read_text("utf-8"), Loader=yaml.SafeLoader)
+    if root is not None and size(root) > MOST_NODES:
+        raise UserError(
+            f"{source} holds anchors that make more than {MOST_NODES:,} values",
+            rule="a config is a YAML mapping of a few hundred values; what an anchor names counts at each use",
+            remedy="write the values out",
+        )
 
 
 def _drop_other_kinds(values: Any, overrides: Sequence[str]) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 from phimr_nemo.data.template import check_template
 from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, open_tokenizer
 from phimr_nemo.errors import UserError
-from phimr_nemo.store.foreignjson import read_json
 from phimr_nemo.store.inputs import model_remedy
+from phimr_nemo.store.unpacking import read_json
 from phimr_nemo.text.tokens import spells_special_token
 from phimr_nemo.text.turn import continuation, is_thinking_tag, opened_thinking
 

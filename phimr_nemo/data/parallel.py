@@ -13,8 +13,10 @@ from typing import Final, TypeVar
 
 from phimr_nemo.config import ShardConfig
 from phimr_nemo.process.children import start_pool_worker, unheard_by_children
+from phimr_nemo.store.check import is_declared
 from phimr_nemo.store.lease import FreeUnits, Leases, rotated
 from phimr_nemo.store.progress import track
+from phimr_nemo.store.provenance import MadeFrom
 from phimr_nemo.store.shards import shard_is_complete
 
 Item = TypeVar("Item")
@@ -101,19 +103,28 @@ class Team:
         for group in free.one_by_one():
             in_processes(function, groups[group], workers, title=title)
 
-    def free_shards(self, directory: Path, shards: Sequence[int]) -> FreeUnits:
+    def free_shards(self, directory: Path, shards: Sequence[int], made_from: Callable[[int], MadeFrom]) -> FreeUnits:
         """The shards of a record directory that are to be made by this process, as it asks for them.
 
         In an array whoever is free takes the next one; one that was made before is read, for damage, by the process
         whose share it would be.
+
+        Args:
+            directory: the record directory.
+            shards: their numbers.
+            made_from: a shard's number -> what it is made from; one that was made from something else is to be made.
         """
+
+        def is_whole(shard: int) -> bool:
+            return shard_is_complete(directory, shard, made_from(shard))
+
         if self.leases is None:
-            return FreeUnits(shards, None, name="shard", is_done=lambda shard: shard_is_complete(directory, shard))
+            return FreeUnits(shards, None, name="shard", is_done=is_whole)
 
         def is_made(shard: int) -> bool:
-            if not (directory / f"part-{shard:05d}.json").is_file():
+            if not is_declared(directory, shard, made_from(shard)):
                 return False
-            return shard % self.count != self.index or shard_is_complete(directory, shard)
+            return shard % self.count != self.index or is_whole(shard)
 
         tried = rotated(shards, self.index, self.count)
         return FreeUnits(tried, self.leases, name="shard", is_done=is_made)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.imports import lean_imports
-from phimr_nemo.store.foreignjson import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
 from phimr_nemo.store.inputs import download_remedy
 from phimr_nemo.store.links import refuse_links_out
+from phimr_nemo.store.unpacking import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,9 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.statistics import majority_at_k, mean_and_clustered_error, pass_at_k
 from phimr_nemo.generate.engines import write_rollouts
 from phimr_nemo.store.atomic import write_json
+from phimr_nemo.store.provenance import MADE_FROM, MadeFrom, content_of, read_made_from
 from phimr_nemo.store.records import UNGRADED_VERDICTS
+from phimr_nemo.store.runs import RESULTS_FILE
 from phimr_nemo.store.shards import iter_shards, read_manifest, read_table
 from phimr_nemo.verify import GRADER_VERSION
 from phimr_nemo.verify.plug import plugged_name
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 
     from phimr_nemo.config import EvaluateConfig
 
-RESULTS_FILE: Final = "results.json"
 VERDICTS: Final = "verdicts"
+MODEL: Final = "model"
+"""The evaluated model among the inputs."""
 NO_DIFFICULTY: Final = "unknown"
 SCORED_COLUMNS: Final = ("problem_id", "difficulty", "verdict", "extracted", "finish_reason", "tokens")
 QUANTILES: Final = (0.1, 0.5, 0.9, 0.99, 1.0)
@@ -138,14 +141,16 @@ def evaluate_model(config: EvaluateConfig, problems: pa.Table, facts: Mapping[st
         samples=config.samples,
         shard_size=config.shard_questions,
         seed=config.run.seed,
+        inputs={} if config.model is None else {MODEL: content_of(config.model)},
     )
-    graded = {"evaluates": str(rollouts_dir)} | ({} if config.grader is None else {"grader": config.grader})
-    verify_rollouts(rollouts_dir, verdicts_dir, workers=config.workers, config=graded, function=config.grader)
+    verify_rollouts(rollouts_dir, verdicts_dir, workers=config.workers, function=config.grader)
     _check_not_silent(verdicts_dir)
     result = summarise(read_table(verdicts_dir, "verdicts", SCORED_COLUMNS))
-    settings = {**read_manifest(rollouts_dir, "rollouts").config, "model": str(config.model), **facts}
+    sampled = read_manifest(rollouts_dir, "rollouts").made_from
     grader = GRADER_VERSION if config.grader is None else plugged_name(config.grader)
-    write_result(config.run.output / RESULTS_FILE, result, settings, grader=grader)
+    made_from = MadeFrom(sampled.inputs, {**sampled.config, "grader": grader})
+    settings = {**sampled.config, **sampled.inputs, "model": str(config.model), **facts}
+    write_result(config.run.output / RESULTS_FILE, result, settings, grader=grader, made_from=made_from)
     return result
 
 
@@ -245,9 +250,18 @@ def _powers_of_two(limit: int) -> list[int]:
     return sorted({2**power for power in range(limit.bit_length())} | {limit})
 
 
-def write_result(path: Path, result: Result, settings: Mapping[str, Any], *, grader: str = GRADER_VERSION) -> None:
-    """Write `results.json`: the result's fields, its `settings` and what graded it; NaN becomes null."""
+def write_result(
+    path: Path,
+    result: Result,
+    settings: Mapping[str, Any],
+    *,
+    grader: str = GRADER_VERSION,
+    made_from: MadeFrom | None = None,
+) -> None:
+    """Write `results.json`: the result's fields, its `settings`, its grader, what it was made from; NaN is null."""
     values = {**asdict(result), "settings": dict(settings), "grader": grader}
+    if made_from is not None:
+        values[MADE_FROM] = made_from.to_json()
     write_json(path, _plain(values))
 
 
@@ -271,6 +285,16 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not {"row", "benchmark"} <= settings.keys():
         raise _damaged(path, "its settings name no row and benchmark")
     return {**settings, "grader": str(values.get("grader"))}
+
+
+def evaluated_model(path: Path) -> str | None:
+    """The content of the model whose score is in a `results.json`; None where nobody knows, as behind an endpoint.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    made_from = read_made_from(_read(path).get(MADE_FROM))
+    return None if made_from is None else made_from.inputs.get(MODEL)
 
 
 def _read(path: Path) -> dict[str, Any]:

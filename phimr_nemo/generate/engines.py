@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,7 +104,7 @@ class TokenEngine(Generic[S]):
         """The hash of the directory's weights: a part of ids and seeds."""
         return named_by_weights(self.directory)
 
-    def write_rollouts(self, plan: Plan, out_dir: Path, team: Team, inputs: Sequence[Path]) -> bool:
+    def write_rollouts(self, plan: Plan, out_dir: Path, team: Team, inputs: Mapping[str, str]) -> bool:
         """:func:`phimr_nemo.generate.rollouts.sample_rollouts`."""
         from phimr_nemo.generate.rollouts import sample_rollouts
 
@@ -134,7 +134,7 @@ class TextEngine:
         """The served model's: a part of ids and seeds."""
         return self.engine.endpoint.model
 
-    def write_rollouts(self, plan: Plan, out_dir: Path, team: Team, inputs: Sequence[Path]) -> bool:
+    def write_rollouts(self, plan: Plan, out_dir: Path, team: Team, inputs: Mapping[str, str]) -> bool:
         """:func:`phimr_nemo.generate.serving.remote.request_rollouts`."""
         from phimr_nemo.generate.serving.remote import request_rollouts
 
@@ -216,7 +216,7 @@ def write_rollouts(
     shard_size: int,
     seed: int,
     shard: ShardConfig | None = None,
-    inputs: Sequence[Path] = (),
+    inputs: Mapping[str, str],
 ) -> bool:
     """Sample a finished model's responses to problems into a record directory of kind "rollouts".
 
@@ -234,8 +234,7 @@ def write_rollouts(
         shard_size: problems per shard.
         seed: another one gives other responses.
         shard: this process's place among those that share the shards; None = it is alone.
-        inputs: what the problems were read from, for the manifest; the model's own files are added by a caller that
-            wants them in it.
+        inputs: what the problems were read from and the model's directory, by content.
 
     Returns:
         Whether all shards are there; the manifest is then written.

@@ -1,13 +1,12 @@
 """Which rollouts of which problems, shard by shard: ids, seeds and prompts that follow from content alone.
 
 A shard holds the rollouts of `shard_size` successive problems and is the unit of retry, so a rerun repeats nothing,
-a retry duplicates nothing, and shards may be made by different processes in any order. `settings.json` keeps a
-directory from mixing the rollouts of two configurations.
+a retry duplicates nothing, and shards may be made by different processes in any order. What a directory is begun from
+(:func:`phimr_nemo.store.provenance.begin`) keeps it from mixing the rollouts of two plans.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.config.engine import QUESTION
 from phimr_nemo.errors import UserError
-from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.content import content_id, content_seed
+from phimr_nemo.store.provenance import MadeFrom
 from phimr_nemo.store.records import FinishReason
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SETTINGS_FILE: Final = "settings.json"
 TOKENS_UNKNOWN: Final = -1
 
 
@@ -94,17 +92,23 @@ class Plan:
         """The numbers of the shards."""
         return range(-(-self.problems.num_rows // self.shard_size))
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the rollouts of one directory have in common, as far as the plan knows it."""
-        return {
-            "problems": content_id(*self.problems.column("id").to_pylist()),
-            "rollouts_per_problem": self.rollouts_per_problem,
-            "teacher": self.teacher,
-            "shard_size": self.shard_size,
-            "stage_seed": self.stage_seed,
-            "prompt_template": self.prompt_template,
-        }
+    def made_from(self, inputs: Mapping[str, str], **settings: Any) -> MadeFrom:
+        """What the rollouts of one directory have in common.
+
+        Args:
+            inputs: what the problems were read from and the rest of the sampled model, by content.
+            settings: of what samples.
+        """
+        return MadeFrom(
+            {**inputs, "problems": content_id(*self.problems.column("id").to_pylist()), "teacher": self.teacher},
+            {
+                "rollouts_per_problem": self.rollouts_per_problem,
+                "shard_size": self.shard_size,
+                "stage_seed": self.stage_seed,
+                "prompt_template": self.prompt_template,
+                **settings,
+            },
+        )
 
     def count(self, index: int) -> int:
         """How many rollouts shard `index` has."""
@@ -139,27 +143,6 @@ def _check_problems(problems: pa.Table) -> None:
             f"problem id {repeated!r} occurs {ids.count(repeated)} times",
             rule="each problem occurs once: seeds derive from ids, so a repeated one repeats its responses",
             remedy="remove the duplicates and ask for more rollouts_per_problem instead",
-        )
-
-
-def keep_settings(out_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings, or compare with those that the directory was begun with.
-
-    Raises:
-        UserError: they differ.
-    """
-    path = out_dir / SETTINGS_FILE
-    if not path.is_file():
-        write_json(path, dict(settings))
-        return
-    earlier = json.loads(path.read_text("utf-8"))
-    changed = sorted(name for name in settings if earlier.get(name) != settings[name])
-    if changed:
-        values = ", ".join(f"{name} {earlier.get(name)!r} -> {settings[name]!r}" for name in changed)
-        raise UserError(
-            f"{out_dir} was begun with other settings: {values}",
-            rule="the rollouts of one directory share one configuration",
-            remedy="choose another output directory, or remove this one",
         )
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.data.chat import render_prompts, response_text
 from phimr_nemo.data.parallel import ALONE, Team
-from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
+from phimr_nemo.generate.plan import Plan, Planned, rollout_counts
 from phimr_nemo.generate.sampler import Completion, Engine, Request, SamplingParams
 from phimr_nemo.store.progress import Progress
+from phimr_nemo.store.provenance import begin
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NOTHING: Final[Mapping[str, str]] = {}
 
 
 def sample_rollouts(
@@ -26,7 +29,7 @@ def sample_rollouts(
     *,
     params: SamplingParams,
     shard_indices: Sequence[int] | None = None,
-    inputs: Sequence[Path] = (),
+    inputs: Mapping[str, str] = NOTHING,
     team: Team = ALONE,
 ) -> bool:
     """Sample several responses to every problem into a record directory of kind "rollouts".
@@ -38,7 +41,7 @@ def sample_rollouts(
         out_dir: the record directory; finished shards in it are kept.
         params: how tokens are drawn.
         shard_indices: make only these shards (for an array of processes); all when None.
-        inputs: what the problems were read from, for the manifest.
+        inputs: what the problems were read from and the rest of the model, by content.
         team: the processes that share the shards.
 
     Returns:
@@ -47,24 +50,25 @@ def sample_rollouts(
     Raises:
         UserError: the directory was begun with other settings, or the sampler refuses a prompt.
     """
-    settings = {**plan.settings, "params": asdict(params)}
-    keep_settings(out_dir, settings)
+    made_from = plan.made_from(inputs, params=asdict(params))
+    begin(out_dir, made_from)
     if is_complete(out_dir, "rollouts"):
         return True
     mine = plan.shards if shard_indices is None else shard_indices
     with Progress(sum(map(plan.count, mine)), title="sampling", unit="rollout") as progress:
         left = set(mine)
-        for index in team.free_shards(out_dir, mine).one_by_one():
+        for index in team.free_shards(out_dir, mine, lambda _: made_from).one_by_one():
             rollouts = _sample_shard(plan.shard(index), sampler, tokenizer, params, plan.teacher)
-            write_shard(out_dir, index, rows_to_table(rollouts, "rollouts"), kind="rollouts")
+            table = rows_to_table(rollouts, "rollouts")
+            write_shard(out_dir, index, table, kind="rollouts", made_from=made_from)
             progress.show({"tokens in the shard": sum(row["tokens"] for row in rollouts)})
             progress.update(plan.count(index))
             left.discard(index)
         # What was there before, or others of the array have made or hold.
         progress.update(sum(map(plan.count, left)))
-    if not all(shard_is_complete(out_dir, index) for index in plan.shards):
+    if not all(shard_is_complete(out_dir, index, made_from) for index in plan.shards):
         return False
-    finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=rollout_counts(out_dir))
+    finish(out_dir, kind="rollouts", **made_from.to_json(), counts=rollout_counts(out_dir))
     return True
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.config import (
@@ -13,7 +14,6 @@ from phimr_nemo.config import (
     ProgrammaticTeacher,
     RecordedTeacher,
     RecordProblems,
-    to_dict,
 )
 from phimr_nemo.data.parallel import team_of
 from phimr_nemo.data.sources.problems import load_problems
@@ -21,7 +21,10 @@ from phimr_nemo.data.sources.recorded import load_recorded_rollouts
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.check import open_for
+from phimr_nemo.store.content import content_id
 from phimr_nemo.store.progress import track
+from phimr_nemo.store.provenance import MadeFrom, content_of
 from phimr_nemo.store.shards import (
     Manifest,
     finish,
@@ -62,7 +65,13 @@ def run_generate(config: GenerateConfig) -> dict[str, Any] | None:
             part, config.rollouts_per_problem, config.run.seed, teacher.mistake_rate, teacher.style
         )
 
-    return _write(config, problems, solve, counts, inputs=_problem_files(config))
+    deciding = {
+        "rollouts_per_problem": config.rollouts_per_problem,
+        "seed": config.run.seed,
+        "mistake_rate": teacher.mistake_rate,
+        "style": teacher.style,
+    }
+    return _write(config, problems, solve, counts, deciding, inputs=_problem_files(config))
 
 
 def read_configured_problems(problems: Problems, seed: int) -> tuple[pa.Table, dict[str, int]]:
@@ -140,13 +149,22 @@ def _recorded(config: GenerateConfig, teacher: RecordedTeacher) -> dict[str, Any
             rule="a recorded response belongs to a problem with the same question and answer",
             remedy="problems=null uses every recorded question; or correct the columns",
         )
-    return _write(config, rollouts, lambda part: part, counts, inputs=[teacher.path, *_problem_files(config)])
+    inputs = {"teacher.path": content_of(teacher.path), **_problem_files(config)}
+    return _write(config, rollouts, lambda part: part, counts, {}, inputs=inputs)
 
 
-def _problem_files(config: GenerateConfig) -> list[Path]:
+def _problem_files(config: GenerateConfig) -> dict[str, str]:
+    """The content of the files and record directories that the problems come from."""
+    if isinstance(config.problems, FileProblems):
+        return {"problems.path": content_of(config.problems.path)}
     if isinstance(config.problems, RecordProblems):
-        return [config.problems.path, *config.problems.answered]
-    return [config.problems.path] if isinstance(config.problems, FileProblems) else []
+        answered = {f"problems.answered.{n}": content_of(path) for n, path in enumerate(config.problems.answered)}
+        return {"problems.path": content_of(config.problems.path), **answered}
+    return {}
+
+
+def _rows_content(part: pa.Table) -> str:
+    return content_id("rows", *(json.dumps(row, sort_keys=True) for row in part.to_pylist()))
 
 
 def _write(
@@ -154,20 +172,38 @@ def _write(
     table: pa.Table,
     make: Callable[[pa.Table], pa.Table],
     counts: dict[str, int],
-    inputs: list[Path],
+    deciding: dict[str, Any],
+    inputs: dict[str, str],
 ) -> dict[str, Any] | None:
-    """Make shards of `shard_size` rows of `table` that are not there yet and that nobody else makes."""
+    """Make shards of `shard_size` rows of `table` that are not there, or of other rows, and that nobody else makes.
+
+    Args:
+        config: of the stage.
+        table: what the shards are made of.
+        make: rows of `table` -> rollouts.
+        counts: for the manifest.
+        deciding: the settings of `make`.
+        inputs: what the table was read from.
+    """
     directory = config.run.output
     shards = range(-(-table.num_rows // config.shard_size))
+    whole = MadeFrom(inputs, {**deciding, "rows": table.num_rows, "shard_size": config.shard_size})
+    open_for(directory, whole, len(shards))
+
+    def part(index: int) -> pa.Table:
+        return table.slice(index * config.shard_size, config.shard_size)
+
+    @cache
+    def made_from(index: int) -> MadeFrom:
+        return MadeFrom({"rows": _rows_content(part(index))}, deciding)
+
     with team_of(config.shard, directory) as team:
-        free = team.free_shards(directory, shards)
+        free = team.free_shards(directory, shards, made_from)
         for index in track(free.one_by_one(), title="generate", unit="shard", total=len(shards)):
-            part = table.slice(index * config.shard_size, config.shard_size)
-            write_shard(directory, index, make(part), kind="rollouts")
-    if not all(shard_is_complete(directory, index) for index in shards):
+            write_shard(directory, index, make(part(index)), kind="rollouts", made_from=made_from(index))
+    if not all(shard_is_complete(directory, index, made_from(index)) for index in shards):
         return None
-    manifest = finish(directory, kind="rollouts", config=to_dict(config), inputs=inputs, counts=counts)
-    return closing_facts(manifest)
+    return closing_facts(finish(directory, kind="rollouts", **whole.to_json(), counts=counts))
 
 
 def closing_facts(manifest: Manifest) -> dict[str, Any]:
@@ -178,8 +214,8 @@ def closing_facts(manifest: Manifest) -> dict[str, Any]:
 def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) -> dict[str, Any] | None:
     from phimr_nemo.generate.engines import write_rollouts
 
-    # The weights' hash names the teacher in every row; this is the rest of the model.
-    own = () if teacher.path is None else (teacher.path / "config.json", teacher.path / "tokenizer.json")
+    # The weights' hash names the teacher in every row; template and end tokens decide as well.
+    own = {} if teacher.path is None else {"teacher.path": content_of(teacher.path)}
     complete = write_rollouts(
         teacher.engine,
         teacher.path,
@@ -191,6 +227,6 @@ def _sampled(config: GenerateConfig, teacher: ModelTeacher, problems: pa.Table) 
         shard_size=config.shard_size,
         seed=config.run.seed,
         shard=config.shard,
-        inputs=[*own, *_problem_files(config)],
+        inputs={**own, **_problem_files(config)},
     )
     return closing_facts(read_manifest(config.run.output, "rollouts")) if complete else None

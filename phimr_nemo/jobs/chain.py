@@ -13,7 +13,9 @@ from typing import Any, Final
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.errors import UserError, exit_with_message
+from phimr_nemo.jobs.changes import check_same_run, check_same_settings
 from phimr_nemo.jobs.preflight import derived_numbers
+from phimr_nemo.store.runs import RunDirectory
 
 BETWEEN: Final = "--"
 
@@ -38,12 +40,17 @@ def nodes_of(words: Sequence[str]) -> int | None:
         Nodes that its preset asks for, if it does.
 
     Raises:
-        UserError: what the stage itself would refuse without its inputs.
+        UserError: what the stage itself would refuse without its inputs; a finished one of other inputs or settings.
     """
     stage, _, file, *overrides = words
     try:
         resolved: Any = load_config(STAGES[stage], Path(file), overrides)
         derived_numbers(stage, resolved)
+        run = RunDirectory(resolved.run.output)
+        if run.is_done:
+            check_same_run(stage, run, resolved)
+        else:
+            check_same_settings(run, resolved)
     except UserError as error:
         raise UserError(f"{stage}: {error.problem}", rule=error.rule, remedy=error.remedy) from error
     parallel = getattr(resolved, "parallel", None)

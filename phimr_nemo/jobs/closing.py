@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +14,11 @@ from typing import Any, Final
 
 from phimr_nemo.config.load import find_config, flat, read_preset
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
+from phimr_nemo.evaluate.evaluate import VERDICTS, read_result
 from phimr_nemo.store.progress import duration
-from phimr_nemo.store.runs import RunDirectory, newest_mean, read_metrics
+from phimr_nemo.store.runs import RESULTS_FILE, RunDirectory, newest_mean, read_metrics
+from phimr_nemo.store.shards import read_table
+from phimr_nemo.text.printable import printable
 
 PART_OF: Final = "PHIMR_PART_OF"
 """Environment variable of commands that another one runs in their order: the next command is not the user's."""
@@ -216,3 +221,38 @@ def _overrides(preset: Path, following: Following, output: Path) -> list[str]:
         wanted["run.output"] = str(target.with_name(prefix + target.name.removeprefix(prefix)))
     wanted[following.key] = str(output / following.made)
     return [f"{key}={value}" for key, value in wanted.items() if usual.get(key) != value]
+
+
+SHOWN_QUESTIONS: Final = 3
+SHOWN_CHARS: Final = 200
+
+
+def answers(evaluation: Path) -> Iterator[str]:
+    """The first questions of an evaluation: how the first response to each ends, and its verdict.
+
+    Args:
+        evaluation: its run directory.
+
+    Raises:
+        UserError: it is absent, unfinished or damaged.
+    """
+    columns = ["question", "answer", "response", "verdict"]
+    seen: set[str] = set()
+    for row in read_table(evaluation / VERDICTS, "verdicts", columns).to_pylist():
+        if row["question"] in seen:
+            continue
+        seen.add(row["question"])
+        ending = row["response"].strip().rpartition("\n")[2][-SHOWN_CHARS:]
+        yield f"  {printable(row['question'])}"
+        yield f"    {printable(ending) or '(nothing)'}  [{row['verdict']}; the answer is {printable(row['answer'])}]"
+        if len(seen) == SHOWN_QUESTIONS:
+            return
+
+
+def to_type(*words: str) -> str:
+    """A `phimr` command as it is typed in this shell: the environment first, where it is not active."""
+    command = shlex.join(("phimr", *words))
+    if shutil.which("phimr") is not None:
+        return command
+    activate = os.path.relpath(Path(sys.prefix) / "bin" / "activate")
+    return f". {shlex.quote(activate)} && {command}"

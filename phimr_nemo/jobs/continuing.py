@@ -23,6 +23,7 @@ from phimr_nemo.config.load import flat
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import planned_steps
 from phimr_nemo.store.atomic import atomic_write_text, explain_os_errors, write_json
+from phimr_nemo.store.provenance import MADE_FROM
 from phimr_nemo.store.responses import DIRECTORY as RESPONSES
 from phimr_nemo.store.runs import CONFIG_FILE, METRICS_FILE, RUN_FILE, RunDirectory, read_metrics
 from phimr_nemo.training.seal import (
@@ -213,7 +214,9 @@ def _copy(run: Path, target: Path, chosen: Path) -> None:
                 _link(file, target / folder / file.name)
     rows = [row for row in read_metrics(run) if row["step"] <= step]
     atomic_write_text(target / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-    write_json(target / ORIGIN_FILE, {"run": str(run.resolve()), "step": step})
+    described = RunDirectory(run).description() or {}
+    # What the checkpoint was trained on, for the new run to compare.
+    write_json(target / ORIGIN_FILE, {"run": str(run.resolve()), "step": step, MADE_FROM: described.get(MADE_FROM)})
 
 
 def _is_whole(path: Path) -> bool:

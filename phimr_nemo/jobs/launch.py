@@ -13,20 +13,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.config import STAGES, CurateConfig, ParallelConfig, PrepareConfig, load_config, to_dict, to_yaml
-from phimr_nemo.config.load import flat
+from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_yaml
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
+from phimr_nemo.jobs.changes import check_same_run, check_same_settings, finished_line
 from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_workers
-from phimr_nemo.jobs.preflight import preflight, record_inputs
+from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.process.children import follow_parent
 from phimr_nemo.process.heartbeat import start_beating
 from phimr_nemo.process.stopping import KEPT, stoppable
-from phimr_nemo.store.atomic import NO_SPACE, atomic_write_text, explain_os_errors, keep_others_from_writing
+from phimr_nemo.store.atomic import (
+    NO_SPACE,
+    atomic_write_text,
+    explain_os_errors,
+    keep_others_from_writing,
+    remove_left_overs,
+)
+from phimr_nemo.store.claims import WHOLE, claimed
+from phimr_nemo.store.provenance import MADE_FROM
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
-from phimr_nemo.store.shards import input_hash
 
 # Stage -> "module:function" taking the stage's config and returning the facts that close the run.
 FUNCTIONS: Final[Mapping[str, str]] = {
@@ -43,39 +50,6 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "evaluate": "phimr_nemo.evaluate.stage:run_evaluate",
     "export": "phimr_nemo.report.export:run_export",
 }
-# Another server with the same model gives the same responses.
-_ENDPOINT: Final = (
-    *("base_urls", "api_key_env", "concurrency", "idle_seconds", "total_seconds", "attempts", "backoff_seconds"),
-    "prices",
-)
-_ENGINE: Final = (
-    *("base_urls", "api_key_env", "in_flight", "request_seconds", "attempts", "probe_seconds", "recovery_seconds"),
-    *("bucket_mb", "directory", "max_batch", "cache_gib", "tensor", "memory_share", "eager", "max_missing"),
-    *(f"endpoint.{name}" for name in _ENDPOINT),
-)
-# Settings that a continued run may change: they do not change what is computed.
-FREE_TO_CHANGE: Final = (
-    "run.log_every",
-    "parallel.",
-    "checkpoint.",
-    "micro_batch",
-    "overlap.",
-    "guard.",
-    "evaluation.",
-    "tracking.",
-    "data_workers",
-    "packed",
-    "shard.",
-    "workers",
-    "verify_workers",
-    "monitor.",
-    *(f"{place}engine.{name}" for place in ("", "teacher.", "judge.ask.", "annotation.ask.") for name in _ENGINE),
-    *(
-        f"{place}.ask.max_{name}"
-        for place in ("judge", "annotation")
-        for name in ("requests", "total_tokens", "cost")
-    ),
-)
 # What the libraries say about a machine without a GPU when they are imported; `phimr doctor` says it better.
 IMPORT_NOTES: Final = (
     "The pynvml package is deprecated",
@@ -89,6 +63,7 @@ IMPORT_LOGGERS: Final = ("megatron", "NeMo", "nemo.collections.llm.gpt.model.meg
 SHORT_WRITE: Final = ". unexpected pos "
 CHECKED: Final = "PHIMR_CHECKED"
 """Environment variable of the ranks that this launcher starts: it has checked inputs and machine for all of them."""
+RANK_VARIABLES: Final = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 # A rendezvous of this launch alone, on a free port.
 ELASTIC_ARGUMENTS: Final = ("--nnodes=1", "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
@@ -105,35 +80,46 @@ def run_stage(stage: str, config: Any) -> None:
         Preempted: the run was asked to stop and has saved its state.
     """
     run = RunDirectory(config.run.output)
-    check_same_run(run, config)
-    if run.is_done:
-        return
     first_rank = not is_rank(config) or os.environ["RANK"] == "0"
+    if run.is_done:
+        if first_rank:
+            _say_finished(stage, run, config)
+        return
     with contextlib.ExitStack() as claim:
-        if first_rank and _works_alone(config):
+        if first_rank:
             with explain_os_errors(run.path):
-                claim.enter_context(run.claimed())
+                claim.enter_context(claimed(run.path, _share(config)))
+                for directory in (run.path, *filter(Path.is_dir, run.path.iterdir())):
+                    remove_left_overs(directory)
         _run_claimed(stage, config, run, first_rank=first_rank)
 
 
-def _works_alone(config: Any) -> bool:
-    """Whether two processes in one output would harm each other: shards are written whole, whoever writes them.
+def _say_finished(stage: str, run: RunDirectory, config: Any) -> None:
+    """A finished run is not run again, if it is still what it would be.
 
-    Slurm starts one job of a name at a time; a lock that a lost node has left behind must not stop the next one.
+    Raises:
+        UserError: its settings or inputs have changed since.
     """
-    decides = isinstance(config, CurateConfig | PrepareConfig) and config.shard.count == 1
-    return (decides or not hasattr(config, "shard")) and "SLURM_JOB_ID" not in os.environ
+    check_same_run(stage, run, config)
+    print(finished_line(stage, run, config), flush=True)
+
+
+def _share(config: Any) -> tuple[int, int]:
+    """This process's place among the tasks of an array, which share one output."""
+    shard = getattr(config, "shard", None)
+    return WHOLE if shard is None else (shard.index, shard.count)
 
 
 def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool) -> None:
     is_new = not (run.path / CONFIG_FILE).is_file()
     try:
         if first_rank:
-            inputs = {str(path): input_hash(path) for path, _ in record_inputs(stage, config)}
-            run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts={"inputs": inputs})
+            now = check_same_run(stage, run, config)
+            facts = {MADE_FROM: now.to_json()}
+            run.describe(stage=stage, config_yaml=to_yaml(config), seed=config.run.seed, facts=facts)
         # Libraries that write checkpoints and logs know nothing of our messages.
         with explain_os_errors(run.path):
-            facts = _with_os_errors(stage_function(stage), config)
+            closing = _with_os_errors(stage_function(stage), config)
     except Preempted as stopped:
         raise _with_what_is_kept(stopped, run) from None
     except UserError:
@@ -141,8 +127,8 @@ def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool
         if first_rank and is_new:
             run.withdraw()
         raise
-    if first_rank and facts is not None:
-        run.finish(**facts)
+    if first_rank and closing is not None:
+        run.finish(**closing)
 
 
 def _with_what_is_kept(stopped: Preempted, run: RunDirectory) -> Preempted:
@@ -182,32 +168,6 @@ def silence_import_notes() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def check_same_run(run: RunDirectory, config: Any) -> None:
-    """An output directory belongs to one configuration.
-
-    Raises:
-        UserError: the directory was made with other settings; they are named.
-    """
-    import yaml
-
-    path = run.path / CONFIG_FILE
-    if not path.is_file():
-        return
-    before, now = flat(yaml.safe_load(path.read_text("utf-8"))), flat(to_dict(config))
-    different = [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
-    ]
-    if different:
-        raise UserError(
-            f"{run.path} holds a run with other settings ({'; '.join(different)})",
-            rule="an output directory belongs to one configuration",
-            remedy="choose another run.output, or remove the directory; `phimr continue` goes on from a training "
-            "run's checkpoint with other settings",
-        )
-
-
 def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default: bool = False) -> Any:
     """`phimr STAGE`: what every way to start a stage comes down to.
 
@@ -229,6 +189,10 @@ def start_stage(stage: str, path: Path, overrides: Sequence[str], *, is_default:
     if is_rank(resolved):
         follow_parent()
         start_beating()
+    else:
+        # Another program's, whose rank this process is; libraries would believe them.
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
     with stoppable(stage, lambda: kept(resolved.run.output)):
         if CHECKED not in os.environ:
             preflight(stage, resolved)
@@ -251,12 +215,15 @@ def launch(stage: str, config: Any) -> None:
         run_stage(stage, config)
         return
     run = RunDirectory(config.run.output)
-    check_same_run(run, config)
     if run.is_done:
+        _say_finished(stage, run, config)
         return
+    # The first rank compares the inputs, which takes a while with large weights.
+    check_same_settings(run, config)
     resolved = run.path / CONFIG_FILE
     is_new = not resolved.is_file()
-    atomic_write_text(resolved, to_yaml(config))
+    with explain_os_errors(run.path), claimed(run.path):
+        atomic_write_text(resolved, to_yaml(config))
     try:
         _launch_ranks(stage, resolved, parallel.world_size)
     except Preempted as stopped:

@@ -1,29 +1,31 @@
 """The quickstart: every step of the recipe on a tiny model, each the command that a user would type.
 
-A step that has finished is not run again, so an interrupted quickstart continues where it was.
+A step that has finished and is what its command would make now is not run again, so an interrupted quickstart
+continues where it was.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from phimr_nemo.config import QuickstartConfig, load_config
+from phimr_nemo.config import STAGES, QuickstartConfig, load_config
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
-from phimr_nemo.jobs.closing import PART_OF
+from phimr_nemo.jobs.changes import changed_settings, changes, is_remade
+from phimr_nemo.jobs.closing import PART_OF, answers, to_type
 from phimr_nemo.jobs.continuing import kept
-from phimr_nemo.jobs.demonstration import answers, to_type
 from phimr_nemo.process.children import run_child
 from phimr_nemo.process.stopping import CONTINUE, KEPT
 from phimr_nemo.store.progress import duration
 from phimr_nemo.store.records import Kind
-from phimr_nemo.store.runs import METRICS_FILE, RunDirectory, read_metrics
+from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import is_complete, read_manifest
 from phimr_nemo.text.printable import say
 
@@ -135,17 +137,30 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
     return [*steps, step("release", "export", f"model={model('grpo')}", *stages, *evaluations)]
 
 
-def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str]) -> None:
+def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str], *, redo: bool) -> None:
     """Run every step that has not finished yet, then write table and plots.
 
+    Args:
+        path, seeds, out, overrides: see :func:`plan_quickstart`.
+        redo: make steps again whose command, settings or inputs have changed, and what follows from them.
+
     Raises:
-        UserError: a step refused its input.
+        UserError: a step refused its input, or has changed and is not to be made again.
         Preempted: the run was interrupted; the same command continues it.
         RuntimeError: a step failed; its own message stands above.
     """
     steps = plan_quickstart(path, seeds, out, overrides)
+    if not redo:
+        refuse_changed(steps)
     started = time.monotonic()
     for number, step in enumerate(steps, 1):
+        # What was made again before it may have changed what it reads.
+        changed = changed_since(step)
+        if changed and redo:
+            print(f"{step.output}: made again ({'; '.join(changed)})", flush=True)
+            shutil.rmtree(step.output)
+        elif changed:
+            refuse_changed([step])
         if RunDirectory(step.output).is_done:
             continue
         say(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}")
@@ -157,6 +172,37 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
         say(line)
     say(f"finished in {duration(time.monotonic() - started)}; table, pictures and models are in {out}")
     say(f"next: {to_type('chat', str(root / 'release' / 'hf'))}")
+
+
+def changed_since(step: Step) -> list[str]:
+    """What is different from when a step was begun, in words; nothing where it can be kept or continued.
+
+    Raises:
+        UserError: the step's configuration is bad, or its run is damaged.
+    """
+    stage, _, preset, *overrides = step.arguments
+    config: Any = load_config(STAGES[stage], Path(preset), overrides)
+    run = RunDirectory(step.output)
+    if not run.is_done and is_remade(config):
+        return changed_settings(run, config)
+    return changes(run, config)
+
+
+def refuse_changed(steps: Sequence[Step]) -> None:
+    """Name every step that is not what its command would make now.
+
+    Raises:
+        UserError: there is one.
+    """
+    found = [(step.output, changed) for step in steps if (changed := changed_since(step))]
+    if found:
+        named = "".join(f"\n    {output}: {'; '.join(changed)}" for output, changed in found)
+        raise UserError(
+            f"steps that were made with another command, settings or inputs than now:{named}",
+            rule="a recipe goes on from steps that are what its commands would make",
+            remedy="for a quickstart add --redo, which makes them and what follows from them again, or give another "
+            "--out; or remove these directories, or choose another output",
+        )
 
 
 def run_step(step: Step) -> None:
@@ -188,7 +234,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     Raises:
         UserError: there is no finished evaluation, one is damaged, or a model was evaluated twice with one seed.
     """
-    from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
+    from phimr_nemo.evaluate.evaluate import read_result
     from phimr_nemo.report.plots import plot_accuracy
     from phimr_nemo.report.run import write_run_report
     from phimr_nemo.report.scores import entry, table_markdown, write_table

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -80,7 +83,10 @@ def find_runs(root: Path) -> Iterator[Path]:
             rule="phimr status reads run directories below a directory",
             remedy="give the directory that holds the runs, for example runs",
         )
-    yield from sorted(path.parent for path in root.rglob(RUN_FILE) if not path.parent.name.startswith("."))
+    for directory, below, files in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if RUN_FILE in files or RUN_FILE in below:
+            yield Path(directory)
 
 
 def read_status(path: Path, *, now: float, queue: dict[str, str]) -> RunStatus:
@@ -91,22 +97,44 @@ def read_status(path: Path, *, now: float, queue: dict[str, str]) -> RunStatus:
         now: seconds since the epoch.
         queue: state of each job that Slurm knows.
 
+    Returns:
+        Its state; "unreadable" where a file of it is not what a run writes: one bad row hides no other.
     """
-    updated = max((file.stat().st_mtime for file in path.iterdir() if file.is_file()), default=0.0)
     try:
-        facts: dict[str, Any] = json.loads((path / RUN_FILE).read_text("utf-8"))
-        stage, starts = str(facts["stage"]), len(facts["starts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return RunStatus(path=str(path), stage="", state="unreadable", starts=0, updated=updated)
-    metrics = list(read_metrics(path))
+        return _read(path, now=now, queue=queue)
+    except Exception:  # noqa: BLE001 - files of runs are input, and any of them can hold anything
+        return RunStatus(path=str(path), stage="", state="unreadable", starts=0, updated=_updated(path))
+
+
+def _updated(path: Path) -> float:
+    """When a file of a directory was written last; what cannot be looked at is passed over."""
+    times = [0.0]
+    with contextlib.suppress(OSError):
+        for file in path.iterdir():
+            with contextlib.suppress(OSError):
+                if file.is_file():
+                    times.append(file.stat().st_mtime)
+    return max(times)
+
+
+def _read(path: Path, *, now: float, queue: Mapping[str, str]) -> RunStatus:
+    """Where one run stands.
+
+    Raises:
+        Exception: a file of it is not what a run writes.
+    """
+    updated = _updated(path)
+    facts: dict[str, Any] = json.loads((path / RUN_FILE).read_text("utf-8"))
+    stage, starts = str(facts["stage"]), len(list(facts["starts"]))
+    metrics = [_numbers(row) for row in read_metrics(path)]
     steps = _planned(stage, path)
-    job = facts.get("slurm_job")
+    job = None if facts.get("slurm_job") is None else str(facts["slurm_job"])
     queued = queue.get(job) if job is not None else None
     is_done = RunDirectory(path).is_done
     state: State = "done" if is_done else "stopped"
     if not is_done and (queued == "RUNNING" or (queued is None and now - updated < QUIET_SECONDS)):
         state = "running"
-    step = metrics[-1]["step"] if metrics else None
+    step = int(metrics[-1]["step"]) if metrics else None
     shards = sum(SHARD_NAME.fullmatch(file.name) is not None for file in path.iterdir())
     return RunStatus(
         path=str(path),
@@ -124,6 +152,17 @@ def read_status(path: Path, *, now: float, queue: dict[str, str]) -> RunStatus:
         queue=queued,
         updated=updated,
     )
+
+
+def _numbers(row: Any) -> dict[str, float]:
+    """A line of metrics: numbers by name, step and time among them.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is something else.
+    """
+    if not math.isfinite(row["step"]) or not math.isfinite(row["time"]):
+        raise ValueError(row)
+    return {str(name): float(value) for name, value in row.items()}
 
 
 def _planned(stage: str, path: Path) -> int | None:

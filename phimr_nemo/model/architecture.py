@@ -18,8 +18,8 @@ from phimr_nemo.config.tiny import shape_fault, size_fault
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.fields import at_least_zero, shown, truth, unsupported, whole
 from phimr_nemo.model.rotary import DEFAULT_CONTEXT, attention_factor, read_rotary
-from phimr_nemo.store.foreignjson import read_json
 from phimr_nemo.store.inputs import download_remedy, model_remedy
+from phimr_nemo.store.unpacking import read_json
 
 MODEL_TYPE: Final = "phi3"
 HF_CLASS: Final = "Phi3ForCausalLM"

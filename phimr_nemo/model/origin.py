@@ -13,7 +13,7 @@ from typing import Any, Final, get_args
 
 from phimr_nemo.config import LongRopePolicy
 from phimr_nemo.model.architecture import CONFIG_FILE
-from phimr_nemo.store.foreignjson import read_json
+from phimr_nemo.store.unpacking import read_json
 
 ORIGIN_FIELD: Final = "phimr_nemo"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import RESULTS_FILE, Result, read_result, read_settings
+from phimr_nemo.evaluate.evaluate import Result, read_result, read_settings
 from phimr_nemo.report.scores import PAPER_STAGES
 from phimr_nemo.report.tables import Seeds
 from phimr_nemo.store.check import recorded_kind
-from phimr_nemo.store.runs import CONFIG_FILE, METRICS_FILE, RUN_FILE, RunDirectory, read_metrics
+from phimr_nemo.store.runs import CONFIG_FILE, METRICS_FILE, RESULTS_FILE, RUN_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import MANIFEST
 
 SEED_DIRECTORY: Final = "seed-"

@@ -23,7 +23,6 @@ from phimr_nemo.report.data_page import TEMPLATE
 from phimr_nemo.report.page import embedded_png, render
 from phimr_nemo.store.atomic import atomic_write_text
 from phimr_nemo.store.check import recorded_kind
-from phimr_nemo.store.content import file_sha256
 from phimr_nemo.store.records import KINDS, Kind
 from phimr_nemo.store.shards import MANIFEST, Manifest, read_manifest
 
@@ -92,26 +91,26 @@ def find_steps(roots: Sequence[Path]) -> list[Step]:
     Raises:
         UserError: there is none, or a manifest is damaged.
     """
-    found: dict[str, tuple[str, Path, Kind]] = {}
+    found: dict[Path, tuple[str, Path, Kind]] = {}
     for root in roots:
         for path in sorted(root.rglob(MANIFEST)):
             kind = recorded_kind(path.parent)
             if kind is not None and is_data_step(path):
                 below = path.parent.relative_to(root)
                 name = str(root.name / below if len(roots) > 1 or below == Path() else below)
-                found.setdefault(file_sha256(path), (name, path.parent, kind))
+                found.setdefault(path.resolve(), (name, path.parent, kind))
     if not found:
         raise UserError(
             f"no finished record directory under {[str(root) for root in roots]}",
             rule="a report is made of directories that data steps have finished",
             remedy="give the output directory of generate, verify, curate or pack, or one above them",
         )
+    manifests = {name: read_manifest(path, kind) for name, path, kind in found.values()}
+    made = {manifest.content: name for name, manifest in reversed(manifests.items())}
     steps = []
     for name, path, kind in found.values():
-        manifest = read_manifest(path, kind)
-        inputs = tuple(
-            found[sha256][0] if sha256 in found else Path(given).name for given, sha256 in manifest.inputs.items()
-        )
+        manifest = manifests[name]
+        inputs = tuple(made.get(content, given) for given, content in manifest.inputs.items())
         steps.append(Step(name, path, kind, manifest, inputs))
     return sorted(steps, key=lambda step: (KINDS.index(step.kind), step.name))
 

@@ -6,13 +6,14 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from phimr_nemo.config import ExportConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import RESULTS_FILE
+from phimr_nemo.evaluate.evaluate import evaluated_model
+from phimr_nemo.evaluate.stage import ROW_OF_STAGE
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.origin import Origin, read_origin
 from phimr_nemo.model.regime import NAMES, was_trained_long
@@ -20,7 +21,10 @@ from phimr_nemo.report.collect import read_evaluation
 from phimr_nemo.report.scores import as_in_the_paper, reference_table
 from phimr_nemo.report.tables import Seeds, Table, markdown, markdown_text, score_table
 from phimr_nemo.store.inputs import is_hub_name
-from phimr_nemo.store.runs import CONFIG_FILE, RUN_FILE, RunDirectory
+from phimr_nemo.store.provenance import ABSENT, MADE_FROM, content_of, read_made_from
+from phimr_nemo.store.runs import CONFIG_FILE, RESULTS_FILE, RUN_FILE, RunDirectory
+
+MODEL_DIRECTORY: Final = "hf"
 
 
 def run_export(config: ExportConfig) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def model_card(config: ExportConfig, architecture: Architecture, origin: Origin)
     if config.stages:
         parts.append("## Training\n\n" + _stage_table(config.stages))
     if config.evaluations:
+        check_evaluated(config)
         parts.append("## Measured\n\n" + _measured(config.evaluations))
     return "\n\n".join(parts) + "\n"
 
@@ -134,16 +139,56 @@ def _stage_table(stages: Mapping[str, Path]) -> str:
     return markdown(Table("Training", header, tuple(rows))).rstrip("\n")
 
 
+def check_evaluated(config: ExportConfig) -> None:
+    """A card never carries a score of other weights: each evaluation asked the model itself, one of its stages'
+    models, or the model that a stage started from.
+
+    Raises:
+        UserError: an evaluation has not finished, or asked something else; it is named.
+    """
+    models = {name: content_of(directory / MODEL_DIRECTORY) for name, directory in config.stages.items()}
+    bases = filter(None, map(_base_of, config.stages.values()))
+    known = {content_of(config.model), *models.values(), *bases} - {ABSENT}
+    for name, directory in config.evaluations.items():
+        _check_finished(name, directory)
+        asked = evaluated_model(directory / RESULTS_FILE)
+        expected = {content for stage, content in models.items() if ROW_OF_STAGE.get(stage, stage) == name} - {ABSENT}
+        expected = expected or known
+        if asked in expected:
+            continue
+        raise UserError(
+            f"evaluation {name!r} in {directory} is of other weights ({_shown(asked)}) than "
+            f"{', '.join(sorted(_shown(one) for one in expected))}",
+            rule="a card carries scores of the model itself, of its stages' models and of what they started from",
+            remedy=f"evaluate the model that is there now: remove {directory} and run its command again"
+            if asked is not None
+            else "evaluate the directory itself: what an endpoint serves is not known here",
+        )
+
+
+def _base_of(stage: Path) -> str | None:
+    """The content of the model that a stage started from."""
+    made_from = read_made_from((RunDirectory(stage).description() or {}).get(MADE_FROM))
+    return None if made_from is None else made_from.inputs.get("base")
+
+
+def _shown(content: str | None) -> str:
+    return "unknown" if content is None else content
+
+
+def _check_finished(name: str, directory: Path) -> None:
+    if not (directory / RESULTS_FILE).is_file():
+        raise UserError(
+            f"evaluation {name!r} in {directory} has not finished",
+            rule=f"the model card reports finished evaluations, which hold {RESULTS_FILE}",
+            remedy="finish the evaluation, or leave it out of `evaluations`",
+        )
+
+
 def _measured(evaluations: Mapping[str, Path]) -> str:
     """The tables of `phimr report` for these evaluations, the paper's where they hold one of its benchmarks."""
     benchmarks: dict[str, dict[str, Seeds]] = {}
     for name, directory in evaluations.items():
-        if not (directory / RESULTS_FILE).is_file():
-            raise UserError(
-                f"evaluation {name!r} in {directory} has not finished",
-                rule=f"the model card reports finished evaluations, which hold {RESULTS_FILE}",
-                remedy="finish the evaluation, or leave it out of `evaluations`",
-            )
         found = read_evaluation(directory)
         benchmarks.setdefault(found.benchmark, {})[name] = {found.seed: found.result}
     tables = [score_table(benchmark, models) for benchmark, models in benchmarks.items()]

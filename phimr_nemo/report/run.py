@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from phimr_nemo.evaluate.evaluate import evaluated_model
 from phimr_nemo.report import data_figures as figures
 from phimr_nemo.report.collect import (
     Evaluated,
@@ -35,8 +36,9 @@ from phimr_nemo.report.tables import (
     score_table,
 )
 from phimr_nemo.store.atomic import atomic_write_text
+from phimr_nemo.store.provenance import content_of
 from phimr_nemo.store.responses import kept_steps, read_responses
-from phimr_nemo.store.runs import NEWEST_SHARE, newest_mean
+from phimr_nemo.store.runs import NEWEST_SHARE, RESULTS_FILE, newest_mean
 from phimr_nemo.text.printable import printable
 
 PAGE: Final = "report.html"
@@ -271,7 +273,23 @@ def _provenance(evaluations: Sequence[Evaluated]) -> Table:
             )
         )
     header = ("model", "benchmark", "seed", "weights", "questions", "edition", "T", "top_p", "new tokens", "grader")
-    return Table("Evaluations", header, tuple(rows), "Weights and questions by the beginnings of their hashes.")
+    note = " ".join(["Weights and questions by the beginnings of their hashes.", *replaced_models(evaluations)])
+    return Table("Evaluations", header, tuple(rows), note)
+
+
+def replaced_models(evaluations: Sequence[Evaluated]) -> list[str]:
+    """A sentence about each score whose model's directory holds something else by now."""
+    contents: dict[Path, str] = {}
+    found = []
+    for one in evaluations:
+        asked, directory = evaluated_model(one.path / RESULTS_FILE), Path(str(one.settings.get("model")))
+        if asked is None or not directory.is_dir():
+            continue
+        if directory not in contents:
+            contents[directory] = content_of(directory)
+        if contents[directory] != asked:
+            found.append(f"The score of {one.row} on {one.benchmark} is not of what {directory} holds now.")
+    return found
 
 
 def _versions(runs: Sequence[Ran]) -> list[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import stat
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.claims import hold, sweep
 
 NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -22,6 +26,8 @@ DIRECTORY_MODE: Final = 0o755
 """Before the umask. What a run leaves is never writable by others: they could change what the next step trusts."""
 
 OTHERS_MAY_WRITE: Final = 0o022
+TEMPORARY: Final = re.compile(r"\..+\.([0-9a-f]{8})[0-9a-f]{8}\.tmp")
+"""Names of what is being written; the first group marks the machine."""
 IN_THE_WAY: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 
 
@@ -78,7 +84,16 @@ def keep_others_from_writing() -> None:
 
 
 def _temporary_name(path: Path) -> str:
-    return f".{path.name}.{secrets.token_hex(8)}.tmp"
+    return f".{path.name}.{_machine()}{secrets.token_hex(4)}.tmp"
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def remove_left_overs(directory: Path) -> None:
+    """Remove temporary files and directories of processes that were killed; those of living ones stay."""
+    sweep(directory, TEMPORARY, _machine())
 
 
 def _fsync(path: Path) -> None:
@@ -102,6 +117,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)  # what the umask leaves
         os.close(descriptor)
+        held = hold(temporary)
         try:
             yield temporary
             _fsync(temporary)
@@ -109,6 +125,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             _fsync(path.parent)
         finally:
+            os.close(held)
             temporary.unlink(missing_ok=True)
 
 
@@ -151,8 +168,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         )
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_overs(path.parent)
         temporary = path.parent / _temporary_name(path)
         temporary.mkdir(DIRECTORY_MODE)
+        held = hold(temporary)
         try:
             yield temporary
             for entry in (*temporary.rglob("*"), temporary):
@@ -164,5 +183,6 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             temporary.rename(path)
             _fsync(path.parent)
         finally:
+            os.close(held)
             if temporary.exists():
                 shutil.rmtree(temporary)

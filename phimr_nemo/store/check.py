@@ -1,4 +1,5 @@
-"""Finds damaged shards under a directory, and makes the steps that wrote them make those, and only those, again."""
+"""Finds damaged shards under a directory, and makes the steps that wrote them make those, and only those, again; and
+opens a finished directory for a step that makes something else in it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.store.provenance import MADE_FROM, MadeFrom, read_made_from
 from phimr_nemo.store.records import KINDS, Kind
 from phimr_nemo.store.runs import DONE_FILE
 from phimr_nemo.store.shards import MANIFEST, SHARD_NAME, read_manifest, shard_is_complete
@@ -79,6 +81,41 @@ def _number(name: str) -> int:
     if match is None:
         raise ValueError(name)
     return int(match.group(1))
+
+
+def open_for(directory: Path, made_from: MadeFrom, shards: int) -> None:
+    """Take back that a directory is finished where it was made from other things, and shards that there are no more.
+
+    Args:
+        directory: a record directory, finished or not, or nothing.
+        made_from: what it is to be made from.
+        shards: how many it is to have.
+    """
+    if not directory.is_dir():
+        return
+    manifest = directory / MANIFEST
+    if manifest.is_file() and read_made_from(_object(manifest)) != made_from:
+        manifest.unlink(missing_ok=True)
+    for path in directory.iterdir():
+        match = SHARD_NAME.fullmatch(path.name)
+        if match is not None and int(match.group(1)) >= shards:
+            path.with_suffix(".json").unlink(missing_ok=True)
+            path.unlink()
+
+
+def is_declared(directory: Path, index: int, made_from: MadeFrom) -> bool:
+    """Whether a sidecar says that shard `index` was made from this; without a look at the shard itself."""
+    sidecar = directory / f"part-{index:05d}.json"
+    facts = _object(sidecar) if sidecar.is_file() else None
+    return isinstance(facts, dict) and read_made_from(facts.get(MADE_FROM)) == made_from
+
+
+def _object(path: Path) -> object:
+    """What a JSON file holds; None where it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def forget_damaged(damage: Damage) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import math
@@ -17,12 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from filelock import FileLock, Timeout
-
 from phimr_nemo import __version__
 from phimr_nemo.errors import UserError
 from phimr_nemo.redact import redact
 from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.claims import LOCK_FILE
 
 RECORDED_PACKAGES: Final = (
     "torch",
@@ -40,15 +38,20 @@ METRICS_FILE: Final = "metrics.jsonl"
 RUN_FILE: Final = "run.json"
 CONFIG_FILE: Final = "config.yaml"
 DONE_FILE: Final = "DONE"
-LOCK_FILE: Final = ".lock"
+RESULTS_FILE: Final = "results.json"
+"""The score, in the directory of an evaluation that has finished."""
 NEWEST_SHARE: Final = 0.1
-HOLDER_FILE: Final = ".holder.json"
-OWN_FILES: Final = {CONFIG_FILE, RUN_FILE, LOCK_FILE, HOLDER_FILE}
-"""What lies in a run directory before its stage has done anything."""
+TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+FINISHED: Final = "finished"
+"""When a run ended, among its closing facts."""
+HASHES_FILE: Final = ".hashes.json"
+"""Hashes of a run's inputs, so that files that have not changed are not read again."""
+OWN_FILES: Final = {CONFIG_FILE, RUN_FILE, HASHES_FILE}
+"""What lies in a run directory before its stage has done anything, with its locks."""
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(TIME, time.gmtime())
 
 
 def git_sha() -> str:
@@ -99,44 +102,6 @@ class RunDirectory:
         """Whether the run has finished."""
         return (self.path / DONE_FILE).is_file()
 
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keep other processes of this machine out; the kernel ends it when this process does, however that happens.
-
-        Without effect on a file system that has no locks.
-
-        Raises:
-            UserError: another process is at work in the directory.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / LOCK_FILE, blocking=False)
-        try:
-            with contextlib.suppress(NotImplementedError):
-                lock.acquire()
-                # Beside the lock and not in it: some versions of filelock empty the file when they fail.
-                write_json(
-                    self.path / HOLDER_FILE, {"process": os.getpid(), "host": platform.node(), "since": _now()}
-                )
-        except Timeout as error:
-            raise UserError(
-                f"another process is at work in {self.path}{self._holder()}",
-                rule="a run directory belongs to one process at a time",
-                remedy="wait for it or stop it, then run the same command again; or choose another run.output",
-            ) from error
-        try:
-            yield
-        finally:
-            (self.path / HOLDER_FILE).unlink(missing_ok=True)
-            lock.release()
-
-    def _holder(self) -> str:
-        """Who has claimed the directory, in words; nothing where that cannot be read."""
-        try:
-            holder = json.loads((self.path / HOLDER_FILE).read_text("utf-8"))
-            return f": process {holder['process']} on {holder['host']}, since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
-
     def describe(self, *, stage: str, config_yaml: str, seed: int, facts: Mapping[str, Any]) -> None:
         """Write config.yaml and run.json (command line, versions, git sha, seed, machine, starts, extra facts)."""
         atomic_write_text(self.path / CONFIG_FILE, config_yaml)
@@ -154,24 +119,79 @@ class RunDirectory:
             },
         )
 
+    def description(self) -> dict[str, Any] | None:
+        """What :meth:`describe` wrote; None where it did not, or where that is damaged and nothing depends on it.
+
+        Raises:
+            UserError: it is damaged, and the run has made something.
+        """
+        path = self.path / RUN_FILE
+        try:
+            described = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            described = error
+        if isinstance(described, dict):
+            return described
+        if self._has_only_own_files():
+            return None
+        raise UserError(
+            f"{path} is damaged: {described!r:.200}",
+            rule="it is a JSON object that says what the run was made from",
+            remedy="restore it; or choose another run.output, or remove the directory to make it again",
+        )
+
     def _starts(self) -> list[str]:
         """When this run was started before."""
-        path = self.path / RUN_FILE
-        return list(json.loads(path.read_text("utf-8")).get("starts", [])) if path.is_file() else []
+        starts = (self.description() or {}).get("starts", [])
+        return [str(start) for start in starts] if isinstance(starts, list) else []
+
+    def _has_only_own_files(self) -> bool:
+        """Whether no stage has made anything here yet."""
+        there = [entry for entry in self.path.rglob("*") if not entry.is_dir()]
+        files = [entry for entry in there if not entry.name.startswith(LOCK_FILE)]
+        return {str(file.relative_to(self.path)) for file in files} <= OWN_FILES
 
     def withdraw(self) -> None:
         """Undo :meth:`describe` for a stage that refused its input; a directory that holds more stays as it is."""
-        files = [entry for entry in self.path.rglob("*") if not entry.is_dir()]
-        if self.path.is_dir() and {str(file.relative_to(self.path)) for file in files} <= OWN_FILES:
+        if self.path.is_dir() and self._has_only_own_files():
             shutil.rmtree(self.path)
 
     def finish(self, **facts: object) -> None:
         """Mark the run as finished and record its closing facts."""
-        write_json(self.path / DONE_FILE, facts)
+        write_json(self.path / DONE_FILE, {FINISHED: _now(), **facts})
 
     def closing_facts(self) -> dict[str, Any]:
-        """The facts given to :meth:`finish`."""
-        return dict(json.loads((self.path / DONE_FILE).read_text("utf-8")))
+        """The facts given to :meth:`finish`.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return {name: value for name, value in self._done().items() if name != FINISHED}
+
+    def finished_at(self) -> str:
+        """When the run ended (UTC); of one by a version that did not record it, when its last file was written.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        written = (self.path / DONE_FILE).stat().st_mtime
+        return str(self._done().get(FINISHED) or time.strftime(TIME, time.gmtime(written)))
+
+    def _done(self) -> dict[str, Any]:
+        path = self.path / DONE_FILE
+        try:
+            facts = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            facts = error
+        if isinstance(facts, dict):
+            return facts
+        raise UserError(
+            f"{path} is damaged: {facts!r:.200}",
+            rule="it is a JSON object that a stage writes when it has finished",
+            remedy="remove it and run the same command again: what is there is kept",
+        )
 
 
 class MetricsWriter:

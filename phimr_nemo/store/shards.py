@@ -2,13 +2,13 @@
 
 A record directory looks like this::
 
-    part-00000.parquet   part-00000.json   (kind, rows, sha256)
+    part-00000.parquet   part-00000.json   (kind, rows, sha256, made_from)
     part-00001.parquet   part-00001.json
     manifest.json                          (only when the whole step is done)
 
-A shard is the unit of retry: it is complete when its sidecar exists and agrees with the file. A
-directory is complete when its manifest exists. Every write goes to a temporary name, is flushed to
-the disk and renamed, so a killed process leaves either the old state or the new one.
+A shard is the unit of retry: complete when its sidecar agrees with the file, kept when it was made from what
+it would be made from now. A directory is complete when its manifest exists. Every write goes to a temporary
+name, is flushed and renamed, so a killed process leaves either the old state or the new one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text, write_json
-from phimr_nemo.store.content import content_id, content_seed, directory_sha256, file_sha256
+from phimr_nemo.store.content import content_id, content_seed, file_sha256
 from phimr_nemo.store.inputs import records_remedy
+from phimr_nemo.store.provenance import MADE_FROM, MadeFrom, read_made_from, records_content
 from phimr_nemo.store.records import KINDS, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind, schemas
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ __all__ = [
     "content_seed",
     "file_sha256",
     "finish",
-    "input_hash",
     "is_complete",
     "iter_shards",
     "read_columns",
@@ -75,8 +75,7 @@ class Manifest:
         kind: the record kind of every shard.
         rows: rows over all shards.
         shards: file name -> sha256 of the file.
-        config: the resolved configuration of the step.
-        inputs: input path -> sha256 of its manifest (or of the file itself).
+        inputs, config: see :class:`phimr_nemo.store.provenance.MadeFrom`.
         counts: named counts, among them why rows were rejected.
         versions: package versions and git sha at the time of writing.
         examples: the first rejected rows of each reason, in words.
@@ -92,12 +91,24 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    @property
+    def made_from(self) -> MadeFrom:
+        """What decides the content of the directory."""
+        return MadeFrom(self.inputs, self.config)
+
+    @property
+    def content(self) -> str:
+        """The hash of the records, as what is made from them names it."""
+        return records_content(self.kind, self.shards)
+
 
 def _shard_path(directory: Path, index: int) -> Path:
     return directory / f"part-{index:05d}.parquet"
 
 
-def write_shard(directory: Path, index: int, table: pa.Table, *, kind: Kind) -> Path:
+def write_shard(
+    directory: Path, index: int, table: pa.Table, *, kind: Kind, made_from: MadeFrom | None = None
+) -> Path:
     """Write shard `index` of a record directory: parquet first, then the sidecar that completes it.
 
     Args:
@@ -105,6 +116,7 @@ def write_shard(directory: Path, index: int, table: pa.Table, *, kind: Kind) -> 
         index: the number of the shard.
         table: rows with at least the columns of `kind`, in any order.
         kind: the record kind.
+        made_from: what decides the shard's content, for the next run that finds it.
 
     Returns:
         The path of the parquet file.
@@ -125,6 +137,7 @@ def write_shard(directory: Path, index: int, table: pa.Table, *, kind: Kind) -> 
             "rows": table.num_rows,
             "sha256": file_sha256(path),
             "schema_version": SCHEMA_VERSION,
+            **({} if made_from is None else {MADE_FROM: made_from.to_json()}),
         },
     )
     return path
@@ -198,8 +211,13 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], kind: Kind) -> pa.Table:
     return pa.Table.from_pylist([dict(row) for row in rows], schema=schemas()[kind])
 
 
-def shard_is_complete(directory: Path, index: int) -> bool:
-    """Whether shard `index` exists, of this schema version, with a sidecar whose checksum agrees with the file."""
+def shard_is_complete(directory: Path, index: int, made_from: MadeFrom | None = None) -> bool:
+    """Whether shard `index` exists, of this schema version, with a sidecar whose checksum agrees with the file.
+
+    Args:
+        directory, index: the record directory and the number of the shard.
+        made_from: what it has to be made from; None = whatever it was.
+    """
     path = _shard_path(directory, index)
     sidecar = path.with_suffix(".json")
     if not path.is_file() or not sidecar.is_file():
@@ -208,6 +226,8 @@ def shard_is_complete(directory: Path, index: int) -> bool:
         facts = _read_facts(sidecar, SIDECAR_KEYS)
     except UserError:
         return False  # a damaged sidecar completes nothing: the shard is made again
+    if made_from is not None and read_made_from(facts.get(MADE_FROM)) != made_from:
+        return False
     return bool(facts["schema_version"] == SCHEMA_VERSION and facts["sha256"] == file_sha256(path))
 
 
@@ -236,7 +256,7 @@ def finish(
     *,
     kind: Kind,
     config: Mapping[str, Any],
-    inputs: Sequence[Path] | Mapping[str, str] = (),
+    inputs: Mapping[str, str] | None = None,
     counts: Mapping[str, int] | None = None,
     examples: Mapping[str, Sequence[str]] | None = None,
 ) -> Manifest:
@@ -245,9 +265,8 @@ def finish(
     Args:
         directory: a directory with at least one shard.
         kind: the record kind of its shards.
-        config: the step's resolved configuration.
-        inputs: record directories or files that the step read; or what it read by name, with what identifies it.
-        counts: named counts and reasons for rejection.
+        config, inputs: see :class:`phimr_nemo.store.provenance.MadeFrom`.
+        counts: named counts.
         examples: the first rejected rows of each reason, in words.
 
     Raises:
@@ -275,29 +294,13 @@ def finish(
         rows=sum(fact["rows"] for fact in facts),
         shards={s.with_suffix(".parquet").name: fact["sha256"] for s, fact in zip(sidecars, facts, strict=True)},
         config=dict(config),
-        inputs=dict(inputs) if isinstance(inputs, Mapping) else {str(path): input_hash(path) for path in inputs},
+        inputs=dict(inputs or {}),
         counts=dict(counts or {}),
         versions=code_versions(),
         examples=dict(examples or {}),
     )
     write_json(directory / MANIFEST, asdict(manifest))
     return manifest
-
-
-def input_hash(path: Path) -> str:
-    """The sha256 that identifies an input.
-
-    Of the manifest of a record directory, else of the file, or of the names and sha256 of a directory's files.
-    """
-    manifest = path / MANIFEST
-    if path.is_dir() and manifest.is_file():
-        return file_sha256(manifest)
-    if path.is_file():
-        return file_sha256(path)
-    if path.is_dir():
-        files = (file for file in sorted(path.rglob("*")) if file.is_file())
-        return directory_sha256({str(file.relative_to(path)): file_sha256(file) for file in files})
-    return "absent"
 
 
 def is_complete(directory: Path, kind: Kind) -> bool:

@@ -6,6 +6,7 @@ as parquet's own dictionaries, each value once, and counted before they are unpa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -151,3 +152,31 @@ def _too_long(path: Path, place: str, limit: int) -> UserError:
         rule=f"a row has at most {MAX_ROW_BYTES:,} bytes, and a row group of parquet {MAX_GROUP_BYTES:,}",
         remedy="do not use this file unless you know where it comes from; then write it in smaller row groups",
     )
+
+
+MAX_CONFIG_BYTES: Final = 4 << 20
+"""A model's configuration, with LongRoPE's factors, has some kilobytes; an index of shards a few hundred."""
+
+MAX_TOKENIZER_BYTES: Final = 128 << 20
+"""Those of a vocabulary of 200,000 entries have 16 million."""
+
+
+def read_json(file: Path, *, limit: int = MAX_CONFIG_BYTES) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        file: to read.
+        limit: bytes that it has at most.
+
+    Raises:
+        ValueError: it is longer, no JSON, nested too deeply, or no UTF-8.
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

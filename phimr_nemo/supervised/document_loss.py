@@ -16,8 +16,8 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.atomic import atomic_write_text
-from phimr_nemo.store.content import file_sha256
-from phimr_nemo.store.shards import MANIFEST, read_table
+from phimr_nemo.store.provenance import content_of
+from phimr_nemo.store.shards import read_table
 
 
 def document_losses(model: Path, conversations: Path, *, device: str = "cpu") -> dict[str, float]:
@@ -67,7 +67,7 @@ def kept_document_losses(model: Path, conversations: Path, path: Path) -> dict[s
     Raises:
         UserError: as there.
     """
-    key = {"weights": HFDirectory(model).weights_hash(), "documents": file_sha256(conversations / MANIFEST)}
+    key = {"weights": HFDirectory(model).weights_hash(), "documents": content_of(conversations)}
     if path.is_file():
         kept = json.loads(path.read_text("utf-8"))
         if {name: kept[name] for name in key} == key:

@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from phimr_nemo.config import VerifyConfig, to_dict
+from phimr_nemo.config import VerifyConfig
 from phimr_nemo.endpoint import OpensModel
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_file
+from phimr_nemo.store.check import open_for
 from phimr_nemo.store.inputs import TABLES, table_remedy
 from phimr_nemo.store.progress import Progress
+from phimr_nemo.store.provenance import MadeFrom
 from phimr_nemo.store.records import GoldKind, gold_kind
 from phimr_nemo.store.shards import (
     check_shard,
     finish,
-    input_hash,
     is_complete,
     read_manifest,
     rows_to_table,
@@ -41,7 +42,6 @@ UNSETTLED: Final[Mapping[GoldKind | None, Verdict]] = {
     "none": Verdict("gold_unreadable", "", "nobody tells a gold answer"),
 }
 """Rollouts of these kinds are not graded: what they are compared with is in doubt."""
-VERDICT_COLUMNS: Final = ("id", "verdict", "grader")
 
 
 def run_verify(config: VerifyConfig, open_model: OpensModel) -> dict[str, Any] | None:
@@ -61,7 +61,6 @@ def run_verify(config: VerifyConfig, open_model: OpensModel) -> dict[str, Any] |
         config.rollouts,
         config.run.output,
         workers=config.workers,
-        config=to_dict(config),
         deadline_seconds=config.deadline_seconds,
         judging=None if config.judge is None else Judging(config.judge, open_model(config.judge.ask)),
         function=config.grader,
@@ -75,7 +74,6 @@ def verify_rollouts(
     out_dir: Path,
     *,
     workers: int,
-    config: Mapping[str, Any],
     deadline_seconds: float = DEADLINE_SECONDS,
     judging: Judging | None = None,
     function: str | None = None,
@@ -84,14 +82,13 @@ def verify_rollouts(
 ) -> dict[str, Any] | None:
     """Turn a finished directory of rollouts into one of verdicts, shard by shard.
 
-    A verdict shard that is there already is kept when it grades the same rollouts with this version of
-    the grader, and made again when not. Memory is that of one shard.
+    A verdict shard that is there already is kept when it was made from the same rollouts by this version of
+    the grader with the same settings, and made again when not. Memory is that of one shard.
 
     Args:
         rollouts_dir: record directory of kind "rollouts".
         out_dir: record directory of kind "verdicts".
         workers: grader processes.
-        config: what the manifest records as the configuration.
         deadline_seconds: wall time for one answer.
         judging: the second opinion on answers that the grader does not accept; None for none.
         function: a grader of the user's own as MODULE:FUNCTION; None for mathematics.
@@ -109,12 +106,13 @@ def verify_rollouts(
     name_of_grader = GRADER_VERSION if function is None else plugged_name(function)
     if judging is not None:
         name_of_grader = judged_grader(name_of_grader, judging)
-    if is_complete(out_dir, "verdicts"):
-        done = read_manifest(out_dir, "verdicts")
-        same = done.config == dict(config) and done.inputs == {str(rollouts_dir): input_hash(rollouts_dir)}
-        if same and _graders(out_dir) <= {name_of_grader}:
-            return {"rows": done.rows, **done.counts}
+    deciding = {"grader": name_of_grader, "deadline_seconds": deadline_seconds}
+    whole = MadeFrom({"rollouts": manifest.content}, deciding)
+    if is_complete(out_dir, "verdicts") and (done := read_manifest(out_dir, "verdicts")).made_from == whole:
+        return {"rows": done.rows, **done.counts}
     shards = sorted(manifest.shards.items(), key=lambda item: (len(item[0]), item[0]))
+    made_from = [MadeFrom({"rollouts": sha256}, deciding) for _, sha256 in shards]
+    open_for(out_dir, whole, len(shards))
     with (
         Grader(workers=workers, deadline_seconds=deadline_seconds, function=function) as grader,
         contextlib.nullcontext()
@@ -126,30 +124,19 @@ def verify_rollouts(
             if index % shard_count != shard_index:
                 continue
             table = _read_shard(rollouts_dir / name, sha256)
-            if not _is_graded(out_dir, index, table, name_of_grader):
+            if not shard_is_complete(out_dir, index, made_from[index]):
                 verdicts = _grade_shard(grader, table)
                 if judge is not None:
                     verdicts = _named(judge.review(verdicts), name_of_grader)
-                write_shard(out_dir, index, verdicts, kind="verdicts")
+                write_shard(out_dir, index, verdicts, kind="verdicts", made_from=made_from[index])
             progress.update(table.num_rows)
-    _check_no_stale(out_dir, len(shards))
-    if not all(shard_is_complete(out_dir, index) for index in range(len(shards))):
+    if not all(shard_is_complete(out_dir, index, of_it) for index, of_it in enumerate(made_from)):
         return None
     counts = _count(out_dir)
     if judging is not None:
         counts |= write_report(out_dir, out_dir / JUDGE_DIRECTORY)
-    written = finish(out_dir, kind="verdicts", config=config, inputs=[rollouts_dir], counts=counts)
+    written = finish(out_dir, kind="verdicts", **whole.to_json(), counts=counts)
     return {"rows": written.rows, **counts}
-
-
-def _check_no_stale(out_dir: Path, shards: int) -> None:
-    stale = [path.name for path in sorted(out_dir.glob("part-*.parquet"))[shards:]]
-    if stale:
-        raise UserError(
-            f"{out_dir} holds {stale}, but the rollouts have {shards} shards",
-            rule="a directory of verdicts has one shard for each shard of the rollouts",
-            remedy="remove the directory, or write to another one",
-        )
 
 
 def _read_shard(path: Path, sha256: str) -> pa.Table:
@@ -159,17 +146,6 @@ def _read_shard(path: Path, sha256: str) -> pa.Table:
     return pq.read_table(path)
 
 
-def _is_graded(out_dir: Path, index: int, rollouts: pa.Table, grader: str) -> bool:
-    """Whether a shard of verdicts is there that this grader made from these rollouts."""
-    import pyarrow.parquet as pq
-
-    if not shard_is_complete(out_dir, index):
-        return False
-    table = pq.read_table(out_dir / f"part-{index:05d}.parquet", columns=list(VERDICT_COLUMNS))
-    same_rows = table.column("id").to_pylist() == rollouts.column("id").to_pylist()
-    return same_rows and set(table.column("grader").to_pylist()) <= {grader}
-
-
 def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
     rows = table.to_pylist()
     verdicts = grader.grade_many([(row["response"], row["answer"]) for row in rows])
@@ -177,14 +153,6 @@ def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
         verdict = UNSETTLED[kind] if (kind := gold_kind(row["metadata"])) in UNSETTLED else graded
         row.update(verdict=verdict.verdict, extracted=graded.extracted, reason=verdict.reason, grader=grader.name)
     return rows_to_table(rows, "verdicts")
-
-
-def _graders(out_dir: Path) -> set[str]:
-    """What graded the verdicts of a directory."""
-    import pyarrow.parquet as pq
-
-    parts = sorted(out_dir.glob("part-*.parquet"))
-    return {name for path in parts for name in pq.read_table(path, columns=["grader"])["grader"].unique().to_pylist()}
 
 
 def _named(verdicts: pa.Table, grader: str) -> pa.Table:

@@ -10,7 +10,7 @@ import typer
 
 from phimr_nemo.config import load_config
 from phimr_nemo.errors import UserError, exit_with_message
-from phimr_nemo.jobs.quickstart import Step, run_step
+from phimr_nemo.jobs.quickstart import Step, refuse_changed, run_step
 from phimr_nemo.report.picture import save_png
 from phimr_nemo.store.runs import RunDirectory
 
@@ -91,9 +91,11 @@ def run_steps(steps: Sequence[Step]) -> None:
     """Run every step that has not finished yet, in order.
 
     Raises:
+        UserError: a finished step is not what its command would make now.
         UserError, Preempted, RuntimeError: as :func:`phimr_nemo.jobs.quickstart.run_step`.
     """
     for number, step in enumerate(steps, 1):
+        refuse_changed([step])
         if not RunDirectory(step.output).is_done:
             print(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}", flush=True)
             run_step(step)

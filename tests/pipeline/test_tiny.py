@@ -34,6 +34,7 @@ from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.convert import load_tensors
 from phimr_nemo.model.origin import Origin, read_origin
+from phimr_nemo.store.provenance import content_of
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 from phimr_nemo.store.shards import read_manifest, read_table
@@ -154,10 +155,10 @@ RECORDS: list[tuple[str, Kind, list[str]]] = [
 
 
 @pytest.mark.parametrize(("name", "kind", "inputs"), RECORDS, ids=[name for name, _, _ in RECORDS])
-def test_manifests_form_a_chain_of_hashes(name: str, kind: Kind, inputs: list[str], run: Run) -> None:
+def test_manifests_form_a_chain_of_contents(name: str, kind: Kind, inputs: list[str], run: Run) -> None:
     manifest = read_manifest(run.root / name, kind)
     for source in inputs:
-        assert manifest.inputs[str(run.root / source)] == small.sha256(run.root / source / "manifest.json")
+        assert content_of(run.root / source) in manifest.inputs.values()
     for shard, digest in manifest.shards.items():
         assert small.sha256(run.root / name / shard) == digest
     assert read_table(run.root / name, kind).num_rows == manifest.rows
@@ -169,7 +170,8 @@ def test_manifests_form_a_chain_of_hashes(name: str, kind: Kind, inputs: list[st
 def test_training_runs_name_the_data_they_read(stage: str, key: str, run: Run) -> None:
     made = json.loads((run.root / stage / "run.json").read_text())
     source = getattr(run.config(stage), key)
-    assert made["inputs"] == {str(source): small.sha256(source / "manifest.json")}
+    base = run.config(stage).base
+    assert made["made_from"]["inputs"] == {key: content_of(source), "base": content_of(base)}
 
 
 # Data --------------------------------------------------------------------------------------------------------

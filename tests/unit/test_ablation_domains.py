@@ -183,7 +183,7 @@ def test_the_cross_table_has_every_pair_in_both_directions(tmp_path: Path) -> No
         directory = config.output / "seed-0" / f"verdicts-{name}"
         right = "8" if name == "terse-50" else "7"
         write_shard(directory, 0, rows_to_table(verdicts({"a": right, "b": "7"}, "7"), "verdicts"), kind="verdicts")
-        finish(directory, kind="verdicts", config={}, inputs=[], counts={})
+        finish(directory, kind="verdicts", config={}, counts={})
         RunDirectory(directory).finish()
     lines = [line for line in teachers.cross_report(config).splitlines() if "checked by" in line]
     assert len(lines) == 4 * 3

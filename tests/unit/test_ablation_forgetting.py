@@ -51,7 +51,7 @@ def write_evaluation(directory: Path, right: dict[str, int]) -> None:
                 }
             )
     write_shard(directory / "verdicts", 0, rows_to_table(rows, "verdicts"), kind="verdicts")
-    finish(directory / "verdicts", kind="verdicts", config={}, inputs=[], counts={})
+    finish(directory / "verdicts", kind="verdicts", config={}, counts={})
     RunDirectory(directory).finish()
 
 

@@ -13,9 +13,9 @@ from results import plain_result
 from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import GraderErrorsConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import RESULTS_FILE, write_result
+from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.store.records import schemas
-from phimr_nemo.store.runs import METRICS_FILE, RunDirectory
+from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, RunDirectory
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 from phimr_nemo.verify import Grader
 from phimr_nemo.verify.plug import import_grader

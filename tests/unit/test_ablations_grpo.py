@@ -15,9 +15,9 @@ from results import plain_result
 from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import GRPORemediesConfig, GRPOSizesConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import RESULTS_FILE, write_result
+from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.losses.advantages import ADVANTAGE_EPSILON, group_advantages
-from phimr_nemo.store.runs import METRICS_FILE, RunDirectory
+from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, RunDirectory
 from recipes.ablations import grpo_remedies, grpo_sizes
 from recipes.ablations.grpo_runs import agreement, figures, moving_mean, worst_drop
 

@@ -350,3 +350,48 @@ def test_verify_as_a_stage_starts_with_finished_rollouts(tmp_path: Path) -> None
     done = phimr(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_manifest(output, "verdicts").counts == {"correct": 1}
+
+
+LONG_PATHS = ["/".join(["d" * 100] * 44), "d" * 300]
+
+
+@pytest.mark.parametrize("path", LONG_PATHS, ids=["4,400 characters", "a name of 300"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "--config", "conf/generate/tiny.yaml", "run.output={}"],
+        ["verify", "--config", "conf/verify/tiny.yaml", "rollouts={}", "run.output=out"],
+        ["sft", "--config", "conf/sft/tiny.yaml", "base={}", "run.output=out"],
+        ["generate", "--config", "{}"],
+        ["status", "{}"],
+        ["report", "{}"],
+        ["convert", "{}", "out"],
+        ["quickstart", "--out", "{}"],
+        ["verify", "{}", "out.jsonl"],
+        ["data", "check", "{}"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_path_that_no_file_system_takes_is_one_error(
+    words: list[str], path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from phimr_nemo.cli import main as cli
+
+    monkeypatch.setattr("sys.argv", ["phimr", *(word.format(path) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2, told
+    assert [told.count(part) for part in ("error: ", "  rule:   ", "  remedy: ")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_without_the_letters_gets_escapes(encoding: str, tmp_path: Path) -> None:
+    name = tmp_path / "Wurzel-√-日本"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "phimr_nemo.cli", "base", "--config", "conf/base/tiny.yaml", "--dry-run"]
+    done = subprocess.run([*command, f"run.output={name}"], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"output: " in done.stdout
+    # click writes UTF-8 where it is told of ASCII.
+    assert (b"\\u221a" in done.stdout) == (encoding == "latin-1")

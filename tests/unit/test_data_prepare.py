@@ -193,7 +193,8 @@ def test_the_manifest_shows_examples_conflicts_and_all_inputs(tmp_path: Path) ->
     manifest = read_manifest(config.run.output / "problems", "problems")
     assert manifest.examples["near duplicate"] == [f"school, line 2: {TANK.replace('garden', 'yard')}"]
     assert manifest.examples["no answer"] == ["openr1, line 3"]
-    assert set(manifest.inputs) == {*(source.path for source in config.sources), str(tmp_path / "exam.jsonl")}
+    sources = {f"sources.{number}.path" for number in range(len(config.sources))}
+    assert set(manifest.inputs) == {*sources, "decontamination.sets.0.path"}
     assert "absent" not in manifest.inputs.values()
     (line,) = (config.run.output / "conflicts.jsonl").read_text("utf-8").splitlines()
     conflict = json.loads(line)

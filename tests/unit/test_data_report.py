@@ -17,6 +17,7 @@ from phimr_nemo.data.curate.shape import LENGTH_BINS, TIERS, bin_start, length_b
 from phimr_nemo.errors import UserError
 from phimr_nemo.report.data import difficulty_of, find_steps, funnel, pass_rates, read_shape, tiles, write_data_report
 from phimr_nemo.report.data_figures import short_name, short_number
+from phimr_nemo.store.provenance import content_of
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
@@ -24,10 +25,13 @@ VERDICTS = {"correct": 5, "wrong": 2, "timeout": 1}
 HOSTILE = "<script>alert('x')</script> $\\frac{1}{0}$ & \"quoted\""
 
 
-def directory(path: Path, kind: Kind, rows: list[dict[str, Any]], counts: dict[str, int], inputs: list[Path]) -> Path:
+def directory(
+    path: Path, kind: Kind, rows: list[dict[str, Any]], counts: dict[str, int], made_of: list[Path]
+) -> Path:
     half = (len(rows) + 1) // 2
     for index, part in enumerate((rows[:half], rows[half:])):
         write_shard(path, index, rows_to_table(part, kind), kind=kind)
+    inputs = {f"verdicts.{number}": content_of(source) for number, source in enumerate(made_of)}
     finish(path, kind=kind, config={}, inputs=inputs, counts=counts)
     return path
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from phimr_nemo.jobs.demonstration import SHOWN_CHARS, answers, to_type
+from phimr_nemo.jobs.closing import SHOWN_CHARS, answers, to_type
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 
@@ -46,7 +46,7 @@ def test_the_first_response_to_each_of_three_questions_with_its_verdict(tmp_path
     rows[2] |= {"response": "a" * 300 + "\x1b[2J"}
     rows[4] |= {"response": ""}
     write_shard(tmp_path / "verdicts", 0, rows_to_table(rows, "verdicts"), kind="verdicts")
-    finish(tmp_path / "verdicts", kind="verdicts", config={}, inputs=[], counts={})
+    finish(tmp_path / "verdicts", kind="verdicts", config={}, counts={})
     cut = "a" * (SHOWN_CHARS - 4) + "\\x1b[2J"
     assert list(answers(tmp_path)) == [
         "  What is 0+1?",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from transformers import AutoConfig
 
 from phimr_nemo.config import BaseConfig, ExportConfig, ParallelConfig, SFTConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
-from phimr_nemo.evaluate.evaluate import RESULTS_FILE, Score, write_result
+from phimr_nemo.evaluate.evaluate import Score, write_result
 from phimr_nemo.jobs.launch import run_stage
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import run_base
@@ -25,7 +27,8 @@ from phimr_nemo.model.files.checkpoints import open_checkpoint, write_hf, write_
 from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
 from phimr_nemo.model.origin import Origin, read_origin
 from phimr_nemo.report.export import front_matter, run_export
-from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.store.provenance import MadeFrom, content_of
+from phimr_nemo.store.runs import RESULTS_FILE, RunDirectory
 
 SHAPE = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=4")
 
@@ -42,25 +45,30 @@ def export_config(tmp_path: Path, model: Path, *overrides: str) -> ExportConfig:
     return load_config(ExportConfig, Path("conf/export/tiny.yaml"), [*fixed, *overrides])
 
 
-def trained(path: Path, *, steps: int, lr: float, seed: int, finished: bool = True) -> Path:
+def trained(path: Path, *, steps: int, lr: float, seed: int, finished: bool = True, base: Path | None = None) -> Path:
     """A run directory as SFT leaves it."""
     run = RunDirectory(path)
     overrides = [f"run.output={path}", f"run.seed={seed}", f"optim.lr={lr}", "optim.min_lr=0"]
     overrides += ["sequence_length=96"]
     settings = load_config(SFTConfig, Path("conf/sft/tiny.yaml"), overrides)
-    run.describe(stage="sft", config_yaml=to_yaml(settings), seed=seed, facts={})
+    facts = {} if base is None else {"made_from": MadeFrom({"base": content_of(base)}, {}).to_json()}
+    run.describe(stage="sft", config_yaml=to_yaml(settings), seed=seed, facts=facts)
     if finished:
         run.finish(steps=steps, hf="hf")
     return path
 
 
-def evaluated(path: Path, *, correct: int, questions: int, stderr: float, benchmark: str = "mine") -> Path:
-    """An evaluation directory with its results."""
+def evaluated(
+    path: Path, model: Path | None, *, correct: int, questions: int, stderr: float, benchmark: str = "mine"
+) -> Path:
+    """An evaluation directory with its results of a model; None: one behind an endpoint."""
     path.mkdir()
     share = correct / questions
     score = {"middle": Score(questions, share, stderr)}
     result = plain_result(share, questions=questions, samples=3, stderr=stderr, mean_tokens=5.0, by_difficulty=score)
-    write_result(path / RESULTS_FILE, result, {"row": path.name, "benchmark": benchmark})
+    inputs = {"teacher": "served"} if model is None else {"model": content_of(model)}
+    settings = {"row": path.name, "benchmark": benchmark}
+    write_result(path / RESULTS_FILE, result, settings, made_from=MadeFrom(inputs, {}))
     (path / "config.yaml").write_text("run:\n  seed: 4\nproblems: {}\n")
     return path
 
@@ -167,8 +175,8 @@ def test_the_card_tells_what_was_trained_and_measured(tmp_path: Path, model: Pat
         "DPO": trained(tmp_path / "dpo", steps=45, lr=1e-6, seed=8),
     }
     rows = {
-        "SFT": evaluated(tmp_path / "e1", correct=12, questions=16, stderr=0.0321),
-        "DPO": evaluated(tmp_path / "e2", correct=13, questions=16, stderr=0.0299),
+        "SFT": evaluated(tmp_path / "e1", model, correct=12, questions=16, stderr=0.0321),
+        "DPO": evaluated(tmp_path / "e2", model, correct=13, questions=16, stderr=0.0299),
     }
     config = export_config(
         tmp_path,
@@ -197,7 +205,7 @@ def test_the_card_tells_what_was_trained_and_measured(tmp_path: Path, model: Pat
 
 
 def test_the_card_has_the_papers_numbers_beside_ours(tmp_path: Path, model: Path) -> None:
-    path = evaluated(tmp_path / "e", correct=15, questions=30, stderr=0.05, benchmark="AIME24")
+    path = evaluated(tmp_path / "e", model, correct=15, questions=30, stderr=0.05, benchmark="AIME24")
     run_stage("export", export_config(tmp_path, model, f"evaluations.SFT={path}"))
     _, cells = card(tmp_path)
     sft = next(row for row in cells if row[0] == "+ SFT")
@@ -205,10 +213,65 @@ def test_the_card_has_the_papers_numbers_beside_ours(tmp_path: Path, model: Path
 
 
 def test_one_question_has_no_standard_error(tmp_path: Path, model: Path) -> None:
-    path = evaluated(tmp_path / "e", correct=1, questions=1, stderr=math.nan)
+    path = evaluated(tmp_path / "e", model, correct=1, questions=1, stderr=math.nan)
     run_stage("export", export_config(tmp_path, model, f"evaluations.one={path}"))
     _, cells = card(tmp_path)
     assert cells[-1][:3] == ["one", "100.0", "-"]
+
+
+def other_weights(model: Path, path: Path, by: float = 1.0) -> Path:
+    """The model with one weight changed: the same sizes and times."""
+    shutil.copytree(model, path)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += by
+    then = file.stat()
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
+    return path
+
+
+def test_the_card_carries_no_score_of_other_weights(tmp_path: Path, model: Path) -> None:
+    replaced = other_weights(model, tmp_path / "replaced")
+    path = evaluated(tmp_path / "e", replaced, correct=1, questions=4, stderr=0.1)
+    with pytest.raises(UserError, match=r"evaluation 'GRPO' in .* is of other weights") as caught:
+        run_stage("export", export_config(tmp_path, model, f"evaluations.GRPO={path}"))
+    assert content_of(replaced) in caught.value.problem
+    assert content_of(model) in caught.value.problem
+    assert not (tmp_path / "release").exists()
+    run_stage("export", export_config(tmp_path, replaced, f"evaluations.GRPO={path}"))
+
+
+def test_a_row_is_of_the_model_of_its_stage(tmp_path: Path, model: Path) -> None:
+    """The weights that SFT made are no score of DPO; what SFT started from is a row of its own."""
+    base = other_weights(model, tmp_path / "base-model")
+    stages = {name: trained(tmp_path / name, steps=1, lr=1e-4, seed=0, base=base) for name in ("sft", "dpo")}
+    for by, stage in enumerate(stages.values(), 2):
+        other_weights(model, stage / "hf", by)
+    asked = {"base": base, "SFT": stages["sft"] / "hf", "DPO": stages["dpo"] / "hf"}
+    rows = {
+        name: evaluated(tmp_path / f"e-{name}", path, correct=1, questions=4, stderr=0.1)
+        for name, path in asked.items()
+    }
+    named = [f"stages.{name}={path}" for name, path in stages.items()]
+
+    def export(**evaluations: Path) -> None:
+        given = [f"evaluations.{name}={path}" for name, path in evaluations.items()]
+        run_stage("export", export_config(tmp_path, stages["dpo"] / "hf", *named, *given))
+
+    with pytest.raises(UserError, match="'DPO' in"):
+        export(DPO=rows["SFT"])
+    with pytest.raises(UserError, match="'other' in"):
+        export(other=evaluated(tmp_path / "e-other", model, correct=1, questions=4, stderr=0.1))
+    export(**rows)
+    assert [row[0] for row in card(tmp_path)[1] if len(row) == 12][2:] == ["base", "SFT", "DPO"]
+
+
+def test_a_score_behind_an_endpoint_is_nobodys(tmp_path: Path, model: Path) -> None:
+    path = evaluated(tmp_path / "e", None, correct=1, questions=4, stderr=0.1)
+    with pytest.raises(UserError, match="other weights \\(unknown\\)") as caught:
+        run_stage("export", export_config(tmp_path, model, f"evaluations.GRPO={path}"))
+    assert "endpoint" in caught.value.remedy
 
 
 @pytest.mark.parametrize("what", ["stages", "evaluations"])

@@ -22,7 +22,8 @@ from openai_server import Fault, OpenAIServer, Reply, user_text
 from phimr_nemo.config import GenerateConfig, load_config
 from phimr_nemo.errors import EXIT_PREEMPTED, UserError
 from phimr_nemo.generate.stage import run_generate
-from phimr_nemo.jobs.launch import check_same_run, run_stage
+from phimr_nemo.jobs.changes import check_same_run
+from phimr_nemo.jobs.launch import run_stage
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import read_manifest, read_table, shard_is_complete
@@ -254,7 +255,7 @@ def test_the_server_may_move_but_the_settings_of_sampling_may_not(problems: Path
         )
         for changes in ({"teacher__temperature": 1.0}, {"teacher__engine__endpoint__model": "other"}):
             with pytest.raises(UserError, match=next(iter(changes)).split("__")[-1]):
-                check_same_run(RunDirectory(out), config(out, problems, server.url, **changes))
+                check_same_run("generate", RunDirectory(out), config(out, problems, server.url, **changes))
     assert read_manifest(out, "rollouts").rows == TOTAL
 
 

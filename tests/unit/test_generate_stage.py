@@ -23,6 +23,7 @@ from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import read_configured_problems, run_generate
+from phimr_nemo.store.provenance import content_of
 from phimr_nemo.store.shards import finish, read_manifest, read_table, write_shard
 
 # Two questions answered by two models each, in the layout of OpenAI's recorded GSM8K solutions.
@@ -103,7 +104,7 @@ def test_recorded_solutions_of_several_models_become_rollouts(tmp_path: Path) ->
     labels = [row[name]["is_correct"] for row in RECORDED for name in ("6b", "175b")]
     assert [json.loads(row["metadata"])["is_correct"] for row in rows] == labels
     manifest = read_manifest(tmp_path / "out", "rollouts")
-    assert manifest.inputs == {str(source): sha256(source)}
+    assert manifest.inputs == {"teacher.path": sha256(source)}
     assert len(manifest.shards) == 2  # 4 rollouts, 3 a shard
 
 
@@ -120,7 +121,7 @@ def test_recorded_solutions_of_chosen_problems_only(tmp_path: Path) -> None:
     assert {row["question"] for row in rows} == {RECORDED[1]["question"]}
     assert facts == {"rows": 2, "read": 2, "incomplete": 0, "of other problems": 2}
     inputs = read_manifest(tmp_path / "out", "rollouts").inputs
-    assert inputs == {str(source): sha256(source), str(wanted): sha256(wanted)}
+    assert inputs == {"teacher.path": sha256(source), "problems.path": sha256(wanted)}
 
 
 def test_recorded_solutions_of_other_problems_are_refused(tmp_path: Path) -> None:
@@ -173,8 +174,9 @@ def test_a_model_as_teacher(tmp_path: Path) -> None:
     for row in rows:
         assert row["tokens"] == new_tokens or (row["tokens"] < new_tokens and row["finish_reason"] == "stop")
     inputs = read_manifest(tmp_path / "out", "rollouts").inputs
-    parts = [teacher / "config.json", teacher / "tokenizer.json", problems]
-    assert inputs == {str(path): sha256(path) for path in parts}
+    assert inputs["problems.path"] == sha256(problems)
+    assert inputs["teacher.path"] == content_of(teacher)
+    assert inputs["teacher"] == HFDirectory(teacher).weights_hash()
     # Seeds come from content: processes that share the work make the same rows.
     for index in (1, 0):
         run_generate(

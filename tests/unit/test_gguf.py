@@ -269,7 +269,7 @@ def write_own_verdicts(solved: Path, target: Path) -> None:
             given = {"id": f"{row['id']}{sample}", "sample_index": sample, "verdict": verdict, "response": text}
             rows.append({**row, **given, "tokens": 12})
     write_shard(target, 0, rows_to_table(rows, "verdicts"), kind="verdicts")
-    finish(target, kind="verdicts", config={}, inputs=[], counts={})
+    finish(target, kind="verdicts", config={}, counts={})
 
 
 @pytest.mark.slow

@@ -222,7 +222,7 @@ def test_a_judge_that_may_not_overrule_is_only_recorded(rollouts: Path, tmp_path
         facts = run_verify(config(rollouts, tmp_path / "noted", server.url, judge__overrules=False))
     assert facts is not None
     assert (facts["overruled"], facts["judge_same"], facts["wrong"]) == (0, SHARDS, 4 * SHARDS)
-    verify_rollouts(rollouts, tmp_path / "plain", workers=1, config={})
+    verify_rollouts(rollouts, tmp_path / "plain", workers=1)
     noted, plain = (read_table(tmp_path / name, "verdicts") for name in ("noted", "plain"))
     for column in ("verdict", "reason", "extracted"):
         assert noted[column] == plain[column]
@@ -253,7 +253,7 @@ def test_a_second_run_and_a_later_shard_ask_nothing_again(rollouts: Path, tmp_pa
         assert run_verify(config(rollouts, out, server.url)) == first
         assert len(server.bodies) == asked
         # Verdicts without the judge are made again with it.
-        verify_rollouts(rollouts, tmp_path / "plain", workers=1, config={})
+        verify_rollouts(rollouts, tmp_path / "plain", workers=1)
         (tmp_path / "plain" / "manifest.json").unlink()
         run_verify(config(rollouts, tmp_path / "plain", server.url))
         assert [entry is not None for entry in entries(tmp_path / "plain")] == [

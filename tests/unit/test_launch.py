@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from processes import start
 
-from phimr_nemo.config import BaseConfig, GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
+from phimr_nemo.config import GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
+from phimr_nemo.jobs.changes import check_same_run, made_from
 from phimr_nemo.jobs.continuing import kept
-from phimr_nemo.jobs.launch import _launch_ranks, check_same_run, run_stage, start_stage
-from phimr_nemo.store.atomic import atomic_write_text
+from phimr_nemo.jobs.launch import _launch_ranks, run_stage, start_stage
 from phimr_nemo.store.lease import Leases
+from phimr_nemo.store.provenance import MADE_FROM
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
 from phimr_nemo.store.shards import read_table
 from phimr_nemo.training.seal import write_seal
@@ -35,6 +36,12 @@ def sft(output: Path, *overrides: str) -> SFTConfig:
     return load_config(SFTConfig, Path("conf/sft/tiny.yaml"), [f"run.output={output}", *overrides])
 
 
+def begin(run: RunDirectory, config: SFTConfig | GenerateConfig) -> None:
+    """Describe a run as its stage does."""
+    facts = {MADE_FROM: made_from(config).to_json()}
+    run.describe(stage="sft", config_yaml=to_yaml(config), seed=config.run.seed, facts=facts)
+
+
 def files(directory: Path) -> dict[str, tuple[int, bytes]]:
     """Every file below a directory with its time of writing and its content."""
     return {
@@ -45,15 +52,15 @@ def files(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize(
-    "override", ["run.seed=5", "optim.lr=0.5", "base=elsewhere/hf", "model.dtype=bf16", "global_batch=64"]
+    "override", ["run.seed=5", "optim.lr=0.5", "epochs=9", "model.dtype=bf16", "global_batch=64"]
 )
 def test_another_setting_is_named_with_both_values(override: str, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     before, now = sft(run.path), sft(run.path, override)
-    atomic_write_text(run.path / CONFIG_FILE, to_yaml(before))
-    check_same_run(run, before)
+    begin(run, before)
+    check_same_run("sft", run, before)
     with pytest.raises(UserError) as caught:
-        check_same_run(run, now)
+        check_same_run("sft", run, now)
     key = override.partition("=")[0]
     assert f"({key}: {value_of(before, key)!r} there, {value_of(now, key)!r} now)" in caught.value.problem
 
@@ -69,18 +76,18 @@ def value_of(config: SFTConfig, key: str) -> object:
 
 def test_settings_that_change_no_number_may_change(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    atomic_write_text(run.path / CONFIG_FILE, to_yaml(sft(run.path)))
+    begin(run, sft(run.path))
     free = ["run.log_every=99", "parallel.tensor=2", "parallel.sequence=true", "checkpoint.every=3", "micro_batch=8"]
-    check_same_run(run, sft(run.path, *free))
+    check_same_run("sft", run, sft(run.path, *free))
     with pytest.raises(UserError, match=r"\(optim\.lr: [^;]*\)"):
-        check_same_run(run, sft(run.path, *free, "optim.lr=0.5"))
+        check_same_run("sft", run, sft(run.path, *free, "optim.lr=0.5"))
 
 
 def test_two_settings_are_both_named(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    atomic_write_text(run.path / CONFIG_FILE, to_yaml(generate(run.path)))
+    begin(run, generate(run.path))
     with pytest.raises(UserError) as caught:
-        check_same_run(run, generate(run.path, "teacher.mistake_rate=0.75", "problems.split=heldout"))
+        check_same_run("generate", run, generate(run.path, "teacher.mistake_rate=0.75", "problems.split=heldout"))
     assert re.search(r"teacher\.mistake_rate: [\d.]+ there, 0\.75 now", caught.value.problem)
     assert "problems.split: 'train' there, 'heldout' now" in caught.value.problem
     assert str(run.path) in caught.value.problem
@@ -127,43 +134,36 @@ def test_tasks_that_share_the_shards_make_what_one_process_makes(tmp_path: Path)
 CLAIM = """
 import sys
 from pathlib import Path
-from phimr_nemo.store.runs import RunDirectory
-with RunDirectory(Path(sys.argv[1])).claimed():
+from phimr_nemo.store.claims import claimed
+with claimed(Path(sys.argv[1])):
     print("claimed", flush=True)
     sys.stdin.read()
 """
 
 
-def test_two_processes_do_not_work_in_one_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor after the first was killed does anything stand in the way; tasks of an array share their output."""
+@pytest.mark.parametrize("job", [None, "7"])
+def test_two_processes_do_not_work_in_one_run_directory(
+    job: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor after the first was killed does anything stand in the way; two steps of one Slurm job are two processes."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    runs = {"base": tmp_path / "base", "generate": tmp_path / "generate", "job": tmp_path / "job"}
-    base = {
-        name: load_config(
-            BaseConfig, Path("conf/base/tiny.yaml"), [f"run.output={runs[name]}", "num_hidden_layers=1"]
-        )
-        for name in ("base", "job")
-    }
-    command = [sys.executable, "-c", CLAIM]
-    others = [start([*command, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for run in runs.values()]
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    output = tmp_path / "run"
+    other = start([sys.executable, "-c", CLAIM, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        for other in others:
-            assert other.stdout is not None
-            assert other.stdout.readline() == b"claimed\n"
-        with pytest.raises(UserError, match=re.escape(f"another process is at work in {runs['base']}")) as caught:
-            run_stage("base", base["base"])
-        assert f"process {others[0].pid} on {platform.node()}, since 20" in caught.value.problem
-        assert not (runs["base"] / CONFIG_FILE).exists()
-        run_stage("generate", generate(runs["generate"]))
-        monkeypatch.setenv("SLURM_JOB_ID", "7")
-        run_stage("base", base["job"])
-        monkeypatch.delenv("SLURM_JOB_ID")
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        with pytest.raises(UserError, match=re.escape(f"another process is at work in {output}")) as caught:
+            run_stage("generate", generate(output))
+        in_job = "" if job is None else " (Slurm job 7)"
+        assert f"process {other.pid} on {platform.node()}{in_job}, since 20" in caught.value.problem
+        assert not (output / CONFIG_FILE).exists()
     finally:
-        for other in others:
-            other.kill()
-            other.communicate()
-    run_stage("base", base["base"])
-    assert all(RunDirectory(run).is_done for run in runs.values())
+        other.kill()
+        other.communicate()
+    run_stage("generate", generate(output))
+    assert RunDirectory(output).is_done
 
 
 @pytest.fixture

@@ -127,15 +127,15 @@ def test_an_interrupted_quickstart_continues_at_the_step_it_was_in(
     first, second, third = Recorder("dpo", error), Recorder(), Recorder()
     monkeypatch.setattr(pipeline, "run_step", first)
     with pytest.raises(type(error)):
-        run_quickstart(QUICKSTART, [0], tmp_path, [])
+        run_quickstart(QUICKSTART, [0], tmp_path, [], redo=False)
     assert first.ran == names[: names.index("dpo")]
     assert not (tmp_path / "table.md").exists()
     monkeypatch.setattr(pipeline, "run_step", second)
-    run_quickstart(QUICKSTART, [0], tmp_path, [])
+    run_quickstart(QUICKSTART, [0], tmp_path, [], redo=False)
     assert second.ran == names[names.index("dpo") :]
     assert (tmp_path / "table.md").exists()
     monkeypatch.setattr(pipeline, "run_step", third)
-    run_quickstart(QUICKSTART, [0], tmp_path, [])
+    run_quickstart(QUICKSTART, [0], tmp_path, [], redo=False)
     assert third.ran == []
 
 

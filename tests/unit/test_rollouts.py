@@ -22,6 +22,7 @@ from phimr_nemo.generate.plan import Plan
 from phimr_nemo.generate.rollouts import sample_rollouts
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.model.table import checkpoint_tensors
+from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import is_complete, read_manifest, read_table, rows_to_table, shard_is_complete
 
 PARAMS = SamplingParams(1.0, 1.0, 24)
@@ -232,13 +233,13 @@ def test_no_problems_and_repeated_problems_are_refused(
 def test_settings_tell_what_made_the_rollouts(
     problems: pa.Table, sampler: CountingSampler, tokenizer: Any, tmp_path: Path
 ) -> None:
-    source = tmp_path / "problems.jsonl"
-    source.write_text("{}\n")
-    run(problems, sampler, tokenizer, tmp_path / "out", inputs=[source])
+    run(problems, sampler, tokenizer, tmp_path / "out", inputs={"problems.path": "abcdef"})
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["config"]["params"] == {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 24}
-    assert manifest["config"]["teacher"] == "tiny"
-    assert list(manifest["inputs"]) == [str(source)]
+    ids = problems.column("id").to_pylist()
+    assert manifest["inputs"] == {"problems.path": "abcdef", "problems": content_id(*ids), "teacher": "tiny"}
+    with pytest.raises(UserError, match=r"problems\.path: content abcdef there, 123456 now"):
+        run(problems, sampler, tokenizer, tmp_path / "out", inputs={"problems.path": "123456"})
 
 
 def test_a_think_tag_that_the_template_opens_belongs_to_the_response(

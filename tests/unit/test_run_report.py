@@ -16,6 +16,7 @@ from phimr_nemo.evaluate.evaluate import Lengths, write_result
 from phimr_nemo.jobs.quickstart import write_report
 from phimr_nemo.report.collect import by_benchmark, data_roots, find_evaluations, find_runs
 from phimr_nemo.report.run import write_run_report
+from phimr_nemo.store.provenance import content_of
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
 HOSTILE = "<script>alert('x')</script> | $\\frac{1}{0}$"
@@ -148,7 +149,7 @@ def test_data_steps_are_those_that_made_data(tmp_path: Path) -> None:
         row = {"id": "1", "source": str(path), "question": "q", "answer": "1", "solution": None, "domain": None}
         table = rows_to_table([{**row, "difficulty": None, "metadata": "{}"}], "problems")
         write_shard(path, 0, table, kind="problems")
-        finish(path, kind="problems", config={}, inputs=[], counts={})
+        finish(path, kind="problems", config={}, counts={})
 
     evaluation(tmp_path / "seed-0" / "evaluate-sft", 3, row="SFT", benchmark="mine")
     records(tmp_path / "seed-0" / "evaluate-sft" / "rollouts")
@@ -170,3 +171,23 @@ def test_runs_are_found_once_in_order_and_behind_links(runs: Path, tmp_path: Pat
     (linked / "all").symlink_to(runs)
     assert [run.name for run in find_runs([linked])] == [f"all/{name}" for name in names]
     assert len(find_evaluations([linked])) == 3
+
+
+def test_a_score_of_a_model_that_was_replaced_is_marked(tmp_path: Path) -> None:
+    models = {name: tmp_path / name for name in ("kept", "replaced", "gone")}
+    for model in models.values():
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+        (model / "model.safetensors").write_bytes(b"weights")
+    for number, (name, model) in enumerate(models.items()):
+        path = evaluation(tmp_path / "runs" / name, 4, row=f"row-{name}", benchmark="AIME24", model=str(model))
+        results = json.loads((path / "results.json").read_text())
+        results["made_from"] = {"inputs": {"model": content_of(model)}, "config": {"number": number}}
+        (path / "results.json").write_text(json.dumps(results))
+    (models["replaced"] / "model.safetensors").write_bytes(b"Weights")
+    (models["gone"] / "config.json").unlink()
+    (models["gone"] / "model.safetensors").unlink()
+    models["gone"].rmdir()
+    text = text_of(write_run_report([tmp_path / "runs"], tmp_path / "out").read_text("utf-8"))
+    assert f"The score of row-replaced on AIME24 is not of what {models['replaced']} holds now." in text
+    assert text.count("is not of what") == 1

@@ -169,3 +169,66 @@ def test_the_command(tmp_path: Path) -> None:
     table = CliRunner().invoke(app, ["status", str(tmp_path)]).output
     assert "a run [b]x[/b]" in table
     assert f"4 / {STEPS}" in table
+
+
+BROKEN: list[tuple[str, bytes]] = [
+    (RUN_FILE, b"[]"),
+    (RUN_FILE, b"\xff\xfe"),
+    (RUN_FILE, b"[" * 100_000),
+    (RUN_FILE, b'{"stage": "grpo", "starts": 3}'),
+    (METRICS_FILE, b"7\n"),
+    (METRICS_FILE, b"[1, 2]\n"),
+    (METRICS_FILE, b'{"step": "one", "time": 1}\n'),
+    (METRICS_FILE, b'{"step": 1, "time": 1, "loss": {"a": 1}}\n'),
+    (METRICS_FILE, b'{"step": NaN, "time": 1}\n{"step": 2, "time": 2}\n'),
+    (METRICS_FILE, b'{"step": 1}\n'),
+    (METRICS_FILE, b"\xff\xfe\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN, ids=[f"{name} {text[:30]!r}" for name, text in BROKEN])
+def test_a_broken_file_is_one_bad_row(name: str, content: bytes, tmp_path: Path) -> None:
+    for run in ("a", "b", "c"):
+        start(tmp_path / run)
+    (tmp_path / "b" / name).write_bytes(content)
+    done = CliRunner().invoke(app, ["status", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert [row["state"] for row in json.loads(done.stdout)] == ["running", "unreadable", "running"]
+    assert CliRunner().invoke(app, ["status", str(tmp_path)]).exit_code == 0
+
+
+def test_files_that_are_no_files_and_links_to_nowhere_stop_nothing(tmp_path: Path) -> None:
+    run = start(tmp_path / "a").path
+    (run / "link").symlink_to(tmp_path / "nowhere")
+    (run / "itself").symlink_to(run)
+    start(tmp_path / "b")
+    (tmp_path / "b" / METRICS_FILE).mkdir()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / RUN_FILE).mkdir()
+    assert [row.state for row in status(tmp_path)] == ["running", "running", "unreadable"]
+
+
+ANCHORS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{below}'] * 10)}]\n" for below, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+"""Ten lines that are a hundred million values."""
+
+
+@pytest.mark.parametrize("text", [ANCHORS, "a: &a\n  b: *a\n", "parallel: &p {tensor: 1}\nmodel: *p\n", "[", "7"])
+def test_a_configuration_with_anchors_hides_neither_its_run_nor_others(text: str, tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        start(tmp_path / run)
+    (tmp_path / "a" / "config.yaml").write_text(text)
+    found = status(tmp_path)
+    assert [(row.state, row.steps) for row in found] == [("running", None), ("running", STEPS)]
+
+
+def test_anchors_that_are_a_few_values_are_read_and_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "grpo.yaml"
+    plain = Path("conf/grpo/tiny.yaml").read_text("utf-8")
+    path.write_text(plain.replace("start: 1.0 ", "start: &one 1.0 ").replace("correct: 1.0 ", "correct: &two 1.0 "))
+    needed = [f"run.output={tmp_path}", "base=b", "prompts=p"]
+    assert load_config(GRPOConfig, path, needed) == load_config(GRPOConfig, Path("conf/grpo/tiny.yaml"), needed)
+    path.write_text(plain + ANCHORS)
+    with pytest.raises(UserError, match="anchors that make more than"):
+        load_config(GRPOConfig, path, needed)

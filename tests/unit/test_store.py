@@ -24,12 +24,12 @@ from processes import start
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_bytes, atomic_write_text
 from phimr_nemo.store.content import content_id, content_seed, file_sha256
+from phimr_nemo.store.provenance import MadeFrom
 from phimr_nemo.store.records import schemas
 from phimr_nemo.store.shards import (
     MANIFEST,
     conform,
     finish,
-    input_hash,
     is_complete,
     iter_shards,
     read_manifest,
@@ -94,12 +94,10 @@ def test_any_text_survives(responses: list[str], tmp_path_factory: pytest.TempPa
 
 
 def test_manifest_tells_what_made_it(tmp_path: Path) -> None:
-    source, out, plain = tmp_path / "in", tmp_path / "out", tmp_path / "problems.jsonl"
-    make_directory(source)
-    plain.write_text("{}\n", "utf-8")
+    out = tmp_path / "out"
     table = rows_to_table([conversation(0)], "conversations")
     write_shard(out, 0, table, kind="conversations")
-    inputs = [source, plain, tmp_path / "nothing"]
+    inputs = {"rollouts": "0123456789abcdef"}
     written = finish(out, kind="conversations", config={"a": [1, {"b": None}]}, inputs=inputs, counts={"wrong": 7})
     manifest = read_manifest(out, "conversations")
     assert manifest == written
@@ -107,18 +105,9 @@ def test_manifest_tells_what_made_it(tmp_path: Path) -> None:
     assert manifest.shards == {"part-00000.parquet": file_sha256(out / "part-00000.parquet")}
     assert manifest.config == {"a": [1, {"b": None}]}
     assert manifest.counts == {"wrong": 7}
-    assert manifest.inputs == {
-        str(source): file_sha256(source / MANIFEST),
-        str(plain): file_sha256(plain),
-        str(tmp_path / "nothing"): "absent",
-    }
+    assert manifest.inputs == inputs
+    assert manifest.made_from == MadeFrom(inputs, {"a": [1, {"b": None}]})
     assert "python" in manifest.versions
-
-
-def test_input_hash_follows_content(tmp_path: Path) -> None:
-    make_directory(tmp_path / "a", rows=2)
-    make_directory(tmp_path / "b", rows=3)
-    assert input_hash(tmp_path / "a") != input_hash(tmp_path / "b")
 
 
 def test_shards_beyond_the_padding_keep_their_order(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import torch
 
 from phimr_nemo.config import STAGES, ModelConfig, ParallelConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.jobs.launch import check_same_run
+from phimr_nemo.jobs.changes import check_same_run, made_from
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout
-from phimr_nemo.store.atomic import atomic_write_text
-from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
+from phimr_nemo.store.provenance import MADE_FROM
+from phimr_nemo.store.runs import RunDirectory
 
 
 def settings(stage: str, *overrides: str, preset: str = "tiny") -> Any:
@@ -162,12 +162,13 @@ def test_a_continued_run_may_change_what_guards_and_reports(tmp_path: Path) -> N
     from phimr_nemo.config import to_yaml
 
     before = settings("midtrain", f"run.output={tmp_path}")
-    atomic_write_text(tmp_path / CONFIG_FILE, to_yaml(before))
+    facts = {MADE_FROM: made_from(before).to_json()}
+    run.describe(stage="midtrain", config_yaml=to_yaml(before), seed=before.run.seed, facts=facts)
     free = ["guard.on_nan=skip", "data_workers=3", "tracking.wandb.project=p", "tracking.wandb.mode=offline"]
-    check_same_run(run, settings("midtrain", f"run.output={tmp_path}", *free, "overlap.grad_reduce=true"))
+    check_same_run("midtrain", run, settings("midtrain", f"run.output={tmp_path}", *free, "overlap.grad_reduce=true"))
     evaluation = ["every=2", "problems.kind=synthetic", "problems.count=2", "problems.split=heldout", "samples=1"]
     more = ["prompt='{question}'", "temperature=0.6", "top_p=0.9", "max_new_tokens=3"]
     added = [f"evaluation.{item}" for item in (*evaluation, *more)]
-    check_same_run(run, settings("midtrain", f"run.output={tmp_path}", *added))
+    check_same_run("midtrain", run, settings("midtrain", f"run.output={tmp_path}", *added))
     with pytest.raises(UserError, match="loss_on"):
-        check_same_run(run, settings("midtrain", f"run.output={tmp_path}", "loss_on=all"))
+        check_same_run("midtrain", run, settings("midtrain", f"run.output={tmp_path}", "loss_on=all"))

@@ -98,7 +98,7 @@ def test_the_stage_takes_it_from_the_configuration_alone(spec: str, tmp_path: Pa
         "metadata": f'{{"grader": "{spec}"}}',
     }
     write_shard(tmp_path / "rollouts", 0, rows_to_table([row], "rollouts"), kind="rollouts")
-    finish(tmp_path / "rollouts", kind="rollouts", config={}, inputs=[], counts={})
+    finish(tmp_path / "rollouts", kind="rollouts", config={}, counts={})
     found = {}
     for name, override in (("own", f"grader={spec}"), ("mathematics", "grader=null")):
         settings = [f"run.output={tmp_path / name}", f"rollouts={tmp_path / 'rollouts'}", "workers=1", override]
@@ -125,7 +125,7 @@ def test_a_grader_that_cannot_be_had_is_refused_before_the_work(
 ) -> None:
     assert spec
     write_shard(tmp_path / "rollouts", 0, rows_to_table([], "rollouts"), kind="rollouts")
-    finish(tmp_path / "rollouts", kind="rollouts", config={}, inputs=[], counts={})
+    finish(tmp_path / "rollouts", kind="rollouts", config={}, counts={})
     settings = [f"run.output={tmp_path / 'out'}", f"rollouts={tmp_path / 'rollouts'}", f'grader="{named}"']
     with pytest.raises(UserError, match=told):
         preflight("verify", load_config(VerifyConfig, Path("conf/verify/tiny.yaml"), settings))

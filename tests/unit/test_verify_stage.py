@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +153,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 
 def test_rollouts_become_verdicts(rollouts: Path, tmp_path: Path) -> None:
-    summary = verify_rollouts(rollouts, tmp_path / "verdicts", workers=1, config={"a": 1})
+    summary = verify_rollouts(rollouts, tmp_path / "verdicts", workers=1)
     assert summary == {"rows": 12, "correct": 6, "wrong": 6}
     table = read_table(tmp_path / "verdicts", "verdicts")
     assert table.select(read_table(rollouts, "rollouts").column_names).equals(read_table(rollouts, "rollouts"))
@@ -159,14 +161,14 @@ def test_rollouts_become_verdicts(rollouts: Path, tmp_path: Path) -> None:
     assert set(table["grader"].to_pylist()) == {GRADER_VERSION}
     manifest = read_manifest(tmp_path / "verdicts", "verdicts")
     assert dict(manifest.counts) == {"correct": 6, "wrong": 6}
-    assert str(rollouts) in manifest.inputs
+    assert manifest.inputs == {"rollouts": read_manifest(rollouts, "rollouts").content}
 
 
 def test_a_rerun_redoes_only_what_is_missing_or_damaged(
     rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "verdicts"
-    verify_rollouts(rollouts, out, workers=1, config={})
+    verify_rollouts(rollouts, out, workers=1)
     whole = snapshot(out)
     graded: list[int] = []
     grade_shard = verify_stage._grade_shard
@@ -176,12 +178,12 @@ def test_a_rerun_redoes_only_what_is_missing_or_damaged(
         return grade_shard(grader, table)
 
     monkeypatch.setattr(verify_stage, "_grade_shard", counting)
-    verify_rollouts(rollouts, out, workers=1, config={})
+    verify_rollouts(rollouts, out, workers=1)
     assert graded == []
     (out / "manifest.json").unlink()
     (out / "part-00000.parquet").write_bytes(b"half")
     (out / "part-00002.json").unlink()
-    verify_rollouts(rollouts, out, workers=1, config={})
+    verify_rollouts(rollouts, out, workers=1)
     assert graded == [0, 2]
     assert snapshot(out) == whole
 
@@ -193,9 +195,9 @@ def test_verdicts_of_an_older_grader_are_made_again(
     with monkeypatch.context() as older:
         for module in ("phimr_nemo.verify.answer", "phimr_nemo.verify.stage"):
             older.setattr(f"{module}.GRADER_VERSION", "phimr-0")
-        verify_rollouts(rollouts, out, workers=1, config={})
+        verify_rollouts(rollouts, out, workers=1)
     assert set(read_table(out, "verdicts")["grader"].to_pylist()) == {"phimr-0"}
-    verify_rollouts(rollouts, out, workers=1, config={})
+    verify_rollouts(rollouts, out, workers=1)
     assert set(read_table(out, "verdicts")["grader"].to_pylist()) == {GRADER_VERSION}
 
 
@@ -203,32 +205,41 @@ def test_gold_answers_that_cannot_be_read_are_counted_apart(rollouts: Path, tmp_
     rows = [{**rollout(200 + n), "answer": "2 3" if n == 0 else str((200 + n) // 2)} for n in range(4)]
     write_shard(rollouts, 1, rows_to_table(rows, "rollouts"), kind="rollouts")
     finish(rollouts, kind="rollouts", config={})
-    summary = verify_rollouts(rollouts, tmp_path / "verdicts", workers=1, config={})
+    summary = verify_rollouts(rollouts, tmp_path / "verdicts", workers=1)
     assert summary == {"rows": 12, "gold_unreadable": 1, "correct": 5, "wrong": 6}
 
 
 def test_verdicts_of_other_rollouts_are_made_again(rollouts: Path, tmp_path: Path) -> None:
     out = tmp_path / "verdicts"
-    verify_rollouts(rollouts, out, workers=1, config={})
-    rows = [rollout(100 + n) for n in range(4)]
+    verify_rollouts(rollouts, out, workers=1)
+    kept = snapshot(out)
+    # The second shard's responses are others under the same ids: right is wrong now.
+    rows = [{**rollout(4 + n), "response": rollout(5 + n)["response"]} for n in range(4)]
     write_shard(rollouts, 1, rows_to_table(rows, "rollouts"), kind="rollouts")
     finish(rollouts, kind="rollouts", config={})
-    verify_rollouts(rollouts, out, workers=1, config={})
-    ids = read_table(out, "verdicts")["id"].to_pylist()
-    assert ids == read_table(rollouts, "rollouts")["id"].to_pylist()
+    verify_rollouts(rollouts, out, workers=1)
+    table = read_table(out, "verdicts")
+    assert table["response"].to_pylist() == read_table(rollouts, "rollouts")["response"].to_pylist()
+    shards = {name: content for name, content in snapshot(out).items() if name.endswith(".parquet")}
+    assert [name for name, content in shards.items() if kept[name] != content] == ["part-00001.parquet"]
+    # Fewer shards than before.
+    shutil.rmtree(rollouts)
+    write_shard(rollouts, 0, rows_to_table(rows, "rollouts"), kind="rollouts")
+    finish(rollouts, kind="rollouts", config={})
+    assert verify_rollouts(rollouts, out, workers=1) == {"rows": 4, **Counter(table["verdict"].to_pylist()[4:8])}
 
 
 def test_an_array_of_processes_shares_the_shards(rollouts: Path, tmp_path: Path) -> None:
     shared, alone = tmp_path / "shared", tmp_path / "alone"
-    first = verify_rollouts(rollouts, shared, workers=1, config={}, shard_index=1, shard_count=2)
+    first = verify_rollouts(rollouts, shared, workers=1, shard_index=1, shard_count=2)
     assert first is None
     assert [path.name for path in sorted(shared.glob("*.parquet"))] == ["part-00001.parquet"]
-    last = verify_rollouts(rollouts, shared, workers=1, config={}, shard_index=0, shard_count=2)
-    assert last == verify_rollouts(rollouts, alone, workers=1, config={})
+    last = verify_rollouts(rollouts, shared, workers=1, shard_index=0, shard_count=2)
+    assert last == verify_rollouts(rollouts, alone, workers=1)
     assert snapshot(shared) == snapshot(alone)
 
 
 def test_a_damaged_shard_of_rollouts_is_named(rollouts: Path, tmp_path: Path) -> None:
     (rollouts / "part-00001.parquet").write_bytes(b"half")
     with pytest.raises(UserError, match=r"part-00001\.parquet is damaged"):
-        verify_rollouts(rollouts, tmp_path / "verdicts", workers=1, config={})
+        verify_rollouts(rollouts, tmp_path / "verdicts", workers=1)

@@ -29,6 +29,7 @@ from phimr_nemo.data.fate import Fate
 from phimr_nemo.data.pairs import Response, pair_up
 from phimr_nemo.store.atomic import atomic_file, write_json
 from phimr_nemo.store.content import content_id, content_seed
+from phimr_nemo.store.provenance import MadeFrom
 from phimr_nemo.store.records import DIFFICULTIES, PAIR_SIDES
 from phimr_nemo.store.shards import rows_to_table, shard_is_complete, write_shard
 
@@ -54,7 +55,7 @@ class _Part:
     candidates: Candidates
 
 
-def write_pairs(directory: Path, chosen: PairSet, seed: int, making: Making) -> dict[str, int]:
+def write_pairs(directory: Path, chosen: PairSet, seed: int, making: Making, made_from: MadeFrom) -> dict[str, int]:
     """Pair the candidates and write the pairs, in the order of first rollouts; dropped responses by reason."""
     found = candidates(making.decisions)
     parts = [
@@ -77,7 +78,7 @@ def write_pairs(directory: Path, chosen: PairSet, seed: int, making: Making) -> 
     for fate, count in Counter(fates.tolist()).items():
         dropped[fate] += len(PAIR_SIDES) * count
     pairs = pairs[fates == Fate.KEPT]
-    _write_texts(directory, chosen, pairs, making)
+    _write_texts(directory, chosen, pairs, making, made_from)
     bins = making.decisions.bins
     shapes = {side: np.bincount(bins[pairs[side]], minlength=LENGTH_BINS).tolist() for side in PAIR_SIDES}
     write_json(directory / SHAPE_FILE, shapes)
@@ -149,12 +150,14 @@ def pair_id(mode: str, chosen: str, rejected: str) -> str:
     return content_id("pair", mode, chosen, rejected)
 
 
-def _write_texts(directory: Path, chosen: PairSet, pairs: npt.NDArray[np.void], making: Making) -> None:
+def _write_texts(
+    directory: Path, chosen: PairSet, pairs: npt.NDArray[np.void], making: Making, made_from: MadeFrom
+) -> None:
     sizes = making.decisions.bytes
     both = sizes[pairs["chosen"]].astype(np.int64) + sizes[pairs["rejected"]]
     work = [(index, pairs[part]) for index, part in enumerate(cut(both))]
     making.team.share(
-        partial(_write_part, directory, making.survey, chosen.mode),
+        partial(_write_part, directory, making.survey, chosen.mode, made_from),
         work,
         is_done=lambda item: (directory / f"part-{item[0]:05d}.json").is_file(),
         workers=making.workers,
@@ -162,9 +165,11 @@ def _write_texts(directory: Path, chosen: PairSet, pairs: npt.NDArray[np.void], 
     )
 
 
-def _write_part(directory: Path, survey: Survey, mode: str, work: tuple[int, npt.NDArray[np.void]]) -> None:
+def _write_part(
+    directory: Path, survey: Survey, mode: str, made_from: MadeFrom, work: tuple[int, npt.NDArray[np.void]]
+) -> None:
     index, pairs = work
-    if shard_is_complete(directory, index):
+    if shard_is_complete(directory, index, made_from):
         return
     rows = np.concatenate([pairs[side] for side in PAIR_SIDES])
     columns = ["id", "problem_id", "question", "response", "domain", "difficulty", *ORIGIN]
@@ -180,4 +185,4 @@ def _write_part(directory: Path, survey: Survey, mode: str, work: tuple[int, npt
             row |= {f"{side}_{name}": one[name] for name in ORIGIN[1:]}
             row[f"{side}_repetition"] = repetitions[place + number * len(pairs)]
         written.append(row)
-    write_shard(directory, index, rows_to_table(written, "pairs"), kind="pairs")
+    write_shard(directory, index, rows_to_table(written, "pairs"), kind="pairs", made_from=made_from)

@@ -6,8 +6,7 @@ shards that it lacks.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from phimr_nemo.data.fate import Fate
 from phimr_nemo.data.parallel import Team
 from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.content import content_id
+from phimr_nemo.store.provenance import BEGUN_FILE, MadeFrom, begin, begun_from
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import MANIFEST, shard_is_complete, write_shard
 
@@ -31,7 +31,6 @@ Sizes = npt.NDArray[np.signedinteger[Any]]
 
 MAX_SHARD_ROWS: Final = 50_000
 MAX_SHARD_BYTES: Final = 1 << 26
-PLAN_FILE: Final = "plan.json"
 ORIGIN: Final = ("source", "teacher", "sample_index", "verdict", "finish_reason")
 CONVERSATION: Final = ("problem_id", "question", "response", "domain", "difficulty", *ORIGIN)
 # Names of counts in the manifest of a set.
@@ -39,19 +38,15 @@ DROPPED: Final = "dropped: "
 INPUT: Final = {**dict.fromkeys(("midtrain", "sft", "pairs"), "input: rollouts"), "prompts": "input: problems"}
 
 
-def begin(directory: Path, made_of: Mapping[str, Any]) -> None:
-    """Forget the shards of a set that was begun from other verdicts or settings."""
-    plan = directory / PLAN_FILE
-    if plan.is_file() and plan.read_text("utf-8") == _plan_text(made_of):
+def begin_set(directory: Path, made_from: MadeFrom) -> None:
+    """Forget the shards of a set that was begun from other verdicts or settings: one row decides about others."""
+    if begun_from(directory) == made_from:
         return
     if directory.is_dir():
         for path in (*directory.glob("part-*"), *directory.glob("paired-*"), directory / MANIFEST):
             path.unlink(missing_ok=True)
-    write_json(plan, dict(made_of))
-
-
-def _plan_text(made_of: Mapping[str, Any]) -> str:
-    return json.dumps(made_of, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (directory / BEGUN_FILE).unlink(missing_ok=True)
+    begin(directory, made_from)
 
 
 def cut(sizes: Sizes, groups: Sizes | None = None) -> list[slice]:
@@ -97,13 +92,13 @@ class Making:
     team: Team
 
 
-def write_conversations(directory: Path, name: str, making: Making) -> None:
+def write_conversations(directory: Path, name: str, making: Making, made_from: MadeFrom) -> None:
     """Write a set of conversations in the order of the verdicts."""
     decisions = making.decisions
     fates = decisions.fates[name]
     rows = np.flatnonzero(fates == Fate.KEPT)
     work = [(index, rows[part]) for index, part in enumerate(cut(decisions.bytes[rows]))]
-    _share(making, partial(_write_conversations, directory, making.survey), work, directory, name)
+    _share(making, partial(_write_conversations, directory, making.survey, made_from), work, directory, name)
     kept = shape_where(fates, Fate.KEPT, decisions.difficulty, decisions.bins)
     write_json(directory / SHAPE_FILE, {"kept": kept.tolist()})
 
@@ -124,20 +119,20 @@ def _share(
     )
 
 
-def _write_conversations(directory: Path, survey: Survey, work: tuple[int, Indices]) -> None:
+def _write_conversations(directory: Path, survey: Survey, made_from: MadeFrom, work: tuple[int, Indices]) -> None:
     import pyarrow as pa
 
     index, rows = work
-    if shard_is_complete(directory, index):
+    if shard_is_complete(directory, index, made_from):
         return
     table = gather(survey.shards, rows, ["id", *CONVERSATION])
     ids = [content_id("conversation", identity) for identity in table.column("id").to_pylist()]
     table = table.set_column(0, "id", pa.array(ids))
     table = table.append_column("repetition", pa.array(measured(survey.shards, survey.files, rows, "repetition")))
-    write_shard(directory, index, table, kind="conversations")
+    write_shard(directory, index, table, kind="conversations", made_from=made_from)
 
 
-def write_prompts(directory: Path, hard_below: float, making: Making) -> None:
+def write_prompts(directory: Path, hard_below: float, making: Making, made_from: MadeFrom) -> None:
     """Write the prompts, in the order of their first rollouts."""
     chosen = making.decisions.prompts
     if chosen is None:
@@ -151,16 +146,21 @@ def write_prompts(directory: Path, hard_below: float, making: Making) -> None:
         )
         for index, part in enumerate(cut(np.zeros(len(chosen.rows), np.int32)))
     ]
-    _share(making, partial(_write_prompts, directory, making.survey.shards, hard_below), work, directory, "prompts")
+    task = partial(_write_prompts, directory, making.survey.shards, hard_below, made_from)
+    _share(making, task, work, directory, "prompts")
 
 
 def _write_prompts(
-    directory: Path, shards: Sequence[Shard], hard_below: float, work: tuple[int, ChosenPrompts]
+    directory: Path,
+    shards: Sequence[Shard],
+    hard_below: float,
+    made_from: MadeFrom,
+    work: tuple[int, ChosenPrompts],
 ) -> None:
     import pyarrow as pa
 
     index, chosen = work
-    if shard_is_complete(directory, index):
+    if shard_is_complete(directory, index, made_from):
         return
     columns = ["problem_id", "question", "answer", "domain", "difficulty", "source"]
     table = gather(shards, chosen.rows, columns)
@@ -174,7 +174,7 @@ def _write_prompts(
     }
     for name, column in numbers.items():
         table = table.append_column(name, column)
-    write_shard(directory, index, table, kind="prompts")
+    write_shard(directory, index, table, kind="prompts", made_from=made_from)
 
 
 def _reasons(counts: Indices) -> dict[str, int]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from phimr_nemo.config import CurateConfig, ShardConfig, to_dict
+from phimr_nemo.config import CurateConfig
 from phimr_nemo.data.curate.decide import Decisions, decide, load_decisions, save_decisions
 from phimr_nemo.data.curate.lengths import token_counter
 from phimr_nemo.data.curate.narrow import VERDICTS
@@ -20,7 +18,7 @@ from phimr_nemo.data.curate.sets import (
     DROPPED,
     INPUT,
     Making,
-    begin,
+    begin_set,
     counts_of,
     kind_of,
     write_conversations,
@@ -32,9 +30,9 @@ from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.lease import FreeUnits
+from phimr_nemo.store.provenance import MadeFrom, tokenizer_content
 from phimr_nemo.store.shards import (
     finish,
-    input_hash,
     is_complete,
     read_manifest,
 )
@@ -47,7 +45,7 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 DECISIONS_FILE: Final = "decisions.npy"
 
 
-def run_curate(config: CurateConfig) -> dict[str, Any]:
+def run_curate(config: CurateConfig) -> dict[str, int]:
     """Write each training set that the configuration names to its own directory of the output.
 
     Decisions are made on narrow columns, text is read shard by shard: memory does not grow with the text. A set
@@ -99,7 +97,7 @@ def _decisions(config: CurateConfig, missing: Sequence[str], surveyed: Survey, t
     path = config.run.output / SURVEY / DECISIONS_FILE
     if team.leases is None:
         return _decide(config, missing, surveyed)
-    made_of = {name: _made_of(config, name) for name in SETS if getattr(config, name) is not None}
+    made_of = {name: _made_of(config, name).to_json() for name in SETS if getattr(config, name) is not None}
     facts = path.with_suffix(".json")
 
     def is_made(_: int) -> bool:
@@ -116,7 +114,7 @@ def _decide(config: CurateConfig, missing: Sequence[str], surveyed: Survey) -> D
     _write_shape(config, decisions)
     for name in missing:
         _refuse_empty(config, name, counts_of(name, decisions))
-        begin(config.run.output / name, _made_of(config, name))
+        begin_set(config.run.output / name, _made_of(config, name))
     return decisions
 
 
@@ -128,41 +126,34 @@ def _write_shape(config: CurateConfig, decisions: Decisions) -> None:
     write_json(config.run.output / SHAPE_FILE, by_verdict)
 
 
-def _made_of(config: CurateConfig, name: str) -> dict[str, Any]:
+def _made_of(config: CurateConfig, name: str) -> MadeFrom:
     """What decides the content of a set."""
-    inputs = {str(path): input_hash(path) for path in _inputs(config)}
-    # Rows are counted over the directories in their order.
-    order = [str(path) for path in config.verdict_directories]
-    chosen = asdict(getattr(config, name))
-    return json.loads(json.dumps({"inputs": inputs, "order": order, "set": chosen, "seed": config.run.seed}))
-
-
-def _inputs(config: CurateConfig) -> list[Path]:
-    tokenizer = [] if config.tokenizer is None else [config.tokenizer / "tokenizer.json"]
-    return [*config.verdict_directories, *tokenizer]
+    verdicts = [read_manifest(path, "verdicts").content for path in config.verdict_directories]
+    inputs = {f"verdicts.{number}": content for number, content in enumerate(verdicts)}
+    if config.tokenizer is not None:
+        inputs["tokenizer"] = tokenizer_content(config.tokenizer)
+    return MadeFrom(inputs, {"set": asdict(getattr(config, name)), "seed": config.run.seed})
 
 
 def _is_made(config: CurateConfig, name: str) -> bool:
     directory, kind = config.run.output / name, kind_of(name)
     if not is_complete(directory, kind):
         return False
-    return dict(read_manifest(directory, kind).inputs) == _made_of(config, name)["inputs"]
+    return read_manifest(directory, kind).made_from == _made_of(config, name)
 
 
 def _make_set(config: CurateConfig, name: str, making: Making) -> None:
     directory = config.run.output / name
-    counts = counts_of(name, making.decisions)
+    counts, made_from = counts_of(name, making.decisions), _made_of(config, name)
     if name == "pairs" and config.pairs is not None:
-        dropped = write_pairs(directory, config.pairs, config.run.seed, making)
+        dropped = write_pairs(directory, config.pairs, config.run.seed, making, made_from)
         counts = dict(Counter(counts) + Counter(dropped))
         _refuse_empty(config, name, counts)
     elif name == "prompts" and config.prompts is not None:
-        write_prompts(directory, config.prompts.hard_below, making)
+        write_prompts(directory, config.prompts.hard_below, making, made_from)
     else:
-        write_conversations(directory, name, making)
-    # Which process of an array this is, is nothing about the set.
-    settings = to_dict(dataclasses.replace(config, shard=ShardConfig()))
-    finish(directory, kind=kind_of(name), config=settings, inputs=_inputs(config), counts=counts)
+        write_conversations(directory, name, making, made_from)
+    finish(directory, kind=kind_of(name), **made_from.to_json(), counts=counts)
 
 
 def _refuse_empty(config: CurateConfig, name: str, counts: Mapping[str, int]) -> None:

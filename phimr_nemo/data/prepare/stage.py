@@ -12,7 +12,6 @@ a few hundred bytes a candidate (:mod:`.dedup`). Then candidates into record dir
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from phimr_nemo.config import DecontaminationConfig, PrepareConfig, ShardConfig, SourceConfig, to_dict
+from phimr_nemo.config import DecontaminationConfig, PrepareConfig, SourceConfig
 from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.data.prepare.annotate import Annotations, Annotator, count_labels
 from phimr_nemo.data.prepare.candidates import (
@@ -46,14 +45,24 @@ from phimr_nemo.data.prepare.dedup import (
     find_duplicates,
 )
 from phimr_nemo.data.prepare.golds import Golds, settle_golds
-from phimr_nemo.data.prepare.written import CONFLICTS_FILE, examples_of, inputs_of, write_conflicts
+from phimr_nemo.data.prepare.written import (
+    CONFLICTS_FILE,
+    begin_once,
+    examples_of,
+    made_from_of,
+    marked,
+    settled,
+    write_conflicts,
+)
 from phimr_nemo.data.sources.recorded import TOKENS_UNKNOWN
 from phimr_nemo.endpoint import OpensModel
 from phimr_nemo.store.atomic import atomic_file
+from phimr_nemo.store.check import open_for
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.progress import track
-from phimr_nemo.store.records import GOLD, GoldKind, Kind
+from phimr_nemo.store.provenance import BEGUN_FILE, MadeFrom, begun_from
+from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import (
     finish,
     is_complete,
@@ -71,6 +80,7 @@ PROBLEMS: Final = "problems"
 ROLLOUTS: Final = "rollouts"
 CANDIDATES: Final = "candidates"
 ANNOTATIONS: Final = "annotations"
+NOTHING: Final = MadeFrom({}, {})
 SIGNATURES: Final = "signatures.npy"
 # A shard of rollouts ends at `shard_size` rows or at so many characters: responses are long.
 ROLLOUT_SHARD_CHARS: Final = 256 << 20
@@ -98,9 +108,11 @@ def run_prepare(config: PrepareConfig, open_model: OpensModel) -> dict[str, Any]
     """
     output = config.run.output
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
-    if not is_complete(output / PROBLEMS, "problems"):
+    made_from = made_from_of(config)
+    if begun_from(output) != made_from or not is_complete(output / PROBLEMS, "problems"):
         with team_of(config.shard, output) as team:
-            _prepare(config, team, open_model)
+            begin_once(output, made_from, team, _forget)
+            _prepare(config, made_from, team, open_model)
     if (output / CANDIDATES).is_dir():
         # All tasks of an array come here.
         shutil.rmtree(output / CANDIDATES, ignore_errors=True)
@@ -111,7 +123,16 @@ def run_prepare(config: PrepareConfig, open_model: OpensModel) -> dict[str, Any]
     return rows | dict(manifests[PROBLEMS].counts)
 
 
-def _prepare(config: PrepareConfig, team: Team, open_model: OpensModel) -> None:
+def _forget(output: Path) -> None:
+    """Remove what was made from other sources or settings; replies of an annotator are kept by their questions."""
+    (output / BEGUN_FILE).unlink(missing_ok=True)
+    for name in (PROBLEMS, ROLLOUTS):
+        open_for(output / name, NOTHING, 0)
+    if (output / CANDIDATES).is_dir():
+        shutil.rmtree(output / CANDIDATES)
+
+
+def _prepare(config: PrepareConfig, made_from: MadeFrom, team: Team, open_model: OpensModel) -> None:
     """The processes of an array share the sources; the first that finds all of them read does the rest alone."""
     output = config.run.output
     directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
@@ -127,7 +148,7 @@ def _prepare(config: PrepareConfig, team: Team, open_model: OpensModel) -> None:
         title="sources",
     )
     for _ in FreeUnits([0], team.leases, name="reduce", is_done=is_prepared, wait=True).one_by_one():
-        _reduce(config, directories, open_model)
+        _reduce(config, made_from, directories, open_model)
 
 
 def _collect(config: PrepareConfig, item: tuple[SourceConfig, Path]) -> None:
@@ -141,12 +162,10 @@ def _evaluation(config: DecontaminationConfig | None) -> EvaluationIndex | None:
     return read_index(config) if config is not None else None
 
 
-def _reduce(config: PrepareConfig, directories: list[Path], open_model: OpensModel) -> None:
+def _reduce(config: PrepareConfig, made_from: MadeFrom, directories: list[Path], open_model: OpensModel) -> None:
     """What is decided over all sources, and the record directories."""
     output = config.run.output
     permutations = config.near_duplicates.permutations if config.near_duplicates else 0
-    # Which process of an array this is, is nothing about the records.
-    settings = to_dict(dataclasses.replace(config, shard=ShardConfig()))
     counts: Counter[str] = Counter()
     for source, directory in zip(config.sources, directories, strict=True):
         for name, count in counts_of(directory).items():
@@ -158,26 +177,19 @@ def _reduce(config: PrepareConfig, directories: list[Path], open_model: OpensMod
     golds = settle_golds(directories, names, facts, duplicates, config.golds)
     counts.update(golds.counts)
     labels = Annotations(directories, duplicates)
-    made_of = inputs_of(config)
     with Annotator(config.annotation, output / ANNOTATIONS, open_model) as annotate:
-        _write_problems(config, directories, duplicates, golds, labels, annotate, counts)
+        _write_problems(config, directories, duplicates, golds, labels, annotate, counts, made_from)
     if counts["trajectories"]:
         rollouts = Counter[str]()
         rows = _rollouts(directories, names, duplicates, golds, labels, rollouts)
-        _write_shards(output / ROLLOUTS, "rollouts", config.shard_size, rows)
-        finish(output / ROLLOUTS, kind="rollouts", config=settings, inputs=made_of, counts=rollouts)
+        _write_shards(output / ROLLOUTS, "rollouts", config.shard_size, rows, made_from)
+        finish(output / ROLLOUTS, kind="rollouts", **made_from.to_json(), counts=rollouts)
         counts.update(rollouts)
     _write_drops(config, directories, duplicates)
     write_conflicts(output / CONFLICTS_FILE, directories, names, golds)
     # The problems are finished last: with them the whole stage is.
-    finish(
-        output / PROBLEMS,
-        kind="problems",
-        config=settings,
-        inputs=made_of,
-        counts=counts,
-        examples=examples_of(output / DROPS_FILE),
-    )
+    examples = examples_of(output / DROPS_FILE)
+    finish(output / PROBLEMS, kind="problems", **made_from.to_json(), counts=counts, examples=examples)
 
 
 def _facts(directories: list[Path], permutations: int, signatures_path: Path) -> Facts:
@@ -226,6 +238,7 @@ def _write_problems(
     labels: Annotations,
     annotate: Annotator,
     counts: Counter[str],
+    made_from: MadeFrom,
 ) -> None:
     """The kept candidates as problems, annotated shard by shard; `labels` and `counts` take what comes of it."""
     directory = config.run.output / PROBLEMS
@@ -243,26 +256,15 @@ def _write_problems(
             continue
         counts[f"{name}: problems"] += 1
         domain, difficulty = labels.get(index)
-        row |= _settled(row, index, golds)
+        row |= settled(row, index, golds)
         part.append({**row, "source": name, "domain": domain, "difficulty": difficulty})
         indices.append(index)
         if len(part) == config.shard_size:
-            counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+            counts.update(_finish_shard(directory, shard, part, indices, annotate, labels, made_from))
             part, indices, shard = [], [], shard + 1
     if part:
-        counts.update(_finish_shard(directory, shard, part, indices, annotate, labels))
+        counts.update(_finish_shard(directory, shard, part, indices, annotate, labels, made_from))
     counts.update(annotate.facts())
-
-
-def _settled(row: dict[str, Any], index: int, golds: Golds) -> dict[str, Any]:
-    """What a kept question's answer, and with it its id and its mark, are after the decision about it."""
-    answer = golds.answers.get(index, row["answer"])
-    metadata = _marked(row["metadata"], golds.questions.get(index))
-    return {"id": content_id("problem", row["question"], answer), "answer": answer, "metadata": metadata}
-
-
-def _marked(metadata: str, kind: GoldKind | None) -> str:
-    return metadata if kind is None else json.dumps(json.loads(metadata) | {GOLD: kind}, ensure_ascii=False)
 
 
 def _finish_shard(
@@ -272,11 +274,12 @@ def _finish_shard(
     indices: list[int],
     annotate: Annotator,
     labels: Annotations,
+    made_from: MadeFrom,
 ) -> Counter[str]:
     """Annotate and write a shard of problems, or take what an earlier run wrote; counts of its labels."""
-    if not shard_is_complete(directory, shard):
+    if not shard_is_complete(directory, shard, made_from):
         annotate.fill(rows)
-        write_shard(directory, shard, rows_to_table(rows, "problems"), kind="problems")
+        write_shard(directory, shard, rows_to_table(rows, "problems"), kind="problems", made_from=made_from)
     else:
         rows = read_shard(directory, shard, ["domain", "difficulty", "metadata"]).to_pylist()
     for index, row in zip(indices, rows, strict=True):
@@ -339,23 +342,25 @@ def _rollouts(
                 "domain": domain,
                 "difficulty": difficulty,
                 "source": names[source],
-                "metadata": _marked(one["labels"], kind),
+                "metadata": marked(one["labels"], kind),
             }
 
 
-def _write_shards(directory: Path, kind: Kind, size: int, rows: Iterable[dict[str, Any]]) -> None:
+def _write_shards(
+    directory: Path, kind: Kind, size: int, rows: Iterable[dict[str, Any]], made_from: MadeFrom
+) -> None:
     """Rows into shards of at most `size` rows and `ROLLOUT_SHARD_CHARS` characters of responses."""
     part: list[dict[str, Any]] = []
     chars = shard = 0
     for row in track(rows, title=kind, unit="row"):
         if part and (len(part) == size or chars + len(row["response"]) > ROLLOUT_SHARD_CHARS):
-            if not shard_is_complete(directory, shard):
-                write_shard(directory, shard, rows_to_table(part, kind), kind=kind)
+            if not shard_is_complete(directory, shard, made_from):
+                write_shard(directory, shard, rows_to_table(part, kind), kind=kind, made_from=made_from)
             part, chars, shard = [], 0, shard + 1
         part.append(row)
         chars += len(row["response"])
-    if part and not shard_is_complete(directory, shard):
-        write_shard(directory, shard, rows_to_table(part, kind), kind=kind)
+    if part and not shard_is_complete(directory, shard, made_from):
+        write_shard(directory, shard, rows_to_table(part, kind), kind=kind, made_from=made_from)
 
 
 def _write_drops(config: PrepareConfig, directories: list[Path], duplicates: Duplicates) -> None:

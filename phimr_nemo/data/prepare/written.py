@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from phimr_nemo.config import PrepareConfig
+from phimr_nemo.config import PrepareConfig, to_dict
+from phimr_nemo.data.parallel import Team
 from phimr_nemo.data.prepare.candidates import SHOWN_CHARS, candidate_shards, rows_at
 from phimr_nemo.data.prepare.golds import Golds
 from phimr_nemo.data.sources.source import hub_revision
 from phimr_nemo.store.atomic import atomic_file
-from phimr_nemo.store.shards import input_hash
+from phimr_nemo.store.content import content_id
+from phimr_nemo.store.lease import FreeUnits
+from phimr_nemo.store.provenance import MadeFrom, begin, begun_from, content_of
+from phimr_nemo.store.records import GOLD, GoldKind
 
 CONFLICTS_FILE: Final = "conflicts.jsonl"
 SHOWN_EXAMPLES: Final = 3
@@ -23,15 +27,52 @@ EXAMPLE_CHARS: Final = 120
 def inputs_of(config: PrepareConfig) -> dict[str, str]:
     """What the problems are made of: files, directories and evaluation sets by checksum, hub sources by commit."""
     inputs = {}
-    for source in config.sources:
+    for number, source in enumerate(config.sources):
         if source.hub and not Path(source.path).exists():
             name = "/".join(part for part in ("hub", source.path, source.subset, source.split) if part)
             inputs[name] = hub_revision(source)
         else:
-            inputs[source.path] = input_hash(Path(source.path))
-    for one in config.decontamination.sets if config.decontamination else ():
-        inputs[str(one.path)] = input_hash(one.path)
+            inputs[f"sources.{number}.path"] = content_of(Path(source.path))
+    for number, one in enumerate(config.decontamination.sets if config.decontamination else ()):
+        inputs[f"decontamination.sets.{number}.path"] = content_of(one.path)
     return inputs
+
+
+def made_from_of(config: PrepareConfig) -> MadeFrom:
+    """What decides the content of both record directories: one row decides about others."""
+    settings = to_dict(config)
+    for source in settings["sources"]:
+        source.pop("path")
+    for one in settings["decontamination"]["sets"] if settings["decontamination"] else ():
+        one.pop("path")
+    # Which process of an array this is, where it writes and whom it asks is nothing about the records.
+    deciding = {
+        name: value for name, value in settings.items() if name not in ("run", "shard", "workers", "annotation")
+    }
+    return MadeFrom(inputs_of(config), {**deciding, "annotated": config.annotation is not None})
+
+
+def settled(row: dict[str, Any], index: int, golds: Golds) -> dict[str, Any]:
+    """What a kept question's answer, and with it its id and its mark, are after the decision about it."""
+    answer = golds.answers.get(index, row["answer"])
+    metadata = marked(row["metadata"], golds.questions.get(index))
+    return {"id": content_id("problem", row["question"], answer), "answer": answer, "metadata": metadata}
+
+
+def marked(metadata: str, kind: GoldKind | None) -> str:
+    """A problem's metadata with what is known of its gold answer."""
+    return metadata if kind is None else json.dumps(json.loads(metadata) | {GOLD: kind}, ensure_ascii=False)
+
+
+def begin_once(output: Path, made_from: MadeFrom, team: Team, forget: Callable[[Path], None]) -> None:
+    """Say what the output is made from, in an array once; `forget` takes back what was made from something else."""
+
+    def is_begun(_: int) -> bool:
+        return begun_from(output) == made_from
+
+    for _ in FreeUnits([0], team.leases, name="begin", is_done=is_begun, wait=True).one_by_one():
+        forget(output)
+        begin(output, made_from)
 
 
 def examples_of(drops: Path) -> Mapping[str, Sequence[str]]:

@@ -65,8 +65,8 @@ def prompt_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
 
 
 @lru_cache(maxsize=1)
-def fast_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, kept for the next shard."""
+def fast_tokenizer(path: Path, content: str = "") -> Tokenizer:  # noqa: ARG001 - another content is another call
+    """The tokenizer of a tokenizer.json, kept for the next shard of the same content."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(path))

@@ -24,11 +24,12 @@ from phimr_nemo.endpoint.ask import cents
 from phimr_nemo.endpoint.client import EndpointClient
 from phimr_nemo.endpoint.wire import EMPTY_REPLY
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.plan import Plan, Planned, keep_settings, rollout_counts
+from phimr_nemo.generate.plan import Plan, Planned, rollout_counts
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.progress import Progress
+from phimr_nemo.store.provenance import MadeFrom, begin
 from phimr_nemo.store.shards import finish, is_complete, rows_to_table, shard_is_complete, write_shard
 
 MIN_FAILURES_IN_A_ROW: Final = 16
@@ -47,7 +48,7 @@ def request_rollouts(
     out_dir: Path,
     *,
     shard_indices: Sequence[int],
-    inputs: Sequence[Path] = (),
+    inputs: Mapping[str, str],
     team: Team = ALONE,
 ) -> bool:
     """Ask an endpoint for the rollouts of some shards.
@@ -58,7 +59,7 @@ def request_rollouts(
         params: how tokens are drawn.
         out_dir: the record directory; finished shards and journaled responses in it are kept.
         shard_indices: make only these shards.
-        inputs: what the problems were read from, for the manifest.
+        inputs: what the problems were read from, by content.
         team: the processes that share the shards.
 
     Returns:
@@ -68,28 +69,25 @@ def request_rollouts(
         UserError: bad settings, the directory was begun with others, the endpoint refuses the key, the model or
             everything, or requests failed for good (they are counted by reason).
     """
-    settings = {
-        **plan.settings,
-        "params": asdict(params),
-        "system": engine.system,
-        "extra_body": dict(engine.endpoint.extra_body),
-    }
-    keep_settings(out_dir, settings)
+    made_from = plan.made_from(
+        inputs, params=asdict(params), system=engine.system, extra_body=dict(engine.endpoint.extra_body)
+    )
+    begin(out_dir, made_from)
     if is_complete(out_dir, "rollouts"):
         return True
     unfinished = []
     for index in shard_indices:
-        if shard_is_complete(out_dir, index):
+        if shard_is_complete(out_dir, index, made_from):
             _journal_path(out_dir, index).unlink(missing_ok=True)  # killed between the two
         else:
             unfinished.append(index)
     if unfinished:
         done = sum(plan.count(index) for index in shard_indices) - sum(plan.count(index) for index in unfinished)
-        free = team.free_shards(out_dir, unfinished)
-        asyncio.run(_Generation(plan, engine, params, out_dir, free).run(unfinished, done))
-    if not all(shard_is_complete(out_dir, index) for index in plan.shards):
+        free = team.free_shards(out_dir, unfinished, lambda _: made_from)
+        asyncio.run(_Generation(plan, engine, params, out_dir, made_from, free).run(unfinished, done))
+    if not all(shard_is_complete(out_dir, index, made_from) for index in plan.shards):
         return False
-    finish(out_dir, kind="rollouts", config=settings, inputs=inputs, counts=_counts(out_dir, plan, engine))
+    finish(out_dir, kind="rollouts", **made_from.to_json(), counts=_counts(out_dir, plan, engine))
     return True
 
 
@@ -120,8 +118,8 @@ def _counts(out_dir: Path, plan: Plan, engine: EndpointEngine) -> dict[str, int]
 class _Shard:
     """A shard under way: what is planned, its journal, and what is still missing."""
 
-    def __init__(self, plan: Plan, out_dir: Path, index: int) -> None:
-        self.index, self.teacher, self.out_dir = index, plan.teacher, out_dir
+    def __init__(self, plan: Plan, out_dir: Path, index: int, made_from: MadeFrom) -> None:
+        self.index, self.teacher, self.out_dir, self.made_from = index, plan.teacher, out_dir, made_from
         self.planned = plan.shard(index)
         path = _journal_path(out_dir, index)
         have = {record["id"] for record in read_journal(path)}
@@ -168,7 +166,7 @@ class _Shard:
         records = {record["id"]: record for record in read_journal(_journal_path(self.out_dir, self.index))}
         table = rows_to_table(self._rows(records), "rollouts")
         write_json(_usage_path(self.out_dir, self.index), self._usage(list(records.values())))
-        write_shard(self.out_dir, self.index, table, kind="rollouts")
+        write_shard(self.out_dir, self.index, table, kind="rollouts", made_from=self.made_from)
         _journal_path(self.out_dir, self.index).unlink()
         if not self.failures:
             _failures_path(self.out_dir, self.index).unlink(missing_ok=True)
@@ -203,10 +201,16 @@ class _Generation:
     """The shards that one process takes, with `concurrency` requests under way."""
 
     def __init__(
-        self, plan: Plan, engine: EndpointEngine, params: SamplingParams, out_dir: Path, free: FreeUnits
+        self,
+        plan: Plan,
+        engine: EndpointEngine,
+        params: SamplingParams,
+        out_dir: Path,
+        made_from: MadeFrom,
+        free: FreeUnits,
     ) -> None:
         self._plan, self._engine, self._params, self._out_dir = plan, engine, params, out_dir
-        self._free = free
+        self._made_from, self._free = made_from, free
         self._open: dict[int, _Shard] = {}
         self._unwritten = set[int]()
         self._failed: Counter[str] = Counter()
@@ -243,7 +247,7 @@ class _Generation:
         """What is missing, shard by shard; a shard is opened when its turn comes, and held until it is written."""
         for index in self._free:
             self._unwritten.add(index)
-            shard = _Shard(self._plan, self._out_dir, index)
+            shard = _Shard(self._plan, self._out_dir, index, self._made_from)
             bar.found_done(len(shard.planned) - shard.left)
             if not shard.left:
                 self._close(shard)

@@ -16,9 +16,9 @@ from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, portable
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
 from phimr_nemo.model.origin import Origin, read_origin
-from phimr_nemo.store.foreignjson import MAX_TOKENIZER_BYTES, read_json
 from phimr_nemo.store.inputs import download_remedy
 from phimr_nemo.store.links import refuse_links_out
+from phimr_nemo.store.unpacking import MAX_TOKENIZER_BYTES, read_json
 
 GENERATION_FILE: Final = "generation_config.json"
 MAX_SHOWN: Final = 200

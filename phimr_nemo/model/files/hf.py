@@ -34,9 +34,9 @@ from phimr_nemo.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, Weigh
 from phimr_nemo.model.origin import Origin
 from phimr_nemo.model.table import EMBEDDING, HEAD, is_derived, tensor_shapes
 from phimr_nemo.store.atomic import atomic_directory
-from phimr_nemo.store.foreignjson import read_json
 from phimr_nemo.store.inputs import download_remedy, model_remedy
 from phimr_nemo.store.links import refuse_links_out
+from phimr_nemo.store.unpacking import read_json
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
