@@ -7,9 +7,11 @@ One currency: every step reads and writes directories of zstd parquet shards of 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from phimr_nemo.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -148,3 +150,52 @@ def schemas() -> Mapping[Kind, pa.Schema]:
             ]
         ),
     }
+
+
+def conform(table: pa.Table, kind: Kind) -> pa.Table:
+    """Select and cast the columns of `kind`.
+
+    Raises:
+        UserError: a column is missing, has the wrong type, or holds null where the kind does not allow it.
+    """
+    import pyarrow as pa
+
+    schema = schemas()[kind]
+    absent = [name for name in schema.names if name not in table.column_names]
+    missing = [name for name in absent if name not in OPTIONAL_COLUMNS.get(kind, ())]
+    if missing:
+        raise UserError(
+            f"columns {missing} are missing; the table has {table.column_names}",
+            rule=f"a {kind!r} record has the columns {schema.names}",
+            remedy="map your columns to these names (see `phimr generate --help`)",
+        )
+    columns = []
+    for item in schema:
+        column = pa.nulls(table.num_rows, item.type) if item.name in absent else table.column(item.name)
+        nulls = column.null_count
+        if nulls and not item.nullable:
+            raise UserError(
+                f"column {item.name!r} holds {nulls} nulls",
+                rule=f"{item.name!r} of a {kind!r} record is never null",
+                remedy="drop or repair these rows in the input",
+            )
+        try:
+            columns.append(column.cast(item.type))
+        except pa.ArrowException as error:
+            raise UserError(
+                f"column {item.name!r} has the type {column.type}: {error}",
+                rule=f"{item.name!r} of a {kind!r} record is {item.type}",
+                remedy="convert this column in the input",
+            ) from error
+    return pa.table(columns, schema=schema)
+
+
+def with_optional(table: pa.Table, kind: Kind, names: Sequence[str]) -> pa.Table:
+    """The table with those of the named optional columns that it lacks, holding null."""
+    import pyarrow as pa
+
+    for name in names:
+        if name in OPTIONAL_COLUMNS.get(kind, ()) and name not in table.column_names:
+            item = schemas()[kind].field(name)
+            table = table.append_column(item, pa.nulls(table.num_rows, item.type))
+    return table

@@ -25,7 +25,7 @@ from phimr_nemo.store.atomic import atomic_directory, atomic_file, atomic_write_
 from phimr_nemo.store.content import content_id, content_seed, file_sha256
 from phimr_nemo.store.inputs import records_remedy
 from phimr_nemo.store.provenance import MADE_FROM, MadeFrom, read_made_from, records_content
-from phimr_nemo.store.records import KINDS, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind, schemas
+from phimr_nemo.store.records import KINDS, OPTIONAL_COLUMNS, SCHEMA_VERSION, Kind, conform, schemas, with_optional
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,7 +52,6 @@ __all__ = [
     "rows_to_table",
     "shard_facts",
     "shard_is_complete",
-    "with_optional",
     "write_json",
     "write_shard",
 ]
@@ -141,55 +140,6 @@ def write_shard(
         },
     )
     return path
-
-
-def conform(table: pa.Table, kind: Kind) -> pa.Table:
-    """Select and cast the columns of `kind`.
-
-    Raises:
-        UserError: a column is missing, has the wrong type, or holds null where the kind does not allow it.
-    """
-    import pyarrow as pa
-
-    schema = schemas()[kind]
-    absent = [name for name in schema.names if name not in table.column_names]
-    missing = [name for name in absent if name not in OPTIONAL_COLUMNS.get(kind, ())]
-    if missing:
-        raise UserError(
-            f"columns {missing} are missing; the table has {table.column_names}",
-            rule=f"a {kind!r} record has the columns {schema.names}",
-            remedy="map your columns to these names (see `phimr generate --help`)",
-        )
-    columns = []
-    for item in schema:
-        column = pa.nulls(table.num_rows, item.type) if item.name in absent else table.column(item.name)
-        nulls = column.null_count
-        if nulls and not item.nullable:
-            raise UserError(
-                f"column {item.name!r} holds {nulls} nulls",
-                rule=f"{item.name!r} of a {kind!r} record is never null",
-                remedy="drop or repair these rows in the input",
-            )
-        try:
-            columns.append(column.cast(item.type))
-        except pa.ArrowException as error:
-            raise UserError(
-                f"column {item.name!r} has the type {column.type}: {error}",
-                rule=f"{item.name!r} of a {kind!r} record is {item.type}",
-                remedy="convert this column in the input",
-            ) from error
-    return pa.table(columns, schema=schema)
-
-
-def with_optional(table: pa.Table, kind: Kind, names: Sequence[str]) -> pa.Table:
-    """The table with those of the named optional columns that it lacks, holding null."""
-    import pyarrow as pa
-
-    for name in names:
-        if name in OPTIONAL_COLUMNS.get(kind, ()) and name not in table.column_names:
-            item = schemas()[kind].field(name)
-            table = table.append_column(item, pa.nulls(table.num_rows, item.type))
-    return table
 
 
 def read_columns(path: Path, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:

@@ -17,8 +17,8 @@ from phimr_nemo.data.chat import forbidden_tokens, render_conversation, render_m
 from phimr_nemo.data.rows.batches import Row
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import question_number
-from phimr_nemo.store.records import Kind
-from phimr_nemo.store.shards import check_shard, read_manifest, with_optional
+from phimr_nemo.store.records import Kind, with_optional
+from phimr_nemo.store.shards import check_shard, read_manifest
 
 CACHE_BYTES: Final = 256 * 2**20
 """Of decoded row groups, and of rendered conversations, that a process keeps."""

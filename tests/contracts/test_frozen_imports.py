@@ -1,6 +1,7 @@
 """Every import of NeMo and NeMo-Aligner, which are frozen (docs/bridge.md): a new one has to be wanted.
 
-NeMo is for stages 1 and 2, NeMo-Aligner for stages 3 and 4, and nothing else of the project knows either.
+NeMo is for stages 1 and 2, NeMo-Aligner for stages 3 and 4; the adapters of LoRA are NeMo's in all four. Nothing else
+of the project knows either.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ IMPORTS = {
     "phimr_nemo/supervised/stage.py": {
         "nemo.lightning",
         "nemo.lightning.pytorch.trainer.configure_no_restart_validation_training_loop",
+    },
+    "phimr_nemo/training/adapters/modules.py": {
+        "nemo.collections.llm.peft.lora.LoRALinear",
+        "nemo.collections.llm.peft.utils.ParallelLinearAdapter",
+        "nemo.collections.llm.peft.utils.get_adapter_attributes_from_linear",
     },
     "phimr_nemo/training/platform.py": {"nemo.lightning.io.pl"},
     "phimr_nemo/training/precision.py": {"nemo.lightning"},
