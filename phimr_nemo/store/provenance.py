@@ -20,12 +20,10 @@ from phimr_nemo.store.atomic import write_json
 from phimr_nemo.store.content import content_id, file_sha256
 from phimr_nemo.store.inputs import MODEL_FILE, RECORDS_FILE
 from phimr_nemo.store.records import KINDS
-from phimr_nemo.store.runs import DONE_FILE, RESULTS_FILE, RUN_FILE
+from phimr_nemo.store.runs import BEGUN_FILE, DONE_FILE, RESULTS_FILE, RUN_FILE
 
 MADE_FROM: Final = "made_from"
 """The key of it in a JSON file that says other things too."""
-BEGUN_FILE: Final = "made_from.json"
-"""What a record directory was begun from, before the manifest says it."""
 ABSENT: Final = "absent"
 SHARDS: Final = "part-*.json"
 """The sidecars of a record directory."""

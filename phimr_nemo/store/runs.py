@@ -46,7 +46,9 @@ FINISHED: Final = "finished"
 """When a run ended, among its closing facts."""
 HASHES_FILE: Final = ".hashes.json"
 """Hashes of a run's inputs, so that files that have not changed are not read again."""
-OWN_FILES: Final = {CONFIG_FILE, RUN_FILE, HASHES_FILE}
+BEGUN_FILE: Final = "made_from.json"
+"""What a record directory was begun from, before the manifest says it."""
+OWN_FILES: Final = {CONFIG_FILE, RUN_FILE, HASHES_FILE, BEGUN_FILE}
 """What lies in a run directory before its stage has done anything, with its locks."""
 
 
