@@ -224,9 +224,15 @@ def test_rounds_become_lines_warnings_and_a_picture(
 
 @pytest.mark.parametrize("last", [0.0, 0.25])
 def test_a_run_in_which_nothing_had_a_gradient_ends_with_a_word(
-    last: float, tmp_path: Path, monitor: MonitorConfig, caplog: pytest.LogCaptureFixture
+    last: float,
+    tmp_path: Path,
+    monitor: MonitorConfig,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Counted over an interruption after the second of three rounds."""
+    # A library that another test imports may have switched off the loggers that it found.
+    monkeypatch.setattr(logging.getLogger(GRPOLog.__module__), "disabled", False)
     rollouts = [rollout(slot, sample, correct=True) for slot in range(2) for sample in range(2)]
     for done, steps_here in ((0, (0, 1)), (2, (2,))):
         with closing(RunLog(tmp_path, TrackingConfig(), {}, done=done)) as writer:

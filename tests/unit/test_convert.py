@@ -140,8 +140,8 @@ def test_megatron_settings_are_checked() -> None:
     assert config.attention_softmax_in_fp32 is False
     with pytest.raises(UserError, match="hidden_dropuot"):
         transformer_config(BASE, ParallelConfig(), dtype=torch.float32, hidden_dropuot=0.1)
-    with pytest.raises(UserError, match="float16"):
-        transformer_config(BASE, ParallelConfig(), dtype=torch.float16)
+    with pytest.raises(UserError, match="float64"):
+        transformer_config(BASE, ParallelConfig(), dtype=torch.float64)
 
 
 @settings(deadline=None, max_examples=60)

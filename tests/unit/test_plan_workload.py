@@ -135,6 +135,9 @@ def test_the_decoding_speed_that_the_efficiency_is_explained_by() -> None:
         intermediate_size=14_336,
         num_attention_heads=32,
         tie_word_embeddings=False,
+        bos_token_id=128_000,
+        eos_token_id=128_001,
+        pad_token_id=128_001,
     )
     found = sampling_time(
         arch, GPUS["h100-80g"], "bf16", sequences=256, lengths=Lengths(math.inf, 2048), free_bytes=2.0**37

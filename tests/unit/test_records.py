@@ -19,6 +19,8 @@ SAMPLES: dict[pa.DataType, Any] = {
     pa.bool_(): True,
     pa.list_(pa.int32()): [1, 2, 200_063],
     pa.list_(pa.uint8()): [0, 1, 1],
+    pa.list_(pa.int64()): [2**62, 5],
+    schemas()["conversations"].field("history").type: [{"role": "user", "content": "What is 1+1?"}],
 }
 NULLABLE = {"solution", "domain", "difficulty"}
 

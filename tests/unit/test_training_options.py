@@ -79,7 +79,7 @@ def test_bad_values_are_named(overrides: str, key: str) -> None:
             "checkpoint.metric=pass1 early_stopping.patience=1 early_stopping.min_delta=0",
             "checkpoint.metric=pass1",
         ),
-        ("dpo", "checkpoint.metric=val_loss", "checkpoint.metric"),
+        ("dpo", "checkpoint.metric=val_loss checkpoint.best=true", "checkpoint.metric=val_loss"),
         ("grpo", "guard.on_nan=skip guard.spike_factor=2", "guard.spike_of=loss"),
     ],
 )
