@@ -156,13 +156,16 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(finished: dict[S
 def test_inputs_that_were_moved_are_the_same_and_others_are_refused(
     inputs: Path, finished: dict[Stage, Path], tmp_path: Path
 ) -> None:
-    run, data = tmp_path / "old", Path(settings("sft", inputs, tmp_path / "new").data)
+    run = tmp_path / "old"
+    [data] = [Path(item.removeprefix("data=")) for item in settings("sft", inputs, run) if item.startswith("data=")]
     shutil.copytree(finished["sft"], run)
     shutil.copytree(data, tmp_path / "moved")
     described = json.loads((run / "run.json").read_text("utf-8"))
-    described["made_from"] = {"inputs": {"data": content_of(data)}, "config": {}}
+    described.pop("made_from", None)
+    (run / "run.json").write_text(json.dumps(described))
     longer = [steps("sft", MORE), f"data={tmp_path / 'moved'}"]
     refused("leave data out", run=run, target=tmp_path / "new", step=None, overrides=longer)
+    described["made_from"] = {"inputs": {"data": content_of(data)}, "config": {}}
     (run / "run.json").write_text(json.dumps(described))
     assert continuation(run, tmp_path / "new", None, longer).checkpoint is not None
     other = [steps("sft", MORE), f"data={inputs}"]
