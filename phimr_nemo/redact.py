@@ -23,16 +23,18 @@ from phimr_nemo.text.printable import printable
 
 _WORDS: Final = (
     r"api_?keys?|keys?|tokens?|secrets?|pass|passwd|passwords?|passphrases?|pwd|pat|pats|auth|bearer|credentials?|webhook"
-    r"|cookies?|signature|pgpass(?:word)?|apikeys?|accesskeys?|secretkeys?"
+    r"|cookies?|signature|pgpass(?:word)?|apikeys?|accesskeys?|secretkeys?|jwts?|hmac|otp"
 )
 SECRET_VARIABLE: Final = re.compile(rf"(?i)(?:^|_)(?:{_WORDS})\d*(?:_|$)")
 """The names of environment variables that hold a secret, by custom."""
 
 SECRET_SETTING: Final = re.compile(
-    r"(?i)^(?:.*[_-])?(?:api_?key|access_?key|secret_?key|apikey|token|secret|password|passwd|pwd|passphrase"
-    r"|authorization|bearer|credentials?|private_?key|x-api-key)\d*$"
+    r"(?i)^(?:.*_)?(?:api_?key|access_?key|secret_?key|account_?key|auth_?key|signing_?key|private_?key|token|secret"
+    r"|password|passwd|pwd|passphrase|authorization|bearer|credentials?|cookies?|jwt|hmac)\d*$"
 )
-"""The names of settings whose text is a secret, whatever it looks like."""
+"""The names of settings whose text is a secret, whatever it looks like: words with _ between them."""
+_BETWEEN_WORDS: Final = re.compile(r"-|(?<=[a-z0-9])(?=[A-Z])")
+"""In names like X-Auth-Key and refreshToken."""
 
 MIN_SECRET_CHARS: Final = 12
 """A shorter value of such a variable is a switch or a word; leaving it out would garble ordinary text."""
@@ -46,17 +48,22 @@ SECRET_SHAPE: Final = re.compile(
     r"|AIza[A-Za-z0-9_-]{35}|ya29\.[A-Za-z0-9_-]{20,}|gsk_[A-Za-z0-9]{20,}|r8_[A-Za-z0-9]{20,}|xai-[A-Za-z0-9]{20,}"
     r"|pplx-[A-Za-z0-9]{20,}|wandb_v\d_[A-Za-z0-9_]{20,}|npm_[A-Za-z0-9]{30,}|pypi-[A-Za-z0-9_-]{30,}"
     r"|dckr_pat_[A-Za-z0-9_-]{20,}|SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"
+    r"|[rs]k_(?:live|test)_[A-Za-z0-9]{16,}|hvs\.[A-Za-z0-9_-]{20,}|tvly-[A-Za-z0-9_-]{20,}"
     r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
 """Keys that can be told by their form: Hugging Face, OpenAI and its kin, NVIDIA, GitHub, GitLab, Slack, AWS, Google,
-Groq, Replicate, xAI, Perplexity, W&B, npm, PyPI, Docker, SendGrid, signed web tokens, private keys."""
+Groq, Replicate, xAI, Perplexity, W&B, npm, PyPI, Docker, SendGrid, Stripe, Vault, Tavily, signed web tokens, private
+keys."""
 
 _HEADER: Final = re.compile(r"(?i)(?:(?<=\bbearer )|(?<=\bbasic ))(?=[^\s'\",;]*[0-9]|[^\s'\",;]{20,})[^\s'\",;]{8,}")
-_QUERY: Final = re.compile(rf"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:{_WORDS}|sig|key))=[^&\s'\"#]+")
+_AUTHORIZATION: Final = re.compile(
+    r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer|token)\s+)[^\s'\",;\[]{4,}"
+)
+_QUERY: Final = re.compile(rf"(?i)(?<=[?&;])((?:[\w-]*[_-])?(?:{_WORDS}|sig|key))=[^&\s'\"#]+")
 _WEBHOOK: Final = re.compile(r"(?<=://hooks\.slack\.com/services/)[^\s'\"]+")
 _ASSIGNED: Final = re.compile(
-    r"(?i)\b(?!\w*_env\b)((?:\w+[_-])?(?:api_?key|access_?key|secret_?key|token|secret|password|passwd)['\"]?\s*[:=]\s*['\"]?)"
+    r"(?i)\b(?!\w*_env\b)((?:\w+[_-])?(?:api_?key|access_?key|secret_?key|account_?key|token|secret|password|passwd)['\"]?\s*[:=]\s*['\"]?)"
     r"(?=[A-Za-z0-9_+/=-]*[0-9])(?=[A-Za-z0-9_+/=-]*[A-Za-z])[A-Za-z0-9_+/=-]{12,}"
 )
 URL_CREDENTIALS: Final = re.compile(r"(?<=://)(?!git@)[^/\s@'\"?#]+(?=@)")
@@ -87,12 +94,13 @@ def redact(text: str) -> str:
             text = text.replace(written, REPLACEMENT)
     for pattern in (SECRET_SHAPE, URL_CREDENTIALS, _HEADER, _WEBHOOK):
         text = pattern.sub(REPLACEMENT, text)
-    return _ASSIGNED.sub(rf"\1{REPLACEMENT}", _QUERY.sub(rf"\1={REPLACEMENT}", text))
+    text = _AUTHORIZATION.sub(rf"\1{REPLACEMENT}", _QUERY.sub(rf"\1={REPLACEMENT}", text))
+    return _ASSIGNED.sub(rf"\1{REPLACEMENT}", text)
 
 
 def is_secret_setting(name: str, text: str) -> bool:
     """Whether a setting's name says that its text is a secret."""
-    return SECRET_SETTING.match(name) is not None and len(text) >= MIN_MIXED_CHARS
+    return SECRET_SETTING.match(_BETWEEN_WORDS.sub("_", name)) is not None and len(text) >= MIN_MIXED_CHARS
 
 
 def shown_variable(name: str) -> str:

@@ -57,26 +57,24 @@ def responses(
 
     from phimr_nemo.store.responses import kept_steps, read_responses
 
-    steps = kept_steps(run)
-    rows = read_responses(run, step if step is not None else steps[-1] if steps else 0)
+    rows = read_responses(run, step)
     wanted = [row for row in rows if verdict is None or row["verdict"] == verdict]
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if not wanted:
         console.print(f"none of {len(rows)} responses is {verdict}")
     for row in wanted[:count]:
         _show(console, row, whole=whole)
-    if steps:
-        right = sum(row["verdict"] == "correct" for row in rows)
-        shown = min(count, len(wanted))
-        console.print(
-            f"step {rows[0]['step']}: {shown} of {len(rows)} responses, {right} correct; "
-            f"there are steps {', '.join(map(str, steps))}"
-        )
+    right = sum(row["verdict"] == "correct" for row in rows)
+    shown = min(count, len(wanted))
+    console.print(
+        f"step {rows[0]['step']}: {shown} of {len(rows)} responses, {right} correct; "
+        f"there are steps {', '.join(map(str, kept_steps(run)))}"
+    )
 
 
 def _show(console: Any, row: dict[str, Any], *, whole: bool) -> None:
     fate = ", ".join(word for word, said in (("truncated", row["truncated"]), ("trained on", row["trained"])) if said)
-    head = f"step {row['step']}, prompt {printable(row['prompt_id'])}, sample {row['sample']}: {row['verdict']}"
+    head = printable(f"step {row['step']}, prompt {row['prompt_id']}, sample {row['sample']}: {row['verdict']}")
     numbers = f"reward {row['reward']:g}, {row['tokens']} tokens{', ' if fate else ''}{fate}"
     console.print(f"--- {head}, {numbers}", style="bold")
     console.print(f"question: {printable(row['question'])}")

@@ -23,7 +23,7 @@ from phimr_nemo.config.load import flat
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import planned_steps
 from phimr_nemo.store.atomic import atomic_write_text, explain_os_errors, write_json
-from phimr_nemo.store.provenance import MADE_FROM
+from phimr_nemo.store.provenance import MADE_FROM, content_of, read_made_from
 from phimr_nemo.store.responses import DIRECTORY as RESPONSES
 from phimr_nemo.store.runs import CONFIG_FILE, METRICS_FILE, RUN_FILE, RunDirectory, read_metrics
 from phimr_nemo.training.seal import (
@@ -147,8 +147,15 @@ def _stage(run: Path) -> str:
 
 def _check_fixed(run: Path, now: Mapping[str, Any]) -> None:
     before, after = flat(yaml.safe_load((run / CONFIG_FILE).read_text("utf-8"))), flat(now)
+    made_from = read_made_from((RunDirectory(run).description() or {}).get(MADE_FROM))
+    inputs = {} if made_from is None else made_from.inputs
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    fixed = [key for key in changed if key in FIXED]
+    # An input that was moved is the same.
+    fixed = [
+        key
+        for key in changed
+        if key in FIXED and not (key in inputs and content_of(Path(str(after.get(key)))) == inputs[key])
+    ]
     if fixed:
         raise UserError(
             "; ".join(f"{key}: {before.get(key)!r} in {run}, {after.get(key)!r} now" for key in fixed),
@@ -161,19 +168,17 @@ def _chosen(run: Path, step: int | None) -> Path:
     """The checkpoint to go on from, whole by its checksums."""
     directory = RunDirectory(run).checkpoints
     usable, notes = usable_checkpoints(directory)
-    there = ", ".join(str(checkpoint_step(path)) for path in reversed(usable)) or "none"
-    if step is not None:
-        usable = [path for path in usable if checkpoint_step(path) == step]
-    for path in usable:
+    for path in usable if step is None else [path for path in usable if checkpoint_step(path) == step]:
         if not (names := damaged_files(path)):
             return path
         notes.append(f"{path} is damaged ({', '.join(names)}: wrong checksum)")
         _LOGGER.warning("%s", notes[-1])
+    there = ", ".join(str(checkpoint_step(path)) for path in reversed(usable) if not damaged_files(path)) or "none"
     wanted = "a whole checkpoint" if step is None else f"a whole checkpoint of step {step}"
     raise UserError(
         f"{run} has no {wanted.removeprefix('a ')}" + (f": {'; '.join(notes)}" if notes else ""),
-        rule=f"checkpoints are there of the steps: {there} (checkpoint.keep says how many are kept)",
-        remedy="give --step one of them" if there != "none" else "let the run come to its first checkpoint",
+        rule=f"whole checkpoints are there of the steps: {there} (checkpoint.keep says how many are kept)",
+        remedy="give --step one of them" if there != "none" else "run its own command to its next checkpoint",
     )
 
 
@@ -189,10 +194,19 @@ def _check_steps(stage: str, config: Any, run: Path, chosen: Path) -> None:
 
 
 def _check_origin(run: Path, target: Path, step: int | None) -> None:
-    origin = json.loads((target / ORIGIN_FILE).read_text("utf-8"))
-    if origin["run"] != str(run.resolve()) or step not in (None, origin["step"]):
+    path = target / ORIGIN_FILE
+    try:
+        origin = json.loads(path.read_text("utf-8"))
+        continued, began = str(origin["run"]), int(origin["step"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
-            f"{target} continues {origin['run']} from step {origin['step']}",
+            f"{path} is damaged: {error!r:.200}",
+            rule="it is a JSON object that says which run and step a directory goes on from",
+            remedy="name another directory, or remove this one",
+        ) from error
+    if continued != str(run.resolve()) or step not in (None, began):
+        raise UserError(
+            f"{target} continues {continued} from step {began}",
             rule="a directory goes on from one checkpoint",
             remedy="name another directory",
         )

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from phimr_nemo.config import STAGES, QuickstartConfig, load_config
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
-from phimr_nemo.jobs.changes import changed_settings, changes, is_remade
+from phimr_nemo.jobs.changes import NOT_RECORDED, changed_settings, changes, is_remade
 from phimr_nemo.jobs.closing import PART_OF, answers, to_type
 from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.process.children import run_child
@@ -196,9 +196,13 @@ def refuse_changed(steps: Sequence[Step]) -> None:
     """
     found = [(step.output, changed) for step in steps if (changed := changed_since(step))]
     if found:
-        named = "".join(f"\n    {output}: {'; '.join(changed)}" for output, changed in found)
+        lines = [f"{output}: {'; '.join(changed)}" for output, changed in found if changed != [NOT_RECORDED]]
+        unknown = [str(output) for output, changed in found if changed == [NOT_RECORDED]]
+        if unknown:
+            lines.append(f"{NOT_RECORDED}, so it cannot be compared: {', '.join(unknown)}")
+        named = "".join(f"\n    {line}" for line in lines)
         raise UserError(
-            f"steps that were made with another command, settings or inputs than now:{named}",
+            f"steps that are not, for all that is known, what their commands would make now:{named}",
             rule="a recipe goes on from steps that are what its commands would make",
             remedy="for a quickstart add --redo, which makes them and what follows from them again, or give another "
             "--out; or remove these directories, or choose another output",

@@ -30,6 +30,10 @@ QUIET_SECONDS: Final = 600.0
 PACE_STEPS: Final = 20
 """Newest lines of metrics that the pace is taken from."""
 QUEUE_SECONDS: Final = 10.0
+LONGEST_WORD: Final = 32
+"""Of a stage or a job in run.json; a longer one would push the other columns out of the table."""
+MOST_STEPS: Final = 10**12
+FIXED_POINT_BELOW: Final = 1e9
 SECONDS_A_MINUTE: Final = 60
 MINUTES_AN_HOUR: Final = 60
 WORDS: Final = ("run", "stage", "state", "queue")
@@ -124,8 +128,13 @@ def _read(path: Path, *, now: float, queue: Mapping[str, str]) -> RunStatus:
         Exception: a file of it is not what a run writes.
     """
     updated = _updated(path)
+    if not (path / RUN_FILE).is_file():
+        # A pipe would be waited for.
+        raise FileNotFoundError(path / RUN_FILE)
     facts: dict[str, Any] = json.loads((path / RUN_FILE).read_text("utf-8"))
     stage, starts = str(facts["stage"]), len(list(facts["starts"]))
+    if len(stage) > LONGEST_WORD or len(str(facts.get("slurm_job"))) > LONGEST_WORD:
+        raise ValueError(stage)
     metrics = [_numbers(row) for row in read_metrics(path)]
     steps = _planned(stage, path)
     job = None if facts.get("slurm_job") is None else str(facts["slurm_job"])
@@ -160,7 +169,7 @@ def _numbers(row: Any) -> dict[str, float]:
     Raises:
         ValueError, TypeError, KeyError: it is something else.
     """
-    if not math.isfinite(row["step"]) or not math.isfinite(row["time"]):
+    if not 0 <= row["step"] <= MOST_STEPS or not math.isfinite(row["time"]):
         raise ValueError(row)
     return {str(name): float(value) for name, value in row.items()}
 
@@ -256,7 +265,9 @@ def _progress(item: RunStatus) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+    if value is None:
+        return ""
+    return form.format(value) if not math.isfinite(value) or abs(value) < FIXED_POINT_BELOW else f"{value:.3g}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -22,7 +22,7 @@ from phimr_nemo.report.scores import as_in_the_paper, reference_table
 from phimr_nemo.report.tables import Seeds, Table, markdown, markdown_text, score_table
 from phimr_nemo.store.inputs import is_hub_name
 from phimr_nemo.store.provenance import ABSENT, MADE_FROM, content_of, read_made_from
-from phimr_nemo.store.runs import CONFIG_FILE, RESULTS_FILE, RUN_FILE, RunDirectory
+from phimr_nemo.store.runs import CONFIG_FILE, DONE_FILE, RESULTS_FILE, RUN_FILE, RunDirectory
 
 MODEL_DIRECTORY: Final = "hf"
 
@@ -121,22 +121,34 @@ def _stage_table(stages: Mapping[str, Path]) -> str:
                 rule="the model card reports finished stages",
                 remedy="finish the stage, or leave it out of `stages`",
             )
-        facts = run.closing_facts()
-        settings = yaml.safe_load((directory / CONFIG_FILE).read_text("utf-8"))
-        made = json.loads((directory / RUN_FILE).read_text("utf-8"))
-        optim = settings["optim"]
-        rows.append(
-            (
-                name,
-                str(facts["steps"]),
-                str(settings["sequence_length"]),
-                f"{optim['lr']:g}",
-                str(made["seed"]),
-                made["versions"]["git"][:12],
-            )
-        )
+        rows.append((name, *_trained_with(name, run)))
     header = ("stage", "steps", "longest sequence", "peak learning rate", "seed", "code")
     return markdown(Table("Training", header, tuple(rows))).rstrip("\n")
+
+
+def _trained_with(name: str, run: RunDirectory) -> tuple[str, ...]:
+    """Steps, sequence length, rate, seed and code of a finished training run.
+
+    Raises:
+        UserError: it is none, or its files are damaged.
+    """
+    facts = run.closing_facts()
+    try:
+        settings = yaml.safe_load((run.path / CONFIG_FILE).read_text("utf-8"))
+        made = json.loads((run.path / RUN_FILE).read_text("utf-8"))
+        return (
+            str(facts["steps"]),
+            str(settings["sequence_length"]),
+            f"{settings['optim']['lr']:g}",
+            str(made["seed"]),
+            str(made["versions"]["git"])[:12],
+        )
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"stage {name!r} in {run.path} is no training run, or damaged: {error!r:.200}",
+            rule=f"the card reports finished training stages from their {CONFIG_FILE}, {RUN_FILE} and {DONE_FILE}",
+            remedy="give the run.output of midtrain, sft, dpo or grpo; restore its files; or leave it out",
+        ) from error
 
 
 def check_evaluated(config: ExportConfig) -> None:
@@ -162,7 +174,8 @@ def check_evaluated(config: ExportConfig) -> None:
             rule="a card carries scores of the model itself, of its stages' models and of what they started from",
             remedy=f"evaluate the model that is there now: remove {directory} and run its command again"
             if asked is not None
-            else "evaluate the directory itself: what an endpoint serves is not known here",
+            else f"remove {directory} and evaluate the model's own directory: what an endpoint serves, or an earlier "
+            "version has asked, is not known here",
         )
 
 

@@ -9,10 +9,18 @@ from typing import Any, Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.atomic import atomic_write_bytes
+from phimr_nemo.store.unpacking import parquet_batches
 
 DIRECTORY: Final = "responses"
 FILE: Final = "step-{step:08d}.parquet"
 PREFIX: Final = "step-"
+COLUMNS: Final[Mapping[str, type]] = {
+    **dict.fromkeys(("step", "sample", "tokens"), int),
+    **dict.fromkeys(("prompt_id", "question", "answer", "response", "verdict"), str),
+    **dict.fromkeys(("truncated", "trained"), bool),
+    "reward": float,
+}
+"""What a row says of a response, and the type of each."""
 
 
 def write_responses(run: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -36,26 +44,35 @@ def kept_steps(run: Path) -> list[int]:
     return sorted(int(file.stem.removeprefix(PREFIX)) for file in files if file.stem.removeprefix(PREFIX).isdigit())
 
 
-def read_responses(run: Path, step: int) -> list[dict[str, Any]]:
+def read_responses(run: Path, step: int | None) -> list[dict[str, Any]]:
     """A step's sample.
+
+    Args:
+        run: the run directory.
+        step: whose; None = the newest that was kept.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    file = run / DIRECTORY / FILE.format(step=step)
-    if not file.is_file():
-        steps = kept_steps(run)
+    steps = kept_steps(run)
+    step = (steps[-1] if steps else None) if step is None else step
+    file = run / DIRECTORY / FILE.format(step=0 if step is None else step)
+    if step is None or not file.is_file():
         raise UserError(
-            f"{run} has no responses of step {step}",
+            f"{run} has no responses" if step is None else f"{run} has no responses of step {step}",
             rule=f"samples are kept of the steps {', '.join(map(str, steps)) or '(none so far)'}",
-            remedy=f"use --step {steps[-1]}" if steps else "set monitor.responses_every, and let the run come so far",
+            remedy=f"use --step {steps[-1]}"
+            if steps
+            else "give the run.output of a grpo run that has come to its first step of monitor.responses_every",
         )
     try:
-        rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        rows: list[dict[str, Any]] = [row for batch in parquet_batches(file) for row in batch.to_pylist()]
+        wrong = [name for name, kind in COLUMNS.items() for row in rows if not isinstance(row.get(name), kind)]
+        if wrong or not rows:
+            raise ValueError(f"no {wrong[0]}" if wrong else "no rows")
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{file} is not readable ({error})",
             rule="a sample of responses is a parquet file that a run has written",

@@ -254,12 +254,25 @@ def newest_mean(lines: Iterable[Mapping[str, Any]], metric: str) -> float | None
 
 
 def read_metrics(directory: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut by a kill is skipped."""
+    """The lines of metrics.jsonl; a last line cut by a kill is skipped.
+
+    Raises:
+        UserError: a line holds something else.
+    """
     path = directory / METRICS_FILE
     if not path.is_file():
         return
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            yield json.loads(line)
+            row = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError:
             continue
+        except (UnicodeDecodeError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
+            raise UserError(
+                f"{path} is damaged: {line!r:.120}",
+                rule="each of its lines is a JSON object with the number of a step",
+                remedy="restore it, or take that line out: only its numbers are lost",
+            )
+        yield row

@@ -13,6 +13,7 @@ from floor_runs import LR, MIN_LR, STAGES, STEPS, go, logged, make_inputs, same_
 from phimr_nemo.config import OptimConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.continuing import Continuation, continuation
+from phimr_nemo.store.provenance import content_of
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 from phimr_nemo.training.metrics import Stage
 from phimr_nemo.training.schedule import learning_rate
@@ -149,7 +150,32 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(finished: dict[S
     found = continuation(run, tmp_path / "new", None, [steps("dpo", MORE)])
     assert found.checkpoint is not None
     assert checkpoint_step(found.checkpoint) == STEPS - 1
-    refused("step=4 is damaged", "2, 3", run=run, target=tmp_path / "new", step=4, overrides=[steps("dpo", MORE)])
+    refused("step=4 is damaged", ": 2, 3 (", run=run, target=tmp_path / "new", step=4, overrides=[steps("dpo", MORE)])
+
+
+def test_inputs_that_were_moved_are_the_same_and_others_are_refused(
+    inputs: Path, finished: dict[Stage, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "old"
+    [data] = [Path(item.removeprefix("data=")) for item in settings("sft", inputs, run) if item.startswith("data=")]
+    shutil.copytree(finished["sft"], run)
+    shutil.copytree(data, tmp_path / "moved")
+    described = json.loads((run / "run.json").read_text("utf-8"))
+    described.pop("made_from", None)
+    (run / "run.json").write_text(json.dumps(described))
+    longer = [steps("sft", MORE), f"data={tmp_path / 'moved'}"]
+    refused("leave data out", run=run, target=tmp_path / "new", step=None, overrides=longer)
+    described["made_from"] = {"inputs": {"data": content_of(data)}, "config": {}}
+    (run / "run.json").write_text(json.dumps(described))
+    assert continuation(run, tmp_path / "new", None, longer).checkpoint is not None
+    other = [steps("sft", MORE), f"data={inputs}"]
+    refused("leave data out", run=run, target=tmp_path / "new", step=None, overrides=other)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"run": 3}', '{"run": "a", "step": null}'])
+def test_a_damaged_origin_is_named(content: str, finished: dict[Stage, Path], tmp_path: Path) -> None:
+    (tmp_path / "continues.json").write_text(content)
+    refused("continues.json is damaged", run=finished["sft"], target=tmp_path, step=None, overrides=["max_steps=9"])
 
 
 def test_a_copy_that_was_killed_is_made_again(

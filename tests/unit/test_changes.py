@@ -177,7 +177,9 @@ def generate(out: Path, source: Path, *overrides: str) -> Any:
 
 def test_two_versions_of_a_recorded_file_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = recorded(tmp_path / "file.jsonl", "a", "b"), tmp_path / "out"
-    run_stage("generate", generate(out, source, "shard.count=2", "shard.index=0"))
+    run_stage("generate", generate(out, source))
+    # One that was killed at the end: a task of an array would have made the other's shards as well.
+    (out / "DONE").unlink()
     kept = (out / "part-00000.parquet").stat().st_mtime_ns
     # The same question and teacher, so the same ids.
     recorded(source, "a", "B", "c")
@@ -332,6 +334,25 @@ def test_a_quickstart_names_finished_steps_that_changed_and_makes_them_again_whe
     after = read_table(tmp_path / "out/seed-0/verdicts", "verdicts")
     assert after.num_rows > before.num_rows
     assert after["id"].to_pylist() == read_table(tmp_path / "out/seed-0/rollouts", "rollouts")["id"].to_pylist()
+
+
+def test_a_quickstart_of_an_earlier_version_is_named_once_and_made_again_when_asked(
+    tmp_path: Path, in_this_process: list[str]
+) -> None:
+    arguments = (Path("conf/quickstart/tiny.yaml"), [0], tmp_path / "out", ())
+    quickstart.run_quickstart(*arguments, redo=False)
+    directories = [tmp_path / "out" / "seed-0" / name for name in in_this_process]
+    for directory in directories:
+        described = json.loads((directory / RUN_FILE).read_text("utf-8"))
+        del described["made_from"]
+        (directory / RUN_FILE).write_text(json.dumps(described))
+    with pytest.raises(UserError) as caught:
+        quickstart.run_quickstart(*arguments, redo=False)
+    assert caught.value.problem.count("an earlier version did not record") == 1
+    assert ", ".join(map(str, directories)) in caught.value.problem
+    quickstart.run_quickstart(*arguments, redo=True)
+    quickstart.run_quickstart(*arguments, redo=False)
+    assert in_this_process == ["base", "rollouts", "verdicts"] * 2
 
 
 def test_a_step_whose_input_was_replaced_is_named(tmp_path: Path, in_this_process: list[str]) -> None:

@@ -271,7 +271,7 @@ def test_a_score_behind_an_endpoint_is_nobodys(tmp_path: Path, model: Path) -> N
     path = evaluated(tmp_path / "e", None, correct=1, questions=4, stderr=0.1)
     with pytest.raises(UserError, match="other weights \\(unknown\\)") as caught:
         run_stage("export", export_config(tmp_path, model, f"evaluations.GRPO={path}"))
-    assert "endpoint" in caught.value.remedy
+    assert f"remove {path} and evaluate the model's own directory" in caught.value.remedy
 
 
 @pytest.mark.parametrize("what", ["stages", "evaluations"])
@@ -280,6 +280,31 @@ def test_what_has_not_finished_is_not_reported(what: str, tmp_path: Path, model:
     with pytest.raises(UserError) as caught:
         run_stage("export", export_config(tmp_path, model, f"{what}.half={path}"))
     assert f"'half' in {path} has not finished" in caught.value.problem
+    assert not (tmp_path / "release").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", "{"),
+        ("run.json", "[]"),
+        ("run.json", '{"seed": 1}'),
+        ("run.json", "[" * 100_000),
+        ("config.yaml", "a: ["),
+        ("config.yaml", "run: {}"),
+        ("config.yaml", "optim: 3\nsequence_length: 4"),
+        ("DONE", "{}"),
+        ("DONE", "["),
+    ],
+)
+def test_a_stage_that_is_no_training_run_or_damaged_is_named(
+    name: str, content: str, tmp_path: Path, model: Path
+) -> None:
+    path = trained(tmp_path / "stage", steps=1, lr=1.0, seed=0)
+    (path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{path}") as caught:
+        run_stage("export", export_config(tmp_path, model, f"stages.one={path}"))
+    assert "damaged" in caught.value.problem
     assert not (tmp_path / "release").exists()
 
 

@@ -35,6 +35,9 @@ SHAPED |= {
     "replicate": "r8" + "_" + "a1" * 18,
     "wandb": "wandb" + "_v1_" + "a1" * 20,
     "web token": "ey" + "JhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefghijklmnop",
+    "stripe": "sk" + "_live_" + "a1" * 12,
+    "vault": "hvs" + "." + "a1" * 15,
+    "tavily": "tvly" + "-" + "a1" * 15,
     "npm": "npm" + "_" + "a1" * 18,
     "temporary aws": "ASIA" + "A1B2C3D4E5F6G7H8",
     "private key": "-----BEGIN RSA " + "PRIVATE KEY-----\nMIIE\nabc\n-----END RSA " + "PRIVATE KEY-----",
@@ -69,6 +72,9 @@ def test_a_password_in_an_address_is_left_out() -> None:
         ("Authorization: Bearer {}", "Authorization: Bearer [secret]"),
         ("{{'authorization': 'bearer {}'}}", "{{'authorization': 'bearer [secret]'}}"),
         ("Authorization: Basic {}==", "Authorization: Basic [secret]"),
+        ("Authorization: Basic dTpw", "Authorization: Basic [secret]"),
+        ("http://h/v1;key={}", "http://h/v1;key=[secret]"),
+        ("AccountKey={}", "AccountKey=[secret]"),
         ('{{"api_key": "{}"}}', '{{"api_key": "[secret]"}}'),
         ("OPENAI_API_KEY={}", "OPENAI_API_KEY=[secret]"),
     ],
@@ -81,7 +87,17 @@ def test_what_stands_where_a_secret_stands_is_left_out(text: str, left: str) -> 
     "name",
     [
         *("AZURE_KEY1", "MY_PAT", "WANDB_AUTH", "OPENAI_API_KEYS", "AWS_ACCESS_KEY_ID", "PGPASS", "HF_TOKEN_READ"),
-        *("token", "DB_PWD", "SLACK_WEBHOOK_URL", "MY_APIKEY", "BEARER", "JWT_SECRET_2", "SMTP_PASSPHRASE"),
+        *(
+            "token",
+            "DB_PWD",
+            "SLACK_WEBHOOK_URL",
+            "MY_APIKEY",
+            "BEARER",
+            "JWT_SECRET_2",
+            "SMTP_PASSPHRASE",
+            "JWT",
+            "HMAC",
+        ),
     ],
 )
 @pytest.mark.parametrize("value", [MIXED, "abc123-+", "cr3tsecABCDEFGHIJK==", "no digits, but long"])
@@ -94,13 +110,20 @@ def test_the_value_of_a_variable_of_such_a_name_is_left_out(
         refuse_secrets({"extra_body": {"k": value}})
 
 
-@pytest.mark.parametrize("name", ["api_key", "X-API-Key", "authorization", "client_secret", "hf_token", "Password"])
+CAMEL = ("refreshToken", "apiKey", "X-Auth-Key", "cookie", "Set-Cookie", "signingKey", "jwt")
+
+
+@pytest.mark.parametrize(
+    "name", ["api_key", "X-API-Key", "authorization", "client_secret", "hf_token", "Password", *CAMEL]
+)
 def test_a_setting_of_such_a_name_is_refused_whatever_it_holds(name: str) -> None:
     with pytest.raises(UserError, match="holds a secret"):
         refuse_secrets({"extra_body": {name: "correct horse"}})
 
 
-@pytest.mark.parametrize("name", ["api_key_env", "max_tokens", "eos_token_id", "tokenizer", "key_value", "author"])
+@pytest.mark.parametrize(
+    "name", ["api_key_env", "max_tokens", "eos_token_id", "tokenizer", "key_value", "author", "eosTokenId", "hotkey"]
+)
 def test_a_setting_of_another_name_is_not(name: str) -> None:
     refuse_secrets({"extra_body": {name: "correct horse"}})
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -27,6 +29,10 @@ class Words:
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         return " ".join(f"w{number}" for number in ids)
+
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
+        """No response here ends with one of them."""
+        return [-1 - place for place in range(len(tokens))]
 
 
 def rollout(slot: int, sample: int) -> Rollout:
@@ -84,6 +90,25 @@ def test_what_is_written_is_read_and_later_steps_can_be_dropped(tmp_path: Path) 
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match="is not readable"):
         read_responses(tmp_path, 10)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "alone"),
+    [
+        ("x", pa.array([1]), True),
+        ("step", pa.array([], pa.int64()), True),
+        ("reward", pa.array(["much"]), False),
+        ("question", pa.array([None], pa.string()), False),
+        ("response", pa.DictionaryArray.from_arrays(pa.array([0] * 600_000, pa.int32()), ["x" * 2_000]), True),
+    ],
+    ids=["other columns", "no rows", "a word for a number", "nothing", "a gigabyte in a few bytes"],
+)
+def test_a_file_that_no_run_writes_is_refused(column: str, values: pa.Array, alone: bool, tmp_path: Path) -> None:
+    others = {} if alone else {name: [value] for name, value in rows(1)[0].items()}
+    (tmp_path / "responses").mkdir()
+    pq.write_table(pa.table({**others, column: values}), tmp_path / "responses" / "step-00000001.parquet")
+    with pytest.raises(UserError, match=r"is not readable|unpacks to more"):
+        read_responses(tmp_path, None)
 
 
 def shown(run: Path, *options: str) -> str:

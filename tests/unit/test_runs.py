@@ -17,6 +17,7 @@ import pytest
 from processes import start
 
 from phimr_nemo import __version__
+from phimr_nemo.errors import UserError
 from phimr_nemo.store.runs import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -131,6 +132,14 @@ def test_a_line_cut_by_a_kill_is_skipped(tmp_path: Path) -> None:
         writer.write(2, {"loss": 2.0})
     lines = path.read_text("utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"7", b'{"loss": 1}', b'{"step": "1"}', b"\xff\xfe", b"[" * 100_000])
+def test_a_line_that_no_run_writes_is_named(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged") as caught:
+        list(read_metrics(tmp_path))
+    assert "take that line out" in caught.value.remedy
 
 
 def test_nan_is_kept(tmp_path: Path) -> None:

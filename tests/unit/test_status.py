@@ -182,7 +182,10 @@ BROKEN: list[tuple[str, bytes]] = [
     (METRICS_FILE, b'{"step": 1, "time": 1, "loss": {"a": 1}}\n'),
     (METRICS_FILE, b'{"step": NaN, "time": 1}\n{"step": 2, "time": 2}\n'),
     (METRICS_FILE, b'{"step": 1}\n'),
+    (METRICS_FILE, b'{"step": 1e300, "time": 1}\n'),
     (METRICS_FILE, b"\xff\xfe\n"),
+    (RUN_FILE, json.dumps({"stage": "x" * 5000, "starts": ["a"]}).encode()),
+    (RUN_FILE, json.dumps({"stage": "grpo", "starts": ["a"], "slurm_job": "7" * 5000}).encode()),
 ]
 
 
@@ -205,7 +208,16 @@ def test_files_that_are_no_files_and_links_to_nowhere_stop_nothing(tmp_path: Pat
     (tmp_path / "b" / METRICS_FILE).mkdir()
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / RUN_FILE).mkdir()
-    assert [row.state for row in status(tmp_path)] == ["running", "running", "unreadable"]
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "d" / RUN_FILE)
+    assert [row.state for row in status(tmp_path)] == ["running", "running", "unreadable", "unreadable"]
+
+
+def test_a_number_of_any_size_leaves_the_other_columns_in_the_table(tmp_path: Path) -> None:
+    write_steps(start(tmp_path / "a").path, range(3), loss=1e300, reward=0.25)
+    lines = CliRunner().invoke(app, ["status", str(tmp_path)]).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {"a", "grpo", "1e+300", "0.250"} <= set(lines[1].split())
 
 
 ANCHORS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
