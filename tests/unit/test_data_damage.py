@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,17 @@ def test_damage_in_a_source_is_repaired_and_counted(tmp_path: Path) -> None:
         (r'["\\frac{1}{2}", "0.5"]', r'["\\frac{1}{2}", "0.5"]'),
         ('["\\frac{1}{2}"]', r"\frac{1}{2}"),
         ('["nan", "3"]', "3"),
+        ('["x=1", null]', "x=1"),
+        ("[null]", ""),
+        ("[]", ""),
+        ("['1/2', '0.5']", '["1/2", "0.5"]'),
+        (r"['\\frac{1}{2}', None]", r"\frac{1}{2}"),
+        (r"['\sqrt{2}']", r"\sqrt{2}"),
+        ("['1/2' '0.5']", "['1/2' '0.5']"),
+        ("[f'(x), g'(x)]", "[f'(x), g'(x)]"),
+        (Decimal("1.50"), "1.5"),
+        (Decimal(1200), "1200"),
+        (Decimal("NaN"), ""),
         ("[1, 2]", "[1, 2]"),
         ("none", "none"),
     ],
