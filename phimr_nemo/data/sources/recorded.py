@@ -129,7 +129,6 @@ def load_recorded_rollouts(
         try:
             problem = problem_of(row, columns, where=where, source=path.name)
             found = responses_of(row, response, teacher)
-            lost += sum(recorded.response == "" for recorded in found)
             if all(recorded.response is None for recorded in found):
                 raise IncompleteRow(
                     f"{where} has no response",
@@ -140,6 +139,7 @@ def load_recorded_rollouts(
         except IncompleteRow as error:
             incomplete.add(error)
             continue
+        lost += sum(not recorded.response for recorded in found)
         for recorded in found:
             if not recorded.response:
                 continue
