@@ -58,6 +58,7 @@ NEXT: Final[Mapping[str, Following]] = {
 }
 PAIRS: Final = Following("dpo", "pairs", "pairs")
 OWN_ROLLOUTS: Final = Following("generate", "teacher.path", MODEL)
+NOT_GRADED: Final = ("gold_unreadable", "timeout", "error")
 TRAJECTORIES: Final = Following("verify", "rollouts", "rollouts")
 
 
@@ -96,8 +97,13 @@ def _counts(_: Path, facts: Mapping[str, Any]) -> list[str]:
 
 def _verified(_: Path, facts: Mapping[str, Any]) -> list[str]:
     rows = int(facts["rows"])
-    shares = [f"{name} {facts.get(name, 0) / max(rows, 1):.1%}" for name in ("correct", "wrong")]
-    return [f"answers {rows:,}", *shares]
+    # What could not be graded is told where there is any: a grader that fails must not look like a weak model.
+    names = ["correct", "wrong", *(name for name in NOT_GRADED if facts.get(name, 0))]
+    return [f"answers {rows:,}", *(f"{name} {facts.get(name, 0) / max(rows, 1):.1%}" for name in names)]
+
+
+def _prepared(_: Path, facts: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {facts[name]:,}" for name in ("read", "problems", "rollouts") if name in facts]
 
 
 def _packed(_: Path, facts: Mapping[str, Any]) -> list[str]:
@@ -129,6 +135,7 @@ def _evaluated(output: Path, facts: Mapping[str, Any]) -> list[str]:
 
 FIGURES_OF: Final[Mapping[str, Callable[[Path, Mapping[str, Any]], list[str]]]] = {
     "base": _model,
+    "prepare": _prepared,
     "verify": _verified,
     "pack": _packed,
     "midtrain": _trained("loss", "val_loss"),

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, TextIO
@@ -15,6 +16,12 @@ from phimr_nemo.store.unpacking import BATCH_BYTES, BATCH_ROWS, LINE_BYTES, MAX_
 
 _COMPRESSIONS: Final = (".gz", ".zst")
 _JSON: Final = (".jsonl", ".json", ".ndjson")
+_BYTE_ORDER_MARK: Final = "\ufeff"
+_UNPACK: Final = {".gz": "gzip -dc", ".zst": "zstd -dc"}
+_AS_LINES: Final = (
+    "import json, sys; found = json.load(sys.stdin); "
+    "[print(json.dumps(row)) for row in (found if isinstance(found, list) else [found])]"
+)
 
 
 def is_json_lines(path: Path) -> bool:
@@ -69,16 +76,22 @@ def read_batches(path: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    number, allowance = 0, Allowance(path)
+    number, allowance, is_first = 0, Allowance(path), True
     try:
         with open_json_lines(path, "r") as stream:
             while line := stream.readline(MAX_ROW_BYTES + 1):
                 number += 1
+                if number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
                 allowance.spend(max(len(line), LINE_BYTES))
                 if len(line) > MAX_ROW_BYTES:
                     raise _malformed(path, number, f"longer than {MAX_ROW_BYTES} characters")
-                if line.strip():
-                    yield number, line
+                if not (text := line.strip()):
+                    continue
+                if is_first and (text.startswith("[") or text == "{"):
+                    raise _one_document(path)
+                is_first = False
+                yield number, line
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise _malformed(path, number + 1, str(error)) from error
 
@@ -98,6 +111,19 @@ def _malformed(path: Path, number: int, problem: str) -> UserError:
         f"{path}, line {number}: {problem}",
         rule="every line is one JSON object in UTF-8",
         remedy="repair or drop this line",
+    )
+
+
+def _one_document(path: Path) -> UserError:
+    """The error for a JSON array, or one object over several lines."""
+    packed = path.suffix in _COMPRESSIONS
+    name = Path(path.stem).stem if packed else path.stem
+    feed = f"{_UNPACK[path.suffix] if packed else 'cat'} {shlex.quote(str(path))}"
+    target = path.with_name(f"{name}-lines.jsonl")
+    return UserError(
+        f"{path}, line 1: one JSON document begins instead of JSON lines",
+        rule="every line is one JSON object in UTF-8",
+        remedy=f"convert it: {feed} | {shlex.join(('python', '-c', _AS_LINES))} > {shlex.quote(str(target))}",
     )
 
 

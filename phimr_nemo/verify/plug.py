@@ -24,6 +24,7 @@ GraderFunction = Callable[[str, str], Verdict]
 
 RULE: Final = "grader is MODULE:FUNCTION, a function (response, answer) -> phimr_nemo.verify.Verdict"
 REMEDY: Final = "correct the name, or put the module's directory into PYTHONPATH"
+CONFINED: Final = "a call opens and imports nothing: do both at the top of the module"
 MAX_RESPONSE_CHARS: Final = 150_000
 """A longer response is graded by its end, where the final answer stands."""
 MAX_REASON_CHARS: Final = 200
@@ -70,7 +71,9 @@ def ask_grader(function: GraderFunction, response: str, answer: str) -> dict[str
     try:
         verdict = function(response, answer)
     except Exception as error:  # noqa: BLE001 - it is the user's function; the answer that breaks it is reported
-        return {"verdict": "error", "extracted": "", "reason": f"the grader failed: {type(error).__name__}: {error}"}
+        reason = f"the grader failed: {type(error).__name__}: {error}"
+        confined = f" ({CONFINED})" if isinstance(error, (ImportError, PermissionError)) else ""
+        return {"verdict": "error", "extracted": "", "reason": reason + confined}
     if not isinstance(verdict, Verdict) or verdict.verdict not in get_args(VerdictName):
         return {"verdict": "error", "extracted": "", "reason": f"the grader returned {type(verdict).__name__}"}
     return {

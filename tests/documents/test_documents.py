@@ -45,7 +45,8 @@ SMALL: Mapping[str, Mapping[str, str]] = {
     },
     "midtrain/tiny.yaml": {"epochs": "4"},
     "dpo/tiny.yaml": {"micro_batch": "4", "global_batch": "4"},
-    "grpo/tiny.yaml": {"steps": "3", "prompts_per_step": "4"},
+    # A round of samples, so that there is something to show.
+    "grpo/tiny.yaml": {"steps": "10", "prompts_per_step": "4"},
 }
 SECONDS = 900
 

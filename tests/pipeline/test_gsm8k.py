@@ -110,7 +110,12 @@ def plan(root: Path, recorded: Path, test: Path, rows: int, length: int) -> list
     sets = root / "curated"
     teacher = ("problems=null", "teacher.kind=recorded", f"teacher.path={recorded}", f"teacher.limit={rows}")
     sets_of_this_test = (
-        *(f"midtrain.max_per_problem={MOST}", "sft.max_per_problem=1", f"sft.max_repetition={REPETITIVE_ABOVE}"),
+        *(
+            f"midtrain.max_per_problem={MOST}",
+            "sft.max_per_problem=1",
+            f"sft.max_repetition={REPETITIVE_ABOVE}",
+            "sft.max_tokens=null",
+        ),
         *("pairs.mode=near_miss", "pairs.nearness=common_steps", "pairs.max_per_problem=2"),
         *("prompts.min_pass=0", "prompts.max_pass=1", "prompts.hard_below=0.5", "prompts.min_samples=2"),
     )

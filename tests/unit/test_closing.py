@@ -108,6 +108,12 @@ def test_an_evaluation_tells_its_score(tmp_path: Path) -> None:
 def test_counts_and_shares_of_the_data_steps(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "a").finish(rows=200, correct=150, wrong=40, unparsable=10)
     assert said("verify", tmp_path / "a")[0].startswith("verify: answers 200, correct 75.0%, wrong 20.0%;")
+    RunDirectory(tmp_path / "e").finish(rows=200, wrong=20, error=120, gold_unreadable=60)
+    assert said("verify", tmp_path / "e")[0].startswith(
+        "verify: answers 200, correct 0.0%, wrong 10.0%, gold_unreadable 30.0%, error 60.0%;"
+    )
+    RunDirectory(tmp_path / "p").finish(problems=3, rollouts=7, read=40, trajectories=9, **{"mine: read": 40})
+    assert said("prepare", tmp_path / "p")[0].startswith("prepare: read 40, problems 3, rollouts 7;")
     RunDirectory(tmp_path / "b").finish(rows=5, b=2, c=9, d=3)
     assert said("generate", tmp_path / "b")[0].startswith("generate: rows 5, c 9, d 3;")
 
@@ -127,12 +133,12 @@ def test_the_command_says_it_and_says_it_again(tmp_path: Path) -> None:
     """A second call finds the work done and is not silent either."""
     output = tmp_path / "rollouts"
     command = ["generate", "--config", "conf/generate/tiny.yaml", f"run.output={output}", "problems.count=4"]
-    for begins in ("generate: rows 8, ", "generate: has finished already ("):
+    for is_again in (False, True):
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 0, done.output
         lines = done.stdout.splitlines()
-        assert lines[0].startswith(begins)
-        assert lines[-2:] == [
-            f"  made: {output}",
-            f"  next: {next_command('generate', output, Path(command[2]), {})}",
-        ]
+        if is_again:
+            assert lines.pop(0).startswith("generate: has finished already ")
+        assert lines[0].startswith("generate: rows 8, ")
+        following = next_command("generate", output, Path(command[2]), {})
+        assert lines[1:] == [f"  made: {output}", f"  next: {following}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from phimr_nemo.data.sources.cells import answer_text, lookup
 from phimr_nemo.data.sources.damage import is_damaged, repair_latex
 from phimr_nemo.data.sources.item import Item, UnusableRow
 from phimr_nemo.data.sources.source import read_items
+from phimr_nemo.errors import UserError
 
 COMMANDS = [
     *(r"\frac{1}{2}", r"\forall x", r"\beta", r"\boxed{3}", r"\binom{n}{k}", r"\begin{cases}", r"\bar x", r"\bmod 5"),
@@ -107,6 +109,17 @@ def test_damage_in_a_source_is_repaired_and_counted(tmp_path: Path) -> None:
         (r'["\\frac{1}{2}", "0.5"]', r'["\\frac{1}{2}", "0.5"]'),
         ('["\\frac{1}{2}"]', r"\frac{1}{2}"),
         ('["nan", "3"]', "3"),
+        ('["x=1", null]', "x=1"),
+        ("[null]", ""),
+        ("[]", ""),
+        ("['1/2', '0.5']", '["1/2", "0.5"]'),
+        (r"['\\frac{1}{2}', None]", r"\frac{1}{2}"),
+        (r"['\sqrt{2}']", r"\sqrt{2}"),
+        ("['1/2' '0.5']", "['1/2' '0.5']"),
+        ("[f'(x), g'(x)]", "[f'(x), g'(x)]"),
+        (Decimal("1.50"), "1.5"),
+        (Decimal(1200), "1200"),
+        (Decimal("NaN"), ""),
         ("[1, 2]", "[1, 2]"),
         ("none", "none"),
     ],
@@ -159,6 +172,27 @@ def test_responses_that_were_not_asked_for_are_named(tmp_path: Path) -> None:
     assert isinstance(asked, Item)
     assert [(one.teacher, one.response) for one in asked.trajectories] == [("m", "So 1.")]
     assert not asked.lost
+    (thought,) = read(tmp_path, [{"problem": "Q?", "answer": "1", "r1_solution_1": "<think>\nOne.\n</think>\n1"}])
+    assert isinstance(thought, Item)
+    assert thought.lost == ("responses in a column that was not asked for (response: r1_solution_1)",)
+
+
+def test_a_chat_without_an_answer_is_read_with_its_response(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": r"So \boxed{1}"}]
+    (item,) = read(tmp_path, [{"messages": turns}])
+    assert isinstance(item, Item)
+    assert (item.question, item.answer) == ("Q?", "")
+    assert [one.response for one in item.trajectories] == [r"So \boxed{1}"]
+    with pytest.raises(UserError, match="lacks an answer column"):
+        read(tmp_path, [{"question": "Q?", "other": "x"}])
+
+
+def test_empty_generations_of_a_preset_are_counted(tmp_path: Path) -> None:
+    row = {"problem": "Q?", "answer": "1", "solution": "", "generations": ["a", None, " "], "finish_reasons": None}
+    (item,) = read(tmp_path, [row | {"correctness_math_verify": [True, None, None]}], preset="openr1_math")
+    assert isinstance(item, Item)
+    assert [one.response for one in item.trajectories] == ["a"]
+    assert item.lost == ("response that is null or empty",) * 2
 
 
 def test_a_number_of_more_digits_than_python_reads_is_a_row_not_a_broken_file(tmp_path: Path) -> None:

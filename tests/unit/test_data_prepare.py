@@ -27,6 +27,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import read_configured_problems
 from phimr_nemo.jobs.composed import run_prepare
 from phimr_nemo.jobs.preflight import preflight
+from phimr_nemo.store.check import check_directory, forget_damaged
 from phimr_nemo.store.shards import read_manifest, read_table
 
 TANK = "A farmer fills a tank with 30 litres of water and his boat carries 12 apples along the garden rope today."
@@ -263,6 +264,25 @@ def test_a_run_that_was_killed_continues_to_the_same_result(
     assert facts == run_prepare(config)
     assert outcome(config.run.output) == expected
     assert not (config.run.output / "candidates").exists()
+
+
+@pytest.mark.parametrize("kind", ["problems", "rollouts"])
+def test_a_damaged_shard_is_made_again_and_no_other(tmp_path: Path, kind: str) -> None:
+    config = configured(tmp_path)
+    run_prepare(config)
+    expected = outcome(config.run.output)
+    shards = sorted((config.run.output / kind).glob("part-*.parquet"))
+    whole = [shard.read_bytes() for shard in shards]
+    written = [shard.stat().st_mtime_ns for shard in shards]
+    shards[1].write_bytes(whole[1][:100])
+    (damage,) = check_directory(config.run.output / kind)
+    assert damage.shards == [shards[1].name]
+    forget_damaged(damage)
+    run_prepare(config)
+    assert outcome(config.run.output) == expected
+    assert [shard.read_bytes() for shard in shards] == whole
+    changed = [shard.stat().st_mtime_ns != before for shard, before in zip(shards, written, strict=True)]
+    assert changed == [number == 1 for number in range(len(shards))]
 
 
 def test_the_result_does_not_depend_on_the_shard_size(tmp_path: Path) -> None:

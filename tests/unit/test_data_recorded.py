@@ -54,6 +54,14 @@ def test_listed_layout_and_named_columns(tmp_path: Path) -> None:
     assert [(r["response"], r["teacher"], r["sample_index"]) for r in found] == [("x", "me", 0), ("y", "me", 1)]
 
 
+def test_null_and_empty_responses_in_a_list_are_lost_alone_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text(json.dumps({"question": "Q?", "answer": "1", "responses": ["a", None, " "]}) + "\n", "utf-8")
+    table, counts = load_recorded_rollouts(path)
+    assert table["response"].to_pylist() == ["a"]
+    assert counts == {"read": 1, "incomplete": 0, "dropped: response that is null or empty": 2}
+
+
 def test_thinking_is_joined_to_the_response(tmp_path: Path) -> None:
     row = {"problem": "P", "gtruth_answer": "0", "message_thinking": " Hm. ", "message_content": "It is 0."}
     (rollout,) = recorded_rollouts(write(tmp_path / "r.jsonl", [row])).to_pylist()

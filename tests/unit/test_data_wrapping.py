@@ -41,6 +41,8 @@ WRAPS: dict[str, Wrap] = {
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         f"\n\n### Instruction:\n{q}\n\n### Response: Let's think step by step."
     ),
+    "two orders": lambda q: "Solve this problem and box your answer: " + q,
+    "no noun": lambda q: "Please solve the following:\n\n" + q,
     "Q and A": lambda q: f"Q: {q}\nA:",
     "Chinese": lambda q: q + "\n请逐步推理，并将最终答案放在\\boxed{}中。",
     "assistant": lambda q: (

@@ -298,7 +298,7 @@ def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
     here("generate", "rollouts", f"teacher.path={made('gsm8k.jsonl')}")
     here("verify", "verdicts", f"rollouts={made('rollouts')}", "workers=1")
     assert {row["verdict"] for row in read_table(tmp_path / "verdicts", "verdicts").to_pylist()} == {"correct"}
-    here("curate", "curated", f"verdicts={made('verdicts')}", "workers=1")
+    here("curate", "curated", f"verdicts={made('verdicts')}", f"tokenizer={made('base/hf')}", "workers=1")
     here(
         "pack",
         "rows",
@@ -310,7 +310,8 @@ def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
     apart("midtrain", f"base={made('base/hf')}", f"data={made('rows')}", *few, "validation_rows=0")
     apart("sft", f"base={made('midtrain/hf')}", f"data={made('curated/sft')}", *few, "validation_rows=0")
     write_own_verdicts(tmp_path / "verdicts", tmp_path / "own-verdicts")
-    here("curate", "sets", f"verdicts={made('own-verdicts')}", "workers=1", preset="smollm2-rollouts")
+    tokens = f"tokenizer={made('base/hf')}"
+    here("curate", "sets", f"verdicts={made('own-verdicts')}", tokens, "workers=1", preset="smollm2-rollouts")
     apart("dpo", f"base={made('sft/hf')}", f"pairs={made('sets/pairs')}", *few)
     rounds = (f"steps={STEPS}", "prompts_per_step=2", "group_size=2", "max_new_tokens=8", "micro_batch=2")
     room = ("engine.cache_gib=1", "verify_workers=1")

@@ -28,6 +28,10 @@ def grade(response, answer):
             pass
     if "raise" in response:
         raise KeyError("secret")
+    if "late" in response:
+        import difflib
+    if "open" in response:
+        open(__file__)
     if "nothing" in response:
         return True
     word = response.split()[-1] if response.split() else ""
@@ -65,6 +69,16 @@ def test_the_users_function_decides_in_another_process(spec: str) -> None:
     assert verdicts[0].reason != f"pid {os.getpid()}"
     assert "KeyError" in verdicts[6].reason
     assert "bool" in verdicts[7].reason
+
+
+def test_a_grader_that_imports_or_opens_late_is_told_where_to_do_it(spec: str) -> None:
+    with Grader(workers=1, function=spec) as grader:
+        late, opens, other = grader.grade_many([("late", "x"), ("open", "x"), ("raise", "x")])
+    assert [late.verdict, opens.verdict, other.verdict] == ["error"] * 3
+    assert "difflib" in late.reason
+    assert "at the top of the module" in late.reason
+    assert "at the top of the module" in opens.reason
+    assert "at the top" not in other.reason
 
 
 def test_mathematics_is_the_default() -> None:

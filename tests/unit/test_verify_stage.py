@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,27 @@ def test_bad_input_names_the_line_and_leaves_no_output(tmp_path: Path, content: 
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         verify(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("is_list", [True, False])
+def test_the_remedy_for_one_json_document_works_as_printed(tmp_path: Path, is_list: bool, indent: int | None) -> None:
+    rows = [{"said": "1", "gold": "1"}, {"said": "2", "gold": "1"}]
+    source, out = tmp_path / "my rows.json.gz", tmp_path / "out.jsonl"
+    source.write_bytes(gzip.compress(json.dumps(rows if is_list else rows[0], indent=indent).encode()))
+    if is_list or indent:
+        with pytest.raises(UserError, match="line 1: one JSON document") as caught:
+            verify(source, out)
+        command = caught.value.remedy.removeprefix("convert it: ")
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        subprocess.run(["bash", "-c", command], check=True, env={**os.environ, "PATH": path})
+        source = tmp_path / "my rows-lines.jsonl"
+    assert verify(source, out) == ({"rows": 2, "correct": 1, "wrong": 1} if is_list else {"rows": 1, "correct": 1})
+
+
+def test_a_mark_before_the_first_row_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('\ufeff{"said": "1", "gold": "1"}\n', "utf-8")
+    assert verify(tmp_path / "in.jsonl", tmp_path / "out.jsonl") == {"rows": 1, "correct": 1}
 
 
 def test_bytes_that_are_no_text_or_no_gzip_are_named(tmp_path: Path) -> None:

@@ -163,5 +163,5 @@ def _refuse_empty(config: CurateConfig, name: str, counts: Mapping[str, int]) ->
         raise UserError(
             f"the {name} set of {paths} would be empty; dropped: {drops}",
             rule="a training set has at least one row",
-            remedy=f"loosen {name}.*, or bring more or better rollouts",
+            remedy=f"loosen {name}.* (with another run.output), or bring more or better rollouts",
         )

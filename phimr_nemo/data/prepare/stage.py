@@ -47,8 +47,11 @@ from phimr_nemo.data.prepare.dedup import (
 from phimr_nemo.data.prepare.golds import Golds, settle_golds
 from phimr_nemo.data.prepare.written import (
     CONFLICTS_FILE,
+    PROBLEMS,
+    ROLLOUTS,
     begin_once,
     examples_of,
+    is_prepared_in,
     made_from_of,
     marked,
     settled,
@@ -76,8 +79,6 @@ from phimr_nemo.store.shards import (
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-PROBLEMS: Final = "problems"
-ROLLOUTS: Final = "rollouts"
 CANDIDATES: Final = "candidates"
 ANNOTATIONS: Final = "annotations"
 NOTHING: Final = MadeFrom({}, {})
@@ -109,7 +110,7 @@ def run_prepare(config: PrepareConfig, open_model: OpensModel) -> dict[str, Any]
     output = config.run.output
     wanted: list[tuple[str, Kind]] = [(PROBLEMS, "problems")]
     made_from = made_from_of(config)
-    if begun_from(output) != made_from or not is_complete(output / PROBLEMS, "problems"):
+    if begun_from(output) != made_from or not is_prepared_in(output):
         with team_of(config.shard, output) as team:
             begin_once(output, made_from, team, _forget)
             _prepare(config, made_from, team, open_model)
@@ -138,7 +139,7 @@ def _prepare(config: PrepareConfig, made_from: MadeFrom, team: Team, open_model:
     directories = [output / CANDIDATES / f"source-{number:03d}" for number in range(len(config.sources))]
 
     def is_prepared(_: object) -> bool:
-        return is_complete(output / PROBLEMS, "problems")
+        return is_prepared_in(output)
 
     team.share(
         partial(_collect, config),

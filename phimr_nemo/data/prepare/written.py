@@ -18,7 +18,10 @@ from phimr_nemo.store.content import content_id
 from phimr_nemo.store.lease import FreeUnits
 from phimr_nemo.store.provenance import MadeFrom, begin, begun_from, content_of
 from phimr_nemo.store.records import GOLD, GoldKind
+from phimr_nemo.store.shards import is_complete, read_manifest
 
+PROBLEMS: Final = "problems"
+ROLLOUTS: Final = "rollouts"
 CONFLICTS_FILE: Final = "conflicts.jsonl"
 SHOWN_EXAMPLES: Final = 3
 EXAMPLE_CHARS: Final = 120
@@ -50,6 +53,14 @@ def made_from_of(config: PrepareConfig) -> MadeFrom:
         name: value for name, value in settings.items() if name not in ("run", "shard", "workers", "annotation")
     }
     return MadeFrom(inputs_of(config), {**deciding, "annotated": config.annotation is not None})
+
+
+def is_prepared_in(output: Path) -> bool:
+    """Whether all record directories are there; `phimr data check --redo` may have opened one of them again."""
+    if not is_complete(output / PROBLEMS, "problems"):
+        return False
+    brings_rollouts = read_manifest(output / PROBLEMS, "problems").counts.get("trajectories", 0) > 0
+    return not brings_rollouts or is_complete(output / ROLLOUTS, "rollouts")
 
 
 def settled(row: dict[str, Any], index: int, golds: Golds) -> dict[str, Any]:

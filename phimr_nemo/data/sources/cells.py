@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any, Final
 
 from phimr_nemo.data.sources.damage import repair_latex, repair_value
@@ -94,7 +95,15 @@ def _number(number: float) -> str:
     return str(int(number)) if number.is_integer() else repr(number)
 
 
-_TEXT_OF: Final[dict[type, Callable[[Any], str]]] = {str: str.strip, int: str, float: _number}
+def _decimal(number: Decimal) -> str:
+    """Parquet's fixed-point numbers, without the zeros that only fill their places."""
+    if not number.is_finite():
+        return ""
+    digits = format(number, "f")
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+_TEXT_OF: Final[dict[type, Callable[[Any], str]]] = {str: str.strip, int: str, float: _number, Decimal: _decimal}
 
 
 def answer_text(value: Any) -> str:
@@ -116,6 +125,8 @@ def answer_text(value: Any) -> str:
         return ""
     if not text.startswith("["):
         return text
+    if json_value(text) in ([], [None]):
+        return ""
     return any_of([repair_latex(one, answer=True)[0] for one in alternatives(text) if one not in MISSING_WORDS])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from phimr_nemo.data.sources.cells import (
@@ -19,6 +20,7 @@ from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import TAL_DIFFICULTY, domain_of, origin_difficulty
 from phimr_nemo.data.sources.problems import difficulty_of
 from phimr_nemo.data.sources.rawfiles import Row
+from phimr_nemo.data.sources.recorded import NO_TEXT
 from phimr_nemo.data.sources.wrapping import without_instructions
 from phimr_nemo.text.thinking import with_thinking
 from phimr_nemo.verify.extract import last_box
@@ -53,13 +55,15 @@ def openr1_math(row: Row) -> Item:
     }
     reasons = sequence(row.get("finish_reasons"))
     trajectories = []
-    for index, response in enumerate(sequence(row["generations"])):
+    generations = sequence(row["generations"])
+    for index, response in enumerate(generations):
         if not isinstance(response, str) or not response.strip():
             continue
         labels = {name: values[index] for name, values in verdicts.items() if index < len(values)}
         cut = index < len(reasons) and reasons[index] == "length"
         trajectories.append(Trajectory(response, DEEPSEEK_R1, "length" if cut else "stop", labels))
-    return _with_trajectories(item, trajectories)
+    lost = (NO_TEXT,) * (len(generations) - len(trajectories))
+    return replace(_with_trajectories(item, trajectories), lost=lost)
 
 
 def openthoughts(row: Row) -> Item:

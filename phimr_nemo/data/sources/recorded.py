@@ -32,7 +32,7 @@ from phimr_nemo.data.sources.rawfiles import Row, read_rows
 from phimr_nemo.store.content import content_id, content_seed
 from phimr_nemo.store.records import FinishReason
 from phimr_nemo.store.shards import rows_to_table
-from phimr_nemo.text.thinking import with_thinking
+from phimr_nemo.text.thinking import CLOSE, with_thinking
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,7 +129,6 @@ def load_recorded_rollouts(
         try:
             problem = problem_of(row, columns, where=where, source=path.name)
             found = responses_of(row, response, teacher)
-            lost += sum(recorded.response == "" for recorded in found)
             if all(recorded.response is None for recorded in found):
                 raise IncompleteRow(
                     f"{where} has no response",
@@ -140,6 +139,7 @@ def load_recorded_rollouts(
         except IncompleteRow as error:
             incomplete.add(error)
             continue
+        lost += sum(not recorded.response for recorded in found)
         for recorded in found:
             if not recorded.response:
                 continue
@@ -199,9 +199,16 @@ def responses_of(row: Row, response: str | None, teacher: str | None) -> list[Re
 
 
 def unread_response(row: Row) -> str | None:
-    """A column that holds responses by its name and its text, for a source that was not asked for any."""
+    """A column that holds responses by its name or by their thinking, for a source that was not asked for any."""
     column = first_present(row, KNOWN_RESPONSE_COLUMNS)
-    return column if column is not None and isinstance(lookup(row, column), (str, list, tuple)) else None
+    if column is not None and isinstance(lookup(row, column), (str, list, tuple)):
+        return column
+    return next((name for name, value in row.items() if _holds_thinking(value)), None)
+
+
+def _holds_thinking(value: Any) -> bool:
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(text, str) and CLOSE in text for text in texts)
 
 
 def _is_conversation(value: Any) -> bool:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import SourceConfig
-from phimr_nemo.data.sources.cells import lookup, merged
+from phimr_nemo.data.sources.cells import first_present, lookup, merged
 from phimr_nemo.data.sources.damage import repair_value
 from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import domain_of
 from phimr_nemo.data.sources.presets import PRESETS
 from phimr_nemo.data.sources.problems import (
     CONVERSATIONS,
+    QUESTION_COLUMNS,
     REPAIRED,
     SOURCE_NAMING,
     IncompleteRow,
@@ -103,6 +104,7 @@ def _items_by_usual_names(
     """Problems of a file of unknown layout, with its responses where their column is given or is the chat's own."""
     first, all_rows = sample(rows)
     whole = merged(first)
+    is_chat = source.response is None and (source.question or first_present(whole, QUESTION_COLUMNS)) in CONVERSATIONS
     columns = find_columns(
         Path(source.path),
         whole,
@@ -110,14 +112,13 @@ def _items_by_usual_names(
         question=source.question,
         answer=source.answer,
         solution=source.solution,
-        answer_needed=source.response is None,
+        answer_needed=source.response is None and not is_chat,
     )
-    response = source.response
-    if response is None and columns.question in CONVERSATIONS:
-        response = columns.question
+    response = columns.question if is_chat else source.response
     if source.response is not None and not any(responses_of(row, source.response, None) for row in first):
         raise missing_column(Path(source.path), f"the response column {source.response!r}", whole, SOURCE_NAMING)
-    unread = unread_response(whole) if response is None else None
+    others = {name: value for name, value in whole.items() if name not in (columns.answer, columns.solution)}
+    unread = unread_response(others) if response is None else None
     for place, given in all_rows:
         row, repairs = repair_value(given)
         recorded = responses_of(row, response, None) if response is not None else []

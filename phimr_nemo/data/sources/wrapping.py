@@ -49,8 +49,10 @@ _HOW_TO_ANSWER: Final = re.compile(
             rf"[$'\"]*{_BOX}[$'\"]*(?:\.|$).*",
             r"请.*(?:逐步|一步一步|一步步|\\boxed).*",
             r"(?:please |kindly )?(?:carefully )?(?:solve|answer|consider|complete|work out) "
-            r"(?:the|this|these|following)(?: following)?(?: \w+){0,3}? (?:problems?|questions?|exercises?|tasks?)"
-            r"(?: (?:step by step|carefully|below|efficiently and clearly|by reasoning))*\s*[.:!]?",
+            r"(?:the following|(?:the|this|these|following)(?: following)?(?: \w+){0,3}? "
+            r"(?:problems?|questions?|exercises?|tasks?))"
+            r"(?: (?:step by step|carefully|below|efficiently and clearly|by reasoning))*"
+            rf"(?:,? and (?:{_TELLS}) (?:the|your) {_THING})?\s*[.:!]?",
             r"(?:the )?(?:last|final) line of (?:your|the) (?:response|answer|reply|output) (?:should|must)\b.*",
             r"'?therefore,? the final answer is\b.*",
             r"i hope it is correct\b.*",
