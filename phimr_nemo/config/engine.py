@@ -147,7 +147,8 @@ class EndpointConfig:
         backoff_seconds: the wait before the second attempt is drawn from 0 to this, and the bound doubles
             with each further one.
         prices: for the account of costs.
-        extra_body: more fields of the request's body, for settings of one server alone.
+        extra_body: more fields of the request's body, for settings of one server alone. With vLLM, SGLang and
+            trtllm-serve `skip_special_tokens: false` keeps special tokens in the text, as engines in this process do.
     """
 
     base_urls: BaseUrls

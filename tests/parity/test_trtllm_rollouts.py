@@ -72,6 +72,8 @@ STOP = tuple(range(0, 512, 16))
 KEY = "secret"
 CONF = Path("conf/grpo")
 START_SECONDS, STOP_SECONDS = 240.0, 60.0
+END_SECONDS = 60.0
+"""Within it a killed process is gone, on a busy machine too; a helper of the stand-in lives ten times as long."""
 CONFLICT, UNPROCESSABLE, UNAUTHORIZED, UNAVAILABLE = 409, 422, 401, 503
 
 
@@ -254,7 +256,7 @@ def test_after_each_sync_trtllm_has_the_trainers_weights(
         assert HFDirectory(directory).names() == HFDirectory(model).names()
     assert {completion.finish_reason for completion in found} == {"stop", "length"}
     assert len(set(seen)) == REFITS
-    assert front.living() == [pid for pid in front.living() if pid not in seen[:-1]]
+    wait_until(lambda: not set(seen[:-1]) & set(front.living()), END_SECONDS)
     assert list((front.root / "buckets").iterdir()) == []
 
 
@@ -296,7 +298,7 @@ def test_an_engine_that_is_killed_in_a_round_comes_back_and_the_round_is_whole(
     assert (client.counts["removed"], client.counts["returned"]) == (1, 1)
     assert front.engine() != killed
     # What the dead one had started is gone as well.
-    assert len(front.living()) == 2
+    wait_until(lambda: len(front.living()) == 2, END_SECONDS)
 
 
 def test_a_sync_in_a_round_aborts_what_is_under_way(front: Front, base: dict[str, Tensor], wanted: Wanted) -> None:
@@ -316,7 +318,7 @@ def test_a_sync_in_a_round_aborts_what_is_under_way(front: Front, base: dict[str
     assert front.ask("POST", BEGIN).status_code == httpx.codes.OK
     asking.join(START_SECONDS)
     assert answers == [UNAVAILABLE]
-    assert front.living() == []
+    wait_until(lambda: front.living() == [], END_SECONDS)
     assert front.version() == INCOMPLETE
 
 
@@ -328,7 +330,7 @@ def test_an_engine_that_does_not_start_is_an_error_and_the_next_sync_mends_it(
     with pytest.raises(UserError, match=r"503.*trtllm-serve does not start"):
         client.update_weights(base.items(), 4)
     assert front.version() == INCOMPLETE
-    assert front.living() == []
+    wait_until(lambda: front.living() == [], END_SECONDS)
     fault.unlink()
     client.update_weights(base.items(), 4)
     found = client.sample(requests(4), PARAMS)
@@ -471,7 +473,7 @@ def test_when_the_server_ends_so_does_trtllm(
         finishing.join()
         wait_until(lambda: not is_alive(engine), STOP_SECONDS)
         if number == signal.SIGTERM:
-            assert front.living() == []
+            wait_until(lambda: front.living() == [], END_SECONDS)
             assert front.refits() == []
         else:
             # The next server of this account clears it away, and not what one that lives has.

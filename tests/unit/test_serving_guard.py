@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from phimr_nemo.generate.serving.receiving import HEALTH, POLICY_VIOLATION, UNAUTHORIZED, KeyGuard
+from phimr_nemo.generate.serving.receiving import HEALTH, POLICY_VIOLATION, UNAUTHORIZED, KeyGuard, guard
 
 KEY = "right"
 PATHS = (
@@ -26,15 +27,20 @@ async def everything(request: Request) -> PlainTextResponse:
     return PlainTextResponse(f"answered {request.url.path}")
 
 
-def guarded(open_path: str | None) -> Any:
+def guarded(open_path: str | None, *, built: bool = False) -> Any:
     app = Starlette(routes=[Mount("/", routes=[Route("/{path:path}", everything, methods=list(METHODS))])])
-    app.add_middleware(KeyGuard, key=KEY, open_path=open_path)
+    if built:
+        app.middleware_stack = app.build_middleware_stack()
+    guard(app, KEY, open_path)
+    # Nothing comes before the guard afterwards.
+    with pytest.raises(RuntimeError):
+        app.add_middleware(KeyGuard, key=KEY)
     return app
 
 
-def ask(method: str, path: str, headers: Any, *, open_path: str | None = HEALTH) -> int:
+def ask(method: str, path: str, headers: Any, *, open_path: str | None = HEALTH, built: bool = False) -> int:
     async def one() -> int:
-        transport = httpx.ASGITransport(app=guarded(open_path))
+        transport = httpx.ASGITransport(app=guarded(open_path, built=built))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             return (await client.request(method, path, headers=headers)).status_code
 
@@ -43,8 +49,8 @@ def ask(method: str, path: str, headers: Any, *, open_path: str | None = HEALTH)
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_path_answers_without_the_key(path: str) -> None:
-    for method in METHODS:
-        assert ask(method, path, {}) == UNAUTHORIZED
+    for method, built in itertools.product(METHODS, (False, True)):
+        assert ask(method, path, {}, built=built) == UNAUTHORIZED
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,8 @@ def test_no_path_answers_without_the_key(path: str) -> None:
 )
 def test_only_the_key_opens(headers: Any) -> None:
     assert ask("POST", "/invocations", headers) == UNAUTHORIZED
-    assert ask("POST", "/invocations", {"Authorization": f"Bearer {KEY}"}) == 200
+    for built in (False, True):
+        assert ask("POST", "/invocations", {"Authorization": f"Bearer {KEY}"}, built=built) == 200
 
 
 def test_health_needs_none_where_it_is_open() -> None:

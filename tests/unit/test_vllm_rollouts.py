@@ -146,9 +146,13 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
     options = ["--max-length", str(MAX_LENGTH), "--eager", "--dtype", "fp32", "--max-batch", "4"]
     options += ["--api-key-env", "PHIMR_TEST_KEY"]
     with served(vllm_python, variables, model, tmp_path / "server.log", *options) as (url, group):
-        assert httpx.get(url + IDENTITY).status_code == httpx.codes.UNAUTHORIZED
+        for path in (IDENTITY, "/invocations", "/metrics", "/ping", "/collective_rpc"):
+            assert httpx.get(url + path).status_code == httpx.codes.UNAUTHORIZED
+        assert httpx.get(url + "/health").status_code == httpx.codes.OK
         # What would let anyone run anything is not there.
-        assert httpx.post(url + "/collective_rpc", json={"method": "x"}).status_code == httpx.codes.NOT_FOUND
+        told = {"Authorization": "Bearer secret"}
+        answer = httpx.post(url + "/collective_rpc", json={"method": "x"}, headers=told)
+        assert answer.status_code == httpx.codes.NOT_FOUND
         config = ServerEngine(
             kind="vllm_server",
             base_urls=(url,),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Protocol
 
 from fastapi import APIRouter, Body, HTTPException, Request
+from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -150,3 +151,11 @@ class KeyGuard:
             return True
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         return len(given) == 1 and secrets.compare_digest(given[0], self._expected)
+
+
+def guard(app: Starlette, key: str, open_path: str | None = None) -> None:
+    """Put a :class:`KeyGuard` before all of an application, other middleware included; to be called last.
+
+    `add_middleware` is for applications that have not built their stack yet; vLLM's comes with it built.
+    """
+    app.middleware_stack = KeyGuard(app.middleware_stack or app.build_middleware_stack(), key, open_path)

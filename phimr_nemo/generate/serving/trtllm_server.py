@@ -25,7 +25,7 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.serving.receiving import KeyGuard, weight_routes
+from phimr_nemo.generate.serving.receiving import guard, weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.trtllm_engine import EngineFailed, TrtllmEngine, running
 from phimr_nemo.generate.serving.vllm import check_longrope
@@ -330,7 +330,7 @@ def application(receiver: RefitReceiver, served: Served, root: Path, key: str | 
     app.include_router(router)
     app.include_router(weight_routes(receiver, directory=served.weights_directory, scratch=root))
     if key:
-        app.add_middleware(KeyGuard, key=key)
+        guard(app, key)
     return app
 
 

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
-from phimr_nemo.generate.serving.receiving import HEALTH, KeyGuard, weight_routes
+from phimr_nemo.generate.serving.receiving import HEALTH, guard, weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.vllm import WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
 from phimr_nemo.generate.serving.weights import (
@@ -167,11 +167,11 @@ async def _serve(
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
         receiver = WeightReceiver(engine, identity, shapes)
-        if args.api_key:
-            app.add_middleware(KeyGuard, key=args.api_key[0], open_path=HEALTH)
         app.include_router(weight_routes(receiver, directory=directory, scratch=shared_memory()))
         app.include_router(model_route())
         await init_app_state(engine, app.state, args, tasks)
+        if args.api_key:
+            guard(app, args.api_key[0], HEALTH)
         stopped = await serve_http(
             app, sock=socket, host=args.host, port=args.port, log_level="warning", access_log=False
         )
