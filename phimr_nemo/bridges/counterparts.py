@@ -89,11 +89,27 @@ def check_common(config: SFTConfig | DPOConfig | GRPOConfig, target: str) -> Non
         raise refused("model.dtype=fp16", target, "model.dtype=bf16")
     if config.model.fp32_output:
         raise refused("model.fp32_output=true", target, "model.fp32_output=false")
+    if config.evaluation is not None:
+        raise refused("evaluation is on", target, "evaluation=null")
     if config.early_stopping is not None:
         raise refused("early_stopping is on", target, "early_stopping=null")
     by_validation = isinstance(config, SFTConfig) and config.checkpoint.metric == "val_loss"
     if config.checkpoint.best and not by_validation:
         raise refused("checkpoint.best", target, "checkpoint.best=false")
+
+
+def check_layout(config: SFTConfig | DPOConfig | GRPOConfig, target: str) -> None:
+    """Refuse what neither NeMo-RL's DTensor backend nor Automodel is asked for.
+
+    Raises:
+        UserError: a setting without a counterpart.
+    """
+    if config.parallel.pipeline != 1:
+        raise refused(f"parallel.pipeline={config.parallel.pipeline}", target, "parallel.pipeline=1")
+    if config.model.fp8 is not None:
+        raise refused(f"model.fp8={config.model.fp8}", target, "model.fp8=null")
+    if config.model.deterministic:
+        raise refused("model.deterministic=true", target, "model.deterministic=false")
 
 
 def check_plain_gradient(config: GRPOConfig, target: str) -> None:
@@ -110,6 +126,29 @@ def check_plain_gradient(config: GRPOConfig, target: str) -> None:
         raise refused(f"kl_estimator={config.kl_estimator}", target, "kl_estimator=k3")
     if config.correction.kind not in ("none", "truncated"):
         raise refused(f"correction.kind={config.correction.kind}", target, "correction.kind is none or truncated")
+
+
+def check_grpo(config: GRPOConfig, target: str) -> None:
+    """Refuse what NeMo-RL's GRPO does not do.
+
+    Raises:
+        UserError: a setting without a counterpart.
+    """
+    if config.loss.kind not in ("grpo", "dapo", "gspo"):
+        raise refused(f"loss.kind={config.loss.kind}", target, "loss.kind is grpo, dapo or gspo")
+    check_plain_gradient(config, target)
+    if config.temperature.start != config.temperature.end:
+        raise refused("temperature annealing", target, "temperature.end equal to temperature.start")
+    if config.rebalance.enabled:
+        raise refused("rebalance.enabled: equal negatives, refilled rounds", target, "rebalance.enabled=false")
+    if config.overlong.kind == "soft":
+        raise refused("overlong.kind=soft", target, "overlong.kind=keep or overlong.kind=mask")
+    if config.reward.format or config.reward.length or config.reward.functions:
+        raise refused("reward.format, reward.length or reward.functions", target, "set them to 0 and {}")
+    if config.grader is not None:
+        raise refused(f"grader={config.grader}", target, "grader=null")
+    if config.ahead:
+        raise refused("ahead=1", target, "ahead=0")
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.bridges.counterparts import Counterpart, check_common, check_plain_gradient, refused
+from phimr_nemo.bridges.counterparts import Counterpart, check_common, check_grpo, check_layout, refused
 from phimr_nemo.bridges.export import Export
 from phimr_nemo.bridges.files import TRAIN, VALIDATION
 from phimr_nemo.bridges.samples import Sample, dpo_samples, grpo_samples, sft_samples
@@ -36,6 +36,7 @@ COMMON: Final = (
     Counterpart("model.dtype", "translated", "policy.precision"),
     Counterpart("model.fp8", "none", "", "refused unless off"),
     Counterpart("model.fp32_output", "none", "", "refused unless off"),
+    Counterpart("model.deterministic", "none", "", "refused unless off"),
     Counterpart("lora", "none", "", "refused unless off"),
     Counterpart("model.longrope", "patch", "policy.hf_config_overrides", "both sets of factors are the regime's"),
     Counterpart("model.recompute", "translated", "policy.dtensor_cfg.activation_checkpointing"),
@@ -55,6 +56,7 @@ COMMON: Final = (
     Counterpart("parallel.sequence", "same", "policy.dtensor_cfg.sequence_parallel"),
     Counterpart("parallel.pipeline", "none", "", "refused unless 1"),
     Counterpart("parallel.virtual", "none", "", "of pipelines alone"),
+    Counterpart("parallel.timeout_minutes", "none", "", "when a job that hangs ends changes no number"),
     Counterpart("parallel.data", "launcher", "cluster.gpus_per_node"),
     Counterpart("parallel.nodes", "launcher", "cluster.num_nodes"),
     Counterpart("checkpoint.every", "same", "checkpointing.save_period"),
@@ -66,7 +68,8 @@ COMMON: Final = (
     Counterpart("checkpoint.asynchronous", "none", "", "how a checkpoint is written changes no number"),
     Counterpart("guard.", "none", "", "refused unless on_nan=stop without a spike rule; there a NaN goes on"),
     Counterpart("early_stopping", "none", "", "refused unless off"),
-    Counterpart("tracking.wandb", "launcher", "logger.wandb_enabled", "off"),
+    Counterpart("evaluation", "none", "", "refused unless off"),
+    Counterpart("tracking.", "launcher", "logger.wandb_enabled", "off"),
 )
 SFT: Final = (
     *COMMON,
@@ -81,7 +84,6 @@ SFT: Final = (
     Counterpart("data_workers", "same", "data.num_workers"),
     Counterpart("max_steps", "translated", "sft.max_num_steps"),
     Counterpart("overlap.", "none", "", "how communication is hidden changes no number"),
-    Counterpart("evaluation", "none", "", "refused unless off"),
 )
 DPO: Final = (
     *COMMON,
@@ -98,6 +100,8 @@ DPO: Final = (
     Counterpart("micro_batch", "same", "policy.train_micro_batch_size", "pairs"),
     Counterpart("global_batch", "same", "policy.train_global_batch_size", "pairs"),
     Counterpart("max_steps", "translated", "dpo.max_num_steps"),
+    Counterpart("validation_pairs", "data", VALIDATION, "measured in whole global batches; fewer are refused"),
+    Counterpart("validate_every", "same", "dpo.val_period"),
 )
 GRPO: Final = (
     *COMMON,
@@ -133,6 +137,7 @@ GRPO: Final = (
     Counterpart("rebalance.", "none", "", "refused unless off: it drops whole prompts at most"),
     Counterpart("curriculum.", "none", "", "refused unless null"),
     Counterpart("prompt_optimization.", "data", TRAIN, "uneven prompts are not in the file"),
+    Counterpart("monitor.ungraded_stop", "none", "", "there a run whose grader gives up goes on"),
     Counterpart("monitor.", "none", "", "watches, and changes no number"),
 )
 
@@ -210,13 +215,21 @@ def dpo_settings(config: DPOConfig, steps: int) -> Settings:
         raise refused("overlong=truncate", TARGET, "overlong=drop")
     if getattr(config.reference, "path", None) is not None:
         raise refused("reference.path", TARGET, "reference.path=null")
+    if 0 < config.validation_pairs < config.global_batch:
+        remedy = f"validation_pairs is 0, or global_batch={config.global_batch} or more"
+        raise refused(f"validation_pairs={config.validation_pairs} below global_batch", TARGET, remedy)
+    is_validated = config.validation_pairs > 0
     settings = _common("dpo", config, steps)
     nll = config.loss.nll_weight if isinstance(config.loss, RPOLoss) else 0.0
     settings["dpo"] = {
         "max_num_epochs": 1,
         "max_num_steps": steps,
-        "val_period": 0,
+        "val_period": config.validate_every if is_validated else 0,
+        "val_batches": config.validation_pairs // config.global_batch,
+        "val_global_batch_size": config.global_batch,
+        "val_micro_batch_size": config.micro_batch,
         "val_at_start": False,
+        "val_at_end": is_validated,
         "seed": config.run.seed,
         "reference_policy_kl_penalty": config.beta,
         "preference_average_log_probs": config.loss.kind == "length_normalized_dpo",
@@ -226,7 +239,7 @@ def dpo_settings(config: DPOConfig, steps: int) -> Settings:
     }
     settings["policy"] |= _batches(config.micro_batch, config.global_batch)
     settings["policy"]["sequence_packing"] = {"enabled": False}
-    settings["data"] |= _files("BinaryPreferenceDataset", has_validation=False)
+    settings["data"] |= _files("BinaryPreferenceDataset", has_validation=is_validated)
     settings["checkpointing"] |= {"metric_name": None}
     return settings
 
@@ -304,31 +317,6 @@ def check_sft(config: SFTConfig, target: str) -> None:
     """
     if config.loss_on != "response":
         raise refused(f"loss_on={config.loss_on}", target, "loss_on=response")
-    if config.evaluation is not None:
-        raise refused("evaluation is on", target, "evaluation=null")
-
-
-def check_grpo(config: GRPOConfig, target: str) -> None:
-    """Refuse what NeMo-RL's GRPO does not do.
-
-    Raises:
-        UserError: a setting without a counterpart.
-    """
-    if config.loss.kind not in ("grpo", "dapo", "gspo"):
-        raise refused(f"loss.kind={config.loss.kind}", target, "loss.kind is grpo, dapo or gspo")
-    check_plain_gradient(config, target)
-    if config.temperature.start != config.temperature.end:
-        raise refused("temperature annealing", target, "temperature.end equal to temperature.start")
-    if config.rebalance.enabled:
-        raise refused("rebalance.enabled: equal negatives, refilled rounds", target, "rebalance.enabled=false")
-    if config.overlong.kind == "soft":
-        raise refused("overlong.kind=soft", target, "overlong.kind=keep or overlong.kind=mask")
-    if config.reward.format or config.reward.length or config.reward.functions:
-        raise refused("reward.format, reward.length or reward.functions", target, "set them to 0 and {}")
-    if config.grader is not None:
-        raise refused(f"grader={config.grader}", target, "grader=null")
-    if config.ahead:
-        raise refused("ahead=1", target, "ahead=0")
 
 
 def regime_overrides(config: ModelConfig, base: Path, sequence_length: int) -> Settings:
@@ -343,11 +331,8 @@ def regime_overrides(config: ModelConfig, base: Path, sequence_length: int) -> S
 
 def _common(stage: str, config: Config, steps: int) -> Settings:
     check_common(config, TARGET)
+    check_layout(config, TARGET)
     parallel, optim = config.parallel, config.optim
-    if parallel.pipeline != 1:
-        raise refused(f"parallel.pipeline={parallel.pipeline}", TARGET, "parallel.pipeline=1")
-    if config.model.fp8 is not None:
-        raise refused(f"model.fp8={config.model.fp8}", TARGET, "model.fp8=null")
     return {
         "defaults": DEFAULTS[stage],
         "policy": {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
-from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
+from phimr_nemo.bridges.counterparts import Counterpart, check_common, check_layout, refused
 from phimr_nemo.bridges.export import Export
 from phimr_nemo.bridges.files import TRAIN, VALIDATION
 from phimr_nemo.bridges.nemo_rl import (
@@ -56,14 +56,16 @@ _THERE: Final = {
     "checkpoint.keep": "",
     "checkpoint.best": "",
     "checkpoint.metric": "",
-    "tracking.wandb": "wandb",
+    "tracking.": "wandb",
 }
 SFT: Final = (
+    Counterpart("parallel.timeout_minutes", "same", "dist_env.timeout_minutes"),
     *(
         dataclasses.replace(line, theirs=_THERE[line.ours], how=line.how if _THERE[line.ours] else "none")
         if line.ours in _THERE
         else line
         for line in COMMON
+        if line.ours != "parallel.timeout_minutes"
     ),
     Counterpart("data", "data", TRAIN),
     Counterpart(
@@ -78,7 +80,6 @@ SFT: Final = (
     Counterpart("data_workers", "none", "", "changes no number"),
     Counterpart("max_steps", "translated", "step_scheduler.max_steps"),
     Counterpart("overlap.", "none", "", "how communication is hidden changes no number"),
-    Counterpart("evaluation", "none", "", "refused unless off"),
 )
 
 
@@ -111,11 +112,8 @@ def automodel_settings(config: SFTConfig, steps: int) -> Settings:
     """
     check_common(config, TARGET)
     check_sft(config, TARGET)
+    check_layout(config, TARGET)
     parallel, optim = config.parallel, config.optim
-    if parallel.pipeline != 1:
-        raise refused(f"parallel.pipeline={parallel.pipeline}", TARGET, "parallel.pipeline=1")
-    if config.model.fp8 is not None:
-        raise refused(f"model.fp8={config.model.fp8}", TARGET, "model.fp8=null")
     if optim.schedule == "wsd":
         raise refused("optim.schedule=wsd", TARGET, "optim.schedule=cosine, linear or constant")
     if config.checkpoint.best:
@@ -130,7 +128,7 @@ def automodel_settings(config: SFTConfig, steps: int) -> Settings:
             "val_every_steps": config.validate_every,
             "max_steps": steps,
         },
-        "dist_env": {"backend": "nccl", "timeout_minutes": 30},
+        "dist_env": {"backend": "nccl", "timeout_minutes": parallel.timeout_minutes},
         "rng": {
             "_target_": "nemo_automodel.components.training.rng.StatefulRNG",
             "seed": config.run.seed,

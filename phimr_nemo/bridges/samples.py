@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from phimr_nemo.align.dpo.pairs import load_pairs
+from phimr_nemo.align.dpo.pairs import held_out_pairs, load_pairs
+from phimr_nemo.align.dpo.stage import TrainingOrder
 from phimr_nemo.align.grpo.rollouts import load_prompts
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
 from phimr_nemo.config.engine import QUESTION
@@ -76,7 +77,8 @@ def dpo_samples(config: DPOConfig) -> Samples:
     """
     tokenizer = load_tokenizer(config.base)
     pairs = load_pairs(config.pairs, tokenizer, config.sequence_length, config.overlong)
-    order = EpochOrder(len(pairs), config.epochs, config.run.seed)
+    training, validation = held_out_pairs(pairs, config.validation_pairs, config.run.seed)
+    order = TrainingOrder(training, config.epochs, config.run.seed)
     steps = len(order) // config.global_batch
     if steps == 0:
         raise UserError(
@@ -105,7 +107,7 @@ def dpo_samples(config: DPOConfig) -> Samples:
         }
 
     count = steps * config.global_batch
-    return Samples((sample(order[place]) for place in range(count)), count, iter(()), steps)
+    return Samples((sample(order[place]) for place in range(count)), count, map(sample, validation), steps)
 
 
 def grpo_samples(config: GRPOConfig) -> Samples:

@@ -33,6 +33,10 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 # Both have no place for these of ours.
 GRPO = ("temperature.end=1.0", "grader=null", "rebalance.enabled=false")
+EVALUATION = (
+    "evaluation={every: 2, samples: 2, temperature: 1.0, top_p: 1.0, max_new_tokens: 8, "
+    "problems: {kind: synthetic, count: 5, split: heldout}}"
+)
 STAGE_SETTINGS: Mapping[str, tuple[str, ...]] = {"sft": (), "dpo": (), "grpo": GRPO}
 
 
@@ -84,7 +88,7 @@ def test_every_key_for_nemotron_is_in_its_released_schema(stage: str, inputs: Pa
     assert faults(settings, types) == []
 
 
-@pytest.mark.parametrize("preset", ["tiny", "paper", "phi4mini-8xh100"])
+@pytest.mark.parametrize("preset", ["tiny", "paper", "phi4mini-8xh100", "recipe2026"])
 @pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
 def test_every_setting_of_every_stage_is_in_the_tables(stage: str, preset: str) -> None:
     values = to_dict(load_config(STAGES[stage], Path(f"conf/{stage}/{preset}.yaml")))
@@ -153,6 +157,10 @@ def test_torchs_schedulers_give_the_stages_rates(schedule: Any, warmup: float) -
         ("nemo-rl", "dpo", "loss={kind: ipo}", "loss.kind=ipo"),
         ("nemo-rl", "dpo", "overlong=truncate", "overlong=truncate"),
         ("nemo-rl", "sft", "loss_on=all", "loss_on=all"),
+        ("nemo-rl", "sft", "model.deterministic=true", "model.deterministic=true"),
+        ("nemotron", "sft", "model.deterministic=true", "model.deterministic=true"),
+        ("nemo-rl", "dpo", "validation_pairs=7", "validation_pairs=7"),
+        ("nemo-rl", "grpo", EVALUATION, "evaluation is on"),
         ("nemo-rl", "sft", "parallel.pipeline=2", "parallel.pipeline=2"),
         ("nemotron", "sft", "checkpoint.best=true", "checkpoint.best"),
         ("nemotron", "grpo", "ahead=1", "ahead=1"),
@@ -165,6 +173,36 @@ def test_a_setting_without_counterpart_is_refused(
         export(target, stage, inputs, tmp_path / "export", *STAGE_SETTINGS[stage], setting)
     assert said in str(refusal.value)
     assert not (tmp_path / "export").exists()
+
+
+def test_pairs_that_are_held_out_are_validated_on_there(inputs: Path, tmp_path: Path) -> None:
+    def lines(directory: Path, name: str) -> list[str]:
+        return [json.loads(line)["prompt"] for line in (directory / name).read_text().splitlines()]
+
+    directory = export("nemo-rl", "dpo", inputs, tmp_path / "export", "validation_pairs=9", "validate_every=2")
+    settings = yaml.safe_load((directory / "config.yaml").read_text())
+    assert faults(settings, schema(NEMO_RL, "dpo")) == []
+    assert settings["data"]["validation"]["data_path"] == "validation.jsonl"
+    wanted = {"val_period": 2, "val_batches": 1, "val_global_batch_size": 8, "val_at_end": True}
+    assert wanted.items() <= settings["dpo"].items()
+    held_out = lines(directory, "validation.jsonl")
+    assert len(held_out) >= 9
+    assert not set(held_out) & set(lines(directory, "train.jsonl"))
+
+
+def test_the_exchange_has_the_stages_time(inputs: Path, tmp_path: Path) -> None:
+    directory = export("nemotron", "sft", inputs, tmp_path / "export", "parallel.timeout_minutes=7.5")
+    assert yaml.safe_load((directory / "config.yaml").read_text())["dist_env"]["timeout_minutes"] == 7.5
+    assert (
+        "| `parallel.timeout_minutes` | `7.5` | same | `dist_env.timeout_minutes` |"
+        in (directory / "counterparts.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("target", ["trl", "nemo-rl", "nemotron"])
+def test_a_tracked_run_is_exported(target: str, inputs: Path, tmp_path: Path) -> None:
+    directory = export(target, "sft", inputs, tmp_path / "export", "tracking.wandb={project: mine, mode: offline}")
+    assert "| `tracking.wandb.project` | `mine` | launcher |" in (directory / "counterparts.md").read_text()
 
 
 def test_the_regime_of_a_run_is_written_into_the_models_config(inputs: Path, tmp_path: Path) -> None:

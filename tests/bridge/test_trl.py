@@ -28,6 +28,10 @@ FIRST = 1e-5
 LATER = 1e-4
 """Of the steps after it: Adam turns a gradient's rounding into a weight's."""
 FAULT = 1e-3
+EVALUATION = (
+    "evaluation={every: 2, samples: 2, temperature: 1.0, top_p: 1.0, max_new_tokens: 8, "
+    "problems: {kind: synthetic, count: 5, split: heldout}}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +46,8 @@ def trl_losses(python: Path, variables: Mapping[str, str], directory: Path, outp
     return [row["loss"] for row in json.loads((output / "log.json").read_text()) if "loss" in row]
 
 
-def own_losses(stage: str, inputs: Path, output: Path) -> list[float]:
-    run_distributed(supervised_worker.train, 1, stage, overrides(stage, inputs, output))
+def own_losses(stage: str, inputs: Path, output: Path, *more: str) -> list[float]:
+    run_distributed(supervised_worker.train, 1, stage, [*overrides(stage, inputs, output), *more])
     return [row["loss"] for row in read_metrics(output) if "loss" in row]
 
 
@@ -64,6 +68,22 @@ def test_three_steps_have_the_stages_losses(
         (directory / "train.jsonl").write_text("".join(reversed(lines)))
         other = trl_losses(bridge_python, bridge_variables, directory, tmp_path / "reversed")
         assert max(abs(one - two) for one, two in zip(other, ours, strict=True)) > FAULT
+
+
+def test_dpo_holds_out_the_same_pairs_with_the_same_validation_loss(
+    inputs: Path, tmp_path: Path, bridge_python: Path, bridge_variables: dict[str, str]
+) -> None:
+    more = ("validation_pairs=8", f"validate_every={STEPS}", "model.deterministic=true", "parallel.timeout_minutes=5")
+    ours = own_losses("dpo", inputs, tmp_path / "ours", *more)
+    directory = export("trl", "dpo", inputs, tmp_path / "export", *more)
+    theirs = trl_losses(bridge_python, bridge_variables, directory, tmp_path / "trl")
+    assert theirs == pytest.approx(ours, abs=LATER)
+    log = json.loads((tmp_path / "trl" / "log.json").read_text())
+    validated = [row["eval_loss"] for row in log if "eval_loss" in row]
+    expected = [row["val_loss"] for row in read_metrics(tmp_path / "ours") if "val_loss" in row]
+    print(f"dpo: validation {expected} here, {validated} in TRL")
+    assert len(expected) == 1
+    assert validated == pytest.approx(expected, abs=LATER)
 
 
 def test_three_rounds_of_grpo_have_the_stages_data_temperatures_and_gradient(
@@ -105,7 +125,7 @@ def kept(ids: list[int], mask: list[int]) -> list[int]:
     return [token for token, wanted in zip(ids, mask, strict=True) if wanted]
 
 
-@pytest.mark.parametrize("preset", ["tiny", "paper", "phi4mini-8xh100"])
+@pytest.mark.parametrize("preset", ["tiny", "paper", "phi4mini-8xh100", "recipe2026"])
 @pytest.mark.parametrize(("stage", "table"), [("sft", SFT), ("dpo", DPO), ("grpo", GRPO)])
 def test_every_setting_of_every_stage_is_in_the_table(stage: str, table: Any, preset: str) -> None:
     values = to_dict(load_config(STAGES[stage], Path(f"conf/{stage}/{preset}.yaml")))
@@ -120,6 +140,7 @@ def test_every_setting_of_every_stage_is_in_the_table(stage: str, table: Any, pr
         ("sft", "parallel.tensor=2", "parallel.tensor=2"),
         ("sft", "guard.on_nan=skip", "guard.on_nan"),
         ("dpo", "loss={kind: rpo, nll_weight: 1.0}", "loss.kind=rpo"),
+        ("dpo", EVALUATION, "evaluation is on"),
         ("dpo", "loss={kind: ipo}", "loss.kind=ipo"),
         ("grpo", "micro_batch=3", "micro-batches of 3"),
         ("grpo", "rebalance.enabled=true", "equal negatives"),

@@ -6,6 +6,7 @@ on as many processes. Tensor, pipeline and context parallelism have no counterpa
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
@@ -35,6 +36,7 @@ COMMON: Final = (
     Counterpart("model.dtype", "translated", "bf16, model_init_kwargs.dtype"),
     Counterpart("model.fp8", "none", "", "refused unless off"),
     Counterpart("model.fp32_output", "none", "", "refused unless off"),
+    Counterpart("model.deterministic", "translated", "full_determinism", "and NCCL_ALGO=^NVLS for its launcher"),
     Counterpart("lora", "none", "", "refused unless off"),
     Counterpart("model.longrope", "patch", "rope_parameters", "one regime a run: both sets of factors are its own"),
     Counterpart("model.recompute", "translated", "gradient_checkpointing"),
@@ -54,6 +56,7 @@ COMMON: Final = (
     Counterpart("parallel.context", "none", "", "refused unless 1"),
     Counterpart("parallel.virtual", "none", "", "of pipelines alone"),
     Counterpart("parallel.sequence", "none", "", "of tensor parallelism alone"),
+    Counterpart("parallel.timeout_minutes", "translated", "ddp_timeout", "seconds; there of unequal work as well"),
     Counterpart("parallel.data", "launcher", "accelerate launch --num_processes"),
     Counterpart("parallel.nodes", "launcher", "accelerate launch --num_machines"),
     Counterpart("checkpoint.every", "same", "save_steps"),
@@ -64,7 +67,8 @@ COMMON: Final = (
     Counterpart("guard.on_nan", "patch", "the runner stops at a loss that is not finite", "refused unless stop"),
     Counterpart("guard.", "none", "", "a spike rule is refused"),
     Counterpart("early_stopping", "none", "", "refused unless off"),
-    Counterpart("tracking.wandb", "launcher", "report_to", "none by default"),
+    Counterpart("evaluation", "none", "", "refused unless off"),
+    Counterpart("tracking.", "launcher", "report_to", "none by default"),
 )
 SFT: Final = (
     *COMMON,
@@ -79,7 +83,6 @@ SFT: Final = (
     Counterpart("data_workers", "same", "dataloader_num_workers"),
     Counterpart("max_steps", "data", "max_steps"),
     Counterpart("overlap.", "none", "", "how communication is hidden changes no number"),
-    Counterpart("evaluation", "none", "", "refused unless off"),
 )
 DPO: Final = (
     *COMMON,
@@ -95,6 +98,8 @@ DPO: Final = (
     Counterpart("micro_batch", "same", "per_device_train_batch_size", "pairs"),
     Counterpart("global_batch", "translated", "gradient_accumulation_steps"),
     Counterpart("max_steps", "data", "max_steps"),
+    Counterpart("validation_pairs", "data", "validation.jsonl"),
+    Counterpart("validate_every", "same", "eval_steps", "the last step has none of its own"),
 )
 GRPO: Final = (
     *COMMON,
@@ -130,6 +135,7 @@ GRPO: Final = (
     Counterpart("rebalance.", "none", "", "refused unless off: TRL trains on every response of every group"),
     Counterpart("curriculum.", "none", "", "refused unless null"),
     Counterpart("prompt_optimization.", "data", "train.jsonl", "uneven prompts are not in the file"),
+    Counterpart("monitor.ungraded_stop", "none", "", "there a run whose grader gives up goes on"),
     Counterpart("monitor.", "none", "", "watches, and changes no number"),
 )
 
@@ -140,8 +146,6 @@ def sft_settings(config: SFTConfig, steps: int) -> Settings:
     Raises:
         UserError: a setting without a counterpart.
     """
-    if config.evaluation is not None:
-        raise refused("evaluation is on", TARGET, "evaluation=null")
     validated = config.validation_rows > 0
     return {
         **_common(config, steps),
@@ -177,6 +181,9 @@ def dpo_settings(config: DPOConfig, steps: int) -> Settings:
         "beta": config.beta,
         "loss_type": [DPO_LOSSES[config.loss.kind]],
         "precompute_ref_log_probs": stored,
+        "eval_strategy": "steps" if config.validation_pairs else "no",
+        "eval_steps": config.validate_every,
+        "per_device_eval_batch_size": config.micro_batch,
         "train_sampling_strategy": "sequential",
     }
 
@@ -291,6 +298,8 @@ def _common(config: SFTConfig | DPOConfig | GRPOConfig, steps: int) -> Settings:
         "bf16": config.model.dtype == "bf16",
         "gradient_checkpointing": config.model.recompute != "none",
         "seed": config.run.seed,
+        "full_determinism": config.model.deterministic,
+        "ddp_timeout": math.ceil(60 * parallel.timeout_minutes),
         "logging_steps": config.run.log_every,
         "save_steps": config.checkpoint.every,
         "save_total_limit": config.checkpoint.keep,
