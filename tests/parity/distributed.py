@@ -23,6 +23,9 @@ from typing import Any
 
 START_SECONDS = 300.0
 RUN_SECONDS = 600.0
+ATTEMPTS = 2
+NOT_CONNECTED = ("connectFullMesh failed", "EADDRINUSE")
+"""Of gloo's own start, before anything of ours: another process on a busy machine was given the port meanwhile."""
 GRACE_SECONDS = 1.0
 """After one rank failed, what the others get to fail by themselves: their tracebacks may tell more."""
 
@@ -54,11 +57,15 @@ def run_prepared(prepare: Callable[[], None], fn: Callable[..., Any], world_size
     """The same on processes that something else was imported in: `prepare`, a function at the top of a module, is
     called in place of ``phimr_nemo.training.platform.prepare`` in a process that forks the ranks of all its runs."""
     connection = _forker(prepare)
-    connection.send_bytes(pickle.dumps((fn, world_size, args, dict(os.environ))))
-    if not connection.poll(START_SECONDS + RUN_SECONDS):
-        raise RanksFailed(f"no answer from {world_size} ranks of {fn.__name__}")
-    outcomes: list[Outcome] = pickle.loads(connection.recv_bytes())
-    failures = [f"--- rank {rank} ---\n{value}" for rank, (ok, value) in enumerate(outcomes) if not ok]
+    for attempt in range(ATTEMPTS):
+        connection.send_bytes(pickle.dumps((fn, world_size, args, dict(os.environ))))
+        if not connection.poll(START_SECONDS + RUN_SECONDS):
+            raise RanksFailed(f"no answer from {world_size} ranks of {fn.__name__}")
+        outcomes: list[Outcome] = pickle.loads(connection.recv_bytes())
+        failures = [f"--- rank {rank} ---\n{value}" for rank, (ok, value) in enumerate(outcomes) if not ok]
+        is_connected = not any(word in failure for failure in failures for word in NOT_CONNECTED)
+        if is_connected or attempt + 1 == ATTEMPTS:
+            break
     if failures:
         raise RanksFailed("\n".join([f"{fn.__name__} failed:", *failures]))
     return [value for _, value in outcomes]
