@@ -23,6 +23,7 @@ from phimr_nemo.jobs.closing import PART_OF, answers, to_type
 from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.process.children import run_child
 from phimr_nemo.process.stopping import CONTINUE, KEPT
+from phimr_nemo.store.claims import claimed
 from phimr_nemo.store.progress import duration
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, RunDirectory, read_metrics
@@ -145,7 +146,8 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
         redo: make steps again whose command, settings or inputs have changed, and what follows from them.
 
     Raises:
-        UserError: a step refused its input, or has changed and is not to be made again.
+        UserError: a step refused its input, or has changed and is not to be made again, or another process is at work
+            on one that is.
         Preempted: the run was interrupted; the same command continues it.
         RuntimeError: a step failed; its own message stands above.
     """
@@ -157,8 +159,10 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
         # What was made again before it may have changed what it reads.
         changed = changed_since(step)
         if changed and redo:
-            print(f"{step.output}: made again ({'; '.join(changed)})", flush=True)
-            shutil.rmtree(step.output)
+            # Not under another process that is at work in it.
+            with claimed(step.output):
+                say(f"{step.output}: made again ({'; '.join(changed)})")
+                shutil.rmtree(step.output)
         elif changed:
             refuse_changed([step])
         if RunDirectory(step.output).is_done:

@@ -16,6 +16,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.jobs import chain, launch, quickstart
 from phimr_nemo.jobs.changes import changes, made_from
 from phimr_nemo.jobs.launch import run_stage
+from phimr_nemo.store.claims import claimed
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import RUN_FILE, RunDirectory
 from phimr_nemo.store.shards import finish, read_manifest, read_table, rows_to_table, write_shard
@@ -443,6 +444,20 @@ def test_a_step_whose_input_is_made_again_alike_stays(tmp_path: Path, in_this_pr
         (rollouts / name).unlink()
     quickstart.run_quickstart(*arguments, redo=False)
     assert in_this_process[3:] == ["rollouts"]
+
+
+def test_a_step_that_another_process_is_at_work_on_is_not_made_again(
+    tmp_path: Path, in_this_process: list[str]
+) -> None:
+    arguments = (Path("conf/quickstart/tiny.yaml"), [0], tmp_path)
+    quickstart.run_quickstart(*arguments, (), redo=False)
+    rollouts = tmp_path / "seed-0" / "rollouts"
+    before = sorted(path.name for path in rollouts.iterdir())
+    with claimed(rollouts), pytest.raises(UserError, match="rollouts"):
+        quickstart.run_quickstart(*arguments, ("train_problems=7",), redo=True)
+    assert sorted(path.name for path in rollouts.iterdir()) == before
+    quickstart.run_quickstart(*arguments, ("train_problems=7",), redo=True)
+    assert in_this_process[3:] == ["rollouts", "verdicts"]
 
 
 def test_a_step_that_is_made_again_otherwise_leaves_no_later_one(
