@@ -43,31 +43,35 @@ def shared_data() -> Path:
     return path
 
 
+def _interpreter_of(environment: str, absent: str) -> Path:
+    """The Python of an environment beside the trainers'; the test is skipped where it is absent."""
+    interpreter = REPOSITORY / environment / "bin" / "python"
+    if not interpreter.is_file():
+        pytest.skip(absent)
+    return interpreter
+
+
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
     """The interpreter of the environment that has vLLM and transformers 5 (`make setup-vllm`)."""
-    interpreter = REPOSITORY / ".venv-vllm" / "bin" / "python"
-    if not interpreter.is_file():
-        pytest.skip("vLLM's environment is absent (make setup-vllm; Linux and Python 3.11 or newer)")
-    return interpreter
+    return _interpreter_of(
+        ".venv-vllm", "vLLM's environment is absent (make setup-vllm; Linux and Python 3.11 or newer)"
+    )
 
 
 @pytest.fixture(scope="session")
 def bridge_python() -> Path:
     """The interpreter of the environment that has Megatron-Bridge and TRL (`make setup-bridge`)."""
-    interpreter = REPOSITORY / ".venv-bridge" / "bin" / "python"
-    if not interpreter.is_file():
-        pytest.skip("Megatron-Bridge's environment is absent (make setup-bridge; Linux and Python 3.11 or 3.12)")
-    return interpreter
+    return _interpreter_of(
+        ".venv-bridge",
+        "Megatron-Bridge's environment is absent (make setup-bridge; Linux and Python 3.11 or 3.12)",
+    )
 
 
 @pytest.fixture(scope="session")
 def clients_python() -> Path:
     """The interpreter of the environment with the newest releases of other people's libraries (`make clients`)."""
-    interpreter = REPOSITORY / ".venv-clients" / "bin" / "python"
-    if not interpreter.is_file():
-        pytest.skip("the environment of the newest clients is absent (make clients)")
-    return interpreter
+    return _interpreter_of(".venv-clients", "the environment of the newest clients is absent (make clients)")
 
 
 @pytest.fixture(scope="session")
