@@ -13,7 +13,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 from processes import Terminal, start
@@ -60,6 +62,7 @@ OPEN = {
 }
 UNCHECKED = {"PHIMR_PYTHON": "no-such-interpreter", "PHIMR_SERVER_PYTHON": "no-such-interpreter"}
 WAIT_SECONDS = 30.0
+STILL_SECONDS = 0.2
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -569,6 +572,18 @@ def wait_for(paths: Sequence[Path]) -> None:
         time.sleep(0.02)
 
 
+def wait_for_waiting(shell: subprocess.Popen[Any]) -> None:
+    """Until a shell stands in `wait`: bash hears a signal in the instant before only when its child has ended."""
+    process = psutil.Process(shell.pid)
+    times, deadline = process.cpu_times(), time.monotonic() + WAIT_SECONDS
+    while True:
+        time.sleep(STILL_SECONDS)
+        before, times = times, process.cpu_times()
+        if process.status() == psutil.STATUS_SLEEPING and times[:2] == before[:2]:
+            return
+        assert time.monotonic() < deadline, "the shell does not come to rest"
+
+
 @pytest.mark.parametrize(
     ("step_code", "restarts", "job_code", "requeued"),
     [(3, "0", 3, True), (0, "0", 0, False), (3, "100", 2, False)],
@@ -585,6 +600,7 @@ def test_a_job_that_runs_out_of_time_requeues_itself(
     shell = start(["bash", "slurm/midtrain.sh"], env=job(cluster, SLURM_RESTART_COUNT=restarts), cwd=REPOSITORY)
     try:
         wait_for([cluster / "record"])
+        wait_for_waiting(shell)
         # Slurm signals the batch shell alone (--signal=B:USR1).
         shell.send_signal(signal.SIGUSR1)
         assert shell.wait(WAIT_SECONDS) == job_code
@@ -609,6 +625,7 @@ def test_ctrl_c_in_an_interactive_allocation_stops_the_step_and_puts_nothing_bac
     )
     with Terminal(["bash", "slurm/sft.sh"], env=job(cluster), cwd=REPOSITORY) as terminal:
         terminal.wait_for((cluster / "record").exists, WAIT_SECONDS)
+        wait_for_waiting(terminal.process)
         for _ in range(presses):
             terminal.press_ctrl_c()
             time.sleep(0.5)
