@@ -16,6 +16,7 @@ SMALLEST_VOCABULARY: Final = 261
 LARGEST_VOCABULARY: Final = 521
 """So many entries the synthetic problems fill."""
 LARGEST_GROWTH: Final = 1e6
+LARGEST_HEAD: Final = 20_000
 LARGEST_SIZES: Final[Mapping[str, int]] = {
     "vocab_size": 10_000_000,
     "hidden_size": 200_000,
@@ -55,25 +56,31 @@ def size_fault(values: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def shape_fault(hidden_size: int, heads: int, key_value_heads: int, rotary_factor: float) -> tuple[str, str] | None:
+def shape_fault(
+    hidden_size: int, heads: int, key_value_heads: int, rotary_factor: float, head_size: int | None = None
+) -> tuple[str, str] | None:
     """Why no model of the family has this shape, and the rule; None where one can.
 
     Args:
         hidden_size: of the model.
         heads, key_value_heads: of attention.
         rotary_factor: share of a head's dimensions that are rotated.
+        head_size: dimensions of a head; None: hidden_size / heads.
     """
-    if hidden_size % heads:
+    if head_size is not None and not 1 <= head_size <= LARGEST_HEAD:
+        return f"head_dim = {repr(head_size)[:SHOWN_CHARS]}", f"a whole number from 1 to {LARGEST_HEAD:,}"
+    if head_size is None and hidden_size % heads:
         return f"hidden_size {hidden_size} with {heads} attention heads", "num_attention_heads divides hidden_size"
     if heads % key_value_heads:
         return (
             f"{heads} attention heads with {key_value_heads} key/value heads",
             "num_key_value_heads divides num_attention_heads",
         )
-    rotated = int(hidden_size // heads * rotary_factor)
+    head_dim = hidden_size // heads if head_size is None else head_size
+    rotated = int(head_dim * rotary_factor)
     if not 0.0 < rotary_factor <= 1.0 or rotated % 2 or rotated == 0:
         return (
-            f"partial_rotary_factor {rotary_factor} of head_dim {hidden_size // heads}",
+            f"partial_rotary_factor {rotary_factor} of head_dim {head_dim}",
             "0 < factor <= 1, and int(head_dim * factor) even and positive",
         )
     return None

@@ -16,7 +16,7 @@ from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpu
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.hf import write_hf_directory
 from phimr_nemo.model.origin import Origin
-from phimr_nemo.model.table import checkpoint_tensors
+from phimr_nemo.model.table import tensor_shapes
 
 
 def run_base(config: BaseConfig) -> dict[str, Any]:
@@ -73,15 +73,18 @@ def tiny_architecture(config: BaseConfig, *, end_of_text: int) -> Architecture:
 
 
 def random_tensors(architecture: Architecture, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Starting weights under their Hugging Face names, fp32: norms 1, everything else normal.
+    """Starting weights under their Hugging Face names, fp32: norms 1, biases 0, everything else normal.
 
     Projections that write into the residual stream are scaled by 1 / sqrt(2 layers) (GPT-2, section 2.3).
     """
     generator = torch.Generator().manual_seed(seed)
     residual = (2 * architecture.num_hidden_layers) ** -0.5
-    for tensor in checkpoint_tensors(architecture):
-        if "norm" in tensor.name:
-            yield tensor.name, torch.ones(tensor.shape)
+    for name, shape in tensor_shapes(architecture).items():
+        if "norm" in name:
+            yield name, torch.ones(shape)
             continue
-        scale = residual if tensor.name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        yield tensor.name, torch.randn(tensor.shape, generator=generator) * (architecture.initializer_range * scale)
+        if name.endswith(".bias"):
+            yield name, torch.zeros(shape)
+            continue
+        scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        yield name, torch.randn(shape, generator=generator) * (architecture.initializer_range * scale)

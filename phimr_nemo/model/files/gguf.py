@@ -22,7 +22,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.ggufheader import check_header
 from phimr_nemo.model.files.hf import write_hf_directory
-from phimr_nemo.model.table import checkpoint_tensors
+from phimr_nemo.model.table import full_tensors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -117,7 +117,7 @@ class GGUFFile:
         import gguf
 
         used = set()
-        for wanted in checkpoint_tensors(self.architecture):
+        for wanted in full_tensors(self.architecture):
             parts = []
             for name in _sources(wanted.name):
                 if name not in self._tensors:
