@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,10 @@ SMALLEST_VOCABULARY: Final = 261
 """256 bytes and five special tokens."""
 LARGEST_VOCABULARY: Final = 521
 """So many entries the synthetic problems fill."""
+FamilyName = Literal["phi3", "llama", "mistral", "qwen2", "qwen3"]
+"""The model_type of the families in `phimr_nemo.model.families`."""
+PLAIN_ROTARY: Final[Mapping[str, float]] = {"partial_rotary_factor": 1.0, "long_factor_growth": 0.0}
+"""What a base of another family than Phi's has to say of its rotary embeddings."""
 LARGEST_GROWTH: Final = 1e6
 LARGEST_HEAD: Final = 20_000
 LARGEST_SIZES: Final[Mapping[str, int]] = {
@@ -88,15 +92,17 @@ def shape_fault(
 
 @config
 class BaseConfig:
-    """A randomly initialised model of the Phi-4-mini architecture with a tokenizer of its own.
+    """A randomly initialised model with a tokenizer of its own.
 
     Attributes:
+        family: what it is made like: phi3 is Phi-4-mini's architecture; conversations have the family's turn format.
         vocab_size: of the tokenizer that is trained on the synthetic problems.
         system_prompt: what the chat template puts before every conversation.
         long_factor_growth: LongRoPE's long factors rise linearly from 1 by so much.
     """
 
     run: RunConfig
+    family: FamilyName
     vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY, le=LARGEST_VOCABULARY), IsNumber]
     system_prompt: str
     hidden_size: Positive
@@ -119,6 +125,13 @@ class BaseConfig:
                 f"{AT}{impossible[0]}",
                 rule=impossible[1],
                 remedy="leave it out: the preset's value is such a number",
+            )
+        plain = {name: value for name, value in PLAIN_ROTARY.items() if getattr(self, name) != value}
+        if self.family != "phi3" and plain:
+            raise RuleBroken(
+                f"{AT}family={self.family} with {', '.join(f'{AT}{name}={getattr(self, name)}' for name in plain)}",
+                rule="partial rotation and LongRoPE are Phi's",
+                remedy=f"add {' '.join(f'{AT}{name}={value}' for name, value in plain.items())}",
             )
         fault = shape_fault(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.partial_rotary_factor

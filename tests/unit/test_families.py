@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from architectures import small
 
+from phimr_nemo.config import BaseConfig, load_config
+from phimr_nemo.config.tiny import FamilyName
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.families import FAMILIES
@@ -149,6 +152,16 @@ PUBLISHED = {
     "qwen3-0.6b": (QWEN3_06B, 596_049_920),
 }
 """Config and parameters, as the models' safetensors headers say."""
+
+
+def test_a_tiny_base_can_be_of_every_family() -> None:
+    assert set(get_args(FamilyName)) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("change", ["partial_rotary_factor=1.0", "long_factor_growth=0.0"])
+def test_a_tiny_base_is_refused_what_its_family_does_not_have(change: str) -> None:
+    with pytest.raises(UserError, match="Phi's"):
+        load_config(BaseConfig, Path("conf/base/tiny.yaml"), ["family=qwen3", change])
 
 
 @pytest.mark.parametrize(("config", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
