@@ -87,7 +87,8 @@ def test_the_end_of_a_turn_is_the_templates_and_not_the_formats(
     mistral = with_template(
         tokenizers[PHI.name],
         "{% for message in messages %}{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}",
+        "{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+        "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}",
     )
     assert chat.end_of_turn(mistral) == "<|endoftext|>"
     assert chat.stop_token_ids(mistral) == (mistral.eos_token_id,)
