@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,13 +14,15 @@ import pytest
 import torch
 from architectures import small
 
-from phimr_nemo.config import BaseConfig, load_config
+from phimr_nemo.config import BaseConfig, ParallelConfig, load_config
 from phimr_nemo.config.tiny import FamilyName
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.families import FAMILIES
 from phimr_nemo.model.longrope import inverse_frequencies
 from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.plan.memory import stage_parameters
+from phimr_nemo.plan.request import find_model
 
 # As published, without what does not matter: meta-llama/Llama-3.2-1B, HuggingFaceTB/SmolLM2-135M,
 # mistralai/Mistral-7B-v0.1, Qwen/Qwen2.5-0.5B, Qwen/Qwen3-0.6B-Base.
@@ -284,3 +288,49 @@ def test_llama3_scaling_in_closed_form() -> None:
     share = ((turns - 1.0) / 3.0).clamp(0, 1)
     assert torch.allclose(found, share * plain + (1 - share) * plain / 32, rtol=1e-5)
     assert {0.0, 1.0} < set(share.tolist()), "slow, fast and some between"
+
+
+PRESETS = {
+    "phi4mini": 3_836_021_760,
+    "phi3-mini": 3_821_079_552,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+}
+"""Parameters of the published models of conf/model, as their safetensors headers say."""
+
+
+def test_every_preset_is_here(repository: Path) -> None:
+    assert {file.stem for file in (repository / "conf" / "model").glob("*.yaml")} - {"tiny"} == set(PRESETS)
+
+
+@pytest.mark.parametrize(("preset", "parameters"), PRESETS.items(), ids=PRESETS)
+def test_transformers_builds_the_published_number_of_parameters_from_a_preset(preset: str, parameters: int) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arch = find_model(preset)
+    assert arch.num_parameters == parameters
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**arch.to_hf_config()))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert stage_parameters(arch, ParallelConfig(), 0) == parameters, "what the planner counts"
+
+
+def test_the_presets_of_published_configs_are_read_from_them_alike() -> None:
+    for preset in ("llama-3.2-1b", "smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b"):
+        assert find_model(preset) == Architecture.from_hf_config(PUBLISHED[preset][0])
+
+
+def test_a_layout_is_planned_for_a_model_of_another_family() -> None:
+    command = [sys.executable, "-m", "phimr_nemo.cli", "plan", "stage=sft", "model=qwen3-1.7b", "gpus=8"]
+    done = subprocess.run([*command, "gpu=h100-80g"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sft of qwen3-1.7b on 8 x h100-80g: layouts that fit" in done.stdout

@@ -56,9 +56,10 @@ def write_adapter(models: list[nn.Module], arch: Architecture, config: LoRAConfi
 
 def _peft_tensors(models: list[nn.Module], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     for name, inner, outer in adapter_tensors(models, arch):
+        # Copies: what several matrices have in common is stored with each of them.
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        yield f"{module}.lora_A.weight", inner.to(torch.float32).contiguous()
-        yield f"{module}.lora_B.weight", outer.to(torch.float32).contiguous()
+        yield f"{module}.lora_A.weight", inner.to(torch.float32, copy=True).contiguous()
+        yield f"{module}.lora_B.weight", outer.to(torch.float32, copy=True).contiguous()
 
 
 def _peft_config(config: LoRAConfig, base: Path, arch: Architecture) -> dict[str, Any]:
