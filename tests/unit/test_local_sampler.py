@@ -156,7 +156,7 @@ def test_prompts_computed_in_small_blocks_change_nothing(model: Any, monkeypatch
     assert max(blocks) <= 18
 
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"rope_scaling": LLAMA3, "rope_theta": 1000.0, "tie_word_embeddings": False},
     "Mistral": {"sliding_window": 64, "tie_word_embeddings": False},
     "Qwen2": {"tie_word_embeddings": True},
