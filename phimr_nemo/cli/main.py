@@ -242,7 +242,7 @@ def import_model(
     target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],
     system_prompt: Annotated[str, typer.Option(help="Before every conversation; none by default.")] = "",
 ) -> None:
-    """A small model from a GGUF file as an equivalent Phi3-family directory with the reasoning chat template."""
+    """A small Llama-family model from a GGUF file as a Hugging Face directory with the reasoning chat template."""
     with stoppable("import"):
         from phimr_nemo.model.files.gguf import import_gguf
 

@@ -117,6 +117,36 @@ def test_the_real_tokenizer_token_for_token(shared_data: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "ready" / "generation_config.json").read_text())["eos_token_id"] == [200020, 199999]
 
 
+@pytest.mark.parametrize(
+    ("family", "opening", "end"),
+    [
+        ("qwen3", "<|im_start|>system\nYou are an AI math expert.<|im_end|>\n<|im_start|>user\n", "<|im_end|>"),
+        ("llama", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are an AI", "<|eot_id|>"),
+    ],
+)
+def test_another_family_is_adopted_in_its_own_turn_format(
+    family: str, opening: str, end: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")
+    plain = ("partial_rotary_factor=1.0", "long_factor_growth=0.0", f"family={family}")
+    output = f"run.output={tmp_path / 'base'}"
+    run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), [output, *shape, *plain]))
+    source = tmp_path / "base" / "hf"
+    settings = json.loads((source / "tokenizer_config.json").read_text("utf-8"))
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": None}), "utf-8")
+    adopt(source, tmp_path / "ready", system_prompt=None)
+    tokenizer = load_tokenizer(tmp_path / "ready")
+    prompt = tokenizer.decode(render_prompt(tokenizer, QUESTION))
+    assert prompt.startswith(opening)
+    assert f"{QUESTION}{end}" in prompt
+    ends = json.loads((tmp_path / "ready" / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(ends)[0] == end
+    assert json.loads((tmp_path / "ready" / "config.json").read_text())["model_type"] == family
+    with caplog.at_level(logging.WARNING):
+        warn_of_other_template(tmp_path / "ready")
+    assert not caplog.records
+
+
 def test_a_base_that_is_none_is_one_message(instruct: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no single quote"):
         adopt(instruct, tmp_path / "ready", system_prompt="It's {{ 1 }}")
