@@ -98,6 +98,7 @@ class BaseConfig:
         family: what it is made like: phi3 is Phi-4-mini's architecture; conversations have the family's turn format.
         vocab_size: of the tokenizer that is trained on the synthetic problems.
         system_prompt: what the chat template puts before every conversation.
+        original_max_position_embeddings: the length that LongRoPE's short factors hold for; of Phi alone.
         long_factor_growth: LongRoPE's long factors rise linearly from 1 by so much.
     """
 
@@ -147,9 +148,14 @@ class BaseConfig:
 
 @config
 class QuickstartConfig:
-    """The whole recipe on a tiny model: one preset per step, and the sizes that are the quickstart's own."""
+    """The whole recipe on a tiny model: one preset per step, and the sizes that are the quickstart's own.
+
+    Attributes:
+        family: of the tiny model, see :class:`BaseConfig`.
+    """
 
     run: RunConfig
+    family: FamilyName
     train_problems: SyntheticCount
     heldout_problems: SyntheticCount
     rl_problems: SyntheticCount

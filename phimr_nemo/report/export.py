@@ -16,7 +16,6 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import evaluated_model
 from phimr_nemo.evaluate.stage import ROW_OF_STAGE
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.files.companions import read_added_tokens
 from phimr_nemo.model.origin import Origin, read_origin
 from phimr_nemo.model.regime import NAMES, was_trained_long
 from phimr_nemo.report.collect import read_evaluation
@@ -92,6 +91,8 @@ def model_card(config: ExportConfig, architecture: Architecture, origin: Origin)
 
 def _end(model: Path, architecture: Architecture) -> str:
     """What ends a response, for people."""
+    from phimr_nemo.model.files.companions import read_added_tokens
+
     turns = format_of(read_added_tokens(model, architecture))
     return "the tokens that generation_config.json names" if turns is None else f"`{turns.end}`"
 
