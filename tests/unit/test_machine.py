@@ -18,7 +18,7 @@ from phimr_nemo.jobs.machine import check_default, check_machine, count_cores, f
 from phimr_nemo.store.atomic import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TRAINED = ("midtrain", "sft", "dpo", "grpo")
+TRAINED = ("midtrain", "sft", "dpo", "grpo", "distill")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "slurm"
 ARRAY_STAGES = ("prepare", "generate", "verify", "curate")
 PLAIN_STAGES = (*ARRAY_STAGES, "pack", "evaluate", "export")
-DISTRIBUTED_STAGES = ("midtrain", "sft", "dpo", "grpo")
+DISTRIBUTED_STAGES = ("midtrain", "sft", "dpo", "grpo", "distill")
 STAGE_ORDER = (
     "generate",
     "verify",

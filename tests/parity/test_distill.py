@@ -1,0 +1,148 @@
+"""On-policy distillation: layouts and packing, a teacher that is reached, an interrupted run, another tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from align_inputs import CONF, make_inputs
+from align_worker import Case, run_case
+from distill_worker import one_update
+from distributed import run_distributed
+from grpo_worker import Update
+from test_align_parity import curve, weights_differ_by
+
+from phimr_nemo.config import BaseConfig, load_config
+from phimr_nemo.errors import UserError
+from phimr_nemo.model.base import run_base
+from phimr_nemo.model.vocabulary import check_same_words
+
+LENGTHS = (7, 40, 12, 90, 8, 33, 9, 61)
+TOLERANCE = 1e-5
+"""Relative, float32: sums over the same numbers in another order."""
+SAMPLED = ("loss.kind=sampled_reverse_kl", "loss.clip_low=0.2", "loss.clip_high=0.3")
+WHOLE = ("loss.kind=reverse_kl",)
+LOSSES = pytest.mark.parametrize("loss", [SAMPLED, WHOLE], ids=["sampled", "whole"])
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, its prompts, and a wider and deeper teacher of its vocabulary."""
+    root = tmp_path_factory.mktemp("distill")
+    make_inputs(root)
+    shape = ("hidden_size=96", "intermediate_size=160", "num_hidden_layers=4", "num_attention_heads=4")
+    lengths = ("original_max_position_embeddings=256", "max_position_embeddings=8192")
+    settings = [f"run.output={root / 'teacher'}", "run.seed=7", "initializer_range=0.15", *shape, *lengths]
+    run_base(load_config(BaseConfig, CONF / "base" / "tiny.yaml", settings))
+    return root
+
+
+def settings(root: Path) -> list[str]:
+    places = {"base": root / "base" / "hf", "teacher.path": root / "teacher" / "hf", "prompts": root / "prompts"}
+    return [f"{key}={place}" for key, place in places.items()]
+
+
+def update(root: Path, *overrides: str, ranks: int = 1, fault: str | None = None) -> list[Update]:
+    given = [f"run.output={root / 'run'}", *settings(root), "sequence_length=100", "max_new_tokens=80"]
+    given += ["micro_batch=3", *overrides]
+    found: list[Update] = run_distributed(one_update, ranks, CONF / "distill" / "tiny.yaml", given, LENGTHS, fault)
+    return found
+
+
+def difference(one: Update, other: Update) -> float:
+    """Largest difference of a gradient's entry, relative to the largest entry."""
+    return float((one.gradients - other.gradients).abs().max() / other.gradients.abs().max())
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> dict[tuple[str, ...], Update]:
+    return {loss: update(root, *loss)[0] for loss in (SAMPLED, WHOLE)}
+
+
+LAYOUTS = {
+    "packed": (1, ("packed=true",)),
+    "tensor and sequence, packed": (2, ("parallel.tensor=2", "parallel.sequence=true", "packed=true")),
+    "pipeline": (2, ("parallel.pipeline=2",)),
+    "context, packed": (2, ("parallel.context=2", "packed=true", "optim.distributed=false")),
+}
+
+
+@LOSSES
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_update_of_one_process(
+    root: Path, alone: dict[tuple[str, ...], Update], loss: tuple[str, ...], layout: str
+) -> None:
+    ranks, overrides = LAYOUTS[layout]
+    expected = alone[loss]
+    for found in update(root, *loss, *overrides, ranks=ranks):
+        assert found.loss == pytest.approx(expected.loss, rel=TOLERANCE)
+        assert difference(found, expected) < TOLERANCE
+        assert torch.allclose(found.before, expected.before, rtol=TOLERANCE, atol=TOLERANCE)
+        assert found.metrics == pytest.approx(expected.metrics, rel=10 * TOLERANCE, abs=TOLERANCE)
+
+
+def test_states_of_other_tokens_are_noticed(root: Path, alone: dict[tuple[str, ...], Update]) -> None:
+    (found,) = update(root, *WHOLE, fault="states of the token before")
+    assert difference(found, alone[WHOLE]) > 100 * TOLERANCE
+
+
+def case(root: Path, name: str, *extra: str, stop: int | None = None) -> Case:
+    given = (*settings(root), f"steps={STEPS}", "prompts_per_step=6", "group_size=4", "micro_batch=5")
+    given += ("max_new_tokens=12", "optim.lr=3e-3", "inner_batches=2", "checkpoint.every=100", *extra)
+    made = make_case(root, name, "grpo", stop=stop)
+    return Case(
+        "distill", CONF / "distill" / "tiny.yaml", made.grader, (f"run.output={root / name}", *given), None, stop
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("whole", WHOLE), ("sampled", (*SAMPLED, "verify_workers=0"))], ids=["whole", "sampled"]
+)
+def test_a_student_gets_nearer_to_its_teacher_and_a_stopped_run_ends_the_same(
+    root: Path, name: str, extra: tuple[str, ...]
+) -> None:
+    run_distributed(run_case, 1, case(root, name, *extra))
+    rows = curve(root / name, steps=STEPS)
+    assert rows[-1]["reverse_kl"] < rows[0]["reverse_kl"] - 0.1
+    assert ("pass_rate" in rows[0]) == (name == "whole")
+    assert (root / name / "distill.png").read_bytes().startswith(b"\x89PNG")
+    run_distributed(run_case, 1, case(root, f"{name}-stopped", *extra, stop=2))
+    run_distributed(run_case, 1, case(root, f"{name}-stopped", *extra))
+    again = curve(root / f"{name}-stopped", steps=STEPS)
+    assert [row["reverse_kl"] for row in again] == [row["reverse_kl"] for row in rows]
+    assert weights_differ_by(root / name, root / f"{name}-stopped") == 0.0
+
+
+def test_a_run_goes_on_with_its_own_teacher_only(root: Path) -> None:
+    run_distributed(run_case, 1, case(root, "other", *WHOLE, stop=1))
+    other = case(root, "other", *WHOLE, f"teacher.path={root / 'base' / 'hf'}")
+    with pytest.raises(AssertionError, match="teacher weights"):
+        run_distributed(run_case, 1, other)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_and_both_are_named(root: Path) -> None:
+    student, teacher = root / "base" / "hf", root / "stranger"
+    shutil.copytree(root / "teacher" / "hf", teacher)
+    file = teacher / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(content, indent=4), "utf-8")
+    check_same_words(student, teacher)
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    file.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(UserError) as refused:
+        check_same_words(student, teacher)
+    assert str(student) in refused.value.problem
+    assert str(teacher) in refused.value.problem
+
+
+def test_a_teacher_with_more_words_is_refused(root: Path) -> None:
+    student, teacher = root / "base" / "hf", root / "larger"
+    shutil.copytree(root / "teacher" / "hf", teacher)
+    settings = json.loads((teacher / "config.json").read_text("utf-8"))
+    (teacher / "config.json").write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] + 64}), "utf-8")
+    with pytest.raises(UserError, match=str(settings["vocab_size"] + 64)):
+        check_same_words(student, teacher)
