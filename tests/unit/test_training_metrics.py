@@ -13,9 +13,7 @@ from phimr_nemo.training.metrics import METRICS, Stage, markdown_table, metrics_
 from phimr_nemo.training.plots import DISTILL_PANELS, DPO_PANELS, GRPO_PANELS, GRPO_TIMES, SUPERVISED_PANELS
 
 TABLES: dict[Stage, str] = {
-    "midtrain": "training.md",
-    "sft": "training.md",
-    "dpo": "training.md",
+    **dict.fromkeys(("midtrain", "sft", "dpo"), "training.md"),
     "grpo": "grpo.md",
     "distill": "distill.md",
 }
