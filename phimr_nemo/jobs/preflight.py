@@ -30,13 +30,14 @@ from phimr_nemo.config import (
     VLLMEngine,
 )
 from phimr_nemo.config.dpo import StoredReference
+from phimr_nemo.config.sampled.distill import ServerTeacher
 from phimr_nemo.data.chat import warn_of_other_template
 from phimr_nemo.endpoint.settings import Addressed, read_key
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout, check_length
 from phimr_nemo.model.regime import regime_name, warn_of_other_regime
-from phimr_nemo.model.vocabulary import check_same_words
+from phimr_nemo.model.vocabulary import check_same_tokenizer, check_same_words
 from phimr_nemo.plan.memory import largest_state
 from phimr_nemo.store.inputs import model_remedy
 from phimr_nemo.store.records import Kind
@@ -88,6 +89,18 @@ def preflight(stage: str, config: Any) -> None:
         warn_of_other_regime(architecture, config.base, config.sequence_length, config.model.longrope)
         check_steps(stage, config)
     if isinstance(config, DistillConfig):
+        _check_teacher(config)
+
+
+def _check_teacher(config: DistillConfig) -> None:
+    """Teacher and student speak of the same words, and the layout can hold a teacher beside the student.
+
+    Raises:
+        UserError: another tokenizer or number of words; a layout or length that the teacher cannot have.
+    """
+    if isinstance(config.teacher, ServerTeacher):
+        check_same_tokenizer(config.base, config.teacher.tokenizer)
+    else:
         check_same_words(config.base, config.teacher.path)
         teacher = Architecture.from_directory(config.teacher.path)
         check_layout(teacher, config.parallel)
@@ -140,7 +153,7 @@ def file_inputs(config: Any) -> list[Path]:
     if isinstance(config, SupervisedConfig | DPOConfig | RoundsConfig):
         paths.append(config.base)
     if isinstance(config, DistillConfig):
-        paths.append(config.teacher.path)
+        paths.append(config.teacher.tokenizer if isinstance(config.teacher, ServerTeacher) else config.teacher.path)
     if isinstance(config, DPOConfig) and isinstance(config.reference, StoredReference) and config.reference.path:
         paths.append(config.reference.path)
     return paths
@@ -177,9 +190,12 @@ def _engine(config: Any) -> tuple[Any, str]:
 def keyed(config: Any) -> list[Addressed]:
     """What a stage asks for that may want a key: endpoints and servers."""
     engine, _ = _engine(config)
+    asked: list[Addressed] = []
+    if isinstance(config, DistillConfig) and isinstance(config.teacher, ServerTeacher):
+        asked.append(config.teacher.endpoint)
     if isinstance(engine, ServerEngine):
-        return [engine]
-    return [engine.endpoint] if isinstance(engine, EndpointEngine) else []
+        return [engine, *asked]
+    return [engine.endpoint, *asked] if isinstance(engine, EndpointEngine) else asked
 
 
 def _check_vllm(config: Any) -> None:

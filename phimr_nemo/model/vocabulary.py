@@ -9,14 +9,14 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 
 
-def check_same_words(student: Path, teacher: Path) -> None:
-    """Refuse a teacher that gives the same text other ids than its student, or has another number of them.
+def check_same_tokenizer(student: Path, teacher: Path) -> None:
+    """Refuse a teacher that gives the same text other ids than its student.
 
     Args:
-        student, teacher: Hugging Face directories.
+        student, teacher: directories with the tokenizers.
 
     Raises:
-        UserError: their tokenizers or vocabularies differ; both directories are named.
+        UserError: they differ; both directories are named.
     """
     hashes = {directory: words_hash(directory) for directory in (student, teacher)}
     if len(set(hashes.values())) > 1:
@@ -26,6 +26,18 @@ def check_same_words(student: Path, teacher: Path) -> None:
             f"{TOKENIZER_FILE})",
             remedy="choose a teacher of the student's family, or train on the teacher's text with phimr sft",
         )
+
+
+def check_same_words(student: Path, teacher: Path) -> None:
+    """Refuse a teacher of another tokenizer, or with another number of words.
+
+    Args:
+        student, teacher: Hugging Face directories.
+
+    Raises:
+        UserError: their tokenizers or vocabularies differ; both directories are named.
+    """
+    check_same_tokenizer(student, teacher)
     sizes = {directory: Architecture.from_directory(directory).vocab_size for directory in (student, teacher)}
     if len(set(sizes.values())) > 1:
         raise UserError(

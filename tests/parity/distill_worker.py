@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from phimr_nemo.align.distill.objective import DistillObjective
+from phimr_nemo.align.distill.stage import open_teacher
 from phimr_nemo.align.distill.teacher import DirectoryTeacher
 from phimr_nemo.align.grpo import stage as rounds
 from phimr_nemo.align.microbatch import MicroBatch
@@ -50,7 +51,7 @@ def one_update(path: Path, overrides: Sequence[str], lengths: Sequence[int], fau
     config = load_config(DistillConfig, path, overrides)
     base = HFDirectory(config.base)
     start_process_group(config.parallel, config.run.seed)
-    objective = DistillObjective(config, DirectoryTeacher(config), **rounds.layout_of(config, base))
+    objective = DistillObjective(config, open_teacher(config), **rounds.layout_of(config, base))
     guard = BatchGuard(config.run.output, config.guard, lambda _: [])
     trained = rounds.build_policy(config, base, guard, objective)
     batch = rows_of(lengths, base.architecture.vocab_size, base.architecture.pad_token_id)
@@ -58,7 +59,7 @@ def one_update(path: Path, overrides: Sequence[str], lengths: Sequence[int], fau
     batch = {name: value[rank::ranks] for name, value in batch.items()}
     batch["sampler_logprobs"] = torch.zeros(batch["labels"].shape)
     plain = objective.plain_micro_batches(batch)
-    taught = objective.teacher.log_probs(plain, batch["labels"], trained.temperature)
+    taught = objective.teacher.log_probs(batch, plain, trained.temperature)
     if config.weighs_tokens:
         generator = torch.Generator().manual_seed(1)
         before = trained.batch_log_probs(batch)

@@ -1,10 +1,15 @@
-"""On-policy distillation: layouts and packing, a teacher that is reached, an interrupted run, another tokenizer."""
+"""On-policy distillation: layouts, packing, teachers in the trainer and served, stopped runs, other tokenizers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,19 +41,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_inputs(root)
     shape = ("hidden_size=96", "intermediate_size=160", "num_hidden_layers=4", "num_attention_heads=4")
     lengths = ("original_max_position_embeddings=256", "max_position_embeddings=8192")
-    settings = [f"run.output={root / 'teacher'}", "run.seed=7", "initializer_range=0.15", *shape, *lengths]
-    run_base(load_config(BaseConfig, CONF / "base" / "tiny.yaml", settings))
+    given = [f"run.output={root / 'teacher'}", "run.seed=7", "initializer_range=0.15", *shape, *lengths]
+    run_base(load_config(BaseConfig, CONF / "base" / "tiny.yaml", given))
     return root
 
 
 def settings(root: Path) -> list[str]:
-    places = {"base": root / "base" / "hf", "teacher.path": root / "teacher" / "hf", "prompts": root / "prompts"}
-    return [f"{key}={place}" for key, place in places.items()]
+    return [f"base={root / 'base' / 'hf'}", f"prompts={root / 'prompts'}"]
 
 
-def update(root: Path, *overrides: str, ranks: int = 1, fault: str | None = None) -> list[Update]:
-    given = [f"run.output={root / 'run'}", *settings(root), "sequence_length=100", "max_new_tokens=80"]
-    given += ["micro_batch=3", *overrides]
+def directory(root: Path) -> list[str]:
+    return [f"teacher.path={root / 'teacher' / 'hf'}"]
+
+
+def update(
+    root: Path, *overrides: str, ranks: int = 1, fault: str | None = None, teacher: Sequence[str] = ()
+) -> list[Update]:
+    given = [f"run.output={root / 'run'}", *settings(root), *(teacher or directory(root))]
+    given += ["sequence_length=100", "max_new_tokens=80", "micro_batch=3", *overrides]
     found: list[Update] = run_distributed(one_update, ranks, CONF / "distill" / "tiny.yaml", given, LENGTHS, fault)
     return found
 
@@ -90,9 +100,106 @@ def test_states_of_other_tokens_are_noticed(root: Path, alone: dict[tuple[str, .
     assert difference(found, alone[WHOLE]) > 100 * TOLERANCE
 
 
+@contextlib.contextmanager
+def served(reply: Callable[[list[int]], dict[str, Any]]) -> Iterator[list[str]]:
+    """The settings of a teacher behind a server in this process; `reply` tells of a prompt."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert (self.path, asked["echo"], asked["model"]) == ("/v1/completions", True, "large")
+            body = json.dumps({"choices": [reply(asked["prompt"])]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = {
+        "base_urls": f"[http://127.0.0.1:{server.server_port}/v1]",
+        "model": "large",
+        "concurrency": 3,
+        "idle_seconds": 100,
+        "total_seconds": 200,
+        "attempts": 2,
+        "backoff_seconds": 0.01,
+    }
+    try:
+        yield ["teacher.kind=server", *(f"teacher.endpoint.{key}={value}" for key, value in settings.items())]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def by_transformers(teacher: Path) -> Callable[[list[int]], dict[str, Any]]:
+    """What a server says that has the teacher in another implementation; a sampled token comes behind the prompt."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(teacher, torch_dtype=torch.float32)
+
+    @torch.no_grad()
+    def reply(prompt: list[int]) -> dict[str, Any]:
+        logprobs = torch.log_softmax(model(torch.tensor([prompt])).logits[0], dim=-1)
+        found = [float(logprobs[place, token]) for place, token in enumerate(prompt[1:])]
+        tokens = [f"token_id:{token}" for token in [*prompt, 0]]
+        return {"text": "", "logprobs": {"tokens": tokens, "token_logprobs": [None, *found, -1.0]}}
+
+    return reply
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_served_teacher_is_the_one_of_the_directory(
+    root: Path, alone: dict[tuple[str, ...], Update], ranks: int
+) -> None:
+    teacher = root / "teacher" / "hf"
+    layout = ("parallel.tensor=2",) if ranks == 2 else ()
+    with served(by_transformers(teacher)) as there:
+        given = [*there, f"teacher.tokenizer={teacher}"]
+        for found in update(root, *SAMPLED, *layout, ranks=ranks, teacher=given):
+            assert torch.allclose(found.before, alone[SAMPLED].before, atol=1e-4)
+            assert found.loss == pytest.approx(alone[SAMPLED].loss, rel=1e-4)
+            assert difference(found, alone[SAMPLED]) < 1e-4
+
+
+OTHER_TOKENS = {"tokens": ["token_id:0"] * 200, "token_logprobs": [-1.0] * 200}
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "said"),
+    [
+        (None, "no log-probabilities of the prompt"),
+        ({"token_logprobs": [None] * 200}, "no finite number"),
+        (OTHER_TOKENS, "other tokens than it was sent"),
+    ],
+    ids=["none", "not finite", "other tokens"],
+)
+def test_a_server_that_does_not_score_the_prompt_is_named(root: Path, logprobs: Any, said: str) -> None:
+    with served(lambda _: {"logprobs": logprobs}) as there, pytest.raises(AssertionError, match=said):
+        update(root, *SAMPLED, teacher=[*there, f"teacher.tokenizer={root / 'teacher' / 'hf'}"])
+
+
 def case(root: Path, name: str, *extra: str, stop: int | None = None) -> Case:
-    given = (*settings(root), f"steps={STEPS}", "prompts_per_step=6", "group_size=4", "micro_batch=5")
-    given += ("max_new_tokens=12", "optim.lr=3e-3", "inner_batches=2", "checkpoint.every=100", *extra)
+    given = (
+        *settings(root),
+        *directory(root),
+        f"steps={STEPS}",
+        "prompts_per_step=6",
+        "group_size=4",
+        "micro_batch=5",
+    )
+    given += (
+        "micro_batch=5",
+        "max_new_tokens=12",
+        "optim.lr=3e-3",
+        "inner_batches=2",
+        "checkpoint.every=100",
+        *extra,
+    )
     preset = CONF / "distill" / "tiny.yaml"
     return Case("distill", preset, "even length", (f"run.output={root / name}", *given), None, stop)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from phimr_nemo.align.distill.teacher import DirectoryTeacher
+from phimr_nemo.align.distill.teacher import DirectoryTeacher, Teacher
 from phimr_nemo.align.grpo.objective import RoundsObjective, SampledTokens
 from phimr_nemo.align.microbatch import MicroBatch
 from phimr_nemo.config import DistillConfig
@@ -19,18 +19,21 @@ class DistillObjective(RoundsObjective):
 
     Args:
         config: of the stage.
-        teacher: has the states of whole distributions.
+        teacher: scores; for whole distributions one in this process.
         layout: as for :class:`RoundsObjective`.
     """
 
-    def __init__(self, config: DistillConfig, teacher: DirectoryTeacher, **layout: int) -> None:
+    def __init__(self, config: DistillConfig, teacher: Teacher, **layout: int) -> None:
         super().__init__(config, **layout)
         self.config, self.teacher = config.loss, teacher
 
     def micro_batches(self, batch: Mapping[str, Tensor]) -> list[MicroBatch]:
         """Those of all rounds; with the teacher's states where the loss is of them (collective)."""
         micros = self.plain_micro_batches(batch)
-        return micros if isinstance(self.config, SampledLoss) else self.teacher.taught(micros)
+        if isinstance(self.config, SampledLoss):
+            return micros
+        assert isinstance(self.teacher, DirectoryTeacher)
+        return self.teacher.taught(micros)
 
     def plain_micro_batches(self, batch: Mapping[str, Tensor]) -> list[MicroBatch]:
         """The same without the teacher's states."""

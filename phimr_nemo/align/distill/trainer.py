@@ -47,5 +47,5 @@ class DistillTrainer(RoundsTrainer):
             if self.config.updates > 1:
                 rows["old_logprobs"] = self.model.batch_log_probs(rows)
             micros = objective.plain_micro_batches(rows)
-            rows["teacher_logprobs"] = objective.teacher.log_probs(micros, rows["labels"], self.model.temperature)
+            rows["teacher_logprobs"] = objective.teacher.log_probs(rows, micros, self.model.temperature)
         return rows, {}

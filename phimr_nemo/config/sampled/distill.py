@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from phimr_nemo.config.common import AtLeastZero, Decay, Dtype, Place, is_measured
+from phimr_nemo.config.engine import EndpointConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 from phimr_nemo.config.sampled.rounds import RoundsCheckpointConfig, RoundsConfig
 
@@ -20,9 +21,25 @@ class DirectoryTeacher:
         dtype: what it is computed in; None = the student's.
     """
 
-    kind: Literal["directory"] = "directory"
+    kind: Literal["directory"]
     path: Place
     dtype: Dtype | None = None
+
+
+@config
+class ServerTeacher:
+    """A served teacher that returns the log-probabilities of a prompt: OpenAI's completions with `echo`, as of vLLM.
+
+    Attributes:
+        tokenizer: directory with the tokenizer that it is served with, which is compared with the student's.
+    """
+
+    kind: Literal["server"]
+    endpoint: EndpointConfig
+    tokenizer: Place
+
+
+Teacher = Annotated[DirectoryTeacher | ServerTeacher, Field(discriminator="kind")]
 
 
 @config
@@ -72,7 +89,7 @@ class DistillConfig(RoundsConfig):
             verdicts. 0 = responses are not graded, and prompts need no answers.
     """
 
-    teacher: DirectoryTeacher
+    teacher: Teacher
     loss: DistillLoss
     checkpoint: DistillCheckpointConfig
 
@@ -93,9 +110,28 @@ class DistillConfig(RoundsConfig):
             "pass_rate": ("verify_workers above 0", self.verify_workers > 0),
         }
         is_measured(self.checkpoint, self.early_stopping, needs, otherwise="reverse_kl")
+        self._check_server()
         if not self.weighs_tokens and self.correction.kind != "none":
             raise RuleBroken(
                 f"{AT}correction.kind={self.correction.kind} with {AT}loss.kind={self.loss.kind}",
                 rule="the divergence over the whole vocabulary weighs no sampled token",
                 remedy=f"set {AT}correction.kind=none, or {AT}loss.kind=sampled_reverse_kl",
+            )
+
+    def _check_server(self) -> None:
+        """A server tells one number a token, at temperature 1."""
+        if not isinstance(self.teacher, ServerTeacher):
+            return
+        if not self.weighs_tokens:
+            raise RuleBroken(
+                f"{AT}loss.kind={self.loss.kind} with {AT}teacher.kind=server",
+                rule="a server returns the log-probability of the sampled token, not whole distributions",
+                remedy=f"set {AT}loss.kind=sampled_reverse_kl {AT}loss.clip_low=0.2 {AT}loss.clip_high=0.2",
+            )
+        asked = {"temperature.start": self.temperature.start, "temperature.end": self.temperature.end}
+        if set(asked.values()) != {1.0}:
+            raise RuleBroken(
+                f"{AT}teacher.kind=server with " + " ".join(f"{AT}{key}={value}" for key, value in asked.items()),
+                rule="a server's log-probabilities of a prompt are those of temperature 1; the student's must be too",
+                remedy=" ".join(f"{AT}{key}=1.0" for key in asked),
             )
