@@ -15,8 +15,6 @@ from phimr_nemo.plan.workload import StageConfig
 
 TRAINING_STAGES: Final = ("midtrain", "sft", "dpo", "grpo", "distill")
 GENERATION_STAGE: Final = "generate"
-PLACES: Final = {"distill": ("teacher.path=planned",)}
-"""Stage -> what its preset leaves to the user and the planner does not read."""
 LAYOUT_KEYS: Final = frozenset(
     {
         "parallel.tensor",
@@ -66,7 +64,7 @@ def read_request(arguments: Sequence[str], stage_config: Path | None) -> Trainin
     # The starting weights are not read: the model's shape comes from `model`.
     pinned = LAYOUT_KEYS & {_key(item) for item in others}
     layout = [] if stage_config is not None else _neutral_layout(pinned)
-    config: Any = load_config(STAGES[stage], source, ["base=planned", *PLACES.get(stage, ()), *layout, *others])
+    config: Any = load_config(STAGES[stage], source, ["base=planned", *layout, *others])
     if stage_config is not None:
         pinned = LAYOUT_KEYS
         if not any(_key(item) == "gpus" for item in own):
