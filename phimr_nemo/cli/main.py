@@ -229,10 +229,9 @@ def adopt(
 ) -> None:
     """Make a base model ready for the recipe: a copy with the reasoning chat template, which every stage hands on."""
     with stoppable("adopt"):
-        from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
         from phimr_nemo.model.adopt import adopt as adopt_model
 
-        adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+        adopt_model(source, target, system_prompt=system_prompt)
     say(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
 
 

@@ -107,12 +107,15 @@ def _layer_specs(arch: Architecture, config: TransformerConfig, vp_stage: int | 
     scale = ModuleSpec(module=RotaryScale, params={"rotary_dim": arch.rotary_dim, "factor": arch.attention_factor})
     fused = has_transformer_engine()
     if fused:
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.traits.has_qk_norm)
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+        if arch.traits.has_qk_norm:
+            layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
     if arch.attention_factor != 1.0:
         layer.submodules.self_attention.submodules.q_layernorm = scale
         layer.submodules.self_attention.submodules.k_layernorm = scale
