@@ -166,7 +166,7 @@ def _trained_with(name: str, run: RunDirectory) -> tuple[str, ...]:
         raise UserError(
             f"stage {name!r} in {run.path} is no training run, or damaged: {error!r:.200}",
             rule=f"the card reports finished training stages from their {CONFIG_FILE}, {RUN_FILE} and {DONE_FILE}",
-            remedy="give the run.output of midtrain, sft, dpo or grpo; restore its files; or leave it out",
+            remedy="give the run.output of midtrain, sft, dpo, grpo or distill; restore its files; or leave it out",
         ) from error
 
 
