@@ -338,6 +338,18 @@ def is_phi(directory: Path) -> bool:
     return not isinstance(config, dict) or config.get("model_type") == PHI3.model_type
 
 
+def is_readable(directory: Path) -> bool:
+    """Whether a directory holds a model that stages read, Phi's or another family's; others only vLLM opens."""
+    if is_phi(directory):
+        return True
+    config = read_json(directory / CONFIG_FILE)
+    try:
+        Architecture.from_hf_config(config)
+    except (UserError, TypeError, ValueError, ArithmeticError):
+        return False
+    return "quantization_config" not in config
+
+
 def _token_id(config: Mapping[str, Any], name: str, vocabulary: int, defaults: Mapping[str, Any]) -> int | None:
     """A token's id; None where the config says that there is none, or where transformers' default is beyond it."""
     if name not in config:

@@ -16,6 +16,7 @@ import torch
 from phimr_nemo.config import BaseConfig, MidtrainConfig, load_config
 from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT, load_tokenizer, render_prompt, warn_of_other_template
 from phimr_nemo.errors import UserError
+from phimr_nemo.generate.serving.vllm import weights_hash
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.model.adopt import adopt
 from phimr_nemo.model.architecture import Architecture
@@ -142,6 +143,7 @@ def test_another_family_is_adopted_in_its_own_turn_format(
     ends = json.loads((tmp_path / "ready" / "generation_config.json").read_text())["eos_token_id"]
     assert tokenizer.convert_ids_to_tokens(ends)[0] == end
     assert json.loads((tmp_path / "ready" / "config.json").read_text())["model_type"] == family
+    assert weights_hash(tmp_path / "ready") == HFDirectory(source).weights_hash(), "one name in samplers and stages"
     with caplog.at_level(logging.WARNING):
         warn_of_other_template(tmp_path / "ready")
     assert not caplog.records
