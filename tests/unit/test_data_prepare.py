@@ -247,9 +247,10 @@ def test_a_run_that_was_killed_continues_to_the_same_result(
 
         return write
 
-    from phimr_nemo.data.prepare import candidates, texts
+    from phimr_nemo.data.prepare import candidates, look, texts
 
     with monkeypatch.context() as patch:
+        patch.setattr(look, "write_json", dying(look.write_json))
         patch.setattr(candidates, "atomic_file", dying(candidates.atomic_file))
         patch.setattr(candidates, "write_json", dying(candidates.write_json))
         patch.setattr(texts, "write_shard", dying(texts.write_shard))
