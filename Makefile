@@ -13,6 +13,9 @@
 #   FUZZ_SECONDS       of each target of `make fuzz`
 #   VLLM_BUILD         cpu or cuda, of `make setup-vllm` (default: cuda where nvidia-smi lists a GPU)
 #   GPU_PYTHON         of `make gpu`: an interpreter that has torch for CUDA, Megatron-Core and transformers
+#   GPU_ARGS           of `make gpu`, e.g. --rehearse or --parts train-bf16
+#   GPU_BUNDLE         folder that `make gpu-bundle` fills
+#   GPU_PYTHON_VERSION Python of the machine that the bundle is for
 
 VENV := .venv
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -24,7 +27,9 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 GPU_PYTHON ?= python3
-GPU_NAME := import torch; print(torch.cuda.get_device_name().replace(" ", "-"))
+GPU_ARGS ?=
+GPU_BUNDLE ?= runs/gpu-bundle
+GPU_PYTHON_VERSION ?= 3.12
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/setup.stamp
@@ -74,10 +79,10 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test clients faults fuzz audit gpu lint format clean
+.PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test clients faults fuzz audit gpu gpu-bundle lint format clean
 
 help:
-	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | gpu | lint | format | clean   (see docs/installation.md)"
+	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | gpu | gpu-bundle | lint | format | clean   (see docs/installation.md)"
 
 setup: $(STAMP)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "next: . $(BIN)/activate && phimr quickstart --out $(OUT)",:)
@@ -187,15 +192,13 @@ fuzz: setup
 audit: setup
 	$(BIN)/python .ci/audit.py look-up $(PHIMR_CONSTRAINTS) requirements/aligner.txt
 
-# Tests and throughput on this machine's GPU, with its own python (a NeMo container's, say) and not `make setup`'s.
+# The parts of bench/gpu_lane.py on this machine's GPU, with its own python (a NeMo container's, say), not `make setup`'s.
 gpu:
-	@name=$$($(GPU_PYTHON) -c '$(GPU_NAME)' 2>/dev/null) || { echo "$(GPU_PYTHON) finds no CUDA device"; exit 1; }; \
-	out=bench/results/$$(date +%F)-$$name.txt; bash -o pipefail -ec " \
-		$(GPU_PYTHON) -m pytest -q -rs tests/gpu | tee $$out; \
-		$(GPU_PYTHON) bench/forward.py | tee -a $$out; \
-		$(GPU_PYTHON) bench/train.py --gpu --profile | tee -a $$out; \
-		! $(GPU_PYTHON) -c 'import transformer_engine' 2>/dev/null || { $(GPU_PYTHON) bench/forward.py --fp8 | tee -a $$out; \
-		$(GPU_PYTHON) bench/train.py --gpu --fp8 | tee -a $$out; }"
+	$(GPU_PYTHON) bench/gpu_lane.py $(GPU_ARGS)
+
+# The lane with its wheels, in pieces, for a machine with a GPU and no network.
+gpu-bundle: setup
+	$(BIN)/python bench/gpu_bundle.py build --out $(GPU_BUNDLE) --python-version $(GPU_PYTHON_VERSION)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from phimr_nemo.data.chat import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER
 from phimr_nemo.data.synthetic.tokenizer import chat_tokenizer
+from phimr_nemo.data.turns import PHI
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.ggufheader import check_header
 from phimr_nemo.model.files.hf import write_hf_directory
-from phimr_nemo.model.table import checkpoint_tensors
+from phimr_nemo.model.table import full_tensors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -106,7 +107,7 @@ class GGUFFile:
         backend.decoder = decoders.ByteLevel()
         control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-        return chat_tokenizer(backend, system_prompt, max_length=self.architecture.max_position_embeddings)
+        return chat_tokenizer(backend, PHI, system_prompt, max_length=self.architecture.max_position_embeddings)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its Phi3 name, fp32, in the order of the layers.
@@ -117,7 +118,7 @@ class GGUFFile:
         import gguf
 
         used = set()
-        for wanted in checkpoint_tensors(self.architecture):
+        for wanted in full_tensors(self.architecture):
             parts = []
             for name in _sources(wanted.name):
                 if name not in self._tensors:
