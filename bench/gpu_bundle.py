@@ -166,7 +166,7 @@ def _unpack_wheel(wheel: Path, packages: Path) -> None:
                 if len(parts) < 3 or parts[1] not in ("purelib", "platlib"):
                     continue
                 parts = parts[2:]
-            if item.is_dir() or ".." in parts:
+            if item.is_dir() or ".." in parts or Path(item.filename).is_absolute():
                 continue
             target = packages.joinpath(*parts)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -151,14 +151,14 @@ def test_a_base_that_does_not_exist(stage: str, tmp_path: Path, shelf: dict[Kind
     assert str(tmp_path / "base") in error.problem
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"model_type": "llama"}', "[]"])
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "gemma2"}', "[]"])
 def test_a_base_that_is_no_model(content: str | None, tmp_path: Path, shelf: dict[Kind, Path], base: Path) -> None:
     if content is None:
         (base / "config.json").unlink()
     else:
         (base / "config.json").write_text(content)
     error = refusal("sft", tmp_path, f"data={shelf['conversations']}")
-    assert ("llama" if content and "llama" in content else str(base)) in error.problem
+    assert ("gemma2" if content and "gemma2" in content else str(base)) in error.problem
 
 
 @pytest.mark.parametrize(
