@@ -29,9 +29,8 @@ class Signature:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Signature:
-        return Signature(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        )
+        sequences = {name: tuple(values[name]) for name in ("positional", "named", "required")}
+        return Signature(**sequences, any_positional=values["any_positional"], any_named=values["any_named"])
 
     def faults(self, call: ast.Call) -> list[str]:
         """What is wrong with the arguments of a call."""
