@@ -82,7 +82,7 @@ SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 .PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test clients faults fuzz audit gpu gpu-bundle lint format clean
 
 help:
-	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | gpu | gpu-bundle | lint | format | clean   (see README.md)"
+	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | gpu | gpu-bundle | lint | format | clean   (see docs/installation.md)"
 
 setup: $(STAMP)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "next: . $(BIN)/activate && phimr quickstart --out $(OUT)",:)

@@ -57,6 +57,7 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     ),
     "dpo": Recipe("3", "checkpoint 2 + pairs -> checkpoint 3", "300 K pairs", "4 x 8", "dpo.sh"),
     "grpo": Recipe("4", "checkpoint 3 + prompts -> checkpoint 4", "not published", "4 x 8", "grpo.sh"),
+    "distill": Recipe("", "HF base + HF teacher + prompts -> checkpoint", "not in the paper", "4 x 8", "distill.sh"),
     "evaluate": Recipe("", "checkpoint -> responses, verdicts, scores", "", "1", "evaluate.sh"),
     "export": Recipe("", "checkpoint 4 -> release with model card", "", "none", "export.sh"),
     "quickstart": Recipe("", "problems -> release, tiny, on CPU", "2 M", "none", "pipeline.sh", "tiny"),

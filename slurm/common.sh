@@ -272,7 +272,7 @@ run_with_servers() {
   # The configuration says which kind of servers.
   ARGUMENTS+=("engine.base_urls=[$url_list]" engine.api_key_env=PHIMR_KEY)
   check_stage "$stage" "${#hosts[@]}" "$(processes_per_node)"
-  start_servers "${#servers[@]}" "${count:-1}" "${server_options[@]}"
+  start_servers "$stage" "${#servers[@]}" "${count:-1}" "${server_options[@]}"
   torchrun_on "$stage" "${#hosts[@]}" "${PHIMR_RDZV_HOST:-${hosts[0]}}" "${trainer_options[@]}"
 }
 
@@ -297,10 +297,10 @@ use_server_software() {
   PHIMR_CONTAINER_IMAGE=${PHIMR_SERVER_IMAGE:-${PHIMR_CONTAINER_IMAGE:-}}
 }
 
-# start_servers NODES SERVERS-PER-NODE [OPTION OF SRUN ...]: in the background; they end with this script.
+# start_servers STAGE NODES SERVERS-PER-NODE [OPTION OF SRUN ...]: in the background; they end with this script.
 start_servers() {
-  local nodes=$1 count=$2
-  shift 2
+  local stage=$1 nodes=$2 count=$3
+  shift 3
   # A key for this start of this job: whoever reaches a server without it is refused.
   PHIMR_KEY=${PHIMR_KEY:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}
   export PHIMR_KEY
@@ -308,7 +308,7 @@ start_servers() {
   local PHIMR_PYTHON=${PHIMR_PYTHON:-} PHIMR_CONTAINER_IMAGE=${PHIMR_CONTAINER_IMAGE:-}
   use_server_software
   prepare_launch "$nodes" "$count" "$@"
-  local -a command=("${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.jobs.server_node --config "$CONFIG" "${ARGUMENTS[@]}")
+  local -a command=("${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.jobs.server_node --stage "$stage" --config "$CONFIG" "${ARGUMENTS[@]}")
   if is_dry_run; then
     printf '%q ' "${command[@]}"
     printf '\n'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sources -> problems, and the rollouts of sources that bring trajectories; CPU only. The tasks of the array share the
-# sources; one of them then decides over all and writes. It comes before the chain of pipeline.sh: then generate reads
-# problems.kind=records problems.path=runs/paper/prepared/problems.
+# pieces of all sources, one for each core; one of them then decides over all and writes. It comes before the chain of
+# pipeline.sh: then generate reads problems.kind=records problems.path=runs/paper/prepared/problems.
 #   sbatch slurm/prepare.sh [--config conf/prepare/PRESET.yaml] [key=value ...]
 #SBATCH --job-name=phimr-prepare
 #SBATCH --array=0-3

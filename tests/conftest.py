@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+OURS = ("phimr_nemo", "recipes")
 MAX_NAME_CHARS = 60
 NOT_A_WORD = re.compile(r"[^A-Za-z0-9.=+<>/-]+")
 
@@ -26,6 +28,20 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     if callable(val) and getattr(val, "__name__", "<lambda>") == "<lambda>":
         return argname
     return None
+
+
+@pytest.fixture(autouse=True)
+def every_logger_speaks() -> None:
+    """No test hears less because a library that an earlier one imported raised the root's level or silenced us.
+
+    An experiment of NeMo-Run, for one, leaves the root at the level of its own log.
+    """
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name, logger in logging.Logger.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in OURS:
+            logger.disabled = False
+            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from phimr_nemo.align.measuring import Measuring
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig
+from phimr_nemo.config import DPOConfig, ModelConfig, RoundsConfig
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.provenance import content_of
@@ -95,20 +95,25 @@ def frozen_heap() -> Iterator[None]:
 def content_identity(base: HFDirectory, data: Path) -> dict[str, str]:
     """What a resumed run must find unchanged, by content; its settings are compared when a stage is launched.
 
-    Collective: process 0 reads the weights.
+    Collective.
 
     Args:
         base: the starting model.
         data: the record directory.
     """
-    box = [base.weights_hash() if dist.get_rank() == 0 else ""]
-    wait_for_all(f"the weights of {base.path} are read")
+    return {"base weights": shared_hash(base), "data": content_of(data)}
+
+
+def shared_hash(model: HFDirectory) -> str:
+    """A hash of a directory's weights, which process 0 reads (collective)."""
+    box = [model.weights_hash() if dist.get_rank() == 0 else ""]
+    wait_for_all(f"the weights of {model.path} are read")
     dist.broadcast_object_list(box, 0)
-    return {"base weights": box[0], "data": content_of(data)}
+    return box[0]
 
 
 def export(
-    run: RunDirectory, policy: MegatronPolicy, config: DPOConfig | GRPOConfig, store: CheckpointStore, done: int
+    run: RunDirectory, policy: MegatronPolicy, config: DPOConfig | RoundsConfig, store: CheckpointStore, done: int
 ) -> dict[str, Any]:
     """Write the trained model to `<run>/hf`: the last step, or the best one (collective).
 

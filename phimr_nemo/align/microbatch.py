@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from phimr_nemo.losses import IGNORED_LABEL
+from phimr_nemo.losses import IGNORED_LABEL, TeacherStates
 from phimr_nemo.training.throughput import Work
 
 
@@ -24,12 +24,14 @@ class MicroBatch:
         labels: int64 [b, s], the wanted token at each place, -100 where none.
         extras: what the loss needs besides, by name.
         documents: tokens of each document of a packed row [1, s]; they sum to s. Empty for padded rows.
+        teacher: on the last pipeline stage, of the same tokens, where the loss is of whole distributions.
     """
 
     tokens: Tensor
     labels: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     documents: tuple[int, ...] = ()
+    teacher: TeacherStates | None = None
 
 
 def used_lengths(labels: Tensor) -> Tensor:

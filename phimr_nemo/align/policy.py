@@ -7,25 +7,20 @@ gradient (Megatron's `calculate_per_token_loss`).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from phimr_nemo.align.collectives import broadcast_from_last_stage, global_sums
 from phimr_nemo.align.compat import AlignableGenerativeInterface
+from phimr_nemo.align.forward import build_part, row_log_probs, run_micro_batches
 from phimr_nemo.align.microbatch import (
     MicroBatch,
-    by_sequence,
     chunks_by_length,
     cut,
     sequence_sums,
@@ -35,12 +30,11 @@ from phimr_nemo.align.microbatch import (
 )
 from phimr_nemo.config import LoRAConfig, ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
-from phimr_nemo.model import Architecture, build_model, transformer_config
+from phimr_nemo.model import Architecture
 from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.megatron.configuration import recompute_fields
-from phimr_nemo.model.megatron.convert import export_tensors, load_tensors
-from phimr_nemo.training import platform
+from phimr_nemo.model.megatron.convert import export_tensors
 from phimr_nemo.training.adapters.modules import add_adapters
 from phimr_nemo.training.guard import BatchGuard
 from phimr_nemo.training.optimizer import build_optimizer
@@ -62,10 +56,11 @@ class Objective(Protocol):
         """Whether the loss is also one of the entropies of the distributions at the labels."""
         ...
 
-    def loss(self, logprobs: Tensor, micro: MicroBatch, entropy: Tensor | None = None) -> LossSums:
+    def loss(self, logprobs: Tensor, micro: MicroBatch, besides: Tensor | None = None, /) -> LossSums:
         """The loss of one micro-batch from the log-probabilities [b, s] (nats, 0 where there is no label).
 
-        `entropy` [b, s] (nats) comes with them where it is wanted.
+        With them come [b, s] (nats) the entropies, where they are wanted, or the divergences from the teacher that
+        the micro-batch brings.
         """
         ...
 
@@ -147,34 +142,10 @@ class MegatronPolicy(AlignableGenerativeInterface):
         with_entropy: bool = False,
     ) -> list[Any]:
         """Run the pipeline schedule; `head` sees the log-probabilities on the last stage, whose results return."""
-
-        def step(micro_batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            micro = next(micro_batches)
-            tokens = micro.tokens.to(platform.device())
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            labels = micro.labels.to(tokens.device)
-            output = model(
-                tokens,
-                positions,
-                None,
-                labels=labels,
-                packed_seq_params=packed_parameters(micro.documents) if micro.documents else None,
-                temperature=self.temperature,
-                with_entropy=with_entropy,
-            )
-            return output, partial(_on_last_stage, head, micro)
-
-        results: list[Any] = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter(micros),
-            model=self.model,
-            num_microbatches=len(micros),
-            seq_length=micros[0].tokens.shape[1],
-            micro_batch_size=micros[0].tokens.shape[0],
-            forward_only=forward_only,
-            collect_non_loss_data=collect,
+        options = {"temperature": self.temperature, "with_entropy": with_entropy}
+        return run_micro_batches(
+            self.model, micros, head, forward_only=forward_only, collect=collect, options=options
         )
-        return results
 
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -195,7 +166,7 @@ class MegatronPolicy(AlignableGenerativeInterface):
             width = trimmed_width(lengths[rows], labels.shape[1], self.length_multiple)
             padded = cut(tokens[rows], width, 0), cut(labels[rows], width, IGNORED_LABEL)
             micros.append(MicroBatch(*padded, {"rows": rows}))
-        return self._row_log_probs(micros, labels)
+        return row_log_probs(self.model, micros, labels, self.temperature)
 
     @torch.no_grad()
     def batch_log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -203,17 +174,8 @@ class MegatronPolicy(AlignableGenerativeInterface):
 
         They bring the numbers of their sequences in the batch as `extras["rows"]`.
         """
-        return self._row_log_probs(self.objective.micro_batches(batch), batch["labels"])
-
-    def _row_log_probs(self, micros: Sequence[MicroBatch], labels: Tensor) -> Tensor:
-        result = torch.zeros(labels.shape, dtype=torch.float32)
-        outputs = self._forward(micros, lambda _, logprobs: logprobs.cpu(), forward_only=True, collect=True)
-        for micro, output in zip(micros, outputs, strict=False):  # only last pipeline stages have outputs
-            rows = micro.extras["rows"]
-            values = by_sequence(output, micro, len(rows))
-            width = min(values.shape[1], result.shape[1])
-            result[rows, :width] = values[:, :width]
-        return broadcast_from_last_stage(result)
+        micros = self.objective.micro_batches(batch)
+        return row_log_probs(self.model, micros, batch["labels"], self.temperature)
 
     # ---- NeMo-Aligner: SupervisedInterface -----------------------------------------------------------------
 
@@ -231,7 +193,7 @@ class MegatronPolicy(AlignableGenerativeInterface):
         with_entropy = self.objective.wants_entropy
 
         def head(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            values = output.unbind(-1) if with_entropy else (output,)
+            values = output.unbind(-1) if output.ndim > micro.labels.ndim else (output,)
             loss, count, sums = self.objective.loss(values[0], micro, *values[1:])
             # A copy, because Megatron scales the loss it is given in place.
             logged = {"loss": loss.detach().clone(), "count": count, **sums}
@@ -342,31 +304,15 @@ def _build(
     lora: LoRAConfig | None,
 ) -> DistributedDataParallel:
     """This rank's part of the model with the base's weights, inside Megatron's DistributedDataParallel."""
-    overrides: dict[str, Any] = {}
-    if parallel.pipeline > 1:
-        # Micro-batches are padded to their own longest row. Megatron refuses that together with its default way
-        # of routing tokens to experts, of which there are none here.
-        overrides |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
-    overrides |= recompute_fields(model.recompute)
-    config = transformer_config(
-        base.architecture,
+    chunk = build_part(
+        base,
+        model,
         parallel,
-        dtype=torch_dtype(model.dtype),
-        deterministic_mode=model.deterministic,
+        sequence_length,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        **overrides,
+        **recompute_fields(model.recompute),
     )
-    chunk = build_model(
-        base.architecture,
-        config,
-        max_length=sequence_length,
-        longrope_policy=model.longrope,
-        fp32_output=model.fp32_output,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    ).to(platform.device())
-    load_tensors([chunk], base.architecture, base)
     if lora is not None:
         add_adapters(chunk, lora)
     options = DistributedDataParallelConfig(
@@ -375,26 +321,4 @@ def _build(
         # Loss and gradient norm are checked instead, on all ranks alike and with a message.
         check_for_nan_in_grad=False,
     )
-    return DistributedDataParallel(config, options, chunk)
-
-
-def packed_parameters(documents: Sequence[int]) -> PackedSeqParams:
-    """Megatron's description of a packed row from the lengths of its documents."""
-    boundaries = torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32, device=platform.device())
-    longest = max(documents)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-
-
-def _on_last_stage(
-    head: Callable[[MicroBatch, Tensor], Any],
-    micro: MicroBatch,
-    output: Tensor,
-    non_loss_data: bool = False,  # noqa: ARG001  Megatron's schedule passes it
-) -> Any:
-    return head(micro, -output)
+    return DistributedDataParallel(chunk.config, options, chunk)

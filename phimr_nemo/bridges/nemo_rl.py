@@ -18,7 +18,7 @@ from phimr_nemo.bridges.schedule import torch_schedulers
 from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
 from phimr_nemo.config.dpo import RPOLoss
 from phimr_nemo.config.engine import VLLMEngine
-from phimr_nemo.config.grpo import TruncatedCorrection
+from phimr_nemo.config.sampled.rounds import TruncatedCorrection
 from phimr_nemo.model import Architecture
 
 TARGET: Final = "NeMo-RL"

@@ -136,9 +136,9 @@ def _type_name(hint: Any) -> str:
 
 
 def _attributes(schema: type[Any]) -> dict[str, str]:
-    """The lines of a docstring's section "Attributes" by name."""
+    """The lines of a docstring's section "Attributes" by name, over those of the class that it is derived from."""
     _, _, section = (schema.__doc__ or "").partition("Attributes:\n")
-    found: dict[str, str] = {}
+    found: dict[str, str] = _attributes(schema.__base__) if dataclasses.is_dataclass(schema.__base__) else {}
     names: list[str] = []
     for line in section.splitlines():
         start = ATTRIBUTE.match(line)

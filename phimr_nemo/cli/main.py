@@ -60,6 +60,7 @@ STAGE_HELP: Final = {
     "sft": "Stage 2: supervised fine-tuning on unpacked conversations (NeMo 2.0).",
     "dpo": "Stage 3: rollout DPO (NeMo-Aligner).",
     "grpo": "Stage 4: GRPO with a verifiable reward (NeMo-Aligner).",
+    "distill": "On-policy distillation: the student samples, a teacher scores every token (NeMo-Aligner).",
     "evaluate": "pass@1 and its company on held-out or benchmark problems.",
     "export": "A trained directory -> a release directory with its model card.",
 }
@@ -228,10 +229,9 @@ def adopt(
 ) -> None:
     """Make a base model ready for the recipe: a copy with the reasoning chat template, which every stage hands on."""
     with stoppable("adopt"):
-        from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
         from phimr_nemo.model.adopt import adopt as adopt_model
 
-        adopt_model(source, target, system_prompt=REASONING_SYSTEM_PROMPT if system_prompt is None else system_prompt)
+        adopt_model(source, target, system_prompt=system_prompt)
     say(f"{target}: {source} with the reasoning chat template; stages start from it by base={target}")
 
 
@@ -243,7 +243,7 @@ def import_model(
     target: Annotated[Path, typer.Argument(help="Where to write; must not exist.")],
     system_prompt: Annotated[str, typer.Option(help="Before every conversation; none by default.")] = "",
 ) -> None:
-    """A small model from a GGUF file as an equivalent Phi3-family directory with the reasoning chat template."""
+    """A small Llama-family model from a GGUF file as a Hugging Face directory with the reasoning chat template."""
     with stoppable("import"):
         from phimr_nemo.model.files.gguf import import_gguf
 
@@ -338,7 +338,7 @@ app.command()(responses)
 
 @app.command("continue")
 def continue_run(
-    run: Annotated[Path, typer.Argument(help="The run directory of midtrain, sft, dpo or grpo to go on from.")],
+    run: Annotated[Path, typer.Argument(help="The run directory of a training stage to go on from.")],
     target: Annotated[Path, typer.Argument(help="The new run's directory.")],
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option(help="The checkpoint's step; default the newest.")] = None,

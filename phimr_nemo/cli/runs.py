@@ -46,7 +46,7 @@ def report(
 
 
 def responses(
-    run: Annotated[Path, typer.Argument(help="A run directory of grpo.")],
+    run: Annotated[Path, typer.Argument(help="A run directory of grpo or distill.")],
     step: Annotated[int | None, typer.Option(help="Of which step; default the newest that was kept.")] = None,
     count: Annotated[int, typer.Option("-n", min=1, help="Responses to print.")] = 4,
     verdict: Annotated[Verdict | None, typer.Option(help="Only those that were graded so.")] = None,

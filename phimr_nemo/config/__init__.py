@@ -59,9 +59,11 @@ from phimr_nemo.config.generation import (
     SyntheticProblems,
     VerifyConfig,
 )
-from phimr_nemo.config.grpo import GRPOConfig, RebalanceConfig, Stale, TemperatureConfig
+from phimr_nemo.config.grpo import GRPOConfig, RebalanceConfig
 from phimr_nemo.config.load import find_config, load_config, locate, parse_config, to_dict, to_yaml
 from phimr_nemo.config.planning import GenerationPlanConfig, TrainingPlanConfig
+from phimr_nemo.config.sampled.distill import DistillConfig
+from phimr_nemo.config.sampled.rounds import RoundsConfig, Stale, TemperatureConfig
 from phimr_nemo.config.stages import STAGES
 from phimr_nemo.config.supervised import (
     MidtrainConfig,
@@ -81,6 +83,7 @@ __all__ = [
     "CurateConfig",
     "DPOConfig",
     "DecontaminationConfig",
+    "DistillConfig",
     "EarlyStoppingConfig",
     "EndpointConfig",
     "EndpointEngine",
@@ -117,6 +120,7 @@ __all__ = [
     "Recompute",
     "RecordProblems",
     "RecordedTeacher",
+    "RoundsConfig",
     "RunConfig",
     "SFTConfig",
     "SamplingConfig",

@@ -178,8 +178,8 @@ class PrepareConfig:
         golds: what is done where answers disagree or are missing.
         near_duplicates, decontamination, annotation: None = not done.
         shard_size: problems (rollouts) a shard.
-        workers: processes that read sources.
-        shard: this process's place among those that share the sources.
+        workers: processes that read pieces of sources, and threads of the sort.
+        shard: this process's place among those that share the pieces.
     """
 
     run: RunConfig

@@ -10,43 +10,21 @@ from pydantic import Field
 
 from phimr_nemo.config.common import (
     AboveZero,
-    AtLeastOne,
     AtLeastZero,
-    CheckpointConfig,
-    EarlyStoppingConfig,
-    GuardConfig,
     IsNumber,
-    LoRAConfig,
-    ModelConfig,
     NonNegative,
     Number,
-    OptimConfig,
-    ParallelConfig,
-    Place,
     Positive,
     PositiveShare,
-    RunConfig,
     Share,
-    TrackingConfig,
     is_measured,
-    no_best_of_adapters,
-    no_supervised_options,
-    stops_on_nan,
 )
-from phimr_nemo.config.engine import (
-    QUESTION,
-    FunctionName,
-    GraderName,
-    Prompt,
-    TrainedEngine,
-    samples_as_trained,
-)
-from phimr_nemo.config.evaluation import HeldOutConfig, MonitorConfig
+from phimr_nemo.config.engine import FunctionName
 from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.sampled.rounds import RoundsCheckpointConfig, RoundsConfig
 
 SMALLEST_GROUP: Final = 2
 """A response is compared with the others of its group."""
-Stale = Literal["resample", "keep"]
 GroupSize = Annotated[int, Field(ge=SMALLEST_GROUP), IsNumber]
 
 
@@ -72,47 +50,6 @@ class PolicyLossConfig:
                 rule=f"a ratio is clipped below at 1 - {AT}clip_low, which is above 0",
                 remedy=f"use {AT}clip_low=0.2, or {AT}kind=cispo",
             )
-
-
-@config
-class NoCorrection:
-    """The sampler's log-probabilities are taken for the trainer's."""
-
-    kind: Literal["none"]
-
-
-@config
-class TruncatedCorrection:
-    """Truncated importance sampling: a token weighs min(trainer / sampler probability, `cap`)."""
-
-    kind: Literal["truncated"]
-    cap: AboveZero
-
-
-@config
-class MaskedCorrection:
-    """Masked importance sampling: outside of the bounds a ratio of trainer to sampler probability weighs nothing.
-
-    Attributes:
-        kind: "masked": a token's ratio (IcePop); "sequence_masked": that of the whole response.
-        low, high: the bounds.
-    """
-
-    kind: Literal["masked", "sequence_masked"]
-    low: Share
-    high: AtLeastOne
-
-
-SamplerCorrection = Annotated[NoCorrection | TruncatedCorrection | MaskedCorrection, Field(discriminator="kind")]
-
-
-@config
-class TemperatureConfig:
-    """Temperature annealing: linear from `start` to `end` over `fraction` of the steps, then `end`."""
-
-    start: AboveZero
-    end: AboveZero
-    fraction: Share
 
 
 @config
@@ -184,7 +121,7 @@ class RewardConfig:
 
 
 @config
-class GRPOCheckpointConfig(CheckpointConfig):
+class GRPOCheckpointConfig(RoundsCheckpointConfig):
     """Checkpoints of stage 4.
 
     Attributes:
@@ -227,91 +164,49 @@ OverlongResponses = Annotated[KeptOverlong | MaskedOverlong | SoftOverlong, Fiel
 
 
 @config
-class GRPOConfig:
+class GRPOConfig(RoundsConfig):
     """Stage 4: GRPO with a verifiable reward.
 
     Attributes:
-        prompts: `prompts` record directory.
-        sequence_length: longest prompt + response.
-        max_new_tokens: longest response; a prompt has the rest of `sequence_length`.
-        steps: optimisation rounds.
-        prompts_per_step, group_size: a round samples their product.
         loss: which policy-gradient loss.
-        correction: what is done about the difference between sampler and trainer.
         advantage_scale: what a reward's distance from its group's mean is divided by: the spread of the group's
             rewards, of the whole batch's, or nothing; None = nothing for dr_grpo, else the group's.
         entropy_bonus: weight of the policy's entropy at each token, which the loss then raises; 0 = off.
         kl: weight of the KL penalty to the starting model; 0 = off.
         kl_estimator: what the penalty's gradient is unbiased of (see :func:`phimr_nemo.losses.grpo.k3_kl`).
-        inner_batches: parts that a round's responses are trained on in, an optimizer step each.
-        passes: how many times a round's responses are trained on.
-        micro_batch: in sequences.
-        packed: sequences end to end in rows of up to micro_batch x sequence_length tokens, the memory of a padded
-            micro-batch; the same gradient as unpacked.
-        engine: what samples the responses, by `model.longrope` as it is trained.
-        prompt: the user's turn, with `{question}` in it once.
-        ahead: 1 samples the next round while a step trains, with weights one step old; wants a correction.
-        stale: whether responses of older weights than asked for are sampled again or kept; that wants one too.
         overlong: what becomes of responses that near or hit the length limit.
         reward: what a response is worth.
-        evaluation: None = no pass@1 on held-out questions; the responses come from `engine`.
-        verify_workers: grader processes on each data-parallel rank.
-        grader: a grader of another domain as MODULE:FUNCTION (docs/verification.md); None = mathematics.
     """
 
-    run: RunConfig
-    base: Place
-    prompts: Place
-    sequence_length: Positive
-    max_new_tokens: Positive
-    steps: Positive
-    prompts_per_step: Positive
     group_size: GroupSize
+    verify_workers: Positive
     loss: PolicyLossConfig
-    correction: SamplerCorrection
     advantage_scale: Literal["group", "batch", "none"] | None = None
     entropy_bonus: AtLeastZero = 0.0
     kl: AtLeastZero
     kl_estimator: Literal["k3", "importance_weighted_k3"] = "k3"
-    inner_batches: Positive
-    passes: Positive = 1
-    micro_batch: Positive
-    packed: bool
-    engine: TrainedEngine
-    prompt: Prompt = QUESTION
-    ahead: Literal[0, 1]
-    stale: Stale
     overlong: OverlongResponses
     reward: RewardConfig
-    verify_workers: Positive
-    grader: GraderName | None = None
-    temperature: TemperatureConfig
     rebalance: RebalanceConfig
     prompt_optimization: PromptOptimizationConfig
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
-    monitor: MonitorConfig
-    model: ModelConfig
-    lora: LoRAConfig | None = None
-    optim: OptimConfig
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: GRPOCheckpointConfig
-    guard: GuardConfig = field(default_factory=stops_on_nan)
-    early_stopping: EarlyStoppingConfig | None = None
-    evaluation: HeldOutConfig | None = None
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
-    def updates(self) -> int:
-        """Optimizer steps a round."""
-        return self.inner_batches * self.passes
+    def refills(self) -> int:
+        """Further rounds of prompts that a step may sample in the place of dropped ones."""
+        return self.rebalance.refill_rounds if self.rebalance.enabled else 0
+
+    @property
+    def has_second_model(self) -> bool:
+        """Whether there is a KL penalty to the starting model."""
+        return self.kl > 0
 
     def __post_init__(self) -> None:
-        no_supervised_options(self.model, self.parallel)
-        no_best_of_adapters(self.lora, self.checkpoint)
-        self._check_lengths()
-        self._check_batches()
-        self._check_sampling()
-        self._check_evaluation()
+        self._check_rounds()
+        self._check_overlong()
+        needs = {"pass1": ("evaluation", self.evaluation is not None)}
+        is_measured(self.checkpoint, self.early_stopping, needs, otherwise="pass_rate")
         if self.guard.spike_factor is not None and self.guard.spike_of == "loss":
             raise RuleBroken(
                 f"{AT}guard.spike_factor={self.guard.spike_factor} with {AT}guard.spike_of=loss",
@@ -319,68 +214,10 @@ class GRPOConfig:
                 remedy=f"set {AT}guard.spike_of=grad_norm, or {AT}guard.spike_factor=null",
             )
 
-    def _check_evaluation(self) -> None:
-        """Held-out questions are answered by the run's own engine, which is open for `sequence_length` tokens."""
-        needs = {"pass1": ("evaluation", self.evaluation is not None)}
-        is_measured(self.checkpoint, self.early_stopping, needs, otherwise="pass_rate")
-        asked = self.evaluation
-        if asked is None:
-            return
-        temperature = {"evaluation.temperature": asked.temperature}
-        samples_as_trained(temperature, asked.top_p, self.engine, place="evaluation.")
-        if asked.max_new_tokens >= self.sequence_length:
-            raise RuleBroken(
-                f"{AT}evaluation.max_new_tokens={asked.max_new_tokens} with "
-                f"{AT}sequence_length={self.sequence_length}",
-                rule=f"{AT}sequence_length holds prompt and response",
-                remedy=f"use {AT}evaluation.max_new_tokens={self.max_new_tokens}",
-            )
-
-    def _check_lengths(self) -> None:
-        if self.max_new_tokens >= self.sequence_length:
-            raise RuleBroken(
-                f"{AT}max_new_tokens={self.max_new_tokens} with {AT}sequence_length={self.sequence_length}",
-                rule=f"{AT}sequence_length holds prompt and response",
-                remedy=f"raise {AT}sequence_length above {AT}max_new_tokens by the longest prompt, "
-                f"for example {AT}sequence_length={2 * self.max_new_tokens}",
-            )
+    def _check_overlong(self) -> None:
         if isinstance(self.overlong, SoftOverlong) and self.overlong.buffer > self.max_new_tokens:
             raise RuleBroken(
                 f"{AT}overlong.buffer={self.overlong.buffer} with {AT}max_new_tokens={self.max_new_tokens}",
                 rule="the buffer is the end of the longest response",
                 remedy=f"use {AT}overlong.buffer={self.max_new_tokens} or less",
-            )
-
-    def _check_batches(self) -> None:
-        data = self.parallel.data
-        if self.prompts_per_step % data:
-            raise RuleBroken(
-                f"{AT}prompts_per_step={self.prompts_per_step} with {AT}parallel.data={data}",
-                rule=f"{AT}parallel.data divides {AT}prompts_per_step",
-                remedy=f"use {AT}prompts_per_step={-(-self.prompts_per_step // data) * data}",
-            )
-        rollouts, shares = self.prompts_per_step * self.group_size, self.inner_batches * data
-        if rollouts % shares:
-            raise RuleBroken(
-                f"{AT}prompts_per_step={self.prompts_per_step} x {AT}group_size={self.group_size} rollouts per "
-                f"round for {AT}inner_batches={self.inner_batches} and {AT}parallel.data={data}",
-                rule=f"{AT}inner_batches x {AT}parallel.data divides {AT}prompts_per_step x {AT}group_size",
-                remedy=f"use {AT}inner_batches=1, or a {AT}prompts_per_step that is a multiple of {shares}",
-            )
-
-    def _check_sampling(self) -> None:
-        """Responses of another policy are not trained on as if they were the policy's own."""
-        asked = {"temperature.start": self.temperature.start, "temperature.end": self.temperature.end}
-        samples_as_trained(asked, 1.0, self.engine)
-        dtype = self.engine.dtype
-        used = [f"{AT}ahead=1"] if self.ahead else []
-        used += [f"{AT}stale=keep"] if self.stale == "keep" else []
-        used += [f"{AT}engine.dtype={dtype}"] if dtype not in (None, self.model.dtype) else []
-        if used and self.correction.kind == "none":
-            raise RuleBroken(
-                f"{' and '.join(used)} with {AT}correction.kind=none",
-                rule="responses of older weights, or of another precision, are weighed by how probable the trained "
-                "weights find them",
-                remedy=f"use {AT}correction.kind=truncated {AT}correction.cap=2, or {AT}ahead=0 {AT}stale=resample "
-                f"{AT}engine.dtype=null",
             )

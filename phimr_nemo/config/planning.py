@@ -17,13 +17,14 @@ class TrainingPlanConfig:
         model: a preset of conf/model, or a Hugging Face directory.
         gpu: a row of the hardware table.
         gpus: how many.
-        samples: documents, conversations or pairs of the data set; None where the stage counts its steps (GRPO).
+        samples: documents, conversations or pairs of the data set; None where the stage counts its steps (GRPO,
+            distillation).
         mean_tokens: of a document, conversation, one side of a pair, or a response with its prompt.
         trained_share: of the responses of a GRPO step, those that are left for training; 1 elsewhere.
         head_room: share of a GPU's memory that stays free.
     """
 
-    stage: Literal["midtrain", "sft", "dpo", "grpo"]
+    stage: Literal["midtrain", "sft", "dpo", "grpo", "distill"]
     model: Name
     gpu: Name
     gpus: Positive

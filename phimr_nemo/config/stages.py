@@ -9,6 +9,7 @@ from phimr_nemo.config.dpo import DPOConfig
 from phimr_nemo.config.evaluation import EvaluateConfig, ExportConfig
 from phimr_nemo.config.generation import GenerateConfig, VerifyConfig
 from phimr_nemo.config.grpo import GRPOConfig
+from phimr_nemo.config.sampled.distill import DistillConfig
 from phimr_nemo.config.supervised import MidtrainConfig, SFTConfig
 from phimr_nemo.config.tiny import BaseConfig
 
@@ -23,6 +24,7 @@ STAGES: dict[str, type[Any]] = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
     "grpo": GRPOConfig,
+    "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
 }

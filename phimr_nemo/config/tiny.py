@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,12 @@ SMALLEST_VOCABULARY: Final = 261
 """256 bytes and five special tokens."""
 LARGEST_VOCABULARY: Final = 521
 """So many entries the synthetic problems fill."""
+FamilyName = Literal["phi3", "llama", "mistral", "qwen2", "qwen3"]
+"""The model_type of the families in `phimr_nemo.model.families`."""
+PLAIN_ROTARY: Final[Mapping[str, float]] = {"partial_rotary_factor": 1.0, "long_factor_growth": 0.0}
+"""What a base of another family than Phi's has to say of its rotary embeddings."""
 LARGEST_GROWTH: Final = 1e6
+LARGEST_HEAD: Final = 20_000
 LARGEST_SIZES: Final[Mapping[str, int]] = {
     "vocab_size": 10_000_000,
     "hidden_size": 200_000,
@@ -55,25 +60,31 @@ def size_fault(values: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def shape_fault(hidden_size: int, heads: int, key_value_heads: int, rotary_factor: float) -> tuple[str, str] | None:
+def shape_fault(
+    hidden_size: int, heads: int, key_value_heads: int, rotary_factor: float, head_size: int | None = None
+) -> tuple[str, str] | None:
     """Why no model of the family has this shape, and the rule; None where one can.
 
     Args:
         hidden_size: of the model.
         heads, key_value_heads: of attention.
         rotary_factor: share of a head's dimensions that are rotated.
+        head_size: dimensions of a head; None: hidden_size / heads.
     """
-    if hidden_size % heads:
+    if head_size is not None and not 1 <= head_size <= LARGEST_HEAD:
+        return f"head_dim = {repr(head_size)[:SHOWN_CHARS]}", f"a whole number from 1 to {LARGEST_HEAD:,}"
+    if head_size is None and hidden_size % heads:
         return f"hidden_size {hidden_size} with {heads} attention heads", "num_attention_heads divides hidden_size"
     if heads % key_value_heads:
         return (
             f"{heads} attention heads with {key_value_heads} key/value heads",
             "num_key_value_heads divides num_attention_heads",
         )
-    rotated = int(hidden_size // heads * rotary_factor)
+    head_dim = hidden_size // heads if head_size is None else head_size
+    rotated = int(head_dim * rotary_factor)
     if not 0.0 < rotary_factor <= 1.0 or rotated % 2 or rotated == 0:
         return (
-            f"partial_rotary_factor {rotary_factor} of head_dim {hidden_size // heads}",
+            f"partial_rotary_factor {rotary_factor} of head_dim {head_dim}",
             "0 < factor <= 1, and int(head_dim * factor) even and positive",
         )
     return None
@@ -81,15 +92,18 @@ def shape_fault(hidden_size: int, heads: int, key_value_heads: int, rotary_facto
 
 @config
 class BaseConfig:
-    """A randomly initialised model of the Phi-4-mini architecture with a tokenizer of its own.
+    """A randomly initialised model with a tokenizer of its own.
 
     Attributes:
+        family: what it is made like: phi3 is Phi-4-mini's architecture; conversations have the family's turn format.
         vocab_size: of the tokenizer that is trained on the synthetic problems.
         system_prompt: what the chat template puts before every conversation.
+        original_max_position_embeddings: the length that LongRoPE's short factors hold for; of Phi alone.
         long_factor_growth: LongRoPE's long factors rise linearly from 1 by so much.
     """
 
     run: RunConfig
+    family: FamilyName
     vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY, le=LARGEST_VOCABULARY), IsNumber]
     system_prompt: str
     hidden_size: Positive
@@ -113,6 +127,13 @@ class BaseConfig:
                 rule=impossible[1],
                 remedy="leave it out: the preset's value is such a number",
             )
+        plain = {name: value for name, value in PLAIN_ROTARY.items() if getattr(self, name) != value}
+        if self.family != "phi3" and plain:
+            raise RuleBroken(
+                f"{AT}family={self.family} with {', '.join(f'{AT}{name}={getattr(self, name)}' for name in plain)}",
+                rule="partial rotation and LongRoPE are Phi's",
+                remedy=f"add {' '.join(f'{AT}{name}={value}' for name, value in plain.items())}",
+            )
         fault = shape_fault(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.partial_rotary_factor
         )
@@ -127,9 +148,14 @@ class BaseConfig:
 
 @config
 class QuickstartConfig:
-    """The whole recipe on a tiny model: one preset per step, and the sizes that are the quickstart's own."""
+    """The whole recipe on a tiny model: one preset per step, and the sizes that are the quickstart's own.
+
+    Attributes:
+        family: of the tiny model, see :class:`BaseConfig`.
+    """
 
     run: RunConfig
+    family: FamilyName
     train_problems: SyntheticCount
     heldout_problems: SyntheticCount
     rl_problems: SyntheticCount

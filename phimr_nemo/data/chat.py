@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.data.template import check_template
 from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, open_tokenizer
+from phimr_nemo.data.turns import FORMATS, PHI, TurnFormat, format_of
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.inputs import model_remedy
 from phimr_nemo.store.unpacking import read_json
@@ -25,50 +26,21 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 
-END_OF_TEXT: Final = "<|endoftext|>"
-SYSTEM: Final = "<|system|>"
-USER: Final = "<|user|>"
-ASSISTANT: Final = "<|assistant|>"
-END: Final = "<|end|>"
+END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = PHI.tokens
+ENDS_OF_TEXT: Final = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+"""Tokens that end a text in the tokenizers of all families: a model that has read it says no more."""
+SHOWN: Final = 8
 OPENING_TOKENS: Final = 16
 """More than any tokenizer needs for a thinking tag and a line break."""
-SPECIAL_TOKENS: Final = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
-
 TEMPLATE_FILE: Final = "chat_template.jinja"
 """Where newer releases of transformers keep the template; it takes precedence."""
-REASONING_SYSTEM_PROMPT: Final = "Your name is Phi, an AI math expert developed by Microsoft."
-
-
-def reasoning_template(system_prompt: str) -> str:
-    """The Phi reasoning chat template (Jinja) with a given system text.
-
-    It always opens with the system text, to which the user's own system message is appended after a
-    space; then come `<|role|>content<|end|>` and, where a generation is asked for, `<|assistant|>`.
-
-    Raises:
-        UserError: the system text holds a quote, a backslash, a line break or a brace, which Jinja would read.
-    """
-    if any(character in system_prompt for character in "'\\\n{}"):
-        raise UserError(
-            f"system prompt {system_prompt!r}",
-            rule="a system prompt holds no single quote, backslash, line break or brace",
-            remedy="rephrase it",
-        )
-    return (
-        "{{ '" + SYSTEM + system_prompt + "' }}"
-        "{% for message in messages %}{% if message['role'] == 'system' %}"
-        "{{ ' ' + message['content'] }}"
-        "{% endif %}{% endfor %}"
-        "{{ '" + END + "' }}"
-        "{% for message in messages %}{% if message['role'] != 'system' %}"
-        "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}"
-        "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% else %}{{ eos_token }}{% endif %}"
-    )
-
-
-REASONING_TEMPLATE: Final = reasoning_template(REASONING_SYSTEM_PROMPT)
-_OWN_TEMPLATE: Final = re.compile(re.escape(reasoning_template("PROMPT")).replace("PROMPT", r"[^'\\\n{}]*"))
+REASONING_SYSTEM_PROMPT: Final = PHI.system_prompt
+REASONING_TEMPLATE: Final = PHI.template(REASONING_SYSTEM_PROMPT)
+_OWN_TEMPLATES: Final = [
+    re.compile(re.escape(one.template("PROMPT")).replace("PROMPT", r"[^'\\\n{}]*")) for one in FORMATS
+]
+_SYSTEM_TURNS: Final = tuple(f"{one.role[0]}system" for one in FORMATS)
+_PROBE_QUESTION, _PROBE_ANSWER = "question-of-the-probe", "answer-of-the-probe"
 
 
 def warn_of_other_template(directory: Path) -> None:
@@ -81,7 +53,7 @@ def warn_of_other_template(directory: Path) -> None:
         text = template[0].read_text("utf-8") if template[0].is_file() else _template_in(template[1])
     except (OSError, ValueError):
         return  # load_tokenizer says what is wrong with it
-    if text and SYSTEM not in text:
+    if text and not any(opening in text for opening in _SYSTEM_TURNS):
         _LOGGER.warning(
             "%s has a chat template without the reasoning model's system prompt; every stage hands it on to the "
             "release. `phimr adopt %s TARGET` makes a copy with the reasoning template.",
@@ -99,8 +71,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory, from local files and without remote code.
 
     Raises:
-        UserError: no tokenizer.json there, one that cannot be read, or the Phi chat tokens or a chat template are
-            missing, or the template does not render a question in seconds.
+        UserError: no tokenizer.json there, one that cannot be read, or a chat template is missing, does not render a
+            question in seconds, or ends the assistant's turn with no special token.
     """
     tokenizer = load_tokens(directory)
     if not tokenizer.chat_template:
@@ -111,8 +83,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         )
     templates = tokenizer.chat_template
     for template in templates.values() if isinstance(templates, Mapping) else [templates]:
-        if _OWN_TEMPLATE.fullmatch(template) is None:
+        if not any(own.fullmatch(template) for own in _OWN_TEMPLATES):
             check_template(template, directory, tokenizer.special_tokens_map)
+    end_of_turn(tokenizer)
     return tokenizer
 
 
@@ -120,7 +93,7 @@ def load_tokens(directory: Path) -> PreTrainedTokenizerBase:
     """As :func:`load_tokenizer`, of a directory that need not have a chat template yet.
 
     Raises:
-        UserError: no tokenizer.json there, one that cannot be read, or the Phi chat tokens are missing.
+        UserError: no tokenizer.json there, or one that cannot be read.
     """
     if not (directory / TOKENIZER_FILE).is_file():
         raise UserError(
@@ -128,20 +101,52 @@ def load_tokens(directory: Path) -> PreTrainedTokenizerBase:
             rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
             remedy=model_remedy(directory),
         )
-    tokenizer = open_tokenizer(directory)
-    missing = sorted(set(SPECIAL_TOKENS) - set(tokenizer.get_added_vocab()))
-    if missing:
+    return open_tokenizer(directory)
+
+
+def turn_format(tokenizer: PreTrainedTokenizerBase) -> TurnFormat:
+    """The format that a tokenizer has the special tokens of.
+
+    Raises:
+        UserError: it has those of none.
+    """
+    found = format_of(tokenizer.get_added_vocab())
+    if found is None:
         raise UserError(
-            f"the tokenizer in {directory} lacks {missing}",
-            rule=f"a Phi tokenizer has the added tokens {list(SPECIAL_TOKENS)}",
-            remedy="give a Phi-family model's directory, or build a tokenizer with this project",
+            f"the tokenizer has none of the turn formats' tokens, but {sorted(tokenizer.get_added_vocab())[:SHOWN]}",
+            rule="; ".join(f"{one.name}: {', '.join(one.tokens)}" for one in FORMATS),
+            remedy="use a model whose tokenizer has them (an instruct version often does), or give the tokenizer a "
+            "chat template that ends the assistant's turn with a special token",
         )
-    return tokenizer
+    return found
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that ends the assistant's turn: the first special one that the chat template writes behind it.
+
+    Without a chat template it is that of the tokenizer's turn format.
+
+    Raises:
+        UserError: the template writes none, and the tokenizer has the tokens of no format.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return turn_format(tokenizer).end
+    turns = [{"role": "user", "content": _PROBE_QUESTION}, {"role": "assistant", "content": _PROBE_ANSWER}]
+    try:
+        rest = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_PROBE_ANSWER)[2]
+    except TemplateError:  # a template may refuse a conversation that nobody continues
+        rest = ""
+    places = [(rest.find(token), -len(token), token) for token in forbidden_tokens(tokenizer) if token in rest]
+    return min(places)[2] if places else turn_format(tokenizer).end
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end a response: `<|end|>` and `<|endoftext|>`, in this order."""
-    return tuple(tokenizer.convert_tokens_to_ids([END, END_OF_TEXT]))
+    """The ids that end a response: of a turn's end and then of the text's, such as `<|end|>` and `<|endoftext|>`."""
+    known = tokenizer.get_added_vocab()
+    ends = [end_of_turn(tokenizer), *(token for token in ENDS_OF_TEXT if token in known)]
+    return tuple(tokenizer.convert_tokens_to_ids(list(dict.fromkeys(ends))))
 
 
 def forbidden_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -156,7 +161,7 @@ def forbidden_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def render_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[list[int]]:
-    """The prompt ids of many questions, up to and including `<|assistant|>` and what the template writes after it.
+    """The prompt ids of many questions, up to where the assistant's response begins.
 
     Raises:
         UserError: a question spells a special token.
@@ -175,10 +180,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int
 
 
 def render_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> list[int]:
-    """The prompt ids of a conversation so far, up to and including `<|assistant|>`.
+    """The prompt ids of a conversation so far, up to where the assistant's next turn begins.
 
     Args:
-        tokenizer: a Phi tokenizer (see :func:`load_tokenizer`).
+        tokenizer: see :func:`load_tokenizer`.
         turns: messages with `role` ("system", "user" or "assistant") and `content`.
 
     Raises:
@@ -199,14 +204,14 @@ def render_conversations(
     The prompt has the ids of :func:`render_prompts`, whatever follows: a sampler will see the same.
 
     Args:
-        tokenizer: a Phi tokenizer (see :func:`load_tokenizer`).
+        tokenizer: see :func:`load_tokenizer`.
         questions: one question a conversation.
         responses: the response to each; a thinking tag that the template has opened already is not repeated.
         cut_off: whether each response ended at a length limit, and so has no end token; None = none did.
 
     Returns:
         For each conversation `(ids, loss_mask)` of one length; the mask is 1 on the response and its
-        final `<|end|>`, 0 on the prompt.
+        final end token, 0 on the prompt.
 
     Raises:
         UserError: a question or response spells a special token.
@@ -214,8 +219,9 @@ def render_conversations(
     _refuse_forged(tokenizer, (*questions, *responses))
     prompts = [prompt_text(tokenizer, question) for question in questions]
     endless = [False] * len(prompts) if cut_off is None else cut_off
+    end = end_of_turn(tokenizer)
     texts = [
-        response_part(prompt, response, cut_off=is_cut)
+        response_part(prompt, response, "" if is_cut else end)
         for prompt, response, is_cut in zip(prompts, responses, endless, strict=True)
     ]
     ids = _encoded(tokenizer, [*prompts, *texts])
@@ -225,12 +231,12 @@ def render_conversations(
     ]
 
 
-def response_part(prompt: str, response: str, *, cut_off: bool) -> str:
-    """The text of a response behind its prompt, with the end token that it has unless it was cut off.
+def response_part(prompt: str, response: str, end: str) -> str:
+    """The text of a response behind its prompt, with the end token that it has; "" for one that was cut off.
 
     It is tokenised by itself: so the prompt keeps the ids that a sampler sees, and the loss begins where it ends.
     """
-    return continuation(prompt, response) + ("" if cut_off else END)
+    return continuation(prompt, response) + end
 
 
 def render_conversation(
@@ -250,7 +256,7 @@ def render_messages(
     """Ids and loss mask of a conversation of several turns; the loss is on every turn of the assistant's.
 
     Args:
-        tokenizer: a Phi tokenizer (see :func:`load_tokenizer`).
+        tokenizer: see :func:`load_tokenizer`.
         turns: messages with `role` ("system", "user" or "assistant") and `content`; the last is the assistant's.
         cut_off: whether the last one ended at a length limit, and so has no end token.
 
@@ -266,6 +272,7 @@ def render_messages(
             remedy="leave its last turns out",
         )
     parts: list[str] = []
+    end = end_of_turn(tokenizer)
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
             prompt, written = _conversation_text(tokenizer, turns[:number]), "".join(parts)
@@ -277,7 +284,7 @@ def render_messages(
                 )
             parts += [
                 prompt.removeprefix(written),
-                response_part(prompt, turn["content"], cut_off=cut_off and turn is turns[-1]),
+                response_part(prompt, turn["content"], "" if cut_off and turn is turns[-1] else end),
             ]
     ids, mask = [], []
     for place, part in enumerate(_encoded(tokenizer, parts)):
@@ -309,7 +316,7 @@ def opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> st
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """The prompt of a question as text, up to and including `<|assistant|>` and what the template writes after it."""
+    """The prompt of a question as text, up to where the assistant's response begins."""
     return _conversation_text(tokenizer, [{"role": "user", "content": question}])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +42,44 @@ def in_processes(
     """
     if workers == 1 or len(items) < 2:
         return [function(item) for item in track(items, title=title, unit="shard")]
+    with _pool(min(workers, len(items))) as pool:
+        with unheard_by_children([signal.SIGINT]):
+            results = pool.map(function, items)
+        return list(track(results, title=title, unit="shard", total=len(items)))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that wait for work; after an error calls that have not begun are not made."""
     # Not forked: a forked child of a process with threads (Arrow's, the tokenizer's) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=start_pool_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_pool_worker) as pool:
         try:
-            with unheard_by_children([signal.SIGINT]):
-                results = pool.map(function, items)
-            return list(track(results, title=title, unit="shard", total=len(items)))
+            yield pool
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _in_free_processes(
+    function: Callable[[Item], None], items: Sequence[Item], free: FreeUnits, workers: int, title: str
+) -> None:
+    """Every process has one of the free items at a time, and takes the next when it has done it."""
+    working: dict[Future[None], int] = {}
+
+    def settle(most: int) -> None:
+        while len(working) > most:
+            done, _ = wait(working, return_when=FIRST_COMPLETED)
+            for one in done:
+                free.release(working.pop(one))
+                one.result()
+
+    with _pool(workers) as pool:
+        for unit in track(free, title=title, unit="shard", total=len(items)):
+            with unheard_by_children([signal.SIGINT]):
+                working[pool.submit(function, items[unit])] = unit
+            settle(workers - 1)
+        settle(0)
 
 
 @dataclass(frozen=True)
@@ -91,17 +119,18 @@ class Team:
         # An item that was done before is looked at once, by the process whose share it would be.
         own = [item for item in items[self.index :: self.count] if is_done(item)]
         in_processes(function, own, workers, title=title)
-        # A process of the array takes `workers` items at a time.
-        groups = [items[start : start + workers] for start in range(0, len(items), workers)]
         free = FreeUnits(
-            rotated(range(len(groups)), self.index, self.count),
+            rotated(range(len(items)), self.index, self.count),
             self.leases,
             name=title,
-            is_done=lambda group: all(map(is_done, groups[group])),
+            is_done=lambda unit: is_done(items[unit]),
             wait=True,
         )
-        for group in free.one_by_one():
-            in_processes(function, groups[group], workers, title=title)
+        if workers == 1:
+            for unit in track(free.one_by_one(), title=title, unit="shard", total=len(items)):
+                function(items[unit])
+            return
+        _in_free_processes(function, items, free, workers, title)
 
     def free_shards(self, directory: Path, shards: Sequence[int], made_from: Callable[[int], MadeFrom]) -> FreeUnits:
         """The shards of a record directory that are to be made by this process, as it asks for them.

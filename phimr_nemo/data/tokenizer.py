@@ -5,11 +5,13 @@ transformers 5 gives the fast tokenizer's class another name and keeps its furth
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.imports import lean_imports
+from phimr_nemo.store.content import content_id
 from phimr_nemo.store.inputs import download_remedy
 from phimr_nemo.store.links import refuse_links_out
 from phimr_nemo.store.unpacking import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_json
@@ -26,7 +28,8 @@ SPECIAL: Final = "additional_special_tokens"
 NEW_SPECIAL: Final = "extra_special_tokens"
 # How and where from transformers 5 has loaded it, which says nothing of the tokenizer.
 OF_THE_LOADING: Final = ("backend", "is_local", "local_files_only")
-
+OF_THE_CALL: Final = ("truncation", "padding")
+"""What tokenizer.json keeps of how it was called last."""
 
 READ_BY_TRANSFORMERS: Final = (
     *(TOKENIZER_FILE, TOKENIZER_CONFIG, "config.json", "chat_template.jinja"),
@@ -99,6 +102,28 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             remedy=download_remedy(directory / TOKENIZER_FILE),
         ) from error
     return opened
+
+
+def words_hash(directory: Path) -> str:
+    """A hash of how a directory's tokenizer turns text into ids and back, whatever its chat template and formatting.
+
+    Raises:
+        UserError: it has no tokenizer.json, or one that is no JSON object.
+    """
+    file = directory / TOKENIZER_FILE
+    refuse_links_out(directory)
+    try:
+        content = read_json(file, limit=MAX_TOKENIZER_BYTES)
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is not a JSON object: {str(error)[:MAX_SHOWN]}",
+            rule="a tokenizer is compared by the file of a fast one",
+            remedy=download_remedy(file),
+        ) from error
+    kept = {name: value for name, value in content.items() if name not in OF_THE_CALL}
+    return content_id("tokenizer", json.dumps(kept, sort_keys=True))
 
 
 def _refuse_large(directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from phimr_nemo.endpoint.ask import Answers, AskedEndpoint, Asker, OpensModel, Prompt, Replied
 from phimr_nemo.endpoint.journal import Journal, read_journal
 from phimr_nemo.endpoint.settings import read_key
-from phimr_nemo.endpoint.wire import ChatReply, ChatRequest, RequestFailed
+from phimr_nemo.endpoint.wire import ChatReply, ChatRequest, RequestFailed, ScoreRequest
 
 __all__ = [
     "Answers",
@@ -18,6 +18,7 @@ __all__ = [
     "Prompt",
     "Replied",
     "RequestFailed",
+    "ScoreRequest",
     "read_journal",
     "read_key",
 ]

@@ -9,9 +9,9 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import httpx
 import tenacity
@@ -29,11 +29,14 @@ from phimr_nemo.endpoint.wire import (
     ChatRequest,
     LineSplitter,
     RequestFailed,
+    ScoreRequest,
     Transient,
     max_stream_bytes,
     parse_object,
 )
 from phimr_nemo.errors import UserError
+
+T = TypeVar("T")
 
 CONNECT_SECONDS: Final = 20.0
 MAX_BACKOFF_SECONDS: Final = 60.0
@@ -57,13 +60,12 @@ class _Host:
 
     def __init__(self, url: str) -> None:
         self.address = url.rstrip("/")
-        self.url = self.address + "/chat/completions"
         self.rested_until = self.closed_until = 0.0
         self.failures = 0
 
 
 class EndpointClient:
-    """Sends chat requests to an endpoint. Use as an asynchronous context manager within one event loop.
+    """Sends requests to an endpoint. Use as an asynchronous context manager within one event loop.
 
     Args:
         config: the endpoint.
@@ -125,6 +127,41 @@ class EndpointClient:
             RequestFailed: every attempt failed, or the server refuses this request.
             UserError: the endpoint refuses the key, the model or the path, or every request so far.
         """
+        empty = 0
+
+        async def once(client: httpx.AsyncClient) -> ChatReply:
+            nonlocal empty
+            body = request.body(self.config)
+            reply = await self._attempt(client, request.path, body, lambda r: _read_reply(r, request.max_tokens))
+            if reply.is_empty and not request.may_be_empty:
+                empty += 1
+                raise Transient(EMPTY_REPLY)
+            return reply
+
+        reply, attempts = await self._retried(once)
+        return dataclasses.replace(reply, attempts=attempts, empty_replies=empty)
+
+    async def score(self, request: ScoreRequest) -> tuple[float, ...]:
+        """Log-probabilities (nats) of a prompt's tokens from the second on, likewise.
+
+        Raises:
+            RequestFailed, UserError: as :meth:`complete`.
+        """
+
+        async def read(response: httpx.Response) -> tuple[float, ...]:
+            return request.scores(parse_object(await _read_bounded(response, MAX_BODY_BYTES)))
+
+        async def once(client: httpx.AsyncClient) -> tuple[float, ...]:
+            return await self._attempt(client, request.path, request.body(self.config), read)
+
+        return (await self._retried(once))[0]
+
+    async def _retried(self, once: Callable[[httpx.AsyncClient], Awaitable[T]]) -> tuple[T, int]:
+        """What one attempt brings, and how many it took.
+
+        Raises:
+            RequestFailed, UserError: as :meth:`complete`.
+        """
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.config.attempts),
             wait=self._wait,
@@ -132,17 +169,14 @@ class EndpointClient:
             before_sleep=self._count_retry,
             reraise=True,
         )
-        attempt = empty = 0
+        attempt = 0
         async with self._slots:
             client = self._idle.pop() if self._idle else self._open()
             try:
                 async for attempt_context in retrying:
                     with attempt_context:
                         attempt += 1
-                        reply = await self._attempt(client, request)
-                        if reply.is_empty and not request.may_be_empty:
-                            empty += 1
-                            raise Transient(EMPTY_REPLY)
+                        reply = await once(client)
             except Transient as error:
                 raise RequestFailed(error.reason, attempts=attempt) from error
             except RequestFailed as error:
@@ -152,7 +186,7 @@ class EndpointClient:
                 self._idle.append(client)
                 self.counts["requests"] += 1
         self._answered += 1
-        return dataclasses.replace(reply, attempts=attempt, empty_replies=empty)
+        return reply, attempt
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         """Seconds before the next attempt: exponential with full jitter. Retry-After closes the address instead."""
@@ -185,7 +219,13 @@ class EndpointClient:
         host.closed_until = max(host.closed_until, now + (error.retry_after or 0.0))
         host.rested_until = max(host.closed_until, now + seconds)
 
-    async def _attempt(self, client: httpx.AsyncClient, request: ChatRequest) -> ChatReply:
+    async def _attempt(
+        self,
+        client: httpx.AsyncClient,
+        path: str,
+        body: Mapping[str, Any],
+        read: Callable[[httpx.Response], Awaitable[T]],
+    ) -> T:
         """One attempt, at the address whose turn it is.
 
         Raises:
@@ -195,7 +235,7 @@ class EndpointClient:
         host = self._choose_host()
         await self._wait_until_open(host)
         try:
-            reply = await asyncio.wait_for(self._send(client, host, request), self.config.total_seconds)
+            reply = await asyncio.wait_for(self._send(client, host, path, body, read), self.config.total_seconds)
         except (httpx.TransportError, asyncio.TimeoutError, TimeoutError, Transient) as error:
             transient = error if isinstance(error, Transient) else _explain(error)
             if transient.is_hosts_fault:
@@ -205,22 +245,24 @@ class EndpointClient:
         host.failures = 0
         return reply
 
-    async def _send(self, client: httpx.AsyncClient, host: _Host, request: ChatRequest) -> ChatReply:
+    async def _send(
+        self,
+        client: httpx.AsyncClient,
+        host: _Host,
+        path: str,
+        body: Mapping[str, Any],
+        read: Callable[[httpx.Response], Awaitable[T]],
+    ) -> T:
         """One attempt."""
-        body = request.body(self.config)
-        async with client.stream("POST", host.url, json=body) as response:
+        async with client.stream("POST", host.address + path, json=body) as response:
             if response.status_code != httpx.codes.OK:
-                await self._refuse(host, response)
+                await self._refuse(host.address + path, response)
             self._watch.heard(host.address)
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise Transient("the reply is compressed, which was not asked for")
-            if response.headers.get("content-type", "").startswith("text/event-stream"):
-                return await _read_stream(response, max_stream_bytes(request.max_tokens))
-            assembly = Assembly()
-            assembly.add(parse_object(await _read_bounded(response, MAX_BODY_BYTES)))
-            return assembly.reply()
+            return await read(response)
 
-    async def _refuse(self, host: _Host, response: httpx.Response) -> None:
+    async def _refuse(self, url: str, response: httpx.Response) -> None:
         """Say what a status other than 200 means.
 
         Raises:
@@ -236,8 +278,8 @@ class EndpointClient:
             raise RequestFailed(f"HTTP {status}: {message}", attempts=1, refused=True)
         what, remedy = NO_ENTRY.get(status, ("refuses the request", "correct the endpoint's settings"))
         raise UserError(
-            f"{host.url} {what} (HTTP {status}) for model {self.config.model!r}: {message}",
-            rule="the endpoint speaks OpenAI's chat completions and serves this model",
+            f"{url} {what} (HTTP {status}) for model {self.config.model!r}: {message}",
+            rule="the endpoint speaks OpenAI's interface and serves this model",
             remedy=remedy,
         )
 
@@ -267,6 +309,14 @@ async def _read_bounded(response: httpx.Response, max_bytes: int) -> bytes:
         if len(data) > max_bytes:
             raise Transient("the reply is too long")
     return bytes(data)
+
+
+async def _read_reply(response: httpx.Response, max_tokens: int) -> ChatReply:
+    if response.headers.get("content-type", "").startswith("text/event-stream"):
+        return await _read_stream(response, max_stream_bytes(max_tokens))
+    assembly = Assembly()
+    assembly.add(parse_object(await _read_bounded(response, MAX_BODY_BYTES)))
+    return assembly.reply()
 
 
 async def _read_stream(response: httpx.Response, max_bytes: int) -> ChatReply:

@@ -6,9 +6,10 @@ Whatever the server sends is bounded and checked: garbage is an error that anoth
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from phimr_nemo.config import EndpointConfig
 from phimr_nemo.store.records import FinishReason
@@ -25,6 +26,8 @@ STREAM_ALLOWANCE: Final = 1 << 20
 MAX_MESSAGE_CHARS: Final = 300
 EMPTY_REPLY: Final = "the reply is empty"
 END_OF_STREAM: Final = "[DONE]"
+BY_ID: Final = "token_id:"
+"""Before a token's id in the place of its text."""
 REASONING_FIELDS: Final = ("reasoning_content", "reasoning")
 """Where DeepSeek's interface, vLLM and SGLang put what a reasoning parser cut off; newer vLLM has the second."""
 
@@ -77,6 +80,7 @@ class ChatRequest:
     system: str | None = None
     seed: int | None = None
     may_be_empty: bool = False
+    path: ClassVar[str] = "/chat/completions"
 
     def body(self, config: EndpointConfig) -> dict[str, Any]:
         """The request as the interface wants it."""
@@ -94,6 +98,55 @@ class ChatRequest:
             "stream_options": {"include_usage": True},
             **config.extra_body,
         }
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """How probable a model finds a prompt: OpenAI's completions with `echo` and log-probabilities.
+
+    Attributes:
+        tokens: ids of the prompt, at least two.
+    """
+
+    tokens: tuple[int, ...]
+    path: ClassVar[str] = "/completions"
+
+    def body(self, config: EndpointConfig) -> dict[str, Any]:
+        """The request as the interface wants it; one token is sampled and thrown away."""
+        return {
+            "model": config.model,
+            "prompt": list(self.tokens),
+            "max_tokens": 1,
+            "echo": True,
+            "logprobs": 1,
+            # Of vLLM: which tokens it has scored, by their ids.
+            "return_tokens_as_token_ids": True,
+            **config.extra_body,
+        }
+
+    def scores(self, reply: Mapping[str, Any]) -> tuple[float, ...]:
+        """Log-probabilities (nats, at temperature 1) of the tokens from the second on.
+
+        Raises:
+            Transient: the reply has no number for each of them.
+            RequestFailed: it is about other tokens.
+        """
+        choices = reply.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices else None
+        found = first.get("logprobs") if isinstance(first, dict) else None
+        values = found.get("token_logprobs") if isinstance(found, dict) else None
+        if not isinstance(values, list) or len(values) < len(self.tokens):
+            raise Transient("the reply has no log-probabilities of the prompt")
+        numbers = values[1 : len(self.tokens)]
+        if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
+            raise Transient("a log-probability of the reply is no finite number")
+        words = found.get("tokens") if isinstance(found, dict) else None
+        named = [f"{BY_ID}{token}" for token in self.tokens]
+        # Other servers than vLLM tell the tokens' text.
+        is_by_id = isinstance(words, list) and all(isinstance(w, str) and w.startswith(BY_ID) for w in words[:1])
+        if isinstance(words, list) and is_by_id and words[: len(named)] != named:
+            raise RequestFailed("the server has scored other tokens than it was sent", attempts=1, refused=True)
+        return tuple(float(number) for number in numbers)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ ROW_OF_STAGE: Final = {
     "sft": "SFT",
     "dpo": "DPO",
     "grpo": "GRPO",
+    "distill": "distillation",
 }
 """The stage that made a model -> its row in tables."""
 

@@ -55,6 +55,7 @@ FREE_TO_CHANGE: Final = (
     "verify_workers",
     "monitor.",
     *(f"{place}engine.{name}" for place in ("", "teacher.", "judge.ask.", "annotation.ask.") for name in _ENGINE),
+    *(f"teacher.endpoint.{name}" for name in _ENDPOINT),
     *(
         f"{place}.ask.max_{name}"
         for place in ("judge", "annotation")

@@ -23,7 +23,7 @@ from phimr_nemo.text.printable import printable
 PART_OF: Final = "PHIMR_PART_OF"
 """Environment variable of commands that another one runs in their order: the next command is not the user's."""
 MODEL: Final = "hf"
-MODEL_STAGES: Final = frozenset(("base", "midtrain", "sft", "dpo", "grpo", "export"))
+MODEL_STAGES: Final = frozenset(("base", "midtrain", "sft", "dpo", "grpo", "distill", "export"))
 FIGURES: Final = 3
 SECOND_PASS: Final = "-rollouts"
 """End of the names of presets for the model's own rollouts."""
@@ -55,6 +55,7 @@ NEXT: Final[Mapping[str, Following]] = {
     "sft": Following("dpo", "base", MODEL),
     "dpo": Following("grpo", "base", MODEL),
     "grpo": Following("evaluate", "model", MODEL),
+    "distill": Following("evaluate", "model", MODEL),
 }
 PAIRS: Final = Following("dpo", "pairs", "pairs")
 OWN_ROLLOUTS: Final = Following("generate", "teacher.path", MODEL)
@@ -142,6 +143,7 @@ FIGURES_OF: Final[Mapping[str, Callable[[Path, Mapping[str, Any]], list[str]]]] 
     "sft": _trained("loss", "val_loss"),
     "dpo": _trained("loss", "accuracy"),
     "grpo": _trained("reward", "pass_rate"),
+    "distill": _trained("reverse_kl", "pass_rate"),
     "evaluate": _evaluated,
     "export": _model,
 }

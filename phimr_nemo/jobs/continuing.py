@@ -39,9 +39,9 @@ from phimr_nemo.training.seal import (
 
 ORIGIN_FILE: Final = "continues.json"
 """Which run and step a directory goes on from; written when everything is there."""
-TRAINED: Final = ("midtrain", "sft", "dpo", "grpo")
+TRAINED: Final = ("midtrain", "sft", "dpo", "grpo", "distill")
 FIXED: Final = (
-    *("base", "data", "pairs", "prompts", "sequence_length", "overlong", "run.seed", "loss_on"),
+    *("base", "data", "pairs", "prompts", "teacher.path", "sequence_length", "overlong", "run.seed", "loss_on"),
     *("global_batch", "prompts_per_step", "validation_rows", "validation_pairs"),
 )
 """What the steps so far were made of: a checkpoint's place in its data means nothing in other data."""
@@ -185,7 +185,7 @@ def _chosen(run: Path, step: int | None) -> Path:
 def _check_steps(stage: str, config: Any, run: Path, chosen: Path) -> None:
     steps, done = planned_steps(stage, config), checkpoint_step(chosen)
     if steps is not None and steps <= done:
-        key = "steps" if stage == "grpo" else "max_steps or epochs"
+        key = "steps" if stage in ("grpo", "distill") else "max_steps or epochs"
         raise UserError(
             f"{run} stands at step {done}, and the settings end at step {steps}",
             rule="a continued run makes at least one step",

@@ -54,7 +54,7 @@ class Package:
     consequence: str
 
 
-TRAIN_EXTRA: Final = "midtrain, sft, dpo and grpo cannot run; pip install 'phimr-nemo[train]' or make setup"
+TRAIN_EXTRA: Final = "midtrain, sft, dpo, grpo and distill cannot run; pip install 'phimr-nemo[train]' or make setup"
 CORE: Final = "phimr cannot run; reinstall phimr-nemo"
 
 PACKAGES: Final[tuple[Package, ...]] = (
@@ -78,7 +78,7 @@ PACKAGES: Final[tuple[Package, ...]] = (
         ("nemo-aligner",),
         "0.7.0",
         False,
-        "dpo and grpo cannot run; pip install --no-deps -r requirements/aligner.txt",
+        "dpo, grpo and distill cannot run; pip install --no-deps -r requirements/aligner.txt",
     ),
     Package("NeMo-Run", ("nemo-run",), "0.11.1", False, TRAIN_EXTRA),
     Package(

@@ -47,6 +47,7 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "sft": "phimr_nemo.supervised.stage:run_sft",
     "dpo": "phimr_nemo.align.dpo.stage:run_dpo",
     "grpo": "phimr_nemo.align.grpo.stage:run_grpo",
+    "distill": "phimr_nemo.align.distill.stage:run_distill",
     "evaluate": "phimr_nemo.evaluate.stage:run_evaluate",
     "export": "phimr_nemo.report.export:run_export",
 }

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.config import DPOConfig, GRPOConfig, SupervisedConfig
+from phimr_nemo.config import DPOConfig, RoundsConfig, SupervisedConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_world
@@ -22,7 +22,7 @@ RANK_BYTES: Final = 0.9 * GIBIBYTE
 FEWEST_CORES: Final = 2
 """A parallel layout can be tried on a single core too: two processes on it harm nobody."""
 CGROUP: Final = Path("/sys/fs/cgroup")
-Training = (SupervisedConfig, DPOConfig, GRPOConfig)
+Training = (SupervisedConfig, DPOConfig, RoundsConfig)
 
 
 def count_gpus() -> int:
@@ -78,7 +78,7 @@ def check_default(stage: str, preset: Path) -> None:
     Raises:
         UserError: it is one.
     """
-    if stage in ("midtrain", "sft", "dpo", "grpo") and not count_gpus():
+    if stage in ("midtrain", "sft", "dpo", "grpo", "distill") and not count_gpus():
         raise UserError(
             f"phimr {stage} without --config on a machine without a GPU",
             rule=f"the default, {preset}, is a cluster's and has to be asked for here",
@@ -119,7 +119,7 @@ def check_machine(stage: str, config: Any) -> None:
         _check_memory(stage, config, here)
 
 
-def needed_memory(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -> float:
+def needed_memory(stage: str, config: SupervisedConfig | DPOConfig | RoundsConfig) -> float:
     """Bytes that one rank takes on a CPU, at least: libraries, weights, gradients, optimizer, full rows' activations.
 
     Args:
@@ -143,7 +143,7 @@ def needed_memory(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig)
     return RANK_BYTES + rank.total
 
 
-def _check_memory(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig, here: int) -> None:
+def _check_memory(stage: str, config: SupervisedConfig | DPOConfig | RoundsConfig, here: int) -> None:
     needed, free = here * needed_memory(stage, config), free_memory()
     if needed > free:
         raise UserError(
@@ -154,7 +154,7 @@ def _check_memory(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig,
         )
 
 
-def _smaller(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig, room: int) -> str:
+def _smaller(stage: str, config: SupervisedConfig | DPOConfig | RoundsConfig, room: int) -> str:
     """A layout of at most `room` processes that the batch allows, and the other ways out."""
     parallel = config.parallel
     model = parallel.tensor * parallel.pipeline * parallel.context
@@ -163,7 +163,7 @@ def _smaller(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig, room
         model = 1
         words += "parallel.sequence=false " if parallel.sequence else ""
         words += "parallel.virtual=1 " if parallel.virtual > 1 else ""
-    if isinstance(config, GRPOConfig):
+    if isinstance(config, RoundsConfig):
         batch = config.prompts_per_step
     else:
         batch = max(1, config.global_batch // config.micro_batch)

@@ -31,7 +31,7 @@ GENERATION: Final[Mapping[str, str]] = {"nemo-toolkit": "2.4", "megatron-core": 
 """What the training code is written against: distribution -> major.minor."""
 ALIGNER: Final[Mapping[str, str]] = {"nemo-aligner": "0.7"}
 """Of the stages in `ALIGNED` as well."""
-ALIGNED: Final = ("dpo", "grpo")
+ALIGNED: Final = ("dpo", "grpo", "distill")
 REPORTED: Final = ("phimr-nemo", "torch", *GENERATION, *ALIGNER, "transformer-engine")
 
 

@@ -11,30 +11,33 @@ from phimr_nemo.config import (
     AskConfig,
     BenchmarkProblems,
     CurateConfig,
+    DistillConfig,
     DPOConfig,
     EndpointEngine,
     EvaluateConfig,
     ExportConfig,
     FileProblems,
     GenerateConfig,
-    GRPOConfig,
     ModelTeacher,
     PackConfig,
     PrepareConfig,
     RecordedTeacher,
     RecordProblems,
+    RoundsConfig,
     ServerEngine,
     SupervisedConfig,
     VerifyConfig,
     VLLMEngine,
 )
 from phimr_nemo.config.dpo import StoredReference
+from phimr_nemo.config.sampled.distill import ServerTeacher
 from phimr_nemo.data.chat import warn_of_other_template
 from phimr_nemo.endpoint.settings import Addressed, read_key
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_layout, check_length
 from phimr_nemo.model.regime import regime_name, warn_of_other_regime
+from phimr_nemo.model.vocabulary import check_same_tokenizer, check_same_words
 from phimr_nemo.plan.memory import largest_state
 from phimr_nemo.store.inputs import model_remedy
 from phimr_nemo.store.records import Kind
@@ -48,7 +51,7 @@ def grader_of(config: Any) -> str | None:
     """The grader of the user's own that a stage's configuration names; None for mathematics, or nothing to grade."""
     if isinstance(config, SupervisedConfig | DPOConfig):
         return None if config.evaluation is None else config.evaluation.grader
-    return config.grader if isinstance(config, VerifyConfig | EvaluateConfig | GRPOConfig) else None
+    return config.grader if isinstance(config, VerifyConfig | EvaluateConfig | RoundsConfig) else None
 
 
 def preflight(stage: str, config: Any) -> None:
@@ -78,13 +81,30 @@ def preflight(stage: str, config: Any) -> None:
             grader.check()
     if isinstance(config, PackConfig):
         warn_of_other_template(config.tokenizer)
-    if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
+    if isinstance(config, SupervisedConfig | DPOConfig | RoundsConfig):
         architecture = Architecture.from_directory(config.base)
         check_layout(architecture, config.parallel)
         check_length(architecture, config.sequence_length)
         warn_of_other_template(config.base)
         warn_of_other_regime(architecture, config.base, config.sequence_length, config.model.longrope)
         check_steps(stage, config)
+    if isinstance(config, DistillConfig):
+        _check_teacher(config)
+
+
+def _check_teacher(config: DistillConfig) -> None:
+    """Teacher and student speak of the same words, and the layout can hold a teacher beside the student.
+
+    Raises:
+        UserError: another tokenizer or number of words; a layout or length that the teacher cannot have.
+    """
+    if isinstance(config.teacher, ServerTeacher):
+        check_same_tokenizer(config.base, config.teacher.tokenizer)
+    else:
+        check_same_words(config.base, config.teacher.path)
+        teacher = Architecture.from_directory(config.teacher.path)
+        check_layout(teacher, config.parallel)
+        check_length(teacher, config.sequence_length)
 
 
 def record_inputs(stage: str, config: Any) -> list[tuple[Path, Kind]]:
@@ -102,7 +122,7 @@ def record_inputs(stage: str, config: Any) -> list[tuple[Path, Kind]]:
         return [(config.data, "rows" if stage == "midtrain" else "conversations")]
     if isinstance(config, DPOConfig):
         return [(config.pairs, "pairs")]
-    if isinstance(config, GRPOConfig):
+    if isinstance(config, RoundsConfig):
         return [(config.prompts, "prompts")]
     return []
 
@@ -130,8 +150,10 @@ def file_inputs(config: Any) -> list[Path]:
         paths += [*config.stages.values(), *config.evaluations.values()]
     if isinstance(config, PackConfig):
         paths.append(config.tokenizer)
-    if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
+    if isinstance(config, SupervisedConfig | DPOConfig | RoundsConfig):
         paths.append(config.base)
+    if isinstance(config, DistillConfig):
+        paths.append(config.teacher.tokenizer if isinstance(config.teacher, ServerTeacher) else config.teacher.path)
     if isinstance(config, DPOConfig) and isinstance(config.reference, StoredReference) and config.reference.path:
         paths.append(config.reference.path)
     return paths
@@ -139,7 +161,7 @@ def file_inputs(config: Any) -> list[Path]:
 
 def _evaluated(config: Any) -> Any:
     """The problems of pass@1 while training."""
-    if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig) and config.evaluation is not None:
+    if isinstance(config, SupervisedConfig | DPOConfig | RoundsConfig) and config.evaluation is not None:
         return config.evaluation.problems
     return None
 
@@ -162,21 +184,24 @@ def _engine(config: Any) -> tuple[Any, str]:
         return config.teacher.engine, "teacher."
     if isinstance(config, SupervisedConfig | DPOConfig):
         return (None if config.evaluation is None else config.evaluation.engine), "evaluation."
-    return (config.engine if isinstance(config, EvaluateConfig | GRPOConfig) else None), ""
+    return (config.engine if isinstance(config, EvaluateConfig | RoundsConfig) else None), ""
 
 
 def keyed(config: Any) -> list[Addressed]:
     """What a stage asks for that may want a key: endpoints and servers."""
     engine, _ = _engine(config)
+    asked: list[Addressed] = []
+    if isinstance(config, DistillConfig) and isinstance(config.teacher, ServerTeacher):
+        asked.append(config.teacher.endpoint)
     if isinstance(engine, ServerEngine):
-        return [engine]
-    return [engine.endpoint] if isinstance(engine, EndpointEngine) else []
+        return [engine, *asked]
+    return [engine.endpoint, *asked] if isinstance(engine, EndpointEngine) else asked
 
 
 def _check_vllm(config: Any) -> None:
     """vLLM is to sample a finished model, and this environment has it."""
     engine, place = _engine(config)
-    if isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
+    if isinstance(config, SupervisedConfig | DPOConfig | RoundsConfig):
         return  # the environment of the trainer has it or not, which is found when it is opened
     if isinstance(engine, VLLMEngine) and importlib.util.find_spec("vllm") is None:
         raise UserError(
@@ -188,14 +213,14 @@ def _check_vllm(config: Any) -> None:
         )
 
 
-def check_steps(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -> None:
+def check_steps(stage: str, config: SupervisedConfig | DPOConfig | RoundsConfig) -> None:
     """Refuse a run whose data, which is there, is too little for one step.
 
     Raises:
         UserError: it is.
     """
     steps = planned_steps(stage, config)
-    if steps is None or steps > 0 or isinstance(config, GRPOConfig):
+    if steps is None or steps > 0 or isinstance(config, RoundsConfig):
         return
     (path, kind), held_out = record_inputs(stage, config)[0], _held_out(config)
     rows = read_manifest(path, kind).rows
@@ -207,7 +232,7 @@ def check_steps(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -
     )
 
 
-def _held_out(config: SupervisedConfig | DPOConfig | GRPOConfig) -> int:
+def _held_out(config: SupervisedConfig | DPOConfig | RoundsConfig) -> int:
     """Rows or pairs that are not trained on, as many as the configuration names."""
     if isinstance(config, DPOConfig):
         return config.validation_pairs
@@ -220,7 +245,7 @@ def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
     Raises:
         UserError: the model cannot have this layout or length, or the data is too little for one step.
     """
-    if not isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig):
+    if not isinstance(config, SupervisedConfig | DPOConfig | RoundsConfig):
         return {}
     numbers = {"processes": str(config.parallel.world_size)}
     if config.parallel.nodes is not None:
@@ -240,8 +265,8 @@ def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
     return numbers
 
 
-def _batch_numbers(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -> Mapping[str, str]:
-    if isinstance(config, GRPOConfig):
+def _batch_numbers(stage: str, config: SupervisedConfig | DPOConfig | RoundsConfig) -> Mapping[str, str]:
+    if isinstance(config, RoundsConfig):
         sequences = config.prompts_per_step * config.group_size
         return {
             "responses a step": f"{sequences:,}",
@@ -259,9 +284,9 @@ def _batch_numbers(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig
     return numbers | {"steps": f"{steps:,}"}
 
 
-def planned_steps(stage: str, config: SupervisedConfig | DPOConfig | GRPOConfig) -> int | None:
+def planned_steps(stage: str, config: SupervisedConfig | DPOConfig | RoundsConfig) -> int | None:
     """Optimizer steps (GRPO: rounds) that a training stage will take; None while its data is unfinished."""
-    if isinstance(config, GRPOConfig):
+    if isinstance(config, RoundsConfig):
         return config.steps
     if not all(is_complete(path, kind) for path, kind in record_inputs(stage, config)):
         return None

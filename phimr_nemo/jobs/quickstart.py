@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import STAGES, QuickstartConfig, load_config
+from phimr_nemo.config.tiny import PLAIN_ROTARY
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from phimr_nemo.jobs.changes import NOT_RECORDED, changed_settings, changes, is_remade
 from phimr_nemo.jobs.closing import PART_OF, answers, to_type
@@ -39,6 +40,8 @@ ROWS: Final = (
     ("grpo", "GRPO"),
     ("sft-without-midtrain", "SFT without mid-training"),
 )
+PRESET_FAMILY: Final = "phi3"
+"""What conf/base/tiny.yaml is made like."""
 TRAINED: Final = ("midtrain", "sft", "dpo", "grpo")
 FUNNEL: Final[tuple[tuple[str, str, Kind], ...]] = (
     ("teacher rollouts", "rollouts", "rollouts"),
@@ -98,7 +101,7 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
         return str(root / name / "hf")
 
     steps = [
-        step("base", "base"),
+        step("base", "base", *_base_shape(config)),
         step("rollouts", "generate", f"problems.count={config.train_problems}"),
         step("verdicts", "verify", f"rollouts={root / 'rollouts'}"),
         step("curated", "curate", f"verdicts={root / 'verdicts'}", f"tokenizer={model('base')}"),
@@ -136,6 +139,13 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
     stages = (f"stages.{name}={root / name}" for name in TRAINED)
     evaluations = (f"evaluations.{row}={root / f'evaluate-{name}'}" for name, row in ROWS[: len(TRAINED) + 1])
     return [*steps, step("release", "export", f"model={model('grpo')}", *stages, *evaluations)]
+
+
+def _base_shape(config: QuickstartConfig) -> list[str]:
+    """What a base of another family than the preset's own is told."""
+    if config.family == PRESET_FAMILY:
+        return []
+    return [f"family={config.family}", *(f"{name}={value}" for name, value in PLAIN_ROTARY.items())]
 
 
 def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str], *, redo: bool) -> None:

@@ -1,4 +1,4 @@
-"""A rollout server of a GRPO job: `python -m phimr_nemo.jobs.server_node --config FILE KEY=VALUE ...`.
+"""A rollout server of a job: `python -m phimr_nemo.jobs.server_node --stage STAGE --config FILE KEY=VALUE ...`.
 
 It reads from the run's configuration what `phimr serve` must be told, listens on the port after the ones of the other
 servers on its node, and starts the server again when it dies: the trainer gives a new one the current weights.
@@ -18,7 +18,7 @@ from typing import Annotated, Final
 
 import typer
 
-from phimr_nemo.config import GRPOConfig, ServerEngine, load_config
+from phimr_nemo.config import STAGES, RoundsConfig, ServerEngine, load_config
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 
 FIRST_PORT: Final = 8000
@@ -28,7 +28,7 @@ ENGINES: Final = {"vllm_server": "vllm", "trtllm_server": "trtllm"}
 """engine.kind -> the engine of `phimr serve`."""
 
 
-def serve_arguments(config: GRPOConfig, number: int) -> list[str]:
+def serve_arguments(config: RoundsConfig, number: int) -> list[str]:
     """The arguments of `phimr serve` for a run.
 
     Args:
@@ -92,9 +92,10 @@ def keep_running(command: Sequence[str]) -> int:
 def main(
     config: Annotated[Path, typer.Option("--config", help="The run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The run's.")] = None,
+    stage: Annotated[str, typer.Option(help="The run's.")] = "grpo",
 ) -> None:
-    """Serve the base of a GRPO run."""
-    resolved = load_config(GRPOConfig, config, overrides or [])
+    """Serve the base of a run of rounds."""
+    resolved = load_config(STAGES[stage], config, overrides or [])
     words = serve_arguments(resolved, int(os.environ.get("SLURM_LOCALID", "0")))
     raise typer.Exit(keep_running([sys.executable, "-m", "phimr_nemo.cli", "serve", *words]))
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from phimr_nemo.config import STAGES, DPOConfig, GRPOConfig, SupervisedConfig, load_config
+from phimr_nemo.config import STAGES, DPOConfig, RoundsConfig, SupervisedConfig, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import planned_steps
 from phimr_nemo.store.runs import CONFIG_FILE, RUN_FILE, RunDirectory, read_metrics
@@ -179,7 +179,7 @@ def _planned(stage: str, path: Path) -> int | None:
         return None
     try:
         config: Any = load_config(STAGES[stage], path / CONFIG_FILE)
-        is_training = isinstance(config, SupervisedConfig | DPOConfig | GRPOConfig)
+        is_training = isinstance(config, SupervisedConfig | DPOConfig | RoundsConfig)
         return planned_steps(stage, config) if is_training else None
     except UserError:
         return None  # a run of another version, or whose data has gone: its steps are not known

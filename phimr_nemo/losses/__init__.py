@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phimr_nemo.losses.advantages import *
+    from phimr_nemo.losses.distill import *
     from phimr_nemo.losses.dpo import *
     from phimr_nemo.losses.grpo import *
     from phimr_nemo.losses.logprobs import *
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from phimr_nemo.losses.sequences import *
     from phimr_nemo.losses.sft import *
 
-_MODULES = ("advantages", "dpo", "grpo", "logprobs", "mismatch", "sequences", "sft")
+_MODULES = ("advantages", "distill", "dpo", "grpo", "logprobs", "mismatch", "sequences", "sft")
 
 
 def __getattr__(name: str) -> Any:

@@ -117,7 +117,7 @@ class PolicyBatch:
         logprobs: [S, T] log pi of the sampled tokens (nats, at the sampling temperature), with gradient.
         old_logprobs: [S, T] of the policy at the start of the round; in the first update of a round
             ``logprobs.detach()``, which makes the ratio 1 and the gradient the plain policy gradient.
-        advantages: [S] one per response.
+        advantages: [S] one per response, or [S, T] one per token; constants.
         loss_mask: [S, T], nonzero at response tokens.
         ref_logprobs: [S, T] of the reference policy, needed when a loss's kl_coefficient > 0.
         importance_weights: [S, T] constants that multiply the clipped term only.
@@ -135,6 +135,11 @@ class PolicyBatch:
     importance_weights: Tensor | None = None
     entropy: Tensor | None = None
 
+    @property
+    def token_advantages(self) -> Tensor:
+        """[S, 1] or [S, T]: each token's."""
+        return self.advantages if self.advantages.ndim == 2 else self.advantages.unsqueeze(1)
+
     def __post_init__(self) -> None:
         check_token_shapes(
             self.logprobs,
@@ -144,10 +149,10 @@ class PolicyBatch:
             importance_weights=self.importance_weights,
             entropy=self.entropy,
         )
-        if self.advantages.shape != self.logprobs.shape[:1]:
+        if self.advantages.shape not in (self.logprobs.shape[:1], self.logprobs.shape):
             raise UserError(
                 f"advantages {tuple(self.advantages.shape)} do not fit log-probs {tuple(self.logprobs.shape)}",
-                rule="one advantage per response: [S] for [S, T]",
+                rule="one advantage per response, [S] for [S, T], or one per token, [S, T]",
                 remedy="compute them with group_advantages from one reward per response",
             )
 
@@ -264,7 +269,7 @@ def cispo_loss(batch: PolicyBatch, *, clip_low: float, clip_high: float, **penal
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     if batch.importance_weights is not None:
         weight = weight * batch.importance_weights.detach()
-    losses = -weight * batch.advantages.unsqueeze(1) * batch.logprobs
+    losses = -weight * batch.token_advantages * batch.logprobs
     metrics = clipped.metrics | {
         "clipped_low": (clipped.mask & (ratio < 1.0 - clip_low)).sum(),
         "clipped_high": (clipped.mask & (ratio > 1.0 + clip_high)).sum(),
@@ -307,7 +312,7 @@ def _log_ratio(batch: PolicyBatch) -> Tensor:
 def _clipped_tokens(batch: PolicyBatch, log_ratio: Tensor, clip_low: float, clip_high: float) -> _TokenLosses:
     mask = batch.loss_mask.bool()
     ratio = bounded_exp(log_ratio)
-    advantage = batch.advantages.unsqueeze(1)
+    advantage = batch.token_advantages
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     losses = -torch.minimum(ratio * advantage, clipped_ratio * advantage)
     if batch.importance_weights is not None:

@@ -27,12 +27,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phimr_nemo.errors import UserError
+from phimr_nemo.losses.vocabulary import (
+    IGNORED_LABEL,
+    accumulate_weight_gradient,
+    check_arguments,
+    check_labels,
+    chunk_logits,
+    gather_sequence,
+    group_size,
+    local_columns,
+    reduce_hidden_gradient,
+    scatter,
+    statistics_dtype,
+)
 
 __all__ = ["IGNORED_LABEL", "token_logprobs", "token_logprobs_and_entropy"]
-
-IGNORED_LABEL = -100
-"""Label of a token that takes no part: log-probability 0, entropy 0, no gradient."""
 
 DEFAULT_CHUNK_SIZE = 1024
 """Tokens whose logits exist at one time: 0.8 GB of float32 with the 200,064-word vocabulary on one rank."""
@@ -105,7 +114,7 @@ def _apply(
     chunk_size: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_arguments(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size)
+    check_arguments(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size)
     # Autocast would let the forward logits differ in dtype from those that backward recomputes.
     with torch.autocast(device_type=hidden.device.type, enabled=False):
         logprobs, entropy = _TokenLogprobs.apply(
@@ -129,17 +138,17 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk_size: int,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows = _gather_sequence(hidden, tp_group) if sequence_parallel else hidden
+        rows = gather_sequence(hidden, tp_group) if sequence_parallel else hidden
         rows = rows.reshape(-1, hidden.shape[-1])
         positions = torch.nonzero(labels.reshape(-1) != IGNORED_LABEL).squeeze(1)
         wanted = labels.reshape(-1)[positions]
-        _check_labels(wanted, weight.shape[0] * _group_size(tp_group))
+        check_labels(wanted, weight.shape[0] * group_size(tp_group))
 
-        statistics_dtype = _statistics_dtype(weight)
-        maximum = torch.empty(positions.numel(), dtype=statistics_dtype, device=hidden.device)
+        dtype = statistics_dtype(weight)
+        maximum = torch.empty(positions.numel(), dtype=dtype, device=hidden.device)
         # Rows of one tensor, so that one all-reduce serves: sum of exponentials, label's logit, and for the
         # entropy the sum of exponential * shifted logit.
-        sums = torch.empty(3 if with_entropy else 2, positions.numel(), dtype=statistics_dtype, device=hidden.device)
+        sums = torch.empty(3 if with_entropy else 2, positions.numel(), dtype=dtype, device=hidden.device)
         for start in range(0, positions.numel(), chunk_size):
             chunk = slice(start, start + chunk_size)
             _chunk_statistics(
@@ -148,13 +157,13 @@ class _TokenLogprobs(torch.autograd.Function):
 
         maximum = _merge_statistics(maximum, sums, tp_group)
         log_sum_exp = maximum + sums[0].log()
-        logprobs = _scatter(sums[1] - log_sum_exp, positions, labels.shape)
+        logprobs = scatter(sums[1] - log_sum_exp, positions, labels.shape)
         if with_entropy:
             # -sum p log p = log-sum-exp - sum p z = log S - (sum e (z - m)) / S
             of_rows = sums[0].log() - sums[2] / sums[0]
-            entropy = _scatter(of_rows, positions, labels.shape)
+            entropy = scatter(of_rows, positions, labels.shape)
         else:
-            of_rows, entropy = None, torch.empty(0, dtype=statistics_dtype, device=hidden.device)
+            of_rows, entropy = None, torch.empty(0, dtype=dtype, device=hidden.device)
 
         ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp, of_rows)
         ctx.temperature, ctx.tp_group = temperature, tp_group
@@ -166,7 +175,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, positions, wanted, log_sum_exp, entropy = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        gathered = _gather_sequence(hidden, ctx.tp_group) if ctx.sequence_parallel else hidden
+        gathered = gather_sequence(hidden, ctx.tp_group) if ctx.sequence_parallel else hidden
         rows = gathered.reshape(-1, hidden.shape[-1])
         scale = grad_logprobs.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
         # Autograd gives zeros for an entropy that nothing was made of.
@@ -193,28 +202,18 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_rows is not None:
                 grad_rows[positions[chunk]] = torch.mm(grad_logits, weight).to(hidden.dtype)
             if grad_weight is not None:
-                _accumulate_weight_gradient(grad_weight, grad_logits, chunk_rows)
+                accumulate_weight_gradient(grad_weight, grad_logits, chunk_rows)
             # Otherwise this chunk's buffer would still be alive while the next one's is allocated.
             del grad_logits
 
         grad_hidden = None
         if grad_rows is not None:
-            grad_hidden = _reduce_hidden_gradient(
+            grad_hidden = reduce_hidden_gradient(
                 grad_rows.reshape(gathered.shape), ctx.tp_group, ctx.sequence_parallel
             )
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None
-
-
-def _statistics_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _chunk_logits(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Logits [chunk, vocabulary / tp] / temperature in the statistics dtype, in a buffer of their own."""
-    logits = torch.mm(rows.to(weight.dtype), weight.t()).to(_statistics_dtype(weight))
-    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _chunk_statistics(
@@ -227,9 +226,9 @@ def _chunk_statistics(
     sums: Tensor,
 ) -> None:
     """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary."""
-    logits = _chunk_logits(rows, weight, temperature)
+    logits = chunk_logits(rows, weight, temperature)
     torch.amax(logits, dim=1, out=maximum)
-    columns, owned = _local_columns(labels, weight.shape[0], tp_group)
+    columns, owned = local_columns(labels, weight.shape[0], tp_group)
     sums[1] = torch.where(owned, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
     shifted = logits.sub_(maximum.unsqueeze(1))
     if sums.shape[0] == 2:
@@ -254,8 +253,8 @@ def _chunk_logit_gradient(
 
     With `of_entropy`, a factor and the entropy of each row, also factor * -p_v (log p_v + entropy).
     """
-    gradient = _chunk_logits(rows, weight, temperature).sub_(log_sum_exp.unsqueeze(1))
-    columns, owned = _local_columns(labels, weight.shape[0], tp_group)
+    gradient = chunk_logits(rows, weight, temperature).sub_(log_sum_exp.unsqueeze(1))
+    columns, owned = local_columns(labels, weight.shape[0], tp_group)
     if of_entropy is None:
         gradient.exp_().neg_().mul_(scale.unsqueeze(1))
     else:
@@ -266,23 +265,13 @@ def _chunk_logit_gradient(
     return gradient.to(weight.dtype)
 
 
-def _local_columns(
-    labels: Tensor, local_vocabulary: int, tp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Each label's column in this rank's block (0 where another rank has it) and whether this rank has it."""
-    rank = 0 if tp_group is None else dist.get_rank(tp_group)
-    columns = labels - rank * local_vocabulary
-    owned = (columns >= 0) & (columns < local_vocabulary)
-    return torch.where(owned, columns, 0), owned
-
-
 def _merge_statistics(maximum: Tensor, sums: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     """Make the per-rank sums global, in place, and return the global maximum.
 
     A rank's sums are relative to its own maximum m_r: S = sum_r S_r exp(m_r - m), and with
     D_r = sum e^(z - m_r) (z - m_r), D = sum_r exp(m_r - m) (D_r + (m_r - m) S_r).
     """
-    if _group_size(tp_group) == 1:
+    if group_size(tp_group) == 1:
         return maximum
     merged = maximum.clone()
     dist.all_reduce(merged, op=dist.ReduceOp.MAX, group=tp_group)
@@ -292,92 +281,3 @@ def _merge_statistics(maximum: Tensor, sums: Tensor, tp_group: dist.ProcessGroup
     sums[0].mul_(shift.exp())
     dist.all_reduce(sums, group=tp_group)
     return merged
-
-
-def _accumulate_weight_gradient(grad_weight: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
-    if grad_weight.dtype == grad_logits.dtype:
-        grad_weight.addmm_(grad_logits.t(), rows)
-    else:
-        grad_weight.add_(torch.mm(grad_logits.t(), rows))
-
-
-def _scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-    full = torch.zeros(shape.numel(), dtype=values.dtype, device=values.device)
-    return full.index_copy_(0, positions, values).reshape(shape)
-
-
-def _group_size(tp_group: dist.ProcessGroup | None) -> int:
-    return 1 if tp_group is None else dist.get_world_size(tp_group)
-
-
-def _gather_sequence(hidden: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """[s / tp, ..., h] of each rank -> [s, ..., h] on every rank."""
-    size = _group_size(tp_group)
-    if size == 1:
-        return hidden
-    gathered = torch.empty((hidden.shape[0] * size, *hidden.shape[1:]), dtype=hidden.dtype, device=hidden.device)
-    dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=tp_group)
-    return gathered
-
-
-def _reduce_hidden_gradient(gradient: Tensor, tp_group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-    """Sum the ranks' partial gradients; under sequence parallelism keep this rank's slice."""
-    size = _group_size(tp_group)
-    if size == 1:
-        return gradient
-    if not sequence_parallel:
-        dist.all_reduce(gradient, group=tp_group)
-        return gradient
-    local = torch.empty(
-        (gradient.shape[0] // size, *gradient.shape[1:]), dtype=gradient.dtype, device=gradient.device
-    )
-    dist.reduce_scatter_tensor(local, gradient, group=tp_group)
-    return local
-
-
-def _check_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float,
-    tp_group: dist.ProcessGroup | None,
-    sequence_parallel: bool,
-    chunk_size: int,
-) -> None:
-    if weight.ndim != 2 or hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
-        raise UserError(
-            f"hidden states {tuple(hidden.shape)} do not fit an output matrix {tuple(weight.shape)}",
-            rule="hidden is [..., h] and weight [vocabulary / tp, h] with one h",
-            remedy="pass the final hidden states and the output layer's weight of the same model",
-        )
-    factor = _group_size(tp_group) if sequence_parallel else 1
-    expected = (hidden.shape[0] * factor, *hidden.shape[1:-1])
-    if tuple(labels.shape) != expected:
-        raise UserError(
-            f"labels {tuple(labels.shape)} do not fit hidden states {tuple(hidden.shape)}",
-            rule=f"one label per hidden state of the whole sequence, here {expected}",
-            remedy="bring the labels into the layout of the hidden states (Megatron: sequence first)",
-        )
-    if not temperature > 0:
-        raise UserError(
-            f"temperature {temperature}",
-            rule="temperature > 0",
-            remedy="use 1.0 for the model's own distribution",
-        )
-    if chunk_size < 1:
-        raise UserError(
-            f"chunk_size {chunk_size}", rule="chunk_size >= 1", remedy=f"the default is {DEFAULT_CHUNK_SIZE}"
-        )
-
-
-def _check_labels(wanted: Tensor, vocabulary: int) -> None:
-    if wanted.numel() == 0:
-        return
-    lowest, highest = (int(bound) for bound in torch.stack(torch.aminmax(wanted)).tolist())
-    if lowest < 0 or highest >= vocabulary:
-        outside = lowest if lowest < 0 else highest
-        raise UserError(
-            f"label {outside} is outside the vocabulary of {vocabulary} words",
-            rule=f"0 <= label < {vocabulary}, or {IGNORED_LABEL} for a token to leave out",
-            remedy="tokenize the data with the tokenizer of this model",
-        )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from phimr_nemo.data.chat import TEMPLATE_FILE, load_tokens, reasoning_template
+from phimr_nemo.data.chat import TEMPLATE_FILE, load_tokens, turn_format
 from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, read_settings
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.files.companions import tokenizer_settings
@@ -16,8 +16,8 @@ DEFAULT: Final = "default"
 """The one of several named templates that is used unless another one is asked for."""
 
 
-def adopt(source: Path, target: Path, *, system_prompt: str) -> None:
-    """Copy a Phi-family model directory and give the copy the reasoning template.
+def adopt(source: Path, target: Path, *, system_prompt: str | None) -> None:
+    """Copy a model directory and give the copy the reasoning template in the turn format of its tokenizer.
 
     Every stage renders conversations with the template of the directory that it starts from and hands it on, so this
     is done once, before the data is packed; the release then has the template that the model was trained with.
@@ -25,12 +25,11 @@ def adopt(source: Path, target: Path, *, system_prompt: str) -> None:
     Args:
         source: a Hugging Face directory with its tokenizer, e.g. microsoft/Phi-4-mini-instruct.
         target: where to; must not exist or be empty.
-        system_prompt: what the template puts before every conversation.
+        system_prompt: what the template puts before every conversation; None: what its turn format has.
 
     Raises:
         UserError: an unreadable model or tokenizer, a system prompt that Jinja would read, or a target that exists.
     """
-    template = reasoning_template(system_prompt)
     model = HFDirectory(source)
     settings = read_settings(source)
     if not settings:
@@ -39,7 +38,8 @@ def adopt(source: Path, target: Path, *, system_prompt: str) -> None:
             rule=f"a tokenizer says how it is used in {TOKENIZER_CONFIG}",
             remedy="copy or download the model again",
         )
-    load_tokens(source)
+    turns = turn_format(load_tokens(source))
+    template = turns.template(turns.system_prompt if system_prompt is None else system_prompt)
     settings = tokenizer_settings(settings, model.architecture) | {
         "chat_template": _with_default(settings.get("chat_template"), template)
     }

@@ -1,48 +1,36 @@
-"""The numbers that define a Phi3-family model, read from and written to Hugging Face's config.json.
+"""The numbers that define a model, read from and written to Hugging Face's config.json.
 
-Covers Phi-3/3.5-mini (4k, 128k), Phi-4-mini, Phi-4-mini-reasoning and models of the same make. Anything that
-the Megatron model would not reproduce exactly (biases, dropout, another activation, an unknown rotary scaling)
-is refused here, before a weight is read.
+Covers the families of `phimr_nemo.model.families`. Anything that the Megatron model would not reproduce exactly
+(other biases, dropout, another activation, an unknown rotary scaling) is refused here, before a weight is read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import locate
 from phimr_nemo.config.tiny import shape_fault, size_fault
 from phimr_nemo.errors import UserError
-from phimr_nemo.model.fields import at_least_zero, shown, truth, unsupported, whole
-from phimr_nemo.model.rotary import DEFAULT_CONTEXT, attention_factor, read_rotary
+from phimr_nemo.model.families import FAMILIES
+from phimr_nemo.model.families.family import NOT_EVERYWHERE, Family
+from phimr_nemo.model.families.phi3 import PHI3
+from phimr_nemo.model.fields import at_least_zero, is_number, shown, truth, unsupported, whole
+from phimr_nemo.model.rotary import attention_factor
 from phimr_nemo.store.inputs import download_remedy, model_remedy
 from phimr_nemo.store.unpacking import read_json
 
-MODEL_TYPE: Final = "phi3"
-HF_CLASS: Final = "Phi3ForCausalLM"
 CONFIG_FILE: Final = "config.json"
-
-# Present in the config, these must have the value that the Megatron model implements.
-_REQUIRED_VALUES: Final[Mapping[str, Any]] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "lm_head_bias": False,
-    "attention_dropout": 0.0,
-    "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-}
-# Ten times what the largest published models have, and more where that is cheap: a file that says more is not meant.
-# transformers' for what a config does not state. A stated null is another matter: no such token.
-_DEFAULT_IDS: Final[Mapping[str, int]] = {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
+OPTIONAL: Final = frozenset({"short_factor", "long_factor", "sliding_window", "bos_token_id", "head_size", "llama3"})
+"""Fields that may be None."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Phi3-family decoder; the fields are named as in Hugging Face's ``Phi3Config``.
+    """A decoder; the fields are named as in Hugging Face's ``Phi3Config``.
 
     Attributes:
         partial_rotary_factor: share of each head's dimensions that is rotated.
@@ -51,6 +39,9 @@ class Architecture:
             for plain rotary embeddings.
         bos_token_id: None for a model whose texts begin with no token of their own.
         sliding_window: attention span in tokens; None or anything from the run's length on is full attention.
+        family: the model_type of its config.json, a key of `phimr_nemo.model.families.FAMILIES`.
+        head_size: dimensions of a head where they are not hidden_size / num_attention_heads.
+        llama3: rotary scaling of Llama 3.1 and later, the values of `phimr_nemo.model.rotary.LLAMA3_KEYS`.
     """
 
     vocab_size: int
@@ -72,8 +63,12 @@ class Architecture:
     eos_token_id: int
     pad_token_id: int
     initializer_range: float
+    family: str = PHI3.model_type
+    head_size: int | None = None
+    llama3: tuple[float, float, float, int] | None = None
 
     def __post_init__(self) -> None:
+        self._check_family()
         fault = size_fault(vars(self))
         if fault is not None:
             raise _impossible(*fault)
@@ -84,11 +79,26 @@ class Architecture:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.vocab_size:
                 raise _impossible(f"{name} = {shown(value)}", f"a token id below vocab_size = {self.vocab_size}")
         fault = shape_fault(
-            self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.partial_rotary_factor
+            self.hidden_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.partial_rotary_factor,
+            self.head_size,
         )
         if fault is not None:
             raise _impossible(*fault)
         self._check_factors()
+
+    def _check_family(self) -> None:
+        if self.family not in FAMILIES:
+            raise _impossible(f"family = {shown(self.family)}", f"one of {', '.join(sorted(FAMILIES))}")
+        has = self.traits.has
+        for name, neutral in NOT_EVERYWHERE.items():
+            if name not in has and getattr(self, name) != neutral:
+                raise _impossible(
+                    f"{name} = {shown(getattr(self, name))} in a model of the family {self.family}",
+                    f"{name} is {neutral!r} there",
+                )
 
     def _check_factors(self) -> None:
         if (self.short_factor is None) != (self.long_factor is None):
@@ -103,11 +113,20 @@ class Architecture:
                 )
             if not all(math.isfinite(factor) and factor > 0 for factor in factors):
                 raise _impossible(f"{name} = {shown(factors)}", "finite positive numbers")
+        if self.llama3 is None:
+            return
+        if not all(is_number(value) and value > 0 for value in self.llama3) or not self.llama3[1] < self.llama3[2]:
+            raise _impossible(f"llama3 = {shown(self.llama3)}", "numbers above 0, low_freq_factor < high_freq_factor")
+
+    @property
+    def traits(self) -> Family:
+        """What its family is made of."""
+        return FAMILIES[self.family]
 
     @property
     def head_dim(self) -> int:
         """Dimensions of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.num_attention_heads if self.head_size is None else self.head_size
 
     @property
     def rotary_dim(self) -> int:
@@ -127,12 +146,26 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         """Trainable numbers; a tied embedding counts once. 3,836,021,760 for Phi-4-mini."""
-        key_value_size = self.num_key_value_heads * self.head_dim
-        attention = self.hidden_size * (self.hidden_size + 2 * key_value_size) + self.hidden_size**2
+        queries, stacked = self.num_attention_heads * self.head_dim, self.stacked_heads * self.head_dim
+        attention = self.hidden_size * (stacked + queries)
         mlp = 3 * self.hidden_size * self.intermediate_size
-        layer = attention + mlp + 2 * self.hidden_size
+        layer = attention + mlp + self.layer_vectors(stacked)
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
         return embeddings + self.num_hidden_layers * layer + self.hidden_size
+
+    @property
+    def stacked_heads(self) -> int:
+        """Heads of queries, keys and values together."""
+        return self.num_attention_heads + 2 * self.num_key_value_heads
+
+    def layer_vectors(self, stacked: int) -> int:
+        """Numbers of a layer's norms and biases.
+
+        Args:
+            stacked: dimensions of queries, keys and values together, of which a rank may have a part.
+        """
+        biases = stacked if self.traits.has_qkv_bias else 0
+        return 2 * self.hidden_size + biases + (2 * self.head_dim if self.traits.has_qk_norm else 0)
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Architecture:
@@ -141,39 +174,42 @@ class Architecture:
         Raises:
             UserError: another model family, or a feature that this model does not have.
         """
-        _check_family(config)
-        context = whole(config, "max_position_embeddings", DEFAULT_CONTEXT)
-        heads, groups = whole(config, "num_attention_heads"), config.get("num_key_value_heads")
+        family = _family(config)
+        defaults = family.defaults
+        context = whole(config, "max_position_embeddings", defaults["max_position_embeddings"])
+        heads = whole(config, "num_attention_heads")
+        is_unsaid = config.get("num_key_value_heads", defaults.get("num_key_value_heads")) is None
         vocabulary = whole(config, "vocab_size")
-        end = _token_id(config, "eos_token_id", vocabulary)
+        end = _token_id(config, "eos_token_id", vocabulary, defaults)
         if end is None:
             raise unsupported(
                 f"eos_token_id = {config.get('eos_token_id')!r}",
                 "eos_token_id says which token ends a text",
                 "write the id of the tokenizer's end-of-text token there (199999 for Phi-4-mini)",
             )
-        pad = _token_id(config, "pad_token_id", vocabulary)
-        rotary = read_rotary(config, context)
-        architecture = cls(
+        pad = _token_id(config, "pad_token_id", vocabulary, defaults)
+        hidden = whole(config, "hidden_size")
+        return cls(
             vocab_size=vocabulary,
-            hidden_size=whole(config, "hidden_size"),
+            hidden_size=hidden,
             intermediate_size=whole(config, "intermediate_size"),
             num_hidden_layers=whole(config, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=heads if groups is None else whole(config, "num_key_value_heads"),
-            rms_norm_eps=at_least_zero(config, "rms_norm_eps", 1e-5),
+            num_key_value_heads=heads
+            if is_unsaid
+            else whole(config, "num_key_value_heads", defaults.get("num_key_value_heads")),
+            rms_norm_eps=at_least_zero(config, "rms_norm_eps", defaults["rms_norm_eps"]),
             tie_word_embeddings=truth(config, "tie_word_embeddings", False),
             max_position_embeddings=context,
-            sliding_window=_window(config),
-            bos_token_id=_token_id(config, "bos_token_id", vocabulary),
+            sliding_window=family.read_window(config),
+            bos_token_id=_token_id(config, "bos_token_id", vocabulary, defaults),
             eos_token_id=end,
             pad_token_id=end if pad is None else pad,
             initializer_range=at_least_zero(config, "initializer_range", 0.02),
-            **vars(rotary),
+            family=family.model_type,
+            head_size=_head_size(config, family, hidden, heads),
+            **vars(family.read_rotary(config, context)),
         )
-        if config.get("head_dim") not in (None, architecture.head_dim):
-            raise unsupported(f"head_dim = {config['head_dim']}", f"hidden_size / heads = {architecture.head_dim}")
-        return architecture
 
     @classmethod
     def from_directory(cls, path: Path) -> Architecture:
@@ -222,44 +258,40 @@ class Architecture:
             UserError: an unknown or a missing field.
         """
         names = {field.name for field in fields(cls)}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
         merged = {**values, **filled}
-        unknown, missing = sorted(merged.keys() - names), sorted(names - merged.keys())
-        optional = {"short_factor", "long_factor", "sliding_window", "bos_token_id"}
-        empty = sorted(name for name in names - optional if name in merged and merged[name] is None)
+        unknown, missing = sorted(merged.keys() - names), sorted(needed - merged.keys())
+        empty = sorted(name for name in names - OPTIONAL if name in merged and merged[name] is None)
         if unknown or missing or empty:
             raise UserError(
                 f"model preset with unknown fields {unknown}, missing {missing}, unfilled {empty}",
-                rule=f"exactly the fields {sorted(names)}",
+                rule=f"the fields {sorted(needed)} and, where a family has them, {sorted(names - needed)}",
                 remedy=f"see {locate('conf/model/phi4mini.yaml')}; a null there comes from the tokenizer",
             )
         for name in ("short_factor", "long_factor"):
             merged[name] = None if merged[name] is None else tuple(float(x) for x in merged[name])
+        if merged.get("llama3") is not None:
+            merged["llama3"] = tuple(merged["llama3"])
         return cls(**merged)
 
     def to_hf_config(self) -> dict[str, Any]:
         """The config.json that transformers 4.51 and 5.x, vLLM and TensorRT-LLM read.
 
-        ``rope_scaling`` has exactly the three keys that transformers 4's validation demands; transformers 5
-        turns it into its ``rope_parameters`` when loading.
+        ``rope_scaling`` has exactly the keys that transformers 4's validation demands; transformers 5 turns it into
+        its ``rope_parameters`` when loading.
         """
-        scaling = None
-        if self.short_factor is not None and self.long_factor is not None:
-            scaling = {
-                "type": "longrope",
-                "short_factor": list(self.short_factor),
-                "long_factor": list(self.long_factor),
-            }
-        own = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in ("short_factor", "long_factor")
-        }
+        family, values = self.traits, vars(self)
+        elsewhere = {"family", "head_size", "short_factor", "long_factor", "llama3"}
+        elsewhere |= NOT_EVERYWHERE.keys() - family.has
+        if "long_factor" not in family.has:
+            elsewhere.add("original_max_position_embeddings")
         return {
-            "architectures": [HF_CLASS],
-            "model_type": MODEL_TYPE,
-            **own,
-            **_REQUIRED_VALUES,
-            "rope_scaling": scaling,
+            "architectures": [family.hf_class],
+            "model_type": family.model_type,
+            **{name: value for name, value in values.items() if name not in elsewhere},
+            **({"head_dim": self.head_dim} if "head_size" in family.has else {}),
+            **family.required,
+            **family.write_rotary(values),
             "use_cache": True,
         }
 
@@ -268,15 +300,33 @@ def _impossible(found: str, rule: str) -> UserError:
     return UserError(f"impossible architecture: {found}", rule=rule, remedy="correct the model's config or preset")
 
 
-def _check_family(config: Mapping[str, Any]) -> None:
-    if config.get("model_type") != MODEL_TYPE:
-        raise unsupported(f"model_type = {config.get('model_type')!r}", f"model_type is {MODEL_TYPE!r}")
+def _family(config: Mapping[str, Any]) -> Family:
+    """The family that a config.json names, whose values are those that are implemented."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise unsupported(f"model_type = {model_type!r}", f"model_type is one of {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[model_type]
     classes = config.get("architectures")
-    if classes and HF_CLASS not in classes:
-        raise unsupported(f"architectures = {classes}", f"architectures holds {HF_CLASS!r}")
-    for name, value in _REQUIRED_VALUES.items():
+    if classes and family.hf_class not in classes:
+        raise unsupported(f"architectures = {classes}", f"architectures holds {family.hf_class!r}")
+    for name, value in family.required.items():
         if config.get(name, value) not in (value, None):
             raise unsupported(f"{name} = {config[name]!r}", f"{name} is {value!r}")
+    return family
+
+
+def _head_size(config: Mapping[str, Any], family: Family, hidden: int, heads: int) -> int | None:
+    """Dimensions of a head where they do not follow from the others."""
+    default = family.defaults.get("head_dim")
+    stated = config.get("head_dim", default)
+    if stated is None and default is None:
+        return None
+    size = whole(config, "head_dim", default)
+    if heads > 0 and size * heads == hidden:
+        return None
+    if "head_size" not in family.has:
+        raise unsupported(f"head_dim = {size}", f"hidden_size / heads = {hidden} / {heads}")
+    return size
 
 
 def is_phi(directory: Path) -> bool:
@@ -285,26 +335,29 @@ def is_phi(directory: Path) -> bool:
         config = read_json(directory / CONFIG_FILE)
     except (OSError, ValueError):
         return True
-    return not isinstance(config, dict) or config.get("model_type") == MODEL_TYPE
+    return not isinstance(config, dict) or config.get("model_type") == PHI3.model_type
 
 
-def _token_id(config: Mapping[str, Any], name: str, vocabulary: int) -> int | None:
+def is_readable(directory: Path) -> bool:
+    """Whether a directory holds a model that stages read, Phi's or another family's; others only vLLM opens."""
+    if is_phi(directory):
+        return True
+    config = read_json(directory / CONFIG_FILE)
+    try:
+        Architecture.from_hf_config(config)
+    except (UserError, TypeError, ValueError, ArithmeticError):
+        return False
+    return "quantization_config" not in config
+
+
+def _token_id(config: Mapping[str, Any], name: str, vocabulary: int, defaults: Mapping[str, Any]) -> int | None:
     """A token's id; None where the config says that there is none, or where transformers' default is beyond it."""
     if name not in config:
-        default = _DEFAULT_IDS[name]
-        return default if default < vocabulary else None
+        default: int | None = defaults.get(name)
+        return default if default is not None and default < vocabulary else None
     value = config[name]
     # config.json may list several end tokens; the list's full form belongs in generation_config.json.
     ids = value if isinstance(value, list) else [value]
     if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
         raise unsupported(f"{name} = {value!r}", f"{name} is a token id", f"write {name} as a whole number")
     return ids[0] if ids else None
-
-
-def _window(config: Mapping[str, Any]) -> int | None:
-    if config.get("sliding_window") is None:
-        return None
-    window = whole(config, "sliding_window")
-    if window < 1:
-        raise unsupported(f"sliding_window = {window}", "a span in tokens, or null", "write null for full attention")
-    return window

@@ -1,4 +1,4 @@
-"""LongRoPE: rotary embeddings with one set of frequencies for short and one for long sequences.
+"""Rotary embeddings; LongRoPE's have one set of frequencies for short and one for long sequences.
 
 Phi-4-mini divides its inverse frequencies by ``short_factor`` up to 4,096 tokens and by ``long_factor`` above,
 and multiplies cos and sin by ``attention_factor`` in both regimes (LongRoPE, arXiv 2402.13753). Which set
@@ -17,6 +17,7 @@ which no trainer can reproduce; the default policy has no such boundary.)
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +50,22 @@ def inverse_frequencies(
     # In float32 and in this order of operations, because transformers computes it so: equal to the last bit.
     exponents = torch.arange(0, arch.rotary_dim, 2, dtype=torch.int64).float() / arch.rotary_dim
     scale = torch.ones_like(exponents) if factors is None else torch.tensor(factors, dtype=torch.float32)
-    return 1.0 / (scale * arch.rope_theta**exponents)
+    plain = 1.0 / (scale * arch.rope_theta**exponents)
+    return plain if arch.llama3 is None else _slowed(plain, *arch.llama3)
+
+
+def _slowed(frequencies: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
+    """Llama 3.1's scaling, in transformers' order of operations.
+
+    What turns more than `high` times within the original length stays, what turns less than `low` times is divided by
+    the factor, and in between the share of both is linear in the number of turns.
+    """
+    wavelengths = 2 * math.pi / frequencies
+    slowed = torch.where(wavelengths > original / low, frequencies / factor, frequencies)
+    share = (original / wavelengths - low) / (high - low)
+    between = (1 - share) * slowed / factor + share * slowed
+    is_between = ~(wavelengths < original / high) * ~(wavelengths > original / low)
+    return torch.where(is_between, between, slowed)
 
 
 class LongRotaryEmbedding(nn.Module):

@@ -7,7 +7,7 @@ read as transformers 5 reads it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +16,8 @@ from phimr_nemo.model.fields import is_number, positive, unsupported, whole
 DEFAULT_CONTEXT: Final = 4096
 """transformers' default of both lengths."""
 DEFAULT_THETA: Final = 10000.0
+LLAMA3_KEYS: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""What the scaling of Llama 3.1 and later is made of, in the order of the architecture's `llama3`."""
 # "su" and "yarn" are what the first Phi-3-128k configs called what became "longrope"; transformers reads them so.
 _LONGROPE_NAMES: Final = frozenset({"longrope", "su", "yarn"})
 _FACTOR_LISTS: Final = ("short_factor", "long_factor")
@@ -23,6 +25,7 @@ _FACTORS: Final = ("factor", "attention_factor")
 _TYPES: Final = ("rope_type", "type")
 _EITHER_PLACE: Final = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _KNOWN: Final = frozenset((*_TYPES, *_FACTOR_LISTS, *_FACTORS, *_EITHER_PLACE))
+_WHOLE_HEADS: Final = ("rope_theta", "partial_rotary_factor")
 _PLACES: Final = ("rope_scaling", "rope_parameters")
 _TOLERANCE: Final = 1e-6
 _SHORTEST: Final = 2
@@ -36,8 +39,9 @@ class Rotary:
     rope_theta: float
     partial_rotary_factor: float
     original_max_position_embeddings: int
-    short_factor: tuple[float, ...] | None
-    long_factor: tuple[float, ...] | None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    llama3: tuple[float, float, float, int] | None = None
 
 
 def attention_factor(context: int, original: int) -> float:
@@ -52,8 +56,8 @@ def attention_factor(context: int, original: int) -> float:
     return math.sqrt(1.0 + math.log(context / original) / math.log(original))
 
 
-def read_rotary(config: Mapping[str, Any], context: int) -> Rotary:
-    """The rotary settings of either generation of transformers.
+def read_longrope(config: Mapping[str, Any], context: int) -> Rotary:
+    """The rotary settings of a Phi model, with LongRoPE or without scaling.
 
     Args:
         config: the dictionary of a config.json.
@@ -62,13 +66,37 @@ def read_rotary(config: Mapping[str, Any], context: int) -> Rotary:
     Raises:
         UserError: settings that contradict themselves, or a rotary embedding that this model does not have.
     """
+    return _read_places(config, lambda place, settings: _read(config, place, settings, context))
+
+
+def read_llama3(config: Mapping[str, Any], context: int) -> Rotary:
+    """The rotary settings of a Llama, with the scaling of Llama 3.1 and later or without any.
+
+    Args, raises: as :func:`read_longrope`.
+    """
+    return _read_places(config, lambda place, settings: _read_whole_heads(config, place, settings, context))
+
+
+def read_plain(config: Mapping[str, Any], context: int) -> Rotary:
+    """The rotary settings of a model without scaling.
+
+    Args, raises: as :func:`read_longrope`.
+    """
+    rotary = read_llama3(config, context)
+    if rotary.llama3 is not None:
+        raise unsupported("rotary scaling of type llama3", "type is 'default' or absent")
+    return rotary
+
+
+def _read_places(config: Mapping[str, Any], read: Callable[[str, Mapping[str, Any]], Rotary]) -> Rotary:
+    """The settings of either generation of transformers."""
     stated = {place: config[place] for place in _PLACES if config.get(place)}
     for place, settings in stated.items():
         if not isinstance(settings, Mapping):
             raise unsupported(f"{place} = {settings!r}", "a dictionary or null")
-    found = {place: _read(config, place, settings, context) for place, settings in stated.items()}
+    found = {place: read(place, settings) for place, settings in stated.items()}
     if not found:
-        return _read(config, _PLACES[0], {}, context)
+        return read(_PLACES[0], {})
     first, *others = found.values()
     if any(other != first for other in others):
         raise unsupported(
@@ -85,15 +113,7 @@ def _read(config: Mapping[str, Any], place: str, settings: Mapping[str, Any], co
     if unknown:
         raise unsupported(f"unknown rotary settings {unknown}", f"{place} holds {sorted(_KNOWN)}")
     settings = {name: value for name, value in settings.items() if value is not None}
-    beside = {name: config[name] for name in _EITHER_PLACE if name in config}
-    rotary = {**beside, **settings}
-    for name in _EITHER_PLACE:
-        if name in settings and beside.get(name) is not None and settings[name] != beside[name]:
-            raise unsupported(
-                f"{name} = {beside[name]!r} and {place}.{name} = {settings[name]!r}",
-                "a setting in two places has one value",
-                "keep the one that the model was trained with in both",
-            )
+    rotary = _merged(config, place, settings, _EITHER_PLACE)
     original = whole(rotary, "original_max_position_embeddings", DEFAULT_CONTEXT)
     if config.get("original_max_position_embeddings") is None and original != DEFAULT_CONTEXT:
         raise unsupported(
@@ -117,6 +137,59 @@ def _read(config: Mapping[str, Any], place: str, settings: Mapping[str, Any], co
         short_factor=_numbers(settings, "short_factor") if is_long else None,
         long_factor=_numbers(settings, "long_factor") if is_long else None,
     )
+
+
+def _merged(
+    config: Mapping[str, Any], place: str, settings: Mapping[str, Any], names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Settings, and those of `names` that stand beside their place."""
+    beside = {name: config[name] for name in names if name in config}
+    for name in names:
+        if name in settings and beside.get(name) is not None and settings[name] != beside[name]:
+            raise unsupported(
+                f"{name} = {beside[name]!r} and {place}.{name} = {settings[name]!r}",
+                "a setting in two places has one value",
+                "keep the one that the model was trained with in both",
+            )
+    return {**beside, **settings}
+
+
+def _read_whole_heads(config: Mapping[str, Any], place: str, settings: Mapping[str, Any], context: int) -> Rotary:
+    """Settings of a model that rotates whole heads."""
+    known = (*_TYPES, *_WHOLE_HEADS, *LLAMA3_KEYS)
+    unknown = sorted(map(str, settings.keys() - set(known)))
+    settings = {name: value for name, value in settings.items() if value is not None}
+    kinds = {str(settings[name]) for name in _TYPES if name in settings}
+    is_scaled = kinds == {"llama3"}
+    if kinds - {"default", "llama3"} or len(kinds) > 1:
+        raise unsupported(f"{place} of type {' and '.join(sorted(kinds))}", "type is 'llama3', 'default' or absent")
+    scales = [name for name in LLAMA3_KEYS if name in settings]
+    if unknown or (scales and not is_scaled):
+        raise unsupported(
+            f"rotary settings {[*unknown, *scales]} in {place} of type {' '.join(kinds) or 'default'}",
+            f"{place} holds {sorted(known)}, and factors belong to the type 'llama3'",
+        )
+    rotary = _merged(config, place, settings, _WHOLE_HEADS)
+    if rotary.get("partial_rotary_factor", 1.0) != 1.0:
+        raise unsupported(f"partial_rotary_factor = {rotary['partial_rotary_factor']!r}", "whole heads are rotated")
+    return Rotary(
+        rope_theta=positive(rotary, "rope_theta", DEFAULT_THETA),
+        partial_rotary_factor=1.0,
+        original_max_position_embeddings=context,
+        llama3=_llama3(place, settings) if is_scaled else None,
+    )
+
+
+def _llama3(place: str, settings: Mapping[str, Any]) -> tuple[float, float, float, int]:
+    missing = [name for name in LLAMA3_KEYS if name not in settings]
+    if missing:
+        raise unsupported(
+            f"{place} of type llama3 without {' and '.join(missing)}",
+            f"the type llama3 has {', '.join(LLAMA3_KEYS)}",
+            "take the config.json that the model was published with",
+        )
+    factor, low, high = (positive(settings, name, 1.0) for name in LLAMA3_KEYS[:3])
+    return factor, low, high, whole(settings, LLAMA3_KEYS[3])
 
 
 def _is_longrope(place: str, settings: Mapping[str, Any]) -> bool:

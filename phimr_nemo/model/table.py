@@ -2,22 +2,19 @@
 
 One table serves both directions. A rank's parameter is the concatenation of *pieces*, ranges of the full tensor
 along one axis; reading the pieces loads the parameter, writing them back exports it. So the inverse needs no
-code of its own, and a rank reads only what it keeps.
+code of its own, and a rank reads only what it keeps. Where a family keeps in several tensors what Megatron has in one
+(queries, keys and values; gate and up), the full tensor is their rows one below the other, its *parts*.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from phimr_nemo.model.architecture import Architecture
-
-Split = Literal["whole", "rows", "columns", "qkv", "gate_up"]
-"""How tensor parallelism divides a tensor: not at all; by rows; by columns; by rows of whole query groups, each
-with its key and value head (Megatron interleaves what Hugging Face stacks as queries, keys, values); by rows of
-both stacked halves."""
+from phimr_nemo.model.families.family import Split, TensorRule
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
@@ -25,60 +22,6 @@ ADAPTER: Final = ".adapter."
 """In the names of the parameters of an adapter that stands beside a matrix; they are no tensors of a checkpoint."""
 
 
-@dataclass(frozen=True)
-class TensorRule:
-    """One line of the table.
-
-    Attributes:
-        hf: the name in a Hugging Face checkpoint; ``{layer}`` counts from 0 over the whole model.
-        megatron: the names of the parameter with Megatron's own layers and with Transformer Engine's; ``{layer}``
-            counts within the pipeline stage.
-        split: how tensor parallelism divides it.
-    """
-
-    hf: str
-    megatron: tuple[str, ...]
-    split: Split
-
-
-LAYER_RULES: Final = (
-    TensorRule(
-        "model.layers.{layer}.input_layernorm.weight",
-        (
-            "decoder.layers.{layer}.input_layernorm.weight",
-            "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
-        ),
-        "whole",
-    ),
-    TensorRule(
-        "model.layers.{layer}.self_attn.qkv_proj.weight",
-        ("decoder.layers.{layer}.self_attention.linear_qkv.weight",),
-        "qkv",
-    ),
-    TensorRule(
-        "model.layers.{layer}.self_attn.o_proj.weight",
-        ("decoder.layers.{layer}.self_attention.linear_proj.weight",),
-        "columns",
-    ),
-    TensorRule(
-        "model.layers.{layer}.post_attention_layernorm.weight",
-        (
-            "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-            "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
-        ),
-        "whole",
-    ),
-    TensorRule(
-        "model.layers.{layer}.mlp.gate_up_proj.weight",
-        ("decoder.layers.{layer}.mlp.linear_fc1.weight",),
-        "gate_up",
-    ),
-    TensorRule(
-        "model.layers.{layer}.mlp.down_proj.weight",
-        ("decoder.layers.{layer}.mlp.linear_fc2.weight",),
-        "columns",
-    ),
-)
 EMBEDDING_RULE: Final = TensorRule(EMBEDDING, ("embedding.word_embeddings.weight",), "rows")
 NORM_RULE: Final = TensorRule("model.norm.weight", ("decoder.final_layernorm.weight",), "whole")
 HEAD_RULE: Final = TensorRule(HEAD, ("output_layer.weight",), "rows")
@@ -108,18 +51,34 @@ class Pieces:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A tensor of a Hugging Face checkpoint as rows of a full tensor.
+
+    Attributes:
+        name: in the checkpoint.
+        start, stop: its rows in the full tensor.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Placement:
     """A full tensor of the checkpoint and how it is divided.
 
     Attributes:
-        name: in the Hugging Face checkpoint.
+        name: in the Hugging Face checkpoint, or what it would have there if it were not kept in parts.
         shape: of the full tensor.
         split: how tensor parallelism divides it.
+        parts: the tensors of the checkpoint that it is made of, in the order of its rows; () where it is one.
     """
 
     name: str
     shape: tuple[int, ...]
     split: Split
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,11 +96,11 @@ class SavedTensor:
     layer: int | None
 
 
-def checkpoint_tensors(arch: Architecture) -> Iterator[Placement]:
-    """Every tensor of a Hugging Face checkpoint of this model, in the order of the layers."""
+def full_tensors(arch: Architecture) -> Iterator[Placement]:
+    """Every full tensor of this model, in the order of the layers; a checkpoint keeps each whole or in parts."""
     yield _placement(EMBEDDING_RULE, arch, 0)
     for layer in range(arch.num_hidden_layers):
-        for rule in LAYER_RULES:
+        for rule in arch.traits.layer_rules:
             yield _placement(rule, arch, layer)
     yield _placement(NORM_RULE, arch, 0)
     if not arch.tie_word_embeddings:
@@ -157,7 +116,7 @@ def saved_tensors(arch: Architecture) -> Iterator[SavedTensor]:
     """Every tensor of a Megatron distributed checkpoint of this model, in the order of the layers."""
     yield SavedTensor(_placement(EMBEDDING_RULE, arch, 0), EMBEDDING_RULE.megatron[0], None)
     for layer in range(arch.num_hidden_layers):
-        for rule in LAYER_RULES:
+        for rule in arch.traits.layer_rules:
             # Megatron's own layers save under the names of Transformer Engine's, so that either reads the other.
             key = rule.megatron[-1].replace(".{layer}.", ".")
             yield SavedTensor(_placement(rule, arch, layer), key, layer)
@@ -168,7 +127,27 @@ def saved_tensors(arch: Architecture) -> Iterator[SavedTensor]:
 
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a Hugging Face checkpoint, in the order of the layers."""
-    return {tensor.name: tensor.shape for tensor in checkpoint_tensors(arch)}
+    return {
+        part.name: (part.stop - part.start, *full.shape[1:]) for full in full_tensors(arch) for part in parts_of(full)
+    }
+
+
+def parts_of(full: Placement) -> tuple[Part, ...]:
+    """The tensors of the checkpoint that a full tensor is made of; itself, where it is kept whole."""
+    return full.parts or (Part(full.name, 0, full.shape[0]),)
+
+
+def parts_in(full: Placement, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+    """Where ranges of a full tensor's rows lie in the checkpoint.
+
+    Yields:
+        (name of the tensor, first row, row after the last), in the order of the ranges.
+    """
+    for start, stop in ranges:
+        for part in parts_of(full):
+            low, high = max(start, part.start), min(stop, part.stop)
+            if low < high:
+                yield part.name, low - part.start, high - part.start
 
 
 def placement_of(parameter: str, layers: list[int], arch: Architecture) -> Placement | None:
@@ -185,7 +164,7 @@ def placement_of(parameter: str, layers: list[int], arch: Architecture) -> Place
     local = _LAYER_NUMBER.search(parameter)
     if local is not None:
         template = _LAYER_NUMBER.sub("{layer}", parameter)
-        for rule in LAYER_RULES:
+        for rule in arch.traits.layer_rules:
             if template in rule.megatron:
                 return _placement(rule, arch, layers[int(local.group())])
         return None
@@ -234,19 +213,41 @@ def _share(start: int, count: int, rank: int, size: int) -> tuple[int, int]:
 
 
 def _placement(rule: TensorRule, arch: Architecture, layer: int) -> Placement:
-    return Placement(rule.hf.format(layer=layer), _shape(rule.hf, arch), rule.split)
+    shape = _shape(rule.hf, arch)
+    parts: list[Part] = []
+    at = 0
+    for name in rule.parts:
+        rows = _part_rows(name, arch)
+        parts.append(Part(name.format(layer=layer), at, at + rows))
+        at += rows
+    return Placement(rule.hf.format(layer=layer), shape, rule.split, tuple(parts))
 
 
 def _shape(template: str, arch: Architecture) -> tuple[int, ...]:
     hidden, inner = arch.hidden_size, arch.intermediate_size
-    stacked_heads = arch.num_attention_heads + 2 * arch.num_key_value_heads
-    last = template.split(".")[-2]
+    stacked = arch.stacked_heads * arch.head_dim
+    last, kind = template.split(".")[-2:]
     shapes: dict[str, tuple[int, ...]] = {
         "embed_tokens": (arch.vocab_size, hidden),
         "lm_head": (arch.vocab_size, hidden),
-        "qkv_proj": (stacked_heads * arch.head_dim, hidden),
+        "qkv_proj": (stacked, hidden),
         "o_proj": (hidden, arch.num_attention_heads * arch.head_dim),
         "gate_up_proj": (2 * inner, hidden),
         "down_proj": (hidden, inner),
+        "q_norm": (arch.head_dim,),
+        "k_norm": (arch.head_dim,),
     }
-    return shapes.get(last, (hidden,))
+    shape = shapes.get(last, (hidden,))
+    return shape[:1] if kind == "bias" else shape
+
+
+def _part_rows(template: str, arch: Architecture) -> int:
+    keys = arch.num_key_value_heads * arch.head_dim
+    rows = {
+        "q_proj": arch.num_attention_heads * arch.head_dim,
+        "k_proj": keys,
+        "v_proj": keys,
+        "gate_proj": arch.intermediate_size,
+        "up_proj": arch.intermediate_size,
+    }
+    return rows[template.split(".")[-2]]

@@ -118,10 +118,9 @@ class RankMemory:
 
 def layer_parameters(arch: Architecture, tensor: int) -> float:
     """Numbers of one layer on one tensor-parallel rank: linear layers are shared, norms are not."""
-    heads = arch.num_attention_heads + 2 * arch.num_key_value_heads
-    linear = arch.hidden_size * arch.head_dim * (heads + arch.num_attention_heads)
+    linear = arch.hidden_size * arch.head_dim * (arch.stacked_heads + arch.num_attention_heads)
     linear += 3 * arch.hidden_size * arch.intermediate_size
-    return linear / tensor + 2 * arch.hidden_size
+    return linear / tensor + arch.layer_vectors(arch.stacked_heads * arch.head_dim // tensor)
 
 
 def stage_parameters(arch: Architecture, parallel: ParallelConfig, stage: int) -> float:

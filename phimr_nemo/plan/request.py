@@ -13,7 +13,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.plan.workload import StageConfig
 
-TRAINING_STAGES: Final = ("midtrain", "sft", "dpo", "grpo")
+TRAINING_STAGES: Final = ("midtrain", "sft", "dpo", "grpo", "distill")
 GENERATION_STAGE: Final = "generate"
 LAYOUT_KEYS: Final = frozenset(
     {

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from phimr_nemo.config import GRPOConfig, ParallelConfig, TrainingPlanConfig
+from phimr_nemo.config import ParallelConfig, RoundsConfig, TrainingPlanConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops
@@ -269,7 +269,7 @@ def _judge(
     parallel, dtype = candidate.parallel, config.model.dtype
     memory = _training_memory(config, arch, workload, candidate, count)
     sampling = None
-    if isinstance(config, GRPOConfig):
+    if isinstance(config, RoundsConfig):
         weights = arch.num_parameters * BYTES_PER_NUMBER[dtype]
         sampling = sampling_time(
             arch,
@@ -282,7 +282,7 @@ def _judge(
         )
         # What is needed at least: keys and values of one sequence of mean length beside the training step.
         memory = dataclasses.replace(memory, sampler=weights)
-    if memory.total > usable or (isinstance(config, GRPOConfig) and sampling is None):
+    if memory.total > usable or (isinstance(config, RoundsConfig) and sampling is None):
         return Refused(candidate, memory, max(memory.total - usable, 0.0))
     # A GPU's 16-bit formats are equally fast.
     matmul: MatmulDtype = "fp8" if config.model.fp8 is not None else "fp32" if dtype == "fp32" else "bf16"

@@ -39,13 +39,17 @@ GENERATION_NOTES: Final = (
     "verification: measured by bench/verify.py on recorded rollouts, extrapolated to this number",
     "storage: measured on recorded rollouts, extrapolated to this number",
 )
+SAMPLING_STAGES: Final = ("grpo", "distill")
+TEACHER_NOTE: Final = "teacher: counted as a model of the student's size, weights and forward pass"
 
 
 def notes(request: TrainingRequest) -> list[str]:
     """What of a training plan is measured, and what is not."""
     found = [MEASURED_MEMORY, *NOTES, *find_gpu(request.plan.gpu).guesses]
-    if request.plan.stage == "grpo":
+    if request.plan.stage in SAMPLING_STAGES:
         found.append(SAMPLING_NOTE)
+    if request.plan.stage == "distill":
+        found.append(TEACHER_NOTE)
     return found
 
 
@@ -93,7 +97,7 @@ def _print_ranking(request: TrainingRequest, plan: TrainingPlan, console: Consol
     title = f"{chosen.stage} of {chosen.model} on {chosen.gpus} x {chosen.gpu}: layouts that fit: {len(plan.fitting)}"
     table = Table(title=title, title_justify="left")
     names = ["#", "layout", "rows", "recompute", "GiB"]
-    names += ["sample s", "train s"] if chosen.stage == "grpo" else ["step s"]
+    names += ["sample s", "train s"] if chosen.stage in SAMPLING_STAGES else ["step s"]
     for name in [*names, "tok/s/GPU", "MFU %", "waits %", "bubble %", "days"]:
         table.add_column(name, justify="left" if name in ("layout", "recompute") else "right", no_wrap=True)
     for number, option in enumerate(plan.fitting[:SHOWN], start=1):

@@ -8,11 +8,11 @@ from typing import Final, Literal
 
 import numpy as np
 
-from phimr_nemo.config import DPOConfig, GRPOConfig, MidtrainConfig, SFTConfig, TrainingPlanConfig
+from phimr_nemo.config import DPOConfig, MidtrainConfig, RoundsConfig, SFTConfig, TrainingPlanConfig
 from phimr_nemo.config.dpo import OnlineReference
 from phimr_nemo.plan.memory import MicroBatch
 
-StageConfig = MidtrainConfig | SFTConfig | DPOConfig | GRPOConfig
+StageConfig = MidtrainConfig | SFTConfig | DPOConfig | RoundsConfig
 
 Rows = Literal["full", "padded", "joined"]
 """Rows packed to one length before; sequences padded to the longest of their micro-batch; sequences end to end."""
@@ -200,7 +200,7 @@ def _preference(plan: TrainingPlanConfig, config: DPOConfig, lengths: Lengths) -
     )
 
 
-def _reinforcement(plan: TrainingPlanConfig, config: GRPOConfig, lengths: Lengths) -> Workload:
+def _reinforcement(plan: TrainingPlanConfig, config: RoundsConfig, lengths: Lengths) -> Workload:
     trained = max(1, round(config.prompts_per_step * config.group_size * plan.trained_share))
     return Workload(
         samples=trained,
@@ -211,11 +211,12 @@ def _reinforcement(plan: TrainingPlanConfig, config: GRPOConfig, lengths: Length
         length=config.sequence_length,
         lengths=lengths,
         tokens=trained * lengths.mean,
-        # The old policy's log-probabilities, and the reference's for a KL penalty.
-        forward_only=1.0 + (config.kl > 0),
+        # The old policy's log-probabilities; the reference's for a KL penalty, or the teacher's, counted as one of
+        # the student's size.
+        forward_only=1.0 + config.has_second_model,
         updates=config.updates,
         steps=config.steps,
-        reference=config.kl > 0,
+        reference=config.has_second_model,
         hides_gradients=False,
         hides_weights=False,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -63,6 +64,32 @@ def unheard_by_children(numbers: Collection[signal.Signals] = STOP_SIGNALS) -> I
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Mark:
+    """What a hook of multiprocessing hangs on: it is gone when this is."""
+
+
+@contextlib.contextmanager
+def ended_with_us() -> Iterator[None]:
+    """What multiprocessing forks inside, and what that forks, is killed when its parent dies, by SIGKILL too.
+
+    A forked child holds what its parent held, such as the lock of a run, and may wait for that parent for ever. The
+    parent is the thread that forks.
+    """
+    mark = _Mark()
+    multiprocessing.util.register_after_fork(mark, _end_with_parent)
+    try:
+        yield
+    finally:
+        del mark
+
+
+def _end_with_parent(_: _Mark) -> None:
+    follow_parent(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def start_pool_worker() -> None:

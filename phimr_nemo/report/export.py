@@ -11,6 +11,7 @@ from typing import Any, Final
 import yaml
 
 from phimr_nemo.config import ExportConfig
+from phimr_nemo.data.turns import format_of
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import evaluated_model
 from phimr_nemo.evaluate.stage import ROW_OF_STAGE
@@ -25,6 +26,13 @@ from phimr_nemo.store.provenance import ABSENT, MADE_FROM, content_of, read_made
 from phimr_nemo.store.runs import CONFIG_FILE, DONE_FILE, RESULTS_FILE, RUN_FILE, RunDirectory
 
 MODEL_DIRECTORY: Final = "hf"
+ARCHITECTURES: Final = {
+    "phi3": "Phi-4-mini",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
 
 
 def run_export(config: ExportConfig) -> dict[str, Any]:
@@ -61,12 +69,15 @@ def model_card(config: ExportConfig, architecture: Architecture, origin: Origin)
     parts = [
         front_matter(config),
         f"# {markdown_text(config.run.output.name)}",
-        f"A model of {architecture.num_parameters:,} parameters in the architecture of Phi-4-mini "
-        f"(`Phi3ForCausalLM`), trained from {markdown_text(config.base_model)} with the Phi-4-Mini-Reasoning recipe "
+        f"A model of {architecture.num_parameters:,} parameters in the architecture of "
+        f"{ARCHITECTURES.get(architecture.family, architecture.family.capitalize())} "
+        f"(`{architecture.traits.hf_class}`), trained "
+        f"from {markdown_text(config.base_model)} with the Phi-4-Mini-Reasoning recipe "
         "(arXiv 2504.21233) in phimr-nemo.",
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForCausalLM.from_pretrained(".")\n```\n\n'
-        "The chat template comes with the tokenizer. Generation ends with `<|end|>`.",
+        "The chat template comes with the tokenizer. Generation ends with "
+        f"{_end(config.model, architecture)}.",
         *([f"What it can be asked: {markdown_text(origin.knows)}"] if origin.knows else []),
         *_length(architecture, origin),
     ]
@@ -78,6 +89,14 @@ def model_card(config: ExportConfig, architecture: Architecture, origin: Origin)
     return "\n\n".join(parts) + "\n"
 
 
+def _end(model: Path, architecture: Architecture) -> str:
+    """What ends a response, for people."""
+    from phimr_nemo.model.files.companions import read_added_tokens
+
+    turns = format_of(read_added_tokens(model, architecture))
+    return "the tokens that generation_config.json names" if turns is None else f"`{turns.end}`"
+
+
 def front_matter(config: ExportConfig) -> str:
     """The card's metadata for the hub, between lines of dashes; a base is named there if it is one of the hub's."""
     base = {"base_model": config.base_model} if is_hub_name(config.base_model) else {}
@@ -86,7 +105,7 @@ def front_matter(config: ExportConfig) -> str:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         **base,
-        "tags": ["math", "reasoning", "phi3"],
+        "tags": ["math", "reasoning", Architecture.from_directory(config.model).family],
     }
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"
 
@@ -147,7 +166,7 @@ def _trained_with(name: str, run: RunDirectory) -> tuple[str, ...]:
         raise UserError(
             f"stage {name!r} in {run.path} is no training run, or damaged: {error!r:.200}",
             rule=f"the card reports finished training stages from their {CONFIG_FILE}, {RUN_FILE} and {DONE_FILE}",
-            remedy="give the run.output of midtrain, sft, dpo or grpo; restore its files; or leave it out",
+            remedy="give the run.output of midtrain, sft, dpo, grpo or distill; restore its files; or leave it out",
         ) from error
 
 

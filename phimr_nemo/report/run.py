@@ -54,8 +54,15 @@ DRAWN: Final[Mapping[str, Mapping[str, str]]] = {
     "sft": {"loss": "loss"},
     "dpo": {"loss": "loss", "accuracy": "reward accuracy"},
     "grpo": {"reward": "mean reward", "response_length": "mean response length (tokens)"},
+    "distill": {"reverse_kl": "reverse KL from the teacher (nats per token)"},
 }
-STAGE_NAMES: Final[Mapping[str, str]] = {"midtrain": "mid-training", "sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}
+STAGE_NAMES: Final[Mapping[str, str]] = {
+    "midtrain": "mid-training",
+    "sft": "SFT",
+    "dpo": "DPO",
+    "grpo": "GRPO",
+    "distill": "distillation",
+}
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,28 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextlib.contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory beside `path` that is this process's alone, and remove it.
+
+    What a killed process left there is removed by the next one that asks.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_overs(path.parent)
+        temporary = path.parent / _temporary_name(path)
+        temporary.mkdir()
+        held = hold(temporary)
+        try:
+            yield temporary
+        finally:
+            os.close(held)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success rename it into place.
 

@@ -65,7 +65,7 @@ def read_responses(run: Path, step: int | None) -> list[dict[str, Any]]:
             rule=f"samples are kept of the steps {', '.join(map(str, steps)) or '(none so far)'}",
             remedy=f"use --step {steps[-1]}"
             if steps
-            else "give the run.output of a grpo run that has come to its first step of monitor.responses_every",
+            else "give the run.output of a grpo or distill run after its first step of monitor.responses_every",
         )
     try:
         rows: list[dict[str, Any]] = [row for batch in parquet_batches(file) for row in batch.to_pylist()]

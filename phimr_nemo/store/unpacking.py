@@ -40,10 +40,13 @@ class Allowance:
 
     Args:
         path: the file.
+        size: of the part of it that is read, in bytes; None = all.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._size = path, path.stat().st_size
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        whole = path.stat().st_size
+        # A file may say anything of its parts.
+        self._path, self._size = path, whole if size is None else min(size, whole)
         self._limit = max(FREE_BYTES, MAX_RATIO * self._size)
         self._used = 0
 
@@ -62,8 +65,12 @@ class Allowance:
             )
 
 
-def parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def parquet_batches(path: Path, start: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
     """The rows of a parquet file in batches of at most `BATCH_ROWS` rows and, unpacked, `BATCH_BYTES` or one row.
+
+    Args:
+        path: the file.
+        start, stop: the row groups to read; None = to the last.
 
     Raises:
         UserError: a row, a row group or the file unpacks to too much.
@@ -71,25 +78,32 @@ def parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
     """
     import pyarrow.parquet as pq
 
-    allowance, row = Allowance(path), 0
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         leaves = [file.schema.column(index) for index in range(len(file.schema))]
-        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        everything = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+    groups = everything[start:stop]
+    part = None if len(groups) == len(everything) else sum(map(compressed_bytes, groups))
+    allowance, row = Allowance(path, part), sum(group.num_rows for group in everything[:start])
     columns = [[group.column(index) for group in groups] for index in range(len(leaves))]
     texts = [leaf.path for leaf, chunks in zip(leaves, columns, strict=True) if _is_repeated_text(leaf, chunks)]
-    Allowance(path).spend(VALUE_BYTES * sum(chunk.num_values for chunks in columns for chunk in chunks))
+    Allowance(path, part).spend(VALUE_BYTES * sum(chunk.num_values for chunks in columns for chunk in chunks))
     with pq.ParquetFile(path, read_dictionary=texts) as file:
         for index, group in enumerate(groups):
             size = sum(_stated_bytes(chunks[index]) for chunks in columns)
             if size > MAX_GROUP_BYTES:
-                raise _too_long(path, f"row group {index + 1}", MAX_GROUP_BYTES)
+                raise _too_long(path, f"row group {start + index + 1}", MAX_GROUP_BYTES)
             rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(size, 1)))
-            for batch in file.iter_batches(rows, row_groups=[index]):
-                for part in _parts(batch, path, row):
-                    allowance.spend(max(unpacked_bytes(part), LINE_BYTES * part.num_rows))
-                    yield part.cast(schema)
+            for batch in file.iter_batches(rows, row_groups=[start + index]):
+                for rows_at_once in _parts(batch, path, row):
+                    allowance.spend(max(unpacked_bytes(rows_at_once), LINE_BYTES * rows_at_once.num_rows))
+                    yield rows_at_once.cast(schema)
                 row += batch.num_rows
+
+
+def compressed_bytes(group: Any) -> int:
+    """What a row group takes in its file."""
+    return sum(int(group.column(index).total_compressed_size) for index in range(group.num_columns))
 
 
 def _is_repeated_text(leaf: Any, chunks: Sequence[Any]) -> bool:

@@ -37,7 +37,7 @@ def document_losses(model: Path, conversations: Path, *, device: str = "cpu") ->
     Raises:
         UserError: there is no conversation, or the directories cannot be read.
     """
-    from transformers import Phi3Config, Phi3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     rows = read_table(conversations, "conversations", ["id", "question", "response"]).to_pylist()
     if not rows:
@@ -48,8 +48,9 @@ def document_losses(model: Path, conversations: Path, *, device: str = "cpu") ->
         )
     tokenizer = load_tokenizer(model)
     # transformers 4 would pass over what transformers 5 has written into config.json.
-    config = Phi3Config(**HFDirectory(model).architecture.to_hf_config())
-    network = Phi3ForCausalLM.from_pretrained(model, config=config, torch_dtype=torch.float32).to(device).eval()
+    config = AutoConfig.for_model(**HFDirectory(model).architecture.to_hf_config())
+    network = AutoModelForCausalLM.from_pretrained(model, config=config, torch_dtype=torch.float32)
+    network.to(device).eval()
     losses = {}
     with torch.inference_mode():
         for row in rows:

@@ -87,7 +87,7 @@ def forward_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @dataclass
 class Phi4MiniConfig(llm.GPTConfig):
-    """NeMo's GPTConfig for a Phi3-family model.
+    """NeMo's GPTConfig for a model of any family.
 
     Attributes:
         architecture: the model.

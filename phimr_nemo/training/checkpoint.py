@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 
 from phimr_nemo.config import CheckpointConfig
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
+from phimr_nemo.process.children import ended_with_us
 from phimr_nemo.store.atomic import write_json
 from phimr_nemo.training.distributed import wait_for_all
 from phimr_nemo.training.early_stopping import Judge, Measured, best_of
@@ -90,10 +91,12 @@ class CheckpointStore:
         results: Any = _Drain() if self.config.asynchronous else queue.Queue()
         request = _with_checksums(_prepared(state, directory / NEMO_WEIGHTS, results), directory)
         request.add_finalize_fn(lambda: self._seal(directory, results))
-        if self.config.asynchronous:
-            self._writing.schedule_async_request(request)
-        else:
-            _run_here(request)
+        # A writer of a killed process would wait for it for ever, and hold the lock of the run.
+        with ended_with_us():
+            if self.config.asynchronous:
+                self._writing.schedule_async_request(request)
+            else:
+                _run_here(request)
 
     def finish_writing(self, *, wait: bool) -> None:
         """Seal what a process beside training has written by now, or wait for it."""

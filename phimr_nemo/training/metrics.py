@@ -9,13 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Stage = Literal["midtrain", "sft", "dpo", "grpo"]
+Stage = Literal["midtrain", "sft", "dpo", "grpo", "distill"]
 Direction = Literal["lower", "higher"]
 
 SUPERVISED: Final[tuple[Stage, ...]] = ("midtrain", "sft")
 DPO: Final[tuple[Stage, ...]] = ("dpo",)
 GRPO: Final[tuple[Stage, ...]] = ("grpo",)
-ALL: Final[tuple[Stage, ...]] = (*SUPERVISED, *DPO, *GRPO)
+DISTILL: Final[tuple[Stage, ...]] = ("distill",)
+ROUNDS: Final[tuple[Stage, ...]] = (*GRPO, *DISTILL)
+ALL: Final[tuple[Stage, ...]] = (*SUPERVISED, *DPO, *ROUNDS)
 
 PASS_RATE_BINS: Final = ("none", "below_25", "below_50", "below_75", "below_100", "all")
 """Of groups, by their share of correct responses: none, up to a quarter, up to a half, up to three quarters, fewer
@@ -55,6 +57,15 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
     Metric("loss", "nats", "the preference loss, mean over the pairs", DPO, "training loss", "lower"),
     Metric("loss", "nats", "the policy-gradient loss over its denominator, mean over the step's updates", GRPO),
+    Metric("loss", "nats", "the loss of the divergence, mean over tokens and the step's updates", DISTILL),
+    Metric(
+        "reverse_kl",
+        "nats",
+        "KL(student || teacher), mean over the trained tokens; with loss.kind=sampled_reverse_kl its estimate",
+        DISTILL,
+        "reverse KL",
+        "lower",
+    ),
     Metric(
         "lr", "1", "the learning rate that the step was made with; GRPO: mean over its updates", ALL, "learning rate"
     ),
@@ -134,10 +145,10 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("reward_format", "1", "reward.format x finished, closed thinking and one boxed answer", GRPO),
     Metric("reward_length", "1", "reward.length x share of max_new_tokens left", GRPO),
     Metric("reward_overlong", "1", "the soft overlong punishment (overlong.kind=soft)", GRPO),
-    Metric("ungraded", "1", "share of responses that the grader gave up on; they are in no other mean", GRPO),
-    Metric("pass_rate", "1", "share of correct responses among them", GRPO, "", "higher"),
+    Metric("ungraded", "1", "share of responses that the grader gave up on; they are in no other mean", ROUNDS),
+    Metric("pass_rate", "1", "share of correct responses among them", ROUNDS, "", "higher"),
     *(
-        Metric(name, "groups", f"groups with {label} correct", GRPO, label)
+        Metric(name, "groups", f"groups with {label} correct", ROUNDS, label)
         for name, label in zip(
             PASS_RATE_NAMES, ("none", "up to 1/4", "up to 1/2", "up to 3/4", "fewer than all", "all"), strict=True
         )
@@ -153,37 +164,41 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("dropped_surplus", "prompts", "left out because the step has enough", GRPO),
     Metric("solved_prompts", "prompts", "not sampled again so far (curriculum.solved_from)", GRPO),
     Metric("refills", "1", "further rounds sampled in the place of dropped prompts", GRPO),
-    Metric("consumed_samples", "prompts", "prompts sampled so far", GRPO),
-    Metric("response_length", "tokens", "mean", GRPO),
-    Metric("length_spread", "1", "standard deviation over mean within a group, averaged over groups", GRPO),
-    Metric("truncated", "1", "share of responses that hit max_new_tokens", GRPO, "hit the limit", "lower"),
-    Metric("repetition", "1", "share of a response's end that repeats what stands earlier, mean", GRPO, "", "lower"),
-    Metric("repetitive", "1", "share of responses where that is above 0.3", GRPO, "repeat themselves", "lower"),
-    Metric("entropy", "nats", "mean of -log-probability of the sampled tokens at the sampling temperature", GRPO),
-    Metric("temperature", "1", "of sampling, and of the log-probabilities in the loss", GRPO),
-    Metric("ratio", "1", "mean ratio of policy to old policy over the trained tokens", GRPO),
-    Metric("clipped_low", "1", "share of trained tokens clipped at the low side", GRPO, "low side"),
-    Metric("clipped_high", "1", "at the high side", GRPO, "high side"),
-    Metric("clipped", "1", "at either side", GRPO),
-    Metric("kl_to_old", "nats", "k3 estimate against the policy before the step's updates, per token", GRPO),
+    Metric("consumed_samples", "prompts", "prompts sampled so far", ROUNDS),
+    Metric("response_length", "tokens", "mean", ROUNDS),
+    Metric("length_spread", "1", "standard deviation over mean within a group, averaged over groups", ROUNDS),
+    Metric("truncated", "1", "share of responses that hit max_new_tokens", ROUNDS, "hit the limit", "lower"),
+    Metric(
+        "repetition", "1", "share of a response's end that repeats what stands earlier, mean", ROUNDS, "", "lower"
+    ),
+    Metric("repetitive", "1", "share of responses where that is above 0.3", ROUNDS, "repeat themselves", "lower"),
+    Metric("entropy", "nats", "mean of -log-probability of the sampled tokens at the sampling temperature", ROUNDS),
+    Metric("temperature", "1", "of sampling, and of the log-probabilities in the loss", ROUNDS),
+    Metric("ratio", "1", "mean ratio of policy to old policy over the trained tokens", ROUNDS),
+    Metric("clipped_low", "1", "share of trained tokens clipped at the low side", ROUNDS, "low side"),
+    Metric("clipped_high", "1", "at the high side", ROUNDS, "high side"),
+    Metric("clipped", "1", "at either side", ROUNDS),
+    Metric("kl_to_old", "nats", "k3 estimate against the policy before the step's updates, per token", ROUNDS),
     Metric("kl", "nats", "estimate against the reference, per token (kl above 0)", GRPO),
-    Metric("logprob_gap", "nats", "absolute difference of sampler's and trainer's log-probability, per token", GRPO),
-    Metric("sampler_weight", "1", "mean importance weight (with a correction)", GRPO),
-    Metric("sampler_masked", "1", "share of trained tokens that it leaves out (correction.kind=masked)", GRPO),
+    Metric(
+        "logprob_gap", "nats", "absolute difference of sampler's and trainer's log-probability, per token", ROUNDS
+    ),
+    Metric("sampler_weight", "1", "mean importance weight (with a correction)", ROUNDS),
+    Metric("sampler_masked", "1", "share of trained tokens that it leaves out (correction.kind=masked)", ROUNDS),
     Metric("policy_entropy", "nats", "entropy of the policy at the trained tokens (entropy_bonus above 0)", GRPO),
-    Metric("trained_tokens", "tokens", "tokens with a gradient, mean over the updates", GRPO),
-    Metric("staleness", "steps", "age of the weights that sampled", GRPO),
-    Metric("lost_groups", "groups", "groups that no server could answer", GRPO),
-    Metric("sampler_retries", "requests", "asked again, since the start", GRPO),
-    Metric("sampler_stale", "responses", "of older weights than asked for, since the start", GRPO),
-    Metric("sampler_removed", "servers", "removed, since the start", GRPO),
-    Metric("sampler_returned", "servers", "returned, since the start", GRPO),
-    Metric("sync_seconds", "s", "weights to the sampler", GRPO),
-    Metric("sample_seconds", "s", "sampling", GRPO, "sample"),
-    Metric("reward_seconds", "s", "grading", GRPO, "reward"),
+    Metric("trained_tokens", "tokens", "tokens with a gradient, mean over the updates", ROUNDS),
+    Metric("staleness", "steps", "age of the weights that sampled", ROUNDS),
+    Metric("lost_groups", "groups", "groups that no server could answer", ROUNDS),
+    Metric("sampler_retries", "requests", "asked again, since the start", ROUNDS),
+    Metric("sampler_stale", "responses", "of older weights than asked for, since the start", ROUNDS),
+    Metric("sampler_removed", "servers", "removed, since the start", ROUNDS),
+    Metric("sampler_returned", "servers", "returned, since the start", ROUNDS),
+    Metric("sync_seconds", "s", "weights to the sampler", ROUNDS),
+    Metric("sample_seconds", "s", "sampling", ROUNDS, "sample"),
+    Metric("reward_seconds", "s", "grading", ROUNDS, "reward"),
     Metric("refill_seconds", "s", "refills, their sampling and grading included", GRPO),
-    Metric("logprob_seconds", "s", "log-probabilities before the updates", GRPO, "log-probs"),
-    Metric("train_seconds", "s", "updates", GRPO, "train"),
+    Metric("logprob_seconds", "s", "log-probabilities before the updates", ROUNDS, "log-probs"),
+    Metric("train_seconds", "s", "updates", ROUNDS, "train"),
 )
 
 

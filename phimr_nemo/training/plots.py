@@ -1,14 +1,14 @@
 """The pictures of training runs, from their metrics; what a curve is called stands in the table of metrics.
 
-Supervised: loss, throughput and scores. DPO: what moves the loss, and where the probability goes. GRPO: everything by
-which instability shows.
+Supervised: loss, throughput and scores. DPO: what moves the loss, and where the probability goes. GRPO and
+distillation: everything by which instability shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -19,7 +19,7 @@ from phimr_nemo.training.metrics import PASS_RATE_NAMES, Metric, Stage, metrics_
 
 SUPERVISED_PLOT_FILE: Final = "training.png"
 DPO_PLOT_FILE: Final = "dpo.png"
-GRPO_PLOT_FILE: Final = "grpo.png"
+ROUNDS_PLOT_FILE: Final = "{stage}.png"
 COLUMNS: Final = 3
 GRPO_COLUMNS: Final = 4
 PANEL_INCHES: Final = (3.6, 2.6)
@@ -56,6 +56,13 @@ GRPO_PANELS: Final[Panels] = {
     "log-prob gap, sampler to trainer (nats)": ("logprob_gap",),
     "gradient norm": ("grad_norm",),
 }
+DISTILL_PANELS: Final[Panels] = {
+    "reverse KL from the teacher (nats per token)": ("reverse_kl",),
+    "correct responses": ("pass_rate", "pass1"),
+    **{title: names for title, names in GRPO_PANELS.items() if not {"reward", "kept"} & set(names)},
+}
+RoundsStage = Literal["grpo", "distill"]
+ROUNDS_PANELS: Final[Mapping[RoundsStage, Panels]] = {"grpo": GRPO_PANELS, "distill": DISTILL_PANELS}
 """Beside them stand the groups by pass rate and the time, both stacked."""
 GRPO_TIMES: Final = ("sample_seconds", "reward_seconds", "logprob_seconds", "train_seconds")
 SHARES: Final = frozenset({"zero_gradient_groups", "kept", "truncated", "repetitive", "clipped_low", "clipped_high"})
@@ -97,33 +104,34 @@ def _known(stage: Stage, names: Sequence[str]) -> list[Metric]:
     return [known[name] for name in names]
 
 
-def plot_grpo(directory: Path, collapses: Mapping[str, int]) -> Path:
-    """Write the dashboard `grpo.png` into a run directory.
+def plot_rounds(directory: Path, collapses: Mapping[str, int], stage: RoundsStage) -> Path:
+    """Write the dashboard of a run of rounds into its directory: `grpo.png` or `distill.png`.
 
     Args:
         directory: the run, with its `metrics.jsonl`; metrics that it lacks leave their panel empty.
         collapses: kind -> step of the warnings so far; each is a dashed line through every panel.
+        stage: whose panels.
 
     Returns:
         The picture.
     """
     rows = list(read_metrics(directory))
-    lines = -(-(len(GRPO_PANELS) + 2) // GRPO_COLUMNS)
+    lines = -(-(len(ROUNDS_PANELS[stage]) + 2) // GRPO_COLUMNS)
     figure = Figure(figsize=(GRPO_COLUMNS * PANEL_INCHES[0], lines * PANEL_INCHES[1]))
     panels = iter(figure.subplots(lines, GRPO_COLUMNS, squeeze=False).flat)
-    (reward_title, reward), *others = GRPO_PANELS.items()
+    (reward_title, reward), *others = ROUNDS_PANELS[stage].items()
     axes = next(panels)
-    _lines(axes, rows, _known("grpo", reward))
+    _lines(axes, rows, _known(stage, reward))
     _finish(axes, reward_title)
     axes = next(panels)
-    _stack(axes, rows, _known("grpo", PASS_RATE_NAMES), PASS_RATE_COLORS)
+    _stack(axes, rows, _known(stage, PASS_RATE_NAMES), PASS_RATE_COLORS)
     _finish(axes, "groups by share of correct responses")
     for title, names in others:
         axes = next(panels)
-        _lines(axes, rows, _known("grpo", names))
+        _lines(axes, rows, _known(stage, names))
         _finish(axes, title)
     axes = next(panels)
-    _stack(axes, rows, _known("grpo", GRPO_TIMES), TIME_COLORS)
+    _stack(axes, rows, _known(stage, GRPO_TIMES), TIME_COLORS)
     _finish(axes, "seconds per step")
     for axes in figure.axes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -138,7 +146,7 @@ def plot_grpo(directory: Path, collapses: Mapping[str, int]) -> Path:
         color=WARNING_COLOR if found else "black",
     )
     figure.tight_layout()
-    path = directory / GRPO_PLOT_FILE
+    path = directory / ROUNDS_PLOT_FILE.format(stage=stage)
     save_png(figure, path, dpi=DPI)
     return path
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from phimr_nemo.config import VerifyConfig
 from phimr_nemo.endpoint import OpensModel
 from phimr_nemo.errors import UserError
+from phimr_nemo.process.memory import return_free_memory
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.check import open_for
 from phimr_nemo.store.inputs import TABLES, table_remedy
@@ -124,12 +125,15 @@ def verify_rollouts(
             if index % shard_count != shard_index:
                 continue
             table = _read_shard(rollouts_dir / name, sha256)
+            rows = table.num_rows
             if not shard_is_complete(out_dir, index, made_from[index]):
-                verdicts = _grade_shard(grader, table)
+                table = _grade_shard(grader, table)
                 if judge is not None:
-                    verdicts = _named(judge.review(verdicts), name_of_grader)
-                write_shard(out_dir, index, verdicts, kind="verdicts", made_from=made_from[index])
-            progress.update(table.num_rows)
+                    table = _named(judge.review(table), name_of_grader)
+                write_shard(out_dir, index, table, kind="verdicts", made_from=made_from[index])
+            del table
+            return_free_memory()
+            progress.update(rows)
     if not all(shard_is_complete(out_dir, index, of_it) for index, of_it in enumerate(made_from)):
         return None
     counts = _count(out_dir)

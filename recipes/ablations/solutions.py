@@ -86,7 +86,7 @@ def ablation_steps(config: SolutionsConfig) -> list[Step]:
                 stage_step(out, seed, curated.name, "curate", *every),
                 stage_step(out, seed, rows.name, "pack", *packed),
                 stage_step(out, seed, trained.name, "midtrain", *run),
-                evaluation_step(out, seed, f"evaluate-{name}", trained / "hf", **sizes),
+                evaluation_step(out, seed, name, trained / "hf", **sizes),
             ]
     return steps
 

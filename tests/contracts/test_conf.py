@@ -38,7 +38,7 @@ from phimr_nemo.model.architecture import Architecture
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS: dict[str, type[Any]] = {**STAGES, "quickstart": QuickstartConfig}
 PLANS: dict[str, type[Any]] = {
-    **dict.fromkeys(("midtrain", "sft", "dpo", "grpo"), TrainingPlanConfig),
+    **dict.fromkeys(("midtrain", "sft", "dpo", "grpo", "distill"), TrainingPlanConfig),
     "generate": GenerationPlanConfig,
 }
 OTHERS = ("model", "cluster", "plan", "ablations")

@@ -16,8 +16,8 @@ from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-def make_inputs(root: Path) -> None:
-    """A base of 0.1 M parameters, 32 pairs and 24 prompts of varying lengths."""
+def make_inputs(root: Path, *shape: str) -> None:
+    """A base of 0.1 M parameters, 32 pairs and prompts of varying lengths; `shape` overrides the base's settings."""
     overrides = [
         f"run.output={root / 'base'}",
         "hidden_size=64",
@@ -27,6 +27,7 @@ def make_inputs(root: Path) -> None:
         "initializer_range=0.1",
         "original_max_position_embeddings=256",
         "max_position_embeddings=8192",
+        *shape,
     ]
     run_base(load_config(BaseConfig, CONF / "base" / "tiny.yaml", overrides))
     generator = random.Random(0)

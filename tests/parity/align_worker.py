@@ -13,10 +13,11 @@ from typing import Any
 from unittest import mock
 
 from phimr_nemo.align import policy, trainer_log
+from phimr_nemo.align.distill.stage import run_distill
 from phimr_nemo.align.dpo import stage as dpo_stage
 from phimr_nemo.align.grpo import objective
 from phimr_nemo.align.grpo import stage as grpo_stage
-from phimr_nemo.config import DPOConfig, GRPOConfig, load_config
+from phimr_nemo.config import DistillConfig, DPOConfig, GRPOConfig, load_config
 from phimr_nemo.errors import Preempted
 
 
@@ -25,7 +26,7 @@ class Case:
     """One run of a stage.
 
     Attributes:
-        stage: "dpo" or "grpo".
+        stage: "dpo", "grpo" or "distill".
         config: YAML file.
         grader: name in GRADERS.
         overrides: `key=value` items.
@@ -121,6 +122,8 @@ def run_case(case: Case) -> None:
         try:
             if case.stage == "dpo":
                 dpo_stage.run_dpo(load_config(DPOConfig, case.config, case.overrides))
+            elif case.stage == "distill":
+                run_distill(load_config(DistillConfig, case.config, case.overrides))
             else:
                 grpo_stage.run_grpo(load_config(GRPOConfig, case.config, case.overrides))
         except Preempted:

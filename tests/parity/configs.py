@@ -304,5 +304,6 @@ REFUSED: Final[dict[str, tuple[Config, str]]] = {
     "Phi-3-small": (four(model_type="phi3small"), "phi3small"),
     "Phi-3.5-MoE": (four(model_type="phimoe"), "phimoe"),
     "Phi-4-multimodal": (four(model_type="phi4mm"), "phi4mm"),
-    "a Llama": (four(model_type="llama"), "llama"),
+    "a Gemma": (four(model_type="gemma2"), "gemma2"),
+    "a Llama of the class of another": (four(model_type="llama"), "Phi3ForCausalLM"),
 }

@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from phimr_nemo.align import policy
+from phimr_nemo.align import forward
 from phimr_nemo.align.dpo import objective
 from phimr_nemo.align.dpo import stage as dpo
 from phimr_nemo.align.dpo.pairs import PairCollate, load_pairs
@@ -64,12 +64,12 @@ def planted(fault: str | None) -> Iterator[None]:
             first, second, *others = documents
             return real(((first + second), *others))
 
-        real = policy.packed_parameters
-        with mock.patch.object(policy, "packed_parameters", leaking):
+        real = forward.packed_parameters
+        with mock.patch.object(forward, "packed_parameters", leaking):
             yield
     elif fault == "the row is one document":
-        whole = policy.packed_parameters
-        with mock.patch.object(policy, "packed_parameters", lambda documents: whole((sum(documents),))):
+        whole = forward.packed_parameters
+        with mock.patch.object(forward, "packed_parameters", lambda documents: whole((sum(documents),))):
             yield
     elif fault == "sides swapped in one row":
         real_sums = objective.sequence_sums

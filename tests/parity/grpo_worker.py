@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from phimr_nemo.align import policy
+from phimr_nemo.align import forward
 from phimr_nemo.align.grpo import stage as grpo
+from phimr_nemo.align.grpo.objective import GRPOObjective
 from phimr_nemo.align.grpo.trainer import GRPOTrainer
 from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.generate.local.engine import LocalSampler
@@ -79,8 +80,8 @@ def planted(fault: str | None) -> Iterator[None]:
     if fault is None:
         yield
     elif fault == "the row is one document":
-        whole = policy.packed_parameters
-        with mock.patch.object(policy, "packed_parameters", lambda documents: whole((sum(documents),))):
+        whole = forward.packed_parameters
+        with mock.patch.object(forward, "packed_parameters", lambda documents: whole((sum(documents),))):
             yield
     elif fault == "one chunk of logits":
         with mock.patch.object(megatron, "token_logprobs", partial(megatron.token_logprobs, chunk_size=10**6)):
@@ -106,7 +107,8 @@ def one_update(path: Path, overrides: Sequence[str], lengths: Sequence[int], fau
     config = load_config(GRPOConfig, path, overrides)
     base = HFDirectory(config.base)
     start_process_group(config.parallel, config.run.seed)
-    trained = grpo.build_policy(config, base, BatchGuard(config.run.output, config.guard, lambda _: []))
+    objective = GRPOObjective(config, **grpo.layout_of(config, base))
+    trained = grpo.build_policy(config, base, BatchGuard(config.run.output, config.guard, lambda _: []), objective)
     batch = rows_of(lengths, base.architecture.vocab_size, base.architecture.pad_token_id)
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     batch = {name: value[rank::ranks] for name, value in batch.items()}

@@ -106,7 +106,11 @@ def hugging_face(directory: str, arch: Architecture) -> Results:
     from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(**arch.to_hf_config()))
+    return reference(directory, Phi3ForCausalLM(Phi3Config(**arch.to_hf_config())))
+
+
+def reference(directory: str, model: Any) -> Results:
+    """Save a model of transformers whose norms are drawn anew, and compute with it what ours is compared with."""
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones by default, which would hide a lost or misplaced norm
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

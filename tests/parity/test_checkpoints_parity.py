@@ -20,6 +20,9 @@ from phimr_nemo.model.table import Pieces, Placement, pieces, tensor_shapes
 from phimr_nemo.supervised.conversion import convert
 
 UNTIED = dataclasses.replace(ARCHITECTURE, tie_word_embeddings=False)
+PLAIN = {"partial_rotary_factor": 1.0, "short_factor": None, "long_factor": None}
+QWEN2 = dataclasses.replace(UNTIED, family="qwen2", **PLAIN)
+QWEN3 = dataclasses.replace(ARCHITECTURE, family="qwen3", head_size=12, **PLAIN)
 TP2, PP2 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
 
@@ -34,8 +37,14 @@ def make_hf(directory: Path, arch: Architecture) -> Path:
 
 @pytest.mark.parametrize(
     ("arch", "written", "loaded"),
-    [(ARCHITECTURE, TP2_PP2, TP2), (ARCHITECTURE, ParallelConfig(), PP2), (UNTIED, TP2, PP2)],
-    ids=["tp2pp2 in tp2", "one in pp2", "untied tp2 in pp2"],
+    [
+        (ARCHITECTURE, TP2_PP2, TP2),
+        (ARCHITECTURE, ParallelConfig(), PP2),
+        (UNTIED, TP2, PP2),
+        (QWEN2, TP2_PP2, TP2),
+        (QWEN3, TP2, PP2),
+    ],
+    ids=["tp2pp2 in tp2", "one in pp2", "untied tp2 in pp2", "qwen2 tp2pp2 in tp2", "qwen3 tp2 in pp2"],
 )
 def test_megatron_loads_what_is_written(
     arch: Architecture, written: ParallelConfig, loaded: ParallelConfig, tmp_path: Path
@@ -63,7 +72,11 @@ def test_rows_in_hugging_faces_order_are_seen(tmp_path: Path, monkeypatch: pytes
     assert different == [name for name in tensor_shapes(ARCHITECTURE) if "qkv_proj" in name]
 
 
-@pytest.mark.parametrize(("arch", "layout"), [(ARCHITECTURE, TP2_PP2), (UNTIED, PP2)], ids=["tp2pp2", "untied pp2"])
+@pytest.mark.parametrize(
+    ("arch", "layout"),
+    [(ARCHITECTURE, TP2_PP2), (UNTIED, PP2), (QWEN2, PP2), (QWEN3, TP2)],
+    ids=["tp2pp2", "untied pp2", "qwen2 pp2", "qwen3 tp2"],
+)
 def test_what_megatron_saves_is_read(arch: Architecture, layout: ParallelConfig, tmp_path: Path) -> None:
     hf, checkpoint = make_hf(tmp_path, arch), tmp_path / "megatron"
     checkpoint.mkdir()

@@ -116,13 +116,13 @@ def columns_without_offset(labels: Tensor, local_vocabulary: int, tp_group: Any)
 
 FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "hidden_gradient_not_reduced": (
-        "_reduce_hidden_gradient",
+        "reduce_hidden_gradient",
         keep_partial_hidden_gradient,
         "hidden_gradient",
     ),
     "sums_not_rescaled": ("_merge_statistics", merge_without_rescaling, "logprobs"),
     "nothing_merged": ("_merge_statistics", merge_nothing, "logprobs"),
-    "every_rank_owns_every_label": ("_local_columns", columns_without_offset, "weight_gradient"),
+    "every_rank_owns_every_label": ("local_columns", columns_without_offset, "weight_gradient"),
 }
 
 

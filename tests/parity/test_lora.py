@@ -24,6 +24,8 @@ from phimr_nemo.training.adapters.peft import PEFT_CONFIG, PEFT_WEIGHTS
 from phimr_nemo.training.seal import checkpoints
 
 LORA = ("lora.rank=4", "lora.alpha=8")
+SPLIT = ("parallel.tensor=2", "parallel.sequence=true")
+PLAIN = ("partial_rotary_factor=1.0", "long_factor_growth=0.0")
 MATRICES = 4
 NEAR = 2e-5
 
@@ -56,17 +58,24 @@ def hugging_face(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2", "parallel.sequence=true")])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("phi3", ()), ("phi3", SPLIT), ("qwen2", ()), ("qwen3", SPLIT)],
+)
 def test_peft_and_the_merged_export_say_what_the_trainer_says(
-    layout: tuple[str, ...], inputs: Path, tmp_path: Path
+    family: str, layout: tuple[str, ...], inputs: Path, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
-    case = make_case(inputs / "align", "unused", "dpo", *LORA, *layout)
+    root = inputs / "align"
+    if family != "phi3":
+        root = tmp_path / family
+        align_inputs.make_inputs(root, f"family={family}", *PLAIN)
+    case = make_case(root, "unused", "dpo", *LORA, *layout)
     size = 2 if layout else 1
     found: list[Adapted] = run_distributed(adapted, size, case.config, case.overrides, *rows(), tmp_path)
     ours = found[0].logprobs
-    base = hugging_face(inputs / "align" / "base" / "hf")
+    base = hugging_face(root / "base" / "hf")
     assert (logprobs(base) - ours).abs().max() > 100 * NEAR
     torch.testing.assert_close(logprobs(hugging_face(tmp_path / "hf")), ours, atol=NEAR, rtol=0)
     torch.testing.assert_close(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import family_worker
 import model_worker as worker
 import pytest
 import te_worker
@@ -79,6 +80,30 @@ def test_bfloat16_is_as_near_to_float32_as_plain_pytorch(
     assert "transformer_engine" in found["modules"]
     for kind in KINDS:
         assert error(found[kind], reference[kind]) < allowed[kind], kind
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp"])
+@pytest.mark.parametrize("case", ["qwen2, untied", "qwen3, untied"])
+def test_biases_and_norms_of_heads_over_transformer_engine(
+    case: str, layout: str, in_lane: Run, tmp_path: Path
+) -> None:
+    """Where Transformer Engine's layers differ most from Megatron's own."""
+    in_lane(family_worker.references, 1, str(tmp_path))
+    directory, chosen = str(tmp_path / case), LAYOUTS[layout]
+
+    def measured(engine: bool, dtype: torch.dtype) -> Results:
+        results = in_lane(te_worker.measure, chosen.world_size, directory, chosen, engine, dtype)
+        found: Results = next(result for result in results if result["nll"] is not None)
+        return found
+
+    exact, plain, found = (
+        measured(False, torch.float32),
+        measured(False, torch.bfloat16),
+        measured(True, torch.bfloat16),
+    )
+    assert "transformer_engine" in found["modules"]
+    for kind in KINDS:
+        assert error(found[kind], exact[kind]) < MARGIN * error(plain[kind], exact[kind]), kind
 
 
 @pytest.mark.parametrize(("fault", "layout"), te_worker.FAULTS)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from results import plain_result
 
 from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import SolutionsConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.store.runs import RunDirectory
+from phimr_nemo.evaluate.evaluate import write_result
+from phimr_nemo.store.records import Kind, schemas
+from phimr_nemo.store.runs import RESULTS_FILE, RunDirectory
+from phimr_nemo.store.shards import finish, write_shard
 from phimr_nemo.verify import Grader
 from recipes.ablations import solutions
 
@@ -54,3 +59,25 @@ def test_verified_and_unverified_differ_in_the_grader_alone(tmp_path: Path) -> N
 def test_a_total_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="multiple"):
         config(tmp_path, "solutions=[1,7]")
+
+
+def test_the_table_is_made_of_what_the_steps_leave(tmp_path: Path) -> None:
+    made = config(tmp_path, "solutions=[1,2]")
+    for step in solutions.ablation_steps(made):
+        kind: Kind = "conversations" if step.name.startswith("curated") else "rows"
+        directory = step.output / "midtrain" if kind == "conversations" else step.output
+        if step.name.startswith(("curated", "rows")):
+            write_shard(directory, 0, schemas()[kind].empty_table(), kind=kind)
+            finish(directory, kind=kind, config={}, counts={"tokens": 7})
+        if step.name.startswith("evaluate"):
+            right = step.name.endswith("-verified")
+            result = plain_result(float(right), per_question={"q": float(right), "p": 0.0})
+            write_result(step.output / RESULTS_FILE, result, {})
+        RunDirectory(step.output).finish()
+    solutions.report(made)
+    told = json.loads((made.output / solutions.TABLE_JSON).read_text("utf-8"))
+    assert {name: measures[solutions.PASS1] for name, measures in told["table"].items()} == {
+        name: [100.0 if kind == solutions.VERIFIED else 0.0] for name, (_, kind) in solutions.arms(made).items()
+    }
+    assert told["table"]["2-verified"][solutions.QUESTIONS] == [made.total // 2]
+    assert told["pass1_points"]["1-unverified minus 1-verified"][0][0] == -50.0

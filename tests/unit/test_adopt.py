@@ -16,6 +16,7 @@ import torch
 from phimr_nemo.config import BaseConfig, MidtrainConfig, load_config
 from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT, load_tokenizer, render_prompt, warn_of_other_template
 from phimr_nemo.errors import UserError
+from phimr_nemo.generate.serving.vllm import weights_hash
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.model.adopt import adopt
 from phimr_nemo.model.architecture import Architecture
@@ -115,6 +116,37 @@ def test_the_real_tokenizer_token_for_token(shared_data: Path, tmp_path: Path) -
     assert [token for token in prompt if token >= 199999] == [system, end, user, end, assistant]
     assert prompt == by_hand(tmp_path / "ready", "Your name is Phi, an AI math expert developed by Microsoft.")
     assert json.loads((tmp_path / "ready" / "generation_config.json").read_text())["eos_token_id"] == [200020, 199999]
+
+
+@pytest.mark.parametrize(
+    ("family", "opening", "end"),
+    [
+        ("qwen3", "<|im_start|>system\nYou are an AI math expert.<|im_end|>\n<|im_start|>user\n", "<|im_end|>"),
+        ("llama", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are an AI", "<|eot_id|>"),
+    ],
+)
+def test_another_family_is_adopted_in_its_own_turn_format(
+    family: str, opening: str, end: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")
+    plain = ("partial_rotary_factor=1.0", "long_factor_growth=0.0", f"family={family}")
+    output = f"run.output={tmp_path / 'base'}"
+    run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), [output, *shape, *plain]))
+    source = tmp_path / "base" / "hf"
+    settings = json.loads((source / "tokenizer_config.json").read_text("utf-8"))
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": None}), "utf-8")
+    adopt(source, tmp_path / "ready", system_prompt=None)
+    tokenizer = load_tokenizer(tmp_path / "ready")
+    prompt = tokenizer.decode(render_prompt(tokenizer, QUESTION))
+    assert prompt.startswith(opening)
+    assert f"{QUESTION}{end}" in prompt
+    ends = json.loads((tmp_path / "ready" / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(ends)[0] == end
+    assert json.loads((tmp_path / "ready" / "config.json").read_text())["model_type"] == family
+    assert weights_hash(tmp_path / "ready") == HFDirectory(source).weights_hash(), "one name in samplers and stages"
+    with caplog.at_level(logging.WARNING):
+        warn_of_other_template(tmp_path / "ready")
+    assert not caplog.records
 
 
 def test_a_base_that_is_none_is_one_message(instruct: Path, tmp_path: Path) -> None:

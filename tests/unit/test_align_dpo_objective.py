@@ -18,8 +18,8 @@ from torch import Tensor
 from phimr_nemo.align.dpo import objective as dpo_objective
 from phimr_nemo.align.dpo.log import COLLAPSE_SHIFT, DPOLog
 from phimr_nemo.align.dpo.objective import DPOObjective, pair_sums
+from phimr_nemo.align.forward import packed_parameters
 from phimr_nemo.align.microbatch import MicroBatch, balanced_shares, packed_row, sequence_sums
-from phimr_nemo.align.policy import packed_parameters
 from phimr_nemo.config import DPOConfig, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import file_inputs

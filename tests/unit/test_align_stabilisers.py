@@ -21,8 +21,8 @@ from phimr_nemo.config.grpo import (
     CurriculumConfig,
     PromptOptimizationConfig,
     RebalanceConfig,
-    TemperatureConfig,
 )
+from phimr_nemo.config.sampled.rounds import TemperatureConfig
 from phimr_nemo.errors import UserError
 
 PAPER = TemperatureConfig(start=1.0, end=0.6, fraction=0.5)

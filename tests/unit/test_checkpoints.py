@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.families import FAMILIES
 from phimr_nemo.model.files import blocks as rows
 from phimr_nemo.model.files import distcheckpoint
 from phimr_nemo.model.files.blocks import write_at
@@ -101,6 +102,7 @@ def models(draw: st.DrawFn) -> tuple[Architecture, ParallelConfig, ParallelConfi
         short_factor=None,
         long_factor=None,
         tie_word_embeddings=draw(st.booleans()),
+        family=draw(st.sampled_from(sorted(FAMILIES))),
     )
     stages = [n for n in (1, 2, 3, 4, 6) if layers % n == 0]
     first, second = (ParallelConfig(tensor=size, pipeline=draw(st.sampled_from(stages))) for size in sizes)

@@ -71,6 +71,7 @@ def test_the_next_command_is_the_recipes_next_step(name: str, root: str) -> None
         ("base", {}, "phimr generate --config conf/generate/tiny.yaml"),
         ("prepare", {"rollouts": 3}, "phimr verify --config conf/verify/tiny.yaml rollouts=runs/x/rollouts"),
         ("grpo", {}, "phimr evaluate --config conf/evaluate/tiny.yaml model=runs/x/hf"),
+        ("distill", {}, "phimr evaluate --config conf/evaluate/tiny.yaml model=runs/x/hf"),
         ("evaluate", {}, "phimr report runs/x"),
         ("export", {}, "phimr chat runs/x/hf"),
     ],

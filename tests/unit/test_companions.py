@@ -285,7 +285,7 @@ def test_a_pointer_of_git_lfs_is_named_with_its_remedy(model: Path, tmp_path: Pa
     ("rename", "remedy"),
     [
         (lambda name: "base_model.model." + name, "merge_and_unload"),
-        (lambda name: name.replace("qkv_proj", "q_proj"), "Phi3ForCausalLM"),
+        (lambda name: name.replace("qkv_proj", "q_proj"), "model_type"),
     ],
 )
 def test_names_of_others_get_their_own_remedy(model: Path, rename: Callable[[str], str], remedy: str) -> None:

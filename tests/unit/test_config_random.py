@@ -111,7 +111,7 @@ def later_supervised(config: Any) -> None:
         later_sampled(config.evaluation)
 
 
-def later_grpo(config: Any) -> None:
+def later_rounds(config: Any) -> None:
     from phimr_nemo.align.grpo.stabilisers import annealed_temperature
     from phimr_nemo.align.grpo.stage import _trainer_options
     from phimr_nemo.generate.sampler import SamplingParams
@@ -157,7 +157,8 @@ LATER: Final[dict[str, Any]] = {
     "midtrain": later_supervised,
     "sft": later_supervised,
     "dpo": later_training,
-    "grpo": later_grpo,
+    "grpo": later_rounds,
+    "distill": later_rounds,
     "generate": later_generate,
     "evaluate": later_sampled,
     "verify": later_verify,

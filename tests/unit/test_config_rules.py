@@ -51,6 +51,11 @@ def first_remedy(error: UserError) -> list[str]:
     return found
 
 
+SERVED: Final = (
+    "teacher.kind=server teacher.tokenizer=t teacher.endpoint.base_urls=[http://h:1/v1] teacher.endpoint.model=m "
+    "teacher.endpoint.concurrency=1 teacher.endpoint.idle_seconds=1 teacher.endpoint.total_seconds=1 "
+    "teacher.endpoint.attempts=1 teacher.endpoint.backoff_seconds=1"
+)
 CASES: Final = [
     ("grpo", "prompts_per_step=3 group_size=3 inner_batches=5", "inner_batches=5"),
     ("grpo", "inner_batches=7", "inner_batches=7"),
@@ -68,6 +73,20 @@ CASES: Final = [
     ("grpo", "correction.kind=masked correction.low=1.5 correction.high=2", "correction.low=1.5"),
     ("grpo", "correction.kind=sequence_masked correction.low=0.5 correction.high=0.9", "correction.high=0.9"),
     ("grpo", "entropy_bonus=-1", "entropy_bonus=-1"),
+    ("distill", "group_size=0", "group_size=0"),
+    ("distill", SERVED, "loss.kind=reverse_kl with teacher.kind=server"),
+    (
+        "distill",
+        f"{SERVED} loss.kind=sampled_reverse_kl loss.clip_low=0.2 loss.clip_high=0.2 temperature.end=0.6",
+        "temperature.end=0.6",
+    ),
+    ("distill", "correction.kind=truncated correction.cap=2", "correction.kind=truncated with loss.kind=reverse_kl"),
+    (
+        "distill",
+        "loss.kind=sampled_reverse_kl loss.clip_low=0.2 loss.clip_high=0.2 ahead=1",
+        "ahead=1 with correction.kind=none",
+    ),
+    ("distill", "verify_workers=0 checkpoint.best=true checkpoint.metric=pass_rate", "pass_rate is never measured"),
     ("grpo", "passes=0", "passes=0"),
     ("grpo", "curriculum.solved_from=0", "curriculum.solved_from=0"),
     ("grpo", "lora.rank=4 lora.alpha=8 checkpoint.best=true", "checkpoint.best=true with lora.rank=4"),

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.families import FAMILIES
 from phimr_nemo.model.megatron.attention import MIN_BUCKET_FILL, SHORT_DOCUMENT, bucket_documents, plan_documents
 from phimr_nemo.model.megatron.configuration import check_layout, transformer_config
 from phimr_nemo.model.megatron.convert import write_pieces
-from phimr_nemo.model.table import Placement, checkpoint_tensors, pieces, placement_of
+from phimr_nemo.model.table import Placement, full_tensors, pieces, placement_of
 
 BASE = Architecture.from_preset(
     yaml.safe_load((Path(__file__).parents[2] / "conf/model/tiny.yaml").read_text()),
@@ -47,6 +48,7 @@ def shapes(draw: st.DrawFn) -> tuple[Architecture, int]:
         short_factor=None,
         long_factor=None,
         tie_word_embeddings=draw(st.booleans()),
+        family=draw(st.sampled_from(sorted(FAMILIES))),
     )
     return arch, size
 
@@ -60,7 +62,7 @@ def read(full: torch.Tensor, placement: Placement, arch: Architecture, rank: int
 @given(shapes())
 def test_writing_the_pieces_inverts_reading_them(case: tuple[Architecture, int]) -> None:
     arch, size = case
-    for placement in checkpoint_tensors(arch):
+    for placement in full_tensors(arch):
         full = torch.arange(torch.Size(placement.shape).numel()).view(placement.shape)
         parts = [read(full, placement, arch, rank, size) for rank in range(size)]
         back = torch.full_like(full, -1)
@@ -73,7 +75,7 @@ def test_writing_the_pieces_inverts_reading_them(case: tuple[Architecture, int])
 
 def test_query_groups_lie_as_megatron_reads_them() -> None:
     """Megatron views a rank's qkv as [groups, (queries of the group, key, value), head_dim, hidden]."""
-    placement = next(p for p in checkpoint_tensors(BASE) if p.split == "qkv")
+    placement = next(p for p in full_tensors(BASE) if p.split == "qkv")
     head, group = BASE.head_dim, BASE.num_attention_heads // BASE.num_key_value_heads
     # Every row carries (kind, head): what it is in Hugging Face's stack of queries, keys, values.
     rows = [("q", h) for h in range(BASE.num_attention_heads) for _ in range(head)]
@@ -86,7 +88,7 @@ def test_query_groups_lie_as_megatron_reads_them() -> None:
 
 
 def test_gate_and_up_are_split_each() -> None:
-    placement = next(p for p in checkpoint_tensors(BASE) if p.split == "gate_up")
+    placement = next(p for p in full_tensors(BASE) if p.split == "gate_up")
     half, quarter = BASE.intermediate_size, BASE.intermediate_size // 2
     assert pieces(placement, BASE, 1, 2).ranges == ((quarter, half), (half + quarter, 2 * half))
 

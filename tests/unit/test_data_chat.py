@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from phimr_nemo.data import chat
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
+from phimr_nemo.data.turns import PHI
 from phimr_nemo.errors import UserError
 from phimr_nemo.verify import grade
 
@@ -109,7 +110,7 @@ def test_unfit_tokenizer_directories_are_refused(tiny: PreTrainedTokenizerBase, 
     with pytest.raises(UserError, match="lacks a chat template"):
         chat.load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="system prompt"):
-        chat.reasoning_template("it's")
+        PHI.template("it's")
 
 
 def copied(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -226,7 +226,7 @@ class Killed(BaseException):
     """Stands for a process that ends at once."""
 
 
-@pytest.mark.parametrize("moment", range(1, 15))
+@pytest.mark.parametrize("moment", range(1, 24, 2))
 def test_a_run_that_was_killed_continues_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
@@ -247,20 +247,21 @@ def test_a_run_that_was_killed_continues_to_the_same_result(
 
         return write
 
-    from phimr_nemo.data.prepare import candidates
+    from phimr_nemo.data.prepare import candidates, look, texts
 
     with monkeypatch.context() as patch:
-        patch.setattr(candidates, "_write", dying(candidates._write))
+        patch.setattr(look, "write_json", dying(look.write_json))
+        patch.setattr(candidates, "atomic_file", dying(candidates.atomic_file))
         patch.setattr(candidates, "write_json", dying(candidates.write_json))
-        patch.setattr(module, "write_shard", dying(module.write_shard))
+        patch.setattr(texts, "write_shard", dying(texts.write_shard))
         patch.setattr(module, "finish", dying(module.finish))
         with pytest.raises(Killed):
             run_prepare(config)
     facts = run_prepare(config)
     assert outcome(config.run.output) == expected
     # As when it is killed while it removes what it no longer needs.
-    (config.run.output / "candidates" / "source-000").mkdir(parents=True)
-    (config.run.output / "candidates" / "source-000" / "counts.json").write_text("{}", "utf-8")
+    (config.run.output / "candidates").mkdir()
+    (config.run.output / "candidates" / "source-000.json").write_text("{}", "utf-8")
     assert facts == run_prepare(config)
     assert outcome(config.run.output) == expected
     assert not (config.run.output / "candidates").exists()

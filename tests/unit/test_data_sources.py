@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -12,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from phimr_nemo.config import SourceConfig
+from phimr_nemo.data.sources import rawfiles
 from phimr_nemo.data.sources.item import Item, UnusableRow
-from phimr_nemo.data.sources.source import read_items
+from phimr_nemo.data.sources.source import piece_rows, pieces_of, read_items, source_rows
 from phimr_nemo.errors import UserError
 
 ROWS = [{"question": f"Q{index}", "answer": f"work\n#### {index}"} for index in range(5)]
@@ -148,3 +150,63 @@ def test_a_hub_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("openai/gsm8k", "main", "train", None, True),
         ("openai/gsm8k", "main", "train", "0" * 40, True),
     ]
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\n\n"])
+@pytest.mark.parametrize("lengths", [[1, None, 40, 3], [5], [2, 2, 2, 2, 2, 2], [300, 1, None, None, 1]])
+def test_parts_of_lines_are_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int | None], ending: str
+) -> None:
+    """Whatever the size of a part, all parts together are all rows, with the lines' own numbers."""
+    path = tmp_path / "rows.jsonl"
+    written = ["" if length is None else json.dumps({"q": "x" * length}) for length in lengths]
+    path.write_text("\n".join(written) + ending, "utf-8")
+    expected = [(f"line {number}", json.loads(line)) for number, line in enumerate(written, 1) if line]
+    assert list(rawfiles.read_rows(path)) == expected
+    cuts = set()
+    for size in (1, 7, 30, 1 << 20):
+        monkeypatch.setattr(rawfiles, "PART_BYTES", size)
+        parts = list(rawfiles.parts_of(path))
+        cuts.add(len(parts))
+        assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
+        assert [row for part in parts for row in rawfiles.read_rows(path, part=part)] == expected
+    assert len(cuts) > 1 or len(lengths) == 1
+
+
+def test_parts_of_parquet_are_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"q": [f"text {number}" for number in range(20)]}), path, row_group_size=6)
+    whole = list(rawfiles.read_rows(path))
+    assert [place for place, _ in whole] == [f"row {number}" for number in range(1, 21)]
+    monkeypatch.setattr(rawfiles, "PART_BYTES", 1)
+    parts = list(rawfiles.parts_of(path))
+    assert [(part.start, part.before) for part in parts] == [(0, 0), (1, 6), (2, 12), (3, 18)]
+    assert [row for part in parts for row in rawfiles.read_rows(path, part=part)] == whole
+
+
+def test_what_can_be_read_from_its_beginning_only_is_one_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rawfiles, "PART_BYTES", 1)
+    rows = [{"q": str(number)} for number in range(9)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    for name in ("a.json", "b.jsonl.gz"):
+        assert list(rawfiles.parts_of(tmp_path / name)) == [rawfiles.WHOLE]
+        assert [row for _, row in rawfiles.read_rows(tmp_path / name)] == rows
+
+
+def test_a_hub_dataset_is_read_by_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load(*_arguments: Any, **_settings: Any) -> Any:
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset(num_shards=len(ROWS))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    source = SourceConfig(name="s", path="openai/gsm8k", hub=True, preset="gsm8k")
+    pieces = list(pieces_of(source))
+    read_by_pieces = [list(piece_rows(source, piece)) for piece in pieces]
+    assert read_by_pieces == [[(f"file {number + 1}, row 1", row)] for number, row in enumerate(ROWS)]
+    assert [row for _, row in source_rows(source)] == ROWS
+    assert len(list(pieces_of(dataclasses.replace(source, limit=2)))) == 1

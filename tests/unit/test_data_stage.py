@@ -133,7 +133,7 @@ def sets_of(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets and shards of a few rows, so that every table here has many."""
-    monkeypatch.setattr("phimr_nemo.data.curate.survey.BUCKET_ROWS", 50)
+    monkeypatch.setattr("phimr_nemo.data.outofcore.GROUP_ROWS", 50)
     monkeypatch.setattr("phimr_nemo.data.curate.survey.READ_ROWS", 7)
     monkeypatch.setattr("phimr_nemo.data.curate.narrow.BATCH_ROWS", 7)
     monkeypatch.setattr("phimr_nemo.data.curate.sets.MAX_SHARD_ROWS", 11)

@@ -64,7 +64,7 @@ def verdicts(tmp_path: Path) -> list[Path]:
 def test_every_rollout_is_in_the_bucket_of_its_problem_once(
     verdicts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phimr_nemo.data.curate.survey.BUCKET_ROWS", 6)
+    monkeypatch.setattr("phimr_nemo.data.outofcore.GROUP_ROWS", 6)
     shards = shards_of(verdicts)
     assert [shard.start for shard in shards] == [0, 3, 3, 10, 11]
     found = survey(shards, tmp_path / "survey", counter=TokenCounter(), workers=1)

@@ -108,7 +108,7 @@ def test_wrappers_are_learned_from_a_source() -> None:
 def test_nothing_is_learned_from_real_sets(shared_data: Path) -> None:
     for name, suffixes in (("gsm8k_train.jsonl", 0), ("math_train.json", 0), ("deepscaler_level_3.json.gz", 0)):
         wrappers = learn_wrappers(read_problems(shared_data / "problems" / name)["question"].to_pylist()[:2000])
-        assert (len(wrappers.prefixes), len(wrappers.suffixes)) == (0, suffixes), (name, wrappers.as_text())
+        assert (len(wrappers.prefixes), len(wrappers.suffixes)) == (0, suffixes), (name, wrappers)
 
 
 @pytest.mark.parametrize(

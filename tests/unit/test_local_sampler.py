@@ -22,6 +22,13 @@ from phimr_nemo.model.architecture import Architecture
 VOCAB = 61
 ORIGINAL_LENGTH = 48
 LOGPROB_TOLERANCE = 1e-4
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
 
 
 def make_hf_model(seed: int = 0, *, tied: bool = True) -> Any:
@@ -147,6 +154,61 @@ def test_prompts_computed_in_small_blocks_change_nothing(model: Any, monkeypatch
     assert [c.token_ids for c in got] == [c.token_ids for c in wanted]
     assert len(blocks) == 4
     assert max(blocks) <= 18
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"rope_scaling": LLAMA3, "rope_theta": 1000.0, "tie_word_embeddings": False},
+    "Mistral": {"sliding_window": 64, "tie_word_embeddings": False},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 24, "tie_word_embeddings": True},
+}
+
+
+def make_family(name: str) -> Any:
+    """A model of another family than Phi's, its norms and biases drawn too."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **FAMILIES[name],
+    )
+    torch.manual_seed(5)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for tensor, parameter in model.named_parameters():
+        if "norm" in tensor or tensor.endswith(".bias"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_transformers_tokens_and_logprobs(family: str) -> None:
+    model = make_family(family)
+    requests = make_requests([5, 11, 1, 8])
+    greedy = make_sampler(model, max_batch=3).sample(requests, SamplingParams(0.0, 1.0, 12))
+    assert [c.token_ids for c in greedy] == [hf_greedy(model, r.prompt_ids, 12) for r in requests]
+    sampled = make_sampler(model).sample(requests, SamplingParams(0.8, 0.9, 12))
+    assert largest_logprob_error(model, requests, sampled, 0.8) < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "tensor"), [("Qwen2", "k_proj.bias"), ("Qwen3", "q_norm.weight")])
+def test_a_fault_in_what_a_family_has_of_its_own_is_caught(family: str, tensor: str) -> None:
+    model = make_family(family)
+    sampler = make_sampler(model)
+    faulty = [(name, torch.ones_like(t) if name.endswith(tensor) else t) for name, t in named_tensors(model)]
+    sampler.update_weights(faulty, version=1)
+    requests = make_requests([5, 11])
+    done = sampler.sample(requests, SamplingParams(1.0, 1.0, 12))
+    assert largest_logprob_error(model, requests, done, 1.0) > 2 * LOGPROB_TOLERANCE
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.95), (1.7, 0.5)])

@@ -18,7 +18,13 @@ from phimr_nemo.jobs.machine import check_default, check_machine, count_cores, f
 from phimr_nemo.store.atomic import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TRAINED = ("midtrain", "sft", "dpo", "grpo")
+TRAINED = ("midtrain", "sft", "dpo", "grpo", "distill")
+CLUSTERS = [
+    (stage, preset)
+    for stage in TRAINED
+    for preset in ("paper", "phi4mini-8xh100", "phi4mini-128xh100")
+    if (REPOSITORY / "conf" / stage / f"{preset}.yaml").is_file()
+]
 
 
 @pytest.fixture
@@ -54,8 +60,7 @@ def test_a_cluster_is_not_started_on_a_laptop(stage: str, base: Path) -> None:
 
 
 @pytest.mark.usefixtures("laptop")
-@pytest.mark.parametrize("stage", TRAINED)
-@pytest.mark.parametrize("preset", ["paper", "phi4mini-8xh100", "phi4mini-128xh100"])
+@pytest.mark.parametrize(("stage", "preset"), CLUSTERS)
 @pytest.mark.parametrize("cores", [1, 3, 4, 6])
 def test_the_layout_of_the_remedy_is_accepted(
     stage: str, preset: str, cores: int, base: Path, monkeypatch: pytest.MonkeyPatch

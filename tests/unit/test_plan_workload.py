@@ -88,6 +88,7 @@ def test_pairs_end_to_end_fill_rows() -> None:
         ("dpo", ["reference.kind=online"], 1.0, True),
         ("grpo", [], 1.0, False),
         ("grpo", ["kl=0.1"], 2.0, True),
+        ("distill", [], 2.0, True),
         ("sft", [], 0.0, False),
     ],
 )

@@ -21,7 +21,7 @@ from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.plan import Plan
 from phimr_nemo.generate.rollouts import sample_rollouts
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
-from phimr_nemo.model.table import checkpoint_tensors
+from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import is_complete, read_manifest, read_table, rows_to_table, shard_is_complete
 
@@ -50,7 +50,7 @@ class CountingSampler:
         generator = torch.Generator().manual_seed(0)
         self.inner = LocalSampler(
             arch,
-            [(t.name, 0.2 * torch.randn(t.shape, generator=generator)) for t in checkpoint_tensors(arch)],
+            [(name, 0.2 * torch.randn(shape, generator=generator)) for name, shape in tensor_shapes(arch).items()],
             stop_token_ids=stop_token_ids(tokenizer),
             max_batch=16,
             longrope_policy="long_when_max_length_exceeds_original",

@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "slurm"
 ARRAY_STAGES = ("prepare", "generate", "verify", "curate")
 PLAIN_STAGES = (*ARRAY_STAGES, "pack", "evaluate", "export")
-DISTRIBUTED_STAGES = ("midtrain", "sft", "dpo", "grpo")
+DISTRIBUTED_STAGES = ("midtrain", "sft", "dpo", "grpo", "distill")
 STAGE_ORDER = (
     "generate",
     "verify",
@@ -141,12 +141,12 @@ def recorded(cluster: Path) -> list[str]:
 
 def test_every_stage_has_a_script_and_every_script_a_stage() -> None:
     scripts = {path.stem for path in SLURM.glob("*.sh")} - {"common", "pipeline"}
-    # Problems are prepared once, before the chain.
-    assert scripts == {*PLAIN_STAGES, *DISTRIBUTED_STAGES} == {"prepare", *STAGE_ORDER}
+    # Problems are prepared once, before the chain; distillation is beside it.
+    assert scripts == {*PLAIN_STAGES, *DISTRIBUTED_STAGES} == {"prepare", "distill", *STAGE_ORDER}
     assert scripts <= set(STAGES)
 
 
-@pytest.mark.parametrize("stage", ["prepare", *STAGE_ORDER])
+@pytest.mark.parametrize("stage", ["prepare", "distill", *STAGE_ORDER])
 def test_what_a_script_runs_exists(stage: str) -> None:
     assert RECIPES[stage].script == f"{stage}.sh"
     assert (REPOSITORY / "conf" / stage / "paper.yaml").is_file()
@@ -192,10 +192,11 @@ def test_a_data_stage_uses_the_cores_that_its_script_asks_for(stage: str) -> Non
     preset = yaml.safe_load((REPOSITORY / "conf" / stage / "paper.yaml").read_text("utf-8"))
     text = (SLURM / f"{stage}.sh").read_text("utf-8")
     cores = int(text.split("#SBATCH --cpus-per-task=")[1].split()[0])
-    assert preset["workers"] in (cores, cores // 2)
+    # cpus-per-task counts hardware threads, two a core, for verify.
+    assert preset["workers"] in ((cores,) if stage in ("prepare", "curate") else (cores, cores // 2))
 
 
-@pytest.mark.parametrize("stage", ["prepare", *STAGE_ORDER])
+@pytest.mark.parametrize("stage", ["prepare", "distill", *STAGE_ORDER])
 def test_directives(stage: str) -> None:
     lines = (SLURM / f"{stage}.sh").read_text("utf-8").splitlines()
     directives = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]

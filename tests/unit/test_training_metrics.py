@@ -10,9 +10,13 @@ import pytest
 
 from phimr_nemo.config import STAGES
 from phimr_nemo.training.metrics import METRICS, Stage, markdown_table, metrics_of
-from phimr_nemo.training.plots import DPO_PANELS, GRPO_PANELS, GRPO_TIMES, SUPERVISED_PANELS
+from phimr_nemo.training.plots import DISTILL_PANELS, DPO_PANELS, GRPO_PANELS, GRPO_TIMES, SUPERVISED_PANELS
 
-TABLES: dict[Stage, str] = {"midtrain": "training.md", "sft": "training.md", "dpo": "training.md", "grpo": "grpo.md"}
+TABLES: dict[Stage, str] = {
+    **dict.fromkeys(("midtrain", "sft", "dpo"), "training.md"),
+    "grpo": "grpo.md",
+    "distill": "distill.md",
+}
 
 
 @pytest.mark.parametrize("stage", TABLES)
@@ -44,6 +48,7 @@ def test_every_curve_is_a_metric_of_its_stage() -> None:
         "sft": list(SUPERVISED_PANELS),
         "dpo": [name for names in DPO_PANELS.values() for name in names],
         "grpo": [*GRPO_TIMES, *(name for names in GRPO_PANELS.values() for name in names)],
+        "distill": [*GRPO_TIMES, *(name for names in DISTILL_PANELS.values() for name in names)],
     }
     for stage, names in shown.items():
         assert set(names) <= metrics_of(stage).keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import re
@@ -248,8 +247,6 @@ def test_the_numbers_are_the_kernels() -> None:
 def test_a_process_is_confined_here_or_the_log_says_that_it_is_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A library that another test imports may have raised it.
-    caplog.set_level(logging.WARNING)
     with Grader(workers=1) as grader:
         grader.grade(r"\boxed{1+x}", "x+1")
     assert [record.message for record in caplog.records] == ([] if confinement() == "seccomp" else [UNCONFINED])

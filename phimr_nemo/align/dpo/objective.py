@@ -141,7 +141,7 @@ class DPOObjective:
         """No preference loss is one of entropies."""
         return False
 
-    def loss(self, logprobs: Tensor, micro: MicroBatch, entropy: Tensor | None = None) -> LossSums:  # noqa: ARG002
+    def loss(self, logprobs: Tensor, micro: MicroBatch, besides: Tensor | None = None, /) -> LossSums:  # noqa: ARG002
         """Loss and metrics summed over the micro-batch's pairs."""
         sums = pair_sums(logprobs, micro)
         loss, metrics = self._loss(sums)

@@ -1,4 +1,4 @@
-"""One line of GRPO's metrics per round."""
+"""One line of metrics per round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phimr_nemo.config.evaluation import MonitorConfig
 from phimr_nemo.store.runs import read_metrics
 from phimr_nemo.training.metrics import PASS_RATE_MIDDLES, PASS_RATE_NAMES
 from phimr_nemo.training.optimizer import TrainerOptimizer
-from phimr_nemo.training.plots import plot_grpo
+from phimr_nemo.training.plots import plot_rounds
 from phimr_nemo.training.tracking import RunLog
 
 _LOGGER: Final = logging.getLogger(__name__)
@@ -29,10 +29,10 @@ _SECONDS: Final = {
 }
 
 
-class GRPOLog(TrainerLog):
+class RoundsLog(TrainerLog):
     """One line per round, from what the trainer logs in its course: rollouts, updates, timers.
 
-    On process 0 it also watches for a collapse, warns once of each kind, and draws `grpo.png` now and then.
+    On process 0 it also watches for a collapse, warns once of each kind, and draws the stage's picture now and then.
 
     Args:
         log, optimizer, every, speed: as for :class:`TrainerLog`.
@@ -78,10 +78,11 @@ class GRPOLog(TrainerLog):
         self._write(step, row, row["train_seconds"])
         if self._log is None:
             return
-        counts = zip(PASS_RATE_MIDDLES, PASS_RATE_NAMES, strict=True)
-        self._log.write_histogram(
-            step, "group_pass_rate", [share for share, name in counts for _ in range(int(row[name]))]
-        )
+        if set(PASS_RATE_NAMES) <= row.keys():
+            counts = zip(PASS_RATE_MIDDLES, PASS_RATE_NAMES, strict=True)
+            self._log.write_histogram(
+                step, "group_pass_rate", [share for share, name in counts for _ in range(int(row[name]))]
+            )
         for message in self.watch.observe(step, row):
             _LOGGER.warning(message)
         if step % self._monitor.dashboard_every == 0:
@@ -104,7 +105,17 @@ class GRPOLog(TrainerLog):
     def draw(self) -> None:
         """Write the dashboard, on process 0."""
         if self._log is not None:
-            plot_grpo(self._directory, self.watch.found)
+            self._plot(self._directory, self.watch.found)
+
+    def _plot(self, directory: Path, collapses: Mapping[str, int]) -> None:
+        raise NotImplementedError
+
+
+class GRPOLog(RoundsLog):
+    """The log whose picture is `grpo.png`."""
+
+    def _plot(self, directory: Path, collapses: Mapping[str, int]) -> None:
+        plot_rounds(directory, collapses, "grpo")
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from phimr_nemo.align.microbatch import (
     used_lengths,
 )
 from phimr_nemo.align.policy import LossSums
-from phimr_nemo.config import GRPOConfig
-from phimr_nemo.config.grpo import MaskedCorrection, SamplerCorrection, TruncatedCorrection
+from phimr_nemo.config import GRPOConfig, RoundsConfig
+from phimr_nemo.config.sampled.rounds import MaskedCorrection, SamplerCorrection, TruncatedCorrection
 from phimr_nemo.data.packing import pack
 from phimr_nemo.losses import (
     IGNORED_LABEL,
@@ -38,7 +39,7 @@ from phimr_nemo.losses import (
     truncated_importance_weights,
 )
 
-TOKEN_EXTRAS = ("sampler_logprobs", "old_logprobs", "reference_logprobs")
+TOKEN_EXTRAS = ("sampler_logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
 
 Advantages = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,18 +89,37 @@ def importance_weights(
     return None
 
 
-class GRPOObjective:
-    """A policy-gradient loss, divided once by its denominator over the optimizer step's global batch.
+class SampledTokens(NamedTuple):
+    """What a loss is of: S responses of a micro-batch.
+
+    Attributes:
+        logprobs: [S, T] of the policy (nats), with gradient.
+        old_logprobs: [S, T] from before the round's updates; in its first one `logprobs` without gradient.
+        mask: bool [S, T], response tokens.
+        weights: [S, T] of the correction, or None.
+        besides: [S, T] entropies or divergences with gradient, where the loss wants them.
+        extras: what the batch brings besides, by name.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    mask: Tensor
+    weights: Tensor | None
+    besides: Tensor | None
+    extras: Mapping[str, Tensor]
+
+
+class RoundsObjective:
+    """A loss of sampled tokens, divided once by its denominator over the optimizer step's global batch.
 
     Args:
-        config: loss, correction, micro-batch and packing.
+        config: correction, micro-batch and packing.
         multiple: sequence lengths are multiples of this.
         pad_id: token of the padding.
     """
 
-    def __init__(self, config: GRPOConfig, *, multiple: int, pad_id: int) -> None:
-        self._loss, self._correction = policy_loss(config), config.correction
-        self._entropy_bonus = config.entropy_bonus
+    def __init__(self, config: RoundsConfig, *, multiple: int, pad_id: int) -> None:
+        self._correction = config.correction
         self._packed, self._size = config.packed, config.micro_batch
         self._capacity = config.micro_batch * config.sequence_length
         self._multiple, self._pad_id = multiple, pad_id
@@ -112,7 +132,7 @@ class GRPOObjective:
 
         Args:
             batch: `response_tokens`, `labels` int64 [n, s], `advantages` float32 [n], `sampler_logprobs` and, where
-                they are known, `old_logprobs` and `reference_logprobs` float32 [n, s].
+                they are known, `old_logprobs`, `reference_logprobs` and `teacher_logprobs` float32 [n, s].
         """
         lengths = used_lengths(batch["labels"])
         # Megatron's schedule wants a micro-batch even from a rank that has nothing to give.
@@ -141,10 +161,14 @@ class GRPOObjective:
 
     @property
     def wants_entropy(self) -> bool:
-        """Whether there is a bonus for it."""
-        return self._entropy_bonus > 0
+        """Whether the loss is one of entropies too."""
+        return False
 
-    def loss(self, logprobs: Tensor, micro: MicroBatch, entropy: Tensor | None = None) -> LossSums:
+    def _loss_of(self, tokens: SampledTokens) -> PolicyLoss:
+        """The stage's loss."""
+        raise NotImplementedError
+
+    def loss(self, logprobs: Tensor, micro: MicroBatch, besides: Tensor | None = None, /) -> LossSums:
         """Loss and metrics summed over the micro-batch; what it is divided by depends on the loss."""
         extras = {name: value.to(logprobs.device) for name, value in micro.extras.items()}
         sequences = len(extras["rows"])
@@ -153,9 +177,8 @@ class GRPOObjective:
         # Without a value from before the round's updates this is the first update: the ratio is 1.
         old, sampler = extras.get("old_logprobs", logprobs.detach()), extras["sampler_logprobs"]
         weights = importance_weights(self._correction, old, sampler, mask)
-        reference = extras.get("reference_logprobs")
-        entropies = None if entropy is None else by_sequence(entropy, micro, sequences)
-        result = self._loss(PolicyBatch(logprobs, old, extras["advantages"], mask, reference, weights, entropies))
+        beside = None if besides is None else by_sequence(besides, micro, sequences)
+        result = self._loss_of(SampledTokens(logprobs, old, mask, weights, beside, extras))
         sums = {**result.metrics, "logprob_gap": torch.where(mask, (old - sampler).abs(), 0.0).sum()}
         if weights is not None:
             sums["sampler_weight"] = torch.where(mask, weights, 0.0).sum()
@@ -170,6 +193,7 @@ class GRPOObjective:
             "clipped_low",
             "clipped_high",
             "kl_to_old",
+            "reverse_kl",
             "logprob_gap",
             "sampler_weight",
             "sampler_masked",
@@ -180,7 +204,40 @@ class GRPOObjective:
             means["policy_entropy"] = sums["entropy"] / tokens
         if "kl_to_reference" in sums:
             means["kl"] = sums["kl_to_reference"] / tokens
-        return means | {"clipped": means["clipped_low"] + means["clipped_high"], "trained_tokens": sums["tokens"]}
+        if "clipped_low" in sums:
+            means["clipped"] = means["clipped_low"] + means["clipped_high"]
+        return means | {"trained_tokens": sums["tokens"]}
+
+
+class GRPOObjective(RoundsObjective):
+    """A policy-gradient loss of advantages, with what is added to it.
+
+    Args:
+        config: of the stage.
+        layout: as for :class:`RoundsObjective`.
+    """
+
+    def __init__(self, config: GRPOConfig, **layout: int) -> None:
+        super().__init__(config, **layout)
+        self._loss, self._entropy_bonus = policy_loss(config), config.entropy_bonus
+
+    @property
+    def wants_entropy(self) -> bool:
+        """Whether there is a bonus for it."""
+        return self._entropy_bonus > 0
+
+    def _loss_of(self, tokens: SampledTokens) -> PolicyLoss:
+        return self._loss(
+            PolicyBatch(
+                tokens.logprobs,
+                tokens.old_logprobs,
+                tokens.extras["advantages"],
+                tokens.mask,
+                tokens.extras.get("reference_logprobs"),
+                tokens.weights,
+                tokens.besides,
+            )
+        )
 
 
 def _extras(batch: Mapping[str, Tensor], rows: Tensor, width: int) -> dict[str, Tensor]:

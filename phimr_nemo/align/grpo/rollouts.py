@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phimr_nemo.align.grpo.rewards import CORRECT, Graded, is_graded
 from phimr_nemo.align.grpo.stabilisers import oversampled, uniform_prompts
-from phimr_nemo.config import GRPOConfig
+from phimr_nemo.config import GRPOConfig, RoundsConfig
 from phimr_nemo.config.engine import QUESTION
 from phimr_nemo.data.chat import render_prompts
 from phimr_nemo.data.repetition import REPETITIVE_ABOVE, repetition
@@ -103,18 +103,21 @@ class GradesAnswers(Protocol):
         ...
 
 
-def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOConfig) -> PromptSet:
-    """Read and tokenise a `prompts` record directory, with the stabilisers that act on prompts.
+def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: RoundsConfig) -> PromptSet:
+    """Read and tokenise a `prompts` record directory; for GRPO, with the stabilisers that act on prompts.
 
     A prompt that leaves less than `max_new_tokens` of `sequence_length` to its response is dropped.
 
     Raises:
-        UserError: the directory is not finished, a question spells a special token, a prompt has no answer to
-            grade by, or no prompt is left.
+        UserError: the directory is not finished, a question spells a special token, a prompt that is graded has no
+            answer, or no prompt is left.
     """
     rows = read_table(directory, "prompts").to_pylist()
-    _check_answers(directory, rows)
-    even = uniform_prompts([row["length_spread"] for row in rows], config.prompt_optimization)
+    if config.verify_workers:
+        _check_answers(directory, rows)
+    even: Sequence[int] = range(len(rows))
+    if isinstance(config, GRPOConfig):
+        even = uniform_prompts([row["length_spread"] for row in rows], config.prompt_optimization)
     token_ids = render_prompts(tokenizer, [config.prompt.replace(QUESTION, rows[i]["question"]) for i in even])
     room = config.sequence_length - config.max_new_tokens
     prompts = [
@@ -123,14 +126,19 @@ def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: GR
         if len(ids) <= room
     ]
     if not prompts:
+        uneven = ""
+        if isinstance(config, GRPOConfig):
+            spread = config.prompt_optimization.max_length_spread
+            uneven = f"prompt_optimization.max_length_spread={spread} drops {len(rows) - len(even)}; of the other "
         raise UserError(
-            f"none of the {len(rows)} prompts in {directory} is usable: prompt_optimization.max_length_spread="
-            f"{config.prompt_optimization.max_length_spread} drops {len(rows) - len(even)}; of the other {len(even)} "
+            f"none of the {len(rows)} prompts in {directory} is usable: {uneven}{len(even)} "
             f"all are longer than sequence_length - max_new_tokens = {room} tokens",
             rule="a prompt has a small enough length spread and leaves max_new_tokens of sequence_length",
             remedy=_more_prompts(len(rows), len(even)),
         )
-    epoch = oversampled([prompt.is_hard for prompt in prompts], config.rebalance)
+    epoch: Sequence[int] = range(len(prompts))
+    if isinstance(config, GRPOConfig):
+        epoch = oversampled([prompt.is_hard for prompt in prompts], config.rebalance)
     return PromptSet(prompts, epoch, len(rows) - len(even), len(even) - len(prompts))
 
 
@@ -288,33 +296,57 @@ def pass_rate_bin(correct: int, size: int) -> int:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What a round's rollouts say. Reward, pass rate and groups are those of graded responses, of which there is one.
+    """What a round's rollouts say. Rewards are those of graded responses, of which there is one.
 
     Returns:
-        reward: mean; reward_<part>: mean of each part, where there is more than one; ungraded: share of responses
-        that the grader gave up on; pass_rate: share of correct responses; zero_gradient_groups: share of groups whose
-        rewards are all equal; groups_<bin>: number of groups in each of `PASS_RATE_BINS`; response_length: mean,
-        tokens; length_spread: mean over groups of standard deviation over mean of the response lengths; truncated:
-        share that hit the length limit; repetition: mean share of a response's end that repeats itself; repetitive:
-        share of responses where that is above `REPETITIVE_ABOVE`; entropy: mean of -log-probability over all sampled
-        tokens (nats), an unbiased estimate of the sampling distribution's.
+        reward: mean; reward_<part>: mean of each part, where there is more than one; zero_gradient_groups: share of
+        groups whose rewards are all equal; and what :func:`verdict_metrics` and :func:`response_metrics` return.
     """
-    groups = groups_of(rollouts)
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
     graded = [rollout for rollout in rollouts if rollout.is_graded]
-    judged = [[graded[i] for i in group] for group in groups_of(graded)]
-    equal = [len({rollout.reward for rollout in group}) == 1 for group in judged]
-    spreads = [pstdev(lengths[i] for i in group) / fmean(lengths[i] for i in group) for group in groups]
-    bins = [pass_rate_bin(sum(rollout.is_correct for rollout in group), len(group)) for group in judged]
+    equal = [len({graded[i].reward for i in group}) == 1 for group in groups_of(graded)]
     parts = sorted({name for rollout in graded for name in rollout.reward_parts})
     means = {f"reward_{name}": fmean(rollout.reward_parts[name] for rollout in graded) for name in parts}
     return {
         "reward": fmean(rollout.reward for rollout in graded),
         **(means if len(means) > 1 else {}),
-        "ungraded": 1.0 - len(graded) / len(rollouts),
-        "pass_rate": fmean(rollout.is_correct for rollout in graded),
         "zero_gradient_groups": fmean(equal),
+        **verdict_metrics(rollouts),
+        **response_metrics(rollouts),
+    }
+
+
+def verdict_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What the grader says of a round.
+
+    Returns:
+        ungraded: share of responses that the grader gave up on; of the others, unless there are none, pass_rate:
+        share of correct responses, and groups_<bin>: number of groups in each of `PASS_RATE_BINS`.
+    """
+    graded = [rollout for rollout in rollouts if rollout.is_graded]
+    ungraded = {"ungraded": 1.0 - len(graded) / len(rollouts)}
+    if not graded:
+        return ungraded
+    judged = [[graded[i] for i in group] for group in groups_of(graded)]
+    bins = [pass_rate_bin(sum(rollout.is_correct for rollout in group), len(group)) for group in judged]
+    return {
+        **ungraded,
+        "pass_rate": fmean(rollout.is_correct for rollout in graded),
         **{name: float(bins.count(number)) for number, name in enumerate(PASS_RATE_NAMES)},
+    }
+
+
+def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What a round's responses are like, graded or not.
+
+    Returns:
+        response_length: mean, tokens; length_spread: mean over groups of standard deviation over mean of the response
+        lengths; truncated: share that hit the length limit; repetition: mean share of a response's end that repeats
+        itself; repetitive: share of responses where that is above `REPETITIVE_ABOVE`; entropy: mean of
+        -log-probability over all sampled tokens (nats), an unbiased estimate of the sampling distribution's.
+    """
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    spreads = [pstdev(lengths[i] for i in group) / fmean(lengths[i] for i in group) for group in groups_of(rollouts)]
+    return {
         "response_length": fmean(lengths),
         "length_spread": fmean(spreads),
         "truncated": fmean(rollout.is_truncated for rollout in rollouts),

@@ -1,4 +1,4 @@
-"""The sampler of a GRPO run: the engine that its configuration names, with the policy's weights."""
+"""The sampler of a run of rounds: the engine that its configuration names, with the policy's weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch.distributed as dist
 
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.config import GRPOConfig
+from phimr_nemo.config import RoundsConfig
 from phimr_nemo.generate.engines import SampledModel, ServerRun, open_engine
 from phimr_nemo.generate.sampler import Sampler, SamplingParams
 from phimr_nemo.training import platform
@@ -16,7 +16,7 @@ from phimr_nemo.training import platform
 RUN_NAME_BYTES: Final = 4
 
 
-def open_sampler(config: GRPOConfig, policy: MegatronPolicy, base_weights: str) -> Sampler:
+def open_sampler(config: RoundsConfig, policy: MegatronPolicy, base_weights: str) -> Sampler:
     """This process's sampler (collective).
 
     Args:

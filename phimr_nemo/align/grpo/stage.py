@@ -1,8 +1,11 @@
-"""Stage 4: GRPO with a verifiable reward, on NeMo-Aligner's ReinforceTrainer."""
+"""A stage of rounds on NeMo-Aligner's ReinforceTrainer, from its inputs to its export; and GRPO, one of them."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -11,17 +14,18 @@ from torch.utils.data import DataLoader
 
 from phimr_nemo.align.checkpoint import TrainerCheckpoints
 from phimr_nemo.align.compat import MegatronPretrainingBatchSampler
-from phimr_nemo.align.grpo.log import GRPOLog
+from phimr_nemo.align.grpo.log import GRPOLog, RoundsLog
+from phimr_nemo.align.grpo.loop import RoundInterrupted, RoundsTrainer
 from phimr_nemo.align.grpo.objective import GRPOObjective
 from phimr_nemo.align.grpo.responses import KeptResponses
 from phimr_nemo.align.grpo.rollouts import PromptSet, load_prompts
 from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
 from phimr_nemo.align.grpo.samplers import open_sampler
-from phimr_nemo.align.grpo.trainer import GRPOTrainer, RoundInterrupted
+from phimr_nemo.align.grpo.trainer import GRPOTrainer
 from phimr_nemo.align.lifecycle import BetweenSteps, content_identity, export, frozen_heap, speed_of
 from phimr_nemo.align.measuring import Measure, Measuring
-from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.config import GRPOConfig, to_dict
+from phimr_nemo.align.policy import MegatronPolicy, Objective
+from phimr_nemo.config import GRPOConfig, RoundsConfig, to_dict
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.rows.batches import EpochOrder
 from phimr_nemo.errors import Preempted
@@ -34,9 +38,30 @@ from phimr_nemo.training.checkpoint import CheckpointStore
 from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
 from phimr_nemo.training.early_stopping import Judge
 from phimr_nemo.training.guard import BatchGuard
-from phimr_nemo.training.metrics import metrics_of
+from phimr_nemo.training.metrics import Stage, metrics_of
 from phimr_nemo.training.tracking import open_log
 from phimr_nemo.verify import Grader
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a stage learns from its rounds.
+
+    Attributes:
+        stage: its name.
+        objective: makes what is optimised, when Megatron's groups are up (collective).
+        trainer: what becomes of a round's responses.
+        log: what is drawn of it.
+        identity: by name, what a resumed run must find unchanged besides base and prompts (collective).
+        keeps_reference: the base's weights are needed beside the policy's.
+    """
+
+    stage: Stage
+    objective: Callable[[HFDirectory], Objective]
+    trainer: type[RoundsTrainer]
+    log: type[RoundsLog]
+    identity: Callable[[], Mapping[str, str]] = dict
+    keeps_reference: bool = False
 
 
 def run_grpo(config: GRPOConfig) -> dict[str, Any]:
@@ -51,6 +76,32 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         UserError: bad input, no usable prompt, an impossible layout, or a resumed run whose inputs changed.
         Preempted: the run was told to stop and has saved its state.
     """
+    learning = Learning(
+        "grpo",
+        lambda base: GRPOObjective(config, **layout_of(config, base)),
+        GRPOTrainer,
+        GRPOLog,
+        keeps_reference=config.kl > 0,
+    )
+    return run_rounds(config, learning)
+
+
+def layout_of(config: RoundsConfig, base: HFDirectory) -> dict[str, int]:
+    """What an objective must know of layout and model."""
+    multiple = config.parallel.tensor if config.parallel.sequence else 1
+    return {"multiple": multiple, "pad_id": base.architecture.pad_token_id}
+
+
+def run_rounds(config: RoundsConfig, learning: Learning) -> dict[str, Any]:
+    """Train the base by rounds of its own responses and export `<run.output>/hf`. Called in every process.
+
+    Args:
+        config: of the stage.
+        learning: what it learns.
+
+    Returns, raises:
+        As :func:`run_grpo`.
+    """
     started = time.monotonic()
     read_manifest(config.prompts, "prompts")
     base = HFDirectory(config.base)
@@ -61,25 +112,25 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
     if config.model.deterministic:
         platform.make_deterministic()
     start_process_group(config.parallel, config.run.seed)
-    metric = metrics_of("grpo")[config.checkpoint.metric]
+    metric = metrics_of(learning.stage)[config.checkpoint.metric]
     judge = Judge(run.path, metric, config.early_stopping, every=_measured_every(config), last=config.steps)
     store = CheckpointStore(run.checkpoints, config.checkpoint, judge)
     batch_guard = BatchGuard(run.path, config.guard, lambda _: trainer.prompts_of_the_round())
-    with PreemptionGuard() as signals, Grader(workers=config.verify_workers, function=config.grader) as grader:
-        policy = build_policy(config, base, batch_guard)
-        if config.kl > 0:
+    with PreemptionGuard() as signals, _grader(config) as grader:
+        policy = build_policy(config, base, batch_guard, learning.objective(base))
+        if learning.keeps_reference:
             policy.keep_reference()
-        identity = content_identity(base, config.prompts)
+        identity = {**content_identity(base, config.prompts), **learning.identity()}
         checkpoints = TrainerCheckpoints(store, policy, batch_guard, identity)
         counters = checkpoints.restore()
         sampler = open_sampler(config, policy, identity["base weights"])
         rounds = Rounds(sampler, policy.weights, pending_directory(run))
         with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
             sinks = lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model)
-            log = GRPOLog(*sinks, monitor=config.monitor, directory=run.path)
+            log = learning.log(*sinks, monitor=config.monitor, directory=run.path)
             drop_later(run.path, counters["step"])
             measuring = Measuring(_measures(config, run, rounds, prompts), run.path, lines, last=config.steps)
-            trainer = GRPOTrainer(
+            trainer = learning.trainer(
                 config=config,
                 prompts=prompts,
                 rounds=rounds,
@@ -101,13 +152,7 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
             trainer.pass_rates = checkpoints.memory
             batch_guard.attach(policy.optimizer.megatron, lambda: trainer.reinforce_optimization_step + 1)
             trainer.take_up()
-            try:
-                with frozen_heap():
-                    # A run that had converged, and died before its export, does not train on.
-                    if not judge.has_converged(trainer.step):
-                        trainer.fit()
-            except RoundInterrupted:
-                trainer.save()
+            _fit(trainer, judge)
             store.finish_writing(wait=True)
             if trainer.step == config.steps:
                 measuring.after(config.steps)
@@ -116,7 +161,9 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         sampler.close()
     converged = judge.has_converged(trainer.step)
     if trainer.step < config.steps and not converged:
-        raise Preempted(f"grpo stopped at step {trainer.step} of {config.steps}; run the same command to continue")
+        raise Preempted(
+            f"{learning.stage} stopped at step {trainer.step} of {config.steps}; run the same command to continue"
+        )
     log.warn_of_idleness(trainer.step)
     return {
         "steps": trainer.step,
@@ -127,20 +174,37 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
         "prompts_too_long": prompts.dropped_long,
         "collapses": log.watch.found,
         "rounds_without_gradient": log.idle_rounds,
-        "base_weights": identity["base weights"],
+        **{name.replace(" ", "_"): value for name, value in identity.items() if name != "data"},
         **export(run, policy, config, store, trainer.step),
         "seconds": time.monotonic() - started,
     }
 
 
-def _measured_every(config: GRPOConfig) -> int:
+def _grader(config: RoundsConfig) -> Any:
+    """What grades, to be entered; None where nothing is graded."""
+    if not config.verify_workers:
+        return contextlib.nullcontext()
+    return Grader(workers=config.verify_workers, function=config.grader)
+
+
+def _fit(trainer: RoundsTrainer, judge: Judge) -> None:
+    try:
+        with frozen_heap():
+            # A run that had converged, and died before its export, does not train on.
+            if not judge.has_converged(trainer.step):
+                trainer.fit()
+    except RoundInterrupted:
+        trainer.save()
+
+
+def _measured_every(config: RoundsConfig) -> int:
     """Steps between two values of what the run is judged by."""
     if config.checkpoint.metric == "pass1" and config.evaluation is not None:
         return config.evaluation.every
     return config.checkpoint.every
 
 
-def _measures(config: GRPOConfig, run: RunDirectory, rounds: Rounds, prompts: PromptSet) -> list[Measure]:
+def _measures(config: RoundsConfig, run: RunDirectory, rounds: Rounds, prompts: PromptSet) -> list[Measure]:
     """pass@1 on held-out questions, sampled by the engine of the rounds in all processes."""
     if config.evaluation is None:
         return []
@@ -163,13 +227,8 @@ def _measures(config: GRPOConfig, run: RunDirectory, rounds: Rounds, prompts: Pr
     return [Measure(config.evaluation.every, "pass1", pass1)]
 
 
-def build_policy(config: GRPOConfig, base: HFDirectory, guard: BatchGuard) -> MegatronPolicy:
+def build_policy(config: RoundsConfig, base: HFDirectory, guard: BatchGuard, objective: Objective) -> MegatronPolicy:
     """The policy with the stage's objective; Megatron's groups are up already."""
-    objective = GRPOObjective(
-        config,
-        multiple=config.parallel.tensor if config.parallel.sequence else 1,
-        pad_id=base.architecture.pad_token_id,
-    )
     return MegatronPolicy(
         base=base,
         model=config.model,
@@ -185,13 +244,12 @@ def build_policy(config: GRPOConfig, base: HFDirectory, guard: BatchGuard) -> Me
     )
 
 
-def _slots(config: GRPOConfig, epoch: int, consumed_samples: int) -> DataLoader[int]:
+def _slots(config: RoundsConfig, epoch: int, consumed_samples: int) -> DataLoader[int]:
     """The stream of prompts: epochs of prompts, each in its own order, without a gap between them.
 
     It has all the prompts that the run may take, and begins with those of the next round.
     """
-    refills = config.rebalance.refill_rounds if config.rebalance.enabled else 0
-    rounds = config.steps * config.prompts_per_step * (1 + refills)
+    rounds = config.steps * config.prompts_per_step * (1 + config.refills)
     sampler = MegatronPretrainingBatchSampler(
         total_samples=rounds,
         consumed_samples=consumed_samples,
@@ -205,7 +263,7 @@ def _slots(config: GRPOConfig, epoch: int, consumed_samples: int) -> DataLoader[
     return DataLoader(EpochOrder(epoch, -(-rounds // epoch), config.run.seed), batch_sampler=sampler)
 
 
-def _trainer_options(config: GRPOConfig) -> Any:
+def _trainer_options(config: RoundsConfig) -> Any:
     return OmegaConf.create(
         {
             # The stream of prompts knows its epochs; to the trainer they are one.
@@ -214,7 +272,8 @@ def _trainer_options(config: GRPOConfig) -> Any:
             "save_interval": config.checkpoint.every,
             "val_check_interval": 0,
             "gradient_clip_val": None,
-            "initial_policy_kl_penalty": config.kl,
+            # A penalty is a part of the loss here.
+            "initial_policy_kl_penalty": 0.0,
             "rollout_batch_seq_length": None,
             "num_rollouts_per_prompt": config.group_size,
             "model_gbs": config.prompts_per_step * config.group_size // config.inner_batches,

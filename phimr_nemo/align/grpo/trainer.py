@@ -1,217 +1,75 @@
-"""GRPO as a subclass of NeMo-Aligner's ReinforceTrainer: three overrides, around upstream's `fit`.
-
-What is overridden, and why (nemo-aligner 0.7.0, algorithms/reinforce.py):
-
-- `_run_inference`: upstream gives every data-parallel rank the whole global batch to train on, counts rollouts
-  where its sampler counts prompts, and calls the generator once per rollout of a group.
-- `generate_reinforce_data`: the advantages of REINFORCE with a leave-one-out baseline become GRPO's, and the
-  stabilisers act here.
-- `run_training`: an optimizer step without a single row is skipped.
-"""
+"""GRPO on the loop of rounds: responses are graded, chosen by the stabilisers, and weighed by their advantages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
-from phimr_nemo.align.compat import ReinforceTrainer
+from phimr_nemo.align.grpo.loop import RoundsTrainer
 from phimr_nemo.align.grpo.objective import advantages_of
-from phimr_nemo.align.grpo.responses import KeptResponses
 from phimr_nemo.align.grpo.rewards import Graded, import_rewards, reward_parts
 from phimr_nemo.align.grpo.rollouts import (
-    GradesAnswers,
-    PromptSet,
     Rollout,
     check_graded,
     gathered,
     graded_rollouts,
     pass_rates_of,
     rollout_metrics,
-    rollout_requests,
-    training_rows,
-    verdicts_of,
 )
-from phimr_nemo.align.grpo.rounds import Rounds
 from phimr_nemo.align.grpo.selection import selected
-from phimr_nemo.align.grpo.stabilisers import annealed_temperature, refill_size, unsolved
-from phimr_nemo.align.microbatch import deal_rows
+from phimr_nemo.align.grpo.stabilisers import refill_size, unsolved
 from phimr_nemo.config import GRPOConfig
-from phimr_nemo.data.chat import response_text
-from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
-from phimr_nemo.losses import IGNORED_LABEL
-from phimr_nemo.store.content import content_seed
-from phimr_nemo.training import platform
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from phimr_nemo.generate.sampler import Completion
 
 
-class RoundInterrupted(Exception):
-    """The run was told to stop while a round was sampled; resumed, it samples the same round again."""
+class GRPOTrainer(RoundsTrainer):
+    """Rewards from a grader, and advantages within groups in the place of upstream's leave-one-out baseline."""
 
+    config: GRPOConfig
 
-class GRPOTrainer(ReinforceTrainer):
-    """Upstream's trainer with rollouts from a :class:`Sampler` and rewards from a grader.
-
-    Args:
-        config: the stage's configuration.
-        prompts: prompts and their epoch.
-        rounds: samples responses with the policy's weights.
-        grader: grades responses in processes that can be killed.
-        tokenizer: turns responses into text.
-        kept_responses: writes some of them down.
-        upstream: the other arguments of ReinforceTrainer.
-    """
-
-    def __init__(
-        self,
-        *,
-        config: GRPOConfig,
-        prompts: PromptSet,
-        rounds: Rounds,
-        grader: GradesAnswers,
-        tokenizer: PreTrainedTokenizerBase,
-        kept_responses: KeptResponses,
-        **upstream: Any,
-    ) -> None:
-        super().__init__(**upstream, val_dataloader_builder=None, collate_fn=None, rm=None, batch_iterator_cls=None)
-        self.config, self.prompts, self.rounds, self.grader = config, prompts, rounds, grader
-        self.tokenizer, self.kept_responses = tokenizer, kept_responses
+    def __init__(self, *, config: GRPOConfig, **others: Any) -> None:
+        super().__init__(config=config, **others)
         self._functions = import_rewards(config.reward)
-        self._rollouts: Sequence[Rollout] = ()
-        self.pass_rates: dict[int, float] = {}
-
-    def prompts_of_the_round(self) -> list[dict[str, Any]]:
-        """Return what names the prompts that the step under way trains on."""
-        numbers = sorted({rollout.prompt for rollout in self._rollouts})
-        return [{"prompt": number, "id": self.prompts.prompts[number].id} for number in numbers]
 
     # ---- rollouts ------------------------------------------------------------------------------------------
 
-    def _run_inference(
-        self,
-        dataloader_builder: Any,
-        consumed_samples: int,
-        is_validation: bool,  # noqa: ARG002
-    ) -> tuple[list[Rollout], dict[str, Any]]:
-        """Sample and grade a round, with what replaces dropped prompts; every process gets all of its rollouts.
-
-        Raises:
-            RoundInterrupted: the run was told to stop; nothing has been trained on yet.
-            UserError: the reward cannot be computed.
-        """
-        loader = dataloader_builder(consumed_samples=consumed_samples)
-        slots = next(iter(loader.batch_sampler))
-        self.model.temperature = annealed_temperature(self.step, self.config.steps, self.config.temperature)
-        with self.timer("sync"):
-            if not self.rounds.is_ahead(self.step):
-                self.rounds.sync(self.step)
-        with self.timer("sample"):
-            prompt_of, completions = self._sampled(loader.dataset, slots)
-        with self.timer("reward"):
-            rollouts = self._graded(prompt_of, completions)
+    def _completed(self, dataset: Any, slots: Sequence[int], rollouts: list[Rollout]) -> tuple[int, dict[str, float]]:
+        """Refill the round; what is logged of it, after a look at what the grader gave up on."""
         with self.timer("refill"):
-            refills, sampled = self._refill(loader.dataset, slots, rollouts)
+            refills, sampled = self._refill(dataset, slots, rollouts)
         self._check_stop()
         check_graded(rollouts, self.config.monitor.ungraded_stop)
         self.pass_rates |= pass_rates_of(rollouts)
-        metrics = {
-            **rollout_metrics(rollouts),
-            "temperature": self.model.temperature,
-            "refills": refills,
-            "solved_prompts": self._solved(),
-            **self.rounds.metrics(self.step, [rollout.version for rollout in rollouts]),
-            # What upstream adds to its count of consumed samples: the sampler counts prompts.
-            "rollout_size": sampled,
-            "table": {"prompt": "", "response": "", "reward": 0.0},
-        }
-        return rollouts, metrics
+        return sampled, {**rollout_metrics(rollouts), "refills": refills, "solved_prompts": self._solved()}
 
     def _refill(self, dataset: Any, slots: Sequence[int], rollouts: list[Rollout]) -> tuple[int, int]:
         """Sample in the place of dropped prompts, into `rollouts`; further rounds, and prompts sampled in all."""
         wanted, first, sampled = self.config.prompts_per_step, slots[0], len(slots)
-        limit = self.config.rebalance.refill_rounds if self.config.rebalance.enabled else 0
-        for refills in range(limit):
+        for refills in range(self.config.refills):
             self._check_stop()
             size = refill_size(wanted, selected(rollouts, self.config, self.step).prompts, sampled, wanted)
             if not size:
                 return refills, sampled
             more = range(first + sampled, first + sampled + size)
-            rollouts.extend(self._graded(*self._sampled(dataset, more)))
+            rollouts.extend(self._judged(*self._sampled(dataset, more)))
             sampled += size
-        return limit, sampled
+        return self.config.refills, sampled
 
     def _solved(self) -> int:
         bound = self.config.curriculum.solved_from
         return 0 if bound is None else sum(rate >= bound for rate in self.pass_rates.values())
 
-    def _check_stop(self) -> None:
-        if self.run_timer.is_finished():
-            raise RoundInterrupted(f"stopped in round {self.step}")
+    def _prompt_at(self, place: int) -> int:
+        """The first prompt from a place of the epoch on that is not solved."""
+        return unsolved(self.prompts.epoch, place, self.pass_rates, self.config.curriculum)
 
-    def _sampled(self, dataset: Any, slots: Sequence[int]) -> tuple[dict[int, int], list[Completion]]:
-        """This process's slots with their prompts' numbers, and their groups' responses."""
-        prompt_of = self._mine(dataset, slots)
-        return prompt_of, self.rounds.sample(self.step, *self._requests(prompt_of, self.step))
-
-    def _mine(self, dataset: Any, slots: Sequence[int]) -> dict[int, int]:
-        """This process's slots with their prompts' numbers."""
-        # Whole groups to a process, so that each prompt is computed once; all processes sample.
-        mine = slots[dist.get_rank() :: dist.get_world_size()]
-        curriculum = self.config.curriculum
-        return {slot: unsolved(self.prompts.epoch, dataset[slot], self.pass_rates, curriculum) for slot in mine}
-
-    def _graded(self, prompt_of: Mapping[int, int], completions: Sequence[Completion]) -> list[Rollout]:
-        """All processes' responses with their verdicts (collective)."""
-        slots = [int(completion.request_id.split("/")[0]) for completion in completions]
-        prompts = [self.prompts.prompts[prompt_of[slot]] for slot in slots]
-        answers = [prompt.answer for prompt in prompts]
-        texts = [
-            response_text(self.tokenizer, prompt.token_ids, completion.token_ids)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        verdicts = verdicts_of(self.grader, texts, answers)
-        graded = [
-            Graded(
-                text,
-                answer,
-                verdict.verdict,
-                len(completion.token_ids),
-                self.config.max_new_tokens,
-                is_truncated=completion.finish_reason == "length",
-                reason=str(getattr(verdict, "reason", "")),
-            )
-            for text, answer, verdict, completion in zip(texts, answers, verdicts, completions, strict=True)
-        ]
+    def _judged(self, prompt_of: Mapping[int, int], completions: Sequence[Completion]) -> list[Rollout]:
+        """All processes' responses with their verdicts and rewards (collective)."""
+        graded = self._verdicts(prompt_of, completions)
         return gathered(graded_rollouts(completions, graded, prompt_of, self._reward_parts))
-
-    def _requests(self, prompt_of: Mapping[int, int], step: int) -> tuple[list[Request], SamplingParams]:
-        """What is asked for step `step`: the groups of these slots."""
-        prompts = {slot: self.prompts.prompts[number] for slot, number in prompt_of.items()}
-        requests = rollout_requests(prompts, self.config.group_size, str(self.config.run.seed), str(step))
-        temperature = annealed_temperature(step, self.config.steps, self.config.temperature)
-        return requests, SamplingParams(temperature, top_p=1.0, max_new_tokens=self.config.max_new_tokens)
-
-    def _next_round(self, step: int) -> tuple[list[Request], SamplingParams]:
-        """What is asked for step `step` when it is the next to begin."""
-        loader = self.train_dataloader_builder(consumed_samples=self.consumed_samples)
-        return self._requests(self._mine(loader.dataset, next(iter(loader.batch_sampler))), step)
-
-    def take_up(self) -> None:
-        """Continue with the round that a stopped run had sampled ahead (collective; after `load_state_dict`)."""
-        if self.config.ahead and self.step < self.config.steps:
-            self.rounds.restore(self.step, self._next_round(self.step)[0])
-
-    def save(self, extra_candidates: Any = None, is_train_end: bool = False) -> None:
-        """Upstream's checkpoint, and then the round that is under way: there may be no time to wait for that."""
-        super().save(extra_candidates, is_train_end)
-        self.rounds.save(self.step)
-        self.rounds.forget(self.ckpt_callback.store.steps())
 
     def _reward_parts(self, graded: Graded) -> dict[str, float]:
         return reward_parts(graded, self.config.reward, self._functions, self.config.overlong)
@@ -228,13 +86,7 @@ class GRPOTrainer(ReinforceTrainer):
         groups = torch.tensor([rollout.slot for rollout in chosen], dtype=torch.int64)
         rewards = torch.tensor([rollout.reward for rollout in chosen], dtype=torch.float32)
         advantages = advantages_of(self.config)(rewards, groups).tolist()
-        mine = self._dealt([len(self.prompts.prompts[r.prompt].token_ids) + len(r.token_ids) for r in chosen])
-        rows = training_rows(
-            [None if number is None else chosen[number] for number in mine],
-            self.prompts.prompts,
-            {row: advantages[number] for row, number in enumerate(mine) if number is not None},
-            self.model.architecture.pad_token_id,
-        )
+        rows = self._rows(chosen, advantages)
         with self.timer("logprobs"):
             if self.config.updates > 1:
                 rows["old_logprobs"] = self.model.batch_log_probs(rows)
@@ -243,31 +95,3 @@ class GRPOTrainer(ReinforceTrainer):
                     rows["reference_logprobs"] = self.model.batch_log_probs(rows)
         taught = len(chosen) if self.config.kl or self.config.entropy_bonus else sum(map(bool, advantages))
         return rows, {**selection.metrics(len(rollout_batch)), "with_gradient": taught / len(rollout_batch)}
-
-    def _dealt(self, lengths: Sequence[int]) -> list[int | None]:
-        """Numbers of this rank's rows, update after update, each filled with None to the size that `fit` cuts."""
-        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-        share = self.cfg.model_gbs // ranks
-        seed = content_seed("deal", str(self.config.run.seed), str(self.step))
-        dealt = deal_rows(lengths, self.config.inner_batches, ranks, seed)
-        return [number for part in dealt for number in [*part[rank], *[None] * (share - len(part[rank]))]]
-
-    # ---- updates -------------------------------------------------------------------------------------------
-
-    def run_training(self, dataloader_iter: Iterable[dict[str, Tensor]]) -> tuple[float, dict[str, float]]:
-        """Upstream's updates, `passes` times, none for a batch without rows; meanwhile the next round is sampled."""
-        if self.config.ahead and self.step + 1 < self.config.steps:
-            self.rounds.sync(self.step)
-            self.rounds.start(self.step + 1, *self._next_round(self.step + 1))
-        batches = list(dataloader_iter)
-        counts = [int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches]
-        labels = torch.tensor(counts, device=platform.device())
-        dist.all_reduce(labels, group=parallel_state.get_data_parallel_group())
-        useful = [batch for batch, count in zip(batches, labels.tolist(), strict=True) if count]
-        # The learning rate follows the rounds, whatever they bring.
-        for _ in range((len(batches) - len(useful)) * self.config.passes):
-            self.scheduler.step()
-        if not useful:
-            return 0.0, {}
-        result: tuple[float, dict[str, float]] = super().run_training(iter(useful * self.config.passes))
-        return result

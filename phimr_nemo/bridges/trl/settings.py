@@ -13,7 +13,7 @@ from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
 from phimr_nemo.config.dpo import StoredReference
 from phimr_nemo.config.engine import LocalEngine, ServerEngine, VLLMEngine
-from phimr_nemo.config.grpo import MaskedCorrection, SamplerCorrection, TruncatedCorrection
+from phimr_nemo.config.sampled.rounds import MaskedCorrection, SamplerCorrection, TruncatedCorrection
 
 TARGET: Final = "TRL"
 Settings = dict[str, Any]

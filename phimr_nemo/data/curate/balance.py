@@ -14,6 +14,7 @@ from phimr_nemo.config.data import BalanceKey, Cap
 from phimr_nemo.data.curate.fates import Fates, Indices, balanced, length_classes
 from phimr_nemo.data.curate.narrow import UNKNOWN_DIFFICULTY, Narrow, label_hash
 from phimr_nemo.data.fate import Fate
+from phimr_nemo.data.outofcore import first_of_runs
 from phimr_nemo.store.records import DIFFICULTIES
 
 Labels = npt.NDArray[np.integer[Any]]
@@ -85,10 +86,7 @@ def _over(cap: Cap, kinds: Kinds, left: Indices) -> Indices:
     if cap.value is not None:
         left = left[labels[left] == _code(cap)]
     by_label = left[np.lexsort((kinds.order[left], labels[left]))]
-    starts = np.ones(len(by_label), np.bool_)
-    starts[1:] = labels[by_label[1:]] != labels[by_label[:-1]]
-    place = np.arange(len(by_label))
-    ranks = place - np.maximum.accumulate(np.where(starts, place, 0))
+    ranks = np.arange(len(by_label)) - first_of_runs(labels[by_label])
     return np.asarray(by_label[ranks >= cap.rows])
 
 

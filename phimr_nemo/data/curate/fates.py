@@ -19,6 +19,7 @@ import numpy.typing as npt
 from phimr_nemo.data.curate.lengths import CHARACTERS_PER_TOKEN
 from phimr_nemo.data.curate.narrow import CORRECT, UNKNOWN_DIFFICULTY, VERDICTS, Narrow
 from phimr_nemo.data.fate import MAX_CANDIDATES, Fate
+from phimr_nemo.data.outofcore import first_of_runs
 from phimr_nemo.store.records import DIFFICULTIES, UNGRADED_VERDICTS, Difficulty
 
 Fates = npt.NDArray[np.uint8]
@@ -283,10 +284,4 @@ def _limit(
 
 def _ranks(*sorted_groups: npt.NDArray[np.generic]) -> Indices:
     """The place of each row in its group, counted from 0; rows of one group follow each other."""
-    count = len(sorted_groups[0])
-    starts = np.zeros(count, np.bool_)
-    starts[:1] = True
-    for group in sorted_groups:
-        starts[1:] |= group[1:] != group[:-1]
-    begin = np.maximum.accumulate(np.where(starts, np.arange(count), 0))
-    return np.asarray(np.arange(count) - begin, np.int64)
+    return np.asarray(np.arange(len(sorted_groups[0])) - first_of_runs(*sorted_groups), np.int64)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from phimr_nemo.data.chat import END, load_tokenizer
+from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.rows.tokenize import Frame, fast_tokenizer, prompt_frame
 from phimr_nemo.store.atomic import atomic_write_text
 from phimr_nemo.store.content import file_sha256
@@ -28,7 +28,7 @@ Lengths = npt.NDArray[np.int32]
 
 CHARACTERS_PER_TOKEN: Final = 3.3
 """Of mathematical English under Phi-4-mini's tokenizer, for responses whose tokens are unknown."""
-NO_FRAME: Final = Frame("", "", ())
+NO_FRAME: Final = Frame("", "", (), "")
 FRAME_TOKENS: Final = 32
 """Of a chat template with its system text, where there is no tokenizer to count them."""
 
@@ -71,7 +71,7 @@ class TokenCounter:
             estimated = pc.utf8_length(responses).to_numpy() / CHARACTERS_PER_TOKEN
             lengths = prompts + np.where(recorded >= 0, recorded, np.ceil(estimated))
             return lengths.astype(np.int32), prompts.astype(np.int32)
-        around = len((self.frame.before + self.frame.after + END).encode())
+        around = len((self.frame.before + self.frame.after + self.frame.end).encode())
         prompts = pc.binary_length(questions).to_numpy() + around
         lengths = prompts + pc.binary_length(responses).to_numpy()
         tokenizer, bounded = _tokenizer(self.file)
@@ -80,7 +80,9 @@ class TokenCounter:
                 continue
             for index in np.flatnonzero((counted > limit) | (not bounded)).tolist():
                 text = f"{self.frame.before}{questions[index].as_py()}{self.frame.after}"
-                counted[index] = _count(tokenizer, text if ends is None else text + ends[index].as_py() + END)
+                counted[index] = _count(
+                    tokenizer, text if ends is None else text + ends[index].as_py() + self.frame.end
+                )
         return lengths.astype(np.int32), prompts.astype(np.int32)
 
 
@@ -96,7 +98,7 @@ def token_counter(
         prompt_limit: the same of a prompt.
 
     Raises:
-        UserError: the directory holds no Phi tokenizer, or its chat template changes the question.
+        UserError: the directory holds no tokenizer with a chat template, or its chat template changes the question.
     """
     if directory is None or (limit is None and prompt_limit is None):
         return TokenCounter()

@@ -1,12 +1,8 @@
-"""Shards of verdicts as files: their narrow columns, sorted by problem out of core, and rows of text by number.
-
-The sort is DuckDB's: it reads parquet, spills to the disk under a limit on memory, streams what it has sorted, and is
-one package without dependencies. Polars' streaming engine does the same; its memory cannot be limited."""
+"""Shards of verdicts as files: their narrow columns, sorted by problem out of core, and rows of text by number."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +14,10 @@ import numpy.typing as npt
 
 from phimr_nemo.data.curate.lengths import TokenCounter
 from phimr_nemo.data.curate.narrow import NARROW, Narrow, narrow_of_file
+from phimr_nemo.data.outofcore import engine, sorted_rows, whole_groups
 from phimr_nemo.data.parallel import ALONE, Team
 from phimr_nemo.errors import UserError
-from phimr_nemo.store.atomic import atomic_file, write_json
+from phimr_nemo.store.atomic import atomic_file, scratch_directory, write_json
 from phimr_nemo.store.content import file_sha256
 from phimr_nemo.store.shards import check_shard, read_manifest, shard_facts
 
@@ -31,10 +28,8 @@ Rows = npt.NDArray[np.int64]
 
 SURVEY_VERSION: Final = 3
 """Another number whenever a narrow column changes meaning: surveys made before are made again."""
-BUCKET_ROWS: Final = 1 << 17
 READ_ROWS: Final = 1024
 MAX_ROLLOUTS: Final = 2**31 - 1
-SORT_MEMORY: Final = "1GiB"
 SORT_DIRECTORY: Final = "sort"
 
 
@@ -77,48 +72,13 @@ class Survey:
     def buckets(self) -> Iterator[Narrow]:
         """All rollouts of some problems, then of others, in memory that does not grow with the rollouts.
 
-        DuckDB reads every file once and sorts them by problem, on the disk beside the files where they are many.
+        Those of one problem follow each other in the order of their rows.
         """
-        parts: list[Narrow] = []
-        held = 0
-        for part in self._sorted():
-            parts.append(part)
-            held += len(part)
-            if held < BUCKET_ROWS:
-                continue
-            narrow = np.concatenate(parts)
-            # The last problem may go on in the next part.
-            whole = int(np.searchsorted(narrow["problem"], narrow["problem"][-1]))
-            if whole:
-                yield narrow[:whole]
-            parts, held = [narrow[whole:]], len(narrow) - whole
-        if held:
-            yield np.concatenate(parts)
-
-    def _sorted(self) -> Iterator[Narrow]:
-        """Batches of narrow columns in the order of problems, those of one problem in the order of their rows."""
-        import duckdb
-
-        directory = self.files[0].parent / SORT_DIRECTORY
-        settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": SORT_MEMORY,
-            "threads": self.threads,
-            "temp_directory": str(directory),
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        }
-        try:
-            with duckdb.connect(config=settings) as connection:
-                columns = ", ".join(NARROW.names or ())
-                query = f"SELECT {columns} FROM read_parquet($files) ORDER BY problem, row"
-                found = connection.execute(query, {"files": [str(path) for path in self.files]})
-                for batch in found.fetch_record_batch(BUCKET_ROWS):
-                    narrow = np.empty(batch.num_rows, NARROW)
-                    for name, column in zip(NARROW.names or (), batch.columns, strict=True):
-                        narrow[name] = column.to_numpy(zero_copy_only=False)
-                    yield narrow
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        with (
+            scratch_directory(self.files[0].parent / SORT_DIRECTORY) as directory,
+            engine(directory, self.threads) as connection,
+        ):
+            yield from whole_groups(sorted_rows(connection, self.files, NARROW, "problem, row"), "problem")
 
 
 def shards_of(directories: Sequence[Path]) -> list[Shard]:

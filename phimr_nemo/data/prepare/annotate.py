@@ -16,10 +16,11 @@ from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from phimr_nemo.config import AnnotationConfig
-from phimr_nemo.data.prepare.candidates import candidate_shards
 from phimr_nemo.data.prepare.dedup import KEPT, Duplicates
+from phimr_nemo.data.prepare.narrow import label_code
 from phimr_nemo.data.sources.labels import DOMAINS, Domain
 from phimr_nemo.endpoint import Asker, OpensModel, Prompt
 from phimr_nemo.store.records import DIFFICULTIES, Difficulty
@@ -71,14 +72,12 @@ class Annotations:
     """Domain and difficulty of all candidates in two bytes each; a kept problem takes what its duplicates know.
 
     Args:
-        directories: the candidates.
+        codes: [n, 2] as the sources tell them (:class:`.narrow.Facts`); taken over.
         duplicates: which of them stand for which.
     """
 
-    def __init__(self, directories: list[Path], duplicates: Duplicates) -> None:
-        columns = ["domain", "difficulty"]
-        shards = candidate_shards(directories, columns)
-        self._codes = np.concatenate([np.array(_codes(table.to_pydict()), dtype=np.uint8) for _, table in shards])
+    def __init__(self, codes: npt.NDArray[np.uint8], duplicates: Duplicates) -> None:
+        self._codes = codes
         for index in np.flatnonzero(duplicates.reason != KEPT):
             kept = self._codes[duplicates.kept[index]]
             kept[:] = np.where(kept == 0, self._codes[index], kept)
@@ -90,16 +89,7 @@ class Annotations:
 
     def set(self, index: int, domain: Domain | None, difficulty: Difficulty | None) -> None:
         """Remember what a problem was given."""
-        self._codes[index] = _code(domain, DOMAINS), _code(difficulty, DIFFICULTIES)
-
-
-def _codes(columns: Mapping[str, Sequence[Any]]) -> list[tuple[int, int]]:
-    pairs = zip(columns["domain"], columns["difficulty"], strict=True)
-    return [(_code(domain, DOMAINS), _code(difficulty, DIFFICULTIES)) for domain, difficulty in pairs]
-
-
-def _code(label: str | None, labels: Sequence[str]) -> int:
-    return labels.index(label) + 1 if label is not None else 0
+        self._codes[index] = label_code(domain, DOMAINS), label_code(difficulty, DIFFICULTIES)
 
 
 class Annotator:

@@ -8,24 +8,36 @@ in mathematics one other number, or "center" for "radius", makes another questio
 
 Of duplicates the best row is kept: one with an answer of its source, then one with a worked solution,
 then one with more own labels, then the earliest. Every dropped row is similar to the row it is dropped for, not only
-to another dropped one. Decisions need a few hundred bytes a question, most of them on disk.
+to another dropped one. Questions are sorted out of core (:mod:`phimr_nemo.data.outofcore`); what is decided takes 13
+bytes a question in memory.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from phimr_nemo.config import NearDuplicatesConfig
+from phimr_nemo.data.outofcore import Narrow, engine, first_of_runs, sorted_rows, whole_groups
+from phimr_nemo.store.atomic import scratch_directory
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    import duckdb
+    import pyarrow as pa
 
+Indices = npt.NDArray[np.int64]
+
+SIGNATURE_ITEM_BYTES: Final = 4
+PIECE_BITS: Final = 32
+PLACE_MASK: Final = (1 << PIECE_BITS) - 1
+SORT_DIRECTORY: Final = "sort"
 SHINGLE_TOKENS: Final = 3
 # 25 bands of 5 find a pair of similarity 0.8 with probability 1 - (1 - 0.8^5)^25 > 0.9999, one of 0.5 with 0.55.
 ROWS_PER_BAND: Final = 5
@@ -63,30 +75,51 @@ class Signer:
         return signature.hashvalues.astype(np.uint32)
 
 
+def band_names(bands: int) -> list[str]:
+    """The columns of the keys under which near duplicates meet."""
+    return [f"band_{number:03d}" for number in range(bands)]
+
+
+def band_keys(numbers: int, answer: int, signature: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    """A question's key in each band, [bands]: of its numbers and its answer, and of a stretch of its signature."""
+    count = len(signature) // ROWS_PER_BAND
+    keys = np.full(count, _mix(np.array([numbers], np.uint64), np.array([answer], np.uint64))[0])
+    for rows in signature.astype(np.uint64).reshape(count, ROWS_PER_BAND).T:
+        keys = _mix(keys, rows)
+    return keys
+
+
 @dataclass(frozen=True)
-class Facts:
-    """What decides about duplicates: one entry a question, in the order of sources and rows.
+class Candidates:
+    """The narrow columns of all candidates (:mod:`.narrow`), piece by piece.
+
+    A candidate's `row` is the number of its piece in the upper half and its place in the piece in the lower one:
+    known before other pieces are read, and ascending in the order of sources and rows. Its index counts all.
 
     Attributes:
-        question: [n] 64-bit digest of the compared question.
-        bare: [n] digest of the question without what its source puts around all questions, too.
-        numbers: [n] digest of its numbers.
-        answer: [n] digest of its compared answer.
-        rank: [n] preference, the greater the better.
-        signatures: [permutations, n] MinHash signatures, or None without near duplicates.
+        files: of every piece.
+        starts: [pieces + 1] the index of each piece's first candidate, and the number of all.
     """
 
-    question: npt.NDArray[np.uint64]
-    bare: npt.NDArray[np.uint64]
-    numbers: npt.NDArray[np.uint64]
-    answer: npt.NDArray[np.uint64]
-    rank: npt.NDArray[np.int32]
-    signatures: npt.NDArray[np.uint32] | None
+    files: Sequence[Path]
+    starts: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def index(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The indices of rows."""
+        return np.asarray(self.starts[rows >> PIECE_BITS] + (rows & PLACE_MASK), np.int64)
+
+
+def first_row(piece: int) -> int:
+    """The row of a piece's first candidate."""
+    return piece << PIECE_BITS
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The decision, one entry a question.
+    """The decision, one entry a question, in the order of sources and rows.
 
     Attributes:
         kept: [n] the index of the row that stands for this one; its own where it is kept.
@@ -99,95 +132,138 @@ class Duplicates:
     similarity: npt.NDArray[np.float32]
 
 
-def find_duplicates(facts: Facts, near: NearDuplicatesConfig | None) -> Duplicates:
-    """Decide which questions are kept. Deterministic: the same facts give the same decision."""
-    count = len(facts.question)
+def find_duplicates(candidates: Candidates, near: NearDuplicatesConfig | None, threads: int = 1) -> Duplicates:
+    """Decide which questions are kept. Deterministic: the same columns give the same decision."""
+    count = len(candidates)
     found = Duplicates(
         kept=np.arange(count, dtype=np.int64),
         reason=np.full(count, KEPT, dtype=np.uint8),
         similarity=np.ones(count, dtype=np.float32),
     )
-    # Position in the order of preference: best rank first, then earliest.
-    preference = np.lexsort((np.arange(count), -facts.rank))
-    place = np.empty(count, dtype=np.int64)
-    place[preference] = np.arange(count)
-    by_question = np.lexsort((place, facts.question))
-    for run in _runs(facts.question[by_question]):
-        best = by_question[run.start]
-        for index in by_question[run.start + 1 : run.stop]:
-            found.kept[index] = best
-            found.reason[index] = EXACT if facts.answer[index] == facts.answer[best] else EXACT_OTHER_ANSWER
-    _mark_wrapped(facts, found, place)
-    if near is not None and facts.signatures is not None:
-        _mark_near(facts, found, place, near)
+    with (
+        scratch_directory(candidates.files[0].parent / SORT_DIRECTORY) as directory,
+        engine(directory, threads) as connection,
+    ):
+        _mark_equal(connection, candidates, found)
+        _mark_wrapped(connection, candidates, found)
+        if near is not None:
+            files = _write_pairs(connection, candidates, found, near, directory)
+            if files:
+                _mark_near(connection, candidates, found, files, near)
     # A duplicate of a question that turned out a duplicate of another stands for what that one stands for.
     while (found.kept != found.kept[found.kept]).any():
         found.kept[:] = found.kept[found.kept]
     return found
 
 
-def _mark_wrapped(facts: Facts, found: Duplicates, place: npt.NDArray[np.int64]) -> None:
+def _in_preference(
+    connection: duckdb.DuckDBPyConnection, candidates: Candidates, keys: Sequence[str], others: Sequence[str] = ()
+) -> Iterator[Narrow]:
+    """The rows by keys, those of equal keys in the order of preference: best rank first, then earliest."""
+    dtype = np.dtype([("row", np.int64), *((name, np.uint64) for name in (*keys, *others))])
+    order = f"{', '.join(keys)}, rank DESC, row"
+    return whole_groups(sorted_rows(connection, candidates.files, dtype, order), keys[0])
+
+
+def _mark_equal(connection: duckdb.DuckDBPyConnection, candidates: Candidates, found: Duplicates) -> None:
+    for part in _in_preference(connection, candidates, ["question"], ["answer"]):
+        index, best = candidates.index(part["row"]), first_of_runs(part["question"])
+        others = np.flatnonzero(best != np.arange(len(part)))
+        best = best[others]
+        found.kept[index[others]] = index[best]
+        same = part["answer"][others] == part["answer"][best]
+        found.reason[index[others]] = np.where(same, EXACT, EXACT_OTHER_ANSWER)
+
+
+def _mark_wrapped(connection: duckdb.DuckDBPyConnection, candidates: Candidates, found: Duplicates) -> None:
     """Kept questions that are equal without their sources' wrappers and have the same answer.
 
     A learned wrapper may be a part of the question ("Find the area of this square:"), so the answer must agree.
     """
-    rows = np.flatnonzero(found.reason == KEPT)
-    key = _mix(facts.bare[rows], facts.answer[rows])
-    order = np.lexsort((place[rows], key))
-    for run in _runs(key[order]):
-        best, *others = rows[order[run]].tolist()
-        for index in others:
-            if facts.bare[index] == facts.bare[best] and facts.answer[index] == facts.answer[best]:
-                found.kept[index], found.reason[index] = best, EXACT
+    for part in _in_preference(connection, candidates, ["bare", "answer"]):
+        index = candidates.index(part["row"])
+        open_rows = found.reason[index] == KEPT
+        index, left = index[open_rows], part[open_rows]
+        best = first_of_runs(left["bare"], left["answer"])
+        others = np.flatnonzero(best != np.arange(len(left)))
+        found.kept[index[others]] = index[best[others]]
+        found.reason[index[others]] = EXACT
 
 
-def _runs(keys: npt.NDArray[np.uint64]) -> Iterator[slice]:
-    """The stretches of at least two equal keys in a sorted array."""
-    starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else np.empty(0, np.int64)
-    stops = np.append(starts[1:], len(keys))
-    for start, stop in zip(starts[stops - starts > 1], stops[stops - starts > 1], strict=True):
-        yield slice(int(start), int(stop))
+def _write_pairs(
+    connection: duckdb.DuckDBPyConnection,
+    candidates: Candidates,
+    found: Duplicates,
+    near: NearDuplicatesConfig,
+    directory: Path,
+) -> list[Path]:
+    """Files of pairs (worse, better) of kept questions that agree in a band, some of them in several."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = []
+    for name in band_names(near.permutations // ROWS_PER_BAND):
+        for number, part in enumerate(_in_preference(connection, candidates, [name])):
+            left = part[found.reason[candidates.index(part["row"])] == KEPT]
+            worse, better = _pairs_of(left[name], left["row"])
+            if len(worse):
+                files.append(directory / f"pairs-{name}-{number}.parquet")
+                pq.write_table(pa.table({"worse": worse, "better": better}), files[-1])
+    return files
 
 
-def _mark_near(facts: Facts, found: Duplicates, place: npt.NDArray[np.int64], near: NearDuplicatesConfig) -> None:
-    better: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    pairs = sorted(_candidate_pairs(facts, found, place, near))
-    signatures = facts.signatures
-    assert signatures is not None
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        worse_of, better_of = np.array(pairs[start : start + PAIRS_AT_ONCE], dtype=np.int64).T
-        similarity = (signatures[:, worse_of] == signatures[:, better_of]).mean(axis=0)
-        same = (facts.numbers[worse_of] == facts.numbers[better_of]) & (
-            facts.answer[worse_of] == facts.answer[better_of]
-        )
-        for index in np.flatnonzero(same & (similarity >= near.threshold)):
-            better[int(worse_of[index])].append((int(better_of[index]), float(similarity[index])))
-    for worse in sorted(better, key=lambda index: place[index]):
-        kept = [(share, -place[index], index) for index, share in better[worse] if found.reason[index] == KEPT]
+def _pairs_of(keys: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64]) -> tuple[Indices, Indices]:
+    """Each question of a run of equal keys with the best of the run and with some before it; (worse, better)."""
+    first = first_of_runs(keys)
+    place = np.arange(len(keys))
+    worse, better = [place[first != place]], [first[first != place]]
+    for distance in range(1, min(MAX_COMPARED + 1, len(keys))):
+        same = place[distance:][first[distance:] == first[:-distance]]
+        worse.append(same)
+        better.append(same - distance)
+    return rows[np.concatenate(worse)], rows[np.concatenate(better)]
+
+
+_COMPARED: Final = """
+    SELECT worse, better, w.rank AS worse_rank, b.rank AS better_rank, w.signature AS one, b.signature AS other
+    FROM (SELECT DISTINCT worse, better FROM read_parquet($pairs))
+    JOIN read_parquet($files) w ON w.row = worse
+    JOIN read_parquet($files) b ON b.row = better AND b.numbers = w.numbers AND b.answer = w.answer
+"""
+
+
+def _mark_near(
+    connection: duckdb.DuckDBPyConnection,
+    candidates: Candidates,
+    found: Duplicates,
+    pairs: Sequence[Path],
+    near: NearDuplicatesConfig,
+) -> None:
+    files = {"pairs": [str(path) for path in pairs], "files": [str(path) for path in candidates.files]}
+    # By preference: the best first.
+    better: dict[tuple[int, int], list[tuple[float, int, int]]] = defaultdict(list)
+    for batch in connection.execute(_COMPARED, files).fetch_record_batch(PAIRS_AT_ONCE):
+        one, other = (_signatures(batch.column(name), near.permutations) for name in ("one", "other"))
+        similarity = (one == other).mean(axis=1)
+        alike = np.flatnonzero(similarity >= near.threshold)
+        names = ("worse", "worse_rank", "better", "better_rank")
+        columns = [batch.column(name).to_numpy()[alike].tolist() for name in names]
+        for worse, worse_rank, best, rank, share in zip(*columns, similarity[alike].tolist(), strict=True):
+            better[-worse_rank, worse].append((share, rank, -best))
+    for key in sorted(better):
+        worse = int(candidates.index(np.array([key[1]]))[0])
+        of_better = candidates.index(-np.array([row for _, _, row in better[key]])).tolist()
+        kept = [
+            (one, index) for one, index in zip(better[key], of_better, strict=True) if found.reason[index] == KEPT
+        ]
         if kept:
-            share, _, index = max(kept)
+            (share, _, _), index = max(kept)
             found.kept[worse], found.reason[worse], found.similarity[worse] = index, NEAR, share
 
 
-def _candidate_pairs(
-    facts: Facts, found: Duplicates, place: npt.NDArray[np.int64], near: NearDuplicatesConfig
-) -> set[tuple[int, int]]:
-    """Pairs (worse, better) of kept questions with the same numbers and answer that agree in at least one band."""
-    assert facts.signatures is not None
-    rows = np.flatnonzero(found.reason == KEPT)
-    same = _mix(facts.numbers[rows], facts.answer[rows])
-    pairs: set[tuple[int, int]] = set()
-    for first in range(0, near.permutations, ROWS_PER_BAND):
-        key = same.copy()
-        for row in range(first, first + ROWS_PER_BAND):
-            key = _mix(key, facts.signatures[row, rows].astype(np.uint64))
-        order = np.lexsort((place[rows], key))
-        for run in _runs(key[order]):
-            members = rows[order[run]].tolist()
-            for position, worse in enumerate(members[1:], 1):
-                pairs.update((worse, one) for one in members[max(0, position - MAX_COMPARED) : position])
-                pairs.add((worse, members[0]))
-    return pairs
+def _signatures(column: pa.BinaryArray, permutations: int) -> npt.NDArray[np.uint32]:
+    """[rows, permutations]."""
+    return np.frombuffer(b"".join(column.to_pylist()), "<u4").reshape(-1, permutations)
 
 
 def _mix(key: npt.NDArray[np.uint64], value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -22,14 +22,14 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from phimr_nemo.config import GoldConfig
-from phimr_nemo.data.prepare.candidates import candidate_shards, rows_at
-from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, Duplicates, Facts
+from phimr_nemo.data.prepare.candidates import Work, candidate_tables, rows_at
+from phimr_nemo.data.prepare.dedup import EXACT, EXACT_OTHER_ANSWER, KEPT, Duplicates
+from phimr_nemo.data.prepare.narrow import Facts
 from phimr_nemo.store.records import GoldKind
 from phimr_nemo.verify.answer import Grader
 from phimr_nemo.verify.extract import final_answer
@@ -100,24 +100,21 @@ class Golds:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def settle_golds(
-    directories: list[Path], names: Sequence[str], facts: Facts, found: Duplicates, config: GoldConfig
-) -> Golds:
+def settle_golds(works: Sequence[Work], facts: Facts, found: Duplicates, config: GoldConfig) -> Golds:
     """Settle the answers of all questions that have none or several; `found` takes what comes of it.
 
     Args:
-        directories: the candidates.
-        names: of their sources.
-        facts: what decided about duplicates.
+        works: the candidates.
+        facts: of all of them.
         found: the duplicates; of a conflict the best row with the answer that won is then kept.
         config: the rule.
     """
     golds = Golds()
-    wanted = _open_candidates(directories, facts, found)
+    wanted = _open_candidates(facts, found)
     if not wanted:
         return golds
     groups: dict[int, list[Candidate]] = defaultdict(list)
-    for one in _read(directories, names, wanted):
+    for one in _read(works, wanted):
         groups[int(found.kept[one.index])].append(one)
     ordered = sorted(groups)
     with Grader() as grader:
@@ -138,22 +135,16 @@ def settle(groups: Sequence[Sequence[Candidate]], config: GoldConfig, grader: Gr
         yield _settle_one(members, next(classes), config)
 
 
-def _open_candidates(directories: list[Path], facts: Facts, found: Duplicates) -> frozenset[int]:
+def _open_candidates(facts: Facts, found: Duplicates) -> frozenset[int]:
     """The candidates of questions of which one has no answer, has a voted one, or another answer than the rest."""
-    unsure = np.zeros(len(facts.rank), np.bool_)
-    start = 0
-    for _, table in candidate_shards(directories, ["answer", "voted"]):
-        stop = start + table.num_rows
-        voted = table["voted"].to_numpy(zero_copy_only=False)
-        unsure[start:stop] = voted | (table["answer"].to_numpy(zero_copy_only=False) == "")
-        start = stop
-    unsure |= found.reason == EXACT_OTHER_ANSWER
+    unsure = facts.unsure | (found.reason == EXACT_OTHER_ANSWER)
     return frozenset(np.flatnonzero(np.isin(found.kept, found.kept[unsure])).tolist())
 
 
-def _read(directories: list[Path], names: Sequence[str], wanted: frozenset[int]) -> Iterator[Candidate]:
+def _read(works: Sequence[Work], wanted: frozenset[int]) -> Iterator[Candidate]:
     start = 0
-    for source, table in candidate_shards(directories, ["answer", "voted", "trajectories"]):
+    names = {work.source: work.config.name for work in works}
+    for source, table in candidate_tables(works, ["answer", "voted", "trajectories"]):
         places = [place for place in range(table.num_rows) if start + place in wanted]
         for place, row in zip(places, rows_at(table, places), strict=True):
             finished = dict.fromkeys(one["response"] for one in row["trajectories"] if one["finish_reason"] == "stop")

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from phimr_nemo.config import PrepareConfig, to_dict
 from phimr_nemo.data.parallel import Team
-from phimr_nemo.data.prepare.candidates import SHOWN_CHARS, candidate_shards, rows_at
+from phimr_nemo.data.prepare.candidates import SHOWN_CHARS, Work, candidate_tables, rows_at
 from phimr_nemo.data.prepare.golds import Golds
 from phimr_nemo.data.sources.source import hub_revision
 from phimr_nemo.store.atomic import atomic_file
@@ -101,11 +101,11 @@ def examples_of(drops: Path) -> Mapping[str, Sequence[str]]:
     return dict(found)
 
 
-def write_conflicts(path: Path, directories: list[Path], names: Sequence[str], golds: Golds) -> None:
+def write_conflicts(path: Path, works: Sequence[Work], names: Sequence[str], golds: Golds) -> None:
     """One JSON line for every question whose sources have several answers."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as lines:
         start = 0
-        for source, table in candidate_shards(directories, ["place", "question"]):
+        for source, table in candidate_tables(works, ["place", "question"]):
             places = [place for place in range(table.num_rows) if start + place in golds.conflicts]
             for place, row in zip(places, rows_at(table, places), strict=True):
                 told = {"source": names[source], "place": row["place"], "question": row["question"][:SHOWN_CHARS]}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from phimr_nemo.data.chat import forbidden_tokens, prompt_text, response_part
+from phimr_nemo.data.chat import end_of_turn, forbidden_tokens, prompt_text, response_part
 from phimr_nemo.data.packing import Document
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import question_number
@@ -39,11 +39,13 @@ class Frame:
     Attributes:
         before, after: text around the question, up to where the response begins.
         special: the tokens that no text may spell.
+        end: the token that ends a response.
     """
 
     before: str
     after: str
     special: tuple[str, ...]
+    end: str
 
 
 def prompt_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
@@ -61,7 +63,7 @@ def prompt_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
                 rule="a chat template holds the question once and as it is",
                 remedy="use a template that neither trims nor escapes the user's content",
             )
-    return Frame(before, after, forbidden_tokens(tokenizer))
+    return Frame(before, after, forbidden_tokens(tokenizer), end_of_turn(tokenizer))
 
 
 @lru_cache(maxsize=1)
@@ -78,7 +80,7 @@ def tokenize(
     """Token ids and loss masks of conversations, as :func:`phimr_nemo.data.chat.render_conversations` has them.
 
     Args:
-        tokenizer: a Phi tokenizer.
+        tokenizer: of the model.
         frame: of its chat template.
         conversations: a parquet file with the columns question and response.
         capacity: longer conversations are dropped.
@@ -121,7 +123,7 @@ def _texts(
                 counts["dropped: special token in text"] += 1
             else:
                 prompt = f"{frame.before}{question}{frame.after}"
-                is_cut = row.get("finish_reason") == "length"
-                texts += [prompt, response_part(prompt, response, cut_off=is_cut)]
+                end = "" if row.get("finish_reason") == "length" else frame.end
+                texts += [prompt, response_part(prompt, response, end)]
                 numbers.append(question_number(question))
         yield texts, numbers

@@ -12,19 +12,40 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.inputs import table_remedy
-from phimr_nemo.store.unpacking import LINE_BYTES, MAX_ROW_BYTES, Allowance, parquet_batches
+from phimr_nemo.store.unpacking import LINE_BYTES, MAX_ROW_BYTES, Allowance, compressed_bytes, parquet_batches
 
 Row = dict[str, Any]
 
 CHUNK_BYTES: Final = 1 << 20
+PART_BYTES: Final = 32 << 20
+"""Of a file, for one process at a time: some ten thousand rows."""
 MAX_DIGITS: Final = 4_000
 COMPRESSIONS: Final = (".gz", ".zst")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a file that is read by itself.
+
+    Attributes:
+        start, stop: bytes of a file of lines, row groups of a parquet file; None = to the end.
+        before: lines or rows of the file before it.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    before: int = 0
+
+
+WHOLE: Final = Part()
 
 
 def format_of(path: Path) -> str:
@@ -66,12 +87,68 @@ def files_in(directory: Path) -> list[Path]:
     return files
 
 
-def read_rows(path: Path, *, array_column: str | None = None) -> Iterator[tuple[str, Row]]:
-    """Each row of a file with its place in it.
+def parts_of(path: Path) -> Iterator[Part]:
+    """A file in parts of about `PART_BYTES`, in order: parquet between row groups, JSON lines between lines.
+
+    Compressed text and a JSON array can be read from the beginning only, and are one part.
+
+    Raises:
+        UserError: the file is damaged or of an unknown format.
+    """
+    ending = format_of(path)
+    with _explained(path):
+        if ending == ".parquet":
+            yield from _parts_of_parquet(path)
+        elif path.suffix.lower() in COMPRESSIONS:
+            yield WHOLE
+        else:
+            with path.open("rb") as file:
+                whole = ending == ".json" and (_is_array(file) or _is_one_object(file))
+                yield from [WHOLE] if whole else _parts_of_lines(file, path.stat().st_size)
+
+
+def _parts_of_parquet(path: Path) -> Iterator[Part]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, ValueError) as error:
+        raise _damaged(path, error) from error
+    start = held = before = rows = 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        held, rows = held + compressed_bytes(group), rows + group.num_rows
+        if held >= PART_BYTES and index + 1 < metadata.num_row_groups:
+            yield Part(start, index + 1, before)
+            start, held, before, rows = index + 1, 0, before + rows, 0
+    yield Part(start, None, before)
+
+
+def _parts_of_lines(file: BinaryIO, size: int) -> Iterator[Part]:
+    start = before = 0
+    while size - start > PART_BYTES:
+        lines, left = 0, PART_BYTES
+        while left > 0 and (chunk := file.read(min(CHUNK_BYTES, left))):
+            lines, left = lines + chunk.count(b"\n"), left - len(chunk)
+        # To the end of the line, however long it is.
+        while (chunk := file.readline(CHUNK_BYTES)) and not chunk.endswith(b"\n"):
+            pass
+        stop = file.tell()
+        if stop >= size:
+            break
+        yield Part(start, stop, before)
+        start, before = stop, before + lines + 1
+    yield Part(start, None, before)
+
+
+def read_rows(path: Path, *, array_column: str | None = None, part: Part = WHOLE) -> Iterator[tuple[str, Row]]:
+    """Each row of a file, or of a part of it, with its place in the file.
 
     Args:
         path: JSON, JSONL (.gz, .zst) or parquet.
         array_column: take rows that are JSON arrays, as the only column of this name.
+        part: one of :func:`parts_of`.
 
     Raises:
         UserError: the file is missing, empty, damaged or of an unknown format, or a row is malformed
@@ -85,14 +162,28 @@ def read_rows(path: Path, *, array_column: str | None = None) -> Iterator[tuple[
         )
     ending = format_of(path)
     rows = 0
-    try:
-        for place, row in _rows_of_parquet(path) if ending == ".parquet" else _rows_of_text(path, ending):
+    with _explained(path):
+        found = _rows_of_parquet(path, part) if ending == ".parquet" else _rows_of_text(path, ending, part)
+        for place, row in found:
             if array_column is not None and isinstance(row, list):
                 row = {array_column: row}
             if not isinstance(row, dict):
                 raise _malformed(path, place, f"is a JSON {type(row).__name__}, not an object")
             rows += 1
             yield place, row
+    if not rows and part == WHOLE:
+        raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise what readers say of a damaged file as a message.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _damaged(path, error) from error
     except OSError as error:
@@ -100,8 +191,6 @@ def read_rows(path: Path, *, array_column: str | None = None) -> Iterator[tuple[
         if error.errno is None:
             raise _damaged(path, error) from error
         raise
-    if not rows:
-        raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
@@ -126,9 +215,12 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
         raise UserError(f"{path} holds no rows", rule="an input has at least one row", remedy="correct the path")
 
 
-def _rows_of_text(path: Path, ending: str) -> Iterator[tuple[str, Any]]:
+def _rows_of_text(path: Path, ending: str, part: Part) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
-        if ending == ".json" and _is_array(file):
+        if part != WHOLE:
+            file.seek(part.start)
+            yield from _rows_of_lines(path, file, part)
+        elif ending == ".json" and _is_array(file):
             yield from _rows_of_array(path, file)
         elif ending == ".json" and _is_one_object(file):
             text = file.read(MAX_ROW_BYTES + 1)
@@ -136,7 +228,7 @@ def _rows_of_text(path: Path, ending: str) -> Iterator[tuple[str, Any]]:
                 raise _malformed(path, "the file", f"is one object of more than {MAX_ROW_BYTES} bytes")
             yield "the file", _parse(path, "the file", text)
         else:
-            yield from _rows_of_lines(path, file)
+            yield from _rows_of_lines(path, file, part)
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -219,10 +311,10 @@ def _refill(path: Path, stream: codecs.StreamReader, text: str, allowance: Allow
     return text + more
 
 
-def _rows_of_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    number, allowance = 0, Allowance(path)
-    while line := file.readline(MAX_ROW_BYTES + 1):
-        number += 1
+def _rows_of_lines(path: Path, file: BinaryIO, part: Part) -> Iterator[tuple[str, Any]]:
+    number, place, allowance = part.before, part.start, Allowance(path)
+    while (part.stop is None or place < part.stop) and (line := file.readline(MAX_ROW_BYTES + 1)):
+        number, place = number + 1, place + len(line)
         allowance.spend(max(len(line), LINE_BYTES))
         if len(line) > MAX_ROW_BYTES:
             raise _malformed(path, f"line {number}", f"is longer than {MAX_ROW_BYTES} bytes")
@@ -242,12 +334,12 @@ def _whole_number(digits: str) -> int | str:
     return int(digits) if len(digits) <= MAX_DIGITS else digits
 
 
-def _rows_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _rows_of_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
 
-    number = 0
+    number = part.before
     try:
-        for batch in parquet_batches(path):
+        for batch in parquet_batches(path, part.start, part.stop):
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row

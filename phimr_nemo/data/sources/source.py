@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,22 +21,56 @@ from phimr_nemo.data.sources.problems import (
     CONVERSATIONS,
     QUESTION_COLUMNS,
     REPAIRED,
+    SAMPLE_ROWS,
     SOURCE_NAMING,
+    Columns,
     IncompleteRow,
     find_columns,
     missing_column,
     problem_of,
-    sample,
 )
-from phimr_nemo.data.sources.rawfiles import Row, files_in, read_rows
+from phimr_nemo.data.sources.rawfiles import WHOLE, Part, Row, files_in, parts_of, read_rows
 from phimr_nemo.data.sources.recorded import NO_TEXT, responses_of, unread_response
 from phimr_nemo.errors import UserError
 
 DATASET_STATE: Final = ("state.json", "dataset_dict.json")
+DATASET_ROWS: Final = 10_000
+"""Of a dataset on the disk, for one process at a time."""
 HUB_NAME_PARTS: Final = 2
 HUB_SECONDS: Final = 10.0
 NEWEST: Final = "newest"
 FULL_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that is read by itself.
+
+    Attributes:
+        file: of the source; None = it is a dataset that `datasets` reads, or it is read whole.
+        part: of the file; of a dataset on the disk its rows, of a dataset of the hub its files.
+    """
+
+    file: str | None = None
+    part: Part = WHOLE
+
+
+ALL: Final = Piece()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a source without a preset are read, as its first rows tell.
+
+    Attributes:
+        columns: of question, answer and labels.
+        response: the column of responses; None = it brings none.
+        unread: a column of responses that was not asked for.
+    """
+
+    columns: Columns
+    response: str | None
+    unread: str | None
 
 
 def read_items(source: SourceConfig) -> Iterator[tuple[str, Item | UnusableRow]]:
@@ -45,20 +80,62 @@ def read_items(source: SourceConfig) -> Iterator[tuple[str, Item | UnusableRow]]
         UserError: the source is missing, empty or damaged, its first row has not the columns of the preset, or
             (without a preset) question and answer are not found by their usual names.
     """
-    rows = itertools.islice(source_rows(source), source.limit or None)
+    rows = source_rows(source)
+    head = list(itertools.islice(rows, SAMPLE_ROWS))
+    yield from items_of(source, layout_of(source, head), itertools.chain(head, rows))
+
+
+def layout_of(source: SourceConfig, head: Sequence[tuple[str, Row]]) -> Layout | None:
+    """How a source is read, from its first rows; None: as its preset does.
+
+    Raises:
+        UserError: the first row has not the columns of the preset, or question and answer are not found.
+    """
+    if source.preset is not None:
+        for place, given in head[:1]:
+            row, _ = repair_value(given)
+            if not PRESETS[source.preset].fits(row):
+                raise _wrong_columns(source, place, row)
+        return None
+    first = [row for _, row in head]
+    whole = merged(first)
+    is_chat = source.response is None and (source.question or first_present(whole, QUESTION_COLUMNS)) in CONVERSATIONS
+    columns = find_columns(
+        Path(source.path),
+        whole,
+        naming=SOURCE_NAMING,
+        question=source.question,
+        answer=source.answer,
+        solution=source.solution,
+        answer_needed=source.response is None and not is_chat,
+    )
+    response = columns.question if is_chat else source.response
+    if source.response is not None and not any(responses_of(row, source.response, None) for row in first):
+        raise missing_column(Path(source.path), f"the response column {source.response!r}", whole, SOURCE_NAMING)
+    others = {name: value for name, value in whole.items() if name not in (columns.answer, columns.solution)}
+    return Layout(columns, response, unread_response(others) if response is None else None)
+
+
+def items_of(
+    source: SourceConfig, layout: Layout | None, rows: Iterable[tuple[str, Row]]
+) -> Iterator[tuple[str, Item | UnusableRow]]:
+    """Some rows of a source as :func:`read_items` gives them.
+
+    Args:
+        source: the source.
+        layout: of :func:`layout_of`.
+        rows: with their places.
+    """
     if source.preset is None:
-        yield from _items_by_usual_names(source, rows)
+        assert layout is not None
+        yield from _items_by_usual_names(source, layout, rows)
         return
     preset = PRESETS[source.preset]
-    fitted = False
     for place, given in rows:
         row, repairs = repair_value(given)
         if not preset.fits(row):
-            if not fitted:
-                raise _wrong_columns(source, place, row)
             yield place, UnusableRow("other columns than the first row")
             continue
-        fitted = True
         try:
             yield place, _noting(preset.read(row), repairs)
         except UnusableRow as unusable:
@@ -75,64 +152,92 @@ def source_rows(source: SourceConfig) -> Iterator[tuple[str, Row]]:
     Raises:
         UserError: the source does not exist, cannot be read, or has no such split.
     """
-    array_column = PRESETS[source.preset].array_column if source.preset else None
-    path = Path(source.path)
-    if path.is_file() and path.suffix == ".arrow":
-        yield from _rows_of_dataset(source, _datasets().Dataset.from_file(str(path)))
-    elif path.is_file():
-        yield from read_rows(path, array_column=array_column)
-    elif path.is_dir() and any((path / name).is_file() for name in DATASET_STATE):
-        yield from _rows_of_dataset(source, _split(source, _datasets().load_from_disk(str(path))))
-    elif path.is_dir():
-        for file in files_in(path):
-            for place, row in read_rows(file, array_column=array_column):
-                yield f"{file.name}, {place}", row
-    elif source.hub:
-        yield from _rows_of_dataset(source, _from_hub(source))
+    files = _files_of(source)
+    if files is None:
+        rows = _rows_of_dataset(source, WHOLE)
     else:
-        raise UserError(
-            f"source {source.name}: {source.path} does not exist",
-            rule="path is a file, a directory of .parquet, .json or .jsonl files, a dataset that `datasets` saved, "
-            "or with hub=true the name of a dataset on the Hugging Face hub",
-            remedy="correct the path, or set hub=true for a dataset on the hub",
-        )
+        rows = (row for file in files for part in parts_of(file) for row in _rows_of_file(source, file, part))
+    yield from itertools.islice(rows, source.limit or None)
+
+
+def pieces_of(source: SourceConfig) -> Iterator[Piece]:
+    """A source in pieces, in order; one that is cut off at a number of rows is one piece.
+
+    Raises:
+        UserError: as for :func:`source_rows`.
+    """
+    files = _files_of(source)
+    if source.limit:
+        yield ALL
+    elif files is not None:
+        yield from (Piece(str(file), part) for file in files for part in parts_of(file))
+    elif Path(source.path).exists():
+        for start in range(0, len(_dataset(source)) or 1, DATASET_ROWS):
+            yield Piece(None, Part(start, start + DATASET_ROWS, start))
+    elif (shards := _dataset(source).num_shards) > 1:
+        yield from (Piece(None, Part(number, number + 1)) for number in range(shards))
+    else:
+        yield ALL
+
+
+def piece_rows(source: SourceConfig, piece: Piece) -> Iterator[tuple[str, Row]]:
+    """The rows of one of a source's pieces with their places.
+
+    Raises:
+        UserError: as for :func:`source_rows`.
+    """
+    if piece == ALL:
+        return source_rows(source)
+    if piece.file is None:
+        return _rows_of_dataset(source, piece.part)
+    return _rows_of_file(source, Path(piece.file), piece.part)
+
+
+def _files_of(source: SourceConfig) -> list[Path] | None:
+    """The files of rows of a source; None for a dataset that `datasets` reads.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    path = Path(source.path)
+    if (path.is_file() and path.suffix == ".arrow") or _is_saved(path):
+        return None
+    if path.is_file() or path.is_dir():
+        return [path] if path.is_file() else files_in(path)
+    if source.hub:
+        return None
+    raise UserError(
+        f"source {source.name}: {source.path} does not exist",
+        rule="path is a file, a directory of .parquet, .json or .jsonl files, a dataset that `datasets` saved, "
+        "or with hub=true the name of a dataset on the Hugging Face hub",
+        remedy="correct the path, or set hub=true for a dataset on the hub",
+    )
+
+
+def _rows_of_file(source: SourceConfig, file: Path, part: Part) -> Iterator[tuple[str, Row]]:
+    array_column = PRESETS[source.preset].array_column if source.preset else None
+    for place, row in read_rows(file, array_column=array_column, part=part):
+        yield (place if Path(source.path) == file else f"{file.name}, {place}"), row
 
 
 def _items_by_usual_names(
-    source: SourceConfig, rows: Iterator[tuple[str, Row]]
+    source: SourceConfig, layout: Layout, rows: Iterable[tuple[str, Row]]
 ) -> Iterator[tuple[str, Item | UnusableRow]]:
     """Problems of a file of unknown layout, with its responses where their column is given or is the chat's own."""
-    first, all_rows = sample(rows)
-    whole = merged(first)
-    is_chat = source.response is None and (source.question or first_present(whole, QUESTION_COLUMNS)) in CONVERSATIONS
-    columns = find_columns(
-        Path(source.path),
-        whole,
-        naming=SOURCE_NAMING,
-        question=source.question,
-        answer=source.answer,
-        solution=source.solution,
-        answer_needed=source.response is None and not is_chat,
-    )
-    response = columns.question if is_chat else source.response
-    if source.response is not None and not any(responses_of(row, source.response, None) for row in first):
-        raise missing_column(Path(source.path), f"the response column {source.response!r}", whole, SOURCE_NAMING)
-    others = {name: value for name, value in whole.items() if name not in (columns.answer, columns.solution)}
-    unread = unread_response(others) if response is None else None
-    for place, given in all_rows:
+    for place, given in rows:
         row, repairs = repair_value(given)
-        recorded = responses_of(row, response, None) if response is not None else []
+        recorded = responses_of(row, layout.response, None) if layout.response is not None else []
         texts = [one for one in recorded if one.response]
         try:
             problem = problem_of(
-                row, columns, where=f"{source.path}, {place}", source=source.name, answer_needed=not texts
+                row, layout.columns, where=f"{source.path}, {place}", source=source.name, answer_needed=not texts
             )
         except IncompleteRow as error:
             yield place, UnusableRow(error.reason)
             continue
         lost = [NO_TEXT] * (len(recorded) - len(texts))
-        if unread is not None and lookup(row, unread) is not None:
-            lost.append(f"responses in a column that was not asked for (response: {unread})")
+        if layout.unread is not None and lookup(row, layout.unread) is not None:
+            lost.append(f"responses in a column that was not asked for (response: {layout.unread})")
         own_domain = {"domain": problem["domain"]} if problem["domain"] else {}
         item = Item(
             question=problem["question"],
@@ -149,12 +254,31 @@ def _items_by_usual_names(
         yield place, _noting(item, repairs)
 
 
-def _rows_of_dataset(source: SourceConfig, dataset: Any) -> Iterator[tuple[str, Row]]:
+def _is_saved(path: Path) -> bool:
+    """Whether `datasets` saved it."""
+    return path.is_dir() and any((path / name).is_file() for name in DATASET_STATE)
+
+
+def _dataset(source: SourceConfig) -> Any:
+    path = Path(source.path)
+    if path.is_file():
+        return _datasets().Dataset.from_file(str(path))
+    return _split(source, _datasets().load_from_disk(str(path))) if _is_saved(path) else _from_hub(source)
+
+
+def _rows_of_dataset(source: SourceConfig, part: Part) -> Iterator[tuple[str, Row]]:
+    """All rows; or of a dataset on the disk some rows, of one of the hub a file, whose rows count from 1."""
+    dataset, name = _dataset(source), ""
+    if part != WHOLE and Path(source.path).exists():
+        dataset = dataset.select(range(part.start, min(part.stop or 0, len(dataset))))
+    elif part != WHOLE:
+        dataset = dataset.shard(num_shards=dataset.num_shards, index=part.start)
+        name = f"file {part.start + 1}, "
     empty = True
-    for number, row in enumerate(dataset):
+    for number, row in enumerate(dataset, part.before + 1):
         empty = False
-        yield f"row {number + 1}", row
-    if empty:
+        yield f"{name}row {number}", row
+    if empty and not name:
         raise UserError(
             f"{source.path} holds no rows", rule="an input has at least one row", remedy="correct path or split"
         )

@@ -129,13 +129,6 @@ class Wrappers:
     prefixes: tuple[tuple[str, ...], ...] = ()
     suffixes: tuple[tuple[str, ...], ...] = ()
 
-    def as_text(self) -> dict[str, list[str]]:
-        """For people."""
-        return {
-            "prefixes": [" ".join(one) for one in self.prefixes],
-            "suffixes": [" ".join(one) for one in self.suffixes],
-        }
-
 
 NO_WRAPPERS: Final = Wrappers()
 

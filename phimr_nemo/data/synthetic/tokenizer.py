@@ -1,4 +1,4 @@
-"""The tiny preset's tokenizer: byte-level BPE on the project's own synthetic text, with the Phi chat tokens.
+"""The tiny preset's tokenizer: byte-level BPE on the project's own synthetic text, with a turn format's tokens.
 
 Digits are single tokens, words of the synthetic problems one or two, and every other text is spelt in
 bytes. The same arguments give the same bytes in every run.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
-from phimr_nemo.data.chat import END_OF_TEXT, REASONING_SYSTEM_PROMPT, SPECIAL_TOKENS, reasoning_template
+from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.teacher import teacher_rollouts
+from phimr_nemo.data.turns import PHI, TurnFormat
 from phimr_nemo.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,17 +35,22 @@ INSTRUCTION: Final = "Please reason step by step, and put your final answer with
 
 
 def build_tokenizer(
-    texts: Iterable[str], *, vocab_size: int = TINY_VOCAB_SIZE, system_prompt: str = TINY_SYSTEM_PROMPT
+    texts: Iterable[str],
+    *,
+    vocab_size: int = TINY_VOCAB_SIZE,
+    system_prompt: str = TINY_SYSTEM_PROMPT,
+    turns: TurnFormat = PHI,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with the Phi chat tokens and reasoning template.
+    """Train a byte-level BPE tokenizer with a format's chat tokens and the reasoning template.
 
     Args:
         texts: what to learn merges from.
-        vocab_size: tokens in all: 5 special ones, 256 bytes, merges.
+        vocab_size: tokens in all: special ones (Phi's are 5), 256 bytes, merges.
         system_prompt: the system text in its chat template.
+        turns: how turns are marked.
 
     Returns:
-        The tokenizer; ids 0 to 4 are the special tokens in the order of `chat.SPECIAL_TOKENS`.
+        The tokenizer; the first ids are the special tokens in the format's order.
 
     Raises:
         UserError: `vocab_size` is below the 261 that bytes and special tokens need, or the texts are
@@ -52,7 +58,7 @@ def build_tokenizer(
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    smallest = BYTE_ALPHABET_SIZE + len(SPECIAL_TOKENS)
+    smallest = BYTE_ALPHABET_SIZE + len(turns.tokens)
     if vocab_size < smallest:
         raise UserError(
             f"vocab_size {vocab_size}",
@@ -69,7 +75,7 @@ def build_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(turns.tokens),
         # The library returns the alphabet in a random order, which would number the bytes differently each time.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -81,14 +87,17 @@ def build_tokenizer(
             rule="every entry must be learnt from the texts",
             remedy="give more text or a smaller vocab_size",
         )
-    return chat_tokenizer(tokenizer, system_prompt, max_length=MAX_LENGTH)
+    return chat_tokenizer(tokenizer, turns, system_prompt, max_length=MAX_LENGTH)
 
 
-def chat_tokenizer(backend: Tokenizer, system_prompt: str, *, max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer that holds the Phi chat tokens as added ones, with the reasoning template and its settings.
+def chat_tokenizer(
+    backend: Tokenizer, turns: TurnFormat, system_prompt: str, *, max_length: int
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that holds a format's chat tokens as added ones, with the reasoning template and its settings.
 
     Args:
         backend: the tokenizer itself.
+        turns: how turns are marked.
         system_prompt: the system text in the chat template.
         max_length: the model's longest sequence, in tokens.
 
@@ -99,11 +108,11 @@ def chat_tokenizer(backend: Tokenizer, system_prompt: str, *, max_length: int) -
 
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token != END_OF_TEXT],
-        chat_template=reasoning_template(system_prompt),
+        bos_token=turns.end_of_text,
+        eos_token=turns.end_of_text,
+        pad_token=turns.end_of_text,
+        additional_special_tokens=list(turns.tokens[1:]),
+        chat_template=turns.template(system_prompt),
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )

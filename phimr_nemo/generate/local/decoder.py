@@ -1,13 +1,13 @@
-"""A Phi3-architecture decoder for inference in plain PyTorch: weights by their Hugging Face names, a static
-key-value cache whose slot is the position, grouped queries without expanding keys and values.
+"""A decoder for inference in plain PyTorch: weights by their Hugging Face names, a static key-value cache whose slot
+is the position, grouped queries without expanding keys and values.
 
-It repeats the arithmetic of transformers' `Phi3ForCausalLM` (pre-norm RMSNorm, fused qkv and gate_up
-projections, SwiGLU, partial rotary embedding with LongRoPE, no biases) and is tested against it.
+It repeats the arithmetic of transformers' models of all families (pre-norm RMSNorm, SwiGLU, rotary embedding; where a
+family has them biases and norms of queries and keys) with stacked matrices, and is tested against them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.table import EMBEDDING, HEAD, checkpoint_tensors
+from phimr_nemo.model.table import EMBEDDING, HEAD, full_tensors, parts_of, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class _LayerWeights:
     mlp_norm: Tensor
     gate_up: Tensor
     down: Tensor
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def own_weights(
     Raises:
         UserError: a tensor is missing, unknown, repeated or of another shape.
     """
-    shapes = {tensor.name: tensor.shape for tensor in checkpoint_tensors(arch)}
+    shapes = tensor_shapes(arch)
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if name not in shapes or name in copies or tuple(tensor.shape) != shapes[name]:
@@ -80,7 +83,12 @@ def own_weights(
     return _arrange(arch, copies)
 
 
-def _arrange(arch: Architecture, named: Mapping[str, Tensor]) -> Weights:
+def _arrange(arch: Architecture, copies: dict[str, Tensor]) -> Weights:
+    """Put the tensors in their places; what a family keeps in parts is put together, and the parts let go."""
+    named = {}
+    for full in full_tensors(arch):
+        parts = [copies.pop(part.name) for part in parts_of(full)]
+        named[full.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     layers = []
     for layer in range(arch.num_hidden_layers):
         prefix = f"model.layers.{layer}."
@@ -92,6 +100,9 @@ def _arrange(arch: Architecture, named: Mapping[str, Tensor]) -> Weights:
                 mlp_norm=named[prefix + "post_attention_layernorm.weight"],
                 gate_up=named[prefix + "mlp.gate_up_proj.weight"],
                 down=named[prefix + "mlp.down_proj.weight"],
+                qkv_bias=named.get(prefix + "self_attn.qkv_proj.bias"),
+                query_norm=named.get(prefix + "self_attn.q_norm.weight"),
+                key_norm=named.get(prefix + "self_attn.k_norm.weight"),
             )
         )
     embedding = named[EMBEDDING]
@@ -234,9 +245,11 @@ class Decoder:
     def _project(self, layer: _LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, sequence, hidden] -> query, key, value [batch, heads or groups, sequence, head_dim]."""
         batch, sequence, _ = hidden.shape
-        joint = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv)
+        joint = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
         joint = joint.view(batch, sequence, -1, self._head_dim).transpose(1, 2)
         query, key, value = joint.split((self._heads, self._groups, self._groups), dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
         return query, key, value
 
     def _finish_layer(self, layer: _LayerWeights, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -254,7 +267,7 @@ class Decoder:
         return torch.cat((rotary * cos + turned * sin, heads[..., self._rotary_dim :]), dim=-1)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, (self.arch.hidden_size,), weight, self.arch.rms_norm_eps)
+        return F.rms_norm(hidden, weight.shape, weight, self.arch.rms_norm_eps)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(self._norm(hidden, self.weights.final_norm), self.weights.head)

@@ -19,7 +19,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
 from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
-from phimr_nemo.model.architecture import Architecture, is_phi
+from phimr_nemo.model.architecture import Architecture, is_phi, is_readable
 from phimr_nemo.model.dtypes import TORCH_NAMES
 from phimr_nemo.model.regime import warn_of_other_regime
 from phimr_nemo.model.table import tensor_shapes
@@ -310,12 +310,12 @@ def check_longrope(directory: Path, policy: LongRopePolicy, max_length: int) -> 
 
 
 def weights_hash(directory: Path) -> str:
-    """A digest of the weights: for a Phi model the one that all stages use, for others that of the files.
+    """A digest of the weights: for a model that stages read the one that they use, for others that of the files.
 
     Raises:
         UserError: there are no safetensors files.
     """
-    if is_phi(directory):
+    if is_readable(directory):
         from phimr_nemo.model.files.hf import HFDirectory
 
         return HFDirectory(directory).weights_hash()

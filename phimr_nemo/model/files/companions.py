@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import torch
 
-from phimr_nemo.data.chat import END, TEMPLATE_FILE
+from phimr_nemo.data.chat import TEMPLATE_FILE
 from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, portable, read_settings
+from phimr_nemo.data.turns import format_of
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
 from phimr_nemo.model.origin import Origin, read_origin
@@ -36,7 +37,7 @@ TEMPLATES: Final = "additional_chat_templates"
 """A directory of named chat templates, in releases of transformers from 4.52 on."""
 LICENCES: Final = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
 INPUT_NAMES: Final = ["input_ids", "attention_mask"]
-"""What a Phi3 model takes; a tokenizer without a class of its own would give token types too."""
+"""What a model takes; a tokenizer without a class of its own would give token types too."""
 
 
 def write_model_files(
@@ -101,7 +102,9 @@ def generation_config(arch: Architecture, tokenizer_from: Path) -> dict[str, Any
     Raises:
         UserError: the tokenizer does not fit the model, or the generation config is none.
     """
-    end_of_turn = read_added_tokens(tokenizer_from, arch).get(END)
+    added = read_added_tokens(tokenizer_from, arch)
+    turns = format_of(added)
+    end_of_turn = None if turns is None else added[turns.end]
     stated = _stated_generation(tokenizer_from / GENERATION_FILE, arch)
     ends = [*stated.get("eos_token_id", ()), *([] if end_of_turn is None else [end_of_turn])]
     ends += [token for token in _ends_in_config(tokenizer_from, arch) if token not in ends]

@@ -44,7 +44,7 @@ from phimr_nemo.model.files.distindex import (
 )
 from phimr_nemo.model.files.distlayout import StoredTensor, stored_shape, stored_tensors
 from phimr_nemo.model.layout import check_layout
-from phimr_nemo.model.table import EMBEDDING_RULE, SavedTensor, pieces, saved_tensors
+from phimr_nemo.model.table import EMBEDDING_RULE, SavedTensor, full_tensors, parts_of, pieces, saved_tensors
 
 COMMON_FILE: Final = "common.pt"
 DATA_SUFFIX: Final = ".distcp"
@@ -64,6 +64,8 @@ LAYER_STATES: Final = (
     "decoder.layers.mlp.linear_fc1",
     "decoder.layers.mlp.linear_fc2",
 )
+NORM_STATES: Final = ("decoder.layers.self_attention.q_layernorm", "decoder.layers.self_attention.k_layernorm")
+"""Of the layers of a model whose queries and keys are normalised."""
 FINAL_STATE: Final = "decoder.final_layernorm"
 
 
@@ -86,6 +88,7 @@ class DistCheckpoint:
         self._saved = {tensor.placement.name: tensor for tensor in saved_tensors(architecture)}
         names = {key.removeprefix(prefix) for key in saved.state_dict_metadata if key.startswith(prefix)}
         self._stored = stored_tensors(self.path, architecture, names)
+        self._parts = _parts_by_name(architecture)
         self._chunks: dict[str, list[Chunk]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._starts: dict[Chunk, int] = {}
@@ -100,7 +103,7 @@ class DistCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor, as it is stored."""
-        return self._dtypes[self._stored[name][0].key]
+        return self._dtypes[self._stored[self._parts[name][0]][0].key]
 
     def place(self, name: str) -> Path:  # noqa: ARG002 (a tensor is in many files)
         """The checkpoint."""
@@ -112,6 +115,8 @@ class DistCheckpoint:
         Raises:
             UserError: a data file became unreadable.
         """
+        name, first_row = self._parts[name]
+        start += first_row
         placement = self._saved[name].placement
         if placement.split != "qkv":
             self._read_stored(name, start, rows)
@@ -179,6 +184,7 @@ class _DataFiles:
         self, directory: Path, arch: Architecture, dtype: torch.dtype, layout: ParallelConfig, prefix: str
     ) -> None:
         self._places: dict[str, list[tuple[Path, int, Part]]] = {}
+        self._parts = _parts_by_name(arch)
         self.chunks: dict[str, list[dcp.ChunkStorageMetadata]] = {key: [] for key in _saved_shapes(arch)}
         self.states: list[str] = []
         self.storage: dict[dcp.MetadataIndex, Any] = {}
@@ -203,6 +209,8 @@ class _DataFiles:
         Raises:
             OSError: the disk is full or a file cannot be written.
         """
+        name, first_row = self._parts[name]
+        start += first_row
         for file, begin, part in self._places[name]:
             descriptor = os.open(file, os.O_WRONLY)
             try:
@@ -268,6 +276,11 @@ def write_dist_checkpoint(
     (directory / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
 
 
+def _parts_by_name(arch: Architecture) -> dict[str, tuple[str, int]]:
+    """Tensor of a Hugging Face checkpoint -> the full tensor that it is part of, and its first row there."""
+    return {part.name: (full.name, part.start) for full in full_tensors(arch) for part in parts_of(full)}
+
+
 def _saved_shapes(arch: Architecture) -> dict[str, Shape]:
     """Name in the checkpoint (without prefix) -> shape there."""
     return {
@@ -292,7 +305,7 @@ def _stage_tensors(arch: Architecture, stage: int, stages: int) -> Iterator[Save
 def _stage_states(arch: Architecture, stage: int, stages: int) -> Iterator[str]:
     layers = arch.num_hidden_layers
     for layer in range(stage * layers // stages, (stage + 1) * layers // stages):
-        for module in LAYER_STATES:
+        for module in (*LAYER_STATES, *(NORM_STATES if arch.traits.has_qk_norm else ())):
             yield f"{module}._extra_state/shard_{layer}_{layers}"
     if stage == stages - 1:
         yield f"{FINAL_STATE}._extra_state/shard_0_1"

@@ -173,7 +173,7 @@ def prefix_of(path: Path, saved: Any) -> str:
         raise UserError(
             f"{path} holds {len(found)} tensors named ...{embedding}",
             rule="a checkpoint holds one GPT model of Megatron-Core",
-            remedy="give a checkpoint of a Phi3-family model that Megatron-Core or NeMo 2.0 saved",
+            remedy="give a checkpoint of a model that Megatron-Core or NeMo 2.0 saved",
         )
     return found[0]
 

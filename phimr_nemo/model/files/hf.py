@@ -203,8 +203,10 @@ def _misfit_remedy(extra: Sequence[str]) -> str:
     """What to do with tensors of other names than the architecture's."""
     if any(name.startswith(ADAPTED) for name in extra):
         return "merge the adapter into its base and save that: in PEFT model.merge_and_unload().save_pretrained(...)"
-    if any(name.endswith(".q_proj.weight") for name in extra):
-        return "save it as Phi3ForCausalLM, which stacks query, key and value, gate and up: these are a Llama's names"
+    if any(name.endswith((".q_proj.weight", ".qkv_proj.weight")) for name in extra):
+        return (
+            f"write the model_type into {CONFIG_FILE} that these names belong to: phi3 stacks q, k and v, others not"
+        )
     return "use the config.json that belongs to these weights, and all of their shards"
 
 

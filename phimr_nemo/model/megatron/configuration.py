@@ -87,6 +87,8 @@ def _model_fields(arch: Architecture) -> dict[str, Any]:
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
+        "add_qkv_bias": arch.traits.has_qkv_bias,
+        "qk_layernorm": arch.traits.has_qk_norm,
     }
 
 
@@ -133,7 +135,6 @@ def check_config(arch: Architecture, config: TransformerConfig) -> None:
     """
     expected = {
         **_model_fields(arch),
-        "add_qkv_bias": False,
         "layernorm_zero_centered_gamma": False,
         "rotary_interleaved": False,
     }

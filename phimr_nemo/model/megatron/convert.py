@@ -20,7 +20,17 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.files.shards import write_pieces
 from phimr_nemo.model.megatron.gpt import PhiGPTModel
-from phimr_nemo.model.table import ADAPTER, Pieces, Placement, checkpoint_tensors, pieces, placement_of, tensor_shapes
+from phimr_nemo.model.table import (
+    ADAPTER,
+    Pieces,
+    Placement,
+    full_tensors,
+    parts_in,
+    parts_of,
+    pieces,
+    placement_of,
+    tensor_shapes,
+)
 
 __all__ = ["adapter_tensors", "export_tensors", "load_tensors", "phi_model", "tensor_shapes", "write_pieces"]
 
@@ -64,7 +74,15 @@ def load_tensors(models: Sequence[nn.Module], arch: Architecture, source: HFDire
         for name, parameter, placement in _parameters(chunk, arch):
             part = pieces(placement, arch, rank, size)
             _check_part(name, parameter, placement, part)
-            parameter.copy_(source.read_pieces(placement.name, part.axis, part.ranges))
+            parameter.copy_(_read(source, placement, part))
+
+
+def _read(source: HFDirectory, full: Placement, where: Pieces) -> Tensor:
+    """Pieces of a full tensor, from whichever tensors of the checkpoint it is made of."""
+    if not full.parts:
+        return source.read_pieces(full.name, where.axis, where.ranges)
+    rows = [source.read_slice(name, 0, start, stop) for name, start, stop in parts_in(full, where.ranges)]
+    return torch.cat(rows)
 
 
 @torch.no_grad()
@@ -86,7 +104,7 @@ def export_tensors(models: Sequence[nn.Module], arch: Architecture) -> Iterator[
     stage = parallel_state.get_pipeline_model_parallel_rank()
     group = parallel_state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(group)
-    for wanted in checkpoint_tensors(arch):
+    for wanted in full_tensors(arch):
         owner, dtype = owners[wanted.name]
         full = None
         if stage == owner:
@@ -96,20 +114,22 @@ def export_tensors(models: Sequence[nn.Module], arch: Architecture) -> Iterator[
                 full = torch.empty(wanted.shape, dtype=dtype, device=_device(models))
             dist.broadcast(full, src=stages[owner], group=group)
         assert full is not None
-        yield wanted.name, full.cpu()
+        for part in parts_of(wanted):
+            yield part.name, full[part.start : part.stop].cpu()
 
 
 @torch.no_grad()
 def adapter_tensors(models: Sequence[nn.Module], arch: Architecture) -> list[tuple[str, Tensor, Tensor]]:
     """The whole adapters, on every rank: (Hugging Face name of the matrix, A [rank, in], B [out, rank]) on the CPU.
 
-    Collective over the tensor- and pipeline-parallel groups.
+    Matrices that are parts of one in Megatron have A in common, and of B each its own rows. Collective over the
+    tensor- and pipeline-parallel groups.
 
     Args:
         models: this rank's chunks, bare or wrapped.
         arch: the model.
     """
-    placements = {placement.name: placement for placement in checkpoint_tensors(arch)}
+    placements = {placement.name: placement for placement in full_tensors(arch)}
     mine = {}
     for name, held in _held(models, arch).items():
         if held.inner is None or held.outer is None:
@@ -127,7 +147,12 @@ def adapter_tensors(models: Sequence[nn.Module], arch: Architecture) -> list[tup
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(stages, mine, group=group)
-    return [(name, *pair) for stage in stages for name, pair in stage.items()]
+    return [
+        (part.name, inner, outer[part.start : part.stop])
+        for stage in stages
+        for name, (inner, outer) in stage.items()
+        for part in parts_of(placements[name])
+    ]
 
 
 def _held(models: Sequence[nn.Module], arch: Architecture) -> dict[str, _Held]:
@@ -137,7 +162,7 @@ def _held(models: Sequence[nn.Module], arch: Architecture) -> dict[str, _Held]:
         model = phi_model(chunk)
         for name, parameter, placement in _parameters(chunk, arch):
             found = _Held(parameter.detach())
-            if WRAPPED in name:
+            if WRAPPED in name and name.endswith(".weight"):
                 adapter: Any = model.get_submodule(name.partition(WRAPPED)[0]).adapter
                 inner, outer = adapter.linear_in.weight.detach(), adapter.linear_out.weight.detach()
                 found = _Held(parameter.detach(), inner, outer, model.adapter_scale)
@@ -213,7 +238,7 @@ def _parameters(chunk: nn.Module, arch: Architecture) -> Iterator[tuple[str, nn.
         if placement is None:
             raise UserError(
                 f"the Megatron model has a parameter {name}",
-                rule="every parameter has a tensor in a Phi3-family checkpoint",
+                rule="every parameter has a tensor in a checkpoint of its family",
                 remedy="build the model with phimr_nemo.model.build_model",
             )
         yield name, parameter, placement

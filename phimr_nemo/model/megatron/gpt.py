@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.losses.distill import TeacherStates, token_reverse_kl
 from phimr_nemo.losses.logprobs import IGNORED_LABEL, token_logprobs, token_logprobs_and_entropy
 from phimr_nemo.model.layout import check_length
 from phimr_nemo.model.longrope import LongRopePolicy, LongRotaryEmbedding, uses_long_factors
@@ -106,12 +107,15 @@ def _layer_specs(arch: Architecture, config: TransformerConfig, vp_stage: int | 
     scale = ModuleSpec(module=RotaryScale, params={"rotary_dim": arch.rotary_dim, "factor": arch.attention_factor})
     fused = has_transformer_engine()
     if fused:
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.traits.has_qk_norm)
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+        if arch.traits.has_qk_norm:
+            layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
     if arch.attention_factor != 1.0:
         layer.submodules.self_attention.submodules.q_layernorm = scale
         layer.submodules.self_attention.submodules.k_layernorm = scale
@@ -173,6 +177,8 @@ class PhiGPTModel(GPTModel):
         temperature: float = 1.0,
         runtime_gather_output: bool | None = None,
         with_entropy: bool = False,
+        teacher: TeacherStates | None = None,
+        as_states: bool = False,
         **_: Any,
     ) -> Tensor:
         """Run this pipeline stage.
@@ -186,11 +192,15 @@ class PhiGPTModel(GPTModel):
             temperature: divides the logits of the log-probabilities.
             runtime_gather_output: gather logits over the tensor-parallel group (without labels).
             with_entropy: also the entropies of the distributions that the labels are of.
+            teacher: of the same tokens, as a model in the same layout gives them with `as_states`; then also the
+                reverse KL divergences from it, and the log-probabilities have no gradient.
+            as_states: the final hidden states as this rank computes the labels' log-probabilities from them.
 
         Returns:
             On the last stage, with labels: negative log-probabilities (nats), float32 [b, s], 0 where
-            ignored; with entropies, and negative ones of those, [b, s, 2]; without labels: logits
-            [b, s, vocabulary / tp]. On the others: hidden states [s, b, h].
+            ignored; with entropies or a teacher, and negative ones of those, [b, s, 2]; without labels: logits
+            [b, s, vocabulary / tp]; of the states, this rank's part of [s, b, h]. On the others: hidden states
+            [s, b, h].
 
         Raises:
             UserError: an attention mask, or packed boundaries that do not fit the row.
@@ -218,30 +228,33 @@ class PhiGPTModel(GPTModel):
             rotary_pos_emb=angles,
             packed_seq_params=packed_seq_params,
         )
-        if not self.post_process:
+        if not self.post_process or as_states:
             return hidden
         if labels is None:
             output = self._logits(hidden, runtime_gather_output)
         else:
-            output = self._labels(hidden, labels.transpose(0, 1), temperature, with_entropy)
+            output = self._labels(hidden, labels.transpose(0, 1), temperature, with_entropy, teacher)
         if plan is not None:
             output = gather_tokens(output, plan.places, parallel_state.get_context_parallel_group())
         return output.transpose(0, 1).contiguous()
 
-    def _output_weight(self) -> Tensor:
+    def output_weight(self) -> Tensor:
+        """The matrix that logits are made with, on the last stage: this rank's rows [vocabulary / tp, h]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def _logits(self, hidden: Tensor, runtime_gather_output: bool | None) -> Tensor:
         """Logits [s, b, vocabulary / tp]."""
-        weight = self._output_weight()
+        weight = self.output_weight()
         logits, _bias = self.output_layer(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
         return logits
 
-    def _labels(self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> Tensor:
-        """Negative log-probabilities of the labels [s, b]; with negative entropies [s, b, 2]."""
-        weight = self._output_weight()
+    def _labels(
+        self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool, teacher: TeacherStates | None
+    ) -> Tensor:
+        """Negative log-probabilities of the labels [s, b]; with negative entropies or divergences [s, b, 2]."""
+        weight = self.output_weight()
         options: dict[str, Any] = {
             "temperature": temperature,
             "tp_group": parallel_state.get_tensor_model_parallel_group(),
@@ -249,6 +262,8 @@ class PhiGPTModel(GPTModel):
         }
         if self.fp32_output:
             weight = weight.float()
+        if teacher is not None:
+            return -torch.stack(token_reverse_kl(hidden, weight, labels, teacher, **options), dim=-1)
         if with_entropy:
             return -torch.stack(token_logprobs_and_entropy(hidden, weight, labels, **options), dim=-1)
         return -token_logprobs(hidden, weight, labels, **options)

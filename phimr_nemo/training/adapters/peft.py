@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 ADAPTER_DIRECTORY: Final = "adapter"
 """In the run directory."""
-PEFT_TARGETS: Final = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-"""Every matrix of a layer, in Hugging Face's names."""
 PEFT_WEIGHTS: Final = "adapter_model.safetensors"
 PEFT_CONFIG: Final = "adapter_config.json"
 
@@ -50,18 +48,21 @@ def write_adapter(models: list[nn.Module], arch: Architecture, config: LoRAConfi
         shutil.rmtree(target, ignore_errors=True)
         with atomic_directory(target) as directory:
             save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
-            (directory / PEFT_CONFIG).write_text(json.dumps(_peft_config(config, base), indent=2) + "\n", "utf-8")
+            (directory / PEFT_CONFIG).write_text(
+                json.dumps(_peft_config(config, base, arch), indent=2) + "\n", "utf-8"
+            )
     dist.barrier()
 
 
 def _peft_tensors(models: list[nn.Module], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     for name, inner, outer in adapter_tensors(models, arch):
+        # Copies: what several matrices have in common is stored with each of them.
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        yield f"{module}.lora_A.weight", inner.to(torch.float32).contiguous()
-        yield f"{module}.lora_B.weight", outer.to(torch.float32).contiguous()
+        yield f"{module}.lora_A.weight", inner.to(torch.float32, copy=True).contiguous()
+        yield f"{module}.lora_B.weight", outer.to(torch.float32, copy=True).contiguous()
 
 
-def _peft_config(config: LoRAConfig, base: Path) -> dict[str, Any]:
+def _peft_config(config: LoRAConfig, base: Path, arch: Architecture) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -69,7 +70,7 @@ def _peft_config(config: LoRAConfig, base: Path) -> dict[str, Any]:
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": list(PEFT_TARGETS),
+        "target_modules": list(arch.traits.matrices),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

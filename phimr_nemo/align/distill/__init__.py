@@ -1,0 +1,1 @@
+"""On-policy distillation: the loop of rounds with a teacher in the place of rewards."""

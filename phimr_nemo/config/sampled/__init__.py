@@ -1,0 +1,1 @@
+"""Settings of the stages that train on responses of their own."""

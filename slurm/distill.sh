@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# On-policy distillation: the student's own responses, scored by a teacher.
+#   sbatch slurm/distill.sh [--config conf/distill/PRESET.yaml] [key=value ...]
+# With rollout servers on two more nodes of the allocation, or on those of a second component:
+#   PHIMR_SERVER_NODES=2 sbatch --nodes=6 slurm/distill.sh ...
+#   sbatch --nodes=4 --gpus-per-node=8 : --nodes=2 --gpus-per-node=8 --partition=other slurm/distill.sh ...
+#SBATCH --job-name=phimr-distill
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=2-00:00:00
+#SBATCH --dependency=singleton
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+# sbatch runs a copy of this script, so its own place says nothing inside a job.
+PHIMR_HOME=${PHIMR_HOME:-${SLURM_SUBMIT_DIR:-$(dirname -- "${BASH_SOURCE[0]}")/..}}
+# shellcheck source=slurm/common.sh
+source "$PHIMR_HOME/slurm/common.sh"
+run_with_servers distill "$@"
