@@ -13,7 +13,7 @@ import torch
 
 from phimr_nemo.data.chat import TEMPLATE_FILE
 from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, portable, read_settings
-from phimr_nemo.data.turns import format_of
+from phimr_nemo.data.turns import FORMATS
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
 from phimr_nemo.model.origin import Origin, read_origin
@@ -103,8 +103,7 @@ def generation_config(arch: Architecture, tokenizer_from: Path) -> dict[str, Any
         UserError: the tokenizer does not fit the model, or the generation config is none.
     """
     added = read_added_tokens(tokenizer_from, arch)
-    turns = format_of(added)
-    end_of_turn = None if turns is None else added[turns.end]
+    end_of_turn = next((added[turns.end] for turns in FORMATS if turns.end in added), None)
     stated = _stated_generation(tokenizer_from / GENERATION_FILE, arch)
     ends = [*stated.get("eos_token_id", ()), *([] if end_of_turn is None else [end_of_turn])]
     ends += [token for token in _ends_in_config(tokenizer_from, arch) if token not in ends]
