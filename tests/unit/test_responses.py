@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from phimr_nemo.align.grpo.responses import response_rows
 from phimr_nemo.align.grpo.rollouts import Prompt, Rollout
 from phimr_nemo.cli.main import app
+from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.responses import drop_later, kept_steps, read_responses, write_responses
 
@@ -22,7 +23,13 @@ PROMPTS = [Prompt(f"p{number}", str(number), (1,), False, f"What is {number}?") 
 
 
 class Words:
-    """Stands for a tokenizer: a token is a word."""
+    """A tokenizer of the project's, but for its words: a token is one."""
+
+    def __init__(self) -> None:
+        self._tokenizer = build_tokenizer(synthetic_corpus())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         return " ".join(f"w{number}" for number in ids)
@@ -30,6 +37,9 @@ class Words:
     def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
         """No response here ends with one of them."""
         return [-1 - place for place in range(len(tokens))]
+
+
+WORDS = Words()
 
 
 def rollout(slot: int, sample: int) -> Rollout:
@@ -43,7 +53,7 @@ def rollout(slot: int, sample: int) -> Rollout:
 
 def rows(count: int, step: int = 7) -> list[dict[str, Any]]:
     rollouts = [rollout(slot, sample) for slot in range(8) for sample in range(GROUP)]
-    return response_rows(rollouts, PROMPTS, {0, 4}, Words(), step=step, count=count)
+    return response_rows(rollouts, PROMPTS, {0, 4}, WORDS, step=step, count=count)
 
 
 @pytest.mark.parametrize(("count", "groups"), [(1, 1), (3, 1), (5, 1), (6, 2), (100, 8)])
