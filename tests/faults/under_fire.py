@@ -65,7 +65,7 @@ SIZES: Final = {
     "grpo": (
         *("steps=3", "prompts_per_step=4", "group_size=4", "max_new_tokens=12", "micro_batch=8"),
         *("checkpoint.every=1", "run.log_every=1", "verify_workers=1"),
-        # So small a model is never right: it is rewarded for what its responses differ in, so that they have gradients.
+        # So small a model is never right: what its responses differ in is rewarded, so that they have gradients.
         *("reward.functions={under_fire:variety: 1.0}", "rebalance.enabled=false"),
     ),
 }
