@@ -17,6 +17,7 @@ import logging
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -80,7 +81,13 @@ with _importable():
 DPOTrainer: Any = _dpo.DPOTrainer
 ReinforceTrainer: Any = _reinforce.ReinforceTrainer
 
-__all__ = ["AlignableGenerativeInterface", "DPOTrainer", "MegatronPretrainingBatchSampler", "ReinforceTrainer"]
+__all__ = [
+    "AlignableGenerativeInterface",
+    "DPOTrainer",
+    "MegatronPretrainingBatchSampler",
+    "ReinforceTrainer",
+    "show_progress_of",
+]
 
 
 class StageProgress:
@@ -89,14 +96,17 @@ class StageProgress:
     It counts a step when the trainer reports on it, which happens once a step and at its end.
     """
 
-    TITLES: Final = {"Training steps": "dpo", "REINFORCE Global Step": "grpo"}
     SHOWN: Final = {
         "dpo": ("train_loss", "train_accuracy"),
         "grpo": ("train_reward", "train_pass_rate", "train_response_length", "train_loss"),
+        "distill": ("train_reverse_kl", "train_pass_rate", "train_response_length", "train_loss"),
     }
 
-    def __init__(self, iterable: Iterable[Any], *, desc: str, total: int, initial: int = 0, **_: Any) -> None:
-        self._iterable, self._title = iterable, self.TITLES.get(desc, desc)
+    def __init__(
+        self, iterable: Iterable[Any], *, stage: str, total: int, initial: int = 0, desc: str = "", **_: Any
+    ) -> None:
+        del desc  # Upstream's word for it.
+        self._iterable, self._title = iterable, stage
         hidden = dist.get_rank() != 0
         self._progress = Progress(total, title=self._title, unit="step", done=initial, hidden=hidden)
 
@@ -113,5 +123,6 @@ class StageProgress:
         self._progress.update()
 
 
-_dpo.tqdm = StageProgress
-_reinforce.tqdm = StageProgress
+def show_progress_of(stage: str) -> None:
+    """Name the trainers' progress after the stage that this process is for."""
+    _dpo.tqdm = _reinforce.tqdm = partial(StageProgress, stage=stage)

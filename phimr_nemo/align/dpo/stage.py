@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from phimr_nemo.align.checkpoint import TrainerCheckpoints
-from phimr_nemo.align.compat import DPOTrainer, MegatronPretrainingBatchSampler
+from phimr_nemo.align.compat import DPOTrainer, MegatronPretrainingBatchSampler, show_progress_of
 from phimr_nemo.align.dpo.log import DPOLog
 from phimr_nemo.align.dpo.objective import DPOObjective
 from phimr_nemo.align.dpo.pairs import PairCollate, Pairs, held_out_pairs, load_pairs
@@ -90,6 +90,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
             evaluated = Evaluated(config, run, policy, asked)
             measures = [*evaluated.measures(), *_validation(config, policy, validation, lambda: trainer)]
             measuring = Measuring(measures, run.path, lines, last=steps)
+            show_progress_of("dpo")
             trainer = _trainer(
                 config,
                 policy,

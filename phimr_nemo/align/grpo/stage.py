@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from phimr_nemo.align.checkpoint import TrainerCheckpoints
-from phimr_nemo.align.compat import MegatronPretrainingBatchSampler
+from phimr_nemo.align.compat import MegatronPretrainingBatchSampler, show_progress_of
 from phimr_nemo.align.grpo.log import GRPOLog, RoundsLog
 from phimr_nemo.align.grpo.loop import RoundInterrupted, RoundsTrainer
 from phimr_nemo.align.grpo.objective import GRPOObjective
@@ -130,6 +130,7 @@ def run_rounds(config: RoundsConfig, learning: Learning) -> dict[str, Any]:
             log = learning.log(*sinks, monitor=config.monitor, directory=run.path)
             drop_later(run.path, counters["step"])
             measuring = Measuring(_measures(config, run, rounds, prompts), run.path, lines, last=config.steps)
+            show_progress_of(learning.stage)
             trainer = learning.trainer(
                 config=config,
                 prompts=prompts,
