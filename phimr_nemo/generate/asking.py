@@ -14,7 +14,7 @@ from phimr_nemo.endpoint import Answers, AskedEndpoint, ChatReply, Prompt, Repli
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.engines import SampledModel, TokenEngine, named_by_weights, open_engine, params_of
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
-from phimr_nemo.model.architecture import Architecture, is_phi
+from phimr_nemo.model.architecture import Architecture, is_readable
 from phimr_nemo.store.content import content_seed
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class AskedModel:
     @cached_property
     def _longest(self) -> int:
         asked = self._config.sequence_length
-        if not is_phi(self._directory):
+        if not is_readable(self._directory):
             return asked
         return min(asked, Architecture.from_directory(self._directory).max_position_embeddings)
 

@@ -339,14 +339,16 @@ def _local(
 def _vllm(
     engine: VLLMEngine, model: SampledModel, tokenizer: Any, max_length: int, longrope: LongRopePolicy
 ) -> protocol.Engine:
-    from phimr_nemo.data.chat import END, END_OF_TEXT, stop_token_ids
+    from phimr_nemo.data.chat import stop_token_ids
+    from phimr_nemo.data.turns import FORMATS
     from phimr_nemo.generate.serving.vllm import FixedVLLM, VLLMSampler, check_longrope
 
     check_longrope(model.directory, longrope, max_length)
     dtype = engine.dtype or model.dtype
     if model.weights is None:
-        is_phi = {END, END_OF_TEXT} <= set(tokenizer.get_added_vocab())
-        stop_ids = stop_token_ids(tokenizer) if is_phi else ()
+        added = tokenizer.get_added_vocab()
+        has_turns = any({turns.end, turns.end_of_text} <= added.keys() for turns in FORMATS)
+        stop_ids = stop_token_ids(tokenizer) if has_turns else ()
         return FixedVLLM(model.directory, engine, dtype=dtype, max_length=max_length, stop_ids=stop_ids)
     return VLLMSampler(
         model.directory, engine, dtype=dtype, max_length=max_length, stop_ids=stop_token_ids(tokenizer)

@@ -203,6 +203,25 @@ def test_what_a_judge_in_this_process_cannot_be_asked_is_an_absent_opinion(
         assert asker.counts["asked"] == 3
 
 
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_a_question_beyond_the_models_context_is_refused(family: str, rollouts: Path, tmp_path: Path) -> None:
+    """Whatever length was asked for: a model of any family has one of its own."""
+    output = tmp_path / "base"
+    shape = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")
+    context = ("max_position_embeddings=64", "original_max_position_embeddings=64")
+    rotary = ("partial_rotary_factor=1.0", "long_factor_growth=0.0")
+    overrides = [f"run.output={output}", f"family={family}", *shape, *context, *rotary]
+    run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), overrides))
+    judge = in_this_process(rollouts, tmp_path / "out", output / "hf", judge__ask__sequence_length=1024).judge
+    assert judge is not None
+    asked = AskedModel(judge.ask, LocalEngine(max_batch=2), output / "hf")
+    with Asker(judge.ask, asked, tmp_path / "replies.jsonl") as asker:
+        assert asker.ask([Prompt("Judge.", "x" * 300)]) == [None]
+        assert asker.counts["refused"] == 1
+        asker.ask([Prompt("Judge.", "2 = 2?")])
+        assert asker.counts["refused"] == 1
+
+
 def test_the_report_counts_classes_and_shows_disagreements(rollouts: Path, tmp_path: Path) -> None:
     out = tmp_path / "verdicts"
     with OpenAIServer(opinions) as server:
