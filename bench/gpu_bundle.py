@@ -37,6 +37,7 @@ GLIBC_MINORS: Final = (39, 35, 34, 31, 28, 27, 24, 17)
 """Of manylinux tags; pip takes none but those that are named."""
 OLD_TAGS: Final = ("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64")
 PURE: Final = "-none-any.whl"
+EXECUTABLE: Final = 0o755
 TREE_LEFT_OUT: Final = (".png", ".gif")
 """Pictures of the documents."""
 
@@ -152,9 +153,23 @@ def unpack(bundle: Path, into: Path) -> tuple[Path, Path]:
             if file.suffix == ".whl":
                 _unpack_wheel(file, packages)
             else:
-                with tarfile.open(file) as tar:
-                    tar.extractall(tree, filter="data")
+                _unpack_tree(file, tree)
     return packages, tree
+
+
+def _unpack_tree(archive: Path, tree: Path) -> None:
+    """Its files: it has no links. Not by `extractall`, whose filter came with Python 3.11.4."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = Path(member.name)
+            source = tar.extractfile(member) if member.isreg() else None
+            if source is None or ".." in path.parts or path.is_absolute():
+                continue
+            target = tree / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with source, target.open("wb") as file:
+                shutil.copyfileobj(source, file)
+            target.chmod(member.mode & EXECUTABLE)
 
 
 def _unpack_wheel(wheel: Path, packages: Path) -> None:
@@ -200,7 +215,10 @@ def wheels_for(requirements: Sequence[Path], python_version: str, into: Path) ->
             complaint = _done([*pip, "wheel", "--no-deps", "-w", str(into), name]) or ""
             built = set(into.iterdir()) - before
             if not built or not all(path.name.endswith(PURE) for path in built):
-                raise RuntimeError(f"{name} has no wheel for Python {python_version} on x86-64: {complaint[-500:]}")
+                raise RuntimeError(
+                    f"{name} has no wheel for Python {python_version} on x86-64, and what is built here is not "
+                    f"for it: give another --python-version, or an index that has one. {complaint[-500:]}".strip()
+                )
     return sorted(into.glob("*.whl"))
 
 
@@ -255,7 +273,10 @@ def main() -> None:
     unpacking.add_argument("--into", type=Path, required=True)
     options = parser.parse_args()
     if options.command == "build":
-        pieces = build(options.out, options.requirements, options.python_version)
+        try:
+            pieces = build(options.out, options.requirements, options.python_version)
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from None
         size = sum(piece.stat().st_size for piece in pieces) / MIB
         print(f"{len(pieces)} pieces, {size:.0f} MiB, in {options.out}; there: ", end="")
         print(f"python3 {options.out.name}/{Path(__file__).name} unpack --into site")

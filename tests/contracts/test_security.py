@@ -103,18 +103,15 @@ def problems(text: str, name: str) -> Iterator[str]:
             if name not in SERVERS_FOR_OTHERS:
                 yield "a server for everyone"
         elif isinstance(node, ast.Call):
-            yield from call_problems(node, name)
+            yield from call_problems(node)
 
 
-def call_problems(node: ast.Call, name: str) -> Iterator[str]:
+def call_problems(node: ast.Call) -> Iterator[str]:
     called = dotted(node.func)
     if called in FORBIDDEN_CALLS:
         yield FORBIDDEN_CALLS[called]
     if isinstance(node.func, ast.Attribute) and node.func.attr in FORBIDDEN_METHODS:
-        # Unpacked without links out, absolute names and devices (PEP 706).
-        filters = [item.value.value for item in node.keywords if isinstance(item.value, ast.Constant)]
-        if not (name in ARCHIVE_HOMES and filters == ["data"]):
-            yield FORBIDDEN_METHODS[node.func.attr]
+        yield FORBIDDEN_METHODS[node.func.attr]
     if called == "pickle.Unpickler":
         yield "a pickle (any class)"
     given = {item.arg: item.value.value for item in node.keywords if isinstance(item.value, ast.Constant)}
@@ -195,12 +192,11 @@ def test_an_unpickler_of_any_class_is_found_in_its_home_too() -> None:
     assert list(problems("import pickle\npickle.dumps(data)", home)) == []
 
 
-def test_an_archive_is_unpacked_in_its_home_alone_and_there_within_bounds() -> None:
+def test_an_archive_is_read_in_its_home_alone_and_there_file_by_file() -> None:
     home = next(iter(ARCHIVE_HOMES))
-    bounded = "import tarfile\ntar.extractall(place, filter='data')"
-    assert list(problems(bounded, home)) == []
-    assert list(problems(bounded, "phimr_nemo/x.py")) == ["imports tarfile", "an archive unpacked"]
-    assert list(problems("tar.extractall(place)", home)) == ["an archive unpacked"]
+    assert list(problems("import tarfile\ntar.extractfile(member)", home)) == []
+    assert list(problems("import tarfile", "phimr_nemo/x.py")) == ["imports tarfile"]
+    assert list(problems("import tarfile\ntar.extractall(place, filter='data')", home)) == ["an archive unpacked"]
 
 
 # A value of a user's that a shell would read again.
