@@ -13,6 +13,9 @@ Verdict = Literal["correct", "wrong", "unparsable", "timeout", "error"]
 SHOWN_CHARS: Final = 4_000
 """Of a response in the terminal, its beginning and its end: a reasoning model writes tens of thousands."""
 
+STATUS_COLUMNS: Final = 120
+"""Of the table of runs at least: in fewer a run's name would be folded to two letters; a terminal wraps the lines."""
+
 
 def status(
     root: Annotated[Path, typer.Argument(help="Directory with runs in it.")] = Path("runs"),
@@ -30,7 +33,9 @@ def status(
     if as_json:
         say(runs.status_json(found))
     else:
-        Console(highlight=False).print(runs.status_table(found, root))
+        console = Console(highlight=False)
+        console.width = max(console.width, STATUS_COLUMNS)
+        console.print(runs.status_table(found, root))
     if prometheus is not None:
         runs.write_prometheus(prometheus, found)
 

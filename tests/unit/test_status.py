@@ -189,6 +189,14 @@ BROKEN: list[tuple[str, bytes]] = [
 ]
 
 
+def test_a_run_keeps_its_name_in_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = start(tmp_path / "quickstart" / "seed-0" / "grpo").path
+    write_steps(path, range(1, 11), reward=0.25, loss=1.5, tokens_per_second_per_gpu=12_345.0)
+    lines = CliRunner().invoke(app, ["status", str(tmp_path)]).output.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "quickstart/seed-0/grpo"]
+
+
 @pytest.mark.parametrize(
     ("name", "content"), BROKEN, ids=[f"{name} {number}" for number, (name, _) in enumerate(BROKEN)]
 )
