@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from phimr_nemo.config import STAGES, DPOConfig, RoundsConfig, SupervisedConfig, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import planned_steps
+from phimr_nemo.store.claims import was_left
 from phimr_nemo.store.runs import CONFIG_FILE, RUN_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import SHARD_NAME
 from phimr_nemo.text.printable import printable
@@ -47,8 +48,8 @@ class RunStatus:
     Attributes:
         path: the run directory.
         stage: its stage.
-        state: done; running: it wrote something lately, or its job runs; stopped: neither; unreadable: its run.json
-            is damaged.
+        state: done; running: it wrote something lately and was not ended in order, or its job runs; stopped: neither;
+            unreadable: its run.json is damaged.
         starts: how often it was started; more than 1 after a requeue or a restart.
         updated: when it last wrote something (seconds since the epoch).
         step, steps: optimizer steps (GRPO: rounds) done and planned.
@@ -141,7 +142,8 @@ def _read(path: Path, *, now: float, queue: Mapping[str, str]) -> RunStatus:
     queued = queue.get(job) if job is not None else None
     is_done = RunDirectory(path).is_done
     state: State = "done" if is_done else "stopped"
-    if not is_done and (queued == "RUNNING" or (queued is None and now - updated < QUIET_SECONDS)):
+    is_at_work = now - updated < QUIET_SECONDS and not was_left(path)
+    if not is_done and (queued == "RUNNING" or (queued is None and is_at_work)):
         state = "running"
     step = int(metrics[-1]["step"]) if metrics else None
     shards = sum(SHARD_NAME.fullmatch(file.name) is not None for file in path.iterdir())

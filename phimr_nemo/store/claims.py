@@ -65,6 +65,15 @@ def claimed(directory: Path, share: Share = WHOLE) -> Iterator[None]:
                 os.ftruncate(descriptor, 0)
 
 
+def was_left(directory: Path) -> bool:
+    """Whether all that were at work in a run directory have ended in order: who does empties his lock file."""
+    try:
+        sizes = [path.stat().st_size for path in directory.glob(f"{LOCK_FILE}*")]
+    except OSError:
+        return False
+    return bool(sizes) and not any(sizes)
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, LOCK_MODE)

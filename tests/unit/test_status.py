@@ -16,6 +16,7 @@ from phimr_nemo.cli.main import app
 from phimr_nemo.config import GRPOConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.status import QUIET_SECONDS, find_runs, read_status, slurm_queue, status
+from phimr_nemo.store.claims import LOCK_FILE, claimed
 from phimr_nemo.store.runs import METRICS_FILE, RUN_FILE, RunDirectory
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
@@ -71,6 +72,18 @@ def test_states(tmp_path: Path) -> None:
     assert read_status(path, now=later, queue={}).eta_seconds is None
     RunDirectory(path).finish(seconds=1)
     assert read_status(path, now=later, queue={}).state == "done"
+
+
+def test_who_ends_in_order_is_known_to_have_stopped_at_once(tmp_path: Path) -> None:
+    """A stop leaves an empty lock; a process that was killed leaves its name in it, and the clock decides."""
+    path = start(tmp_path / "grpo").path
+    with claimed(path):
+        assert read_status(path, now=time.time(), queue={}).state == "running"
+        killed = (path / LOCK_FILE).read_bytes()
+    assert killed
+    assert read_status(path, now=time.time(), queue={}).state == "stopped"
+    (path / LOCK_FILE).write_bytes(killed)
+    assert read_status(path, now=time.time(), queue={}).state == "running"
 
 
 @pytest.mark.parametrize(("queued", "state"), [("RUNNING", "running"), ("PENDING", "stopped")])
