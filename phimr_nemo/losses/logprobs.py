@@ -3,7 +3,8 @@
 Every stage (supervised loss, DPO, GRPO) needs log p(label | prefix) per token and nothing else of the
 [tokens, vocabulary] matrix, which at 16,384 x 200,064 in float32 is 13 GB before its gradient. So the forward
 pass walks over chunks of tokens, keeps one log-sum-exp per token, and the backward pass recomputes each
-chunk's logits. Memory is O(chunk_size * vocabulary / tensor_parallel) instead of O(tokens * vocabulary).
+chunk's logits (with few tokens and a small vocabulary it keeps the exponentials instead). Memory is
+O(chunk_size * vocabulary / tensor_parallel) instead of O(tokens * vocabulary).
 
 For one token with hidden state h, temperature T and the output matrix W (rows are words):
 
@@ -45,6 +46,9 @@ __all__ = ["IGNORED_LABEL", "token_logprobs", "token_logprobs_and_entropy"]
 
 DEFAULT_CHUNK_SIZE = 1024
 """Tokens whose logits exist at one time: 0.8 GB of float32 with the 200,064-word vocabulary on one rank."""
+KEPT_NUMBERS = 2**21
+"""Tokens times words up to which the exponentials of a call are kept for the backward pass: 8 MiB of float32, less
+than what a layer keeps, where a small vocabulary makes the product dearer to repeat than its result is to keep."""
 
 
 def token_logprobs(
@@ -149,13 +153,20 @@ class _TokenLogprobs(torch.autograd.Function):
         # Rows of one tensor, so that one all-reduce serves: sum of exponentials, label's logit, and for the
         # entropy the sum of exponential * shifted logit.
         sums = torch.empty(3 if with_entropy else 2, positions.numel(), dtype=dtype, device=hidden.device)
+        kept: list[Tensor] = []
+        is_kept = any(ctx.needs_input_grad) and not with_entropy
+        is_kept = is_kept and positions.numel() * weight.shape[0] <= KEPT_NUMBERS
         for start in range(0, positions.numel(), chunk_size):
             chunk = slice(start, start + chunk_size)
-            _chunk_statistics(
+            exponentials = _chunk_statistics(
                 rows[positions[chunk]], weight, wanted[chunk], temperature, tp_group, maximum[chunk], sums[:, chunk]
             )
+            if is_kept:
+                kept.append(exponentials)
+            # Otherwise this chunk's buffer would still be alive while the next one's is allocated.
+            del exponentials
 
-        maximum = _merge_statistics(maximum, sums, tp_group)
+        of_rank, maximum = maximum, _merge_statistics(maximum, sums, tp_group)
         log_sum_exp = maximum + sums[0].log()
         logprobs = scatter(sums[1] - log_sum_exp, positions, labels.shape)
         if with_entropy:
@@ -165,7 +176,7 @@ class _TokenLogprobs(torch.autograd.Function):
         else:
             of_rows, entropy = None, torch.empty(0, dtype=dtype, device=hidden.device)
 
-        ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp, of_rows)
+        ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp, of_rows, of_rank, *kept)
         ctx.temperature, ctx.tp_group = temperature, tp_group
         ctx.sequence_parallel, ctx.chunk_size = sequence_parallel, chunk_size
         return logprobs, entropy
@@ -173,7 +184,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, positions, wanted, log_sum_exp, entropy = ctx.saved_tensors
+        hidden, weight, positions, wanted, log_sum_exp, entropy, of_rank, *kept = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         gathered = gather_sequence(hidden, ctx.tp_group) if ctx.sequence_parallel else hidden
         rows = gathered.reshape(-1, hidden.shape[-1])
@@ -189,16 +200,21 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, positions.numel(), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             chunk_rows = rows[positions[chunk]].to(weight.dtype)
-            grad_logits = _chunk_logit_gradient(
-                chunk_rows,
-                weight,
-                wanted[chunk],
-                ctx.temperature,
-                ctx.tp_group,
-                log_sum_exp[chunk],
-                scale[chunk],
-                None if towards_entropy is None else (towards_entropy[chunk], entropy[chunk]),
-            )
+            if kept:
+                share = (of_rank[chunk] - log_sum_exp[chunk]).exp_().mul_(scale[chunk])
+                grad_logits = torch.mul(kept[start // ctx.chunk_size], share.neg_().unsqueeze(1))
+                grad_logits = _towards_labels(grad_logits, weight, wanted[chunk], ctx.tp_group, scale[chunk])
+            else:
+                grad_logits = _chunk_logit_gradient(
+                    chunk_rows,
+                    weight,
+                    wanted[chunk],
+                    ctx.temperature,
+                    ctx.tp_group,
+                    log_sum_exp[chunk],
+                    scale[chunk],
+                    None if towards_entropy is None else (towards_entropy[chunk], entropy[chunk]),
+                )
             if grad_rows is not None:
                 grad_rows[positions[chunk]] = torch.mm(grad_logits, weight).to(hidden.dtype)
             if grad_weight is not None:
@@ -224,8 +240,12 @@ def _chunk_statistics(
     tp_group: dist.ProcessGroup | None,
     maximum: Tensor,
     sums: Tensor,
-) -> None:
-    """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary."""
+) -> Tensor:
+    """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary.
+
+    Returns:
+        exp(logit - maximum) [chunk, vocabulary / tp]; with the third sum, of no further use.
+    """
     logits = chunk_logits(rows, weight, temperature)
     torch.amax(logits, dim=1, out=maximum)
     columns, owned = local_columns(labels, weight.shape[0], tp_group)
@@ -237,6 +257,7 @@ def _chunk_statistics(
         exponentials = torch.exp(shifted)
         torch.sum(exponentials, dim=1, out=sums[0])
         torch.sum(exponentials.mul_(shifted), dim=1, out=sums[2])
+    return shifted
 
 
 def _chunk_logit_gradient(
@@ -254,13 +275,20 @@ def _chunk_logit_gradient(
     With `of_entropy`, a factor and the entropy of each row, also factor * -p_v (log p_v + entropy).
     """
     gradient = chunk_logits(rows, weight, temperature).sub_(log_sum_exp.unsqueeze(1))
-    columns, owned = local_columns(labels, weight.shape[0], tp_group)
     if of_entropy is None:
         gradient.exp_().neg_().mul_(scale.unsqueeze(1))
     else:
         factor, entropy = (values.unsqueeze(1) for values in of_entropy)
         probabilities = gradient.exp()
         gradient.add_(entropy).mul_(factor).add_(scale.unsqueeze(1)).mul_(probabilities).neg_()
+    return _towards_labels(gradient, weight, labels, tp_group, scale)
+
+
+def _towards_labels(
+    gradient: Tensor, weight: Tensor, labels: Tensor, tp_group: dist.ProcessGroup | None, scale: Tensor
+) -> Tensor:
+    """Add the labels' part to the gradient of a chunk's logits, in place; in the dtype of ``weight``."""
+    columns, owned = local_columns(labels, weight.shape[0], tp_group)
     gradient.scatter_add_(1, columns.unsqueeze(1), (owned * scale).unsqueeze(1))
     return gradient.to(weight.dtype)
 
