@@ -130,6 +130,8 @@ _BASE = re.compile(
     r"\(?([-+]?[0-9A-F]+(?:\.[0-9A-F]+)?)\)?(?:_\{?\(?|(?:\\text\{|)base(?:-|\}|))([0-9]{1,2}|[a-z]{3,8})\)?\}?\}?"
 )
 _RATIO = re.compile(r"[0-9.]+(?::[0-9.]+)+")
+_SPOKEN_RATIO = re.compile(r"([0-9.]+)(?:\\text\{to\}|to)([0-9.]+)")
+"""``3 to 2``: a ratio where the other side is one."""
 
 
 def _same_core(gold: str, predicted: str, symbolic: Symbolic) -> bool:
@@ -143,7 +145,7 @@ def _same_core(gold: str, predicted: str, symbolic: Symbolic) -> bool:
     if bases[0] or bases[1]:
         return _same_base(left, right, *bases)
     if _RATIO.fullmatch(left) or _RATIO.fullmatch(right):
-        return _same_ratio(left, right)
+        return _same_ratio(_SPOKEN_RATIO.sub(r"\1:\2", left), _SPOKEN_RATIO.sub(r"\1:\2", right))
     if CLOCK.match(left) or CLOCK.match(right):
         return re.sub(r"[{}.]|\\text", "", left).lower() == re.sub(r"[{}.]|\\text", "", right).lower()
     if ":" in left or ":" in right:
