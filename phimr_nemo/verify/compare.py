@@ -23,6 +23,7 @@ from phimr_nemo.verify.read.phrases import same_phrase
 from phimr_nemo.verify.read.quantity import Number, parse_number, split_quantity, without_remarks
 from phimr_nemo.verify.read.residue import parse_residues
 from phimr_nemo.verify.read.structure import is_label, is_tuple_of_names, parse
+from phimr_nemo.verify.readable import is_readable
 from phimr_nemo.verify.relations import ORDER, Family, same_inequality, without_integers
 from phimr_nemo.verify.verdict import Unparsable, Verdict
 
@@ -52,9 +53,12 @@ def judge(gold: str, extraction: Extraction, symbolic: Symbolic) -> Verdict:
         if parts and equivalent(gold, parts, symbolic):
             return Verdict("correct", parts, "the boxes together are equal to the answer")
     except Unparsable as error:
-        if error.side == "answer":
+        if error.side == "answer" and not is_readable(gold, symbolic):
             return Verdict("gold_unreadable", text, f"the gold answer: {error.problem}")
-        return Verdict("unparsable", text, f"the response's final answer: {error.problem}")
+        if error.side == "answer" and is_readable(text, symbolic):
+            return Verdict("wrong", text, "of another form than the answer")
+        problem = error.problem if error.side == "response" else "it is no expression of a known notation"
+        return Verdict("unparsable", text, f"the response's final answer: {problem}")
     except Undecided as error:
         return Verdict("timeout", text, f"not decided within the bounds: {error}")
     return Verdict("wrong", text, "not equal to the answer")
@@ -161,9 +165,11 @@ def _same(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
         case Piecewise(), Piecewise():
             return _same_pieces(gold, predicted, symbolic)
         case (Sequence() | Matrix(), Leaf()):
-            return _same_vector(gold, predicted, symbolic)
+            total = _sum_of_unit_vectors(gold, predicted)
+            return total is not None and _same_plain(total, predicted.text, symbolic)
         case (Leaf(), Sequence() | Matrix()):
-            return _same_vector(predicted, gold, symbolic)
+            total = _sum_of_unit_vectors(predicted, gold)
+            return total is not None and _same_plain(gold.text, total, symbolic)
         case Matrix(), Matrix():
             return _same_matrix(gold, predicted, symbolic)
         case Matrix(), Sequence():
@@ -253,21 +259,24 @@ def _same_pieces(gold: Piecewise, predicted: Piecewise, symbolic: Symbolic) -> b
 _UNIT_VECTORS: Final = (r"\hat{i}", r"\hat{j}", r"\hat{k}")
 
 
-def _same_vector(vector: Sequence | Matrix, written: Leaf, symbolic: Symbolic) -> bool:
-    r"""A tuple or column against a sum of unit vectors, ``\hat{i}+2\hat{j}``."""
+def _sum_of_unit_vectors(vector: Sequence | Matrix, written: Leaf) -> str | None:
+    r"""A tuple or column as the sum of unit vectors, where the other side is one: ``\hat{i}+2\hat{j}``; else None."""
     entries = vector.items if isinstance(vector, Sequence) else _vector(vector)
     if not any(name in key(written.text) for name in _UNIT_VECTORS) or not 2 <= len(entries) <= len(_UNIT_VECTORS):
-        return False
+        return None
     if not all(isinstance(entry, Leaf) for entry in entries):
-        return False
-    total = " + ".join(
+        return None
+    return " + ".join(
         rf"({entry.text}) {name}"
         for entry, name in zip(entries, _UNIT_VECTORS, strict=False)
         if isinstance(entry, Leaf)
     )
-    check_plain("response", written.text)
-    check_plain("answer", total)
-    return symbolic.equal(total, written.text, None)
+
+
+def _same_plain(gold: str, predicted: str, symbolic: Symbolic) -> bool:
+    check_plain("answer", gold)
+    check_plain("response", predicted)
+    return symbolic.equal(gold, predicted, None)
 
 
 def _without_text(equation: Equation) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence as Many
 from fractions import Fraction
 from typing import Final, Protocol
 
@@ -204,10 +205,21 @@ def _same_proportion(gold: str, predicted: str, symbolic: Symbolic) -> bool:
         return False
     check_plain("answer", gold)
     check_plain("response", predicted)
+    for side, parts in (("response", second), ("answer", first)):
+        _check_readable(side, parts, symbolic)
     return all(
         _same_core(rf"({a})\cdot ({second[0]})", rf"({b})\cdot ({first[0]})", symbolic)
         for a, b in zip(first[1:], second[1:], strict=True)
     )
+
+
+def _check_readable(side: str, parts: Many[str], symbolic: Symbolic) -> None:
+    """Name the side that cannot be read, before expressions are made of both."""
+    for part in parts:
+        try:
+            symbolic.equal(part, "0", None)
+        except Unparsable as error:
+            raise Unparsable(side, error.problem) from error
 
 
 def _same_words(gold: str, predicted: str) -> bool | None:
