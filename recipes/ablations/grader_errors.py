@@ -136,7 +136,9 @@ def report(config: GraderErrorsConfig) -> str:
     runs: dict[str, list[Rows]] = {arm: [finished_rows(out / arm) for out in outs] for arm in config.arms}
     seeds = config.seeds
     write_json(config.output / JSON_FILE, {"seeds": seeds, "table": table, "pass1_points": differences})
-    text = "\n".join((measures_markdown("arm", table, DIGITS, seeds), differences_markdown(differences, seeds)))
+    text = "\n".join(
+        (measures_markdown("configuration", table, DIGITS, seeds), differences_markdown(differences, seeds))
+    )
     atomic_write_text(config.output / "table.md", text)
     plot_differences(differences, seeds, config.output / DIFFERENCES_FILE)
     plot_curves(runs, config.output / CURVES_FILE)
