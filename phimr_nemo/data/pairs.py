@@ -1,6 +1,6 @@
-"""Preference pairs of one question: a right response beside a wrong one that is near to it, or any.
+"""Preference pairs of one question: a correct response beside a wrong one that is near to it, or any.
 
-A near miss is a wrong response to the same question that is as much like the right one as can be had: DPO then
+A near miss is a wrong response to the same question that is as much like the correct one as can be had: DPO then
 learns what made it wrong, and not its style or length. How near two responses are is one of two measures:
 
 - `common_steps`: the Jaccard index of their sets of steps, a step being a line or sentence without regard to case and
@@ -19,6 +19,20 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from phimr_nemo.data.fate import Fate
+
+__all__ = [
+    "STEP_END",
+    "Distance",
+    "Nearness",
+    "Pair",
+    "PairMode",
+    "Response",
+    "common_beginning",
+    "common_steps",
+    "length_ratio",
+    "pair_up",
+    "steps",
+]
 
 PairMode = Literal["near_miss", "random"]
 Nearness = Literal["common_steps", "common_beginning"]
@@ -39,18 +53,30 @@ Distance = Callable[[Response, Response], tuple[float, ...]]
 
 
 def steps(text: str) -> frozenset[str]:
-    """The different lines and sentences of a response, without regard to case and spaces."""
+    """The different lines and sentences of a response, without regard to case and spaces.
+
+    >>> sorted(steps("So x = 2.  so X = 2. Then y = 4."))
+    ['so x = 2.', 'then y = 4.']
+    """
     return frozenset(" ".join(step.split()).casefold() for step in STEP_END.split(text) if step.strip())
 
 
 def common_steps(one: frozenset[str], other: frozenset[str]) -> float:
-    """The Jaccard index of two sets of steps: shared over all, 0 to 1; 1 for two empty ones."""
+    """The Jaccard index of two sets of steps: shared over all, 0 to 1; 1 for two empty ones.
+
+    >>> common_steps(steps("a. b."), steps("a. c."))
+    0.3333333333333333
+    """
     union = len(one | other)
     return len(one & other) / union if union else 1.0
 
 
 def common_beginning(one: str, other: str) -> float:
-    """How late two texts part: the share of the longer one that is their common beginning, 0 to 1."""
+    """How late two texts part: the share of the longer one that is their common beginning, 0 to 1.
+
+    >>> common_beginning("2+2=4", "2+2=50")
+    0.6666666666666666
+    """
     longest = max(len(one), len(other), 1)
     for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
@@ -68,10 +94,10 @@ def pair_up(
     max_length_ratio: float | None,
     seed: int,
 ) -> tuple[list[Pair], dict[str, Fate]]:
-    """Pairs of right (chosen) and wrong (rejected) responses to one question; no response is used twice.
+    """Pairs of correct (chosen) and wrong (rejected) responses to one question; no response is used twice.
 
     Args:
-        right: different right responses.
+        right: different correct responses.
         wrong: different wrong responses.
         mode: "near_miss" takes the nearest pair first, then the nearest of what is left; "random" draws them.
         nearness: the measure of a near miss; the random mode ignores it.
@@ -82,6 +108,13 @@ def pair_up(
 
     Returns:
         The pairs, best first, and the fate of every response by id.
+
+    >>> correct = [Response("a", "Add. 2+2=4. So 4.")]
+    >>> wrong = [Response("b", "No idea."), Response("c", "Add. 2+2=5. So 5.")]
+    >>> pairs, fates = pair_up(correct, wrong, mode="near_miss", nearness="common_steps", max_per_problem=1,
+    ...                        max_length_ratio=None, seed=0)
+    >>> [(chosen.id, rejected.id) for chosen, rejected in pairs], fates["b"].name
+    ([('a', 'c')], 'NO_PARTNER')
     """
     pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
     fitting = [pair for pair in pairs if max_length_ratio is None or length_ratio(*pair) <= max_length_ratio]

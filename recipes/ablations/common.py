@@ -136,7 +136,9 @@ def differences_markdown(
     from phimr_nemo.evaluate.statistics import mean_and_error
 
     lines = [
-        f"| {title} | mean | stderr, seeds | " + " | ".join(f"seed {seed} (its stderr)" for seed in seeds) + " |",
+        f"| {title} | mean | SE (across seeds) | "
+        + " | ".join(f"seed {seed} (SE, clustered by question)" for seed in seeds)
+        + " |",
         "|---|---:|---:|" + "---:|" * len(seeds),
     ]
     for name, each in differences.items():

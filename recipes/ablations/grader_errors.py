@@ -133,7 +133,7 @@ def report(config: GraderErrorsConfig) -> str:
     runs: dict[str, list[Rows]] = {arm: [finished_rows(out / arm) for out in outs] for arm in config.arms}
     plot_curves(runs, config.output / CURVES_FILE)
     files = {"json_file": JSON_FILE, "picture": DIFFERENCES_FILE}
-    return publish(config.output, "arm", table, DIGITS, differences, config.seeds, **files)
+    return publish(config.output, "configuration", table, DIGITS, differences, config.seeds, **files)
 
 
 def _responses(out: Path, name: str) -> list[dict[str, Any]]:

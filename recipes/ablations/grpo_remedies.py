@@ -1,4 +1,4 @@
-"""Ablation: what temperature, each remedy and the reward's scale do to GRPO.
+"""Ablation: what temperature, each stabilization technique and the reward's scale do to GRPO.
 
     python -m recipes.ablations.grpo_remedies quickstarts=[runs/quickstart] output=runs/ablation-grpo-remedies
 
@@ -98,7 +98,7 @@ def report(config: GRPORemediesConfig) -> str:
         (
             table_markdown(rows),
             differences_markdown(differences, seeds),
-            measures_markdown("arm", measures, DIGITS, seeds),
+            measures_markdown("configuration", measures, DIGITS, seeds),
             _agreement_text(config, seeds, runs),
         )
     )
@@ -121,7 +121,7 @@ def _agreement_text(config: GRPORemediesConfig, seeds: Sequence[int], runs: dict
 
 
 def main(config: GRPORemediesConfig) -> None:
-    """What temperature, each remedy and the reward's scale do to GRPO."""
+    """What temperature, each stabilization technique and the reward's scale do to GRPO."""
     run_steps(plan(config))
     print(report(config))
 
