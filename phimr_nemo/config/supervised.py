@@ -33,7 +33,7 @@ class PackConfig:
 
     Attributes:
         tokenizer: directory with the tokenizer.
-        sequence_length: tokens a row.
+        sequence_length: tokens per row.
         placement: which documents share a row: those that fill it best by length, or short ones at random.
         workers: processes that tokenise; with 1 the tokenizer's own threads use all cores.
         shard: this process's share of the conversations' shards.
