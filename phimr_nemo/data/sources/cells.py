@@ -99,7 +99,8 @@ def content_text(content: Any) -> str:
     if not isinstance(content, (list, tuple)):
         return ""
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-    return "".join(parts).strip() if all(isinstance(part, str) for part in parts) else ""
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts).strip() if len(texts) == len(parts) else ""
 
 
 def _number(number: float) -> str:
