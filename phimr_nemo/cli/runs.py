@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
+from phimr_nemo.process.stopping import stoppable
 from phimr_nemo.text.printable import say
 
 STATUS_COLUMNS: Final = 120
@@ -19,12 +20,25 @@ def status(
     prometheus: Annotated[
         Path | None, typer.Option(help="Also write a text file for node_exporter's textfile collector.")
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="The pipeline in its order, until it ends: scores, time, last responses.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.5, help="With --watch: seconds between two looks.")] = 5.0,
+    page: Annotated[
+        Path | None, typer.Option(help="With --watch: also write a page that loads itself again.")
+    ] = None,
 ) -> None:
     """Where every run below a directory stands: stage, step, ETA, speed, loss or reward, restarts, queue state."""
     from rich.console import Console
 
     from phimr_nemo.jobs import status as runs
 
+    if watch:
+        from phimr_nemo.jobs.watch.watch import watch as watch_runs
+
+        with stoppable("watch"):
+            watch_runs(root, Console(highlight=False), every=every, page=page)
+        return
     found = runs.status(root)
     if as_json:
         say(runs.status_json(found))

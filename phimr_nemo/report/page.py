@@ -18,6 +18,7 @@ _SHELL: Final = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
 content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{% block policy %}{% endblock %}">
+{% block head %}{% endblock %}
 <title>{% block title %}{% endblock %}</title>
 <style>
 :root { --ink: #2b2b2b; --soft: #6b7280; --line: #e5e7eb; --card: #ffffff; --page: #f6f7f9; --bar: #4c78a8;

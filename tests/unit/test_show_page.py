@@ -201,9 +201,9 @@ def test_a_difference_holds_both_texts_and_is_as_small_as_can_be() -> None:
         assert "".join(text for side, text in parts if side >= 0) == second
         assert all(one[0] != other[0] for one, other in itertools.pairwise(parts))
         if not found["coarse"]:
-            words = [re.findall(r"\s+|\w+|[^\s\w]", text) for text in (first, second)]
+            ours, theirs = (re.findall(r"\s+|\w+|[^\s\w]", text) for text in (first, second))
             common = sum(len(re.findall(r"\s+|\w+|[^\s\w]", text)) for side, text in parts if side == 0)
-            matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
+            matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
             # The longest common subsequence is at least what difflib finds.
             assert common >= sum(block.size for block in matcher.get_matching_blocks())
     long = node("return given.map(([a, b]) => logic.diff(a, b).coarse);", PAIRS)
