@@ -63,8 +63,8 @@ def _raised() -> Iterator[Message]:
 
 
 def code(text: str) -> str:
-    """A text as Markdown's code on one line, in a table too."""
-    flat = " ".join(text.split()).replace("|", "\\|")
+    """A text as Markdown's code on one line; MkDocs takes a bar in code, also in a table, for what it is."""
+    flat = " ".join(text.split())
     fence = "``" if "`" in flat else "`"
     space = " " if "`" in flat else ""
     return f"{fence}{space}{flat}{space}{fence}" if flat else ""

@@ -142,11 +142,9 @@ Presets: {", ".join(f"`conf/{stage}/{name}.yaml`" for name in presets(stage))}.{
 
 ## In and out
 
-| | |
-|---|---|
-| in | {goes_in or "nothing"} |
-| out | {comes_out or "a tiny model with its tokenizer, as a Hugging Face directory"} |
-| beside it | `run.json` (settings, versions, inputs), `DONE` when it has finished |
+- **In**: {goes_in or "nothing"}
+- **Out**: {comes_out or "a tiny model with its tokenizer, as a Hugging Face directory"}
+- **Beside it**: `run.json` (settings, versions, inputs), `DONE` when it has finished
 
 ## Keys
 
