@@ -233,6 +233,17 @@ class AskConfig(SamplingConfig):
 
 
 @config
+class AnnotationConfig:
+    """Domain and difficulty for problems whose source tells none.
+
+    Attributes:
+        ask: the annotator, a model; None = rules alone.
+    """
+
+    ask: AskConfig | None = None
+
+
+@config
 class JudgeConfig:
     """The second opinion on answers that the grader does not accept.
 

@@ -40,6 +40,10 @@ class Fate(IntEnum):
     TOO_LONG = 25
     CAPPED = 26
     VOTED_GOLD = 27
+    RIGHT = 28
+    OTHER_TEACHER = 29
+    NO_STRONG = 30
+    NO_WEAK = 31
 
     @property
     def reason(self) -> str:
@@ -76,4 +80,8 @@ REASONS: Final[dict[Fate, str]] = {
     Fate.UNEVEN: "prompt of uneven length",
     Fate.TOO_LONG: "longer than max_tokens",
     Fate.CAPPED: "over a cap",
+    Fate.RIGHT: "verdict correct, of the weak teacher",
+    Fate.OTHER_TEACHER: "of neither teacher",
+    Fate.NO_STRONG: "problem without response of the strong teacher",
+    Fate.NO_WEAK: "problem without response of the weak teacher",
 }

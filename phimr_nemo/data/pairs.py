@@ -1,6 +1,9 @@
 """Preference pairs of one question: a correct response beside a wrong one that is near to it, or any.
 
-A near miss is a wrong response to the same question that is as much like the correct one as can be had: DPO then
+Or, whatever the verdicts, a strong model's response beside a weak one's: then their delta is what is learned (The
+Delta Learning Hypothesis, arXiv 2507.06187; OLMo 3, 2512.13961).
+
+A near miss is a wrong response to the same question that is as much like the right one as can be had: DPO then
 learns what made it wrong, and not its style or length. How near two responses are is one of two measures:
 
 - `common_steps`: the Jaccard index of their sets of steps, a step being a line or sentence without regard to case and
@@ -34,7 +37,7 @@ __all__ = [
     "steps",
 ]
 
-PairMode = Literal["near_miss", "random"]
+PairMode = Literal["near_miss", "random", "delta"]
 Nearness = Literal["common_steps", "common_beginning"]
 
 STEP_END: Final = re.compile(r"\n+|(?<=[.!?;])\s+")
@@ -85,8 +88,8 @@ def common_beginning(one: str, other: str) -> float:
 
 
 def pair_up(
-    right: Sequence[Response],
-    wrong: Sequence[Response],
+    chosen: Sequence[Response],
+    rejected: Sequence[Response],
     *,
     mode: PairMode,
     nearness: Nearness,
@@ -94,13 +97,13 @@ def pair_up(
     max_length_ratio: float | None,
     seed: int,
 ) -> tuple[list[Pair], dict[str, Fate]]:
-    """Pairs of correct (chosen) and wrong (rejected) responses to one question; no response is used twice.
+    """Pairs of responses to one question, one of each side; no response is used twice.
 
     Args:
-        right: different correct responses.
-        wrong: different wrong responses.
-        mode: "near_miss" takes the nearest pair first, then the nearest of what is left; "random" draws them.
-        nearness: the measure of a near miss; the random mode ignores it.
+        chosen: different correct responses, or a strong model's.
+        rejected: different wrong responses, or a weak model's.
+        mode: "near_miss" takes the nearest pair first, then the nearest of what is left; the others draw them.
+        nearness: the measure of a near miss; the other modes ignore it.
         max_per_problem: pairs at most.
         max_length_ratio: no pair of which one is more than this many times as long (characters) as the other;
             None = any.
@@ -116,25 +119,29 @@ def pair_up(
     >>> [(chosen.id, rejected.id) for chosen, rejected in pairs], fates["b"].name
     ([('a', 'c')], 'NO_PARTNER')
     """
-    pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
+    responses = (*chosen, *rejected)
+    # Two models may give the same text, of which nothing can be learned.
+    pairs = [(one, other) for one in chosen for other in rejected if one.text != other.text]
     fitting = [pair for pair in pairs if max_length_ratio is None or length_ratio(*pair) <= max_length_ratio]
     if mode == "near_miss":
-        distance = _distance_in_steps([*right, *wrong]) if nearness == "common_steps" else _distance_from_beginning
+        distance = _distance_in_steps(responses) if nearness == "common_steps" else _distance_from_beginning
         ordered = sorted(fitting, key=lambda pair: (distance(*pair), pair[0].id, pair[1].id))
     else:
         ordered = random.Random(seed).sample(fitting, len(fitting))
-    fates = dict.fromkeys((response.id for response in (*right, *wrong)), Fate.UNLIKE_LENGTHS)
+    fates = dict.fromkeys((response.id for response in responses), Fate.UNLIKE_LENGTHS)
+    same = {one.text for one in chosen} & {other.text for other in rejected}
+    fates.update(dict.fromkeys((response.id for response in responses if response.text in same), Fate.NO_PARTNER))
     fates.update(dict.fromkeys((response.id for pair in fitting for response in pair), Fate.NO_PARTNER))
     kept: list[Pair] = []
     used: set[str] = set()
-    for chosen, rejected in ordered:
-        if chosen.id in used or rejected.id in used:
+    for one, other in ordered:
+        if one.id in used or other.id in used:
             continue
-        used.update((chosen.id, rejected.id))
+        used.update((one.id, other.id))
         fate = Fate.KEPT if len(kept) < max_per_problem else Fate.OVER_LIMIT
-        fates[chosen.id] = fates[rejected.id] = fate
+        fates[one.id] = fates[other.id] = fate
         if fate == Fate.KEPT:
-            kept.append((chosen, rejected))
+            kept.append((one, other))
     return kept, fates
 
 

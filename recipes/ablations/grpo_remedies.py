@@ -18,6 +18,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.quickstart import Step
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
+    TABLE_MARKDOWN,
     ablation_command,
     differences_markdown,
     evaluation_step,
@@ -101,7 +102,7 @@ def report(config: GRPORemediesConfig) -> str:
             _agreement_text(config, seeds, runs),
         )
     )
-    atomic_write_text(config.output / "table.md", text)
+    atomic_write_text(config.output / TABLE_MARKDOWN, text)
     plot_curves(runs, config.output / CURVES_FILE)
     plot_differences(differences, seeds, config.output / DIFFERENCES_FILE)
     return text
