@@ -76,7 +76,13 @@ Place = Annotated[Path, BeforeValidator(_a_path)]
 
 @config
 class RunConfig:
-    """Where a run writes and what seeds it."""
+    """Where a run writes and what seeds it.
+
+    Attributes:
+        output: the run's directory; the same one continues the run.
+        seed: what its data order, sampling and new weights follow from.
+        log_every: steps between two logged ones.
+    """
 
     output: Place
     seed: Seed
