@@ -166,7 +166,7 @@ class PrepareConfig:
         sources: in the order in which they win where duplicates are equal otherwise.
         golds: what is done where answers disagree or are missing.
         near_duplicates, decontamination, annotation: None = not done.
-        shard_size: problems (rollouts) a shard.
+        shard_size: problems (rollouts) per shard.
         workers: processes that read pieces of sources, and threads of the sort.
         shard: this process's place among those that share the pieces.
     """
@@ -331,7 +331,7 @@ class PromptSet:
     """Prompts for reinforcement learning.
 
     Attributes:
-        min_pass, max_pass: the share of right responses lies strictly between them.
+        min_pass, max_pass: the share of correct responses lies strictly between them.
         hard_below: prompts with a lower share are marked as hard, for oversampling.
         min_samples: graded responses that a prompt must have, over all sampling rounds.
         max_length_spread: coefficient of variation of the response lengths at most; None = any.

@@ -69,7 +69,7 @@ REASONS: Final[dict[Fate, str]] = {
     Fate.BALANCE: "balance",
     Fate.UNGRADED: "ungraded",
     Fate.BLANK: "empty response",
-    Fate.NO_RIGHT: "problem without right response",
+    Fate.NO_RIGHT: "problem without correct response",
     Fate.NO_WRONG: "problem without wrong response",
     Fate.TOO_MANY: f"more than {MAX_CANDIDATES} candidates",
     Fate.UNLIKE_LENGTHS: "no partner of like length",

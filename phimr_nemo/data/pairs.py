@@ -1,4 +1,4 @@
-"""Preference pairs of one question: a right response beside a wrong one that is near to it, or any.
+"""Preference pairs of one question: a correct response beside a wrong one that is near to it, or any.
 
 Or, whatever the verdicts, a strong model's response beside a weak one's: then their delta is what is learned (The
 Delta Learning Hypothesis, arXiv 2507.06187; OLMo 3, 2512.13961).
@@ -23,6 +23,20 @@ from typing import Final, Literal
 
 from phimr_nemo.data.fate import Fate
 
+__all__ = [
+    "STEP_END",
+    "Distance",
+    "Nearness",
+    "Pair",
+    "PairMode",
+    "Response",
+    "common_beginning",
+    "common_steps",
+    "length_ratio",
+    "pair_up",
+    "steps",
+]
+
 PairMode = Literal["near_miss", "random", "delta"]
 Nearness = Literal["common_steps", "common_beginning"]
 
@@ -42,18 +56,30 @@ Distance = Callable[[Response, Response], tuple[float, ...]]
 
 
 def steps(text: str) -> frozenset[str]:
-    """The different lines and sentences of a response, without regard to case and spaces."""
+    """The different lines and sentences of a response, without regard to case and spaces.
+
+    >>> sorted(steps("So x = 2.  so X = 2. Then y = 4."))
+    ['so x = 2.', 'then y = 4.']
+    """
     return frozenset(" ".join(step.split()).casefold() for step in STEP_END.split(text) if step.strip())
 
 
 def common_steps(one: frozenset[str], other: frozenset[str]) -> float:
-    """The Jaccard index of two sets of steps: shared over all, 0 to 1; 1 for two empty ones."""
+    """The Jaccard index of two sets of steps: shared over all, 0 to 1; 1 for two empty ones.
+
+    >>> common_steps(steps("a. b."), steps("a. c."))
+    0.3333333333333333
+    """
     union = len(one | other)
     return len(one & other) / union if union else 1.0
 
 
 def common_beginning(one: str, other: str) -> float:
-    """How late two texts part: the share of the longer one that is their common beginning, 0 to 1."""
+    """How late two texts part: the share of the longer one that is their common beginning, 0 to 1.
+
+    >>> common_beginning("2+2=4", "2+2=50")
+    0.6666666666666666
+    """
     longest = max(len(one), len(other), 1)
     for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
@@ -74,7 +100,7 @@ def pair_up(
     """Pairs of responses to one question, one of each side; no response is used twice.
 
     Args:
-        chosen: different right responses, or a strong model's.
+        chosen: different correct responses, or a strong model's.
         rejected: different wrong responses, or a weak model's.
         mode: "near_miss" takes the nearest pair first, then the nearest of what is left; the others draw them.
         nearness: the measure of a near miss; the other modes ignore it.
@@ -85,6 +111,13 @@ def pair_up(
 
     Returns:
         The pairs, best first, and the fate of every response by id.
+
+    >>> correct = [Response("a", "Add. 2+2=4. So 4.")]
+    >>> wrong = [Response("b", "No idea."), Response("c", "Add. 2+2=5. So 5.")]
+    >>> pairs, fates = pair_up(correct, wrong, mode="near_miss", nearness="common_steps", max_per_problem=1,
+    ...                        max_length_ratio=None, seed=0)
+    >>> [(chosen.id, rejected.id) for chosen, rejected in pairs], fates["b"].name
+    ([('a', 'c')], 'NO_PARTNER')
     """
     responses = (*chosen, *rejected)
     # Two models may give the same text, of which nothing can be learned.

@@ -248,7 +248,7 @@ def prompts(
 
     Args:
         narrow: all rollouts of some problems, over all sampling rounds.
-        min_pass: keep problems whose share of right responses is above this (exclusive).
+        min_pass: keep problems whose share of correct responses is above this (exclusive).
         max_pass: ... and below this (exclusive).
         min_samples: keep problems with at least this many graded responses.
         max_length_spread: keep problems with at most this spread; None = any (prompt optimisation off).
