@@ -63,14 +63,16 @@ class Step:
         name: of the step, and of its directory under the seed's.
         arguments: of `phimr`.
         output: its run directory.
+        program: the module that is run with them, and what it takes before them; () = `phimr` itself.
     """
 
     name: str
     arguments: tuple[str, ...]
     output: Path
+    program: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return shlex.join(("phimr", *self.arguments))
+        return shlex.join((*(("python", "-m", *self.program) if self.program else ("phimr",)), *self.arguments))
 
 
 def plan_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str]) -> list[Step]:
@@ -229,7 +231,8 @@ def run_step(step: Step) -> None:
     Raises:
         UserError, Preempted, RuntimeError: as the command says by its exit code.
     """
-    code = run_child([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], {**os.environ, PART_OF: "quickstart"})
+    program = step.program or ("phimr_nemo.cli",)
+    code = run_child([sys.executable, "-m", *program, *step.arguments], {**os.environ, PART_OF: "quickstart"})
     if code == EXIT_USER:
         raise UserError(
             f"the step {step.name!r} refused its input, see above",
