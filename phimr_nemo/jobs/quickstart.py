@@ -18,7 +18,7 @@ from phimr_nemo.jobs.steps.schedule import run_steps, side_by_side
 from phimr_nemo.jobs.steps.step import Step, refuse_changed
 from phimr_nemo.store.progress import duration
 from phimr_nemo.store.records import Kind
-from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, read_metrics
+from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import is_complete, read_manifest
 from phimr_nemo.text.printable import say
 
@@ -188,7 +188,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     # The plots of an earlier report lie beside the seeds' directories.
     roots = [root for run in runs for root in sorted(filter(Path.is_dir, run.glob("seed-*")), key=_seed_of)]
     entries = [
-        entry(row, _seed_of(root), read_result(root / f"evaluate-{name}" / RESULTS_FILE))
+        entry(row, _seed_of(root), read_result(root / f"evaluate-{name}" / RESULTS_FILE), _seconds(root / name))
         for name, row in ROWS
         for root in roots
         if (root / f"evaluate-{name}" / RESULTS_FILE).is_file()
@@ -200,6 +200,13 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
             _plot_run(root, out)
         say(table_markdown(rows))
     say(page)
+
+
+def _seconds(training: Path) -> float | None:
+    """What a training stage took; None where it has none, or it is not there."""
+    run = RunDirectory(training)
+    seconds = run.closing_facts().get("seconds") if run.is_done else None
+    return None if seconds is None else float(seconds)
 
 
 def _seed_of(root: Path) -> int:
