@@ -17,7 +17,7 @@ from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation, stop_token_ids
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.launch import launch
-from phimr_nemo.jobs.quickstart import Step, run_step
+from phimr_nemo.jobs.steps.step import Step, run_step
 from phimr_nemo.model.files import gguf as module
 from phimr_nemo.model.files.gguf import KNOWN, GGUFFile, import_gguf
 from phimr_nemo.model.files.ggufheader import MAX_ARRAY_ITEMS
