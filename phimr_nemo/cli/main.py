@@ -15,7 +15,8 @@ from phimr_nemo.cli.bridge import bridge
 from phimr_nemo.cli.data import data_app
 from phimr_nemo.cli.help import StageCommand
 from phimr_nemo.cli.options import ConfigFile, Overrides
-from phimr_nemo.cli.runs import report, responses, status
+from phimr_nemo.cli.runs import report, status
+from phimr_nemo.cli.show import compare, show
 from phimr_nemo.errors import UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
 from phimr_nemo.jobs.cluster import check_layout, parse_allocation
@@ -61,7 +62,7 @@ STAGE_HELP: Final = {
     "dpo": "Stage 3: rollout DPO (NeMo-Aligner).",
     "grpo": "Stage 4: GRPO with a verifiable reward (NeMo-Aligner).",
     "distill": "On-policy distillation: the student samples, a teacher scores every token (NeMo-Aligner).",
-    "evaluate": "pass@1 and its company on held-out or benchmark problems.",
+    "evaluate": "pass@1, pass@k and maj@k on held-out or benchmark problems.",
     "export": "A trained directory -> a release directory with its model card.",
 }
 
@@ -301,7 +302,7 @@ def chat(
     seed: SeedOption = 0,
     dtype: DtypeOption = "fp32",
 ) -> None:
-    """Talk to a model in the terminal; its thinking is dimmed."""
+    """Chat with a model in the terminal; its thinking is dimmed."""
     from phimr_nemo.cli import chat as terminal
     from phimr_nemo.generate.sampler import SamplingParams
 
@@ -333,7 +334,8 @@ app.command("serve")(serve)
 app.command("launch")(launch_on_cluster)
 app.command()(report)
 app.command()(status)
-app.command()(responses)
+app.command()(show)
+app.command()(compare)
 
 
 @app.command("continue")

@@ -1,4 +1,4 @@
-"""Settings of stages 1 and 2: mid-training and supervised fine-tuning."""
+"""Settings of stages 1 and 2, mid-training and supervised fine-tuning, and of their packed rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from phimr_nemo.config.common import (
     Place,
     Positive,
     RunConfig,
+    ShardConfig,
     TrackingConfig,
     batches_fit,
     is_measured,
@@ -24,6 +25,27 @@ from phimr_nemo.config.common import (
 )
 from phimr_nemo.config.evaluation import TrainingEvaluationConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
+
+
+@config
+class PackConfig:
+    """Conversations -> packed rows.
+
+    Attributes:
+        tokenizer: directory with the tokenizer.
+        sequence_length: tokens per row.
+        placement: which documents share a row: those that fill it best by length, or short ones at random.
+        workers: processes that tokenise; with 1 the tokenizer's own threads use all cores.
+        shard: this process's share of the conversations' shards.
+    """
+
+    run: RunConfig
+    conversations: Place
+    tokenizer: Place
+    sequence_length: Positive
+    placement: Literal["length", "mixed"]
+    workers: Positive
+    shard: ShardConfig = field(default_factory=ShardConfig)
 
 
 @config
@@ -44,7 +66,8 @@ class OverlapConfig:
     Attributes:
         grad_reduce: gradients are reduced while the backward pass goes on.
         param_gather: the distributed optimizer's weights are gathered while the forward pass goes on.
-        tensor: tensor-parallel exchange inside Transformer Engine's layers (needs it, and `parallel.sequence`).
+        tensor: tensor-parallel exchange inside Transformer Engine's layers (needs it, and `parallel.sequence`), in
+            buffers of one size: SFT then pads every row to `sequence_length`.
     """
 
     grad_reduce: bool = False
@@ -61,10 +84,10 @@ class SupervisedConfig:
         data: `rows` (mid-training) or `conversations` (SFT) record directory.
         sequence_length: the longest sequence, in tokens.
         epochs: passes over the data.
-        validation_rows: rows kept out of training to measure the validation loss.
+        validation_rows: rows held out of training to measure the validation loss.
         validate_every: steps between two measurements.
         loss_on: "response" leaves the prompt's tokens out of the loss, "all" predicts them as well.
-        data_workers: processes a rank that prepare batches ahead; 0 = none.
+        data_workers: processes per rank that prepare batches ahead; 0 = none.
         early_stopping: None = train to the end.
         evaluation: None = no pass@1 while training.
         max_steps: stop earlier than `epochs` says; 0 = do not.
@@ -135,6 +158,21 @@ class SupervisedConfig:
                 f"{AT}overlap.tensor=true with {AT}parallel.sequence=false",
                 rule="tensor-parallel exchange is overlapped under sequence parallelism only",
                 remedy=f"set {AT}overlap.tensor=false, or {AT}parallel.sequence=true",
+            )
+        if self.overlap.tensor and self.parallel.context > 1:
+            raise RuleBroken(
+                f"{AT}overlap.tensor=true with {AT}parallel.context={self.parallel.context}",
+                rule="tensor-parallel exchange is overlapped in buffers of one size, and what a context rank has of "
+                "a row follows from its documents",
+                remedy=f"set {AT}overlap.tensor=false, or {AT}parallel.context=1",
+            )
+        whole = self.sequence_length // self.parallel.tensor * self.parallel.tensor
+        if self.overlap.tensor and self.sequence_length != whole:
+            raise RuleBroken(
+                f"{AT}overlap.tensor=true with {AT}sequence_length={self.sequence_length} and "
+                f"{AT}parallel.tensor={self.parallel.tensor}",
+                rule="tensor-parallel ranks share the buffers of overlapped exchange, which hold a whole sequence",
+                remedy=f"set {AT}sequence_length={whole}, or {AT}overlap.tensor=false",
             )
 
 

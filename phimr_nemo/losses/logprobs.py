@@ -3,8 +3,7 @@
 Every stage (supervised loss, DPO, GRPO) needs log p(label | prefix) per token and nothing else of the
 [tokens, vocabulary] matrix, which at 16,384 x 200,064 in float32 is 13 GB before its gradient. So the forward
 pass walks over chunks of tokens, keeps one log-sum-exp per token, and the backward pass recomputes each
-chunk's logits (with few tokens and a small vocabulary it keeps the exponentials instead). Memory is
-O(chunk_size * vocabulary / tensor_parallel) instead of O(tokens * vocabulary).
+chunk's logits. Memory is O(chunk_size * vocabulary / tensor_parallel) instead of O(tokens * vocabulary).
 
 For one token with hidden state h, temperature T and the output matrix W (rows are words):
 
@@ -31,11 +30,13 @@ from torch.autograd.function import once_differentiable
 from phimr_nemo.losses.vocabulary import (
     IGNORED_LABEL,
     accumulate_weight_gradient,
+    already_added,
     check_arguments,
-    check_labels,
     chunk_logits,
     gather_sequence,
     group_size,
+    is_fused,
+    labelled,
     local_columns,
     reduce_hidden_gradient,
     scatter,
@@ -46,9 +47,6 @@ __all__ = ["IGNORED_LABEL", "token_logprobs", "token_logprobs_and_entropy"]
 
 DEFAULT_CHUNK_SIZE = 1024
 """Tokens whose logits exist at one time: 0.8 GB of float32 with the 200,064-word vocabulary on one rank."""
-KEPT_NUMBERS = 2**21
-"""Tokens times words up to which the exponentials of a call are kept for the backward pass: 8 MiB of float32, less
-than what a layer keeps, where a small vocabulary makes the product dearer to repeat than its result is to keep."""
 
 
 def token_logprobs(
@@ -60,6 +58,7 @@ def token_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    accumulate: bool = False,
 ) -> Tensor:
     """Log-probability (nats) of each label under softmax(hidden @ weight.T / temperature).
 
@@ -68,11 +67,13 @@ def token_logprobs(
         weight: [vocabulary / tp, h], this rank's block of rows; the same tensor may be the input embedding.
         labels: [...], integer ids of the *whole* vocabulary, the same on every rank of the group and, with
             ``sequence_parallel``, of the whole sequence. ``IGNORED_LABEL`` marks tokens to leave out; they
-            cost no arithmetic either.
+            cost no arithmetic either. On the CPU they keep nothing waiting; a device's are waited for.
         temperature: divides the logits; > 0.
         tp_group: the tensor-parallel group that shares the vocabulary; None for one process.
         sequence_parallel: gather ``hidden`` along its first axis before, reduce-scatter its gradient after.
         chunk_size: tokens per chunk; changes memory and speed, not the result beyond rounding.
+        accumulate: add the weight's gradient straight to its `main_grad`, where Megatron's DistributedDataParallel
+            sums over micro-batches in float32; its own `grad` gets zeros.
 
     Returns:
         Tensor shaped like ``labels``, float32 (float64 for float64 weights), 0 at ignored labels. Logits are
@@ -83,8 +84,12 @@ def token_logprobs(
     Raises:
         UserError: shapes that do not belong together, a label outside the vocabulary, temperature <= 0,
             chunk_size < 1.
+
+    >>> hidden, head = torch.zeros(2, 8), torch.randn(100, 8)
+    >>> [f"{value:.4f}" for value in token_logprobs(hidden, head, torch.tensor([3, 7]))]  # -ln 100
+    ['-4.6052', '-4.6052']
     """
-    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, False)[0]
+    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, accumulate, False)[0]
 
 
 def token_logprobs_and_entropy(
@@ -96,6 +101,7 @@ def token_logprobs_and_entropy(
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``token_logprobs`` and the entropy -sum_v p_v log p_v (nats) at each token.
 
@@ -105,7 +111,7 @@ def token_logprobs_and_entropy(
     Raises:
         UserError: as ``token_logprobs``.
     """
-    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, True)
+    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, accumulate, True)
 
 
 def _apply(
@@ -116,13 +122,14 @@ def _apply(
     tp_group: dist.ProcessGroup | None,
     sequence_parallel: bool,
     chunk_size: int,
+    accumulate: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     check_arguments(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size)
     # Autocast would let the forward logits differ in dtype from those that backward recomputes.
     with torch.autocast(device_type=hidden.device.type, enabled=False):
         logprobs, entropy = _TokenLogprobs.apply(
-            hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, with_entropy
+            hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, accumulate, with_entropy
         )
     return logprobs, entropy
 
@@ -140,33 +147,25 @@ class _TokenLogprobs(torch.autograd.Function):
         tp_group: dist.ProcessGroup | None,
         sequence_parallel: bool,
         chunk_size: int,
+        accumulate: bool,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = gather_sequence(hidden, tp_group) if sequence_parallel else hidden
         rows = rows.reshape(-1, hidden.shape[-1])
-        positions = torch.nonzero(labels.reshape(-1) != IGNORED_LABEL).squeeze(1)
-        wanted = labels.reshape(-1)[positions]
-        check_labels(wanted, weight.shape[0] * group_size(tp_group))
+        positions, wanted = labelled(labels, weight.shape[0] * group_size(tp_group), hidden.device)
 
         dtype = statistics_dtype(weight)
         maximum = torch.empty(positions.numel(), dtype=dtype, device=hidden.device)
         # Rows of one tensor, so that one all-reduce serves: sum of exponentials, label's logit, and for the
         # entropy the sum of exponential * shifted logit.
         sums = torch.empty(3 if with_entropy else 2, positions.numel(), dtype=dtype, device=hidden.device)
-        kept: list[Tensor] = []
-        is_kept = any(ctx.needs_input_grad) and not with_entropy
-        is_kept = is_kept and positions.numel() * weight.shape[0] <= KEPT_NUMBERS
         for start in range(0, positions.numel(), chunk_size):
             chunk = slice(start, start + chunk_size)
-            exponentials = _chunk_statistics(
+            _chunk_statistics(
                 rows[positions[chunk]], weight, wanted[chunk], temperature, tp_group, maximum[chunk], sums[:, chunk]
             )
-            if is_kept:
-                kept.append(exponentials)
-            # Otherwise this chunk's buffer would still be alive while the next one's is allocated.
-            del exponentials
 
-        of_rank, maximum = maximum, _merge_statistics(maximum, sums, tp_group)
+        maximum = _merge_statistics(maximum, sums, tp_group)
         log_sum_exp = maximum + sums[0].log()
         logprobs = scatter(sums[1] - log_sum_exp, positions, labels.shape)
         if with_entropy:
@@ -176,45 +175,45 @@ class _TokenLogprobs(torch.autograd.Function):
         else:
             of_rows, entropy = None, torch.empty(0, dtype=dtype, device=hidden.device)
 
-        ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp, of_rows, of_rank, *kept)
+        ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp, of_rows)
+        # An entropy that nothing was made of has no gradient, instead of zeros that one would have to look for.
+        ctx.set_materialize_grads(False)
         ctx.temperature, ctx.tp_group = temperature, tp_group
-        ctx.sequence_parallel, ctx.chunk_size = sequence_parallel, chunk_size
+        ctx.sequence_parallel, ctx.chunk_size, ctx.accumulate = sequence_parallel, chunk_size, accumulate
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, positions, wanted, log_sum_exp, entropy, of_rank, *kept = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, positions, wanted, log_sum_exp, entropy = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         gathered = gather_sequence(hidden, ctx.tp_group) if ctx.sequence_parallel else hidden
         rows = gathered.reshape(-1, hidden.shape[-1])
-        scale = grad_logprobs.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
-        # Autograd gives zeros for an entropy that nothing was made of.
+        scale = torch.zeros_like(log_sum_exp)
+        if grad_logprobs is not None:
+            scale = grad_logprobs.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
         towards_entropy = None
-        if entropy is not None and bool(grad_entropy.any()):
+        if entropy is not None and grad_entropy is not None:
             towards_entropy = grad_entropy.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
 
         grad_rows = torch.zeros_like(rows) if wants_hidden else None
         # float32: the chunks' contributions are summed, and in bfloat16 every sum would lose bits.
-        grad_weight = torch.zeros_like(weight, dtype=log_sum_exp.dtype) if wants_weight else None
+        grad_weight: Tensor | None = None
+        if wants_weight:
+            grad_weight = weight.main_grad if ctx.accumulate else torch.zeros_like(weight, dtype=log_sum_exp.dtype)
         for start in range(0, positions.numel(), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             chunk_rows = rows[positions[chunk]].to(weight.dtype)
-            if kept:
-                share = (of_rank[chunk] - log_sum_exp[chunk]).exp_().mul_(scale[chunk])
-                grad_logits = torch.mul(kept[start // ctx.chunk_size], share.neg_().unsqueeze(1))
-                grad_logits = _towards_labels(grad_logits, weight, wanted[chunk], ctx.tp_group, scale[chunk])
-            else:
-                grad_logits = _chunk_logit_gradient(
-                    chunk_rows,
-                    weight,
-                    wanted[chunk],
-                    ctx.temperature,
-                    ctx.tp_group,
-                    log_sum_exp[chunk],
-                    scale[chunk],
-                    None if towards_entropy is None else (towards_entropy[chunk], entropy[chunk]),
-                )
+            grad_logits = _chunk_logit_gradient(
+                chunk_rows,
+                weight,
+                wanted[chunk],
+                ctx.temperature,
+                ctx.tp_group,
+                log_sum_exp[chunk],
+                scale[chunk],
+                None if towards_entropy is None else (towards_entropy[chunk], entropy[chunk]),
+            )
             if grad_rows is not None:
                 grad_rows[positions[chunk]] = torch.mm(grad_logits, weight).to(hidden.dtype)
             if grad_weight is not None:
@@ -228,8 +227,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_rows.reshape(gathered.shape), ctx.tp_group, ctx.sequence_parallel
             )
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+            grad_weight = already_added(weight) if ctx.accumulate else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _chunk_statistics(
@@ -240,15 +239,17 @@ def _chunk_statistics(
     tp_group: dist.ProcessGroup | None,
     maximum: Tensor,
     sums: Tensor,
-) -> Tensor:
-    """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary.
+) -> None:
+    """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary."""
+    columns, owned = local_columns(labels, weight.shape[0], tp_group)
+    if is_fused(weight):
+        from phimr_nemo.losses import fused
 
-    Returns:
-        exp(logit - maximum) [chunk, vocabulary / tp]; with the third sum, of no further use.
-    """
+        product = torch.mm(rows.to(weight.dtype), weight.t())
+        fused.statistics(product, columns, owned, temperature, maximum, sums)
+        return
     logits = chunk_logits(rows, weight, temperature)
     torch.amax(logits, dim=1, out=maximum)
-    columns, owned = local_columns(labels, weight.shape[0], tp_group)
     sums[1] = torch.where(owned, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
     shifted = logits.sub_(maximum.unsqueeze(1))
     if sums.shape[0] == 2:
@@ -257,7 +258,6 @@ def _chunk_statistics(
         exponentials = torch.exp(shifted)
         torch.sum(exponentials, dim=1, out=sums[0])
         torch.sum(exponentials.mul_(shifted), dim=1, out=sums[2])
-    return shifted
 
 
 def _chunk_logit_gradient(
@@ -274,6 +274,12 @@ def _chunk_logit_gradient(
 
     With `of_entropy`, a factor and the entropy of each row, also factor * -p_v (log p_v + entropy).
     """
+    columns, owned = local_columns(labels, weight.shape[0], tp_group)
+    if is_fused(weight):
+        from phimr_nemo.losses import fused
+
+        product = torch.mm(rows, weight.t())
+        return fused.gradient(product, columns, owned, temperature, log_sum_exp, scale, of_entropy)
     gradient = chunk_logits(rows, weight, temperature).sub_(log_sum_exp.unsqueeze(1))
     if of_entropy is None:
         gradient.exp_().neg_().mul_(scale.unsqueeze(1))
@@ -281,14 +287,6 @@ def _chunk_logit_gradient(
         factor, entropy = (values.unsqueeze(1) for values in of_entropy)
         probabilities = gradient.exp()
         gradient.add_(entropy).mul_(factor).add_(scale.unsqueeze(1)).mul_(probabilities).neg_()
-    return _towards_labels(gradient, weight, labels, tp_group, scale)
-
-
-def _towards_labels(
-    gradient: Tensor, weight: Tensor, labels: Tensor, tp_group: dist.ProcessGroup | None, scale: Tensor
-) -> Tensor:
-    """Add the labels' part to the gradient of a chunk's logits, in place; in the dtype of ``weight``."""
-    columns, owned = local_columns(labels, weight.shape[0], tp_group)
     gradient.scatter_add_(1, columns.unsqueeze(1), (owned * scale).unsqueeze(1))
     return gradient.to(weight.dtype)
 

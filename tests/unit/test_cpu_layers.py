@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phimr_nemo.model.megatron import cpu_layers, fused
+from phimr_nemo.model.megatron import cpu_layers, elementwise
 
 EXACT = 1e-10
 """Largest difference in float64 of values of size 1 after sums of some hundred terms."""
@@ -81,13 +81,13 @@ def plain_attention(heads: Tensor, lengths: Sequence[int], positions: Sequence[i
 
 
 def attention(positions: Sequence[int], spans: tuple[tuple[int, int], ...] | None) -> Callable[[Tensor], Tensor]:
-    tables = fused.rotary_tables(angles_of(positions)[:, None, None], HEAD_DIM, FACTOR, torch.float64)
+    tables = elementwise.rotary_tables(angles_of(positions)[:, None, None], HEAD_DIM, FACTOR, torch.float64)
     return lambda heads: cpu_layers.attend(heads, tables, ROTARY_DIM, 1 / math.sqrt(HEAD_DIM), spans)
 
 
 def test_norm_and_its_gradients_are_the_formula_under_autograd() -> None:
     inputs = drawn(TOKENS, 2, HIDDEN), drawn(HIDDEN, seed=1)
-    found = with_gradients(lambda x, w: fused.rms_norm(x, w, EPS), *inputs)
+    found = with_gradients(lambda x, w: elementwise.rms_norm(x, w, EPS), *inputs)
     assert largest(found, with_gradients(plain_norm, *inputs)) < EXACT
     # The twin: the scale taken for a constant, as a backward pass that forgets its second term would.
     wrong = with_gradients(lambda x, w: x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS).detach() * w, *inputs)
@@ -96,7 +96,7 @@ def test_norm_and_its_gradients_are_the_formula_under_autograd() -> None:
 
 def test_swiglu_and_its_gradient_are_the_formula_under_autograd() -> None:
     [values] = [drawn(TOKENS, 2, 2 * HIDDEN)]
-    found = with_gradients(fused.swiglu, values)
+    found = with_gradients(elementwise.swiglu, values)
     assert largest(found, with_gradients(plain_swiglu, values)) < EXACT
     wrong = with_gradients(lambda x: plain_swiglu(x.roll(HIDDEN, dims=-1)), values)
     assert largest(found, wrong) > FAULT
@@ -133,8 +133,8 @@ def test_rounding_of_norm_and_swiglu_stays_within_its_bound(dtype: torch.dtype) 
     hidden, weight = drawn(TOKENS, 1, HIDDEN, dtype=dtype), drawn(HIDDEN, seed=1, dtype=dtype)
     values = drawn(TOKENS, 1, 2 * HIDDEN, dtype=dtype)
     cases = [
-        (lambda x, w: fused.rms_norm(x, w, EPS), plain_norm, (hidden, weight)),
-        (fused.swiglu, plain_swiglu, (values,)),
+        (lambda x, w: elementwise.rms_norm(x, w, EPS), plain_norm, (hidden, weight)),
+        (elementwise.swiglu, plain_swiglu, (values,)),
     ]
     for function, plain, inputs in cases:
         found = with_gradients(function, *inputs)
@@ -150,7 +150,7 @@ def test_rounding_of_norm_and_swiglu_stays_within_its_bound(dtype: torch.dtype) 
 
 def test_norm_and_swiglu_equal_torch_in_value() -> None:
     hidden, weight = drawn(TOKENS, HIDDEN, dtype=torch.float32), drawn(HIDDEN, seed=1, dtype=torch.float32)
-    ours, theirs = fused.rms_norm(hidden, weight, EPS), F.rms_norm(hidden, (HIDDEN,), weight, EPS)
+    ours, theirs = elementwise.rms_norm(hidden, weight, EPS), F.rms_norm(hidden, (HIDDEN,), weight, EPS)
     assert float((ours - theirs).abs().max()) < 8 * torch.finfo(torch.float32).eps * float(theirs.abs().max())
     gate, up = hidden.chunk(2, dim=-1)
-    assert torch.equal(fused.swiglu(hidden), F.silu(gate) * up)
+    assert torch.equal(elementwise.swiglu(hidden), F.silu(gate) * up)

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.losses import IGNORED_LABEL, logprobs, token_logprobs, token_logprobs_and_entropy
+from phimr_nemo.losses import IGNORED_LABEL, token_logprobs, token_logprobs_and_entropy
 
 VOCABULARY, WIDTH = 37, 8
-
-
-@pytest.fixture(params=[0, logprobs.KEPT_NUMBERS], ids=["recomputed", "kept"], autouse=True)
-def kept_numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything here holds for large vocabularies, whose logits are computed again, and for small ones."""
-    monkeypatch.setattr(logprobs, "KEPT_NUMBERS", request.param)
 
 
 def make_case(

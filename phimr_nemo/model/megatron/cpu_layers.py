@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phimr_nemo.model.megatron.fused import rotate, swiglu
+from phimr_nemo.model.megatron.elementwise import rotate, swiglu
 
 KEY_AND_VALUE: Final = 2
 """Heads of a group that are no queries."""
@@ -59,7 +59,7 @@ def attend(
 
     Args:
         heads: [s, b, groups, heads of a group, head_dim] of a group's queries, its key and its value.
-        tables: see :func:`phimr_nemo.model.megatron.fused.rotary_tables`; [2, s, 1, 1, head_dim].
+        tables: see :func:`phimr_nemo.model.megatron.elementwise.rotary_tables`; [2, s, 1, 1, head_dim].
         rotary_dim: dimensions of a head that are turned.
         scale: of the scores, 1 / sqrt(head_dim) as a rule.
         spans: documents of a packed row (b = 1), none of which sees another; None: every row is one.
@@ -124,8 +124,8 @@ def _by_token(values: Tensor, span: tuple[int, int]) -> Tensor:
 class CpuSelfAttention(SelfAttention):
     """Megatron's self-attention over :func:`attend`.
 
-    It is given the tables of :func:`phimr_nemo.model.megatron.fused.rotary_tables` in the place of rotary angles, and
-    documents as :class:`PackedSpans`.
+    It is given the tables of :func:`phimr_nemo.model.megatron.elementwise.rotary_tables` in the place of rotary
+    angles, and documents as :class:`PackedSpans`.
     """
 
     def __init__(self, config: TransformerConfig, *values: Any, rotary_dim: int, **options: Any) -> None:
@@ -172,7 +172,7 @@ class CpuSelfAttention(SelfAttention):
 
 
 class CpuMLP(MLP):
-    """Megatron's feed-forward part over :func:`phimr_nemo.model.megatron.fused.swiglu`."""
+    """Megatron's feed-forward part over :func:`phimr_nemo.model.megatron.elementwise.swiglu`."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(
