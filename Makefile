@@ -12,6 +12,7 @@
 #   PYTEST_ARGS        of `make test`
 #   PYTEST_WORKERS     processes that `make test` shares the test files among (default 2)
 #   FUZZ_SECONDS       of each target of `make fuzz`
+#   BENCH_ARGS         of `make bench`, e.g. --quick or --only train dpo
 #   VLLM_BUILD         cpu or cuda, of `make setup-vllm` (default: cuda where nvidia-smi lists a GPU)
 #   GPU_PYTHON         of `make gpu`: an interpreter that has torch for CUDA, Megatron-Core and transformers
 #   GPU_ARGS           of `make gpu`, e.g. --rehearse or --parts train-bf16
@@ -28,6 +29,7 @@ OUT ?= runs/quickstart
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
+BENCH_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 GPU_BUNDLE ?= runs/gpu-bundle
@@ -86,10 +88,10 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test clients faults fuzz audit docs gpu gpu-bundle lint format clean
+.PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test clients faults fuzz audit docs bench gpu gpu-bundle lint format clean
 
 help:
-	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | docs | gpu | gpu-bundle | lint | format | clean   (see docs/installation.md)"
+	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | docs | bench | gpu | gpu-bundle | lint | format | clean   (see docs/installation.md)"
 
 setup: $(STAMP)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "next: . $(BIN)/activate && phimr quickstart --out $(OUT)",:)
@@ -198,6 +200,10 @@ fuzz: setup
 # what cannot be looked up is a failure.
 audit: setup
 	$(BIN)/python .ci/audit.py look-up $(PHIMR_CONSTRAINTS) requirements/aligner.txt
+
+# One dated file of all benchmarks of the CPU in bench/results, and the table of docs/performance.md.
+bench: setup
+	status=0; $(BIN)/python bench/all.py $(BENCH_ARGS) || status=$$?; $(BIN)/python bench/figures.py && exit $$status
 
 # Every warning is an error: links, anchors and pages that are in no part of the index too.
 docs: $(DOCS_STAMP)

@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--global-batch", type=int, default=32)
     parser.add_argument("--longest", type=int, default=512, help="tokens")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--child", choices=[*OURS, "trl", *MEMORY_CASES], help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--lengths", choices=LENGTHS, help=argparse.SUPPRESS)

@@ -124,12 +124,11 @@ def clock(options: argparse.Namespace) -> float:
 class Steps:
     """When the steps ended; profiles what comes after the first one when asked to."""
 
-    def __init__(self, root: Path, options: argparse.Namespace) -> None:
-        self.options, self.ends = options, list[float]()
+    def __init__(self, options: argparse.Namespace, documents: Sequence[Document] = (), every: int = 1) -> None:
+        self.options, self.documents, self.every = options, documents, every
+        self.ends: list[float] = []
         self.profiler: Any = None
         self.started = self.measuring = 0.0
-        self.documents = [] if options.profile else kept_out(root, options)[:MEASURED_DOCUMENTS]
-        self.every = max(1, optimizer_steps(root) // MEASUREMENTS)
         self.curve: list[tuple[float, float]] = []
         """(Seconds since the first step's end, loss on documents kept out.)"""
 
@@ -272,7 +271,8 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cpu":
         torch.set_num_threads(1)
     out = Path(tempfile.mkdtemp(dir=root))
-    clocked = Steps(root, options)
+    measured = [] if options.profile else kept_out(root, options)[:MEASURED_DOCUMENTS]
+    clocked = Steps(options, measured, max(1, optimizer_steps(root) // MEASUREMENTS))
     (train_ours if options.child == "ours" else train_peer)(root, out, options, clocked)
     if options.profile:
         return clocked.shares()
