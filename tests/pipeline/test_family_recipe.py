@@ -12,26 +12,26 @@ import pytest
 import small
 import torch
 
+from phimr_nemo.config.tiny import FamilyName
 from phimr_nemo.data.chat import load_tokenizer, prompt_text
 from phimr_nemo.jobs.quickstart import ROWS, write_report
 from phimr_nemo.model.base import TURNS
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Phi's recipe is in test_tiny.py."""
-CLASSES = {
+CLASSES: dict[FamilyName, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+"""Phi's recipe is in test_tiny.py."""
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     root, here = tmp_path_factory.mktemp("families"), Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, str(here / "family_recipe.py"), str(root), *FAMILIES],
+        [sys.executable, str(here / "family_recipe.py"), str(root), *CLASSES],
         cwd=repository,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(repository), str(here)))},
         capture_output=True,
@@ -42,8 +42,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_step_of_the_recipe_is_done_on_the_family(family: str, root: Path) -> None:
+@pytest.mark.parametrize("family", CLASSES)
+def test_every_step_of_the_recipe_is_done_on_the_family(family: FamilyName, root: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     place = root / family / "seed-0"
@@ -65,8 +65,8 @@ def test_every_step_of_the_recipe_is_done_on_the_family(family: str, root: Path)
     assert bool(model(ids).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_has_the_rows_of_the_quickstarts(family: str, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_table_has_the_rows_of_the_quickstarts(family: FamilyName, root: Path, tmp_path: Path) -> None:
     write_report([root / family], tmp_path)
     table = json.loads((tmp_path / "table.json").read_text("utf-8"))
     assert [row["row"] for row in table] == [row for _, row in ROWS]
