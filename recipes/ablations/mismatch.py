@@ -17,7 +17,8 @@ from statistics import fmean
 from typing import Final
 
 from phimr_nemo.config.ablations import MismatchConfig
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.report.picture import save_png, tidy
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
@@ -26,7 +27,6 @@ from recipes.ablations.common import (
     evaluation_step,
     measures_markdown,
     paired,
-    run_steps,
     seed_directories,
     stage_step,
 )

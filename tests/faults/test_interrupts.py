@@ -221,7 +221,7 @@ def test_a_quickstart_passes_a_stop_on_to_its_step(
         assert terminal.end(END_SECONDS) == 3, terminal.text[-2000:]
         assert left_of(processes, END_SECONDS) == []
     assert f"stopped in {step}" in terminal.text
-    assert str(output) in "".join(terminal.text.rpartition("kept:")[2].split())
+    assert str(output) in "".join(terminal.text.partition("kept:")[2].split())
     injected(step, f"{number.name}, quickstart", 1, "exit code 3; the checkpoint, or the finished shards")
 
 

@@ -16,7 +16,7 @@ import small
 
 from phimr_nemo.jobs.launch import launch, stage_function
 from phimr_nemo.jobs.preflight import preflight
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.step import Step
 
 
 def run(step: Step) -> None:

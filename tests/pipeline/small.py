@@ -11,7 +11,8 @@ from typing import Any
 from phimr_nemo.config import STAGES, QuickstartConfig, load_config
 from phimr_nemo.jobs.launch import launch
 from phimr_nemo.jobs.preflight import preflight
-from phimr_nemo.jobs.quickstart import ROWS, Step, run_step, seed_steps
+from phimr_nemo.jobs.quickstart import ROWS, seed_steps
+from phimr_nemo.jobs.steps.step import Step, run_step
 
 ORIGINAL_LENGTH = 64
 """Of the model: shorter sequences are in LongRoPE's short regime when they are a run's longest."""
