@@ -105,7 +105,15 @@ def _row(name: str, group: Sequence[Entry]) -> Row:
 
 def table_markdown(rows: Sequence[Row]) -> str:
     """The table in markdown, in per cent."""
-    header = ["stage", "pass@1 (%)", "stderr, questions", "stderr, seeds", "n", "seeds", "each seed"]
+    header = (
+        "stage",
+        "pass@1 (%)",
+        "SE (clustered by question)",
+        "SE (across seeds)",
+        "questions",
+        "seeds",
+        "per seed",
+    )
     # Whoever was not trained here has no time.
     has_time = any(row.seconds is not None for row in rows)
     cells = (
@@ -121,7 +129,7 @@ def table_markdown(rows: Sequence[Row]) -> str:
         )
         for row in rows
     )
-    return markdown(Table("pass@1", (*header, "training") if has_time else tuple(header), tuple(cells)))
+    return markdown(Table("pass@1", (*header, "training") if has_time else header, tuple(cells)))
 
 
 def write_table(directory: Path, entries: Sequence[Entry]) -> list[Row]:

@@ -19,6 +19,7 @@ from phimr_nemo.jobs.steps.schedule import run_steps
 from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
+    TABLE_MARKDOWN,
     ablation_command,
     evaluation_step,
     measures_markdown,
@@ -104,7 +105,7 @@ def report(config: GRPOSizesConfig) -> str:
     text = "\n".join(
         (table_markdown(write_table(config.output, entries)), measures_markdown("run", measures, DIGITS, seeds))
     )
-    atomic_write_text(config.output / "table.md", text)
+    atomic_write_text(config.output / TABLE_MARKDOWN, text)
     plot_curves(runs, config.output / PLOT_FILE)
     return text
 
