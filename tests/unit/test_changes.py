@@ -49,6 +49,7 @@ TRAINING: tuple[tuple[str, str, Kind], ...] = (
     ("sft", "data", "conversations"),
     ("dpo", "pairs", "pairs"),
     ("grpo", "prompts", "prompts"),
+    ("distill", "prompts", "prompts"),
 )
 
 
@@ -87,6 +88,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def training(stage: str, root: Path, key: str, *overrides: str) -> Any:
     paths = [f"run.output={root / 'run'}", f"base={root / 'base'}", f"{key}={root / 'data'}"]
+    paths += [f"teacher.path={root / 'base'}"] if stage == "distill" else []
     return load_config(STAGES[stage], Path(f"conf/{stage}/tiny.yaml"), [*paths, *overrides])
 
 

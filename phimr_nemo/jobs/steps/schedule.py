@@ -19,7 +19,7 @@ from phimr_nemo.config import STAGES
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted
 from phimr_nemo.jobs.closing import PART_OF
 from phimr_nemo.jobs.launch import stage_function
-from phimr_nemo.jobs.steps.step import PROGRAM, Step, changed_since, failure, interrupted, refuse_changed
+from phimr_nemo.jobs.steps.step import Step, changed_since, failure, interrupted, refuse_changed
 from phimr_nemo.process.children import Relay, dying_with_parent
 from phimr_nemo.process.gpus import promised_gpus
 from phimr_nemo.process.stopping import CONTINUE
@@ -72,9 +72,9 @@ class Starter:
             self._warm = WarmProcess(self._load, self._environment)
         # The libraries may have started a thread after all.
         if self._warm is not None and can_fork():
-            return self._warm.start(PROGRAM, step.arguments, None if output is None else output.fileno())
+            return self._warm.start(*step.invocation, None if output is None else output.fileno())
         return subprocess.Popen(
-            command_of(PROGRAM, step.arguments),
+            command_of(*step.invocation),
             env=self._environment,
             start_new_session=True,
             preexec_fn=dying_with_parent(),

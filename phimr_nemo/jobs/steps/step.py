@@ -31,14 +31,22 @@ class Step:
         name: of the step, and of its directory.
         arguments: of `phimr`.
         output: its run directory.
+        program: the module that is run with them, and what it takes before them; () = `phimr` itself.
     """
 
     name: str
     arguments: tuple[str, ...]
     output: Path
+    program: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return shlex.join(("phimr", *self.arguments))
+        return shlex.join((*(("python", "-m", *self.program) if self.program else ("phimr",)), *self.arguments))
+
+    @property
+    def invocation(self) -> tuple[str, tuple[str, ...]]:
+        """The module to run, and its arguments."""
+        module, *before = self.program or (PROGRAM,)
+        return module, (*before, *self.arguments)
 
     def reads(self, other: Step) -> bool:
         """Whether one of its arguments names something in another's output."""
@@ -52,7 +60,7 @@ def run_step(step: Step) -> None:
     Raises:
         UserError, Preempted, RuntimeError: as the command says by its exit code.
     """
-    code = run_child(command_of(PROGRAM, step.arguments), {**os.environ, PART_OF: "quickstart"})
+    code = run_child(command_of(*step.invocation), {**os.environ, PART_OF: "quickstart"})
     if code == EXIT_PREEMPTED:
         raise interrupted([step])
     if code != EXIT_DONE:
