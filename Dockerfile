@@ -1,4 +1,4 @@
-# This project in a NeMo image of the 2.4 generation, which brings torch, NeMo, Megatron-Core 0.13, Transformer Engine
+# This project in an image of NeMo 2.4, which brings torch, NeMo, Megatron-Core 0.13, Transformer Engine
 # and the kernels. Tag 25.07 should be that generation (the build fails if it is not); 25.09 has NeMo 2.5, and from 26.04 on there is no NeMo in it. The
 # registry is yours to name:
 #   docker build --build-arg NEMO_IMAGE=<your registry>/nvidia/nemo --tag phimr-nemo .

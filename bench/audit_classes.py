@@ -39,6 +39,7 @@ CLASSES: Final[dict[str, tuple[Callable[[random.Random], Case], Same]]] = {
     "floors and parity": (functions.floors, same_function),
     "residues": (functions.residues, shapes.same_residue),
     "equations": (functions.equations, shapes.same_equation),
+    "circles": (functions.circles, shapes.same_equation),
     "tuples": (structures.tuples, shapes.same_tuple),
     "sets and lists": (structures.sets, shapes.same_set),
     "intervals": (structures.intervals, shapes.same_intervals),

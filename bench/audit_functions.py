@@ -229,3 +229,31 @@ def equations(draw: random.Random) -> Case:
         ("exchanged", f"x={a}y{signed(b)}"),
     ]
     return Case(f"y={a}x{signed(b)}", right, wrong)
+
+
+def circles(draw: random.Random) -> Case:
+    a, b = draw.sample([-7, -5, -4, -2, -1, 1, 2, 3, 5, 6], 2)
+    r = draw.randint(2, 9)
+
+    def around(a: int, b: int, square: int | str) -> str:
+        return f"(x{signed(-a)})^2+(y{signed(-b)})^2={square}"
+
+    linear = f"{signed(-2 * a, 'x')}{signed(-2 * b, 'y')}"
+    constant = a * a + b * b - r * r
+    right = [
+        ("the radius squared", around(a, b, f"{r}^2")),
+        ("expanded", f"x^2+y^2{linear}={-constant}"),
+        ("the sides exchanged", f"{r * r}=(y{signed(-b)})^2+(x{signed(-a)})^2"),
+        ("a multiple", f"2x^2+2y^2{signed(-4 * a, 'x')}{signed(-4 * b, 'y')}={-2 * constant}"),
+    ]
+    wrong = [
+        ("the centre's signs", around(-a, -b, r * r)),
+        ("a centre's sign", around(-a, b, r * r)),
+        ("the centre exchanged", around(b, a, r * r)),
+        ("centre + 1", around(a + 1, b, r * r)),
+        ("radius for its square", around(a, b, r)),
+        ("square + 1", around(a, b, r * r + 1)),
+        ("the square alone", str(r * r)),
+        ("a hyperbola", f"(x{signed(-a)})^2-(y{signed(-b)})^2={r * r}"),
+    ]
+    return Case(around(a, b, r * r), right, wrong)

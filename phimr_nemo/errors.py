@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.metadata
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +26,14 @@ LONGEST_PATH: Final = 4095
 LONGEST_NAME: Final = 255
 """Bytes, on Linux; temporary names and files in a directory need some of them."""
 SHOWN_CHARS: Final = 100
+REQUIREMENT: Final = re.compile(r"(?P<name>[\w.-]+).*\bextra == ['\"](?P<extra>\w+)['\"]")
+DISTRIBUTIONS: Final = {
+    "lightning": "nemo-toolkit",
+    "megatron": "megatron-core",
+    "nemo": "nemo-toolkit",
+    "nemo_aligner": "nemo-toolkit",
+}
+"""Module -> what brings it, where the names differ; NeMo-Aligner comes beside NeMo (requirements/aligner.txt)."""
 
 
 class UserError(Exception):
@@ -74,6 +84,11 @@ def exit_with_message() -> Iterator[None]:
         if error.errno != errno.ENAMETOOLONG:
             raise
         _refuse(path_too_long(str(error.filename)))
+    except ModuleNotFoundError as error:
+        absent = missing_extra(error.name or "")
+        if absent is None:
+            raise
+        _refuse(absent)
     except Preempted as stopped:
         _tell(str(stopped), {"preempted": str(stopped)})
         sys.exit(EXIT_PREEMPTED)
@@ -87,6 +102,25 @@ def path_too_long(path: str) -> UserError:
         rule=f"a path has at most {LONGEST_PATH:,} bytes, and each name in it at most {LONGEST_NAME}",
         remedy="use a shorter one",
     )
+
+
+def missing_extra(module: str) -> UserError | None:
+    """The message about a module that one of the package's extras brings; None about any other."""
+    package = module.partition(".")[0]
+    wanted = DISTRIBUTIONS.get(package, package).replace("_", "-")
+    try:
+        required = importlib.metadata.requires("phimr-nemo") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for requirement in required:
+        found = REQUIREMENT.match(requirement)
+        if found is not None and found["name"].replace("_", "-").lower() == wanted:
+            return UserError(
+                f"the package {package} is not installed",
+                rule=f"this needs the extra {found['extra']!r} of phimr-nemo",
+                remedy=f"pip install 'phimr-nemo[{found['extra']}]'; in a checkout make setup, which pins versions",
+            )
+    return None
 
 
 def _refuse(error: UserError) -> NoReturn:

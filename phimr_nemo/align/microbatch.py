@@ -187,7 +187,7 @@ def deal_rows(lengths: Sequence[int], parts: int, ranks: int, seed: int) -> list
 
 
 def _dealt_evenly(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Longest first, a row to every rank in turn, forth and back; the rows of a rank stay in their order."""
+    """Longest first, a row to every rank in turn, back and forth; the rows of a rank stay in their order."""
     places = sorted(range(len(rows)), key=lambda place: -lengths[rows[place]])
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for turn, place in enumerate(places):

@@ -90,7 +90,7 @@ def open_model(directory: Path, params: SamplingParams, *, max_length: int | Non
 
 
 def chat(directory: Path, params: SamplingParams, *, seed: int, max_length: int | None, dtype: Dtype) -> None:
-    """Talk to a model until /exit or the end of the input; /help lists the commands.
+    """Chat with a model until /exit or the end of the input; /help lists the commands.
 
     Raises:
         UserError: as :func:`open_model`, or a conversation without room for a reply.

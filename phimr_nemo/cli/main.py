@@ -61,7 +61,7 @@ STAGE_HELP: Final = {
     "dpo": "Stage 3: rollout DPO (NeMo-Aligner).",
     "grpo": "Stage 4: GRPO with a verifiable reward (NeMo-Aligner).",
     "distill": "On-policy distillation: the student samples, a teacher scores every token (NeMo-Aligner).",
-    "evaluate": "pass@1 and its company on held-out or benchmark problems.",
+    "evaluate": "pass@1, pass@k and maj@k on held-out or benchmark problems.",
     "export": "A trained directory -> a release directory with its model card.",
 }
 
@@ -301,7 +301,7 @@ def chat(
     seed: SeedOption = 0,
     dtype: DtypeOption = "fp32",
 ) -> None:
-    """Talk to a model in the terminal; its thinking is dimmed."""
+    """Chat with a model in the terminal; its thinking is dimmed."""
     from phimr_nemo.cli import chat as terminal
     from phimr_nemo.generate.sampler import SamplingParams
 

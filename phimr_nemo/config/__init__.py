@@ -16,13 +16,11 @@ from phimr_nemo.config.common import (
     WandbConfig,
 )
 from phimr_nemo.config.data import (
-    AnnotationConfig,
     CurateConfig,
     DecontaminationConfig,
     EvaluationSetConfig,
     GoldConfig,
     NearDuplicatesConfig,
-    PackConfig,
     PrepareConfig,
     SourceConfig,
 )
@@ -47,6 +45,7 @@ from phimr_nemo.config.evaluation import (
     TrainingEvaluationConfig,
 )
 from phimr_nemo.config.generation import (
+    AnnotationConfig,
     AskConfig,
     FileProblems,
     GenerateConfig,
@@ -68,6 +67,7 @@ from phimr_nemo.config.stages import STAGES
 from phimr_nemo.config.supervised import (
     MidtrainConfig,
     OverlapConfig,
+    PackConfig,
     SFTConfig,
     SupervisedConfig,
 )

@@ -21,7 +21,7 @@ from phimr_nemo.config.common import (
     ShardConfig,
     Share,
 )
-from phimr_nemo.config.generation import AskConfig
+from phimr_nemo.config.generation import AnnotationConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 from phimr_nemo.store.records import DIFFICULTIES, Difficulty
 
@@ -33,6 +33,7 @@ Preset = Literal[
     "numina_math",
     "big_math",
     "omni_math",
+    "deepmath",
     "olympiad_bench",
     "metamath_qa",
     "math_instruct",
@@ -144,17 +145,6 @@ class DecontaminationConfig:
 
 
 @config
-class AnnotationConfig:
-    """Domain and difficulty for problems whose source tells none.
-
-    Attributes:
-        ask: the annotator, a model; None = rules alone.
-    """
-
-    ask: AskConfig | None = None
-
-
-@config
 class GoldConfig:
     """Which answer a question has whose sources disagree or tell none (see phimr_nemo/data/prepare/golds.py).
 
@@ -177,7 +167,7 @@ class PrepareConfig:
         sources: in the order in which they win where duplicates are equal otherwise.
         golds: what is done where answers disagree or are missing.
         near_duplicates, decontamination, annotation: None = not done.
-        shard_size: problems (rollouts) a shard.
+        shard_size: problems (rollouts) per shard.
         workers: processes that read pieces of sources, and threads of the sort.
         shard: this process's place among those that share the pieces.
     """
@@ -276,11 +266,34 @@ class SFTSet:
 
 
 @config
+class Delta:
+    """Whose responses are chosen and whose are rejected: the delta between two models is what is learned.
+
+    Attributes:
+        strong, weak: teachers as the rollouts name them: of a directory its weights' hash, of an endpoint its model.
+        by_verdict: chosen responses are right and rejected ones wrong; otherwise verdicts say nothing.
+    """
+
+    strong: Name
+    weak: Name
+    by_verdict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strong == self.weak:
+            raise RuleBroken(
+                f"{AT}strong and {AT}weak are both {self.weak}",
+                rule="the responses of one model are chosen, those of a weaker one rejected",
+                remedy=f"name a smaller or earlier model in {AT}weak",
+            )
+
+
+@config
 class PairSet:
     """Preference pairs from rollouts of one question; both sides are complete responses.
 
     Attributes:
-        mode: the nearest pairs, or random ones.
+        mode: of right and wrong ones the nearest pairs, or random ones; or random pairs of two models' (`delta`).
+        delta: the two models.
         nearness: what is near, see :mod:`phimr_nemo.data.pairs`.
         max_per_problem: pairs of one problem at most.
         max_length_ratio: no pair of which one is more than this many times as long as the other; None = any.
@@ -292,7 +305,7 @@ class PairSet:
         voted_golds: use questions whose answer is a vote among solutions.
     """
 
-    mode: Literal["near_miss", "random"]
+    mode: Literal["near_miss", "random", "delta"]
     nearness: Literal["common_steps", "common_beginning"]
     max_per_problem: Positive
     max_length_ratio: AtLeastOne | None = None
@@ -303,6 +316,15 @@ class PairSet:
     balance: Annotated[tuple[BalanceKey, ...], Field(min_length=1)] = ("difficulty", "length")
     caps: tuple[Cap, ...] = ()
     voted_golds: bool = False
+    delta: Delta | None = None
+
+    def __post_init__(self) -> None:
+        if (self.mode == "delta") != (self.delta is not None):
+            raise RuleBroken(
+                f"{AT}mode={self.mode} {'with' if self.delta else 'without'} {AT}delta",
+                rule=f"{AT}mode=delta, and no other, pairs the two models that {AT}delta names",
+                remedy=f"set {AT}mode=delta {AT}delta.strong=TEACHER {AT}delta.weak=TEACHER, or {AT}delta=null",
+            )
 
 
 @config
@@ -310,7 +332,7 @@ class PromptSet:
     """Prompts for reinforcement learning.
 
     Attributes:
-        min_pass, max_pass: the share of right responses lies strictly between them.
+        min_pass, max_pass: the share of correct responses lies strictly between them.
         hard_below: prompts with a lower share are marked as hard, for oversampling.
         min_samples: graded responses that a prompt must have, over all sampling rounds.
         max_length_spread: coefficient of variation of the response lengths at most; None = any.
@@ -375,24 +397,3 @@ class CurateConfig:
         for path in named:
             distinct.setdefault(path.resolve(), path)
         return tuple(distinct.values())
-
-
-@config
-class PackConfig:
-    """Conversations -> packed rows.
-
-    Attributes:
-        tokenizer: directory with the tokenizer.
-        sequence_length: tokens a row.
-        placement: which documents share a row: those that fill it best by length, or short ones at random.
-        workers: processes that tokenise; with 1 the tokenizer's own threads use all cores.
-        shard: this process's share of the conversations' shards.
-    """
-
-    run: RunConfig
-    conversations: Place
-    tokenizer: Place
-    sequence_length: Positive
-    placement: Literal["length", "mixed"]
-    workers: Positive
-    shard: ShardConfig = field(default_factory=ShardConfig)

@@ -107,11 +107,11 @@ class DPOConfig:
         loss: which preference loss.
         reference: where the reference log-probabilities come from.
         micro_batch, global_batch: in pairs.
-        validation_pairs: at least so many pairs are kept out of training, with all pairs of their questions.
+        validation_pairs: at least so many pairs are held out of training, with all pairs of their questions.
         validate_every: steps between two measurements of loss and accuracy on them; the last step has one as well.
         evaluation: None = no pass@1 while training.
         packed: several pairs end to end in one row of up to 2 x micro_batch x sequence_length tokens, the
-            memory of a padded micro-batch; the same pairs a step and the same gradient as unpacked.
+            memory of a padded micro-batch; the same pairs per step and the same gradient as unpacked.
     """
 
     run: RunConfig

@@ -107,7 +107,7 @@ class RecordedTeacher:
     """Recorded solutions instead of a live teacher.
 
     Attributes:
-        path: a file of questions with their recorded solutions, right and wrong.
+        path: a file of questions with their recorded solutions, correct and wrong.
         question, answer: column names; found by themselves when None.
         response: column of the solution; None also finds nested ones (one object a model).
         limit: read only the first rows; 0 = all.
@@ -151,8 +151,8 @@ class GenerateConfig:
 
     Attributes:
         problems: what is asked; a recorded teacher brings its own questions and needs none.
-        rollouts_per_problem: samples a question; a recorded teacher gives what it has.
-        shard_size: problems (recorded: rollouts) a shard.
+        rollouts_per_problem: samples per question; a recorded teacher gives what it has.
+        shard_size: problems (recorded: rollouts) per shard.
     """
 
     run: RunConfig
@@ -230,6 +230,17 @@ class AskConfig(SamplingConfig):
     def prices(self) -> Prices | None:
         """What tokens cost, where that is known."""
         return self.engine.endpoint.prices if isinstance(self.engine, EndpointEngine) else None
+
+
+@config
+class AnnotationConfig:
+    """Domain and difficulty for problems whose source tells none.
+
+    Attributes:
+        ask: the annotator, a model; None = rules alone.
+    """
+
+    ask: AskConfig | None = None
 
 
 @config

@@ -57,7 +57,7 @@ class RebalanceConfig:
     """Reward rebalancing: all positives, equally many random negatives; drop prompts that are too easy.
 
     Attributes:
-        enabled: False keeps every rollout of every group, and the rest of the section has no say.
+        enabled: False keeps every rollout of every group, and the rest of the section is ignored.
         drop_above: prompts whose group accuracy is above this are dropped.
         oversample_hard: how many times a hard prompt appears in an epoch of prompts.
         refill_rounds: how often a step may sample further prompts in the place of dropped ones; 0 = never.

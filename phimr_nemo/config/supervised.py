@@ -1,4 +1,4 @@
-"""Settings of stages 1 and 2: mid-training and supervised fine-tuning."""
+"""Settings of stages 1 and 2, mid-training and supervised fine-tuning, and of their packed rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from phimr_nemo.config.common import (
     Place,
     Positive,
     RunConfig,
+    ShardConfig,
     TrackingConfig,
     batches_fit,
     is_measured,
@@ -24,6 +25,27 @@ from phimr_nemo.config.common import (
 )
 from phimr_nemo.config.evaluation import TrainingEvaluationConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
+
+
+@config
+class PackConfig:
+    """Conversations -> packed rows.
+
+    Attributes:
+        tokenizer: directory with the tokenizer.
+        sequence_length: tokens per row.
+        placement: which documents share a row: those that fill it best by length, or short ones at random.
+        workers: processes that tokenise; with 1 the tokenizer's own threads use all cores.
+        shard: this process's share of the conversations' shards.
+    """
+
+    run: RunConfig
+    conversations: Place
+    tokenizer: Place
+    sequence_length: Positive
+    placement: Literal["length", "mixed"]
+    workers: Positive
+    shard: ShardConfig = field(default_factory=ShardConfig)
 
 
 @config
@@ -61,10 +83,10 @@ class SupervisedConfig:
         data: `rows` (mid-training) or `conversations` (SFT) record directory.
         sequence_length: the longest sequence, in tokens.
         epochs: passes over the data.
-        validation_rows: rows kept out of training to measure the validation loss.
+        validation_rows: rows held out of training to measure the validation loss.
         validate_every: steps between two measurements.
         loss_on: "response" leaves the prompt's tokens out of the loss, "all" predicts them as well.
-        data_workers: processes a rank that prepare batches ahead; 0 = none.
+        data_workers: processes per rank that prepare batches ahead; 0 = none.
         early_stopping: None = train to the end.
         evaluation: None = no pass@1 while training.
         max_steps: stop earlier than `epochs` says; 0 = do not.

@@ -40,6 +40,10 @@ class Fate(IntEnum):
     TOO_LONG = 25
     CAPPED = 26
     VOTED_GOLD = 27
+    RIGHT = 28
+    OTHER_TEACHER = 29
+    NO_STRONG = 30
+    NO_WEAK = 31
 
     @property
     def reason(self) -> str:
@@ -65,7 +69,7 @@ REASONS: Final[dict[Fate, str]] = {
     Fate.BALANCE: "balance",
     Fate.UNGRADED: "ungraded",
     Fate.BLANK: "empty response",
-    Fate.NO_RIGHT: "problem without right response",
+    Fate.NO_RIGHT: "problem without correct response",
     Fate.NO_WRONG: "problem without wrong response",
     Fate.TOO_MANY: f"more than {MAX_CANDIDATES} candidates",
     Fate.UNLIKE_LENGTHS: "no partner of like length",
@@ -76,4 +80,8 @@ REASONS: Final[dict[Fate, str]] = {
     Fate.UNEVEN: "prompt of uneven length",
     Fate.TOO_LONG: "longer than max_tokens",
     Fate.CAPPED: "over a cap",
+    Fate.RIGHT: "verdict correct, of the weak teacher",
+    Fate.OTHER_TEACHER: "of neither teacher",
+    Fate.NO_STRONG: "problem without response of the strong teacher",
+    Fate.NO_WEAK: "problem without response of the weak teacher",
 }

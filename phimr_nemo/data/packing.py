@@ -24,6 +24,17 @@ from phimr_nemo.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+__all__ = [
+    "LONG_SHARE",
+    "Document",
+    "Indices",
+    "Integers",
+    "lengths_of",
+    "pack",
+    "pack_mixed",
+    "row_table",
+]
+
 Indices = npt.NDArray[np.int64]
 Integers = Sequence[int] | npt.NDArray[np.integer]
 Document = tuple[Integers, Integers]
@@ -92,6 +103,9 @@ def pack(lengths: Integers, capacity: int) -> list[Indices]:
 
     Raises:
         UserError: a document is empty or longer than a row.
+
+    >>> [row.tolist() for row in pack([7, 3, 5, 5], capacity=10)]
+    [[2, 3], [0, 1]]
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     _check(sizes, capacity)
@@ -128,6 +142,10 @@ def pack_mixed(lengths: Integers, capacity: int, seed: int) -> list[Indices]:
 
     Raises:
         UserError: a document is empty or longer than a row.
+
+    >>> lengths = [7, 3, 2, 1, 4, 3]
+    >>> [sum(lengths[index] for index in row) for row in pack_mixed(lengths, capacity=10, seed=0)]
+    [10, 10]
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     _check(sizes, capacity)
@@ -201,6 +219,9 @@ def lengths_of(documents: Sequence[Document]) -> list[int]:
 
     Raises:
         UserError: a document's mask has another length.
+
+    >>> lengths_of([([5, 6, 7], [0, 1, 1]), ([8], [1])])
+    [3, 1]
     """
     for index, (ids, mask) in enumerate(documents):
         if len(ids) != len(mask):

@@ -1,6 +1,6 @@
 """GPQA from the user's own CSV file: the authors ask that its questions are not put where models learn from them.
 
-The right answer stands first in the file. Here the options stand in the order of their hashes, so every run, on any
+The correct answer stands first in the file. Here the options stand in the order of their hashes, so every run, on any
 machine and from any order of rows, asks the same question, and no letter is right more often than chance has it.
 """
 

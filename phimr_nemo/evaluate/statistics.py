@@ -15,6 +15,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "Difference",
+    "majority_at_k",
+    "mean_and_clustered_error",
+    "mean_and_error",
+    "paired_bootstrap",
+    "pass_at_k",
+]
+
 BOOTSTRAP_CHUNK: Final = 1_000
 
 
@@ -26,7 +35,7 @@ def mean_and_clustered_error(samples: Mapping[str, Sequence[bool]]) -> tuple[flo
         mean = sum_qi x_qi / N
         error = sqrt(Q / (Q - 1) * sum_q (sum_i (x_qi - mean))^2) / N
 
-    which for equally many samples a question is the ordinary standard error of the questions' accuracies.
+    which for equally many samples per question is the ordinary standard error of the questions' accuracies.
 
     Args:
         samples: question -> whether each of its samples is correct; at least one each.
@@ -36,6 +45,10 @@ def mean_and_clustered_error(samples: Mapping[str, Sequence[bool]]) -> tuple[flo
 
     Raises:
         ValueError: no question, or a question without samples.
+
+    >>> mean, error = mean_and_clustered_error({"q1": [True, True], "q2": [False, True], "q3": [False, False]})
+    >>> f"{mean:.3f} {error:.3f}"
+    '0.500 0.289'
     """
     _check(samples)
     total = sum(len(values) for values in samples.values())
@@ -59,6 +72,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
     Raises:
         ValueError: k is not in 1..n or c not in 0..n.
+
+    >>> pass_at_k(samples=4, correct=1, k=2)
+    0.5
     """
     if not 1 <= k <= samples or not 0 <= correct <= samples:
         raise ValueError(f"pass@{k} of {samples} samples with {correct} correct")
@@ -87,6 +103,9 @@ def majority_at_k(answers: Sequence[str], correct: Sequence[bool], samples: Sequ
 
     Raises:
         ValueError: a k is not in 1..n.
+
+    >>> majority_at_k(["4", "4", "5"], [True, True, False], samples=[1, 3])
+    {1: 0.6666666666666666, 3: 1.0}
     """
     total = len(answers)
     if not all(1 <= k <= total for k in samples):
@@ -148,6 +167,9 @@ def paired_bootstrap(
 
     Raises:
         ValueError: no questions, unequal counts, or a confidence outside (0, 1).
+
+    >>> paired_bootstrap([1.0, 0.5, 0.0], [1.0, 1.0, 0.5], resamples=1000, confidence=0.95, seed=0).mean
+    0.3333333333333333
     """
     if not first or len(first) != len(second) or not 0.0 < confidence < 1.0:
         raise ValueError(f"{len(first)} and {len(second)} questions at confidence {confidence}")
@@ -163,10 +185,13 @@ def paired_bootstrap(
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of independent values, such as one score a seed; the error of one value is NaN.
+    """Mean and standard error of independent values, such as one score per seed; the error of one value is NaN.
 
     Raises:
         ValueError: there are no values.
+
+    >>> mean_and_error([1.0, 2.0, 3.0])
+    (2.0, 0.5773502691896257)
     """
     if not values:
         raise ValueError("the mean of no values")

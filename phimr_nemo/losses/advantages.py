@@ -28,6 +28,9 @@ def group_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
 
     Raises:
         UserError: the shapes differ.
+
+    >>> group_advantages(torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.tensor([0, 0, 1, 1])).tolist()
+    [0.0, 0.0, 0.0, 0.0]
     """
     centered, index, sizes = _center(rewards, groups)
     squares = torch.zeros(sizes.numel(), dtype=centered.dtype, device=centered.device)
@@ -71,6 +74,9 @@ def centered_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
 
     Raises:
         UserError: the shapes differ.
+
+    >>> centered_advantages(torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0, 0, 1])).tolist()
+    [1.0, -1.0, 0.0]
     """
     return _center(rewards, groups)[0].to(rewards.dtype)
 

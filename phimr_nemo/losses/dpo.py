@@ -56,6 +56,11 @@ def dpo_loss(
 
     Raises:
         UserError: shapes that differ, beta <= 0.
+
+    >>> same = torch.tensor([-5.0, -7.0])
+    >>> loss, metrics = dpo_loss(same, same, same, same, beta=0.1)
+    >>> f"{(loss / metrics['pairs']).item():.4f}"  # ln 2 while policy and reference are equal
+    '0.6931'
     """
     ratio_chosen, ratio_rejected = _log_ratios(chosen, rejected, ref_chosen, ref_rejected, beta)
     losses = -logsigmoid(beta * (ratio_chosen - ratio_rejected))

@@ -171,6 +171,12 @@ def grpo_loss(batch: PolicyBatch, *, clip_low: float, clip_high: float, **penalt
 
     Raises:
         UserError: clip bounds or coefficient out of range, coefficient without reference.
+
+    >>> logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]])
+    >>> batch = PolicyBatch(logprobs, logprobs, torch.tensor([1.0, -0.5]), torch.tensor([[1, 1], [1, 0]]))
+    >>> loss = grpo_loss(batch, clip_low=0.2, clip_high=0.2)  # at ratio 1 a response's loss is minus its advantage
+    >>> loss[0].item(), loss[1].item()
+    (-0.5, 2)
     """
     tokens = _token_losses(batch, clip_low, clip_high, penalty)
     return PolicyLoss(_sum_of_means(tokens.losses, tokens.mask), tokens.metrics["sequences"], tokens.metrics)

@@ -79,6 +79,10 @@ def token_logprobs(
     Raises:
         UserError: shapes that do not belong together, a label outside the vocabulary, temperature <= 0,
             chunk_size < 1.
+
+    >>> hidden, head = torch.zeros(2, 8), torch.randn(100, 8)
+    >>> [f"{value:.4f}" for value in token_logprobs(hidden, head, torch.tensor([3, 7]))]  # -ln 100
+    ['-4.6052', '-4.6052']
     """
     return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, False)[0]
 

@@ -32,6 +32,10 @@ def sequence_logprobs(logprobs: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tens
 
     Raises:
         UserError: the shapes differ.
+
+    >>> sums, counts = sequence_logprobs(torch.tensor([[-1.0, -2.0, float("nan")]]), torch.tensor([[1, 1, 0]]))
+    >>> sums.tolist(), counts.tolist()
+    ([-3.0], [2])
     """
     check_token_shapes(logprobs, loss_mask=loss_mask)
     counted = loss_mask.bool()

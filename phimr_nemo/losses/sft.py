@@ -24,6 +24,11 @@ def sft_loss(logprobs: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         UserError: the shapes differ.
+
+    >>> import torch
+    >>> loss, tokens = sft_loss(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1, 1, 0]]))
+    >>> (loss / tokens).item()
+    1.5
     """
     sums, counts = sequence_logprobs(logprobs, loss_mask)
     return -sums.sum(), counts.sum()

@@ -21,13 +21,13 @@ class Gpu:
 
     Attributes:
         memory: bytes the driver reports.
-        memory_bandwidth: bytes a second (HBM).
-        peak: dense operations a second by number format of the matrix products.
+        memory_bandwidth: bytes per second (HBM).
+        peak: dense operations per second by number format of the matrix products.
         reachable_matmul: the best share of that peak which large matrix products reach, by format.
         attention: share of the bf16 peak that fused attention, forward and backward, reaches in a training step,
             counted in model FLOPs (causal, without what the backward pass recomputes).
-        node_bandwidth: bytes a second that a GPU sends to its node (NVLink, one direction).
-        network_bandwidth: bytes a second that a GPU sends out of its node (its share of the adapters).
+        node_bandwidth: bytes per second that a GPU sends to its node (NVLink, one direction).
+        network_bandwidth: bytes per second that a GPU sends out of its node (its share of the adapters).
         node_size: GPUs in a node.
         guesses: efficiency figures that nobody published for this GPU, taken from another one.
     """
@@ -151,7 +151,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def matmul_rate(gpu: Gpu, dtype: MatmulDtype) -> float:
-    """Operations a second of the matrix products of a whole training step.
+    """Operations per second of the matrix products of a whole training step.
 
     Raises:
         UserError: the GPU does not compute in that format.
@@ -166,7 +166,7 @@ def matmul_rate(gpu: Gpu, dtype: MatmulDtype) -> float:
 
 
 def group_bandwidth(gpu: Gpu, stride: int, size: int) -> float:
-    """Bytes a second of a ring over a process group (NCCL's bus bandwidth).
+    """Bytes per second of a ring over a process group (NCCL's bus bandwidth).
 
     Args:
         gpu: of every member.

@@ -20,9 +20,9 @@ class Site:
 
     Attributes:
         gpus_per_node: GPUs of a node, and ranks on it.
-        storage_bandwidth: bytes a second of the shared file system, all nodes together.
-        storage_operations: files opened or made a second, all nodes together.
-        node_bandwidth: bytes a second of a node's adapters, in one direction.
+        storage_bandwidth: bytes per second of the shared file system, all nodes together.
+        storage_operations: files opened or made per second, all nodes together.
+        node_bandwidth: bytes per second of a node's adapters, in one direction.
         message_seconds: what one process takes for one small message or one object of another rank.
         hours_between_failures: of one GPU, everything that ends a job counted.
     """

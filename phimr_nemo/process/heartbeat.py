@@ -1,7 +1,7 @@
 """Whether the ranks of a node still move: each beats once a second, and their launcher looks.
 
 A rank that is dead is seen by its exit code. One that stands still (stopped, frozen in a driver, stuck with Python's
-lock held) is seen by nobody but its peers, who wait for it, for minutes and without knowing for whom.
+lock held) is seen by nobody but the other ranks, which wait for it, for minutes and without knowing for whom.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Watch:
         self._directory.cleanup()
 
     def look(self) -> None:
-        """End ranks that have not beaten for too long: their death is what torchrun and the peers understand."""
+        """End ranks that have not beaten for too long: torchrun and the other ranks understand their death."""
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, LONGEST_LOOK_SECONDS), now
         for file in Path(self._directory.name).iterdir():

@@ -98,7 +98,15 @@ def _row(name: str, group: Sequence[Entry]) -> Row:
 
 def table_markdown(rows: Sequence[Row]) -> str:
     """The table in markdown, in per cent."""
-    header = ("stage", "pass@1 (%)", "stderr, questions", "stderr, seeds", "n", "seeds", "each seed")
+    header = (
+        "stage",
+        "pass@1 (%)",
+        "SE (clustered by question)",
+        "SE (across seeds)",
+        "questions",
+        "seeds",
+        "per seed",
+    )
     cells = (
         (
             row.row,

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens and model FLOPs a second and GPU, and the memory that it takes."""
+"""How fast a run is: tokens and model FLOPs per second and GPU, and the memory that it takes."""
 
 from __future__ import annotations
 

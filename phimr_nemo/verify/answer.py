@@ -198,13 +198,18 @@ _default_lock = threading.Lock()
 
 
 def grade(response: str, answer: str) -> Verdict:
-    """Grade one response with a grader of this process that has one worker.
+    r"""Grade one response with a grader of this process that has one worker.
 
     That grader is the only global state of this package: made by the first call, remade in a
     forked child, and closed when the process exits. Use :class:`Grader` for many responses.
 
     Raises:
         UserError: math-verify is missing or not the pinned version.
+
+    >>> grade(r"so the probability is \boxed{\frac{2}{4}}", "1/2").verdict
+    'correct'
+    >>> grade("I do not know.", "1/2").verdict
+    'unparsable'
     """
     global _default, _default_owner
     with _default_lock:

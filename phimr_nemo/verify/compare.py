@@ -18,15 +18,17 @@ from phimr_nemo.verify.read.brackets import Malformed, check_balance
 from phimr_nemo.verify.read.choice import same_choice, same_letters, without_choice_label
 from phimr_nemo.verify.read.expression import Symbolic, check_plain, same_expression
 from phimr_nemo.verify.read.nodes import Equation, Items, Leaf, Matrix, Node, Piecewise, Sequence, SetOf, Union
-from phimr_nemo.verify.read.normalise import canonical, key
+from phimr_nemo.verify.read.normalise import canonical, key, without_grouping
 from phimr_nemo.verify.read.phrases import same_phrase
 from phimr_nemo.verify.read.quantity import Number, parse_number, split_quantity, without_remarks
 from phimr_nemo.verify.read.residue import parse_residues
-from phimr_nemo.verify.read.structure import is_label, parse
+from phimr_nemo.verify.read.structure import is_label, is_tuple_of_names, parse
+from phimr_nemo.verify.readable import is_readable
 from phimr_nemo.verify.relations import ORDER, Family, same_inequality, without_integers
 from phimr_nemo.verify.verdict import Unparsable, Verdict
 
 MAX_UNORDERED_COMPARISONS: Final = 64
+_EMPTY_SET: Final = Leaf(r"\emptyset")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -51,9 +53,12 @@ def judge(gold: str, extraction: Extraction, symbolic: Symbolic) -> Verdict:
         if parts and equivalent(gold, parts, symbolic):
             return Verdict("correct", parts, "the boxes together are equal to the answer")
     except Unparsable as error:
-        if error.side == "answer":
+        if error.side == "answer" and not is_readable(gold, symbolic):
             return Verdict("gold_unreadable", text, f"the gold answer: {error.problem}")
-        return Verdict("unparsable", text, f"the response's final answer: {error.problem}")
+        if error.side == "answer" and is_readable(text, symbolic):
+            return Verdict("wrong", text, "of another form than the answer")
+        problem = error.problem if error.side == "response" else "it is no expression of a known notation"
+        return Verdict("unparsable", text, f"the response's final answer: {problem}")
     except Undecided as error:
         return Verdict("timeout", text, f"not decided within the bounds: {error}")
     return Verdict("wrong", text, "not equal to the answer")
@@ -102,8 +107,8 @@ def equivalent(gold: str, predicted: str, symbolic: Symbolic) -> bool:
     gold_node, predicted_node = _parse("answer", left), _parse("response", right)
     if isinstance(gold_node, Items) != isinstance(predicted_node, Items):
         # "12,345" is a number here and a list there: read it as the other side demands.
-        gold_node = Leaf(left) if whole[0] else gold_node
-        predicted_node = Leaf(right) if whole[1] else predicted_node
+        gold_node = _parse("answer", without_grouping(left))
+        predicted_node = _parse("response", without_grouping(right))
     return _same(gold_node, predicted_node, symbolic)
 
 
@@ -140,9 +145,9 @@ def _is_quantity(text: str) -> bool:
 def _same(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
     if isinstance(gold, Equation) or isinstance(predicted, Equation):
         return _same_equation(gold, predicted, symbolic)
-    if isinstance(gold, SetOf) and len(gold.items) == 1 and isinstance(predicted, Leaf):
+    if isinstance(gold, SetOf) and len(gold.items) == 1 and isinstance(predicted, Leaf) and predicted != _EMPTY_SET:
         gold = gold.items[0]
-    if isinstance(predicted, SetOf) and len(predicted.items) == 1 and isinstance(gold, Leaf):
+    if isinstance(predicted, SetOf) and len(predicted.items) == 1 and isinstance(gold, Leaf) and gold != _EMPTY_SET:
         predicted = predicted.items[0]
     match gold, predicted:
         case Leaf(), Leaf():
@@ -160,9 +165,11 @@ def _same(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
         case Piecewise(), Piecewise():
             return _same_pieces(gold, predicted, symbolic)
         case (Sequence() | Matrix(), Leaf()):
-            return _same_vector(gold, predicted, symbolic)
+            total = _sum_of_unit_vectors(gold, predicted)
+            return total is not None and _same_plain(total, predicted.text, symbolic)
         case (Leaf(), Sequence() | Matrix()):
-            return _same_vector(predicted, gold, symbolic)
+            total = _sum_of_unit_vectors(predicted, gold)
+            return total is not None and _same_plain(gold.text, total, symbolic)
         case Matrix(), Matrix():
             return _same_matrix(gold, predicted, symbolic)
         case Matrix(), Sequence():
@@ -214,6 +221,8 @@ def _same_unordered(gold: Many[Node], predicted: Many[Node], symbolic: Symbolic)
 
 
 def _same_sequence(gold: Sequence, predicted: Sequence, symbolic: Symbolic) -> bool:
+    if gold.variable and predicted.variable and key(gold.variable) != key(predicted.variable):
+        return False
     pair = len(gold.items) == 2
     if pair and (gold.opening, gold.closing) != (predicted.opening, predicted.closing):
         return False
@@ -250,21 +259,24 @@ def _same_pieces(gold: Piecewise, predicted: Piecewise, symbolic: Symbolic) -> b
 _UNIT_VECTORS: Final = (r"\hat{i}", r"\hat{j}", r"\hat{k}")
 
 
-def _same_vector(vector: Sequence | Matrix, written: Leaf, symbolic: Symbolic) -> bool:
-    r"""A tuple or column against a sum of unit vectors, ``\hat{i}+2\hat{j}``."""
+def _sum_of_unit_vectors(vector: Sequence | Matrix, written: Leaf) -> str | None:
+    r"""A tuple or column as the sum of unit vectors, where the other side is one: ``\hat{i}+2\hat{j}``; else None."""
     entries = vector.items if isinstance(vector, Sequence) else _vector(vector)
     if not any(name in key(written.text) for name in _UNIT_VECTORS) or not 2 <= len(entries) <= len(_UNIT_VECTORS):
-        return False
+        return None
     if not all(isinstance(entry, Leaf) for entry in entries):
-        return False
-    total = " + ".join(
+        return None
+    return " + ".join(
         rf"({entry.text}) {name}"
         for entry, name in zip(entries, _UNIT_VECTORS, strict=False)
         if isinstance(entry, Leaf)
     )
-    check_plain("response", written.text)
-    check_plain("answer", total)
-    return symbolic.equal(total, written.text, None)
+
+
+def _same_plain(gold: str, predicted: str, symbolic: Symbolic) -> bool:
+    check_plain("answer", gold)
+    check_plain("response", predicted)
+    return symbolic.equal(gold, predicted, None)
 
 
 def _without_text(equation: Equation) -> tuple[str, ...]:
@@ -299,8 +311,8 @@ def _same_equations(gold: Equation, predicted: Equation, symbolic: Symbolic) -> 
         return True
     labels = is_label(gold.left) and is_label(predicted.left)
     applied = bool(_APPLIED.search(gold.left)) != bool(_APPLIED.search(predicted.left))
-    tuples = gold.left.startswith("(") and predicted.left.startswith("(")
-    if key(gold.left) == key(predicted.left) or (labels and (applied or tuples)):
+    tuples = is_tuple_of_names(gold.left) and is_tuple_of_names(predicted.left)
+    if labels and (key(gold.left) == key(predicted.left) or applied or tuples):
         return _says(predicted, _parse("answer", gold.right), symbolic)
     if gold.between or predicted.between or gold.rounded or predicted.rounded:
         return labels and _NAME.match(gold.left) is None and _says(predicted, _parse("answer", gold.right), symbolic)

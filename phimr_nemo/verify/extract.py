@@ -49,17 +49,20 @@ _BOX_JOIN = re.compile(
 _MARKERS = re.compile(
     r"\#{4}(?!\#)[ \t]*(?=[^\n])"
     r"|(?:(?<=\n)|(?<![\s\S]))[ \t]*(?:[^\w\s\\$]{1,8}[ \t]*)?"
-    r"(?:A(?=[*]{0,2}[ \t]*[:：])|(?:the[ \t]+)?(?:final[ \t]+|correct[ \t]+)?(?:ans(?:wer)?|result))"
+    r"(?:(?:A|final)(?=[*]{0,2}[ \t]*[:：])|(?:the[ \t]+)?(?:final[ \t]+|correct[ \t]+)?(?:ans(?:wer)?|result))"
     r"(?:\*\*)?(?:[ \t]*[:：.][ \t]*(?:\*\*)?|[ \t]+[-–—][ \t]+|[ \t]*(?:\*\*)?[ \t]*\n)"
     r"|答案?[ \t]*(?:(?<=案)[ \t]*(?:是|为|选)|[：:])+"
     r"|\banswers[ \t]+are(?=[ \t]*[-$\\(0-9])"
     r"|\b(?:final[ \t]+)?(?:answer|option|choice)(?:[ \t]+(?:for|to|of)[ \t][^\n.:]{1,80}?)?[ \t]*(?:\*\*)?[ \t]*"
-    r"(?:is|are|=|:|：|should be|must be|would be)(?![A-Za-z])(?:\*\*)?",
+    r"(?:is|are|=|:|：|(?:should|must|would|could|may|might) be)(?![A-Za-z])(?:\*\*)?",
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(
     r"(?:(?i:option|choice|answer)[ \t]*\(?(?P<named>[A-J])\)?[ \t]+(?i:is|are)[ \t]+(?i:the[ \t]+)?"
     r"(?i:correct|right|best|true))"
+    r"|(?<!if )(?<!whether )(?<!that )\b(?P<said>[A-J])\)?[ \t]+is[ \t]+"
+    r"the[ \t]+(?:only[ \t]+)?(?:correct|right|best)[ \t]+(?:answer|option|choice)"
+    r"|\b[Cc]hoose[ \t]+(?:(?i:option|choice|answer)[ \t]+)?\(?(?P<told>[A-J])\)?(?=[ \t]*(?:[.!]|$|\n))"
     r"|\bI(?:'d|[ \t]+would|[ \t]+will)?[ \t]+(?:choose|pick|select|go[ \t]+with)[ \t]+"
     r"(?i:option|choice|answer)?[ \t]*\(?(?P<picked>[A-J])\)?(?![A-Za-z])"
     r"|\b[iI]t(?:'s|[ \t]+is|[ \t]+must[ \t]+be|[ \t]+should[ \t]+be)[ \t]+(?i:option|choice)?[ \t]*"
@@ -182,7 +185,7 @@ def _is_bare(text: str) -> bool:
         in_front = _WORD_IN_FRONT.match(text) is not None
         derived = any(word.lower() in _DERIVING for word in found)
         return len(found) <= MAX_BARE_WORDS and not in_front and not derived and not _CUT_OFF.search(text)
-    if re.fullmatch(r"\(?[A-Za-z]\)?[.:]?", text):
+    if re.fullmatch(r"[*]{0,2}\(?[A-Za-z]\)?[.:]?[*]{0,2}", text):
         return True
     return 0 < len(found) <= 2 and not re.search(r"\bI\b|[.?!:]\s*$", text) and len(text) <= MAX_BARE_TEXT
 

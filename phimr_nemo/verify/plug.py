@@ -2,7 +2,7 @@
 
 `grader: module:function` names a function of two strings, the response and the problem's answer (which may hold
 whatever the domain needs, such as JSON), that returns a :class:`~phimr_nemo.verify.verdict.Verdict`. It is imported
-and called only in the killable worker processes, under the limits of mathematics. The name comes from the
+and called only in the sandboxed worker processes, under the limits of mathematics. The name comes from the
 configuration, never from data; the module is looked for where Python looks: an installed package, or PYTHONPATH.
 """
 

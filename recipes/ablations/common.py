@@ -12,6 +12,7 @@ from phimr_nemo.config import load_config
 from phimr_nemo.errors import UserError, exit_with_message
 from phimr_nemo.jobs.quickstart import Step, refuse_changed, run_step
 from phimr_nemo.report.picture import save_png
+from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.runs import RunDirectory
 
 Config = TypeVar("Config")
@@ -20,6 +21,8 @@ Differences = Mapping[str, Sequence[tuple[float, float]]]
 Measures = Mapping[str, Mapping[str, Sequence[float]]]
 """Row -> measure -> one value a seed, in the unit that is shown."""
 
+TABLE_MARKDOWN: Final = "table.md"
+"""What an ablation found, in its output directory."""
 PLOT_WIDTH: Final = 7.5
 PLOT_MARGIN: Final = 1.1
 PLOT_ROW: Final = 0.7
@@ -133,7 +136,9 @@ def differences_markdown(
     from phimr_nemo.evaluate.statistics import mean_and_error
 
     lines = [
-        f"| {title} | mean | stderr, seeds | " + " | ".join(f"seed {seed} (its stderr)" for seed in seeds) + " |",
+        f"| {title} | mean | SE (across seeds) | "
+        + " | ".join(f"seed {seed} (SE, clustered by question)" for seed in seeds)
+        + " |",
         "|---|---:|---:|" + "---:|" * len(seeds),
     ]
     for name, each in differences.items():
@@ -210,6 +215,36 @@ def measures_markdown(first: str, table: Measures, digits: Mapping[str, int], se
             cells.append(f"{mean:.{places}f}{spread} ({values})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def publish(
+    output: Path,
+    title: str,
+    table: Measures,
+    digits: Mapping[str, int],
+    differences: Differences,
+    seeds: Sequence[int],
+    *,
+    json_file: str,
+    picture: str,
+) -> str:
+    """Write what an ablation found: `table.md`, the same numbers as JSON, and the picture of the differences.
+
+    Args:
+        output: directory of the ablation.
+        title, table, digits: of :func:`measures_markdown`.
+        differences: of pass@1, in points.
+        seeds: of the values.
+        json_file, picture: names in `output`.
+
+    Returns:
+        The text of `table.md`.
+    """
+    write_json(output / json_file, {"seeds": list(seeds), "table": table, "pass1_points": differences})
+    text = measures_markdown(title, table, digits, seeds) + "\n" + differences_markdown(differences, seeds)
+    atomic_write_text(output / TABLE_MARKDOWN, text)
+    plot_differences(differences, seeds, output / picture)
+    return text
 
 
 def require_finished(root: Path, needed: Sequence[str], *, remedy: str) -> Path:

@@ -16,15 +16,12 @@ from typing import Final
 
 from phimr_nemo.config.ablations import DirectSFTConfig
 from phimr_nemo.jobs.quickstart import Step
-from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.shards import read_manifest
 from recipes.ablations.common import (
     ablation_command,
-    differences_markdown,
     evaluation_step,
-    measures_markdown,
     paired,
-    plot_differences,
+    publish,
     require_finished,
     run_steps,
     seed_directories,
@@ -111,11 +108,9 @@ def report(config: DirectSFTConfig) -> str:
             contrast = f"{title} + small set minus {title}"
             differences.setdefault(contrast, []).append(paired(before.per_question, after.per_question))
     seeds = list(roots)
-    write_json(config.output / "direct-sft.json", {"seeds": seeds, "table": table, "pass1_points": differences})
-    text = measures_markdown("model", table, DIGITS, seeds) + "\n" + differences_markdown(differences, seeds)
-    atomic_write_text(config.output / "table.md", text)
-    plot_differences(differences, seeds, config.output / PLOT_FILE)
-    return text
+    return publish(
+        config.output, "model", table, DIGITS, differences, seeds, json_file="direct-sft.json", picture=PLOT_FILE
+    )
 
 
 def main(config: DirectSFTConfig) -> None:

@@ -16,6 +16,7 @@ from phimr_nemo.config.ablations import DPONegativesConfig
 from phimr_nemo.jobs.quickstart import Step
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
+    TABLE_MARKDOWN,
     ablation_command,
     differences_markdown,
     evaluation_step,
@@ -91,7 +92,7 @@ def report(config: DPONegativesConfig) -> str:
         for first, second in contrasts
     }
     text = table_markdown(rows) + "\n" + differences_markdown(differences, seeds)
-    atomic_write_text(config.output / "table.md", text)
+    atomic_write_text(config.output / TABLE_MARKDOWN, text)
     plot_differences(differences, seeds, config.output / PLOT_FILE)
     return text
 

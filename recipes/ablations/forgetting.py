@@ -22,7 +22,7 @@ from phimr_nemo.report.picture import save_png, tidy
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.records import DIFFICULTIES
 from phimr_nemo.store.shards import read_table
-from recipes.ablations.common import ablation_command, seed_directories
+from recipes.ablations.common import TABLE_MARKDOWN, ablation_command, seed_directories
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +35,6 @@ NO_DOMAIN: Final = "unknown"
 ALL: Final = "all"
 PLOT_FILE: Final = "ablation-forgetting.png"
 TABLE_JSON: Final = "forgetting.json"
-TABLE_MARKDOWN: Final = "table.md"
 PLOT_INCHES: Final = (9.0, 3.6)
 DPI: Final = 110
 CLEAR: Final = 2.0

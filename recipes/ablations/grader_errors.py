@@ -18,16 +18,13 @@ from typing import TYPE_CHECKING, Any, Final
 from phimr_nemo.config.ablations import GraderErrorsConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.quickstart import Step
-from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.shards import read_table
 from phimr_nemo.verify.plug import import_grader
 from recipes.ablations.common import (
     ablation_command,
-    differences_markdown,
     evaluation_step,
-    measures_markdown,
     paired,
-    plot_differences,
+    publish,
     require_finished,
     run_steps,
     stage_step,
@@ -134,13 +131,9 @@ def report(config: GraderErrorsConfig) -> str:
         for name in (*others, START)
     }
     runs: dict[str, list[Rows]] = {arm: [finished_rows(out / arm) for out in outs] for arm in config.arms}
-    seeds = config.seeds
-    write_json(config.output / JSON_FILE, {"seeds": seeds, "table": table, "pass1_points": differences})
-    text = "\n".join((measures_markdown("arm", table, DIGITS, seeds), differences_markdown(differences, seeds)))
-    atomic_write_text(config.output / "table.md", text)
-    plot_differences(differences, seeds, config.output / DIFFERENCES_FILE)
     plot_curves(runs, config.output / CURVES_FILE)
-    return text
+    files = {"json_file": JSON_FILE, "picture": DIFFERENCES_FILE}
+    return publish(config.output, "configuration", table, DIGITS, differences, config.seeds, **files)
 
 
 def _responses(out: Path, name: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Ablation: what temperature, each remedy and the reward's scale do to GRPO.
+"""Ablation: what temperature, each stabilization technique and the reward's scale do to GRPO.
 
     python -m recipes.ablations.grpo_remedies quickstarts=[runs/quickstart] output=runs/ablation-grpo-remedies
 
@@ -18,6 +18,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.quickstart import Step
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
+    TABLE_MARKDOWN,
     ablation_command,
     differences_markdown,
     evaluation_step,
@@ -97,11 +98,11 @@ def report(config: GRPORemediesConfig) -> str:
         (
             table_markdown(rows),
             differences_markdown(differences, seeds),
-            measures_markdown("arm", measures, DIGITS, seeds),
+            measures_markdown("configuration", measures, DIGITS, seeds),
             _agreement_text(config, seeds, runs),
         )
     )
-    atomic_write_text(config.output / "table.md", text)
+    atomic_write_text(config.output / TABLE_MARKDOWN, text)
     plot_curves(runs, config.output / CURVES_FILE)
     plot_differences(differences, seeds, config.output / DIFFERENCES_FILE)
     return text
@@ -120,7 +121,7 @@ def _agreement_text(config: GRPORemediesConfig, seeds: Sequence[int], runs: dict
 
 
 def main(config: GRPORemediesConfig) -> None:
-    """What temperature, each remedy and the reward's scale do to GRPO."""
+    """What temperature, each stabilization technique and the reward's scale do to GRPO."""
     run_steps(plan(config))
     print(report(config))
 

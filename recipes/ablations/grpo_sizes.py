@@ -17,6 +17,7 @@ from phimr_nemo.config.ablations import GRPOSizesConfig
 from phimr_nemo.jobs.quickstart import OWN_PROBLEMS_SEED_OFFSET, Step
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
+    TABLE_MARKDOWN,
     ablation_command,
     evaluation_step,
     measures_markdown,
@@ -103,7 +104,7 @@ def report(config: GRPOSizesConfig) -> str:
     text = "\n".join(
         (table_markdown(write_table(config.output, entries)), measures_markdown("run", measures, DIGITS, seeds))
     )
-    atomic_write_text(config.output / "table.md", text)
+    atomic_write_text(config.output / TABLE_MARKDOWN, text)
     plot_curves(runs, config.output / PLOT_FILE)
     return text
 

@@ -19,6 +19,7 @@ from phimr_nemo.jobs.quickstart import Step
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.shards import read_manifest
 from recipes.ablations.common import (
+    TABLE_MARKDOWN,
     ablation_command,
     differences_markdown,
     evaluation_step,
@@ -133,7 +134,7 @@ def report(config: MidtrainPackingConfig) -> str:
             differences_markdown(points, seeds),
         )
     )
-    atomic_write_text(config.output / "table.md", text)
+    atomic_write_text(config.output / TABLE_MARKDOWN, text)
     plot_differences(nats, seeds, config.output / PLOT_FILE, axis=AXIS)
     return text
 

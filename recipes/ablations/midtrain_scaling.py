@@ -25,6 +25,7 @@ from phimr_nemo.report.picture import save_png, tidy
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.shards import read_manifest
 from recipes.ablations.common import (
+    TABLE_MARKDOWN,
     ablation_command,
     evaluation_step,
     measures_markdown,
@@ -155,7 +156,7 @@ def report(config: MidtrainScalingConfig) -> str:
                 row[measure].append(value)
     write_json(config.output / "scaling.json", {"seeds": list(roots), "table": table})
     text = measures_markdown("mid-training set", table, DIGITS, list(roots))
-    atomic_write_text(config.output / "table.md", text)
+    atomic_write_text(config.output / TABLE_MARKDOWN, text)
     groups = {
         _protocol_title(config, protocol): [
             table[_title(config, arm)] for arm in arms(config) if arm.protocol == protocol

@@ -17,13 +17,10 @@ from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.config.ablations import SecondDomainConfig
 from phimr_nemo.jobs.quickstart import Step
-from phimr_nemo.store.atomic import atomic_write_text, write_json
 from recipes.ablations.common import (
     ablation_command,
-    differences_markdown,
-    measures_markdown,
     paired,
-    plot_differences,
+    publish,
     require_finished,
     run_steps,
     seed_directories,
@@ -146,11 +143,7 @@ def report(config: SecondDomainConfig) -> str:
         ):
             differences.setdefault(title, []).append(paired(first.per_question, second.per_question))
     seeds = list(roots)
-    write_json(config.output / TABLE_JSON, {"seeds": seeds, "table": table, "pass1_points": differences})
-    text = measures_markdown("model", table, DIGITS, seeds) + "\n" + differences_markdown(differences, seeds)
-    atomic_write_text(config.output / "table.md", text)
-    plot_differences(differences, seeds, config.output / PLOT_FILE)
-    return text
+    return publish(config.output, "model", table, DIGITS, differences, seeds, json_file=TABLE_JSON, picture=PLOT_FILE)
 
 
 def main(config: SecondDomainConfig) -> None:

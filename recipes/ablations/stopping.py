@@ -15,7 +15,7 @@ from phimr_nemo.config.ablations import StoppingConfig
 from phimr_nemo.jobs.quickstart import ROWS
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.shards import read_table
-from recipes.ablations.common import ablation_command, measures_markdown, seed_directories
+from recipes.ablations.common import TABLE_MARKDOWN, ablation_command, measures_markdown, seed_directories
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,7 +60,7 @@ def report(config: StoppingConfig) -> str:
         table[titles[step]] = {measure: [each[measure] for each in found] for measure in DIGITS}
     write_json(config.output / "stopping.json", {"seeds": list(roots), "table": table})
     text = measures_markdown("model", table, DIGITS, list(roots))
-    atomic_write_text(config.output / "table.md", text)
+    atomic_write_text(config.output / TABLE_MARKDOWN, text)
     return text
 
 

@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.config.ablations import TeachersConfig
 from phimr_nemo.jobs.quickstart import Step
-from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.atomic import atomic_write_text
 from phimr_nemo.store.shards import read_manifest, read_table
 from recipes.ablations.common import (
     ablation_command,
-    differences_markdown,
     evaluation_step,
     measures_markdown,
     paired,
-    plot_differences,
+    publish,
     require_finished,
     run_steps,
     seed_directories,
@@ -189,11 +188,9 @@ def report(config: TeachersConfig) -> str:
         for other in names[1:]:
             difference = paired(found[names[0]].per_question, found[other].per_question)
             differences.setdefault(f"{other} minus {names[0]}", []).append(difference)
-    write_json(config.output / TABLE_JSON, {"seeds": seeds, "table": table, "pass1_points": differences})
-    text = measures_markdown("teacher", table, DIGITS, seeds) + "\n" + differences_markdown(differences, seeds)
-    atomic_write_text(config.output / "table.md", text)
-    plot_differences(differences, seeds, config.output / PLOT_FILE)
-    return text
+    return publish(
+        config.output, "teacher", table, DIGITS, differences, seeds, json_file=TABLE_JSON, picture=PLOT_FILE
+    )
 
 
 def _measures(out: Path, name: str, found: Mapping[str, Result]) -> dict[str, float]:

@@ -155,6 +155,8 @@ def test_the_grader_needs_the_light_core_alone(installed: Path, tmp_path: Path) 
     [metadata] = installed.glob("phimr_nemo-*.dist-info")
     required = importlib.metadata.PathDistribution(metadata).requires or []
     light = closure([item for item in required if "extra ==" not in item])
+    assert {"math-verify", "numpy", "pyarrow"} <= light
+    assert not {"torch", "transformers", "tokenizers", "duckdb", "matplotlib", "huggingface-hub", "httpx"} & light
     # Every other package of this environment is as if it were not installed, in the grader's processes as well.
     owners = importlib.metadata.packages_distributions()
     absent = sorted(name for name in owners if not {normal(owner) for owner in owners[name]} & {*light, "phimr-nemo"})
@@ -163,3 +165,13 @@ def test_the_grader_needs_the_light_core_alone(installed: Path, tmp_path: Path) 
     run(installed, "verify", "in.jsonl", "out.jsonl", cwd=tmp_path)
     graded = [json.loads(line)["verdict"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert graded == ["correct", "wrong"] * 4
+    # The rest of the light core, and what the data stages say without their packages.
+    assert "phi4mini" in run(installed, "plan", "model=phi4mini", "stage=midtrain", "gpus=128", cwd=tmp_path).stdout
+    done = run(
+        installed,
+        *("prepare", "--config", "conf/prepare/tiny.yaml", "run.output=prepared"),
+        "sources=[{name: mine, path: in.jsonl, question: response}]",
+        cwd=tmp_path,
+        expected=2,
+    )
+    assert "pip install 'phimr-nemo[data]'" in done.stderr

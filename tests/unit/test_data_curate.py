@@ -21,6 +21,8 @@ from phimr_nemo.data.curate.fates import (
     pair_fates,
     prompts,
     sft_fates,
+    sides_by_teacher,
+    sides_by_verdict,
 )
 from phimr_nemo.data.curate.lengths import TokenCounter
 from phimr_nemo.data.curate.narrow import VERDICTS, Narrow, narrow_columns
@@ -198,6 +200,10 @@ def test_one_boxed_answer_counts_after_the_thinking(response: str, kept: bool) -
     assert fate == (Fate.KEPT if kept else Fate.NOT_ONE_BOX)
 
 
+def by_verdict(found: Narrow) -> Any:
+    return pair_fates(found, sides_by_verdict(found))
+
+
 @settings(deadline=None)
 @given(DRAWN)
 def test_pair_candidates_against_the_rule_row_by_row(drawn: list[dict[str, Any]]) -> None:
@@ -223,12 +229,52 @@ def test_pair_candidates_against_the_rule_row_by_row(drawn: list[dict[str, Any]]
             expected[row["place"]] = "NO_RIGHT"
         elif row["problem_id"] not in sides[False]:
             expected[row["place"]] = "NO_WRONG"
-    assert named(pair_fates(narrow(*drawn))) == expected
+    assert named(by_verdict(narrow(*drawn))) == expected
+
+
+TEACHERS = st.lists(st.sampled_from(["strong", "weak", "third"]), min_size=40, max_size=40)
+
+
+@settings(deadline=None)
+@given(DRAWN, TEACHERS, st.booleans())
+def test_delta_candidates_against_the_rule_row_by_row(
+    drawn: list[dict[str, Any]], teachers: list[str], is_graded: bool
+) -> None:
+    expected = []
+    for row, teacher in zip(drawn, teachers, strict=False):
+        name = row["verdict"]
+        if teacher == "third":
+            expected.append("OTHER_TEACHER")
+        elif is_graded and name in UNGRADED_VERDICTS:
+            expected.append("UNGRADED")
+        elif is_graded and teacher == "strong" and name != "correct":
+            expected.append(name.upper())
+        elif is_graded and teacher == "weak" and name == "correct":
+            expected.append("RIGHT")
+        elif row["finish_reason"] != "stop":
+            expected.append("CUT_OFF")
+        elif not row["response"].strip():
+            expected.append("BLANK")
+        else:
+            expected.append("SPECIAL_TOKEN" if "<|" in row["response"] + row["question"] else "KEPT")
+    rows = [{**row, "teacher": teacher} for row, teacher in zip(placed(drawn), teachers, strict=False)]
+    for side in ("strong", "weak"):
+        limited([row for row in rows if row["teacher"] == side], expected, MAX_CANDIDATES, "TOO_MANY")
+    kept = [row for row in rows if expected[row["place"]] == "KEPT"]
+    for row in kept:
+        asked = {other["teacher"] for other in kept if other["problem_id"] == row["problem_id"]}
+        if asked != {"strong", "weak"}:
+            expected[row["place"]] = "NO_STRONG" if asked == {"weak"} else "NO_WEAK"
+    found = narrow(*drawn)
+    whose = np.array(teachers[: len(drawn)])
+    sides = sides_by_teacher(found, whose == "strong", whose == "weak", by_verdict=is_graded)
+    assert named(pair_fates(found, sides)) == expected
+    assert sides.chosen.tolist() == [teacher == "strong" for teacher in whose]
 
 
 def test_the_work_of_one_question_is_bounded() -> None:
     rows = [verdict("a", f"{i}", name) for i in range(MAX_CANDIDATES + 5) for name in ("correct", "wrong")]
-    assert Counter(named(pair_fates(narrow(*rows)))) == {"KEPT": 2 * MAX_CANDIDATES, "TOO_MANY": 10}
+    assert Counter(named(by_verdict(narrow(*rows)))) == {"KEPT": 2 * MAX_CANDIDATES, "TOO_MANY": 10}
 
 
 @settings(deadline=None)
@@ -240,7 +286,7 @@ def test_fates_do_not_depend_on_the_order_of_rollouts(drawn: list[dict[str, Any]
     for rule in (
         lambda n: midtrain_fates(n, max_per_problem=1),
         lambda n: sft_fates(n, **SFT),
-        pair_fates,
+        by_verdict,
     ):
         one, other = (
             {row["id"]: fate for row, fate in zip(order, named(rule(narrow(*order))), strict=True)}

@@ -70,12 +70,24 @@ def test_lengths_can_be_matched() -> None:
     assert length_ratio(right[0], wrong[0]) == length_ratio(wrong[0], right[0]) == 2.1
 
 
-def test_random_pairs_depend_on_the_seed_alone() -> None:
+@pytest.mark.parametrize("mode", ["random", "delta"])
+def test_drawn_pairs_depend_on_the_seed_alone(mode: str) -> None:
     right = responses("r", [f"right {i}" for i in range(6)])
     wrong = responses("w", [f"wrong {i}" for i in range(6)])
-    drawn = [pair_up(right, wrong, **{**OPTIONS, "mode": "random", "seed": seed})[0] for seed in range(12)]
-    assert drawn[3] == pair_up(right, wrong, **{**OPTIONS, "mode": "random", "seed": 3})[0]
+    drawn = [pair_up(right, wrong, **{**OPTIONS, "mode": mode, "seed": seed})[0] for seed in range(12)]
+    assert drawn[3] == pair_up(right, wrong, **{**OPTIONS, "mode": mode, "seed": 3})[0]
     assert len({pairs[0] for pairs in drawn}) > 1
+
+
+def test_a_text_is_never_both_sides_of_a_pair() -> None:
+    """Two models may say the same; then the other of each is paired, and what is left says why."""
+    strong, weak = responses("s", ["same", "better"]), responses("w", ["same", "worse"])
+    for seed in range(8):
+        pairs, _ = pair_up(strong, weak, **{**OPTIONS, "mode": "delta", "seed": seed})
+        assert all(one.text != other.text for one, other in pairs)
+    pairs, fates = pair_up(strong[:1], weak[:1], **{**OPTIONS, "mode": "delta"})
+    assert pairs == []
+    assert fates == {"s0": Fate.NO_PARTNER, "w0": Fate.NO_PARTNER}
 
 
 TEXTS = st.lists(st.text("ab\n. ", min_size=1, max_size=12), max_size=5, unique=True)
@@ -83,7 +95,7 @@ RATIOS = st.sampled_from([None, 1.0, 2.0])
 
 
 @settings(deadline=None)
-@given(TEXTS, TEXTS, st.sampled_from(["near_miss", "random"]), RATIOS, st.integers(1, 3), st.booleans())
+@given(TEXTS, TEXTS, st.sampled_from(["near_miss", "random", "delta"]), RATIOS, st.integers(1, 3), st.booleans())
 def test_every_response_has_one_fate_and_is_used_once(
     good: list[str], bad: list[str], mode: str, ratio: float | None, most: int, by_steps: bool
 ) -> None:
@@ -96,9 +108,14 @@ def test_every_response_has_one_fate_and_is_used_once(
     assert sorted(used) == sorted(name for name, fate in fates.items() if fate == Fate.KEPT)
     assert len(set(used)) == len(used)
     assert len(pairs) <= most
-    fitting = [p for p in itertools.product(right, wrong) if ratio is None or length_ratio(*p) <= ratio]
+    fitting = [
+        (one, other)
+        for one, other in itertools.product(right, wrong)
+        if one.text != other.text and (ratio is None or length_ratio(one, other) <= ratio)
+    ]
     assert set(pairs) <= set(fitting)
     partners = {response.id for pair in fitting for response in pair}
+    partners |= {response.id for response in (*right, *wrong) if response.text in set(good) & set(bad)}
     assert {name for name, fate in fates.items() if fate == Fate.UNLIKE_LENGTHS} == set(fates) - partners
     # Greedy and complete: nothing that fits is left over while there is room.
     if len(pairs) < most:

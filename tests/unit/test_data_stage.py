@@ -31,6 +31,10 @@ KIND_OF: dict[str, Kind] = {
 }
 
 
+TEACHERS = ("large", "small")
+DELTA = ("pairs.delta.strong=large", "pairs.delta.weak=small")
+
+
 @pytest.fixture(scope="module")
 def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tokenizer")
@@ -45,6 +49,7 @@ def verdicts(tmp_path: Path) -> Path:
         {
             **row,
             "tokens": len(row["response"]),
+            "teacher": TEACHERS[row["sample_index"] % 2],
             "verdict": "correct" if f"\\boxed{{{row['answer']}}}" in row["response"] else "wrong",
             **dict.fromkeys(("extracted", "reason", "grader"), ""),
         }
@@ -153,7 +158,7 @@ def test_buckets_shards_and_workers_change_nothing(
     assert len(read_manifest(tmp_path / "cut" / "pairs", "pairs").shards) > 5
 
 
-@pytest.mark.parametrize("mode", ["near_miss", "random"])
+@pytest.mark.parametrize("mode", ["near_miss", "random", "delta"])
 def test_the_order_of_rollouts_changes_no_set(repository: Path, verdicts: Path, tmp_path: Path, mode: str) -> None:
     """Rollouts of a problem scattered over shards and directories, as several sampling rounds leave them."""
     rows = read_table(verdicts, "verdicts").to_pylist()
@@ -164,13 +169,70 @@ def test_the_order_of_rollouts_changes_no_set(repository: Path, verdicts: Path, 
             write_shard(tmp_path / name, index, shard, kind="verdicts")
         finish(tmp_path / name, kind="verdicts", config={})
     joined = f"verdicts=[{tmp_path / 'one'},{tmp_path / 'two'}]"
-    run_curate(curate_config(repository, verdicts, tmp_path / "whole", f"pairs.mode={mode}"))
-    run_curate(curate_config(repository, verdicts, tmp_path / "scattered", f"pairs.mode={mode}", joined))
+    mine = [f"pairs.mode={mode}", *(DELTA if mode == "delta" else ())]
+    run_curate(curate_config(repository, verdicts, tmp_path / "whole", *mine))
+    run_curate(curate_config(repository, verdicts, tmp_path / "scattered", *mine, joined))
     whole, scattered = sets_of(tmp_path / "whole"), sets_of(tmp_path / "scattered")
     for name in whole:
         by_id = [sorted(rows, key=lambda row: row["id"]) for rows in (whole[name], scattered[name])]
         assert [row["id"] for row in by_id[0]] == [row["id"] for row in by_id[1]]
         assert [{**row, "length_spread": 0} for row in by_id[0]] == [{**row, "length_spread": 0} for row in by_id[1]]
+
+
+LOOSE = ("pairs.max_length_ratio=null", "pairs.max_repetition=1", "pairs.difficulties=null")
+
+
+def test_delta_pairs_are_a_strong_models_response_beside_a_weak_ones(
+    repository: Path, verdicts: Path, tmp_path: Path
+) -> None:
+    """Two responses of each teacher to a question: no possible pair is left out, and no text is both sides."""
+    rows = read_table(verdicts, "verdicts").to_pylist()
+    of: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        side = of.setdefault((row["problem_id"], row["teacher"]), {})
+        if row["finish_reason"] == "stop":
+            side[row["response"]] = row["verdict"]
+    problems = {row["problem_id"] for row in rows}
+    for graded in (False, True):
+        out = tmp_path / f"graded-{graded}"
+        only = ("midtrain=null", "sft=null", "prompts=null", "pairs.mode=delta", f"pairs.delta.by_verdict={graded}")
+        run_curate(curate_config(repository, verdicts, out, *only, *DELTA, *LOOSE))
+        pairs = read_table(out / "pairs", "pairs").to_pylist()
+        for problem in problems:
+            strong, weak = (of[problem, teacher] for teacher in TEACHERS)
+            right = [text for text, name in strong.items() if name == "correct" or not graded]
+            wrong = [text for text, name in weak.items() if name != "correct" or not graded]
+            mine = [(pair["chosen"], pair["rejected"]) for pair in pairs if pair["problem_id"] == problem]
+            could_be = {(one, other) for one in right for other in wrong if one != other}
+            assert set(mine) <= could_be
+            assert len({one for one, _ in mine}) == len({other for _, other in mine}) == len(mine)
+            assert not {(one, other) for one, other in could_be if all(one != a and other != b for a, b in mine)}
+        assert {(pair["mode"], pair["chosen_teacher"], pair["rejected_teacher"]) for pair in pairs} == {
+            ("delta", *TEACHERS)
+        }
+        counts = read_manifest(out / "pairs", "pairs").counts
+        dropped = sum(count for reason, count in counts.items() if reason.startswith("dropped: "))
+        assert 2 * len(pairs) + dropped == len(rows)
+    assert {pair["chosen_verdict"] for pair in pairs} == {"correct"}
+    assert {pair["rejected_verdict"] for pair in pairs} == {"wrong"}
+
+
+def test_a_teacher_of_no_rollout_is_named_with_those_there_are(
+    repository: Path, verdicts: Path, tmp_path: Path
+) -> None:
+    mine = ("pairs.mode=delta", "pairs.delta.strong=large", "pairs.delta.weak=huge")
+    with pytest.raises(UserError, match=r"(?s)no rollout of huge.*large, small.*verdicts="):
+        run_curate(curate_config(repository, verdicts, tmp_path / "out", *mine))
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [("pairs.mode=delta",), DELTA, ("pairs.mode=delta", "pairs.delta.strong=large", "pairs.delta.weak=large")],
+    ids=["no delta", "another mode", "one model"],
+)
+def test_a_delta_names_two_models(mine: tuple[str, ...], repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="weak"):
+        curate_config(repository, tmp_path, tmp_path / "out", *mine)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "half"])

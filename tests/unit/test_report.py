@@ -57,10 +57,10 @@ def test_markdown_says_what_is_in_the_rows() -> None:
     by_title = dict(zip(cells[0], cells[2], strict=True))
     assert by_title["stage"] == "SFT"
     assert float(by_title["pass@1 (%)"]) == pytest.approx(59.0)
-    assert by_title["n"] == "256"
+    assert by_title["questions"] == "256"
     assert by_title["seeds"] == "0, 1, 2"
-    assert by_title["each seed"] == "60.0, 55.0, 62.0"
-    assert dict(zip(cells[0], cells[3], strict=True))["stderr, seeds"] == "-"
+    assert by_title["per seed"] == "60.0, 55.0, 62.0"
+    assert dict(zip(cells[0], cells[3], strict=True))["SE (across seeds)"] == "-"
 
 
 def test_a_seed_given_twice_or_on_other_questions_is_refused() -> None:

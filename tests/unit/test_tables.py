@@ -47,14 +47,14 @@ def test_a_score_stands_with_its_errors_and_counts() -> None:
     got = cells(score_table("AIME24", {"SFT": {3: first, 1: second}}), 0)
     mean = (first.pass1 + second.pass1) / 2
     assert float(got["pass@1 (%)"]) == pytest.approx(100 * mean, abs=0.05)
-    assert got["stderr, questions"] == f"{100 * math.sqrt((0.03**2 + 0.04**2) / 2):.1f}"
-    assert got["stderr, seeds"] == f"{100 * abs(first.pass1 - second.pass1) / 2:.1f}"
+    assert got["SE (clustered by question)"] == f"{100 * math.sqrt((0.03**2 + 0.04**2) / 2):.1f}"
+    assert got["SE (across seeds)"] == f"{100 * abs(first.pass1 - second.pass1) / 2:.1f}"
     assert float(got["maj@k (%)"]) == pytest.approx(100 * (mean + 0.05), abs=0.05)
     assert float(got["pass@k (%)"]) == pytest.approx(100 * (mean + 0.1), abs=0.05)
     assert (got["truncated (%)"], got["unparsable (%)"], got["mean tokens"]) == ("25.0", "12.5", "1,234")
     assert (got["questions"], got["samples"], got["seeds"]) == ("40", "4", "1, 3")
     alone = cells(score_table("AIME24", {"SFT": {0: first}}), 0)
-    assert (alone["stderr, questions"], alone["stderr, seeds"]) == ("3.0", "-")
+    assert (alone["SE (clustered by question)"], alone["SE (across seeds)"]) == ("3.0", "-")
 
 
 def test_models_are_compared_question_by_question() -> None:
@@ -63,7 +63,7 @@ def test_models_are_compared_question_by_question() -> None:
     table = difference_table("AIME24", {"SFT": {0: result(before)}, "DPO": {0: result(after)}})
     assert table is not None
     got = cells(table, 0)
-    assert (got["models"], got["points"], got["stderr, questions"]) == ("DPO - SFT", "+25.0", "0.0")
+    assert (got["models"], got["points"], got["SE (clustered by question)"]) == ("DPO - SFT", "+25.0", "0.0")
     assert got["95% interval"] == "+25.0 to +25.0"
     assert (got["questions"], got["seeds"]) == ("40", "0")
 

@@ -120,3 +120,50 @@ def test_no_answer_can_hold_a_multiple_of_the_prime_it_is_compared_by() -> None:
         assert not equal(read("5"), read(rf"5+{prime}\cdot 2^{{200000}}"))
     assert equal(read("2^{400000}"), read("4^{200000}"))
     assert not equal(read("2^{400000}"), read("4^{200000}+1"))
+
+
+NO_MATHEMATICS = (
+    '{"answer": 42}',
+    "a: b",
+    r"\foo{3}:2",
+    r"(1, \foo)",
+    r"\hat{i}+\foo",
+    r"x=\foo",
+    r"\begin{pmatrix}\foo\\1\end{pmatrix}",
+    r"\foo<x<3",
+    r"\foo\text{ cm}",
+    r"\csname 42\endcsname",
+    r"y=\foo x",
+    r"\foo\cup(1,2)",
+)
+"""Notations that nobody knows, in the places of those that everybody does."""
+
+
+def test_no_response_makes_a_readable_gold_answer_unreadable(grader: Grader) -> None:
+    golds = sorted({row["answer"] for row in rows_of(GOLDEN) if row["correct"]})
+    pairs = [
+        (rf"$\boxed{{{NO_MATHEMATICS[(place + step) % len(NO_MATHEMATICS)]}}}$", gold)
+        for place, gold in enumerate(golds)
+        for step in (0, 5)
+    ]
+    verdicts = grader.grade_many(pairs)
+    assert [
+        (pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.verdict == "correct"
+    ] == []
+    unread = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.verdict == "gold_unreadable"]
+    assert unread == []
+
+
+@pytest.mark.parametrize("gold", [r"\foo{3}", r"(1, \foo)", "10% of %", "the number that we found above"])
+def test_a_gold_answer_that_is_no_mathematics_is_the_datas_fault(grader: Grader, gold: str) -> None:
+    [verdict] = grader.grade_many([(r"$\boxed{\sqrt{2}+x}$", gold)])
+    assert verdict.verdict in ("gold_unreadable", "wrong")
+
+
+def test_a_gold_answer_of_another_form_makes_a_response_wrong(grader: Grader) -> None:
+    pairs = [
+        (r"$\boxed{\mathbf{42}}$", r"\emptyset"),
+        ("$\\boxed{3}$", r"\text{Friday}"),
+        (r"$\boxed{x^2}$", r"\text{(A)}"),
+    ]
+    assert [verdict.verdict for verdict in grader.grade_many(pairs)] == ["wrong"] * len(pairs)

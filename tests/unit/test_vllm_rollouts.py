@@ -1,10 +1,11 @@
-"""Real vLLM as GRPO's sampler: exact weights after every sync, and a server that is killed in the middle."""
+"""Real vLLM as GRPO's sampler: each family's exact weights after every sync, and a server killed in the middle."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from serving import served
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from phimr_nemo.generate.serving.weights import IDENTITY, LOGPROBS, tokenizer_ha
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.hf import HFDirectory
 
+Syncs = list[list[dict[str, Any]]]
 SYNCS, TEMPERATURE, MAX_LENGTH = 10, 0.8, 64
 BOUND = 5e-5
 """Largest difference of a log-probability between vLLM and transformers, both in float32."""
@@ -37,54 +39,111 @@ POLICY = "long_when_max_length_exceeds_original"
 SHAPE = ("hidden_size=128", "intermediate_size=96", "num_hidden_layers=2", "num_attention_heads=4")
 
 
+# Layers, biases, norms, rotary scaling and ties of every family but Phi's, which is `model`; all in small.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": (
+        "Llama",
+        {
+            "rope_theta": 1000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "smollm2": ("Llama", {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": MAX_LENGTH}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 64}),
+}
+"""Name -> the beginning of transformers' classes, and what its config has besides what all have."""
+TIED = ("phi3", "smollm2", "qwen2")
+CASES = ("phi3", *FAMILIES)
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model")
-    overrides = [f"run.output={out}", *SHAPE, "initializer_range=0.2"]
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Case -> a directory with `hf`, a model, and `weights`, `SYNCS` versions of it."""
+    import transformers
+
+    root = tmp_path_factory.mktemp("models")
+    overrides = [f"run.output={root / 'phi3'}", *SHAPE, "initializer_range=0.2"]
     run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), overrides))
-    return out / "hf"
+    phi = root / "phi3" / "hf"
+    arch = HFDirectory(phi).architecture
+    shape = {
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.intermediate_size,
+        "num_hidden_layers": arch.num_hidden_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2 * MAX_LENGTH,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), arch.eos_token_id),
+    }
+    for case, (family, changes) in FAMILIES.items():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**{**shape, **changes})
+        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(root / case / "hf")
+        for file in phi.glob("*token*"):
+            shutil.copy(file, root / case / "hf")
+    for case in CASES:
+        (root / case / "weights").mkdir()
+        for version in range(SYNCS):
+            save_file(weights_of(root / case / "hf", version), root / case / "weights" / f"{version}.safetensors")
+    return {case: root / case for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def model(models: dict[str, Path]) -> Path:
+    return models["phi3"] / "hf"
 
 
 def weights_of(model: Path, seed: int) -> dict[str, Tensor]:
-    """The base's weights, changed as an optimizer step might; tied, so there is no head."""
+    """A model's weights, changed as an optimizer step might; biases, which begin with 0, are drawn."""
     source, generator = HFDirectory(model), torch.Generator().manual_seed(seed)
     return {
-        name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+        name: tensor + (0.5 if name.endswith(".bias") else 0.05) * torch.randn(tensor.shape, generator=generator)
         for name, tensor in ((name, source.read(name)) for name in source.names())
     }
 
 
 @pytest.fixture(scope="module")
-def versions(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("weights")
-    for version in range(SYNCS):
-        save_file(weights_of(model, version), directory / f"{version}.safetensors")
-    return directory
-
-
-def after_syncs(
-    python: Path, variables: dict[str, str], model: Path, versions: Path, out: Path, *extension: str
-) -> list[list[dict[str, Any]]]:
-    here = Path(__file__).parent
-    command = [str(python), str(here / "vllm_sync_worker.py"), str(model), str(versions), str(out), *extension]
-    variables = {**variables, "PYTHONPATH": str(here)}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=560, check=False)
+def sampled(
+    models: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    repository: Path,
+    vllm_python: Path,
+    vllm_variables: dict[str, str],
+) -> dict[str, Syncs]:
+    """What one process with vLLM sampled, of each case after each sync, and under "case: stale" with the fault."""
+    here, out = Path(__file__).parent, tmp_path_factory.mktemp("sampled") / "out.json"
+    whole, faulty = ([str(models[case]) for case in cases] for cases in (CASES, TIED))
+    command = [str(vllm_python), str(here / "vllm_sync_worker.py"), str(out), *whole, "--stale", *faulty]
+    variables = {**vllm_variables, "PYTHONPATH": f"{here}{os.pathsep}{repository}"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    found: list[list[dict[str, Any]]] = json.loads(out.read_text("utf-8"))
-    return found
+    names = [*CASES, *(f"{case}: stale" for case in TIED)]
+    return dict(zip(names, json.loads(out.read_text("utf-8")), strict=True))
 
 
-def against_transformers(
-    model: Path, versions: list[dict[str, Tensor]], syncs: list[list[dict[str, Any]]]
-) -> list[float]:
+def against_transformers(model: Path, versions: list[int], syncs: Syncs) -> list[float]:
     """Per sync, the largest difference of a sampled log-probability; infinite where a greedy token differs."""
-    from transformers import Phi3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    reference = Phi3ForCausalLM.from_pretrained(model, torch_dtype=torch.float32, attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_pretrained(
+        model / "hf", torch_dtype=torch.float32, attn_implementation="eager"
+    )
     worst = []
-    for weights, responses in zip(versions, syncs, strict=True):
-        missing = reference.load_state_dict(weights, strict=False)
+    for version, responses in zip(versions, syncs, strict=True):
+        missing = reference.load_state_dict(load_file(model / "weights" / f"{version}.safetensors"), strict=False)
         assert missing.missing_keys in ([], ["lm_head.weight"])
+        assert missing.unexpected_keys == []
         differences = [0.0]
         for response in responses:
             prompt, tokens, greedy = response["prompt"], response["tokens"], response["greedy"]
@@ -105,25 +164,25 @@ def logits_after(reference: Any, prompt: list[int], tokens: list[int]) -> Tensor
     return logits
 
 
+@pytest.mark.parametrize("case", CASES)
 def test_after_each_of_ten_syncs_vllm_has_the_trainers_weights(
-    model: Path, versions: Path, tmp_path: Path, vllm_python: Path, vllm_variables: dict[str, str]
+    case: str, models: dict[str, Path], sampled: dict[str, Syncs]
 ) -> None:
-    syncs = after_syncs(vllm_python, vllm_variables, model, versions, tmp_path / "out.json")
-    assert [[response["version"] for response in sync] for sync in syncs] == [[v] * 4 for v in range(SYNCS)]
-    expected = [weights_of(model, version) for version in range(SYNCS)]
-    assert max(against_transformers(model, expected, syncs)) < BOUND
+    syncs, versions = sampled[case], list(range(SYNCS))
+    assert [[response["version"] for response in sync] for sync in syncs] == [[v] * 4 for v in versions]
+    assert max(against_transformers(models[case], versions, syncs)) < BOUND
     # And one set of weights is told from another.
-    assert min(against_transformers(model, expected[1:] + expected[:1], syncs)) > 100 * BOUND
+    assert min(against_transformers(models[case], versions[1:] + versions[:1], syncs)) > 100 * BOUND
 
 
+@pytest.mark.parametrize("case", TIED)
 def test_a_tied_head_that_keeps_its_packing_is_seen(
-    model: Path, versions: Path, tmp_path: Path, vllm_python: Path, vllm_variables: dict[str, str]
+    case: str, models: dict[str, Path], sampled: dict[str, Syncs]
 ) -> None:
     """The planted twin: what stock vLLM does on a CPU."""
-    fault = "vllm_stale_head.Extension"
-    syncs = after_syncs(vllm_python, vllm_variables, model, versions, tmp_path / "out.json", fault)
-    expected = [weights_of(model, version) for version in range(SYNCS)]
-    assert min(against_transformers(model, expected, syncs)) > 100 * BOUND
+    syncs = sampled[f"{case}: stale"]
+    differences = against_transformers(models[case], list(range(len(syncs))), syncs)
+    assert min(differences) > 100 * BOUND
 
 
 def test_a_served_model_is_synced_and_killed_in_the_middle(

@@ -60,7 +60,7 @@ class RoundsTrainer(ReinforceTrainer):
         upstream: the other arguments of ReinforceTrainer.
 
     Attributes:
-        pass_rates: prompt -> share of right responses when it was last sampled, of the stages that look at it.
+        pass_rates: prompt -> share of correct responses when it was last sampled, of the stages that look at it.
     """
 
     config: RoundsConfig

@@ -147,7 +147,7 @@ def _check_answers(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if missing:
         raise UserError(
             f"{len(missing)} of {len(rows)} prompts in {directory} have no answer; the first is {missing[0]!r}",
-            rule="a response is rewarded for the right answer, so each prompt has one",
+            rule="a response is rewarded for the correct answer, so each prompt has one",
             remedy="remove these prompts, or add their answers and curate again",
         )
 
@@ -275,7 +275,7 @@ def groups_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
 
 
 def pass_rates_of(rollouts: Sequence[Rollout]) -> dict[int, float]:
-    """Share of right responses among each prompt's graded ones: prompt number -> share."""
+    """Share of correct responses among each prompt's graded ones: prompt number -> share."""
     right: dict[int, list[bool]] = {}
     for rollout in rollouts:
         if rollout.is_graded:
@@ -287,7 +287,7 @@ def pass_rate_bin(correct: int, size: int) -> int:
     """Which of `PASS_RATE_BINS` a group belongs to.
 
     Args:
-        correct: its right responses.
+        correct: its correct responses.
         size: its responses.
     """
     if correct == size:

@@ -1,4 +1,4 @@
-"""The paper's three remedies against unstable RL (PAPER: Phi-4-Mini-Reasoning, section 3.4), as pure functions.
+"""The paper's three stabilization techniques for RL (PAPER: Phi-4-Mini-Reasoning, section 3.4), as pure functions.
 
 1. Prompt optimisation: :func:`uniform_prompts`.
 2. Reward rebalancing: :func:`oversampled`, :func:`rebalanced_group`, :func:`refill_size`.
@@ -78,7 +78,7 @@ def unsolved(epoch: Sequence[int], place: int, pass_rates: Mapping[int, float], 
     Args:
         epoch: prompt numbers of one epoch.
         place: in it.
-        pass_rates: prompt -> share of right responses when it was last sampled; none for a prompt that was not.
+        pass_rates: prompt -> share of correct responses when it was last sampled; none for a prompt that was not.
         config: from where on a prompt counts as solved; None = no prompt does.
 
     Returns:

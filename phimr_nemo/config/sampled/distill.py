@@ -82,7 +82,7 @@ class DistillConfig(RoundsConfig):
     """On-policy distillation: the student samples, the teacher scores every token of what it said.
 
     Attributes:
-        group_size: responses a prompt; they are not compared.
+        group_size: responses per prompt; they are not compared.
         teacher: what scores.
         loss: the reverse KL divergence of the student from it.
         verify_workers: grader processes on each data-parallel rank, for the metric pass_rate; nothing is learnt from

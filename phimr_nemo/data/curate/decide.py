@@ -12,23 +12,26 @@ import numpy as np
 import numpy.typing as npt
 
 from phimr_nemo.config import CurateConfig
-from phimr_nemo.config.data import PromptSet
+from phimr_nemo.config.data import Delta, PairSet, PromptSet
 from phimr_nemo.data.curate.balance import Kinds, chosen_fates
 from phimr_nemo.data.curate.fates import (
     Fates,
     Indices,
+    Sides,
     midtrain_fates,
     pair_fates,
     prompts,
     sft_fates,
+    sides_by_teacher,
+    sides_by_verdict,
 )
-from phimr_nemo.data.curate.narrow import CORRECT, VERDICTS, Narrow
+from phimr_nemo.data.curate.narrow import VERDICTS, Narrow
 from phimr_nemo.data.curate.shape import Bytes, length_bins
-from phimr_nemo.data.curate.survey import Survey
+from phimr_nemo.data.curate.survey import Survey, teacher_codes
 from phimr_nemo.data.fate import Fate
 from phimr_nemo.store.atomic import atomic_file
 
-_ARRAYS: Final = ("bytes", "difficulty", "bins", "verdict", "first", "prompt_counts")
+_ARRAYS: Final = ("bytes", "difficulty", "bins", "verdict", "first", "chosen", "prompt_counts")
 
 
 @dataclass
@@ -38,12 +41,12 @@ class Candidates:
     Attributes:
         rows: of the rollouts.
         groups: the first rollout of each one's problem.
-        right: whether it is right.
+        chosen: whether it is of the side that is chosen.
     """
 
     rows: Indices
     groups: npt.NDArray[np.int32]
-    right: npt.NDArray[np.bool_]
+    chosen: npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -58,12 +61,13 @@ class ChosenPrompts:
 
 @dataclass
 class Decisions:
-    """What is to be written. `fates` and the arrays by row take 11 bytes a rollout, and one more a set.
+    """What is to be written. `fates` and the arrays by row take 12 bytes a rollout, and one more a set.
 
     Attributes:
         fates: of every rollout, for the sets of conversations and for pairs (whose kept ones are candidates).
         bytes, difficulty, bins, verdict: of every rollout.
         first: the first rollout of the problem of every rollout, for pairs; else empty.
+        chosen: whether a rollout would be the chosen side of a pair; as `first`.
         prompts: the chosen ones.
         prompt_counts: problems by fate.
         problems: how many there are.
@@ -76,6 +80,7 @@ class Decisions:
     bins: Bytes
     verdict: Bytes
     first: npt.NDArray[np.int32]
+    chosen: npt.NDArray[np.bool_]
     prompts: ChosenPrompts | None = None
     prompt_counts: Indices = field(default_factory=lambda: np.zeros(len(Fate), np.int64))
     problems: int = 0
@@ -83,7 +88,11 @@ class Decisions:
 
 
 def decide(config: CurateConfig, survey: Survey) -> Decisions:
-    """Decide the fate of every rollout in every set that is configured."""
+    """Decide the fate of every rollout in every set that is configured.
+
+    Raises:
+        UserError: a teacher whose responses are to be paired has none.
+    """
     rows = survey.rows
     named = [name for name in ("midtrain", "sft", "pairs") if getattr(config, name) is not None]
     decisions = Decisions(
@@ -93,7 +102,10 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
         bins=np.zeros(rows, np.uint8),
         verdict=np.zeros(rows, np.uint8),
         first=np.zeros(rows if config.pairs is not None else 0, np.int32),
+        chosen=np.zeros(rows if config.pairs is not None else 0, np.bool_),
     )
+    delta = None if config.pairs is None else config.pairs.delta
+    teachers = None if delta is None else teacher_codes(survey.shards, (delta.strong, delta.weak))
     kept: dict[str, list[tuple[Indices, Kinds]]] = {"midtrain": [], "sft": []}
     chosen: list[ChosenPrompts] = []
     for narrow in survey.buckets():
@@ -111,16 +123,9 @@ def decide(config: CurateConfig, survey: Survey) -> Decisions:
                     # Copied: a view would keep all columns.
                     kept[name].append((left["row"].copy(), Kinds.of(left)))
         if config.pairs is not None:
-            fates = pair_fates(
-                narrow,
-                difficulties=config.pairs.difficulties,
-                max_repetition=config.pairs.max_repetition,
-                max_tokens=config.pairs.max_tokens,
-            )
-            if not config.pairs.voted_golds:
-                fates[narrow["voted"]] = Fate.VOTED_GOLD
-            decisions.fates["pairs"][place] = fates
-            decisions.first[place] = _first_of_problem(narrow)
+            sides = _sides(narrow, delta, None if teachers is None else teachers[place])
+            decisions.fates["pairs"][place] = _pair_fates(narrow, sides, config.pairs)
+            decisions.first[place], decisions.chosen[place] = _first_of_problem(narrow), sides.chosen
         if config.prompts is not None:
             chosen.append(_prompts(narrow, config.prompts, decisions))
     for name, parts in kept.items():
@@ -145,6 +150,25 @@ def _conversation_fates(narrow: Narrow, config: CurateConfig, name: str) -> Fate
         one_boxed_answer=config.sft.one_boxed_answer,
         max_tokens=config.sft.max_tokens,
     )
+
+
+def _sides(narrow: Narrow, delta: Delta | None, teachers: npt.NDArray[np.uint8] | None) -> Sides:
+    if delta is None or teachers is None:
+        return sides_by_verdict(narrow)
+    return sides_by_teacher(narrow, teachers == 0, teachers == 1, by_verdict=delta.by_verdict)
+
+
+def _pair_fates(narrow: Narrow, sides: Sides, chosen: PairSet) -> Fates:
+    fates = pair_fates(
+        narrow,
+        sides,
+        difficulties=chosen.difficulties,
+        max_repetition=chosen.max_repetition,
+        max_tokens=chosen.max_tokens,
+    )
+    if not chosen.voted_golds and (chosen.delta is None or chosen.delta.by_verdict):
+        fates[narrow["voted"]] = Fate.VOTED_GOLD
+    return fates
 
 
 def _is_chosen(config: CurateConfig, name: str) -> bool:
@@ -181,7 +205,7 @@ def candidates(decisions: Decisions) -> Candidates:
     if (groups[1:] < groups[:-1]).any():
         order = np.lexsort((rows, groups))
         rows, groups = rows[order], groups[order]
-    return Candidates(rows, groups, decisions.verdict[rows] == CORRECT)
+    return Candidates(rows, groups, decisions.chosen[rows])
 
 
 def _prompts(narrow: Narrow, chosen: PromptSet, decisions: Decisions) -> ChosenPrompts:

@@ -1,10 +1,10 @@
 """The rules of curation: pure functions from narrow columns to the fate of every rollout.
 
 Mid-training takes every verified response, SFT a harder, cleaner and balanced part of them, DPO pairs a right with
-a wrong response to one question, reinforcement learning takes prompts that are neither too easy nor too hard and
-answered at uniform length (arXiv 2504.21233, sections 3 and 4). A fate is :attr:`Fate.KEPT` or the one reason why
-not, so what is kept and what is dropped always sum to what came in. Ties are broken by content, so no fate depends
-on the order of the shards.
+a wrong response to one question (or a strong model's with a weak one's), reinforcement learning takes prompts that
+are neither too easy nor too hard and answered at uniform length (arXiv 2504.21233, sections 3 and 4). A fate is
+:attr:`Fate.KEPT` or the one reason why not, so what is kept and what is dropped always sum to what came in. Ties are
+broken by content, so no fate depends on the order of the shards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phimr_nemo.data.curate.lengths import CHARACTERS_PER_TOKEN
-from phimr_nemo.data.curate.narrow import CORRECT, UNKNOWN_DIFFICULTY, VERDICTS, Narrow
+from phimr_nemo.data.curate.narrow import CORRECT, UNKNOWN_DIFFICULTY, VERDICTS, WRONG, Narrow
 from phimr_nemo.data.fate import MAX_CANDIDATES, Fate
 from phimr_nemo.data.outofcore import first_of_runs
 from phimr_nemo.store.records import DIFFICULTIES, UNGRADED_VERDICTS, Difficulty
@@ -133,30 +133,70 @@ def _level(counts: Indices, size: int) -> Indices:
     return quota
 
 
+@dataclass(frozen=True)
+class Sides:
+    """Which rollouts may be chosen and which rejected; every array is [rows].
+
+    Attributes:
+        fates: KEPT of those that are of either side.
+        chosen: whether they are of the preferred one.
+        lacking: the fate of a problem's rollouts when it has none to choose, and none to reject.
+    """
+
+    fates: Fates
+    chosen: Mask
+    lacking: tuple[Fate, Fate]
+
+
+def sides_by_verdict(narrow: Narrow) -> Sides:
+    """Right responses are chosen, "wrong" and "unparsable" ones rejected; a grader that gave up says nothing."""
+    fates = np.zeros(len(narrow), np.uint8)
+    _drop(fates, np.isin(narrow["verdict"], UNGRADED), Fate.UNGRADED)
+    return Sides(fates, narrow["verdict"] == CORRECT, (Fate.NO_RIGHT, Fate.NO_WRONG))
+
+
+def sides_by_teacher(narrow: Narrow, strong: Mask, weak: Mask, *, by_verdict: bool) -> Sides:
+    """A strong model's responses are chosen, a weak one's rejected (delta pairs, arXiv 2507.06187).
+
+    Args:
+        narrow: all rollouts of some problems.
+        strong, weak: whose they are, [rows].
+        by_verdict: the strong one's are right and the weak one's wrong; otherwise no verdict counts.
+    """
+    fates = np.where(strong | weak, Fate.KEPT, Fate.OTHER_TEACHER).astype(np.uint8)
+    if by_verdict:
+        _drop(fates, np.isin(narrow["verdict"], UNGRADED), Fate.UNGRADED)
+        right = narrow["verdict"] == CORRECT
+        _drop(fates, strong & (narrow["verdict"] == WRONG), Fate.WRONG)
+        _drop(fates, strong & ~right, Fate.UNPARSABLE)
+        _drop(fates, weak & right, Fate.RIGHT)
+    return Sides(fates, strong, (Fate.NO_STRONG, Fate.NO_WEAK))
+
+
 def pair_fates(
     narrow: Narrow,
+    sides: Sides,
     *,
     difficulties: Collection[Difficulty] | None = None,
     max_repetition: float = 1.0,
     max_tokens: int | None = None,
 ) -> Fates:
-    """Which rollouts may be paired: complete right or wrong responses to a problem that has both.
+    """Which rollouts may be paired: complete responses to a problem that has both sides.
 
-    Wrong means "wrong" or "unparsable"; a grader that gave up says nothing about a response. One that was cut off is
-    no side of a pair: nobody knows how it would have ended, and an end that it never had must not be learned.
+    A response that was cut off is no side of a pair: nobody knows how it would have ended, and an end that it never
+    had must not be learned.
 
     Args:
         narrow: all rollouts of some problems.
+        sides: which may be chosen and which rejected.
         difficulties: the tiers to keep, and problems of unknown difficulty; None = any.
         max_repetition: drop responses that repeat a larger share of themselves.
         max_tokens: drop conversations that are longer; None = any fits.
 
     Returns:
-        [rows]; KEPT are candidates, at most :data:`MAX_CANDIDATES` right and as many wrong ones of a problem.
+        [rows]; KEPT are candidates, at most :data:`MAX_CANDIDATES` of a problem on either side.
     """
-    fates = np.zeros(len(narrow), np.uint8)
-    right = narrow["verdict"] == CORRECT
-    _drop(fates, np.isin(narrow["verdict"], UNGRADED), Fate.UNGRADED)
+    fates = sides.fates.copy()
     _drop(fates, ~narrow["stopped"], Fate.CUT_OFF)
     _drop(fates, narrow["blank"], Fate.BLANK)
     _drop(fates, narrow["forged_question"] | narrow["forged_response"], Fate.SPECIAL_TOKEN)
@@ -164,13 +204,13 @@ def pair_fates(
         _of_difficulty(narrow, fates, difficulties)
     _fit(narrow, fates, max_tokens)
     _drop(fates, narrow["repetition"] > max_repetition, Fate.REPETITIVE)
-    for side in (right, ~right):
+    for side in (sides.chosen, ~sides.chosen):
         others = np.where(side, fates, Fate.UNGRADED).astype(np.uint8)
         _limit(narrow, others, [narrow["sample"]], MAX_CANDIDATES, over=Fate.TOO_MANY)
         fates[side] = others[side]
     kept = fates == Fate.KEPT
-    _drop(fates, ~np.isin(narrow["problem"], narrow["problem"][kept & right]), Fate.NO_RIGHT)
-    _drop(fates, ~np.isin(narrow["problem"], narrow["problem"][kept & ~right]), Fate.NO_WRONG)
+    for side, fate in zip((sides.chosen, ~sides.chosen), sides.lacking, strict=True):
+        _drop(fates, ~np.isin(narrow["problem"], narrow["problem"][kept & side]), fate)
     return fates
 
 
@@ -208,7 +248,7 @@ def prompts(
 
     Args:
         narrow: all rollouts of some problems, over all sampling rounds.
-        min_pass: keep problems whose share of right responses is above this (exclusive).
+        min_pass: keep problems whose share of correct responses is above this (exclusive).
         max_pass: ... and below this (exclusive).
         min_samples: keep problems with at least this many graded responses.
         max_length_spread: keep problems with at most this spread; None = any (prompt optimisation off).

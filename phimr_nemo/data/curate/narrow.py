@@ -29,6 +29,7 @@ Hashes = npt.NDArray[np.uint64]
 
 VERDICTS: Final[tuple[VerdictName, ...]] = get_args(VerdictName)
 CORRECT: Final = VERDICTS.index("correct")
+WRONG: Final = VERDICTS.index("wrong")
 UNKNOWN_DIFFICULTY: Final = len(DIFFICULTIES)
 
 NARROW: Final = np.dtype(
@@ -108,8 +109,8 @@ def narrow_columns(batch: pa.RecordBatch, counter: TokenCounter) -> Narrow:
     narrow["sample"], narrow["tokens"] = batch.column("sample_index").to_numpy(), batch.column("tokens").to_numpy()
     narrow["characters"] = pc.utf8_length(response).to_numpy()
     narrow["bytes"] = pc.add(pc.binary_length(question), pc.binary_length(response)).to_numpy()
-    narrow["verdict"] = _codes(batch.column("verdict"), VERDICTS)
-    narrow["difficulty"] = _codes(batch.column("difficulty"), DIFFICULTIES)
+    narrow["verdict"] = codes(batch.column("verdict"), VERDICTS)
+    narrow["difficulty"] = codes(batch.column("difficulty"), DIFFICULTIES)
     narrow["stopped"] = pc.equal(batch.column("finish_reason"), "stop").to_numpy(zero_copy_only=False)
     narrow["blank"] = pc.equal(pc.utf8_trim_whitespace(response), "").to_numpy(zero_copy_only=False)
     narrow["forged_question"], narrow["forged_response"] = _forged(question), _forged(response)
@@ -146,7 +147,7 @@ def label_hashes(labels: pa.StringArray) -> Hashes:
     return np.asarray(known[places], np.uint64)
 
 
-def _codes(column: pa.StringArray, names: tuple[str, ...]) -> npt.NDArray[np.uint8]:
+def codes(column: pa.StringArray | pa.ChunkedArray, names: tuple[str, ...]) -> npt.NDArray[np.uint8]:
     """The place of every value in `names`; the number of names for null and for what is not among them."""
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -61,7 +61,7 @@ def write_pairs(directory: Path, chosen: PairSet, seed: int, making: Making, mad
     parts = [
         _Part(
             directory / f"paired-{index:05d}.npy",
-            Candidates(found.rows[part], found.groups[part], found.right[part]),
+            Candidates(found.rows[part], found.groups[part], found.chosen[part]),
         )
         for index, part in enumerate(cut(making.decisions.bytes[found.rows], found.groups))
     ]
@@ -110,7 +110,7 @@ def _pair_part(shards: Sequence[Shard], chosen: PairSet, seed: int, part: _Part)
         places = sorted(range(start, end), key=ids.__getitem__)
         texts = {place: Response(ids[place], table["response"][place].as_py()) for place in places}
         pairs, fate_of = pair_up(
-            *([texts[place] for place in places if found.right[place] == right] for right in (True, False)),
+            *([texts[place] for place in places if found.chosen[place] == side] for side in (True, False)),
             mode=chosen.mode,
             nearness=chosen.nearness,
             max_per_problem=chosen.max_per_problem,

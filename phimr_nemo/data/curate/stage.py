@@ -132,7 +132,11 @@ def _made_of(config: CurateConfig, name: str) -> MadeFrom:
     inputs = {f"verdicts.{number}": content for number, content in enumerate(verdicts)}
     if config.tokenizer is not None:
         inputs["tokenizer"] = tokenizer_content(config.tokenizer)
-    return MadeFrom(inputs, {"set": asdict(getattr(config, name)), "seed": config.run.seed})
+    settings = asdict(getattr(config, name))
+    # Sets of earlier releases do not name it, and stay as they are.
+    if settings.get("delta", settings) is None:
+        del settings["delta"]
+    return MadeFrom(inputs, {"set": settings, "seed": config.run.seed})
 
 
 def _is_made(config: CurateConfig, name: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phimr_nemo.data.curate.lengths import TokenCounter
-from phimr_nemo.data.curate.narrow import NARROW, Narrow, narrow_of_file
+from phimr_nemo.data.curate.narrow import NARROW, Narrow, codes, narrow_of_file
 from phimr_nemo.data.outofcore import engine, sorted_rows, whole_groups
 from phimr_nemo.data.parallel import ALONE, Team
 from phimr_nemo.errors import UserError
@@ -30,6 +30,7 @@ SURVEY_VERSION: Final = 3
 """Another number whenever a narrow column changes meaning: surveys made before are made again."""
 READ_ROWS: Final = 1024
 MAX_ROLLOUTS: Final = 2**31 - 1
+SHOWN_TEACHERS: Final = 20
 SORT_DIRECTORY: Final = "sort"
 
 
@@ -182,6 +183,30 @@ def measured(shards: Sequence[Shard], files: Sequence[Path], rows: Rows, name: s
         column = pq.read_table(files[number], columns=[name]).column(name).to_numpy()
         values[own] = column[rows[own] - shards[number].start]
     return values
+
+
+def teacher_codes(shards: Sequence[Shard], names: tuple[str, ...]) -> npt.NDArray[np.uint8]:
+    """Whose each rollout is: the place of its teacher in `names`, their number for another's, [rows].
+
+    Raises:
+        UserError: a shard is missing or damaged (it is named), or a name is no rollout's.
+    """
+    import pyarrow.parquet as pq
+
+    found, parts = set[str](), []
+    for shard in shards:
+        check_shard(shard.path, shard.sha256)
+        column = pq.read_table(shard.path, columns=["teacher"]).column("teacher")
+        found.update(column.unique().to_pylist())
+        parts.append(codes(column, names))
+    absent = [name for name in names if name not in found]
+    if absent:
+        raise UserError(
+            f"no rollout of {' and none of '.join(absent)}",
+            rule=f"a teacher is named as the rollouts name it: {', '.join(sorted(found)[:SHOWN_TEACHERS])}",
+            remedy="use one of these names, or add the directory with the other's verdicts to verdicts=[...]",
+        )
+    return np.concatenate(parts)
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Item:
         solution: a worked solution, if there is one.
         domain, difficulty: the source's own labels on our scales.
         labels: the source's own labels in its words, and what else is short.
-        trajectories: recorded responses, right and wrong.
+        trajectories: recorded responses, correct and wrong.
         voted: the source's answer is itself a vote among responses.
         lost: parts of the row that could not be used, a few words each, to be counted.
     """

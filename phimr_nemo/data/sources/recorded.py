@@ -1,4 +1,4 @@
-"""Recorded solutions instead of a live teacher: files that hold questions with responses, right and wrong.
+"""Recorded solutions instead of a live teacher: files that hold questions with responses, correct and wrong.
 
 Three layouts are read. Flat: one row a response. Listed: one row a question, the response column is a
 list. Nested: one row a question with one object a model, `{"6b": {"solution": ..., "is_correct": ...}}`.
@@ -98,7 +98,7 @@ def load_recorded_rollouts(
     Args:
         path: JSON, JSONL (.gz, .zst) or parquet.
         question: column of the question; found by its usual names when None.
-        answer: column of the right answer; a worked one that ends in `#### n` or `A: n` is split.
+        answer: column of the correct answer; a worked one that ends in `#### n` or `A: n` is split.
         response: column of the response, in the row or in each model's object; found when None.
         teacher: column of the model's name; found when None. In nested files the object's key is the name.
         limit: read only the first rows of the file; None or 0 = all.

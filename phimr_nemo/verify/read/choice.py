@@ -21,6 +21,11 @@ def _choice_letter(text: str) -> str:
     return match.group(1).upper() if match else ""
 
 
+def is_choice(text: str) -> bool:
+    """Whether an answer is one or several letters of a multiple choice, or has one before it."""
+    return bool(_choice_letter(text) or _LABELLED.match(text) or _LETTERS.fullmatch(text))
+
+
 def _numbers_differ(gold: str, predicted: str) -> bool:
     """Whether the values behind two labels are numbers, and different ones."""
     first, second = (parse_number(key(text.rstrip("}"))) for text in (gold, predicted))

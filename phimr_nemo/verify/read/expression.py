@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence as Many
 from fractions import Fraction
 from typing import Final, Protocol
 
@@ -130,6 +131,8 @@ _BASE = re.compile(
     r"\(?([-+]?[0-9A-F]+(?:\.[0-9A-F]+)?)\)?(?:_\{?\(?|(?:\\text\{|)base(?:-|\}|))([0-9]{1,2}|[a-z]{3,8})\)?\}?\}?"
 )
 _RATIO = re.compile(r"[0-9.]+(?::[0-9.]+)+")
+_SPOKEN_RATIO = re.compile(r"([0-9.]+)(?:\\text\{to\}|to)([0-9.]+)")
+"""``3 to 2``: a ratio where the other side is one."""
 
 
 def _same_core(gold: str, predicted: str, symbolic: Symbolic) -> bool:
@@ -143,7 +146,7 @@ def _same_core(gold: str, predicted: str, symbolic: Symbolic) -> bool:
     if bases[0] or bases[1]:
         return _same_base(left, right, *bases)
     if _RATIO.fullmatch(left) or _RATIO.fullmatch(right):
-        return _same_ratio(left, right)
+        return _same_ratio(_SPOKEN_RATIO.sub(r"\1:\2", left), _SPOKEN_RATIO.sub(r"\1:\2", right))
     if CLOCK.match(left) or CLOCK.match(right):
         return re.sub(r"[{}.]|\\text", "", left).lower() == re.sub(r"[{}.]|\\text", "", right).lower()
     if ":" in left or ":" in right:
@@ -202,10 +205,21 @@ def _same_proportion(gold: str, predicted: str, symbolic: Symbolic) -> bool:
         return False
     check_plain("answer", gold)
     check_plain("response", predicted)
+    for side, parts in (("response", second), ("answer", first)):
+        _check_readable(side, parts, symbolic)
     return all(
         _same_core(rf"({a})\cdot ({second[0]})", rf"({b})\cdot ({first[0]})", symbolic)
         for a, b in zip(first[1:], second[1:], strict=True)
     )
+
+
+def _check_readable(side: str, parts: Many[str], symbolic: Symbolic) -> None:
+    """Name the side that cannot be read, before expressions are made of both."""
+    for part in parts:
+        try:
+            symbolic.equal(part, "0", None)
+        except Unparsable as error:
+            raise Unparsable(side, error.problem) from error
 
 
 def _same_words(gold: str, predicted: str) -> bool | None:

@@ -29,11 +29,15 @@ class SetOf:
 
 @dataclass(frozen=True)
 class Sequence:
-    """A tuple, vector or interval: ordered values between an opening and a closing bracket."""
+    """A tuple, vector or interval: ordered values between an opening and a closing bracket.
+
+    `variable` is what an interval bounds, where it was written as an inequality.
+    """
 
     opening: str
     closing: str
     items: tuple[Node, ...]
+    variable: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Final
 from phimr_nemo.verify.read.names import FUNCTIONS, GLUABLE, KNOWN, TRIGONOMETRIC
 
 CANONICAL_CACHE: Final = 4096
+MAX_INFIX: Final = 16
+"""Infix commands of one answer that are read; one with more is no answer that anybody writes."""
 _UNICODE: Final = {
     **{ord(a): b for a, b in zip("−–—×·⋅÷≤≥≠≈∞π√∪∩∅∈°％≡→", (
         "-", "-", "-", r"\times ", r"\cdot ", r"\cdot ", r"\div ", r"\leq ", r"\geq ", r"\neq ", r"\approx ",
@@ -47,7 +49,9 @@ _SIMPLE: Final = (
     (re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?"), ""),
     (re.compile(r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it)(?![a-zA-Z])"), ""),
     (re.compile(r"\\(?:quad|qquad|thinspace|enspace|space)(?![a-zA-Z])"), " "),
-    (re.compile(r"\\(?:hspace|vspace|hphantom|phantom|label|tag)\*?\{[^{}]*\}"), " "),
+    (re.compile(r"\\(?:hspace|vspace|hphantom|phantom|label|tag|color)\*?\{[^{}]*\}"), " "),
+    (re.compile(r"\\textcolor\s*\{[^{}]*\}\s*\{([^{}]*)\}|\\underline\s*\{([^{}]*)\}"), r"\1\2"),
+    (re.compile(r"\\(?:checkmark|blacksquare|qed)(?![a-zA-Z])"), " "),
     (re.compile(r"(?<!\\)\\[!/]"), ""),
     (re.compile(r"(?<!\\)(?:\\[,;:> ]|~)"), " "),
     (re.compile(r"_\s*\{?\s*\\(?:odot|oplus)\s*\}?"), "_{o}"),
@@ -108,6 +112,16 @@ _THOUSANDS = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:'|\\[,!;: ]|\{,\}\\?!?|,
 _SPACED_MILLIONS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?: [0-9]{3}){2,}(?![0-9])")
 _THOUSANDS_GAP = re.compile(r"[^0-9]")
 _TIGHT_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+_GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
+_INFIX = re.compile(r"\\(over|choose)(?![a-zA-Z])")
+_INFIX_COMMANDS: Final = {"over": r"\frac", "choose": r"\binom"}
+_INFINITIES: Final = {
+    "infinity": r"\infty ",
+    "positive infinity": r"\infty ",
+    "negative infinity": r"-\infty ",
+    "+infinity": r"\infty ",
+    "-infinity": r"-\infty ",
+}
 _MIXED_PLAIN = re.compile(r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)[eE]([-+]?[0-9]{1,4})(?![0-9A-Za-z.])")
 _REPEATING = re.compile(
@@ -151,6 +165,7 @@ def canonical(answer: str) -> str:
     text = "".join(
         segment if segment.startswith(r"\text{") else _plain_segment(segment) for segment in _SEGMENTS.split(text)
     )
+    text = _prefixed(text)
     for pattern, replacement in _FRACTION_FORMS:
         text = pattern.sub(replacement, text)
     text = _ROOT_PARENTHESES.sub(r"\\sqrt{\1}", text)
@@ -164,6 +179,48 @@ def key(text: str) -> str:
     text = re.sub(r"([_^])\{([0-9a-zA-Z])\}", r"\1\2", text)
     text = re.sub(r"(?<=[0-9]) (?=[0-9])", "\0", text)
     return text.replace(" ", "").replace("\0", " ")
+
+
+def without_grouping(text: str) -> str:
+    """A canonical answer whose digits are in no groups: ``10,000\\pi`` -> ``10000\\pi``."""
+    return _GROUPED.sub(lambda match: match.group().replace(",", ""), text)
+
+
+def _prefixed(text: str) -> str:
+    r"""TeX's infix commands as LaTeX's: ``{a \over b}`` -> ``{\frac{a}{b}}``, ``n \choose k`` -> ``\binom{n}{k}``."""
+    for _ in range(MAX_INFIX):
+        match = _INFIX.search(text)
+        if match is None:
+            break
+        start, end = _group_around(text, match.start(), match.end())
+        above, below = text[start : match.start()].strip(), text[match.end() : end].strip()
+        text = f"{text[:start]}{_INFIX_COMMANDS[match[1]]}{{{above}}}{{{below}}}{text[end:]}"
+    return text
+
+
+def _group_around(text: str, left: int, right: int) -> tuple[int, int]:
+    """Where the content of the innermost braces around a place begins and ends; the whole text has none."""
+    depth, start = 0, 0
+    for at in range(left - 1, -1, -1):
+        escaped = at > 0 and text[at - 1] == "\\"
+        if text[at] == "}" and not escaped:
+            depth += 1
+        elif text[at] == "{" and not escaped:
+            if depth == 0:
+                start = at + 1
+                break
+            depth -= 1
+    depth, end = 0, len(text)
+    for at in range(right, len(text)):
+        escaped = text[at - 1] == "\\"
+        if text[at] == "{" and not escaped:
+            depth += 1
+        elif text[at] == "}" and not escaped:
+            if depth == 0:
+                end = at
+                break
+            depth -= 1
+    return start, end
 
 
 def _unwrap(text: str) -> str:
@@ -205,7 +262,9 @@ def _text_segment(match: re.Match[str]) -> str:
     bare = content.strip()
     if bare in FUNCTIONS and not (bare == "min" and re.search(r"[0-9}]\s*$", match.string[: match.start()])):
         return rf"\{bare} "
-    if re.fullmatch(r"[-+0-9.,/()\u2460-\u2473]*", bare) or (
+    if bare.lower() in _INFINITIES:
+        return _INFINITIES[bare.lower()]
+    if re.fullmatch(r"[-+0-9.,:/()\u2460-\u2473]*", bare) or (
         bare in _LETTER_CONSTANTS and match.group().startswith(r"\mathrm")
     ):
         return bare

@@ -27,6 +27,7 @@ _NOUNS: Final = frozenset(
 """Nouns that may be left out behind the adjective that answers."""
 _PRODUCTS: Final = (frozenset("abc"), frozenset("xyz"), frozenset("pqr"), frozenset("uvw"), frozenset("mnk"))
 _LETTERS = re.compile(r"[A-Za-z]{3,}")
+_TEXT_ALONE = re.compile(r"(?:\\text\{[^{}]*[^\W0-9_][^{}]*\}\s*)+")
 _VOWEL_WITHIN = re.compile("(?<=.)[aeiouy]")
 _SHORTEST: Final = frozenset(["no"])
 
@@ -60,6 +61,11 @@ def same_phrase(gold: str, predicted: str) -> bool | None:
         return True
     only = gold if left is not None else predicted
     return False if r"\text{" in only or len(only) > MAX_SHORT_WORD else None
+
+
+def is_phrase(text: str) -> bool:
+    r"""Whether an answer is made of words alone, of any language inside ``\text``."""
+    return _words_of(text) is not None or _TEXT_ALONE.fullmatch(text) is not None
 
 
 def _words_of(text: str) -> str | None:

@@ -6,9 +6,9 @@ Parsing is string work with bounded depth on canonical text (:mod:`phimr_nemo.ve
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
 from phimr_nemo.verify.read.brackets import MAX_ITEMS, MAX_NESTING, Malformed, split_top
+from phimr_nemo.verify.read.intervals import MODULUS, around, without_points
 from phimr_nemo.verify.read.nodes import Equation, Items, Leaf, Matrix, Node, Piecewise, Sequence, SetOf, Union
 from phimr_nemo.verify.read.quantity import parse_number
 
@@ -19,12 +19,13 @@ _MEMBERSHIP = re.compile(rf"^\s*{_NAME}\s*\\in\s+(?=[\[(\\{{])|^\s*{_NAME}\s*\\i
 _BOUND = re.compile(r"\\leq|\\geq|<|>")
 _RELATION = re.compile(r"\\leq|\\geq|\\neq|\\approx|\\equiv|<|>|=")
 _VARIABLE = re.compile(rf"^\s*(?:{_NAME}(?:\({_NAME}\))?|\|{_NAME}\|)\s*$")
-_REALS = re.compile(r"\\mathbb\{R\}|\\mathbb\s*R|\\Re(?![a-zA-Z])|\\text\{all real numbers\}")
+_REALS = re.compile(r"\\mathbb\{R\}|\\mathbb\s*R|\\Re(?![a-zA-Z])|\\text\{all (?:the )?real(?: number)?s\}")
+_POSITIVE_REALS = re.compile(r"\\mathbb\s*\{?R\}?\s*(?:\^\s*\{?\s*\+\s*\}?|_\s*\{?\s*(?:\+|>\s*0)\s*\}?)")
 _WITHOUT = re.compile(
     r"^([(\[])([^()\[\]]+),([^()\[\]]+)([)\]])\s*(?:\\setminus|\\backslash|\\text\{\s*except\s*\}|-)\s*\\\{(.*)\\\}$"
 )
 _BUILDER = re.compile(
-    rf"^\\\{{\s*(?:{_NAME}|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*(?:\\in\s*\(-\\infty,\\infty\)\s*)?(?:\||\\mid(?![a-zA-Z])|:)\s*(?P<condition>.*)\\\}}$"
+    rf"^\\?\{{\s*(?:{_NAME}|\({_NAME}(?:\s*,\s*{_NAME})*\))\s*(?:\\in\s*\(-\\infty,\\infty\)\s*)?(?:\||\\mid(?![a-zA-Z])|:)\s*(?P<condition>.*?)\\?\}}$"
 )
 _CASES = re.compile(r"^\\begin\{cases\}(.*)\\end\{cases\}$", re.DOTALL)
 _AND = re.compile(r",?\s*(?:\\text\{and\}|\\land(?![a-zA-Z])|\\wedge(?![a-zA-Z]))\s*")
@@ -40,6 +41,8 @@ _ASIDE = re.compile(
     r"\([^()]*\)|_\{(?:[^{}]|\{[^{}]*\})*\}|_[0-9A-Za-z]|\^\{-1\}|\^\{?[0-9]\}?|\\text\{[^{}]*\}|\\[A-Za-z]+"
 )
 _TUPLE_OF_NAMES = re.compile(rf"^\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\)$")
+_FACTOR = re.compile(r"(?:^|[^A-Za-z'}\])\s])\s*\((?![^()]*,)[^()]*[xyz][^()]*\)")
+"""``(x-1)`` that nothing is applied to: a part of an equation about x, and of no name."""
 
 
 def is_label(left: str) -> bool:
@@ -47,8 +50,10 @@ def is_label(left: str) -> bool:
 
     A number is none, nor is a side whose digits make the equation one about x and y (``2x``, ``x^2+y^2``).
     """
-    if _VARIABLE.match(left) or _TUPLE_OF_NAMES.match(left.strip()):
+    if _VARIABLE.match(left) or is_tuple_of_names(left):
         return True
+    if _FACTOR.search(left):
+        return False
     bare = left
     for _ in range(3):
         bare = _ASIDE.sub(" ", bare)
@@ -61,6 +66,11 @@ def is_label(left: str) -> bool:
     return not (power and set("xyz") & set(letters))
 
 
+def is_tuple_of_names(left: str) -> bool:
+    """Whether the left side of an equation is ``(x, y)`` and the like."""
+    return _TUPLE_OF_NAMES.match(left.strip()) is not None
+
+
 def parse(text: str, depth: int = 0) -> Node:
     """The structure of a canonical answer.
 
@@ -69,16 +79,17 @@ def parse(text: str, depth: int = 0) -> Node:
     """
     if depth > MAX_NESTING:
         raise Malformed(f"nested deeper than {MAX_NESTING}")
-    text = _MEMBERSHIP.sub("", _REALS.sub(r"(-\\infty,\\infty)", text)).strip()
+    text = _REALS.sub(r"(-\\infty,\\infty)", _POSITIVE_REALS.sub(r"(0,\\infty)", text))
+    text = _MEMBERSHIP.sub("", text).strip()
     without = _WITHOUT.match(text)
     if without:
-        text = _without(without[1], without[2], without[3], without[4], without[5])
+        text = without_points(without[1], without[2], without[3], without[4], without[5])
     built = _BUILDER.match(text)
     if built:
         inner = parse(built["condition"], depth + 1)
         if not isinstance(inner, Leaf):
             return SetOf(inner.items) if isinstance(inner, Items) else inner
-    special = _both(text, depth) or _unequal(text, depth)
+    special = _both(text, depth) or _unequal(text, depth) or _punctured(text, depth)
     if special is not None:
         return special
     for separators, build in ((frozenset([r"\cup", r"\lor"]), _union), (frozenset(",;"), _items)):
@@ -127,23 +138,6 @@ def _items(nodes: list[Node]) -> Node:
     return Items(tuple(flat))
 
 
-def _without(opening: str, low: str, high: str, closing: str, points: str) -> str:
-    """An interval without finitely many points, as a union of intervals; points that are numbers are put in order."""
-    found = [part.strip() for part in split_top(points, frozenset(",")) if part.strip()]
-    numbers = [parse_number(part.replace(" ", "")) for part in found]
-    if all(numbers):
-        found = [
-            part
-            for _, part in sorted((number.value, part) for number, part in zip(numbers, found, strict=True) if number)
-        ]
-    ends = [low.strip(), *found, high.strip()]
-    parts = [f"({left},{right})" for left, right in pairwise(ends)]
-    parts[0], parts[-1] = opening + parts[0][1:], parts[-1][:-1] + closing
-    if len(parts) == 1:
-        return f"{opening}{ends[0]},{ends[-1]}{closing}"
-    return r" \cup ".join(parts)
-
-
 def _both(text: str, depth: int) -> Node | None:
     r"""``x \geq 1 \text{ and } x \leq 2`` as [1, 2]: two bounds on one variable, both of which hold."""
     parts = _AND.split(text)
@@ -162,7 +156,7 @@ def _both(text: str, depth: int) -> Node | None:
         low, high = high, low
     if low.items[1] != Leaf(r"\infty") or high.items[0] != Leaf(r"-\infty"):
         return None
-    both = Sequence(low.opening, high.closing, (low.items[0], high.items[1]))
+    both = Sequence(low.opening, high.closing, (low.items[0], high.items[1]), low.variable)
     if not listed:
         return both
     # With a comma alone the numbers tell: bounds that exclude each other are two parts, others hold together.
@@ -187,7 +181,29 @@ def _unequal(text: str, depth: int) -> Node | None:
         if not name or _RELATION.search(value) or (not match and not parse_number(value.replace(" ", ""))):
             return None
         values += [value.replace(r"\pm", "-"), value.replace(r"\pm", "")] if r"\pm" in value else [value]
-    return parse(_without("(", r"-\infty", r"\infty", ")", ",".join(values)), depth + 1) if values else None
+    return parse(without_points("(", r"-\infty", r"\infty", ")", ",".join(values)), depth + 1) if values else None
+
+
+def _punctured(text: str, depth: int) -> Node | None:
+    r"""``x > -1, x \neq 0`` as the interval without the point, where that is a number inside it."""
+    parts = [part.strip() for part in split_top(_AND.sub(",", text), frozenset(",")) if part.strip()]
+    if len(parts) < 2 or r"\neq" in parts[0]:
+        return None
+    inside = parse(parts[0], depth + 1)
+    points = [_UNEQUAL.match(part) for part in parts[1:]]
+    if not (isinstance(inside, Sequence) and inside.variable and all(points)):
+        return None
+    if any(point and point[1] != inside.variable for point in points):
+        return None
+    ends = [parse_number(end.text.replace(" ", "")) if isinstance(end, Leaf) else None for end in inside.items]
+    values = [parse_number(point[2].replace(" ", "")) for point in points if point]
+    for value in values:
+        above = value and (ends[0] is None or ends[0].value < value.value)
+        if not (above and value and (ends[1] is None or value.value < ends[1].value)):
+            return None
+    low, high = (end.text for end in inside.items if isinstance(end, Leaf))
+    listed = ",".join(point[2] for point in points if point)
+    return parse(without_points(inside.opening, low, high, inside.closing, listed), depth + 1)
 
 
 def _bracketed(text: str, depth: int) -> Node | None:
@@ -325,15 +341,18 @@ def _interval(parts: list[str], operators: list[str], depth: int) -> Node | None
     if len(parts) == 2:
         left, right = parts
         operator = operators[0]
-        if not _VARIABLE.match(left):
+        if not (_VARIABLE.match(left) or MODULUS.fullmatch(left)):
             left, right = right, left
             operator = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}[operator]
+        modulus = MODULUS.fullmatch(left)
+        if modulus:
+            return around(modulus, operator, right)
         if not _VARIABLE.match(left) or _VARIABLE.match(right):
             return None
-        bound = parse(right, depth + 1)
+        bound, name = parse(right, depth + 1), left.strip()
         if operator in (">", r"\geq"):
-            return Sequence("(" if operator == ">" else "[", ")", (bound, Leaf(r"\infty")))
-        return Sequence("(", ")" if operator == "<" else "]", (Leaf(r"-\infty"), bound))
+            return Sequence("(" if operator == ">" else "[", ")", (bound, Leaf(r"\infty")), name)
+        return Sequence("(", ")" if operator == "<" else "]", (Leaf(r"-\infty"), bound), name)
     if len(parts) == 3 and _VARIABLE.match(parts[1]):
         low, high = parts[0], parts[2]
         first, second = operators
@@ -342,5 +361,6 @@ def _interval(parts: list[str], operators: list[str], depth: int) -> Node | None
             first, second = first.replace(r"\geq", r"\leq"), second.replace(r"\geq", r"\leq")
         if first in ("<", r"\leq") and second in ("<", r"\leq"):
             ends = (parse(low, depth + 1), parse(high, depth + 1))
-            return Sequence("(" if first == "<" else "[", ")" if second == "<" else "]", ends)
+            closing = ")" if second == "<" else "]"
+            return Sequence("(" if first == "<" else "[", closing, ends, parts[1].strip())
     return None

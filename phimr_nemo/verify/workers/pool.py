@@ -1,4 +1,4 @@
-"""A pool of killable grading workers, driven from one thread of the parent at a time."""
+"""A pool of sandboxed grading workers, driven from one thread of the parent at a time."""
 
 from __future__ import annotations
 
