@@ -1,28 +1,30 @@
 """A weight sync of Phi-4-mini's shapes: seconds and peak memory, against safetensors files of the whole model.
 
-    python bench/weight_sync.py [--quick] [--layers 32] [--bucket-mb 512] [--repeats 3]
+    python bench/weight_sync.py [--quick] [--layers 32] [--words 200064] [--bucket-mb 512] [--repeats 3]
+        [--servers 1,2,4,8]
 
 The sender draws the checkpoint tensor by tensor, as the trainer exports it, and pushes it with the project's own
-`phimr_nemo.generate.serving.weightsync` to a server in another process, which checks every bucket and copies its
-tensors into memory of its own: over HTTP, and through files in shared memory. The peer is what a rollout loop does at
-its simplest: hold the whole checkpoint, `safetensors.torch.save_file`, load it in the other process, copy.
+`phimr_nemo.generate.serving.weightsync` to servers in other processes, which have the project's own routes, check
+every bucket and copy its tensors into memory of their own: over HTTP, once to a host, whose servers share memory;
+over HTTP to each ("apart": the addresses are those of different hosts); and through files in shared memory. The peer
+is what a rollout loop does at its simplest: hold the whole checkpoint, `safetensors.torch.save_file`, load it in the
+other process, copy.
 
-bfloat16, random values, nothing is computed. Seconds from the first tensor to the last copy; memory is the peak
-resident set (VmHWM) of each process above what it had before, files that another process maps included. The sender
-of the peer holds the model, so its figure is above that as well. Medians of the repeats.
+bfloat16, nothing is computed. Seconds from the first tensor to the last copy; memory is the peak resident set (VmHWM)
+of each process above what it had before, files that another process maps included; processor seconds are of the
+sender, and of all servers together. The sender of the peer holds the model, so its figure is above that as well.
+Medians of the repeats.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,32 +35,59 @@ from convert import architecture
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phimr_nemo.model.architecture import Architecture
+
 QUICK_LAYERS, QUICK_BUCKET_MB = 2, 4
-METHODS = ("http", "shared memory", "peer")
+METHODS = ("http", "apart", "shared memory", "peer")
 
 
-def checkpoint(layers: int, quick: bool) -> Iterator[tuple[str, Tensor]]:
+def shaped(options: argparse.Namespace) -> Architecture:
+    """The model whose shapes the tensors have."""
+    import dataclasses
+
+    arch = architecture(options.layers, options.quick)
+    return arch if options.words is None else dataclasses.replace(arch, vocab_size=options.words)
+
+
+def checkpoint(options: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint, one tensor at a time."""
     import torch
 
     from phimr_nemo.model.table import tensor_shapes
 
-    for name, shape in tensor_shapes(architecture(layers, quick)).items():
+    for name, shape in tensor_shapes(shaped(options)).items():
         yield name, torch.ones(shape, dtype=torch.bfloat16)
 
 
 class Receiver:
-    """The server's side: takes buckets, checks them, copies their tensors into one buffer a shape."""
+    """A server's engine: takes buckets, checks them, copies their tensors into one buffer a shape."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         import torch
 
         from phimr_nemo.generate.serving.weights import Arrivals
 
-        self._arrivals, self._directory = Arrivals(shapes), directory
+        self._arrivals = Arrivals(shapes)
         self._buffers = {shape: torch.zeros(shape, dtype=torch.bfloat16) for shape in set(shapes.values())}
 
-    def load(self, file: Path) -> None:
+    async def identity(self) -> Any:
+        """Nobody asks."""
+        raise NotImplementedError
+
+    async def begin(self) -> None:
+        """Wait for weights."""
+        self._arrivals.restart()
+
+    async def finish(self, version: str) -> None:
+        """Check that all have come."""
+        del version
+        self._arrivals.check_complete()
+
+    async def load(self, bucket: Path) -> None:
+        """Copy what a file holds, beside the server's loop."""
+        await asyncio.to_thread(self.copy, bucket)
+
+    def copy(self, file: Path) -> None:
         """Copy what a file holds."""
         from safetensors import safe_open
 
@@ -70,63 +99,37 @@ class Receiver:
                 tensor = tensors.get_tensor(name)
                 self._buffers[tuple(tensor.shape)].copy_(tensor)
 
-    def take(self, path: str, handler: BaseHTTPRequestHandler) -> None:
-        """One request of the protocol."""
-        from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, FINISH, shared_memory
 
-        length = int(handler.headers["Content-Length"] or 0)
-        if path == BEGIN:
-            self._arrivals.restart()
-        elif path == FINISH:
-            handler.rfile.read(length)
-            self._arrivals.check_complete()
-        elif path == BUCKET and handler.headers["Content-Type"] == "application/json":
-            self.load(self._directory / json.loads(handler.rfile.read(length))["file"])
-        elif path == BUCKET:
-            with tempfile.NamedTemporaryFile(suffix=".safetensors", dir=shared_memory()) as file:
-                while length:
-                    piece = handler.rfile.read(min(length, MIB))
-                    file.write(piece)
-                    length -= len(piece)
-                file.flush()
-                self.load(Path(file.name))
-
-
-def receive(connection: Connection, layers: int, quick: bool, directory: str) -> None:
-    """A process that receives; says its port, then answers each "memory" with its peak above the start's."""
+def receive(connection: Connection, options: argparse.Namespace, directory: str, address: str) -> None:
+    """A process that receives; says its address, then answers each "memory" with its peak above the start's and the
+    processor time since."""
+    import socket
     import threading
 
+    import uvicorn
+    from fastapi import FastAPI
+
+    from phimr_nemo.generate.serving.receiving import weight_routes
+    from phimr_nemo.generate.serving.weights import shared_memory
     from phimr_nemo.model.table import tensor_shapes
 
-    receiver = Receiver(dict(tensor_shapes(architecture(layers, quick))), Path(directory))
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            receiver.take(self.path, self)
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            return
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    before = status_bytes("VmRSS")
-    connection.send(server.server_address[1])
+    receiver = Receiver(dict(tensor_shapes(shaped(options))))
+    app = FastAPI()
+    app.include_router(weight_routes(receiver, directory=Path(directory), scratch=shared_memory()))
+    listening = socket.create_server((address, 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True).start()
+    before, seconds = status_bytes("VmRSS"), time.process_time()
+    connection.send(f"http://{address}:{listening.getsockname()[1]}")
     while (order := connection.recv()) != "stop":
         if order == "memory":
-            connection.send(status_bytes("VmHWM") - before)
+            connection.send((status_bytes("VmHWM") - before, time.process_time() - seconds))
         else:
-            receiver._arrivals.restart()
-            receiver.load(Path(order))
-            receiver._arrivals.check_complete()
+            receiver.copy(Path(order))
             connection.send(0)
 
 
-def send(connection: Connection, method: str, port: int, options: argparse.Namespace, directory: str) -> None:
+def send(connection: Connection, method: str, urls: list[str], options: argparse.Namespace, directory: str) -> None:
     """A process that sends: seconds, and its peak above the start's. The peer hands its file over by name."""
     import httpx
     import torch
@@ -136,9 +139,9 @@ def send(connection: Connection, method: str, port: int, options: argparse.Names
     from phimr_nemo.generate.serving.weightsync import push
 
     torch.zeros(1)
-    before = status_bytes("VmRSS")
+    before, used = status_bytes("VmRSS"), time.process_time()
     if method == "peer":
-        whole = dict(checkpoint(options.layers, options.quick))
+        whole = dict(checkpoint(options))
         started = time.perf_counter()
         file = Path(directory) / "model.safetensors"
         save_file(whole, file)
@@ -147,7 +150,7 @@ def send(connection: Connection, method: str, port: int, options: argparse.Names
     else:
         config = ServerEngine(
             kind="vllm_server",
-            base_urls=(f"http://127.0.0.1:{port}",),
+            base_urls=tuple(urls),
             in_flight=1,
             request_seconds=600.0,
             attempts=1,
@@ -159,7 +162,7 @@ def send(connection: Connection, method: str, port: int, options: argparse.Names
 
         async def pushed() -> dict[str, str]:
             async with httpx.AsyncClient(timeout=600.0, trust_env=False) as client:
-                tensors = checkpoint(options.layers, options.quick)
+                tensors = checkpoint(options)
                 return await push(client, config.base_urls, tensors, "bench-0", config)
 
         started = time.perf_counter()
@@ -167,34 +170,49 @@ def send(connection: Connection, method: str, port: int, options: argparse.Names
         if failed:
             raise RuntimeError(f"the sync failed: {failed}")
     seconds = time.perf_counter() - started
-    connection.send((seconds, status_bytes("VmHWM") - before))
+    connection.send((seconds, status_bytes("VmHWM") - before, time.process_time() - used))
 
 
-def measure(method: str, options: argparse.Namespace) -> dict[str, float]:
-    """One sync between two fresh processes."""
+def measure(method: str, options: argparse.Namespace, servers: int = 1) -> dict[str, float]:
+    """One sync between fresh processes."""
     from phimr_nemo.generate.serving.weights import shared_memory
 
     context = multiprocessing.get_context("spawn")
     place = None if method == "peer" else shared_memory()
     with tempfile.TemporaryDirectory(dir=place) as directory:
-        ours, theirs = context.Pipe()
-        server = context.Process(target=receive, args=(theirs, options.layers, options.quick, directory))
-        server.start()
-        port = ours.recv()
+        pipes, processes = [], []
+        for number in range(servers):
+            ours, theirs = context.Pipe()
+            # All of 127.0.0.0/8 is this machine.
+            address = f"127.0.0.{1 + number if method == 'apart' else 1}"
+            process = context.Process(target=receive, args=(theirs, options, directory, address))
+            process.start()
+            pipes.append(ours)
+            processes.append(process)
+        urls = [pipe.recv() for pipe in pipes]
         mine, its = context.Pipe()
-        sender = context.Process(target=send, args=(its, method, port, options, directory))
+        sender = context.Process(target=send, args=(its, method, urls, options, directory))
         sender.start()
         answer = mine.recv()
         if method == "peer":
-            ours.send(answer)
-            mine.send(ours.recv())
+            pipes[0].send(answer)
+            mine.send(pipes[0].recv())
             answer = mine.recv()
         sender.join()
-        ours.send("memory")
-        received = ours.recv()
-        ours.send("stop")
-        server.join()
-    return {"seconds": answer[0], "sender_bytes": answer[1], "receiver_bytes": received}
+        received = []
+        for pipe in pipes:
+            pipe.send("memory")
+            received.append(pipe.recv())
+            pipe.send("stop")
+        for process in processes:
+            process.join()
+    return {
+        "seconds": answer[0],
+        "sender_bytes": answer[1],
+        "receiver_bytes": max(peak for peak, _ in received),
+        "sender_cpu_seconds": answer[2],
+        "receivers_cpu_seconds": sum(used for _, used in received),
+    }
 
 
 def main() -> None:
@@ -202,12 +220,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, once")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--words", type=int, help="of the vocabulary; the model's if left out")
     parser.add_argument("--bucket-mb", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--servers", default="", help="numbers of servers on one host, as 1,2,4,8")
     options = parser.parse_args()
     if options.quick:
         options.layers, options.bucket_mb, options.repeats = QUICK_LAYERS, QUICK_BUCKET_MB, 1
-    size = sum(2 * tensor.numel() for _, tensor in checkpoint(options.layers, options.quick))
+    size = sum(2 * tensor.numel() for _, tensor in checkpoint(options))
     figures: dict[str, dict[str, float]] = {}
     print(f"{size / 1e9:.2f} GB in {options.layers} layers, buckets of {options.bucket_mb} MB")
     print("| method | seconds | sender, MiB | receiver, MiB |\n|---|---:|---:|---:|")
@@ -219,6 +239,18 @@ def main() -> None:
             f"| {method} | {shown['seconds']:.2f} | {shown['sender_bytes'] / MIB:,.0f} "
             f"| {shown['receiver_bytes'] / MIB:,.0f} |"
         )
+    hosts: dict[str, dict[str, float]] = {}
+    for servers in [int(number) for number in options.servers.split(",") if number]:
+        if not hosts:
+            print("| servers | way | seconds | sender, CPU s | servers, CPU s |\n|---:|---|---:|---:|---:|")
+        for method in ("http", "apart", "shared memory"):
+            runs = [measure(method, options, servers) for _ in range(options.repeats)]
+            shown = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+            hosts[f"{servers} servers, {method}"] = shown
+            print(
+                f"| {servers} | {method} | {shown['seconds']:.2f} | {shown['sender_cpu_seconds']:.2f} "
+                f"| {shown['receivers_cpu_seconds']:.2f} |"
+            )
     ours, peer = figures["shared memory"], figures["peer"]
     print_result(
         {
@@ -226,6 +258,7 @@ def main() -> None:
             "ours": ours,
             "http": figures["http"],
             "peer": peer,
+            "hosts": hosts,
             "ratio": {name: ours[name] / peer[name] for name in ours},
             "model_bytes": size,
             "layers": options.layers,

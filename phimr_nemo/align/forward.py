@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from phimr_nemo.align.collectives import broadcast_from_last_stage
 from phimr_nemo.align.microbatch import MicroBatch, by_sequence
 from phimr_nemo.config import ModelConfig, ParallelConfig
+from phimr_nemo.losses.device import sent
 from phimr_nemo.model import build_model, transformer_config
 from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.files.hf import HFDirectory
@@ -90,15 +91,16 @@ def run_micro_batches(
     def step(micro_batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         micro = next(micro_batches)
         taught = micro.teacher
-        tokens = micro.tokens.to(platform.device())
+        # What is planned from, labels and boundaries, stays on the CPU: the model asks no GPU for it.
+        tokens = sent(micro.tokens, platform.device())
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         output = model(
             tokens,
             positions,
             None,
-            labels=micro.labels.to(tokens.device),
+            labels=micro.labels,
             packed_seq_params=packed_parameters(micro.documents) if micro.documents else None,
-            teacher=None if taught is None else taught._replace(hidden=taught.hidden.to(tokens.device)),
+            teacher=None if taught is None else taught._replace(hidden=sent(taught.hidden, tokens.device)),
             **options,
         )
         return output, partial(_on_last_stage, head, micro, is_negative=not options.get("as_states", False))
@@ -143,22 +145,23 @@ def row_log_probs(model: nn.Module, micros: Sequence[MicroBatch], labels: Tensor
     outputs = run_micro_batches(
         model,
         micros,
-        lambda _, logprobs: logprobs.cpu(),
+        # Fetched when all are on their way: between two of them the GPU would have nothing to do.
+        lambda _, logprobs: logprobs,
         forward_only=True,
         collect=True,
         options={"temperature": temperature},
     )
     for micro, output in zip(micros, outputs, strict=False):  # only last pipeline stages have outputs
         rows = micro.extras["rows"]
-        values = by_sequence(output, micro, len(rows))
+        values = by_sequence(output.cpu(), micro, len(rows))
         width = min(values.shape[1], result.shape[1])
         result[rows, :width] = values[:, :width]
     return broadcast_from_last_stage(result)
 
 
 def packed_parameters(documents: Sequence[int]) -> PackedSeqParams:
-    """Megatron's description of a packed row from the lengths of its documents."""
-    boundaries = torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32, device=platform.device())
+    """Megatron's description of a packed row from the lengths of its documents, on the CPU (see PhiGPTModel)."""
+    boundaries = torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32)
     longest = max(documents)
     return PackedSeqParams(
         qkv_format="thd",

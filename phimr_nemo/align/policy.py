@@ -33,7 +33,7 @@ from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model import Architecture
 from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.files.hf import HFDirectory
-from phimr_nemo.model.megatron.configuration import recompute_fields
+from phimr_nemo.model.megatron.configuration import adds_to_main_gradient, recompute_fields
 from phimr_nemo.model.megatron.convert import export_tensors
 from phimr_nemo.training.adapters.modules import add_adapters
 from phimr_nemo.training.guard import BatchGuard
@@ -241,13 +241,13 @@ class MegatronPolicy(AlignableGenerativeInterface):
         self.prepare_for_inference()
         with torch.no_grad(), self.as_reference():
             sums = self._forward(
-                micros, lambda micro, logprobs: sequence_sums(logprobs, micro).cpu(), forward_only=True, collect=True
+                micros, lambda micro, logprobs: sequence_sums(logprobs, micro), forward_only=True, collect=True
             )
         self.finish_inference()
         reference = torch.zeros(2, len(batch["chosen"]))
         for micro, values in zip(micros, sums, strict=False):  # only last pipeline stages have sums
             pairs = micro.extras["pairs"]
-            reference[:, pairs] = values[: 2 * len(pairs)].view(2, -1)
+            reference[:, pairs] = values[: 2 * len(pairs)].view(2, -1).cpu()
         return broadcast_from_last_stage(reference).flatten()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -311,6 +311,7 @@ def _build(
         sequence_length,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
+        gradient_accumulation_fusion=adds_to_main_gradient(frozen=lora is not None),
         **recompute_fields(model.recompute),
     )
     if lora is not None:

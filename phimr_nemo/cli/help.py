@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import textwrap
 import typing
@@ -56,7 +57,7 @@ class StageCommand(TyperCommand):
             UserError: a setting is written like an option.
         """
         options = {name for item in self.get_params(ctx) for name in (*item.opts, *item.secondary_opts)}
-        for word, after in zip(args, [*args[1:], ""], strict=True):
+        for word, after in itertools.zip_longest(args, args[1:], fillvalue=""):
             name, equals, value = word.partition("=")
             key = name.lstrip("-")
             if word.startswith("--") and key and name not in options and is_key(str(ctx.info_name), key):

@@ -33,6 +33,7 @@ Preset = Literal[
     "numina_math",
     "big_math",
     "omni_math",
+    "deepmath",
     "olympiad_bench",
     "metamath_qa",
     "math_instruct",

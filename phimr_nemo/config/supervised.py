@@ -66,7 +66,8 @@ class OverlapConfig:
     Attributes:
         grad_reduce: gradients are reduced while the backward pass goes on.
         param_gather: the distributed optimizer's weights are gathered while the forward pass goes on.
-        tensor: tensor-parallel exchange inside Transformer Engine's layers (needs it, and `parallel.sequence`).
+        tensor: tensor-parallel exchange inside Transformer Engine's layers (needs it, and `parallel.sequence`), in
+            buffers of one size: SFT then pads every row to `sequence_length`.
     """
 
     grad_reduce: bool = False
@@ -157,6 +158,21 @@ class SupervisedConfig:
                 f"{AT}overlap.tensor=true with {AT}parallel.sequence=false",
                 rule="tensor-parallel exchange is overlapped under sequence parallelism only",
                 remedy=f"set {AT}overlap.tensor=false, or {AT}parallel.sequence=true",
+            )
+        if self.overlap.tensor and self.parallel.context > 1:
+            raise RuleBroken(
+                f"{AT}overlap.tensor=true with {AT}parallel.context={self.parallel.context}",
+                rule="tensor-parallel exchange is overlapped in buffers of one size, and what a context rank has of "
+                "a row follows from its documents",
+                remedy=f"set {AT}overlap.tensor=false, or {AT}parallel.context=1",
+            )
+        whole = self.sequence_length // self.parallel.tensor * self.parallel.tensor
+        if self.overlap.tensor and self.sequence_length != whole:
+            raise RuleBroken(
+                f"{AT}overlap.tensor=true with {AT}sequence_length={self.sequence_length} and "
+                f"{AT}parallel.tensor={self.parallel.tensor}",
+                rule="tensor-parallel ranks share the buffers of overlapped exchange, which hold a whole sequence",
+                remedy=f"set {AT}sequence_length={whole}, or {AT}overlap.tensor=false",
             )
 
 

@@ -24,13 +24,12 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.losses.grpo import PolicyBatch, PolicyLoss, dapo_loss
 from phimr_nemo.losses.sequences import check_token_shapes
 from phimr_nemo.losses.vocabulary import (
-    IGNORED_LABEL,
     accumulate_weight_gradient,
     check_arguments,
-    check_labels,
     chunk_logits,
     gather_sequence,
     group_size,
+    labelled,
     local_columns,
     reduce_hidden_gradient,
     scatter,
@@ -181,9 +180,7 @@ class _TokenReverseKL(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         rows, taught = (_rows(states, tp_group, sequence_parallel) for states in (hidden, teacher.hidden))
-        positions = torch.nonzero(labels.reshape(-1) != IGNORED_LABEL).squeeze(1)
-        wanted = labels.reshape(-1)[positions]
-        check_labels(wanted, weight.shape[0] * group_size(tp_group))
+        positions, wanted = labelled(labels, weight.shape[0] * group_size(tp_group), hidden.device)
         numbers = {"dtype": statistics_dtype(weight), "device": hidden.device}
         maxima = torch.empty(2, positions.numel(), **numbers)
         sums = torch.empty(4, positions.numel(), **numbers)

@@ -30,11 +30,13 @@ from torch.autograd.function import once_differentiable
 from phimr_nemo.losses.vocabulary import (
     IGNORED_LABEL,
     accumulate_weight_gradient,
+    already_added,
     check_arguments,
-    check_labels,
     chunk_logits,
     gather_sequence,
     group_size,
+    is_fused,
+    labelled,
     local_columns,
     reduce_hidden_gradient,
     scatter,
@@ -56,6 +58,7 @@ def token_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    accumulate: bool = False,
 ) -> Tensor:
     """Log-probability (nats) of each label under softmax(hidden @ weight.T / temperature).
 
@@ -64,11 +67,13 @@ def token_logprobs(
         weight: [vocabulary / tp, h], this rank's block of rows; the same tensor may be the input embedding.
         labels: [...], integer ids of the *whole* vocabulary, the same on every rank of the group and, with
             ``sequence_parallel``, of the whole sequence. ``IGNORED_LABEL`` marks tokens to leave out; they
-            cost no arithmetic either.
+            cost no arithmetic either. On the CPU they keep nothing waiting; a device's are waited for.
         temperature: divides the logits; > 0.
         tp_group: the tensor-parallel group that shares the vocabulary; None for one process.
         sequence_parallel: gather ``hidden`` along its first axis before, reduce-scatter its gradient after.
         chunk_size: tokens per chunk; changes memory and speed, not the result beyond rounding.
+        accumulate: add the weight's gradient straight to its `main_grad`, where Megatron's DistributedDataParallel
+            sums over micro-batches in float32; its own `grad` gets zeros.
 
     Returns:
         Tensor shaped like ``labels``, float32 (float64 for float64 weights), 0 at ignored labels. Logits are
@@ -84,7 +89,7 @@ def token_logprobs(
     >>> [f"{value:.4f}" for value in token_logprobs(hidden, head, torch.tensor([3, 7]))]  # -ln 100
     ['-4.6052', '-4.6052']
     """
-    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, False)[0]
+    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, accumulate, False)[0]
 
 
 def token_logprobs_and_entropy(
@@ -96,6 +101,7 @@ def token_logprobs_and_entropy(
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``token_logprobs`` and the entropy -sum_v p_v log p_v (nats) at each token.
 
@@ -105,7 +111,7 @@ def token_logprobs_and_entropy(
     Raises:
         UserError: as ``token_logprobs``.
     """
-    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, True)
+    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, accumulate, True)
 
 
 def _apply(
@@ -116,13 +122,14 @@ def _apply(
     tp_group: dist.ProcessGroup | None,
     sequence_parallel: bool,
     chunk_size: int,
+    accumulate: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     check_arguments(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size)
     # Autocast would let the forward logits differ in dtype from those that backward recomputes.
     with torch.autocast(device_type=hidden.device.type, enabled=False):
         logprobs, entropy = _TokenLogprobs.apply(
-            hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, with_entropy
+            hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, accumulate, with_entropy
         )
     return logprobs, entropy
 
@@ -140,13 +147,12 @@ class _TokenLogprobs(torch.autograd.Function):
         tp_group: dist.ProcessGroup | None,
         sequence_parallel: bool,
         chunk_size: int,
+        accumulate: bool,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = gather_sequence(hidden, tp_group) if sequence_parallel else hidden
         rows = rows.reshape(-1, hidden.shape[-1])
-        positions = torch.nonzero(labels.reshape(-1) != IGNORED_LABEL).squeeze(1)
-        wanted = labels.reshape(-1)[positions]
-        check_labels(wanted, weight.shape[0] * group_size(tp_group))
+        positions, wanted = labelled(labels, weight.shape[0] * group_size(tp_group), hidden.device)
 
         dtype = statistics_dtype(weight)
         maximum = torch.empty(positions.numel(), dtype=dtype, device=hidden.device)
@@ -170,26 +176,31 @@ class _TokenLogprobs(torch.autograd.Function):
             of_rows, entropy = None, torch.empty(0, dtype=dtype, device=hidden.device)
 
         ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp, of_rows)
+        # An entropy that nothing was made of has no gradient, instead of zeros that one would have to look for.
+        ctx.set_materialize_grads(False)
         ctx.temperature, ctx.tp_group = temperature, tp_group
-        ctx.sequence_parallel, ctx.chunk_size = sequence_parallel, chunk_size
+        ctx.sequence_parallel, ctx.chunk_size, ctx.accumulate = sequence_parallel, chunk_size, accumulate
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, positions, wanted, log_sum_exp, entropy = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         gathered = gather_sequence(hidden, ctx.tp_group) if ctx.sequence_parallel else hidden
         rows = gathered.reshape(-1, hidden.shape[-1])
-        scale = grad_logprobs.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
-        # Autograd gives zeros for an entropy that nothing was made of.
+        scale = torch.zeros_like(log_sum_exp)
+        if grad_logprobs is not None:
+            scale = grad_logprobs.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
         towards_entropy = None
-        if entropy is not None and bool(grad_entropy.any()):
+        if entropy is not None and grad_entropy is not None:
             towards_entropy = grad_entropy.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
 
         grad_rows = torch.zeros_like(rows) if wants_hidden else None
         # float32: the chunks' contributions are summed, and in bfloat16 every sum would lose bits.
-        grad_weight = torch.zeros_like(weight, dtype=log_sum_exp.dtype) if wants_weight else None
+        grad_weight: Tensor | None = None
+        if wants_weight:
+            grad_weight = weight.main_grad if ctx.accumulate else torch.zeros_like(weight, dtype=log_sum_exp.dtype)
         for start in range(0, positions.numel(), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             chunk_rows = rows[positions[chunk]].to(weight.dtype)
@@ -216,8 +227,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_rows.reshape(gathered.shape), ctx.tp_group, ctx.sequence_parallel
             )
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+            grad_weight = already_added(weight) if ctx.accumulate else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _chunk_statistics(
@@ -230,9 +241,15 @@ def _chunk_statistics(
     sums: Tensor,
 ) -> None:
     """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary."""
+    columns, owned = local_columns(labels, weight.shape[0], tp_group)
+    if is_fused(weight):
+        from phimr_nemo.losses import fused
+
+        product = torch.mm(rows.to(weight.dtype), weight.t())
+        fused.statistics(product, columns, owned, temperature, maximum, sums)
+        return
     logits = chunk_logits(rows, weight, temperature)
     torch.amax(logits, dim=1, out=maximum)
-    columns, owned = local_columns(labels, weight.shape[0], tp_group)
     sums[1] = torch.where(owned, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
     shifted = logits.sub_(maximum.unsqueeze(1))
     if sums.shape[0] == 2:
@@ -257,8 +274,13 @@ def _chunk_logit_gradient(
 
     With `of_entropy`, a factor and the entropy of each row, also factor * -p_v (log p_v + entropy).
     """
-    gradient = chunk_logits(rows, weight, temperature).sub_(log_sum_exp.unsqueeze(1))
     columns, owned = local_columns(labels, weight.shape[0], tp_group)
+    if is_fused(weight):
+        from phimr_nemo.losses import fused
+
+        product = torch.mm(rows, weight.t())
+        return fused.gradient(product, columns, owned, temperature, log_sum_exp, scale, of_entropy)
+    gradient = chunk_logits(rows, weight, temperature).sub_(log_sum_exp.unsqueeze(1))
     if of_entropy is None:
         gradient.exp_().neg_().mul_(scale.unsqueeze(1))
     else:

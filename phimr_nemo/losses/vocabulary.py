@@ -6,11 +6,15 @@ Hidden states are [..., h], Megatron's are sequence first; the output matrix is 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.losses.device import sent
 
 IGNORED_LABEL = -100
 """Label of a token that takes no part: log-probability 0, entropy 0, no gradient."""
@@ -19,6 +23,16 @@ IGNORED_LABEL = -100
 def statistics_dtype(weight: Tensor) -> torch.dtype:
     """What sums over the vocabulary are computed in: float64 for float64 weights, else float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def is_fused(weight: Tensor) -> bool:
+    """Whether logits of this matrix stay in its format, and Triton's kernels work on them: 16 bits, on a GPU."""
+    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and _has("triton")
+
+
+@functools.cache
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def chunk_logits(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -39,8 +53,52 @@ def accumulate_weight_gradient(grad_weight: Tensor, grad_logits: Tensor, rows: T
     """Add a chunk's part, of grad_logits [chunk, vocabulary / tp] and rows [chunk, h], to the matrix's gradient."""
     if grad_weight.dtype == grad_logits.dtype:
         grad_weight.addmm_(grad_logits.t(), rows)
+    elif has_wide_products(grad_logits):
+        # One product that adds unrounded: no matrix of its own, which would be read and written once more.
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+        from transformer_engine.pytorch.module.base import get_workspace
+
+        general_gemm(
+            rows,
+            grad_logits,
+            get_workspace(),
+            out_dtype=grad_weight.dtype,
+            layout="NT",
+            grad=True,
+            accumulate=True,
+            out=grad_weight,
+        )
     else:
         grad_weight.add_(torch.mm(grad_logits.t(), rows))
+
+
+def labelled(labels: Tensor, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Flat positions that have a label, and the labels there: int64 [n] each, on the device.
+
+    Where the labels are on the CPU nothing waits for the device.
+
+    Raises:
+        UserError: a label outside the vocabulary.
+    """
+    flat = labels.reshape(-1)
+    positions = torch.nonzero(flat != IGNORED_LABEL).squeeze(1)
+    wanted = flat[positions]
+    check_labels(wanted, vocabulary)
+    return sent(positions, device), sent(wanted, device)
+
+
+def has_wide_products(operand: Tensor) -> bool:
+    """Whether Transformer Engine is there to add a product of 16-bit matrices to one in float32: on a GPU."""
+    return operand.is_cuda and _has("transformer_engine")
+
+
+def already_added(weight: Tensor) -> Tensor:
+    """What autograd is given where a weight's gradient has gone to its `main_grad`: zeros that take no memory.
+
+    Megatron's DistributedDataParallel leaves them out, or adds what came beside them (a tied embedding's).
+    """
+    weight.grad_added_to_main_grad = True
+    return weight.new_zeros(()).expand(weight.shape)
 
 
 def scatter(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:

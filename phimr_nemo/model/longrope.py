@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from phimr_nemo.config import LongRopePolicy
+from phimr_nemo.losses.device import sent
 from phimr_nemo.model.regime import uses_long_factors
 
 if TYPE_CHECKING:
@@ -84,9 +85,15 @@ class LongRotaryEmbedding(nn.Module):
         self.short_frequencies = inverse_frequencies(arch, max_length, policy, 1)
         self.long_frequencies = inverse_frequencies(arch, max_length, policy, self.original_length + 1)
 
-    def for_length(self, length: int, device: torch.device) -> Tensor:
-        """Angles of one sequence (or of rows of one length): float32 [length, 1, 1, rotary_dim]."""
-        return self.for_positions(torch.arange(length, device=device), length)
+    def for_length(self, length: int, device: torch.device, longest: int | None = None) -> Tensor:
+        """Angles of one sequence (or of rows of one length): float32 [length, 1, 1, rotary_dim].
+
+        Args:
+            length: of the table (tokens).
+            device: where to.
+            longest: what decides the regime under ``per_sequence``, if not `length`.
+        """
+        return self.for_positions(torch.arange(length, device=device), length if longest is None else longest)
 
     def for_positions(self, positions: Tensor, length: int) -> Tensor:
         """Angles of some positions of a sequence.
@@ -99,14 +106,15 @@ class LongRotaryEmbedding(nn.Module):
             float32 [n, 1, 1, rotary_dim].
         """
         is_long = length > self.original_length
-        frequencies = self.long_frequencies if is_long else self.short_frequencies
-        return _angles(torch.outer(positions.float(), frequencies.to(positions.device)))[:, None, None]
+        short, long = self._frequencies(positions.device)
+        return _angles(torch.outer(positions.float(), long if is_long else short))[:, None, None]
 
-    def for_documents(self, lengths: Tensor) -> Tensor:
+    def for_documents(self, lengths: Tensor, device: torch.device | None = None) -> Tensor:
         """Angles of a packed row whose documents each start at position 0.
 
         Args:
             lengths: int [documents], their lengths in order (tokens).
+            device: where to; None = to the lengths.
 
         Returns:
             float32 [sum(lengths), 1, rotary_dim].
@@ -116,7 +124,8 @@ class LongRotaryEmbedding(nn.Module):
         positions = torch.arange(tokens, device=lengths.device) - torch.repeat_interleave(
             starts, lengths, output_size=tokens
         )
-        return self.for_tokens(positions, torch.repeat_interleave(lengths, lengths, output_size=tokens))
+        of_tokens = positions, torch.repeat_interleave(lengths, lengths, output_size=tokens)
+        return self.for_tokens(*(sent(numbers, device or lengths.device) for numbers in of_tokens))
 
     def for_tokens(self, positions: Tensor, lengths: Tensor) -> Tensor:
         """Angles of tokens of several documents.
@@ -128,10 +137,18 @@ class LongRotaryEmbedding(nn.Module):
         Returns:
             float32 [t, 1, rotary_dim].
         """
-        device = positions.device
         is_long = (lengths > self.original_length)[:, None]
-        frequencies = torch.where(is_long, self.long_frequencies.to(device), self.short_frequencies.to(device))
+        short, long = self._frequencies(positions.device)
+        frequencies = torch.where(is_long, long, short)
         return _angles(positions.float()[:, None] * frequencies)[:, None]
+
+    def _frequencies(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Short and long ones on a device."""
+        if self.short_frequencies.device != device:
+            # Once: a copy in every forward pass would make the GPU wait for it.
+            self.short_frequencies = self.short_frequencies.to(device)
+            self.long_frequencies = self.long_frequencies.to(device)
+        return self.short_frequencies, self.long_frequencies
 
 
 def _angles(half: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class RankMemory:
         head: the part of them that final norm and labels keep, gone before the layers' backward passes.
         recomputed: activations of the one layer whose forward pass was done again.
         on_the_way: gradients in a layer's backward pass, and one that waits for the tied embedding's.
-        output: of the output layer's backward pass: a chunk of logits and the weight's gradient in fp32.
+        output: of the output layer's backward pass: a chunk of logits and, in plain PyTorch, the weight's gradient.
         embedding: gradients of the embedding at the end of a backward pass.
         pipeline: what neighbouring stages send.
     """
@@ -233,16 +233,24 @@ def kept_bytes(
     return kept
 
 
-def output_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, tokens: float) -> float:
+def adds_in_place(dtype: str, kernels: Kernels) -> bool:
+    """Whether a chunk's logits stay in 16 bits, and products add to the weights' fp32 gradients where they are."""
+    return dtype != "fp32" and kernels == "transformer_engine"
+
+
+def output_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, tokens: float, kernels: Kernels) -> float:
     """Bytes of the output layer's backward pass in chunks (see :mod:`phimr_nemo.losses.logprobs`).
 
     A chunk's logits in fp32 and, for bf16, once more in bf16; the weight's gradient in fp32 and, for bf16, a chunk's
-    part of it in bf16. Hidden states and their gradients for all tokens.
+    part of it in bf16. Of both Transformer Engine's path keeps the chunk's logits in bf16 alone. Hidden states and
+    their gradients for all tokens.
     """
     size = BYTES_PER_NUMBER[dtype]
     chunk = min(LOGITS_CHUNK, tokens)
     hidden = arch.hidden_size
-    if dtype == "fp32":
+    if adds_in_place(dtype, kernels):
+        a_word = float(chunk * size)
+    elif dtype == "fp32":
         a_word = FP32_BYTES * (chunk + hidden)
     else:
         logits = chunk * (FP32_BYTES + size) + FP32_BYTES * hidden
@@ -307,7 +315,8 @@ def rank_memory(
     gradients = size * (2 * arch.intermediate_size / parallel.tensor + 2 * arch.hidden_size)
     vocabulary = size * arch.vocab_size * arch.hidden_size / parallel.tensor
     # With tied weights on one stage, autograd holds the output layer's gradient until the embedding's is there.
-    waiting = vocabulary if is_first and is_last and arch.tie_word_embeddings else 0.0
+    tied = vocabulary if is_first and is_last and arch.tie_word_embeddings else 0.0
+    waiting = 0.0 if adds_in_place(dtype, kernels) else tied
     sent = size * tokens * arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
     return RankMemory(
         stage=stage,
@@ -317,8 +326,8 @@ def rank_memory(
         head=tokens * head_bytes(arch, parallel, dtype, kernels) if is_last else 0.0,
         recomputed=tokens * again,
         on_the_way=tokens * gradients + waiting,
-        output=output_bytes(arch, parallel, dtype, tokens) if is_last else 0.0,
-        embedding=vocabulary + 2 * waiting if is_first else 0.0,
+        output=output_bytes(arch, parallel, dtype, tokens, kernels) if is_last else 0.0,
+        embedding=vocabulary + tied + waiting if is_first else 0.0,
         # The inputs of the micro-batches in flight, and a gradient each way.
         pipeline=sent * (in_flight * (not is_first) + 2) if parallel.pipeline > 1 else 0.0,
     )

@@ -133,7 +133,7 @@ def _print_parts(best: Fitting, plan: TrainingPlan, console: Console) -> None:
         table.add_row(name, f"{size / GIBIBYTE:.2f}")
     table.add_row("total", f"{best.memory.total / GIBIBYTE:.2f}")
     console.print(table)
-    table = Table(title="time of a step of layout 1", title_justify="left")
+    table = Table(title="time of a step of layout 1, predicted", title_justify="left")
     table.add_column("part")
     table.add_column("s", justify="right")
     for name, seconds in dataclasses.asdict(best.step).items():

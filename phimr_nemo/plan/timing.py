@@ -35,16 +35,16 @@ OPERATIONS: Final = 2
 BACKWARD: Final = 2
 """Backward over forward: gradients of inputs and of weights."""
 
-OUTPUT_TRAFFIC: Final = 78
-"""Bytes that go to and from memory for each word and token of the output layer, forward and backward, counted over
-the element-wise operations of `phimr_nemo.losses.logprobs` with bf16 weights: 32 forward, 46 backward."""
+OUTPUT_TRAFFIC: Final = 14
+"""Bytes that go to and from memory for each word and token of the output layer, forward and backward, in bf16 logits
+with the kernels of `phimr_nemo.losses.fused`: written and read forward (4); written again, read, their gradient
+written and read by two products backward (10). In plain PyTorch they are 78."""
 
-OUTPUT_GRADIENT_TRAFFIC: Final = 12
-"""The same for each number of its weight's gradient and chunk of tokens: bf16 written and read, fp32 read and
-written."""
+OUTPUT_GRADIENT_TRAFFIC: Final = 8
+"""The same for each number of its weight's gradient and chunk of tokens: read and written in fp32."""
 
-ACCUMULATION_TRAFFIC: Final = 12
-"""Bytes for each weight and micro-batch: gradient written and read in bf16, added to the fp32 one."""
+ACCUMULATION_TRAFFIC: Final = 8
+"""Bytes for each weight and micro-batch: the product adds to the fp32 gradient, read and written."""
 
 OPTIMIZER_TRAFFIC: Final = 34
 """Bytes for each number that AdamW updates: gradient read twice (norm, update), moments and master weight read and

@@ -215,6 +215,9 @@ def sft_data(config: SupervisedConfig) -> SupervisedDataModule:
     require_parent(config.base)
     pad_id = Architecture.from_directory(config.base).pad_token_id
     multiple = LENGTH_MULTIPLE * (config.parallel.tensor if config.parallel.sequence else 1)
+    if config.overlap.tensor:
+        # Exchange is overlapped in buffers of one size: every micro-batch is as long as the longest may be.
+        multiple = config.sequence_length
     collate = partial(collate_padded, pad_id=pad_id, multiple=multiple)
     source = Conversations(config.data, load_tokenizer(config.base), config.loss_on)
     return SupervisedDataModule(source, config, collate)

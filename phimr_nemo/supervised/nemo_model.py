@@ -45,19 +45,24 @@ from phimr_nemo.model.table import NORM_RULE
 from phimr_nemo.store.atomic import atomic_directory
 from phimr_nemo.training.adapters.modules import add_adapters
 
+PLANNED_FROM: Final = ("labels", "cu_seqlens", "max_seqlen")
+"""Of a micro-batch: to ask a GPU for these would be to wait for it."""
+
 NEMO_PREFIX: Final = "module."
 """Before Megatron's names in NeMo's checkpoints."""
 
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Tensor]:
-    """The next micro-batch, moved to this rank's device.
+    """The next micro-batch, moved to this rank's device but for what the model plans from on the CPU.
 
     The document boundaries go to every pipeline stage (attention needs them), as does everything else: token
     ids are small, and the embedding's and the output's stages both read them.
     """
     item = next(dataloader_iter)
     batch: dict[str, Tensor] = item[0] if isinstance(item, tuple) else item
-    return {name: tensor.cuda(non_blocking=True) for name, tensor in batch.items()}
+    return {
+        name: tensor if name in PLANNED_FROM else tensor.cuda(non_blocking=True) for name, tensor in batch.items()
+    }
 
 
 def packed_parameters(batch: dict[str, Tensor]) -> PackedSeqParams | None:

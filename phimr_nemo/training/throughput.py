@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from phimr_nemo.losses.device import sent
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops, peak_flops
 from phimr_nemo.training import platform
@@ -60,7 +61,7 @@ class WorkCounter:
     def add_counts(self, work: Work) -> None:
         """Count a micro-batch by its numbers, of this rank."""
         sums = torch.tensor([work.slots, work.tokens, work.valid, work.pairs], dtype=torch.float64)
-        self._sums += sums.to(self._sums.device)
+        self._sums += sent(sums, self._sums.device)
 
     def take(self) -> Work:
         """Everything since the last call, over all data-parallel ranks (collective)."""

@@ -19,6 +19,13 @@ aten = torch.ops.aten
 NAME: Final = "elsewhere"
 CPU: Final = torch.device("cpu")
 COPIES: Final = (aten._to_copy.default, aten.copy_.default)
+ANSWERS: Final = (
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+)
 INDEXING: Final = (
     aten.index.Tensor,
     aten.index_put.default,
@@ -68,9 +75,11 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if here and there and function not in COPIES and not (indexed and all(not x.is_floating_point() for x in here)):
         shapes = [tuple(x.shape) for x in here]
         raise RuntimeError(f"Expected all tensors to be on the same device: {function} mixes in CPU's {shapes}")
-    if function in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default) and there:
+    if there and _is_waited_for(function, args, kwargs):
         waits.append(str(function))
     device = kwargs.get("device")
+    if here and function in COPIES and (there or _is_there(device)) and not _is_queued(function, args, kwargs):
+        waits.append("copy to the device")
     if device is not None:
         kwargs = {**kwargs, "device": CPU}
     if kwargs.get("layout") is not None and kwargs.get("pin_memory"):
@@ -94,6 +103,25 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return held.get(id(x)) if id(x) in held else Elsewhere(x)
 
     return tree_map(wrap, out)
+
+
+def _is_there(device: Any) -> bool:
+    return device is not None and torch.device(device).type == NAME
+
+
+def _is_queued(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    if function is aten.copy_.default and len(args) > 2:
+        return bool(args[2])
+    return bool(kwargs.get("non_blocking", False))
+
+
+def _is_waited_for(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the CPU needs a number from the device to go on, or an index is copied there first."""
+    if function in INDEXING:
+        return any(x is not None and (x.dtype == torch.bool or not isinstance(x, Elsewhere)) for x in args[1])
+    if function is aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is None
+    return function in ANSWERS
 
 
 def _held(x: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,20 +11,27 @@ from unittest import mock
 
 import elsewhere
 import model_worker
+import numpy as np
 import torch
 from elsewhere import Elsewhere
 from megatron.core import utils as megatron_utils
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch import Tensor
 
 from phimr_nemo.align.dpo.objective import DPOObjective
 from phimr_nemo.align.grpo.objective import GRPOObjective
+from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, GRPOConfig, ParallelConfig, load_config
+from phimr_nemo.data.rows.batches import Row, collate_packed, collate_padded
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.losses import IGNORED_LABEL, token_logprobs
 from phimr_nemo.losses.logprobs import token_logprobs_and_entropy
 from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.megatron.convert import export_tensors
+from phimr_nemo.supervised import nemo_model
 from phimr_nemo.training import platform
+from phimr_nemo.training.throughput import WorkCounter
 
 PAD = 0
 TOLERANCE = 1e-5
@@ -232,3 +240,78 @@ def planted() -> dict[str, bool]:
 
 def _home(x: Tensor) -> Tensor:
     return x.held if isinstance(x, Elsewhere) else x
+
+
+def count_waits(directory: str, repository: str) -> dict[str, list[str]]:
+    """By stage and way, what made the CPU wait for the device in one optimizer step's forward and backward passes."""
+    device = elsewhere.install()
+    model_worker.hugging_face(directory, model_worker.ARCHITECTURE)
+    model = model_worker.build(directory, ParallelConfig()).to(device)
+    steps: dict[str, Callable[[], Any]] = {}
+    for packed in (False, True):
+        way = "packed" if packed else "padded"
+        sizes = ["micro_batch=1", f"packed={packed}"]
+        preference = load_config(
+            DPOConfig, Path(repository) / "conf/dpo/tiny.yaml", [*sizes, "sequence_length=12", "loss.kind=dpo"]
+        )
+        pairs = DPOObjective(preference, multiple=1, pad_id=PAD)
+        steps[f"dpo, {way}"] = functools.partial(_aligned, model, pairs, _dpo_batch())
+        for bonus in ("0.0", "0.01"):
+            changes = [*sizes, "sequence_length=12", "max_new_tokens=8", "kl=0.1", f"entropy_bonus={bonus}"]
+            config = load_config(GRPOConfig, Path(repository) / "conf/grpo/tiny.yaml", changes)
+            rollouts = GRPOObjective(config, multiple=1, pad_id=PAD)
+            steps[f"grpo, {way}, entropy bonus {bonus}"] = functools.partial(_aligned, model, rollouts, _grpo_batch())
+        steps[f"supervised, {way}"] = functools.partial(_supervised, model, packed)
+    steps["log-probabilities of a round"] = functools.partial(_scored, model)
+    steps["weights for a sampler"] = lambda: [tensor for _, tensor in export_tensors([model], model.architecture)]
+    found = {}
+    # A device's own copy, as CUDA's is: `platform.prepare` has made it one that copies nothing.
+    moved = mock.patch.object(Tensor, "cuda", lambda self, **how: self.to(device, **how))
+    here = mock.patch.object(platform, "device", return_value=device)
+    # One process, and gloo knows no such device.
+    alone = mock.patch.object(torch.distributed, "all_reduce", return_value=None)
+    # See _model_case.
+    copied = mock.patch.object(megatron_utils, "_kernel_make_viewless_tensor", lambda x, _: x.clone())
+    with moved, here, alone, copied:
+        for name, step in steps.items():
+            # The first step has things to bring to the device.
+            step()
+            elsewhere.waits.clear()
+            step()
+            found[name] = list(elsewhere.waits)
+    return found
+
+
+def _aligned(model: Any, objective: Any, batch: dict[str, Tensor]) -> None:
+    """One step of a policy as NeMo-Aligner calls it, without the optimizer."""
+    policy = _policy(model, objective)
+    policy.get_loss_and_metrics(batch, forward_only=False)
+    assert len(objective.micro_batches(batch)) > 1
+
+
+def _scored(model: Any) -> None:
+    batch = _grpo_batch()
+    _policy(model, None).log_probs(batch["response_tokens"], batch["labels"])
+
+
+def _policy(model: Any, objective: Any) -> MegatronPolicy:
+    policy = MegatronPolicy.__new__(MegatronPolicy)
+    policy.model, policy.objective, policy.temperature = model, objective, 1.0
+    policy.parallel, policy.micro_batch = ParallelConfig(), 2
+    policy.guard, policy.work = mock.Mock(), WorkCounter(chunks=1)
+    return policy
+
+
+def _supervised(model: Any, packed: bool) -> None:
+    """Two micro-batches as NeMo's steps take them, to the gradient of NeMo's own loss."""
+    rows = [
+        Row(ids, np.ones(len(ids), np.uint8), np.array([len(ids)], np.int32))
+        for ids in (np.arange(1, 1 + n, dtype=np.int32) for n in (9, 5))
+    ]
+    collate = (
+        functools.partial(collate_packed, capacity=12) if packed else functools.partial(collate_padded, multiple=4)
+    )
+    for row in rows:
+        batch = nemo_model.data_step(iter([collate([row], pad_id=PAD)]))
+        loss, _, _ = MaskedTokenLossReduction().forward(batch, nemo_model.forward_step(model, batch))
+        loss.backward()

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -89,8 +91,17 @@ def enter() -> None:
 
 
 def enter_with_trainers() -> None:
-    """The same, with the trainers imported once, for all runs."""
+    """The same, with the trainers imported once, for all runs, and their gradients added in float32.
+
+    Apex's products are in the image, and Megatron wants to know them there; nothing here calls them.
+    """
+    apex = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    apex.__spec__ = ModuleSpec(apex.__name__, None)
+    sys.modules[apex.__name__] = apex
     enter()
+    from phimr_nemo.losses import vocabulary
+
+    vocabulary.has_wide_products = lambda _: True
     _import_trainers()
 
 

@@ -21,6 +21,24 @@ def test_everything_computes_on_the_device_what_it_computes_on_the_cpu(tmp_path:
     assert faults == {}
 
 
+def test_no_micro_batch_waits_for_the_device(tmp_path: Path, repository: Path) -> None:
+    """However many there are, the CPU waits once: for a step's sums, for a round's log-probabilities.
+
+    NeMo's own sum over a step's micro-batches asks each whether it had tokens, when all of them are on their way.
+    """
+    [waits] = run_distributed(elsewhere_worker.count_waits, 1, str(tmp_path / "hf"), str(repository))
+    counts = {name: len(found) for name, found in waits.items()}
+    ways = ("padded", "packed")
+    assert counts == {
+        **{f"supervised, {way}": 0 for way in ways},
+        **{f"dpo, {way}": 1 for way in ways},
+        **{f"grpo, {way}, entropy bonus {bonus}": 1 for way in ways for bonus in ("0.0", "0.01")},
+        # One a micro-batch, fetched when all are on their way.
+        "log-probabilities of a round": 3,
+        "weights for a sampler": 0,
+    }, waits
+
+
 def test_planted_tensors_without_a_device_are_caught() -> None:
     [caught] = run_distributed(elsewhere_worker.planted, 1)
     assert caught == {

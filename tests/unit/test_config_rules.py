@@ -138,6 +138,16 @@ CASES: Final = [
     ),
     ("sft", "overlap.param_gather=true", "overlap.param_gather=true with"),
     ("sft", "overlap.tensor=true", "overlap.tensor=true with parallel.sequence=false"),
+    (
+        "sft",
+        "overlap.tensor=true parallel.tensor=2 parallel.sequence=true parallel.context=2",
+        "overlap.tensor=true with parallel.context=2",
+    ),
+    (
+        "sft",
+        "overlap.tensor=true parallel.tensor=2 parallel.sequence=true sequence_length=255",
+        "overlap.tensor=true with sequence_length=255 and parallel.tensor=2",
+    ),
     ("sft", "guard.on_spike=stop", "guard.on_spike=stop without guard.spike_factor"),
     ("sft", f"{shlex.quote(EVALUATION)} evaluation.temperature=-1", "evaluation.temperature=-1"),
     ("sft", f"{shlex.quote(EVALUATION)} evaluation.top_p=0", "evaluation.top_p=0"),

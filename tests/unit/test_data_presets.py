@@ -16,6 +16,7 @@ from phimr_nemo.data.sources.item import Item, UnusableRow
 from phimr_nemo.data.sources.labels import DOMAINS, domain_of
 from phimr_nemo.data.sources.normalise import clean
 from phimr_nemo.data.sources.presets import PRESETS
+from phimr_nemo.data.sources.recorded import NO_TEXT
 from phimr_nemo.data.sources.source import read_items
 
 STRATOS = (
@@ -264,6 +265,28 @@ def test_reads_the_published_columns(
     item = read(preset, row)
     assert (item.question, item.answer, item.solution, item.domain, item.difficulty) == expected
     assert item.trajectories == ()
+
+
+DEEPMATH = {
+    "question": "Q",
+    "final_answer": "7",
+    "difficulty": 6.5,
+    "topic": "Mathematics -> Algebra -> Linear Algebra -> Determinants",
+    "r1_solution_1": THOUGHT,
+    "r1_solution_2": "  ",
+    "r1_solution_3": "So \\boxed{8}",
+}
+
+
+def test_deepmath_brings_three_responses_and_counts_an_empty_one() -> None:
+    item = read("deepmath", DEEPMATH)
+    assert (item.question, item.answer, item.domain, item.difficulty) == ("Q", "7", "algebra", "college")
+    assert [(one.response, one.teacher) for one in item.trajectories] == [
+        (THOUGHT, "deepseek-r1"),
+        ("So \\boxed{8}", "deepseek-r1"),
+    ]
+    assert item.lost == (NO_TEXT,)
+    assert item.labels == {"topic": DEEPMATH["topic"], "difficulty": 6.5}
 
 
 def test_own_labels_stay_in_their_own_words() -> None:

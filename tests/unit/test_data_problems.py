@@ -85,6 +85,20 @@ def test_math_layout(tmp_path: Path) -> None:
     assert json.loads(problem["metadata"]) == {"idx": 7, "level": "Level 3"}
 
 
+def test_a_turn_in_parts_is_their_text_together(tmp_path: Path) -> None:
+    said = [{"type": "text", "text": "What is "}, {"type": "text", "text": "$2+2$?"}]
+    problem = one(tmp_path, {"prompt": [{"role": "user", "content": said}], "answer": "4"})
+    assert (problem["question"], problem["answer"]) == ("What is $2+2$?", "4")
+    picture = {"prompt": [{"role": "user", "content": [*said, {"type": "image_url"}]}], "answer": "4"}
+    with pytest.raises(UserError, match="no question"):
+        one(tmp_path, picture)
+
+
+def test_columns_are_found_whatever_the_case_of_their_names(tmp_path: Path) -> None:
+    problem = one(tmp_path, {"Question": "What is $2+2$?", "ANSWER": 4, "Level": "Level 5"})
+    assert (problem["question"], problem["answer"], problem["difficulty"]) == ("What is $2+2$?", "4", "high_school")
+
+
 def test_chat_prompt_and_nested_answer_layout(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "S"}, {"role": "user", "content": " U "}]
     problem = one(tmp_path, {"prompt": turns, "reward_model": {"ground_truth": "34", "style": "rule"}})

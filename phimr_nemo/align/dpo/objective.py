@@ -35,6 +35,7 @@ from phimr_nemo.losses import (
     length_normalized_ipo_loss,
     rpo_loss,
 )
+from phimr_nemo.losses.device import sent
 
 MIN_SPREAD: Final = 1e-6
 """Margins (nats) that differ less have no correlation with anything: they are rounding."""
@@ -161,9 +162,9 @@ class DPOObjective:
 
 def pair_sums(logprobs: Tensor, micro: MicroBatch) -> PairSums:
     """From log-probabilities of tokens [b, s] to those of the micro-batch's responses."""
-    reference = micro.extras["reference"].to(logprobs.device)
+    reference = sent(micro.extras["reference"], logprobs.device)
     responses = len(reference)
-    counted = (micro.labels != IGNORED_LABEL).to(logprobs.device)
+    counted = sent(micro.labels != IGNORED_LABEL, logprobs.device)
     # A packed row may end with a document of padding.
     chosen, rejected = sequence_sums(logprobs, micro)[:responses].chunk(2)
     chosen_tokens, rejected_tokens = sequence_sums(counted, micro)[:responses].chunk(2)

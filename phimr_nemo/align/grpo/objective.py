@@ -38,6 +38,7 @@ from phimr_nemo.losses import (
     sequence_masked_weights,
     truncated_importance_weights,
 )
+from phimr_nemo.losses.device import sent
 
 TOKEN_EXTRAS = ("sampler_logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
 
@@ -170,10 +171,10 @@ class RoundsObjective:
 
     def loss(self, logprobs: Tensor, micro: MicroBatch, besides: Tensor | None = None, /) -> LossSums:
         """Loss and metrics summed over the micro-batch; what it is divided by depends on the loss."""
-        extras = {name: value.to(logprobs.device) for name, value in micro.extras.items()}
+        extras = {name: sent(value, logprobs.device) for name, value in micro.extras.items()}
         sequences = len(extras["rows"])
         logprobs = by_sequence(logprobs, micro, sequences)
-        mask = by_sequence((micro.labels != IGNORED_LABEL).to(logprobs.device), micro, sequences)
+        mask = by_sequence(sent(micro.labels != IGNORED_LABEL, logprobs.device), micro, sequences)
         # Without a value from before the round's updates this is the first update: the ratio is 1.
         old, sampler = extras.get("old_logprobs", logprobs.detach()), extras["sampler_logprobs"]
         weights = importance_weights(self._correction, old, sampler, mask)

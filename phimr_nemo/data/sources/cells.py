@@ -68,8 +68,12 @@ def merged(rows: Sequence[Row]) -> Row:
 
 
 def first_present(row: Row, names: Sequence[str]) -> str | None:
-    """The first of the names that the row has a value for."""
-    return next((name for name in names if lookup(row, name) is not None), None)
+    """The first of the names (lower case) that the row has a value for; else one that differs in case alone."""
+    exact = next((name for name in names if lookup(row, name) is not None), None)
+    if exact is not None:
+        return exact
+    spelled = {column.lower(): column for column, value in row.items() if value is not None}
+    return next((spelled[name] for name in names if name in spelled), None)
 
 
 def question_text(value: Any) -> str:
@@ -84,9 +88,19 @@ def turn_text(conversation: Any, roles: Sequence[str]) -> str:
     text = ""
     for turn in conversation if isinstance(conversation, (list, tuple)) else ():
         if isinstance(turn, dict) and turn.get("from", turn.get("role")) in roles:
-            content = turn.get("value", turn.get("content"))
-            text = content.strip() if isinstance(content, str) else ""
+            text = content_text(turn.get("value", turn.get("content")))
     return text
+
+
+def content_text(content: Any) -> str:
+    """What a turn says: a text, or a list of parts that are all text (``{"type": "text", "text": ...}``)."""
+    if isinstance(content, str):
+        return content.strip()
+    if not isinstance(content, (list, tuple)):
+        return ""
+    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts).strip() if len(texts) == len(parts) else ""
 
 
 def _number(number: float) -> str:

@@ -51,6 +51,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
     "numina_math": Preset(readers.numina_math, (("problem", "solution"),)),
     "big_math": Preset(readers.big_math, (("problem", "answer", "domain", "llama8b_solve_rate"),)),
     "omni_math": Preset(readers.omni_math, (("domain", "difficulty", "problem", "solution", "answer"),)),
+    "deepmath": Preset(readers.deepmath, (("question", "final_answer", "difficulty", "topic", "r1_solution_1"),)),
     "olympiad_bench": Preset(readers.olympiad_bench, (("question", "solution", "final_answer", "subfield"),)),
     "metamath_qa": Preset(readers.metamath_qa, (("query", "response", "type"),)),
     "math_instruct": Preset(readers.math_instruct, (("instruction", "output"),)),

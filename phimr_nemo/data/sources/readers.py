@@ -27,6 +27,7 @@ from phimr_nemo.verify.extract import last_box
 
 DEEPSEEK_R1: Final = "deepseek-r1"
 QWQ: Final = "qwq-32b"
+DEEPMATH_SOLUTIONS: Final = (1, 2, 3)
 NO_ANSWER: Final = "no answer"
 NOT_MATHEMATICS: Final = "not mathematics"
 
@@ -149,6 +150,20 @@ def omni_math(row: Row) -> Item:
         domain=domain_of(row["domain"]),
         difficulty=difficulty_of(row["difficulty"]),
         labels=labels_of(row, ("source", "domain", "difficulty")),
+    )
+
+
+def deepmath(row: Row) -> Item:
+    """DeepMath-103K: three responses of DeepSeek-R1 to a question; its difficulty is on AoPS's scale."""
+    responses = [_text(row.get(f"r1_solution_{number}")) for number in DEEPMATH_SOLUTIONS]
+    return Item(
+        question=_text(row["question"]),
+        answer=_text(row["final_answer"]),
+        domain=domain_of(row["topic"]),
+        difficulty=difficulty_of(row["difficulty"]),
+        labels=labels_of(row, ("topic", "difficulty")),
+        trajectories=tuple(Trajectory(response, DEEPSEEK_R1) for response in responses if response),
+        lost=(NO_TEXT,) * sum(not response for response in responses),
     )
 
 

@@ -3,6 +3,7 @@ the door before them: whoever comes without the key is sent away unread."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import tempfile
@@ -15,7 +16,20 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, BUCKET_SUFFIX, FINISH, IDENTITY, Identity, WrongWeights
+from phimr_nemo.generate.serving.weights import (
+    BEGIN,
+    BUCKET,
+    BUCKET_SUFFIX,
+    FINISH,
+    GONE,
+    IDENTITY,
+    KEEP,
+    KEPT,
+    KEPT_PREFIX,
+    Identity,
+    WrongWeights,
+    shared_memory,
+)
 from phimr_nemo.store.atomic import NO_SPACE
 
 MAX_BUCKET_BYTES: Final = 16 << 30
@@ -69,8 +83,12 @@ def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path |
         scratch: where a bucket that is sent lies until it is loaded; None = the place for temporary files.
     """
     router = APIRouter()
+    # What neighbours may read, until something else comes: by then they have.
+    kept: list[tempfile._TemporaryFileWrapper[bytes]] = []
 
     async def checked(work: Callable[[], Awaitable[None]]) -> dict[str, str]:
+        while kept:
+            kept.pop().close()
         try:
             await work()
         except WrongWeights as error:
@@ -79,14 +97,21 @@ def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path |
             if error.errno not in NO_SPACE:
                 raise
             raise HTTPException(NO_ROOM, f"no room for the weights ({os.strerror(error.errno)})") from error
-        return {}
+        return {KEPT: Path(kept[0].name).name} if kept else {}
 
     async def receive(request: Request) -> None:
-        """One bucket: the request's body, or a file in the shared directory."""
+        """One bucket: the request's body, a file in the shared directory, or one that a neighbour kept."""
         if request.headers.get("content-type") == "application/json":
-            await receiver.load(_named_file(directory, await request.json()))
+            message = await request.json()
+            is_kept = isinstance(message, dict) and KEPT in message
+            await receiver.load(_kept_file(message[KEPT]) if is_kept else _named_file(directory, message))
             return
-        with tempfile.NamedTemporaryFile(suffix=BUCKET_SUFFIX, dir=scratch) as file:
+        with contextlib.ExitStack() as until_loaded:
+            place: dict[str, Any] = {"suffix": BUCKET_SUFFIX, "dir": scratch}
+            if KEEP in request.headers:
+                place |= {"prefix": KEPT_PREFIX, "dir": shared_memory()}
+            file = tempfile.NamedTemporaryFile(**place)  # noqa: SIM115
+            until_loaded.callback(file.close)
             size = 0
             async for piece in request.stream():
                 size += len(piece)
@@ -95,6 +120,9 @@ def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path |
                 file.write(piece)
             file.flush()
             await receiver.load(Path(file.name))
+            if KEEP in request.headers:
+                until_loaded.pop_all()
+                kept.append(file)
 
     @router.get(IDENTITY)
     async def identity() -> dict[str, Any]:
@@ -120,6 +148,16 @@ def _named_file(directory: Path | None, message: Any) -> Path:
     if directory is None or not isinstance(name, str) or Path(name).name != name:
         raise WrongWeights("the name of a file in the server's weights directory is expected")
     return directory / name
+
+
+def _kept_file(name: Any) -> Path:
+    right = isinstance(name, str) and Path(name).name == name and name.startswith(KEPT_PREFIX)
+    if not right or not name.endswith(BUCKET_SUFFIX):
+        raise WrongWeights("the name of a bucket that a neighbour kept is expected")
+    file = (shared_memory() or Path(tempfile.gettempdir())) / name
+    if not file.is_file():
+        raise HTTPException(GONE, "no bucket of this name is kept here")
+    return file
 
 
 class KeyGuard:

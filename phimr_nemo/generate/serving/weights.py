@@ -35,6 +35,13 @@ INCOMPLETE: Final = "incomplete"
 """The version of a server in the middle of an update."""
 UNSYNCED: Final = "unsynced"
 """The version of a server that nobody has sent weights to."""
+KEEP: Final = "phimr-keep"
+"""The header of a bucket that the server is to keep for its neighbours, until the next request for weights."""
+KEPT: Final = "kept"
+"""In the answer, and in what the neighbours are told: the name of the file that it kept."""
+GONE: Final = 410
+"""The status of a server that does not share memory with the neighbour that kept a bucket."""
+KEPT_PREFIX: Final = "phimr-kept-"
 TOKENIZER_FILE: Final = "tokenizer.json"
 BUCKET_SUFFIX: Final = ".safetensors"
 SHARED_MEMORY: Final = Path("/dev/shm")

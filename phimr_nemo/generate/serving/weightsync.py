@@ -1,17 +1,22 @@
-"""Send a checkpoint to rollout servers, bucket by bucket, to all of them at once."""
+"""Send a checkpoint to rollout servers, bucket by bucket, to all of them at once.
+
+Over HTTP a bucket goes once to each host. The server that has it keeps it in the host's memory for the others there,
+which are told its name; one that finds no such file (a container with memory of its own) is sent it by itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 import httpx
 
 from phimr_nemo.config import ServerEngine
-from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, BUCKET_SUFFIX, FINISH, MB, buckets
+from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, BUCKET_SUFFIX, FINISH, GONE, KEEP, KEPT, MB, buckets
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +39,29 @@ def label_number(run: str, label: str) -> int | None:
     """The number in a label of this run; None for any other label."""
     name, _, number = label.rpartition("-")
     return int(number) if name == run and number.isascii() and number.isdigit() else None
+
+
+class _Hosts:
+    """Which servers share memory: those of one host, until one of them says that it does not.
+
+    Args:
+        urls: the servers.
+    """
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._urls, self._apart = tuple(urls), set[str]()
+
+    def groups(self, failed: Collection[str]) -> list[list[str]]:
+        """The servers that have not failed, by host."""
+        found: dict[str, list[str]] = {}
+        for url in self._urls:
+            if url not in failed:
+                found.setdefault(url if url in self._apart else urlsplit(url).hostname or url, []).append(url)
+        return list(found.values())
+
+    def set_apart(self, url: str) -> None:
+        """It shares memory with nobody."""
+        self._apart.add(url)
 
 
 async def _pieces(data: bytes) -> AsyncIterator[bytes]:
@@ -65,31 +93,52 @@ async def push(
     from safetensors.torch import save, save_file
 
     failed: dict[str, str] = {}
+    hosts = _Hosts(urls)
 
-    async def post(url: str, path: str, bucket: bytes | None, message: dict[str, str] | None) -> None:
-        body: dict[str, Any] = {"json": message}
-        if bucket is not None:
-            body = {"content": _pieces(bucket), "headers": {"Content-Length": str(len(bucket))}}
+    async def post(url: str, path: str, **body: Any) -> dict[str, str]:
         try:
             response = await client.post(url + path, timeout=STEP_SECONDS, **body)
-            if response.status_code != httpx.codes.OK:
-                failed[url] = f"HTTP {response.status_code} {response.text[:SHOWN]}"
         except httpx.TransportError as error:
             failed[url] = type(error).__name__
+            return {}
+        if response.status_code == GONE:
+            hosts.set_apart(url)
+        elif response.status_code != httpx.codes.OK:
+            failed[url] = f"HTTP {response.status_code} {response.text[:SHOWN]}"
+        else:
+            return dict(response.json())
+        return {}
 
-    async def post_all(path: str, *, bucket: bytes | None = None, message: dict[str, str] | None = None) -> None:
-        await asyncio.gather(*(post(url, path, bucket, message) for url in urls if url not in failed))
+    async def post_all(path: str, message: dict[str, str] | None = None) -> None:
+        await asyncio.gather(*(post(url, path, json=message) for url in urls if url not in failed))
+
+    async def post_bucket(url: str, bucket: bytes, **headers: str) -> dict[str, str]:
+        headers["Content-Length"] = str(len(bucket))
+        return await post(url, BUCKET, content=_pieces(bucket), headers=headers)
+
+    async def post_to_host(group: Sequence[str], bucket: bytes) -> None:
+        first, *others = group
+        if not others:
+            await post_bucket(first, bucket)
+            return
+        name = (await post_bucket(first, bucket, **{KEEP: "1"})).get(KEPT)
+        left = others
+        if name is not None:
+            await asyncio.gather(*(post(url, BUCKET, json={KEPT: name}) for url in others))
+            left = [url for url in others if [url] in hosts.groups(failed)]
+        await asyncio.gather(*(post_bucket(url, bucket) for url in left))
 
     await post_all(BEGIN)
     for bucket in buckets(tensors, config.bucket_mb * MB):
         if len(failed) == len(urls):
             continue
         if config.directory is None:
-            await post_all(BUCKET, bucket=save(bucket))
+            packed = save(bucket)
+            await asyncio.gather(*(post_to_host(group, packed) for group in hosts.groups(failed)))
             continue
         # Only its end is this process's to clean up: the servers read it by its name.
         with tempfile.NamedTemporaryFile(dir=config.directory, prefix=FILE_PREFIX, suffix=BUCKET_SUFFIX) as file:
             save_file(bucket, file.name)
-            await post_all(BUCKET, message={"file": Path(file.name).name})
-    await post_all(FINISH, message={"version": label})
+            await post_all(BUCKET, {"file": Path(file.name).name})
+    await post_all(FINISH, {"version": label})
     return failed

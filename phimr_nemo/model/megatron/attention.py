@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from phimr_nemo.losses.device import sent
 from phimr_nemo.model.megatron.context_parallel import ContextPlan, plan_context
 
 MIN_BUCKET_FILL: Final = 0.75
@@ -99,6 +100,10 @@ class DocumentBuckets:
     gather: Tensor
     scatter: Tensor
 
+    def on(self, device: torch.device) -> DocumentBuckets:
+        """The same with its numbers on a device."""
+        return DocumentBuckets(self.shapes, sent(self.gather, device), sent(self.scatter, device))
+
 
 @dataclass(frozen=True)
 class ContextBuckets:
@@ -113,6 +118,10 @@ class ContextBuckets:
     queries: DocumentBuckets
     keys: DocumentBuckets
     positions: Tensor
+
+    def on(self, device: torch.device) -> ContextBuckets:
+        """The same with its numbers on a device."""
+        return ContextBuckets(self.queries.on(device), self.keys.on(device), sent(self.positions, device))
 
 
 @dataclass
@@ -334,6 +343,7 @@ def _whole_context(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's keys and values [s / ranks, b, heads, head_dim] -> all in order, and bool [s / ranks, s]."""
     ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     length = key.shape[0] * ranks
-    plan = plan_context(torch.tensor([length], device=key.device), ranks)
-    keys, values = _gather_heads(key, value).index_select(0, plan.in_order).chunk(2, dim=-1)
-    return keys, values, _is_visible(plan.positions[rank], length)
+    plan = plan_context(torch.tensor([length]), ranks)
+    in_order, positions = sent(plan.in_order, key.device), sent(plan.positions[rank], key.device)
+    keys, values = _gather_heads(key, value).index_select(0, in_order).chunk(2, dim=-1)
+    return keys, values, _is_visible(positions, length)

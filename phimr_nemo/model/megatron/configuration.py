@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,22 @@ if TYPE_CHECKING:
     from phimr_nemo.config import ParallelConfig, Recompute
     from phimr_nemo.model.architecture import Architecture
 
+APEX_PRODUCTS: Final = "fused_weight_gradient_mlp_cuda"
+
 
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine's modules can be used: it is installed and there is a GPU to run them."""
     return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+
+
+def adds_to_main_gradient(*, frozen: bool) -> bool:
+    """Whether a trainer's products add weights' gradients straight to Megatron's float32 buffers.
+
+    Transformer Engine's do; Megatron asks for Apex's beside them, which its images have. Adapters, beside frozen
+    weights, have products of their own.
+    """
+    has_apex = importlib.util.find_spec(APEX_PRODUCTS) is not None
+    return has_transformer_engine() and has_apex and not frozen
 
 
 def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: torch.dtype) -> dict[str, Any]:

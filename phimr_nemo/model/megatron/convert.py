@@ -96,8 +96,9 @@ def export_tensors(models: Sequence[nn.Module], arch: Architecture) -> Iterator[
         arch: the model.
 
     Yields:
-        (Hugging Face name, full tensor on the CPU in the parameters' dtype), in the same order on all ranks. A
-        tied head is not repeated. Adapters are merged into the matrices that they stand beside.
+        (Hugging Face name, full tensor in the parameters' dtype), in the same order on all ranks, on the model's
+        device: who needs it elsewhere copies it. A tied head is not repeated. Adapters are merged into the matrices
+        that they stand beside.
     """
     held = _held(models, arch)
     owners = _owning_stages(held)
@@ -115,7 +116,7 @@ def export_tensors(models: Sequence[nn.Module], arch: Architecture) -> Iterator[
             dist.broadcast(full, src=stages[owner], group=group)
         assert full is not None
         for part in parts_of(wanted):
-            yield part.name, full[part.start : part.stop].cpu()
+            yield part.name, full[part.start : part.stop]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.losses.device import sent
 from phimr_nemo.losses.distill import TeacherStates, token_reverse_kl
 from phimr_nemo.losses.logprobs import IGNORED_LABEL, token_logprobs, token_logprobs_and_entropy
 from phimr_nemo.model.layout import check_length
@@ -188,7 +189,8 @@ class PhiGPTModel(GPTModel):
             position_ids: int [b, s]; unused, positions count from 0 in every row or document.
             attention_mask: must be None: attention is causal, padding goes to the right with label -100.
             labels: int [b, s], the wanted token at each place; -100 leaves a place out.
-            packed_seq_params: ``thd`` document boundaries, covering every token of the row.
+            packed_seq_params: ``thd`` document boundaries, covering every token of the row. Boundaries and labels
+                may lie on the CPU beside a model on a GPU: then no forward pass waits for the GPU.
             temperature: divides the logits of the log-probabilities.
             runtime_gather_output: gather logits over the tensor-parallel group (without labels).
             with_entropy: also the entropies of the distributions that the labels are of.
@@ -216,11 +218,11 @@ class PhiGPTModel(GPTModel):
         if lengths is None:
             angles = self._angles(input_ids, plan)
         else:
-            packed_seq_params, angles = self._packed(lengths, plan)
+            packed_seq_params, angles = self._packed(lengths, plan, input_ids.device)
         if plan is not None:
             mine = plan.tokens[parallel_state.get_context_parallel_rank()]
-            input_ids = take_tokens(input_ids, mine, PADDING_TOKEN)
-            labels = None if labels is None else take_tokens(labels, mine, IGNORED_LABEL)
+            input_ids = take_tokens(input_ids, sent(mine, input_ids.device), PADDING_TOKEN)
+            labels = None if labels is None else take_tokens(labels, sent(mine, labels.device), IGNORED_LABEL)
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=embedded,
@@ -235,7 +237,8 @@ class PhiGPTModel(GPTModel):
         else:
             output = self._labels(hidden, labels.transpose(0, 1), temperature, with_entropy, teacher)
         if plan is not None:
-            output = gather_tokens(output, plan.places, parallel_state.get_context_parallel_group())
+            places = sent(plan.places, output.device)
+            output = gather_tokens(output, places, parallel_state.get_context_parallel_group())
         return output.transpose(0, 1).contiguous()
 
     def output_weight(self) -> Tensor:
@@ -264,6 +267,8 @@ class PhiGPTModel(GPTModel):
             weight = weight.float()
         if teacher is not None:
             return -torch.stack(token_reverse_kl(hidden, weight, labels, teacher, **options), dim=-1)
+        # A copy in float32 has no buffer of Megatron's.
+        options["accumulate"] = self.config.gradient_accumulation_fusion and not self.fp32_output
         if with_entropy:
             return -torch.stack(token_logprobs_and_entropy(hidden, weight, labels, **options), dim=-1)
         return -token_logprobs(hidden, weight, labels, **options)
@@ -274,7 +279,7 @@ class PhiGPTModel(GPTModel):
         if config.context_parallel_size == 1:
             return None
         if lengths is None:
-            lengths = torch.tensor([input_ids.shape[1]], device=input_ids.device)
+            lengths = torch.tensor([input_ids.shape[1]])
         multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         if config.fp8:
             multiple *= FP8_TOKENS
@@ -285,20 +290,29 @@ class PhiGPTModel(GPTModel):
         length = input_ids.shape[1]
         if plan is None:
             return self.rotary_pos_emb.for_length(length, input_ids.device)
-        return self.rotary_pos_emb.for_positions(plan.positions[parallel_state.get_context_parallel_rank()], length)
+        mine = plan.positions[parallel_state.get_context_parallel_rank()]
+        return self.rotary_pos_emb.for_positions(sent(mine, input_ids.device), length)
 
-    def _packed(self, lengths: Tensor, plan: ContextPlan | None) -> tuple[PackedSeqParams, Tensor]:
-        """The documents of a packed row as this model's attention wants them, and the rotary angles."""
+    def _packed(
+        self, lengths: Tensor, plan: ContextPlan | None, device: torch.device
+    ) -> tuple[PackedSeqParams, Tensor]:
+        """The documents of a packed row as this model's attention wants them, and the rotary angles.
+
+        Planned on the CPU, where the lengths are: to ask the device for a number would be to wait for it.
+        """
         if has_transformer_engine():
-            return self._fused_packed(lengths, plan)
+            return self._fused_packed(lengths, plan, device)
         if plan is None:
-            documents = PackedDocuments(qkv_format="thd", buckets=plan_documents(lengths))
-            return documents, self.rotary_pos_emb.for_documents(lengths)
+            documents = PackedDocuments(qkv_format="thd", buckets=plan_documents(lengths).on(device))
+            return documents, self.rotary_pos_emb.for_documents(lengths, device)
         rank = parallel_state.get_context_parallel_rank()
-        documents = PackedDocuments(qkv_format="thd", buckets=plan_context_documents(plan, rank))
-        return documents, self.rotary_pos_emb.for_tokens(plan.positions[rank], lengths[plan.documents[rank]])
+        documents = PackedDocuments(qkv_format="thd", buckets=plan_context_documents(plan, rank).on(device))
+        of_tokens = plan.positions[rank], lengths[plan.documents[rank]]
+        return documents, self.rotary_pos_emb.for_tokens(*(sent(numbers, device) for numbers in of_tokens))
 
-    def _fused_packed(self, lengths: Tensor, plan: ContextPlan | None) -> tuple[PackedSeqParams, Tensor]:
+    def _fused_packed(
+        self, lengths: Tensor, plan: ContextPlan | None, device: torch.device
+    ) -> tuple[PackedSeqParams, Tensor]:
         """Boundaries of the whole row (not of this rank's part), and one table of angles for all documents.
 
         Raises:
@@ -314,7 +328,7 @@ class PhiGPTModel(GPTModel):
                 remedy="use the policy 'long_when_max_length_exceeds_original'",
             )
         padded = lengths if plan is None else plan.lengths
-        boundaries = torch.cat((padded.new_zeros(1), padded.cumsum(0))).to(torch.int32)
+        boundaries = sent(torch.cat((padded.new_zeros(1), padded.cumsum(0))).to(torch.int32), device)
         table = int(padded.max())
         # Transformer Engine asks for these under context parallelism. Padding counts as part of its document: it
         # stands at the end, where causal attention lets nothing see it.
@@ -328,16 +342,16 @@ class PhiGPTModel(GPTModel):
             max_seqlen_q=table,
             max_seqlen_kv=table,
         )
-        return documents, self.rotary_pos_emb.for_positions(torch.arange(table, device=lengths.device), longest)
+        return documents, self.rotary_pos_emb.for_length(table, device, longest)
 
 
 def _document_lengths(input_ids: Tensor, packed: PackedSeqParams) -> Tensor:
-    """Int64 [documents], the lengths of a packed row's documents (tokens).
+    """Int64 [documents] on the CPU, the lengths of a packed row's documents (tokens).
 
     Raises:
         UserError: boundaries that do not fit the row.
     """
-    boundaries = packed.cu_seqlens_q.to(torch.int64)
+    boundaries = packed.cu_seqlens_q.to("cpu", torch.int64)
     lengths = boundaries[1:] - boundaries[:-1]
     tokens = input_ids.shape[1]
     if (
