@@ -203,7 +203,7 @@ audit: setup
 
 # One dated file of all benchmarks of the CPU in bench/results, and the table of docs/performance.md.
 bench: setup
-	status=0; $(BIN)/python bench/all.py $(BENCH_ARGS) || status=$$?; $(BIN)/python bench/figures.py && exit $$status
+	status=0; $(BIN)/python bench/all.py $(BENCH_ARGS) || status=$$?; $(BIN)/python bench/performance_table.py && exit $$status
 
 # Every warning is an error: links, anchors and pages that are in no part of the index too.
 docs: $(DOCS_STAMP)

@@ -1,6 +1,6 @@
 """The measured table of docs/performance.md, made of the newest `bench/results/*-bench.json`.
 
-    python bench/figures.py [--check]
+    python bench/performance_table.py [--check]
 
 Writes it between two marks; `--check` only tells whether the document has it. So no figure of it is typed.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- figures: begin, by bench/figures.py -->", "<!-- figures: end -->"
+BEGIN, END = "<!-- figures: begin, by bench/performance_table.py -->", "<!-- figures: end -->"
 NOTHING = "`make bench` has not been recorded yet."
 NAMES = {
     "padded": "transformers Trainer, padded",
@@ -121,7 +121,9 @@ def main() -> None:
     text = DOCUMENT.read_text("utf-8")
     made = document(text, path)
     if options.check:
-        sys.exit(0 if made == text else f"{DOCUMENT.name} has not the figures of {path}: python bench/figures.py")
+        sys.exit(
+            0 if made == text else f"{DOCUMENT.name} has not the figures of {path}: python bench/performance_table.py"
+        )
     DOCUMENT.write_text(made, "utf-8")
 
 

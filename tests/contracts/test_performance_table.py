@@ -10,7 +10,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "bench"))
 
-import figures  # noqa: E402
+import performance_table  # noqa: E402
 
 RESULT = {
     "tokens_per_second": {"ours": 3000.4, "trl": 2000.0},
@@ -25,7 +25,11 @@ RESULT = {
 
 def test_document_has_the_figures_of_the_newest_file() -> None:
     done = subprocess.run(
-        [sys.executable, "bench/figures.py", "--check"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, "bench/performance_table.py", "--check"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -36,17 +40,17 @@ def test_a_typed_figure_is_replaced(tmp_path: Path) -> None:
     runs = {"train": {"command": "bench/train.py", "result": RESULT}, "dpo": late}
     path = tmp_path / "2026-01-02-bench.json"
     path.write_text(json.dumps({"date": "2026-01-02", "machine": machine, "runs": runs}))
-    made = figures.document(f"before {figures.BEGIN} old {figures.END} after", path)
+    made = performance_table.document(f"before {performance_table.BEGIN} old {performance_table.END} after", path)
     assert made.startswith("before ")
     assert made.endswith(" after")
     assert "Z80" in made
     assert "3,000 (1.100)" in made
     assert "dpo" not in made
-    assert figures.document(made.replace("3,000", "4,000"), path) == made
+    assert performance_table.document(made.replace("3,000", "4,000"), path) == made
 
 
 def test_a_training_run_becomes_a_line_a_side_and_one_of_the_time_to_its_loss() -> None:
-    rows = figures.training(RESULT)
+    rows = performance_table.training(RESULT)
     assert [row[1:] for row in rows] == [
         ("3,000 (1.100)", "TRL packed 2,000 (1.200)", "1.50"),
         ("10.0", "TRL packed 15.0", "1.50"),
