@@ -4,8 +4,8 @@
 
 Runs the programs below one after another, each in a process of its own and for `--minutes` at most, and writes
 `<date>-bench.json`: what each printed as its RESULT, its command, its CPU and wall seconds, and the machine. One that
-fails or takes longer is written down as that, and the others go on. `python bench/performance_table.py` makes the table of
-docs/performance.md of the newest such file.
+fails or takes longer is written down as that, and the others go on. `python bench/performance_table.py` makes the
+table of docs/performance.md of the newest such file.
 
 TRL comes from a directory of its own (see docs/performance.md); without it the other sides are measured.
 """
