@@ -347,9 +347,9 @@ def report(options: argparse.Namespace, sides: Sequence[str], rounds: Rounds, ro
     )
     result["length_variance_between_rows"] = round(share, 3)
     result["ratios"] = {side: round(rates["ours"] / rates[side], 3) for side in peers}
-    reached = [times[side] for side in peers if times[side] is not None]
-    if times.get("ours") and reached:
-        result["ratio_to_equal_loss"] = round(min(reached) / times["ours"], 3)
+    ours, others = times.get("ours"), [seconds for side in peers if (seconds := times[side]) is not None]
+    if ours and others:
+        result["ratio_to_equal_loss"] = round(min(others) / ours, 3)
     return result
 
 
