@@ -283,7 +283,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": tokens * (steps - 1) / steps / (ends[-1] - ends[0]),
         "steps": steps,
         "tokens": tokens,
-        "held_out_loss": held_out_loss(out / "hf", root, options),
+        "held_out_loss": held_out_loss(out / "hf", kept_out(root, options), options.device),
         "curve": clocked.curve,
     }
 
