@@ -22,6 +22,7 @@ from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.report.picture import save_png, tidy
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
+    TABLE_MARKDOWN,
     ablation_command,
     differences_markdown,
     evaluation_step,
@@ -117,10 +118,10 @@ def report(config: MismatchConfig) -> str:
         (
             table_markdown(rows),
             differences_markdown(differences, seeds),
-            measures_markdown("arm", measures, SHOWN, seeds),
+            measures_markdown("configuration", measures, SHOWN, seeds),
         )
     )
-    atomic_write_text(config.output / "table.md", text)
+    atomic_write_text(config.output / TABLE_MARKDOWN, text)
     points = {key: [100 * results[arm, seed].pass1 for seed in seeds] for key, arm in arms.items()}
     plot_points(config, points, config.output / PICTURE)
     return text

@@ -18,6 +18,8 @@ from phimr_nemo.jobs.quickstart import ROWS, write_report
 from phimr_nemo.model.base import TURNS
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 
+pytestmark = pytest.mark.slow
+
 CLASSES: dict[FamilyName, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
