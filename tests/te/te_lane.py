@@ -63,6 +63,8 @@ def enter() -> None:
     os.environ["NVTE_FRAMEWORK"] = "none"
     # As in a job (Megatron asks for it): one queue keeps products and exchanges in order.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    # Triton's kernels are interpreted, its own library's too: read when that is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
     # Compiling takes longer than everything that is computed.
     os.environ["NVTE_TORCH_COMPILE"] = "0"
     torch._dynamo.config.disable = True
