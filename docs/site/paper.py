@@ -210,6 +210,13 @@ QUESTIONS: Final = (
         (Cell("generality.md", "SFT", "word problem, middle", table=1),),
     ),
     Claim(
+        "Does a grader that rejects a fifth of what is correct cost RL (one seed)?",
+        *_ablation("grader_errors"),
+        -1,
+        "points",
+        (Cell("grader-errors.md", "minus exact", "missed-20"),),
+    ),
+    Claim(
         "Does the teacher's style matter once its answers are verified?",
         *_ablation("teachers"),
         -1,
