@@ -2,6 +2,7 @@
 # make setup-vllm makes the environment of vLLM's own, which the tests of the sampler and of exported models use.
 # make setup-bridge makes the environment of Megatron-Bridge and TRL, which tests/bridge use.
 # make setup-te unpacks Transformer Engine's Python beside the others, which tests/te run over kernels of their own.
+# make docs builds the documents as a site in DOCS_OUT, with tools in an environment of their own.
 # make setup-slurm installs Debian's Slurm, which tests/slurm start for themselves; they are skipped without it.
 #
 #   PYTHON             interpreter for the environment (3.10 to 3.12; default python3.11, else python3)
@@ -16,6 +17,7 @@
 #   GPU_ARGS           of `make gpu`, e.g. --rehearse or --parts train-bf16
 #   GPU_BUNDLE         folder that `make gpu-bundle` fills
 #   GPU_PYTHON_VERSION Python of the machine that the bundle is for
+#   DOCS_OUT           folder that `make docs` fills
 
 VENV := .venv
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -30,6 +32,7 @@ GPU_PYTHON ?= python3
 GPU_ARGS ?=
 GPU_BUNDLE ?= runs/gpu-bundle
 GPU_PYTHON_VERSION ?= 3.12
+DOCS_OUT ?= runs/site
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/setup.stamp
@@ -75,14 +78,18 @@ CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/setup.stamp
 CLIENTS_PACKAGES := requirements/clients-cpu.txt
 CLIENTS_INSTALL := $(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -qq --log $(CLIENTS_VENV)/setup.log install
+# MkDocs, and the light core of this package beside it.
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/setup.stamp
+DOCS_PACKAGES := requirements/docs.txt
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SHELL_SCRIPTS := $(wildcard slurm/*.sh) .ci/run
 
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test clients faults fuzz audit gpu gpu-bundle lint format clean
+.PHONY: help setup setup-vllm setup-bridge setup-te setup-slurm quickstart test clients faults fuzz audit docs gpu gpu-bundle lint format clean
 
 help:
-	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | gpu | gpu-bundle | lint | format | clean   (see docs/installation.md)"
+	@echo "make setup | setup-vllm | setup-bridge | setup-te | setup-slurm | quickstart | test | clients | faults | fuzz | audit | docs | gpu | gpu-bundle | lint | format | clean   (see docs/installation.md)"
 
 setup: $(STAMP)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "next: . $(BIN)/activate && phimr quickstart --out $(OUT)",:)
@@ -192,6 +199,18 @@ fuzz: setup
 audit: setup
 	$(BIN)/python .ci/audit.py look-up $(PHIMR_CONSTRAINTS) requirements/aligner.txt
 
+# Every warning is an error: links, anchors and pages that are in no part of the index too.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --clean --site-dir $(DOCS_OUT)
+	@echo "$(DOCS_OUT)/index.html"
+
+$(DOCS_STAMP): $(DOCS_PACKAGES)
+	@test -x $(DOCS_VENV)/bin/python && $(DOCS_VENV)/bin/python -m pip --version >/dev/null 2>&1 \
+		|| { echo "[1/2] environment in $(DOCS_VENV) ($(PYTHON))"; $(PYTHON) -m venv --clear $(DOCS_VENV); }
+	@echo "[2/2] MkDocs; full log in $(DOCS_VENV)/setup.log"
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check -qq --log $(DOCS_VENV)/setup.log install --no-deps -r $(DOCS_PACKAGES)
+	@touch $@
+
 # The parts of bench/gpu_lane.py on this machine's GPU, with its own python (a NeMo container's, say), not `make setup`'s.
 gpu:
 	$(GPU_PYTHON) bench/gpu_lane.py $(GPU_ARGS)
@@ -212,4 +231,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BRIDGE_VENV) $(TE_VENV) $(CLIENTS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(BRIDGE_VENV) $(TE_VENV) $(CLIENTS_VENV) $(DOCS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

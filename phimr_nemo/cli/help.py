@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import textwrap
 import typing
@@ -18,6 +19,22 @@ WIDTH: Final = 100
 KEY_WIDTH: Final = 34
 CONF: Final = "conf"
 ATTRIBUTE: Final = re.compile(r"^    (?:    )?(\w+(?:, \w+)*): (.*)$")
+
+
+class Key(typing.NamedTuple):
+    """A key of a stage's configuration.
+
+    Attributes:
+        name: with dots.
+        kind: its type as it is shown.
+        text: what it is; empty where the dataclass says nothing.
+        default: as it is written in YAML; None for a key that a configuration has to give.
+    """
+
+    name: str
+    kind: str
+    text: str
+    default: str | None
 
 
 class StageCommand(TyperCommand):
@@ -40,7 +57,7 @@ class StageCommand(TyperCommand):
             UserError: a setting is written like an option.
         """
         options = {name for item in self.get_params(ctx) for name in (*item.opts, *item.secondary_opts)}
-        for word, after in zip(args, [*args[1:], ""], strict=True):
+        for word, after in itertools.zip_longest(args, args[1:], fillvalue=""):
             name, equals, value = word.partition("=")
             key = name.lstrip("-")
             if word.startswith("--") and key and name not in options and is_key(str(ctx.info_name), key):
@@ -55,7 +72,7 @@ class StageCommand(TyperCommand):
 
 def is_key(stage: str, name: str) -> bool:
     """Whether a name with dots, or one of the stage's own keys, is meant for the configuration."""
-    return "." in name or name in {key for key, _, _ in _keys(_schema(stage))}
+    return "." in name or name in {key.name for key in keys(stage)}
 
 
 def _schema(stage: str) -> type[Any]:
@@ -84,7 +101,7 @@ def presets(stage: str) -> list[str]:
 
 def key_lines(stage: str) -> Iterator[str]:
     """A line or two a key: name, type, what it is."""
-    for key, kind, text in _keys(_schema(stage)):
+    for key, kind, text, _ in keys(stage):
         head = f"  {key}  {kind}" if text else f"  {key}  {kind}".rstrip()
         if not text:
             yield head
@@ -95,19 +112,37 @@ def key_lines(stage: str) -> Iterator[str]:
         yield first + f"\n{padding}".join(lines)
 
 
-def _keys(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Dotted key, type and description of every setting; of a section with kinds, those of each kind."""
+def keys(stage: str) -> Iterator[Key]:
+    """Every key of a stage; of a section with kinds, those of each kind."""
+    yield from _keys(_schema(stage))
+
+
+def _keys(schema: type[Any], prefix: str = "") -> Iterator[Key]:
     described = _attributes(schema)
     hints = typing.get_type_hints(schema)
     for item in dataclasses.fields(schema):
         sections = [kind for kind in _members(hints[item.name]) if dataclasses.is_dataclass(kind)]
         if not sections:
-            yield f"{prefix}{item.name}", _type_name(hints[item.name]), described.get(item.name, "")
+            yield Key(
+                f"{prefix}{item.name}", _type_name(hints[item.name]), described.get(item.name, ""), _default(item)
+            )
             continue
         if type(None) in _members(hints[item.name]):
-            yield f"{prefix}{item.name}", "null, or:", described.get(item.name, "")
+            yield Key(f"{prefix}{item.name}", "null, or:", described.get(item.name, ""), _default(item))
         for section in sections:
             yield from _keys(typing.cast("type[Any]", section), f"{prefix}{item.name}.")
+
+
+def _default(item: dataclasses.Field[Any]) -> str | None:
+    value = item.default
+    if item.default_factory is not dataclasses.MISSING:
+        value = item.default_factory()
+    if value is dataclasses.MISSING:
+        return None
+    if dataclasses.is_dataclass(value):
+        return type(value).__name__
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _members(hint: Any) -> Iterator[Any]:

@@ -15,7 +15,8 @@ from phimr_nemo.cli.bridge import bridge
 from phimr_nemo.cli.data import data_app
 from phimr_nemo.cli.help import StageCommand
 from phimr_nemo.cli.options import ConfigFile, Overrides
-from phimr_nemo.cli.runs import report, responses, status
+from phimr_nemo.cli.runs import report, status
+from phimr_nemo.cli.show import compare, show
 from phimr_nemo.errors import UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
 from phimr_nemo.jobs.cluster import check_layout, parse_allocation
@@ -333,7 +334,8 @@ app.command("serve")(serve)
 app.command("launch")(launch_on_cluster)
 app.command()(report)
 app.command()(status)
-app.command()(responses)
+app.command()(show)
+app.command()(compare)
 
 
 @app.command("continue")

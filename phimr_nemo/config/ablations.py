@@ -102,6 +102,31 @@ class GRPOSizesConfig:
 
 
 @config
+class MismatchConfig:
+    """The same reinforcement learning with a sampler that differs from the trainer by known amounts.
+
+    Attributes:
+        output: where the arms, the tables and the picture go.
+        quickstarts: outputs of finished quickstarts; every arm of a seed starts from its DPO model and prompts.
+        steps: rounds of each arm.
+        settings: that differ from conf/grpo/tiny.yaml in every arm.
+        dials: what differs, as recipes/ablations/mismatched.py names it; the first differs in nothing.
+        corrections: name -> what is done about it, settings of `correction`; each dial is an arm with each of them.
+        heldout_problems: questions of the evaluation.
+        evaluation_samples: answers a question.
+    """
+
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
+    steps: Positive
+    settings: tuple[str, ...]
+    dials: Annotated[tuple[str, ...], Field(min_length=1)]
+    corrections: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+
+@config
 class SecondDomainConfig:
     """The ablation of a second domain.
 

@@ -37,16 +37,14 @@ def _no_truth_value(value: Any) -> Any:
 
 
 def _a_path(value: Any) -> Any:
-    if value == "":
+    text = str(value) if isinstance(value, str | Path) else "?"
+    fault = "is empty" if not text else "holds a zero byte" if "\0" in text else ""
+    if fault:
         raise RuleBroken(
-            f"{KEY} is empty", rule=f"{KEY} names a file or directory", remedy=f"for example {KEY}=runs/x"
+            f"{KEY} {fault}", rule=f"{KEY} names a file or directory", remedy=f"for example {KEY}=runs/x"
         )
-    if isinstance(value, str | Path) and "\0" in str(value):
-        raise RuleBroken(
-            f"{KEY} holds a zero byte", rule=f"{KEY} names a file or directory", remedy=f"for example {KEY}=runs/x"
-        )
-    if isinstance(value, str | Path) and _is_too_long(str(value)):
-        refused = path_too_long(str(value))
+    if _is_too_long(text):
+        refused = path_too_long(text)
         raise RuleBroken(f"{KEY}: {refused.problem}", rule=refused.rule, remedy=refused.remedy)
     return value
 
@@ -76,7 +74,13 @@ Place = Annotated[Path, BeforeValidator(_a_path)]
 
 @config
 class RunConfig:
-    """Where a run writes and what seeds it."""
+    """Where a run writes and what seeds it.
+
+    Attributes:
+        output: the run's directory; the same one continues the run.
+        seed: what its data order, sampling and new weights follow from.
+        log_every: steps between two logged ones.
+    """
 
     output: Place
     seed: Seed

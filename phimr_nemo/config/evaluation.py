@@ -170,7 +170,7 @@ class MonitorConfig:
         ungraded_warning: a warning where the grader gave up on a larger share of a round's responses.
         ungraded_stop: the run stops where it gave up on a larger share than this.
         responses_every: steps between two samples of responses, with their prompts, rewards and verdicts, that are
-            kept for people (`phimr responses`); 0 = none.
+            kept for people (`phimr show`); 0 = none.
         responses: how many are kept of such a step, whole groups of them, one at least.
     """
 

@@ -39,7 +39,7 @@ class GenerationPlanConfig:
     """Rollouts of a teacher and their verification.
 
     Attributes:
-        problems, rollouts: questions, and samples a question.
+        problems, rollouts: questions, and samples per question.
         mean_tokens: of a rollout.
         gpu: of the teacher, a row of the hardware table.
         gpus: that generate at the same time.

@@ -94,7 +94,8 @@ def main() -> None:
         sys.exit(_say(f"is no Jinja: {type(error).__name__}: {str(error)[:200]}"))
     for index, turns in enumerate(_CONVERSATIONS):
         try:
-            text = render(messages=turns, add_generation_prompt=True, **given["tokens"])
+            # transformers says that there are none; a template may rely on it.
+            text = render(messages=turns, tools=None, documents=None, add_generation_prompt=True, **given["tokens"])
         except MemoryError:
             sys.exit(_say(f"needs more than {MEMORY_BYTES >> 30} GiB to render a question"))
         except Exception as error:  # noqa: BLE001 - the template's own refusal among them

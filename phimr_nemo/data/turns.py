@@ -9,6 +9,19 @@ from typing import Final
 from phimr_nemo.errors import UserError
 
 ROLES: Final = ("system", "user", "assistant")
+# A conversation has tools when some are given to the template, or a message brings, calls or answers for one.
+HAS_TOOLS: Final = (
+    "{% set about = namespace(tools=tools is defined and tools) %}{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') or message['tool_calls'] or message['tools'] %}"
+    "{% set about.tools = true %}{% endif %}{% endfor %}{% if about.tools %}"
+)
+OTHERWISE: Final = "{# without tools, the reasoning template #}{% else %}"
+END: Final = "{% endif %}"
+NO_TOOLS: Final = (
+    "{{ raise_exception('the model was adopted with a chat template that has no tools: "
+    "it knows messages of system, user and assistant') }}"
+)
+"""In the place of a template for tools."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,24 @@ LLAMA3: Final = TurnFormat(
     system_prompt="You are an AI math expert.",
 )
 FORMATS: Final = (PHI, CHATML, LLAMA3)
+
+
+def with_tools(reasoning: str, own: str) -> str:
+    """The reasoning template, and for conversations with tools the model's own.
+
+    Args:
+        reasoning: Jinja, as :meth:`TurnFormat.template` gives it.
+        own: the model's own template, one that was adopted before included; without tools in it, a conversation with
+            tools is refused.
+    """
+    if own.startswith(HAS_TOOLS):
+        own = own.removeprefix(HAS_TOOLS).partition(OTHERWISE)[0]
+    elif "tool" not in own:
+        own = NO_TOOLS
+    else:
+        # Jinja takes a line break from behind a tag, and one from the end of a template.
+        own = ("\n" if own.startswith("\n") else "") + own.removesuffix("\n")
+    return HAS_TOOLS + own + OTHERWISE + reasoning + END
 
 
 def format_of(added: Collection[str]) -> TurnFormat | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NOTHING: Final[Mapping[str, str]] = {}
+LEAST_SECONDS: Final = 1e-6
+"""Of a rate's time: a coarse clock may not move while an engine of a test answers."""
 
 
 def sample_rollouts(
@@ -56,16 +59,20 @@ def sample_rollouts(
         return True
     mine = plan.shards if shard_indices is None else shard_indices
     with Progress(sum(map(plan.count, mine)), title="sampling", unit="rollout") as progress:
-        left = set(mine)
+        left = {index for index in mine if not shard_is_complete(out_dir, index, made_from)}
+        progress.found_done(sum(plan.count(index) for index in mine if index not in left))
         for index in team.free_shards(out_dir, mine, lambda _: made_from).one_by_one():
+            began = time.monotonic()
             rollouts = _sample_shard(plan.shard(index), sampler, tokenizer, params, plan.teacher)
+            seconds = time.monotonic() - began
             table = rows_to_table(rollouts, "rollouts")
             write_shard(out_dir, index, table, kind="rollouts", made_from=made_from)
-            progress.show({"tokens in the shard": sum(row["tokens"] for row in rollouts)})
+            tokens = sum(row["tokens"] for row in rollouts)
+            progress.show({"tok/s": f"{tokens / max(seconds, LEAST_SECONDS):,.0f}"})
             progress.update(plan.count(index))
             left.discard(index)
-        # What was there before, or others of the array have made or hold.
-        progress.update(sum(map(plan.count, left)))
+        if left:  # what others of the array make or hold
+            progress.update(sum(map(plan.count, left)))
     if not all(shard_is_complete(out_dir, index, made_from) for index in plan.shards):
         return False
     finish(out_dir, kind="rollouts", **made_from.to_json(), counts=rollout_counts(out_dir))

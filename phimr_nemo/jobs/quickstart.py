@@ -6,25 +6,16 @@ continues where it was.
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from phimr_nemo.config import STAGES, QuickstartConfig, load_config
+from phimr_nemo.config import QuickstartConfig, load_config
 from phimr_nemo.config.tiny import PLAIN_ROTARY
-from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
-from phimr_nemo.jobs.changes import NOT_RECORDED, changed_settings, changes, is_remade
-from phimr_nemo.jobs.closing import PART_OF, answers, to_type
-from phimr_nemo.jobs.continuing import kept
-from phimr_nemo.process.children import run_child
-from phimr_nemo.process.stopping import CONTINUE, KEPT
-from phimr_nemo.store.claims import claimed
+from phimr_nemo.jobs.closing import answers, to_type
+from phimr_nemo.jobs.steps.schedule import run_steps, side_by_side
+from phimr_nemo.jobs.steps.step import Step, refuse_changed
 from phimr_nemo.store.progress import duration
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, RunDirectory, read_metrics
@@ -53,24 +44,26 @@ FUNNEL: Final[tuple[tuple[str, str, Kind], ...]] = (
 )
 # The model's own rollouts are asked other problems than the teacher was.
 OWN_PROBLEMS_SEED_OFFSET: Final = 1_000_000
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the quickstart.
-
-    Attributes:
-        name: of the step, and of its directory under the seed's.
-        arguments: of `phimr`.
-        output: its run directory.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    output: Path
-
-    def __str__(self) -> str:
-        return shlex.join(("phimr", *self.arguments))
+AT_ONCE: Final = 2
+"""Steps: the next stage of training, and beside it what nothing waits for."""
+SECONDS: Final[Mapping[str, float]] = {
+    "base": 2,
+    "rollouts": 2,
+    "verdicts": 3,
+    "curated": 2,
+    "rows": 3,
+    "midtrain": 120,
+    "sft": 45,
+    "own-rollouts": 30,
+    "own-verdicts": 3,
+    "preferences": 2,
+    "dpo": 30,
+    "grpo": 100,
+    "sft-without-midtrain": 45,
+    **{f"evaluate-{name}": 6 for name, _ in ROWS},
+    "release": 2,
+}
+"""What a step takes of one of two idle cores: a first guess of the time to go, which the machine's pace corrects."""
 
 
 def plan_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str]) -> list[Step]:
@@ -165,20 +158,7 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
     if not redo:
         refuse_changed(steps)
     started = time.monotonic()
-    for number, step in enumerate(steps, 1):
-        # What was made again before it may have changed what it reads.
-        changed = changed_since(step)
-        if changed and redo:
-            # Not under another process that is at work in it.
-            with claimed(step.output):
-                say(f"{step.output}: made again ({'; '.join(changed)})")
-                shutil.rmtree(step.output)
-        elif changed:
-            refuse_changed([step])
-        if RunDirectory(step.output).is_done:
-            continue
-        say(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}")
-        run_step(step)
+    run_steps(steps, redo=redo, at_once=side_by_side(AT_ONCE), seconds=SECONDS)
     write_report([out], out)
     root = out / f"seed-{seeds[0]}"
     say(f"Held-out questions, and how the model of seed {seeds[0]} answers after GRPO:")
@@ -186,60 +166,6 @@ def run_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Seque
         say(line)
     say(f"finished in {duration(time.monotonic() - started)}; table, pictures and models are in {out}")
     say(f"next: {to_type('chat', str(root / 'release' / 'hf'))}")
-
-
-def changed_since(step: Step) -> list[str]:
-    """What is different from when a step was begun, in words; nothing where it can be kept or continued.
-
-    Raises:
-        UserError: the step's configuration is bad, or its run is damaged.
-    """
-    stage, _, preset, *overrides = step.arguments
-    config: Any = load_config(STAGES[stage], Path(preset), overrides)
-    run = RunDirectory(step.output)
-    if not run.is_done and is_remade(config):
-        return changed_settings(run, config)
-    return changes(run, config)
-
-
-def refuse_changed(steps: Sequence[Step]) -> None:
-    """Name every step that is not what its command would make now.
-
-    Raises:
-        UserError: there is one.
-    """
-    found = [(step.output, changed) for step in steps if (changed := changed_since(step))]
-    if found:
-        lines = [f"{output}: {'; '.join(changed)}" for output, changed in found if changed != [NOT_RECORDED]]
-        unknown = [str(output) for output, changed in found if changed == [NOT_RECORDED]]
-        if unknown:
-            lines.append(f"{NOT_RECORDED}, so it cannot be compared: {', '.join(unknown)}")
-        named = "".join(f"\n    {line}" for line in lines)
-        raise UserError(
-            f"steps that are not, for all that is known, what their commands would make now:{named}",
-            rule="a recipe goes on from steps that are what its commands would make",
-            remedy="for a quickstart add --redo, which makes them and what follows from them again, or give another "
-            "--out; or remove these directories, or choose another output",
-        )
-
-
-def run_step(step: Step) -> None:
-    """Run one command in a process of its own: Megatron's state is one per process.
-
-    Raises:
-        UserError, Preempted, RuntimeError: as the command says by its exit code.
-    """
-    code = run_child([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], {**os.environ, PART_OF: "quickstart"})
-    if code == EXIT_USER:
-        raise UserError(
-            f"the step {step.name!r} refused its input, see above",
-            rule="every step of the quickstart finishes",
-            remedy=f"correct the named value; the command was: {step}",
-        )
-    if code == EXIT_PREEMPTED:
-        raise Preempted(f"stopped in {step.name}; {CONTINUE}{KEPT}{kept(step.output)}")
-    if code != EXIT_DONE:
-        raise RuntimeError(f"the step {step.name!r} failed with exit code {code}, see above: {step}")
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
@@ -262,7 +188,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     # The plots of an earlier report lie beside the seeds' directories.
     roots = [root for run in runs for root in sorted(filter(Path.is_dir, run.glob("seed-*")), key=_seed_of)]
     entries = [
-        entry(row, _seed_of(root), read_result(root / f"evaluate-{name}" / RESULTS_FILE))
+        entry(row, _seed_of(root), read_result(root / f"evaluate-{name}" / RESULTS_FILE), _seconds(root / name))
         for name, row in ROWS
         for root in roots
         if (root / f"evaluate-{name}" / RESULTS_FILE).is_file()
@@ -274,6 +200,13 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
             _plot_run(root, out)
         say(table_markdown(rows))
     say(page)
+
+
+def _seconds(training: Path) -> float | None:
+    """What a training stage took; None where it has none, or it is not there."""
+    run = RunDirectory(training)
+    seconds = run.closing_facts().get("seconds") if run.is_done else None
+    return None if seconds is None else float(seconds)
 
 
 def _seed_of(root: Path) -> int:

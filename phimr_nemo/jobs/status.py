@@ -236,7 +236,7 @@ def status_table(found: Sequence[RunStatus], root: Path) -> Table:
         "run": [_name(item, root) for item in found],
         "stage": [item.stage for item in found],
         "state": [item.state for item in found],
-        "step": [_progress(item) for item in found],
+        "step": [progress_of(item) for item in found],
         "eta": [_duration(item.eta_seconds) for item in found],
         "tok/s/gpu": [_number(item.tokens_per_second_per_gpu, "{:,.0f}") for item in found],
         "loss": [_number(item.loss, "{:.4f}") for item in found],
@@ -260,7 +260,8 @@ def _name(item: RunStatus, root: Path) -> str:
     return str(relative) if relative.parts else item.path
 
 
-def _progress(item: RunStatus) -> str:
+def progress_of(item: RunStatus) -> str:
+    """Steps done of those planned, or finished shards; empty where there is neither."""
     if item.step is None:
         return f"{item.shards} shards" if item.shards else ""
     return f"{item.step:,}" + (f" / {item.steps:,}" if item.steps is not None else "")

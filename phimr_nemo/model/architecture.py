@@ -15,7 +15,7 @@ from typing import Any, Final
 from phimr_nemo.config import locate
 from phimr_nemo.config.tiny import shape_fault, size_fault
 from phimr_nemo.errors import UserError
-from phimr_nemo.model.families import FAMILIES
+from phimr_nemo.model.families import FAMILIES, REFUSED
 from phimr_nemo.model.families.family import NOT_EVERYWHERE, Family
 from phimr_nemo.model.families.phi3 import PHI3
 from phimr_nemo.model.fields import at_least_zero, is_number, shown, truth, unsupported, whole
@@ -304,7 +304,10 @@ def _family(config: Mapping[str, Any]) -> Family:
     """The family that a config.json names, whose values are those that are implemented."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise unsupported(f"model_type = {model_type!r}", f"model_type is one of {', '.join(sorted(FAMILIES))}")
+        reason = f": {REFUSED[model_type]}" if isinstance(model_type, str) and model_type in REFUSED else ""
+        raise unsupported(
+            f"model_type = {model_type!r}{reason}", f"model_type is one of {', '.join(sorted(FAMILIES))}"
+        )
     family = FAMILIES[model_type]
     classes = config.get("architectures")
     if classes and family.hf_class not in classes:

@@ -161,10 +161,13 @@ class Relay:
 
     def tell(self) -> None:
         """Tell those that were not told yet: children may start after the signal."""
+        if self.signals:
+            self.stop()
+
+    def stop(self) -> None:
+        """Tell all children that were not told yet to save and end."""
         import psutil
 
-        if not self.signals:
-            return
         for child in psutil.Process().children():
             if child.pid not in self._told:
                 self._told.add(child.pid)

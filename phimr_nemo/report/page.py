@@ -1,7 +1,7 @@
 """How every HTML page of this project looks: one file without anything from elsewhere, for a phone and for a laptop.
 
 Templates extend "page" and fill its blocks `title`, `style` and `body`; every value in them is escaped, and the page
-itself forbids whatever is not a picture or a style of its own.
+itself forbids whatever is not a picture or a style of its own; a page with a script names it in its `policy`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ _SHELL: Final = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{% block policy %}{% endblock %}">
+{% block head %}{% endblock %}
 <title>{% block title %}{% endblock %}</title>
 <style>
 :root { --ink: #2b2b2b; --soft: #6b7280; --line: #e5e7eb; --card: #ffffff; --page: #f6f7f9; --bar: #4c78a8;
@@ -52,6 +54,7 @@ footer { margin-top: 36px; }
 <main>
 {% block body %}{% endblock %}
 </main>
+{% block script %}{% endblock %}
 </body>
 </html>
 """

@@ -241,7 +241,7 @@ def _responses(runs: Sequence[Ran]) -> list[Section]:
             for row in kept[:SHOWN_RESPONSES]
         )
         header = ("verdict", "reward", "tokens", "question", "answer", "response (its end)")
-        note = f"{len(rows)} of {len(kept)}; `phimr responses {run.path}` prints them in full."
+        note = f"{len(rows)} of {len(kept)}; `phimr show {run.path}` shows them all."
         tables.append(Table(f"{run.name}: step {steps[-1]}", header, rows, note))
     return [Section("Responses", tables)] if tables else []
 

@@ -13,6 +13,7 @@ from phimr_nemo.evaluate.evaluate import Result
 from phimr_nemo.evaluate.statistics import mean_and_error
 from phimr_nemo.report.tables import ABSENT, Seeds, Table, markdown, measured, percent
 from phimr_nemo.store.atomic import atomic_write_text, write_json
+from phimr_nemo.store.progress import duration
 
 TABLE_JSON: Final = "table.json"
 TABLE_MARKDOWN: Final = "table.md"
@@ -32,6 +33,7 @@ class Entry:
         n: questions.
         pass1: accuracy of a single response, 0 to 1.
         stderr: its standard error, clustered by question; NaN where it is not defined.
+        seconds: that training it took; None where it was not trained or that is not known.
     """
 
     row: str
@@ -39,6 +41,7 @@ class Entry:
     n: int
     pass1: float
     stderr: float
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Row:
         pass1: their mean.
         question_stderr: standard error of one run, clustered by question (root mean square over the seeds).
         seed_stderr: standard error of `pass1` across seeds; NaN for one seed.
+        seconds: that training took in the mean; None where no seed's is known.
     """
 
     row: str
@@ -62,11 +66,12 @@ class Row:
     pass1: float
     question_stderr: float
     seed_stderr: float
+    seconds: float | None = None
 
 
-def entry(row: str, seed: int, result: Result) -> Entry:
-    """The table line of an evaluation."""
-    return Entry(row, seed, result.questions, result.pass1, result.stderr)
+def entry(row: str, seed: int, result: Result, seconds: float | None = None) -> Entry:
+    """The table line of an evaluation; `seconds` that the training took."""
+    return Entry(row, seed, result.questions, result.pass1, result.stderr, seconds)
 
 
 def paper_table(entries: Sequence[Entry]) -> list[Row]:
@@ -93,12 +98,14 @@ def _row(name: str, group: Sequence[Entry]) -> Row:
     each = tuple(item.pass1 for item in group)
     mean, seed_stderr = mean_and_error(each)
     question_stderr = math.sqrt(sum(item.stderr**2 for item in group) / len(group))
-    return Row(name, seeds, counts.pop(), each, mean, question_stderr, seed_stderr)
+    took = [item.seconds for item in group if item.seconds is not None]
+    seconds = sum(took) / len(took) if took else None
+    return Row(name, seeds, counts.pop(), each, mean, question_stderr, seed_stderr, seconds)
 
 
 def table_markdown(rows: Sequence[Row]) -> str:
     """The table in markdown, in per cent."""
-    header = (
+    header = [
         "stage",
         "pass@1 (%)",
         "SE (clustered by question)",
@@ -106,7 +113,9 @@ def table_markdown(rows: Sequence[Row]) -> str:
         "questions",
         "seeds",
         "per seed",
-    )
+    ]
+    # Whoever was not trained here has no time.
+    has_time = any(row.seconds is not None for row in rows)
     cells = (
         (
             row.row,
@@ -116,10 +125,11 @@ def table_markdown(rows: Sequence[Row]) -> str:
             str(row.n),
             ", ".join(map(str, row.seeds)),
             ", ".join(map(percent, row.each)),
+            *((ABSENT if row.seconds is None else duration(row.seconds),) if has_time else ()),
         )
         for row in rows
     )
-    return markdown(Table("pass@1", header, tuple(cells)))
+    return markdown(Table("pass@1", (*header, "training") if has_time else tuple(header), tuple(cells)))
 
 
 def write_table(directory: Path, entries: Sequence[Entry]) -> list[Row]:
@@ -133,6 +143,8 @@ def write_table(directory: Path, entries: Sequence[Entry]) -> list[Row]:
     for line in lines:
         if math.isnan(line["stderr"]):
             line["stderr"] = None
+        if line["seconds"] is None:
+            del line["seconds"]
     write_json(directory / TABLE_JSON, lines)
     atomic_write_text(directory / TABLE_MARKDOWN, table_markdown(rows))
     return rows

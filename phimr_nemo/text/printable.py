@@ -10,6 +10,9 @@ def printable(text: str) -> str:
 
     So are characters that turn the direction of writing, or that cannot be seen.
     """
+    if text.replace("\n", "").replace("\t", "").isprintable():
+        # Nearly every text: looking at it as a whole takes a hundredth of the time.
+        return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from phimr_nemo.config import load_config
 from phimr_nemo.errors import UserError, exit_with_message
-from phimr_nemo.jobs.quickstart import Step, refuse_changed, run_step
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.report.picture import save_png
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.runs import RunDirectory
@@ -88,20 +88,6 @@ def evaluation_step(out: Path, seed: int, arm: str, model: Path, *, problems: in
     """`out/evaluate-<arm>`: the model on held-out problems, the same for every arm of a seed."""
     sizes = (f"problems.count={problems}", f"samples={samples}")
     return stage_step(out, seed, f"evaluate-{arm}", "evaluate", f"model={model}", *sizes)
-
-
-def run_steps(steps: Sequence[Step]) -> None:
-    """Run every step that has not finished yet, in order.
-
-    Raises:
-        UserError: a finished step is not what its command would make now.
-        UserError, Preempted, RuntimeError: as :func:`phimr_nemo.jobs.quickstart.run_step`.
-    """
-    for number, step in enumerate(steps, 1):
-        refuse_changed([step])
-        if not RunDirectory(step.output).is_done:
-            print(f"[{number}/{len(steps)}] {step.output.parent.name}: {step.name}", flush=True)
-            run_step(step)
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, float]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from phimr_nemo.config.ablations import DirectSFTConfig
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.shards import read_manifest
 from recipes.ablations.common import (
     ablation_command,
@@ -23,7 +24,6 @@ from recipes.ablations.common import (
     paired,
     publish,
     require_finished,
-    run_steps,
     seed_directories,
     stage_step,
 )

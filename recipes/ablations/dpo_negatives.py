@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from phimr_nemo.config.ablations import DPONegativesConfig
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
     TABLE_MARKDOWN,
@@ -22,7 +23,6 @@ from recipes.ablations.common import (
     evaluation_step,
     paired,
     plot_differences,
-    run_steps,
     seed_directories,
     stage_step,
 )

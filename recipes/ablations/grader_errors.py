@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.config.ablations import GraderErrorsConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.shards import read_table
 from phimr_nemo.verify.plug import import_grader
 from recipes.ablations.common import (
@@ -26,7 +27,6 @@ from recipes.ablations.common import (
     paired,
     publish,
     require_finished,
-    run_steps,
     stage_step,
 )
 from recipes.ablations.grpo_runs import FINISH, Rows, finished_rows, plot_curves

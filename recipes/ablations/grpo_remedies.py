@@ -15,7 +15,8 @@ from typing import Final
 
 from phimr_nemo.config.ablations import GRPORemediesConfig
 from phimr_nemo.errors import UserError
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
     TABLE_MARKDOWN,
@@ -25,7 +26,6 @@ from recipes.ablations.common import (
     measures_markdown,
     paired,
     plot_differences,
-    run_steps,
     seed_directories,
     stage_step,
 )

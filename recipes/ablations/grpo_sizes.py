@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Final
 
 from phimr_nemo.config.ablations import GRPOSizesConfig
-from phimr_nemo.jobs.quickstart import OWN_PROBLEMS_SEED_OFFSET, Step
+from phimr_nemo.jobs.quickstart import OWN_PROBLEMS_SEED_OFFSET
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.atomic import atomic_write_text
 from recipes.ablations.common import (
     TABLE_MARKDOWN,
     ablation_command,
     evaluation_step,
     measures_markdown,
-    run_steps,
     seed_directories,
     stage_step,
 )

@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import Final
 
 from phimr_nemo.config.ablations import MidtrainPackingConfig
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.shards import read_manifest
 from recipes.ablations.common import (
@@ -27,7 +28,6 @@ from recipes.ablations.common import (
     paired,
     plot_differences,
     require_finished,
-    run_steps,
     seed_directories,
     stage_step,
 )

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from phimr_nemo.config.ablations import MidtrainScalingConfig
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.report.picture import save_png, tidy
 from phimr_nemo.store.atomic import atomic_write_text, write_json
 from phimr_nemo.store.shards import read_manifest
@@ -30,7 +31,6 @@ from recipes.ablations.common import (
     evaluation_step,
     measures_markdown,
     require_finished,
-    run_steps,
     seed_directories,
     stage_step,
 )

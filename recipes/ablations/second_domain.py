@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.config.ablations import SecondDomainConfig
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from recipes.ablations.common import (
     ablation_command,
     paired,
     publish,
     require_finished,
-    run_steps,
     seed_directories,
     stage_step,
 )

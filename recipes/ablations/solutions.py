@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.config.ablations import SolutionsConfig
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.shards import read_manifest
 from recipes.ablations.common import (
     ablation_command,
@@ -25,7 +26,6 @@ from recipes.ablations.common import (
     paired,
     publish,
     require_finished,
-    run_steps,
     seed_directories,
     stage_step,
 )

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.config.ablations import TeachersConfig
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.schedule import run_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.atomic import atomic_write_text
 from phimr_nemo.store.shards import read_manifest, read_table
 from recipes.ablations.common import (
@@ -28,7 +29,6 @@ from recipes.ablations.common import (
     paired,
     publish,
     require_finished,
-    run_steps,
     seed_directories,
     stage_step,
 )

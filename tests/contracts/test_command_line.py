@@ -14,7 +14,7 @@ from phimr_nemo.config import STAGES
 BLOCKED = ("torch", "transformers", "nemo", "nemo_run", "megatron", "nemo_aligner", "lightning", "vllm", "datasets")
 COMMANDS = (
     *STAGES,
-    *("quickstart", "report", "data", "convert", "bridge", "plan", "doctor", "status", "responses", "continue"),
+    *("quickstart", "report", "data", "convert", "bridge", "plan", "doctor", "status", "show", "compare", "continue"),
 )
 
 

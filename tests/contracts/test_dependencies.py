@@ -19,6 +19,7 @@ TIERS = (
     {"generate"},
     {"evaluate", "plan"},
     {"report"},
+    {"show"},
     {"training"},
     {"supervised", "align", "bridges"},
     {"jobs"},

@@ -38,12 +38,13 @@ ENTRIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
     "launcher, 2 ranks": ((*PYTHON, "phimr_nemo.jobs.node", *RANKS), ("parallel.data=2",), 3),
     "torchrun, 2 ranks": ((*PYTHON, "torch.distributed.run", *RANKS), ("parallel.data=2",), 1),
 }
-TRAINED = ("midtrain", "sft", "dpo", "grpo")
+TRAINED = ("midtrain", "sft", "dpo", "grpo", "distill")
 SHORT = (
     ("midtrain", "phimr"),
     ("sft", "launcher, 2 ranks"),
     ("dpo", "phimr, 2 ranks"),
     ("grpo", "phimr"),
+    ("distill", "phimr"),
     ("sft", "torchrun, 2 ranks"),
 )
 CASES = tuple((stage, entry) for stage in TRAINED for entry in ENTRIES) if LONG else SHORT
@@ -51,12 +52,13 @@ CASES = tuple((stage, entry) for stage in TRAINED for entry in ENTRIES) if LONG 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """A model of 30 K parameters, and for every stage data that lasts longer than the test."""
+    """Two models of 30 K parameters, and for every stage data that lasts longer than the test."""
     root = tmp_path_factory.mktemp("inputs")
     before = Path.cwd()
     os.chdir(repository)
     try:
-        start_stage("base", Path("conf/base/tiny.yaml"), [f"run.output={root / 'base'}", *SIZE])
+        for seed, name in enumerate(("base", "another")):
+            start_stage("base", Path("conf/base/tiny.yaml"), [f"run.output={root / name}", f"run.seed={seed}", *SIZE])
         for name, preset, *values in (
             ("teacher", "tiny", "problems.count=200"),
             ("own", "tiny-rollouts", "problems.count=40", "teacher.mistake_rate=0.5", "rollouts_per_problem=4"),
@@ -79,16 +81,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
 
 def arguments(stage: str, inputs: Path, output: Path) -> list[str]:
     """Of a training stage that would go on for a very long time."""
+    rounds = (f"prompts={inputs / 'own/sets/prompts'}", "steps=10000", "prompts_per_step=4", "group_size=4")
+    short = ("max_new_tokens=12", "micro_batch=8")
     own = {
         "midtrain": (f"data={inputs / 'rows'}", "sequence_length=256", "validation_rows=4", "epochs=10000"),
         "sft": (f"data={inputs / 'teacher/sets/sft'}", "validation_rows=4", "epochs=10000"),
         "dpo": (f"pairs={inputs / 'own/sets/pairs'}", "epochs=10000"),
-        "grpo": (
-            *(f"prompts={inputs / 'own/sets/prompts'}", "steps=10000", "prompts_per_step=4", "group_size=4"),
-            *("max_new_tokens=12", "micro_batch=8"),
-        ),
+        "grpo": (*rounds, *short),
+        "distill": (*rounds, *short, f"teacher.path={inputs / 'another/hf'}"),
     }[stage]
-    sizes = () if stage == "grpo" else ("global_batch=4", "micro_batch=2")
+    sizes = () if stage in ("grpo", "distill") else ("global_batch=4", "micro_batch=2")
     quiet = ("validate_every=100000",) if stage in ("midtrain", "sft") else ()
     common = (f"base={inputs / 'base/hf'}", f"run.output={output}", "run.log_every=1", "checkpoint.every=1000")
     return [stage, "--config", f"conf/{stage}/tiny.yaml", *common, *own, *sizes, *quiet]
@@ -219,7 +221,7 @@ def test_a_quickstart_passes_a_stop_on_to_its_step(
         assert terminal.end(END_SECONDS) == 3, terminal.text[-2000:]
         assert left_of(processes, END_SECONDS) == []
     assert f"stopped in {step}" in terminal.text
-    assert str(output) in "".join(terminal.text.rpartition("kept:")[2].split())
+    assert str(output) in "".join(terminal.text.partition("kept:")[2].split())
     injected(step, f"{number.name}, quickstart", 1, "exit code 3; the checkpoint, or the finished shards")
 
 

@@ -31,7 +31,7 @@ def weight_bound(stage: str, root: Path) -> float:
     """The largest difference of a weight: Adam moves it by about lr a step, and where its gradient is nothing but
     rounding, another order of sums turns the way it moves."""
     config: Any = load_config(STAGES[stage], Path(settings(root, stage, root)[0]), settings(root, stage, root)[1:])
-    steps = config.steps if stage == "grpo" else config.max_steps
+    steps = config.steps if stage in ("grpo", "distill") else config.max_steps
     return 2.0 * config.optim.lr * float(steps)
 
 

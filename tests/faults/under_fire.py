@@ -38,7 +38,7 @@ LAYOUTS: Final = {
     "CP2": (2, ("parallel.context=2",)),
 }
 DATA: Final = ("generate", "verify", "curate", "pack")
-TRAINING: Final = ("midtrain", "sft", "dpo", "grpo")
+TRAINING: Final = ("midtrain", "sft", "dpo", "grpo", "distill")
 SAME_LAYOUT_EVERY: Final = 3
 BY_CLOCK: Final = 0.3
 """Share of the kills at any moment from the start on; the others come after a step or shard that is drawn."""
@@ -67,6 +67,10 @@ SIZES: Final = {
         *("checkpoint.every=1", "run.log_every=1", "verify_workers=1"),
         # So small a model is never right: what its responses differ in is rewarded, so that they have gradients.
         *("reward.functions={under_fire:variety: 1.0}", "rebalance.enabled=false"),
+    ),
+    "distill": (
+        *("steps=3", "prompts_per_step=4", "group_size=4", "max_new_tokens=12", "micro_batch=8"),
+        *("checkpoint.every=1", "run.log_every=1", "verify_workers=0"),
     ),
 }
 """A model of 40 K parameters and a few steps a stage, a checkpoint after each."""
@@ -219,6 +223,8 @@ def settings(root: Path, stage: str, output: Path) -> list[str]:
         "sft": [f"base={root}/midtrain/hf", f"data={root}/curate/sft"],
         "dpo": [f"base={root}/sft/hf", f"pairs={root}/curate/pairs"],
         "grpo": [f"base={root}/dpo/hf", f"prompts={root}/curate/prompts"],
+        # The teacher is the model that the student was made from: as far from it as any here.
+        "distill": [f"base={root}/dpo/hf", f"teacher.path={root}/base/hf", f"prompts={root}/curate/prompts"],
     }
     # Only the paper's curation makes all four sets.
     preset = f"conf/{stage}/{'paper' if stage == 'curate' else 'tiny'}.yaml"

@@ -11,7 +11,7 @@ from typing import Any
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.jobs.launch import launch
 from phimr_nemo.jobs.preflight import preflight
-from phimr_nemo.jobs.quickstart import Step, run_step
+from phimr_nemo.jobs.steps.step import Step, run_step
 
 ORIGINAL_LENGTH = 64
 """Of the model: shorter sequences are in LongRoPE's short regime when they are a run's longest."""

@@ -18,7 +18,7 @@ import torch
 
 from phimr_nemo.data.chat import load_tokenizer, render_prompt, stop_token_ids
 from phimr_nemo.data.repetition import REPETITIVE_ABOVE, repetition
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import RunDirectory, read_metrics
 from phimr_nemo.store.shards import read_manifest, read_table

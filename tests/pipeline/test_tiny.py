@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 from phimr_nemo.config import ParallelConfig, QuickstartConfig, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation
 from phimr_nemo.data.synthetic.problems import generate_problems
-from phimr_nemo.jobs.quickstart import ROWS, Step, seed_steps, write_report
+from phimr_nemo.jobs.quickstart import ROWS, seed_steps, write_report
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
 from phimr_nemo.model.files.hf import HFDirectory

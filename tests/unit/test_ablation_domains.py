@@ -15,7 +15,7 @@ from results import plain_result
 from phimr_nemo.config import load_config
 from phimr_nemo.config.ablations import SecondDomainConfig, TeachersConfig
 from phimr_nemo.evaluate.evaluate import write_result
-from phimr_nemo.jobs.quickstart import Step
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard

@@ -9,12 +9,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from phimr_nemo.config import BaseConfig, MidtrainConfig, load_config
-from phimr_nemo.data.chat import REASONING_SYSTEM_PROMPT, load_tokenizer, render_prompt, warn_of_other_template
+from phimr_nemo.data.chat import (
+    REASONING_SYSTEM_PROMPT,
+    load_tokenizer,
+    render_prompt,
+    stop_token_ids,
+    warn_of_other_template,
+)
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.serving.vllm import weights_hash
 from phimr_nemo.jobs.preflight import preflight
@@ -147,6 +154,142 @@ def test_another_family_is_adopted_in_its_own_turn_format(
     with caplog.at_level(logging.WARNING):
         warn_of_other_template(tmp_path / "ready")
     assert not caplog.records
+
+
+# What each family's makers do with tools, in short: Phi-4-mini puts them into the system turn, Qwen into a turn of
+# its own with answers as a user's, Llama 3.1 into the user's with answers of "ipython".
+TOOL_TEMPLATES = {
+    "phi3": "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
+    "{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}{% endif %}{{ '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}",
+    "qwen3": """{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n<tools>' }}
+    {%- for tool in tools %}
+        {{- "\\n" }}{{- tool | tojson }}
+    {%- endfor %}
+    {{- "\\n</tools><|im_end|>\\n" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "tool" %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+""",
+    "llama": """
+{{- bos_token }}
+{%- set ns = namespace(first=true) %}
+{%- for message in messages %}
+    {%- set role = 'ipython' if message.role in ('tool', 'ipython') else message.role %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}
+    {%- if tools is not none and ns.first and role == 'user' %}
+        {{- 'Functions:\\n' + (tools | tojson) + '\\n\\n' }}
+        {%- set ns.first = false %}
+    {%- endif %}
+    {%- if 'tool_calls' in message %}
+        {{- message.tool_calls[0].function | tojson }}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+""",
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "one"}}},
+    },
+}
+ASKED = [{"role": "user", "content": "2+2?"}]
+CALLED = [
+    *ASKED,
+    {
+        "role": "assistant",
+        "content": "I add.",
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+    },
+    {"role": "tool", "content": "4"},
+]
+WITH_TOOLS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
+    "given": (ASKED, [TOOL]),
+    "given, called and answered": (CALLED, [TOOL]),
+    "called and answered": (CALLED, None),
+    "in the system turn": ([{"role": "system", "content": "Be brief.", "tools": '[{"name": "add"}]'}, *ASKED], None),
+}
+
+
+def tiny(root: Path, family: str, template: str | None) -> Path:
+    shape = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=4")
+    plain = () if family == "phi3" else ("partial_rotary_factor=1.0", "long_factor_growth=0.0")
+    output = (f"run.output={root / family}", f"family={family}")
+    run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), [*output, *shape, *plain]))
+    source = root / family / "hf"
+    settings = json.loads((source / "tokenizer_config.json").read_text("utf-8"))
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}), "utf-8")
+    return source
+
+
+@pytest.mark.parametrize("family", TOOL_TEMPLATES)
+def test_a_conversation_with_tools_is_rendered_as_the_models_own_template_does(family: str, tmp_path: Path) -> None:
+    source, ready, again = tiny(tmp_path, family, TOOL_TEMPLATES[family]), tmp_path / "ready", tmp_path / "again"
+    adopt(source, ready, system_prompt="Think.")
+    adopt(ready, again, system_prompt="Think.")
+    own, *adopted = (load_tokenizer(place) for place in (source, ready, again))
+    for tokenizer in adopted:
+        for name, (messages, tools) in WITH_TOOLS.items():
+            for opened in (True, False):
+                wanted, found = (
+                    one.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=opened)
+                    for one in (own, tokenizer)
+                )
+                assert found == wanted, name
+        assert "Think." in tokenizer.decode(render_prompt(tokenizer, QUESTION))
+        assert "Think." not in own.decode(render_prompt(own, QUESTION))
+        # No tools are no tools, however that is said.
+        empty = tokenizer.apply_chat_template(ASKED, tools=[], tokenize=False)
+        assert empty == tokenizer.apply_chat_template(ASKED, tokenize=False)
+        assert "Think." in empty
+        assert tokenizer.get_added_vocab() == own.get_added_vocab()
+        assert stop_token_ids(tokenizer) == stop_token_ids(own)
+    assert (ready / "generation_config.json").read_bytes() == (again / "generation_config.json").read_bytes()
+
+
+@pytest.mark.parametrize("template", [None, INSTRUCT], ids=["no template", "one without tools"])
+def test_tools_that_the_model_never_knew_are_refused_with_a_word(template: str | None, tmp_path: Path) -> None:
+    from jinja2 import TemplateError
+
+    adopt(tiny(tmp_path, "phi3", template), tmp_path / "ready", system_prompt="Think.")
+    tokenizer = load_tokenizer(tmp_path / "ready")
+    for messages, tools in WITH_TOOLS.values():
+        with pytest.raises(TemplateError, match="no tools"):
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    assert "Think." in tokenizer.apply_chat_template(ASKED, tokenize=False)
+
+
+def test_phi_4_minis_own_template_keeps_its_tools(shared_data: Path, tmp_path: Path) -> None:
+    settings = json.loads((shared_data / "phi4-mini" / "tokenizer_config.json").read_text("utf-8"))
+    source = tiny(tmp_path, "phi3", settings["chat_template"])
+    adopt(source, tmp_path / "ready", system_prompt=None)
+    own, ready = load_tokenizer(source), load_tokenizer(tmp_path / "ready")
+    messages, _ = WITH_TOOLS["in the system turn"]
+    text = ready.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert '<|tool|>[{"name": "add"}]<|/tool|>' in text
 
 
 def test_a_base_that_is_none_is_one_message(instruct: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.jobs import chain, launch, quickstart
 from phimr_nemo.jobs.changes import changes, made_from
 from phimr_nemo.jobs.launch import run_stage
+from phimr_nemo.jobs.steps.schedule import Child, Starter
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.claims import claimed
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.runs import RUN_FILE, RunDirectory
@@ -46,6 +49,7 @@ TRAINING: tuple[tuple[str, str, Kind], ...] = (
     ("sft", "data", "conversations"),
     ("dpo", "pairs", "pairs"),
     ("grpo", "prompts", "prompts"),
+    ("distill", "prompts", "prompts"),
 )
 
 
@@ -84,6 +88,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def training(stage: str, root: Path, key: str, *overrides: str) -> Any:
     paths = [f"run.output={root / 'run'}", f"base={root / 'base'}", f"{key}={root / 'data'}"]
+    paths += [f"teacher.path={root / 'base'}"] if stage == "distill" else []
     return load_config(STAGES[stage], Path(f"conf/{stage}/tiny.yaml"), [*paths, *overrides])
 
 
@@ -282,9 +287,16 @@ def test_a_finished_evaluation_does_not_answer_for_other_weights(tmp_path: Path,
 # Quickstart and pipeline -------------------------------------------------------------------------------------
 
 
-def steps(root: Path, *overrides: str) -> list[quickstart.Step]:
+def steps(root: Path, *overrides: str) -> list[Step]:
     config = load_config(QuickstartConfig, Path("conf/quickstart/tiny.yaml"), overrides)
     return quickstart.seed_steps(config, 0, root)[:3]
+
+
+class Ended:
+    """A process that has done its work."""
+
+    def poll(self) -> int:
+        return 0
 
 
 @pytest.fixture
@@ -293,19 +305,18 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str
     ran: list[str] = []
     small = {"base": [*SHAPE], "verdicts": ["workers=1"]}
 
-    def plan(path: Path, seeds: Any, out: Path, overrides: Any) -> list[quickstart.Step]:
+    def plan(path: Path, seeds: Any, out: Path, overrides: Any) -> list[Step]:
         planned = steps(out / "seed-0", "train_problems=6", *overrides)
-        return [
-            quickstart.Step(step.name, (*step.arguments, *small.get(step.name, ())), step.output) for step in planned
-        ]
+        return [Step(step.name, (*step.arguments, *small.get(step.name, ())), step.output) for step in planned]
 
-    def run(step: quickstart.Step) -> None:
+    def start(starter: Starter, step: Step, output: object = None) -> Ended:
         ran.append(step.name)
         stage, _, preset, *overrides = step.arguments
         run_stage(stage, load_config(STAGES[stage], Path(preset), overrides))
+        return Ended()
 
     monkeypatch.setattr(quickstart, "plan_quickstart", plan)
-    monkeypatch.setattr(quickstart, "run_step", run)
+    monkeypatch.setattr(Starter, "start", start)
     monkeypatch.setattr(quickstart, "write_report", lambda *_: None)
     monkeypatch.setattr(quickstart, "answers", lambda _: iter(()))
     return ran
@@ -318,12 +329,12 @@ def test_a_quickstart_names_finished_steps_that_changed_and_makes_them_again_whe
         quickstart.run_quickstart(Path("conf/quickstart/tiny.yaml"), [0], out, overrides, redo=redo)
 
     run()
-    assert in_this_process == ["base", "rollouts", "verdicts"]
+    assert sorted(in_this_process) == ["base", "rollouts", "verdicts"]
     run()
     (tmp_path / "out").rename(tmp_path / "moved")
     run(out=tmp_path / "moved")
     (tmp_path / "moved").rename(tmp_path / "out")
-    assert in_this_process == ["base", "rollouts", "verdicts"]
+    assert sorted(in_this_process) == ["base", "rollouts", "verdicts"]
     before = read_table(tmp_path / "out/seed-0/verdicts", "verdicts")
     with pytest.raises(UserError) as caught:
         run("train_problems=7")
@@ -342,7 +353,7 @@ def test_a_quickstart_of_an_earlier_version_is_named_once_and_made_again_when_as
 ) -> None:
     arguments = (Path("conf/quickstart/tiny.yaml"), [0], tmp_path / "out", ())
     quickstart.run_quickstart(*arguments, redo=False)
-    directories = [tmp_path / "out" / "seed-0" / name for name in in_this_process]
+    directories = [tmp_path / "out" / "seed-0" / name for name in sorted(in_this_process)]
     for directory in directories:
         described = json.loads((directory / RUN_FILE).read_text("utf-8"))
         del described["made_from"]
@@ -353,7 +364,7 @@ def test_a_quickstart_of_an_earlier_version_is_named_once_and_made_again_when_as
     assert ", ".join(map(str, directories)) in caught.value.problem
     quickstart.run_quickstart(*arguments, redo=True)
     quickstart.run_quickstart(*arguments, redo=False)
-    assert in_this_process == ["base", "rollouts", "verdicts"] * 2
+    assert sorted(in_this_process) == sorted(["base", "rollouts", "verdicts"] * 2)
 
 
 def test_a_step_whose_input_was_replaced_is_named(tmp_path: Path, in_this_process: list[str]) -> None:
@@ -366,7 +377,7 @@ def test_a_step_whose_input_was_replaced_is_named(tmp_path: Path, in_this_proces
     finish(rollouts, kind="rollouts", **read_manifest(rollouts, "rollouts").made_from.to_json())
     with pytest.raises(UserError, match=r"seed-0/verdicts: rollouts: content"):
         quickstart.run_quickstart(*arguments, redo=False)
-    assert in_this_process == ["base", "rollouts", "verdicts"]
+    assert sorted(in_this_process) == ["base", "rollouts", "verdicts"]
     quickstart.run_quickstart(*arguments, redo=True)
     assert in_this_process[3:] == ["verdicts"]
 
@@ -466,11 +477,11 @@ def test_a_step_that_is_made_again_otherwise_leaves_no_later_one(
     arguments = (Path("conf/quickstart/tiny.yaml"), [0], tmp_path, ())
     quickstart.run_quickstart(*arguments, redo=False)
     shutil.rmtree(tmp_path / "seed-0" / "rollouts")
-    run = quickstart.run_step
+    start = Starter.start
 
-    def other(step: quickstart.Step) -> None:
-        run(quickstart.Step(step.name, (*step.arguments, "teacher.mistake_rate=0.9"), step.output))
+    def other(starter: Starter, step: Step, output: Any = None) -> Child:
+        return start(starter, replace(step, arguments=(*step.arguments, "teacher.mistake_rate=0.9")), output)
 
-    monkeypatch.setattr(quickstart, "run_step", other)
+    monkeypatch.setattr(Starter, "start", other)
     with pytest.raises(UserError, match="verdicts: rollouts: content"):
         quickstart.run_quickstart(*arguments, redo=False)

@@ -15,7 +15,8 @@ from phimr_nemo.cli.main import app
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.jobs.closing import closing_lines, next_command
-from phimr_nemo.jobs.quickstart import Step, seed_steps
+from phimr_nemo.jobs.quickstart import seed_steps
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.runs import RESULTS_FILE, MetricsWriter, RunDirectory
 
 TINY = "tiny.yaml"

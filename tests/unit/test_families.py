@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from phimr_nemo.config.tiny import FamilyName
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.families import FAMILIES
+from phimr_nemo.model.layout import check_length
 from phimr_nemo.model.longrope import inverse_frequencies
 from phimr_nemo.model.table import tensor_shapes
 from phimr_nemo.plan.memory import stage_parameters
@@ -231,6 +233,30 @@ def test_another_family_is_refused_with_the_names_of_those_that_work(model_type:
         Architecture.from_hf_config(LLAMA_32_1B | {"model_type": model_type})
     assert repr(model_type) in caught.value.problem
     assert all(name in caught.value.rule for name in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("smollm3", "no_rope_layers"), ("gemma2", "norms"), ("qwen3_moe", "mixtures of experts")],
+)
+def test_a_family_that_is_asked_for_is_refused_with_what_it_has(model_type: str, reason: str, tmp_path: Path) -> None:
+    """SmolLM3 is Llama's layers but for those that are not rotated, and would be read as one without a word."""
+    config = LLAMA_32_1B | {"model_type": model_type, "no_rope_layers": [1, 1, 1, 0] * 4, "no_rope_layer_interval": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(UserError, match=reason):
+        Architecture.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("config", [MISTRAL_7B, LLAMA_32_1B], ids=["mistral", "llama"])
+def test_a_sequence_beyond_the_window_is_refused_and_one_within_sees_everything(config: dict[str, Any]) -> None:
+    arch = Architecture.from_hf_config(config)
+    window = config.get("sliding_window")
+    check_length(arch, window or 8192)
+    assert arch.sliding_window == window
+    if window is not None:
+        with pytest.raises(UserError, match=f"sliding window of {window}") as caught:
+            check_length(arch, window + 1)
+        assert f"at most {window}" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

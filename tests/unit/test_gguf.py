@@ -17,13 +17,15 @@ from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation, stop_token_ids
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.launch import launch
-from phimr_nemo.jobs.quickstart import Step, run_step
+from phimr_nemo.jobs.steps.step import Step, run_step
 from phimr_nemo.model.files import gguf as module
 from phimr_nemo.model.files.gguf import KNOWN, GGUFFile, import_gguf
 from phimr_nemo.model.files.ggufheader import MAX_ARRAY_ITEMS
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.runs import read_metrics
 from phimr_nemo.store.shards import finish, read_table, rows_to_table, write_shard
+from recipes import gsm8k
+from recipes.gsm8k import HARDER_FROM
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are written and read with the package gguf")
 
@@ -256,11 +258,73 @@ def test_smollm2_itself(tmp_path: Path) -> None:
 
 def write_gsm8k(path: Path) -> None:
     """Problems in GSM8K's own layout, with worked answers."""
-    rows = [
-        {"question": f"Ann has {i} nuts and finds {7 * i}. How many?", "answer": f"{i}+{7 * i}={8 * i}\n#### {8 * i}"}
-        for i in range(1, PROBLEMS + 1)
-    ]
+    rows = []
+    for i in range(1, PROBLEMS + 1):
+        lines = [f"She finds {7 * i} = <<7*{i}={7 * i}>>{7 * i}."] * (HARDER_FROM if i % 2 else 1)
+        worked = [*lines[1:], f"{i}+{7 * i}=<<{i}+{7 * i}={8 * i}>>{8 * i}"]
+        answer = "\n".join([*worked, f"#### {8 * i}"])
+        rows.append({"question": f"Ann has {i} nuts and finds {7 * i}. How many?", "answer": answer})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def test_gsm8k_as_published_becomes_the_training_file(tmp_path: Path) -> None:
+    write_gsm8k(tmp_path / "published.jsonl")
+    assert gsm8k.main([str(tmp_path / "published.jsonl"), str(tmp_path / "new" / "train.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "new" / "train.jsonl").read_text("utf-8").splitlines()]
+    short, long = rows[1], rows[0]
+    assert short == {
+        "question": "Ann has 2 nuts and finds 14. How many?",
+        "answer": "2+14=16\n#### 16",
+        "difficulty": "elementary",
+    }
+    assert long["answer"] == "\n".join(["She finds 7 = 7."] * (HARDER_FROM - 1) + ["1+7=8", "#### 8"])
+    assert [row["difficulty"] for row in rows] == ["middle", "elementary"] * (PROBLEMS // 2)
+
+
+@pytest.mark.parametrize("line", ["", "[1]", '{"question": "How many?"}', '{"question": "How many?", "answer": "8"}'])
+def test_a_line_that_is_not_gsm8ks_is_named(line: str) -> None:
+    good = json.dumps({"question": "How many?", "answer": "4+4=8\n#### 8"})
+    with pytest.raises(UserError, match="line 2"):
+        list(gsm8k.plain_rows([good, line]))
+
+
+def test_a_wrong_call_of_the_gsm8k_script_ends_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gsm8k.main(["one"]) == 2
+    assert gsm8k.main([str(tmp_path / "absent"), str(tmp_path / "out")]) == 2
+    assert "absent" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["smollm2", "smollm2-cpu"])
+def test_the_presets_stages_fit_each_other(name: str) -> None:
+    """What a stage writes is where the next one reads, and no longer than that one takes."""
+
+    def preset(stage: str, suffix: str = "", *given: str) -> Any:
+        return load_config(STAGES[stage], Path(f"conf/{stage}/{name}{suffix}.yaml"), given)
+
+    solved = preset("generate", "", "teacher.path=gsm8k.jsonl")
+    verify, curate, pack = preset("verify"), preset("curate"), preset("pack")
+    midtrain, sft, dpo, grpo = (preset(stage) for stage in ("midtrain", "sft", "dpo", "grpo"))
+    own = preset("generate", "-rollouts", "problems.path=gsm8k.jsonl")
+    preferences, evaluate = preset("curate", "-rollouts"), preset("evaluate")
+    assert (verify.rollouts, curate.verdicts) == (solved.run.output, verify.run.output)
+    assert (pack.conversations, midtrain.data) == (curate.run.output / "midtrain", pack.run.output)
+    assert sft.data == curate.run.output / "sft"
+    assert dpo.pairs == preferences.run.output / "pairs"
+    assert grpo.prompts == preferences.run.output / "prompts"
+    bases = [Path(stage.base) for stage in (sft, dpo, grpo)]
+    assert bases == [stage.run.output / "hf" for stage in (midtrain, sft, dpo)]
+    assert Path(own.teacher.path) == bases[1]
+    assert Path(evaluate.model) == grpo.run.output / "hf"
+    assert pack.sequence_length == midtrain.sequence_length == curate.midtrain.max_tokens
+    assert sft.sequence_length == curate.sft.max_tokens
+    assert dpo.sequence_length == preferences.pairs.max_tokens
+    assert grpo.sequence_length - grpo.max_new_tokens == preferences.prompts.max_tokens
+    assert own.teacher.max_new_tokens == grpo.max_new_tokens == evaluate.max_new_tokens
+    outputs = [
+        stage.run.output for stage in (solved, verify, curate, pack, midtrain, sft, own, preferences, dpo, grpo)
+    ]
+    assert len(set(outputs)) == len(outputs)
 
 
 def write_own_verdicts(solved: Path, target: Path) -> None:
@@ -276,23 +340,24 @@ def write_own_verdicts(solved: Path, target: Path) -> None:
 
 @pytest.mark.slow
 def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
-    """conf/*/smollm2.yaml from import to GRPO and a score, a few steps each, on a file in GSM8K's layout."""
-    write_gsm8k(tmp_path / "gsm8k.jsonl")
+    """conf/*/smollm2-cpu.yaml from import to GRPO and a score, a few steps each, on a file in GSM8K's layout."""
+    write_gsm8k(tmp_path / "published.jsonl")
+    assert gsm8k.main([str(tmp_path / "published.jsonl"), str(tmp_path / "gsm8k.jsonl")]) == 0
     import_gguf(str(small), tmp_path / "base" / "hf", system_prompt="")
     short = ("sequence_length=512",)
-    train = ("model.dtype=fp32", "checkpoint.every=100", *short)
+    train = ("checkpoint.every=100", *short)
     few = (*train, f"max_steps={STEPS}", "micro_batch=2", "global_batch=2")
 
     def settings_of(stage: str, name: str, overrides: tuple[str, ...], preset: str) -> Step:
         fixed = (f"run.output={tmp_path / name}", "run.log_every=1")
         return Step(name, (stage, "--config", f"conf/{stage}/{preset}.yaml", *fixed, *overrides), tmp_path / name)
 
-    def here(stage: str, name: str, *overrides: str, preset: str = "smollm2") -> None:
+    def here(stage: str, name: str, *overrides: str, preset: str = "smollm2-cpu") -> None:
         _, _, path, *settings = settings_of(stage, name, overrides, preset).arguments
         launch(stage, load_config(STAGES[stage], Path(path), settings))
 
     def apart(stage: str, *overrides: str) -> None:
-        run_step(settings_of(stage, stage, overrides, "smollm2"))  # Megatron's state is one per process
+        run_step(settings_of(stage, stage, overrides, "smollm2-cpu"))  # Megatron's state is one per process
 
     def made(name: str) -> str:
         return str(tmp_path / name)
@@ -313,12 +378,12 @@ def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
     apart("sft", f"base={made('midtrain/hf')}", f"data={made('curated/sft')}", *few, "validation_rows=0")
     write_own_verdicts(tmp_path / "verdicts", tmp_path / "own-verdicts")
     tokens = f"tokenizer={made('base/hf')}"
-    here("curate", "sets", f"verdicts={made('own-verdicts')}", tokens, "workers=1", preset="smollm2-rollouts")
+    here("curate", "sets", f"verdicts={made('own-verdicts')}", tokens, "workers=1", preset="smollm2-cpu-rollouts")
     apart("dpo", f"base={made('sft/hf')}", f"pairs={made('sets/pairs')}", *few)
     rounds = (f"steps={STEPS}", "prompts_per_step=2", "group_size=2", "max_new_tokens=8", "micro_batch=2")
     room = ("engine.cache_gib=1", "verify_workers=1")
     apart("grpo", f"base={made('dpo/hf')}", f"prompts={made('sets/prompts')}", *train, *rounds, *room)
-    asked = ("problems.kind=file", f"problems.path={made('gsm8k.jsonl')}", "engine.dtype=fp32", "workers=1")
+    asked = ("problems.kind=file", f"problems.path={made('gsm8k.jsonl')}", "workers=1")
     here("evaluate", "score", f"model={made('grpo/hf')}", *asked, "max_new_tokens=8")
     assert json.loads((tmp_path / "score" / "results.json").read_text("utf-8"))["questions"] == PROBLEMS
     chain = ("base", "midtrain", "sft", "dpo", "grpo")

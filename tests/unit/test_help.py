@@ -39,6 +39,14 @@ def test_every_key_of_a_preset_is_named(stage: str) -> None:
     assert {"run.output", "run.seed"} <= named
 
 
+def test_a_command_without_a_word_takes_its_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`phimr quickstart` alone is the whole recipe."""
+    begun: list[object] = []
+    monkeypatch.setattr("phimr_nemo.jobs.quickstart.run_quickstart", lambda *given, **_: begun.extend(given))
+    assert CliRunner().invoke(app, ["quickstart"]).exit_code == 0
+    assert begun == [Path("conf/quickstart/tiny.yaml"), [0], Path("runs/quickstart"), []]
+
+
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_every_example_is_shown_and_can_be_typed(stage: str) -> None:
     shown = help_of(stage, "-h")

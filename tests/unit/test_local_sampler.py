@@ -13,6 +13,7 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local import engine as local
+from phimr_nemo.generate.local import sampling
 from phimr_nemo.generate.local.decoder import Decoder, KVCache
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.local.sampling import request_uniforms
@@ -299,6 +300,76 @@ def test_no_work_is_wasted(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # The last token of a response is never fed: nothing follows it.
     assert sum(fed) == sum(len(c.token_ids) - 1 for c in done)
     assert max(fed) <= 5
+
+
+@torch.inference_mode()
+def test_a_prompts_padding_is_not_computed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only attention sees prompts of other lengths as one block; logits are those of each prompt alone."""
+    computed: list[int] = []
+    finish_layer = Decoder._finish_layer
+
+    def counting(self: Decoder, layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+        computed.append(hidden.shape[0] * hidden.shape[1])
+        return finish_layer(self, layer, hidden, attended)
+
+    monkeypatch.setattr(Decoder, "_finish_layer", counting)
+    decoder = make_sampler(model)._decoder
+    assert decoder is not None
+    prompts = [request.prompt_ids for request in make_requests([1, 30, 7, 2])]
+    cache, together = decoder.prefill(prompts)
+    assert computed == [40, 40]
+    for row, prompt in enumerate(prompts):
+        own, alone = decoder.prefill([prompt])
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-5)
+        for mine, theirs in zip(cache.layers, own.layers, strict=True):
+            torch.testing.assert_close(mine[:, row, :, : len(prompt)], theirs[:, 0], rtol=0, atol=1e-5)
+
+
+def nucleus_draws(scale: float) -> tuple[Tensor, Tensor]:
+    """Tokens of many uniforms from rows of 1,000 probabilities, the same from some of them first and from all."""
+    generator = torch.Generator().manual_seed(int(scale * 100))
+    # Rounded as a model in bf16 rounds: many probabilities are equal.
+    logits = torch.randn(1, 1_000, generator=generator).mul(scale).bfloat16().float()
+    probabilities = torch.softmax(logits, dim=-1).expand(4_096, -1).contiguous()
+    uniforms = (torch.arange(4_096, dtype=torch.float64) + 0.5) / 4_096
+    some = sampling._invert_nucleus(probabilities, uniforms, 0.9)
+    ordered, places = sampling._in_order(probabilities)
+    return some, sampling._drawn_in_order(ordered, places, uniforms, 0.9)[0]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, 3.0, 8.0])
+def test_a_nucleus_looked_for_in_part_is_that_of_the_whole(scale: float) -> None:
+    some, whole = nucleus_draws(scale)
+    assert torch.equal(some, whole)
+    assert len(whole.unique()) > {0.0: 890, 0.3: 800, 1.0: 400, 3.0: 10, 8.0: 1}[scale]
+
+
+def test_a_nucleus_that_is_cut_off_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted fault for the test above: the most probable tokens are taken for all that count."""
+    drawn_in_order = sampling._drawn_in_order
+
+    def careless(*arguments: Any) -> tuple[Tensor, Tensor]:
+        tokens, ends = drawn_in_order(*arguments)
+        return tokens, torch.ones_like(ends)
+
+    monkeypatch.setattr(sampling, "_drawn_in_order", careless)
+    some, whole = nucleus_draws(1.0)
+    assert not torch.equal(some, whole)
+
+
+def test_only_rows_with_a_wide_nucleus_are_ordered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[tuple[int, int]] = []
+    in_order = sampling._in_order
+
+    def counting(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        widths.append((probabilities.shape[0], probabilities.shape[1]))
+        return in_order(probabilities)
+
+    monkeypatch.setattr(sampling, "_in_order", counting)
+    scales = torch.tensor([9.0, 0.0, 9.0, 9.0])[:, None]
+    logits = torch.randn(4, 1_000, generator=torch.Generator().manual_seed(1)) * scales
+    sampling.sampled_tokens(logits, torch.full((4,), 0.5, dtype=torch.float64), temperature=1.0, top_p=0.9)
+    assert widths == [(4, sampling.NUCLEUS), (1, 1_000)]
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, int]:

@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 from phimr_nemo.config import STAGES, EvaluateConfig, GenerateConfig, QuickstartConfig, SyntheticProblems, load_config
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.jobs import quickstart as pipeline
 from phimr_nemo.jobs.preflight import file_inputs, record_inputs
-from phimr_nemo.jobs.quickstart import ROWS, Step, plan_quickstart, run_quickstart, run_step, seed_steps
+from phimr_nemo.jobs.quickstart import ROWS, SECONDS, plan_quickstart, run_quickstart, seed_steps
+from phimr_nemo.jobs.steps import schedule as scheduler
+from phimr_nemo.jobs.steps.schedule import Starter, run_steps, ways
+from phimr_nemo.jobs.steps.step import Step, run_step
+from phimr_nemo.store.progress import duration
 from phimr_nemo.store.runs import RunDirectory
 
 QUICKSTART = Path("conf/quickstart/tiny.yaml")
@@ -102,41 +107,134 @@ def test_a_step_reads_as_the_command_that_a_user_types(tmp_path: Path) -> None:
 
 
 class Recorder:
-    """Stands for the processes: marks a step's run as done, stops where it is told to."""
+    """Stands for the processes: marks a step's run as done, ends with another code where it is told to."""
 
-    def __init__(self, stop_at: str | None = None, error: BaseException | None = None) -> None:
+    def __init__(self, stop_at: str | None = None, code: int = 0) -> None:
         self.ran: list[str] = []
-        self.stop_at, self.error = stop_at, error
+        self.stop_at, self.code = stop_at, code
 
-    def __call__(self, step: Step) -> None:
-        if step.name == self.stop_at and self.error is not None:
-            raise self.error
+    def start(self, step: Step, output: object = None) -> Recorder.Ended:
+        if step.name == self.stop_at:
+            return Recorder.Ended(self.code)
         self.ran.append(step.name)
         RunDirectory(step.output).finish()
+        return Recorder.Ended(0)
+
+    class Ended:
+        """A process that has ended."""
+
+        def __init__(self, code: int) -> None:
+            self.code = code
+
+        def poll(self) -> int:
+            return self.code
 
 
-@pytest.mark.parametrize(
-    "error", [Preempted("later"), KeyboardInterrupt(), RuntimeError("broken"), UserError("a", rule="b", remedy="c")]
-)
+@pytest.mark.parametrize(("code", "error"), [(3, Preempted), (1, RuntimeError), (-9, RuntimeError), (2, UserError)])
 def test_an_interrupted_quickstart_continues_at_the_step_it_was_in(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "write_report", lambda _, out: (out / "table.md").write_text("table"))
     monkeypatch.setattr(pipeline, "answers", lambda _: iter(()))
     names = [step.name for step in steps(tmp_path)]
-    first, second, third = Recorder("dpo", error), Recorder(), Recorder()
-    monkeypatch.setattr(pipeline, "run_step", first)
-    with pytest.raises(type(error)):
+    first, second, third = Recorder("dpo", code), Recorder(), Recorder()
+    monkeypatch.setattr(Starter, "start", lambda _, *started: first.start(*started))
+    with pytest.raises(error, match="dpo"):
         run_quickstart(QUICKSTART, [0], tmp_path, [], redo=False)
-    assert first.ran == names[: names.index("dpo")]
+    assert {*names[: names.index("dpo")]} <= {*first.ran}
+    assert not {"dpo", "grpo", "evaluate-dpo", "evaluate-grpo", "release"} & {*first.ran}
     assert not (tmp_path / "table.md").exists()
-    monkeypatch.setattr(pipeline, "run_step", second)
+    monkeypatch.setattr(Starter, "start", lambda _, *started: second.start(*started))
     run_quickstart(QUICKSTART, [0], tmp_path, [], redo=False)
-    assert second.ran == names[names.index("dpo") :]
+    assert {*first.ran} | {*second.ran} == {*names}
+    assert len(first.ran) + len(second.ran) == len(names)
     assert (tmp_path / "table.md").exists()
-    monkeypatch.setattr(pipeline, "run_step", third)
+    monkeypatch.setattr(Starter, "start", lambda _, *started: third.start(*started))
     run_quickstart(QUICKSTART, [0], tmp_path, [], redo=False)
     assert third.ran == []
+
+
+def test_every_step_has_its_share_of_the_time_to_go(tmp_path: Path) -> None:
+    planned = steps(tmp_path)
+    assert {step.name for step in planned} == SECONDS.keys()
+    reads = {step: [other for other in planned if step.reads(other)] for step in planned}
+    # The teacher needs no model; evaluations and the row without mid-training run beside the main row.
+    row = ("rollouts", "verdicts", "curated", "rows", "midtrain", "sft", "own-rollouts", "own-verdicts")
+    longest = (*row, "preferences", "dpo", "grpo", "evaluate-grpo", "release")
+    way = ways(planned, reads, SECONDS)
+    by_name = {step.name: way[step] for step in planned}
+    assert max(way.values()) == by_name["rollouts"] == sum(SECONDS[name] for name in longest)
+    assert by_name["evaluate-grpo"] == SECONDS["evaluate-grpo"] + SECONDS["release"]
+    assert by_name["release"] == SECONDS["release"]
+    # What has the terminal is always longer than what runs beside it.
+    aside = {name for name in by_name if name.startswith("evaluate-") or name == "sft-without-midtrain"}
+    row_ways = [by_name[name] for name in longest]
+    assert row_ways == sorted(row_ways, reverse=True)
+    assert max(by_name[name] for name in aside) < by_name["midtrain"]
+
+
+def test_steps_side_by_side_wait_for_what_they_read_and_for_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The long row first; beside it, in its own words when it is done, what nothing waits for."""
+    planned = steps(tmp_path)
+    longest = max(ways(planned, {s: [o for o in planned if s.reads(o)] for s in planned}, SECONDS).values())
+    running: dict[str, int] = {}
+    most = 0
+
+    class Ticking:
+        """A process of a few looks."""
+
+        def __init__(self, step: Step, output: Any) -> None:
+            self.step, self.looks = step, 3
+            if output is not None:
+                output.write(f"beside: {step.name}\n".encode())
+                output.flush()
+            running[step.name] = 1
+
+        def poll(self) -> int | None:
+            self.looks -= 1
+            if self.looks:
+                return None
+            running.pop(self.step.name)
+            RunDirectory(self.step.output).finish()
+            return 0
+
+    begun: list[str] = []
+
+    def start(_: Starter, step: Step, output: Any = None) -> Ticking:
+        nonlocal most
+        for other in planned:
+            assert not step.reads(other) or RunDirectory(other.output).is_done
+        begun.append(step.name)
+        process = Ticking(step, output)
+        most = max(most, len(running))
+        return process
+
+    monkeypatch.setattr(Starter, "start", start)
+    run_steps(planned, at_once=2, seconds=SECONDS)
+    assert sorted(begun) == sorted(step.name for step in planned)
+    assert most == 2
+    assert begun.index("evaluate-midtrain") < begun.index("dpo")
+    said = capfd.readouterr().out
+    assert "beside: evaluate-midtrain\n" in said
+    assert "beside: midtrain\n" not in said
+    assert "beside: grpo\n" not in said
+    assert said.split("\n")[0].endswith(f", about {duration(longest)} to go in all")
+
+
+def test_what_runs_beside_a_step_that_fails_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real processes: one refuses, the other would sleep for ever."""
+    one, two = (Step(name, ("some",), tmp_path / name) for name in ("refuses", "sleeps"))
+    programs = {"refuses": "raise SystemExit(2)", "sleeps": "import time; time.sleep(600)"}
+    monkeypatch.setattr(
+        Starter,
+        "start",
+        lambda _, step, output: processes.start([sys.executable, "-c", programs[step.name]], stdout=output),
+    )
+    monkeypatch.setattr(scheduler, "_is_to_run", lambda *_, **__: True)
+    with pytest.raises(UserError, match="refuses"):
+        run_steps([two, one], at_once=2)
 
 
 def test_a_step_that_refuses_its_input_is_the_users_mistake(

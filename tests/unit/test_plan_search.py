@@ -19,7 +19,7 @@ from phimr_nemo.plan.request import LAYOUT_KEYS, TrainingRequest, read_request
 from phimr_nemo.plan.search import TrainingPlan, candidates, plan_training
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-STAGES = ("midtrain", "sft", "dpo", "grpo")
+STAGES = ("midtrain", "sft", "dpo", "grpo", "distill")
 READY_MADE = [path for stage in STAGES for path in sorted((CONF / stage).glob("phi4mini-*x*.yaml"))]
 NEAR_THE_BEST = 1.35
 """A ready-made layout's time over the fastest's: near it, and simple."""

@@ -63,6 +63,16 @@ def test_markdown_says_what_is_in_the_rows() -> None:
     assert dict(zip(cells[0], cells[3], strict=True))["SE (across seeds)"] == "-"
 
 
+def test_the_time_of_training_stands_in_the_table_where_it_is_known() -> None:
+    timed = [Entry("base", 0, 9, 0.0, 0.1), Entry("SFT", 0, 9, 0.5, 0.1, 100.0), Entry("SFT", 1, 9, 0.5, 0.1, 110.0)]
+    titles, _, base, sft = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table_markdown(paper_table(timed)).splitlines()
+    )
+    assert (titles[-1], base[-1], sft[-1]) == ("training", "-", "1 min 45 s")
+    assert "training" not in table_markdown(paper_table(ENTRIES))
+
+
 def test_a_seed_given_twice_or_on_other_questions_is_refused() -> None:
     for wrong in (Entry("SFT", 0, 256, 0.1, 0.1), Entry("SFT", 3, 255, 0.1, 0.1)):
         with pytest.raises(UserError, match="row 'SFT'"):
@@ -70,11 +80,11 @@ def test_a_seed_given_twice_or_on_other_questions_is_refused() -> None:
 
 
 def test_the_json_table_has_the_agreed_form(tmp_path: Path) -> None:
-    entries = [*ENTRIES, entry("base", 0, result(0.25, math.nan, questions=1))]
+    entries = [*ENTRIES, entry("base", 0, result(0.25, math.nan, questions=1), 12.5)]
     rows = write_table(tmp_path, entries)
     lines = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
     assert lines[0] == {"row": "SFT", "seed": 2, "n": 256, "pass1": 0.62, "stderr": 0.03}
-    assert lines[-1] == {"row": "base", "seed": 0, "n": 1, "pass1": 0.25, "stderr": None}
+    assert lines[-1] == {"row": "base", "seed": 0, "n": 1, "pass1": 0.25, "stderr": None, "seconds": 12.5}
     assert (tmp_path / "table.md").read_text() == table_markdown(rows)
 
 

@@ -1,4 +1,4 @@
-"""Responses that a GRPO run keeps: which ones, how they are read back, and what the terminal shows."""
+"""Responses that a GRPO run keeps: which ones, and how they are read back (`phimr show` is in test_show.py)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 from phimr_nemo.align.grpo.responses import response_rows
 from phimr_nemo.align.grpo.rollouts import Prompt, Rollout
-from phimr_nemo.cli.main import app
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.responses import drop_later, kept_steps, read_responses, write_responses
@@ -116,46 +114,6 @@ def test_a_file_that_no_run_writes_is_refused(column: str, values: pa.Array, alo
     pq.write_table(pa.table({**others, column: values}), tmp_path / "responses" / "step-00000001.parquet")
     with pytest.raises(UserError, match=r"is not readable|unpacks to more"):
         read_responses(tmp_path, None)
-
-
-def shown(run: Path, *options: str) -> str:
-    done = CliRunner().invoke(app, ["responses", str(run), *options], catch_exceptions=False)
-    assert done.exit_code == 0
-    return done.output
-
-
-def test_the_terminal_shows_prompt_response_reward_and_verdict(tmp_path: Path) -> None:
-    hostile = "\x1b[2Jgone <think>[bold]x[/bold]"
-    [first, *others] = rows(3, 10)
-    write_responses(tmp_path, 10, [{**first, "response": hostile}, *others])
-    write_responses(tmp_path, 20, rows(6, 20))
-    newest = shown(tmp_path, "-n", "1")
-    assert newest.count("--- step 20") == 1
-    right = sum(row["verdict"] == "correct" for row in rows(6, 20))
-    assert f"1 of 6 responses, {right} correct; there are steps 10, 20" in newest
-    old = shown(tmp_path, "--step", "10")
-    assert old.count("--- step 10") == 3
-    assert "\x1b" not in old
-    assert "\\x1b[2Jgone <think>[bold]x[/bold]" in old
-    assert f"question: {first['question']}" in old
-    assert "reward 1" in old
-    wrong = shown(tmp_path, "--step", "10", "--verdict", "wrong")
-    assert wrong.count("--- step 10") == sum(row["verdict"] == "wrong" for row in rows(3, 10))
-    assert "none of 3 responses is timeout" in shown(tmp_path, "--step", "10", "--verdict", "timeout")
-
-
-def test_long_responses_are_shortened_in_the_middle(tmp_path: Path) -> None:
-    [first, *_] = rows(3)
-    write_responses(tmp_path, 1, [{**first, "response": "a" * 5_000 + "b" * 5_000}])
-    short = shown(tmp_path)
-    assert "[... 6,000 characters, --whole prints them ...]" in short
-    assert (short.count("a"), short.count("b")) < (5_000, 5_000)
-    assert "b" * 5_000 in shown(tmp_path, "--whole").replace("\n", "")
-
-
-def test_a_run_without_responses_says_how_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"\(none so far\)\n.*monitor\.responses_every"):
-        CliRunner().invoke(app, ["responses", str(tmp_path)], catch_exceptions=False)
 
 
 def test_the_report_has_a_table_of_them(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -17,11 +18,13 @@ from phimr_nemo.data.chat import opening, render_prompt, stop_token_ids
 from phimr_nemo.data.synthetic.problems import generate_problems
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
 from phimr_nemo.errors import UserError
+from phimr_nemo.generate import rollouts
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.plan import Plan
 from phimr_nemo.generate.rollouts import sample_rollouts
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.store import progress
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.shards import is_complete, read_manifest, read_table, rows_to_table, shard_is_complete
 
@@ -151,6 +154,39 @@ def test_a_killed_run_continues_with_its_unfinished_shards(
     assert run(problems, again, tokenizer, tmp_path / "killed")
     assert again.requests == sampler.requests[SHARD_SIZE * SAMPLES :]
     assert read_table(tmp_path / "killed", "rollouts") == read_table(tmp_path / "whole", "rollouts")
+
+
+def test_the_log_of_a_continued_run_tells_what_was_there_and_the_rate(
+    problems: pa.Table,
+    sampler: CountingSampler,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    sampler.dies_at_call = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(problems, sampler, tokenizer, tmp_path / "out")
+    now, seconds = 0.0, 2.0
+    sample = sampler.sample
+
+    def slowly(requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        nonlocal now
+        now += seconds
+        return sample(requests, params)
+
+    monkeypatch.setattr(sampler, "sample", slowly)
+    monkeypatch.setattr(rollouts, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    capfd.readouterr()
+    assert run(problems, sampler, tokenizer, tmp_path / "out")
+    tokens = [row["tokens"] for row in read_table(tmp_path / "out", "rollouts").to_pylist()]
+    shard = SHARD_SIZE * SAMPLES
+    lines = [line.split(", ")[:2] for line in capfd.readouterr().err.splitlines() if line.startswith("sampling")]
+    assert lines == [
+        [f"sampling: rollout {2 * shard} of {len(tokens)}", f"tok/s {sum(tokens[shard : 2 * shard]) / seconds:,.0f}"],
+        [f"sampling: rollout {len(tokens)} of {len(tokens)}", f"tok/s {sum(tokens[2 * shard :]) / seconds:,.0f}"],
+    ]
 
 
 def test_processes_share_the_shards(

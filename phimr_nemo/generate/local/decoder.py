@@ -190,25 +190,28 @@ class Decoder:
             A cache with one row a prompt, and the logits [prompts, vocab] that follow each prompt.
         """
         device = self.weights.embedding.device
-        longest = max(len(prompt) for prompt in prompts)
-        padded = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = torch.tensor(prompt)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
         cache = KVCache(self.arch, rows=len(prompts), capacity=longest, limit=longest, like=self.weights.embedding)
-        hidden = F.embedding(padded.to(device), self.weights.embedding)
-        cos, sin = self._cos[:longest], self._sin[:longest]
+        # Prompts differ in length by much; all but attention is computed for their tokens alone, one after the other.
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        rows = torch.arange(len(prompts)).repeat_interleave(lengths).to(device)
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+        hidden = F.embedding(tokens, self.weights.embedding)[None]
+        cos, sin = self._cos[positions], self._sin[positions]
+        queries = hidden.new_zeros(len(prompts), self._heads, longest, self._head_dim)
         for layer, stored in zip(self.weights.layers, cache.layers, strict=True):
             query, key, value = self._project(layer, hidden)
             query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
-            stored[0], stored[1] = key, value
+            for padded, one_by_one in ((queries, query), (stored[0], key), (stored[1], value)):
+                padded[rows, :, positions] = one_by_one[0].transpose(0, 1)
             # Padding is on the right, so causality alone keeps it out of every real position.
             attended = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=self._heads != self._groups
+                queries, stored[0], stored[1], is_causal=True, enable_gqa=self._heads != self._groups
             )
-            hidden = self._finish_layer(layer, hidden, attended)
-        rows = torch.arange(len(prompts), device=device)
-        return cache, self._logits(hidden[rows, last])
+            hidden = self._finish_layer(layer, hidden, attended[rows, :, positions].transpose(0, 1)[None])
+        last = lengths.cumsum(dim=0).to(device) - 1
+        return cache, self._logits(hidden[0, last])
 
     def step(self, cache: KVCache, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Feed one token to each of the first rows of the cache.
