@@ -16,6 +16,8 @@ MIB = 2**20
 KIB = 2**10
 SHOWN_ERROR = 3000
 """Characters of a failed process's error output."""
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+"""Instruction sets that matrix products are fast or slow by, as Linux names them."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -28,9 +30,23 @@ def versions(*packages: str) -> dict[str, str]:
     }
 
 
+def processor() -> tuple[str, list[str]]:
+    """The processor's name, and which wide or low-precision instructions it has (Linux; elsewhere the kind alone)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.machine(), []
+    values = dict(reversed([line.split(":", 1) for line in lines if ":" in line]))
+    fields = {name.strip(): value.strip() for name, value in values.items()}
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return fields.get("model name", platform.machine()), [name for name in FEATURES if name in flags]
+
+
 def machine(**facts: object) -> dict[str, object]:
     """What the figures were measured on."""
-    return {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system(), **facts}
+    name, features = processor()
+    what = {"processor": name, "features": features, "cores": os.cpu_count(), "system": platform.system()}
+    return {**what, **facts}
 
 
 def print_result(result: Mapping[str, Any]) -> None:

@@ -20,7 +20,8 @@ on one base model with AdamW, the same learning rate, clipping, number of optimi
 Each side runs in a process of its own with one thread. Times are CPU seconds (on a GPU: wall seconds) from the end of
 the first step to the end of the last, everything in between included; tokens are those of the documents, without
 padding. The rounds alternate; the table shows medians. After training, every model's loss on documents kept out, as
-the mean over documents of the mean over the response's tokens, is computed by one function.
+the mean over documents of the mean over the response's tokens, is computed by one function. On some of them it is
+also measured while training, with the clock stopped: how long a side took to the loss that the best other ends at.
 """
 
 from __future__ import annotations
@@ -28,18 +29,26 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
-import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from common import in_child, machine, print_result, versions
+from held_out import (
+    Document,
+    documents_of,
+    held_out_loss,
+    made_up,
+    median_or_none,
+    megatron_loss,
+    seconds_to,
+    transformers_loss,
+)
 from parts import length_variance_between_rows, scopes, shares, table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -50,14 +59,9 @@ EPSILON = 1e-8
 CLIP = 1.0
 ROWS_A_STEP = 4
 PADDED_MICRO_BATCH = 4
-TOKENS_A_LINE = 14.0
-"""About what a line of the made-up solutions takes."""
-MEDIAN_SHARE = 0.25
-SIGMA = 0.8
-"""Lengths are lognormal: median a quarter of the longest, spread as of recorded right chains of thought."""
-FILL = 0.9
-"""Of the longest, at most: the prompt needs room."""
 HELD_OUT = 64
+MEASURED_DOCUMENTS, MEASUREMENTS = 16, 8
+"""Documents kept out that are measured while training, and how often."""
 MODEL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
 QUICK = {"documents": 160, "longest": 512, "repeats": 1}
 OPTIONS = ("documents", "longest", "seed", "device", "base", "dtype")
@@ -68,23 +72,9 @@ TITLES = {
     "grouped": "transformers Trainer, padded, grouped by length",
     "trl": "TRL SFTTrainer, packed",
 }
-TARGET_PADDED = 1.5
 PROFILED_STEPS = 6
-
-
-def made_up(count: int, longest: int, seed: int) -> list[dict[str, str]]:
-    """Questions, and calculations of random length as their responses."""
-    draw = random.Random(seed)
-
-    def line() -> str:
-        a, b = draw.randint(10, 99), draw.randint(10, 99)
-        return f"{a} + {b} = {a + b}."
-
-    def response() -> str:
-        tokens = min(draw.lognormvariate(math.log(MEDIAN_SHARE * longest), SIGMA), FILL * longest)
-        return "\n".join(line() for _ in range(max(1, int(tokens / TOKENS_A_LINE))))
-
-    return [{"question": f"Compute {draw.randint(100, 999)} + 1.", "response": response()} for _ in range(count)]
+Rounds = list[dict[str, dict[str, Any]]]
+"""Of every round what each side measured."""
 
 
 def make_inputs(root: Path, options: argparse.Namespace) -> None:
@@ -134,13 +124,22 @@ def clock(options: argparse.Namespace) -> float:
 class Steps:
     """When the steps ended; profiles what comes after the first one when asked to."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, root: Path, options: argparse.Namespace) -> None:
         self.options, self.ends = options, list[float]()
         self.profiler: Any = None
-        self.started = 0.0
+        self.started = self.measuring = 0.0
+        self.documents = [] if options.profile else kept_out(root, options)[:MEASURED_DOCUMENTS]
+        self.every = max(1, optimizer_steps(root) // MEASUREMENTS)
+        self.curve: list[tuple[float, float]] = []
+        """(Seconds since the first step's end, loss on documents kept out.)"""
 
-    def end(self) -> None:
-        self.ends.append(clock(self.options))
+    def end(self, document_loss: Callable[[Document], float]) -> None:
+        """A step has ended; `document_loss` is the model's mean loss on a document's response."""
+        self.ends.append(clock(self.options) - self.measuring)
+        if self.documents and len(self.ends) % self.every == 0:
+            loss = statistics.fmean(map(document_loss, self.documents))
+            self.curve.append((self.ends[-1] - self.ends[0], loss))
+            self.measuring = clock(self.options) - self.ends[-1]
         if self.options.profile and self.profiler is None:
             from torch.profiler import ProfilerActivity, profile
 
@@ -161,6 +160,7 @@ class Steps:
 def train_ours(root: Path, out: Path, options: argparse.Namespace, steps: Steps) -> None:
     """The stage."""
     from phimr_nemo.config import MidtrainConfig, load_config
+    from phimr_nemo.model.megatron.convert import phi_model
     from phimr_nemo.supervised.callbacks import RunMonitor
     from phimr_nemo.supervised.stage import run_midtrain
 
@@ -170,29 +170,31 @@ def train_ours(root: Path, out: Path, options: argparse.Namespace, steps: Steps)
     settings += [f"optim.lr={LEARNING_RATE}", f"optim.min_lr={LEARNING_RATE}", "optim.schedule=constant"]
     settings += ["optim.warmup_fraction=0", "optim.weight_decay=0", f"optim.clip_grad={CLIP}"]
     settings += [f"optim.beta1={BETAS[0]}", f"optim.beta2={BETAS[1]}", f"optim.eps={EPSILON}"]
-    real = RunMonitor.write
+    real = RunMonitor.on_train_batch_end
 
-    def timed(self: RunMonitor, step: int, metrics: Mapping[str, float]) -> None:
-        real(self, step, metrics)
-        steps.end()
+    def timed(self: RunMonitor, trainer: Any, *more: Any) -> None:
+        real(self, trainer, *more)
+        model = phi_model(trainer.strategy.megatron_parallel)
+        steps.end(lambda document: megatron_loss(model, document))
 
     config = load_config(MidtrainConfig, PRESETS / "midtrain" / "tiny.yaml", settings)
-    with mock.patch.object(RunMonitor, "write", timed), scopes() if options.profile else nullcontext():
+    with mock.patch.object(RunMonitor, "on_train_batch_end", timed), scopes() if options.profile else nullcontext():
         run_midtrain(config)
 
 
 def documents(root: Path, options: argparse.Namespace) -> list[dict[str, list[int]]]:
-    """Ids and labels of the conversations, as `phimr pack` makes them."""
-    from phimr_nemo.data.chat import load_tokenizer, render_conversations
+    """Ids and labels of the conversations."""
     from phimr_nemo.store.shards import read_table
 
     table = read_table(root / "conversations", "conversations", ["question", "response"])
-    tokenizer = load_tokenizer(base_of(root, options))
-    rendered = render_conversations(tokenizer, table["question"].to_pylist(), table["response"].to_pylist())
-    return [
-        {"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask, strict=True)]}
-        for ids, mask in rendered
-    ]
+    made = documents_of(base_of(root, options), table["question"].to_pylist(), table["response"].to_pylist())
+    return [{"input_ids": ids, "labels": labels} for ids, labels in made]
+
+
+def kept_out(root: Path, options: argparse.Namespace) -> list[Document]:
+    """Documents of the same kind that no side trains on."""
+    items = made_up(HELD_OUT, options.longest, 2 * options.seed + 1)
+    return documents_of(base_of(root, options), [i["question"] for i in items], [i["response"] for i in items])
 
 
 def train_peer(root: Path, out: Path, options: argparse.Namespace, steps: Steps) -> None:
@@ -202,8 +204,8 @@ def train_peer(root: Path, out: Path, options: argparse.Namespace, steps: Steps)
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 
     class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            steps.end()
+        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+            steps.end(lambda document: transformers_loss(model, document))
 
     base = base_of(root, options)
     data = Dataset.from_list(documents(root, options))
@@ -263,26 +265,6 @@ def train_peer(root: Path, out: Path, options: argparse.Namespace, steps: Steps)
     model.save_pretrained(out / "hf")
 
 
-def held_out_loss(directory: Path, root: Path, options: argparse.Namespace) -> float:
-    """Mean over documents of the mean negative log-probability of the response's tokens (nats)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from phimr_nemo.data.chat import load_tokenizer, render_conversations
-
-    tokenizer = load_tokenizer(base_of(root, options))
-    items = made_up(HELD_OUT, options.longest, 2 * options.seed + 1)
-    rendered = render_conversations(tokenizer, [i["question"] for i in items], [i["response"] for i in items])
-    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).to(options.device).eval()
-    losses = []
-    with torch.inference_mode():
-        for ids, mask in rendered:
-            tokens = torch.tensor([ids], device=options.device)
-            labels = tokens.masked_fill(torch.tensor([mask], device=options.device) == 0, -100)
-            losses.append(float(model(input_ids=tokens, labels=labels).loss))
-    return statistics.fmean(losses)
-
-
 def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One side, in this process."""
     import torch
@@ -290,7 +272,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cpu":
         torch.set_num_threads(1)
     out = Path(tempfile.mkdtemp(dir=root))
-    clocked = Steps(options)
+    clocked = Steps(root, options)
     (train_ours if options.child == "ours" else train_peer)(root, out, options, clocked)
     if options.profile:
         return clocked.shares()
@@ -302,13 +284,12 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         "steps": steps,
         "tokens": tokens,
         "held_out_loss": held_out_loss(out / "hf", root, options),
+        "curve": clocked.curve,
     }
 
 
 def compare(options: argparse.Namespace, sides: tuple[str, ...], root: Path) -> dict[str, Any]:
     """Print the table; the figures for the RESULT line."""
-    from phimr_nemo.store.shards import read_table
-
     make_inputs(root, options)
     arguments = [text for name in OPTIONS for text in (f"--{name}", str(getattr(options, name)))]
     program = str(Path(__file__).resolve())
@@ -321,35 +302,55 @@ def compare(options: argparse.Namespace, sides: tuple[str, ...], root: Path) -> 
         print(f"shares of {PROFILED_STEPS} steps' wall time under torch's profiler\n{table(parts)}")
         return {"bench": "train", "unit": "share of the time", "parts": parts, "ours": None, "ratio": None}
     rounds = [{side: run(side) for side in sides} for _ in range(options.repeats)]
+    return report(options, sides, rounds, root)
+
+
+def report(options: argparse.Namespace, sides: Sequence[str], rounds: Rounds, root: Path) -> dict[str, Any]:
+    """Print the table of measured sides; the figures for the RESULT line."""
+    from phimr_nemo.store.shards import read_table
+
+    first = rounds[0]
     rates = {side: statistics.median(found[side]["tokens_per_second"] for found in rounds) for side in sides}
-    print(f"{options.documents} documents, {rounds[0]['ours']['tokens']:,} tokens, rows of {options.longest}")
-    print("| trainer | tokens/s | of padded | steps | loss on documents kept out |\n|---|---:|---:|---:|---:|")
+    peers = [side for side in sides if side != "ours"]
+    print(f"{options.documents} documents, {first[sides[0]]['tokens']:,} tokens, rows of {options.longest}")
+    print("| trainer | tokens/s | steps | loss on documents kept out | seconds to the best other side's loss |")
+    print("|---|---:|---:|---:|---:|")
+    target, times = None, dict[str, float | None]()
+    if peers:
+        target = min(first[side]["curve"][-1][1] for side in peers)
+        times = {
+            side: median_or_none([seconds_to(target, found[side]["curve"]) for found in rounds]) for side in sides
+        }
     for side in sides:
-        found = rounds[0][side]
+        found, seconds = first[side], times.get(side)
+        reached = "not reached" if seconds is None else f"{seconds:,.1f}"
         print(
-            f"| {TITLES[side]} | {rates[side]:,.0f} | {rates[side] / rates['padded']:.2f} | {found['steps']} "
-            f"| {found['held_out_loss']:.4f} |",
+            f"| {TITLES[side]} | {rates[side]:,.0f} | {found['steps']} | {found['held_out_loss']:.4f} | {reached} |",
             flush=True,
         )
+    result: dict[str, Any] = {
+        "bench": "train",
+        "unit": "tokens/s",
+        "tokens_per_second": {side: round(rates[side], 1) for side in sides},
+        "equal_loss": None if target is None else round(target, 4),
+        "seconds_to_equal_loss": {side: None if s is None else round(s, 2) for side, s in times.items()},
+        "steps": {side: first[side]["steps"] for side in sides},
+        "held_out_loss": {side: round(first[side]["held_out_loss"], 4) for side in sides},
+        "sizes": {name: getattr(options, name) for name in OPTIONS},
+    }
+    if "ours" not in sides:
+        return result
     lengths = read_table(root / "rows", "rows", ["document_lengths"])["document_lengths"].to_pylist()
     share = length_variance_between_rows(lengths)
     print(
         f"ours: {share:.0%} of the variance of log lengths lies between rows (random rows: about 1 / documents a row)"
     )
-    best = max(rates[side] for side in sides if side != "ours")
-    return {
-        "bench": "train",
-        "unit": "tokens/s",
-        "ours": round(rates["ours"], 1),
-        "peers": {side: round(rates[side], 1) for side in sides if side != "ours"},
-        "ratio": round(rates["ours"] / rates["padded"], 3),
-        "target": TARGET_PADDED,
-        "ratio_best_peer": round(rates["ours"] / best, 3),
-        "length_variance_between_rows": round(share, 3),
-        "steps": {side: rounds[0][side]["steps"] for side in sides},
-        "held_out_loss": {side: round(rounds[0][side]["held_out_loss"], 4) for side in sides},
-        "sizes": {name: getattr(options, name) for name in OPTIONS},
-    }
+    result["length_variance_between_rows"] = round(share, 3)
+    result["ratios"] = {side: round(rates["ours"] / rates[side], 3) for side in peers}
+    reached = [times[side] for side in peers if times[side] is not None]
+    if times.get("ours") and reached:
+        result["ratio_to_equal_loss"] = round(min(reached) / times["ours"], 3)
+    return result
 
 
 def main() -> None:

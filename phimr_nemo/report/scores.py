@@ -105,7 +105,7 @@ def _row(name: str, group: Sequence[Entry]) -> Row:
 
 def table_markdown(rows: Sequence[Row]) -> str:
     """The table in markdown, in per cent."""
-    header = [
+    header = (
         "stage",
         "pass@1 (%)",
         "SE (clustered by question)",
@@ -113,7 +113,7 @@ def table_markdown(rows: Sequence[Row]) -> str:
         "questions",
         "seeds",
         "per seed",
-    ]
+    )
     # Whoever was not trained here has no time.
     has_time = any(row.seconds is not None for row in rows)
     cells = (
@@ -129,7 +129,7 @@ def table_markdown(rows: Sequence[Row]) -> str:
         )
         for row in rows
     )
-    return markdown(Table("pass@1", (*header, "training") if has_time else tuple(header), tuple(cells)))
+    return markdown(Table("pass@1", (*header, "training") if has_time else header, tuple(cells)))
 
 
 def write_table(directory: Path, entries: Sequence[Entry]) -> list[Row]:

@@ -25,7 +25,6 @@ from phimr_nemo.show.items import (
     response_of,
 )
 from phimr_nemo.show.records import Records
-from phimr_nemo.store.content import file_sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,9 +57,8 @@ class Source:
         """Set -> the fate of every row, [rows]; -1 where it is not known."""
         found: dict[str, Numbers] = {}
         if self.fates:
-            for place, shard in enumerate(self.records.shards):
-                start = int(self.records.starts[place])
-                for name, fates in self.fates.get(file_sha256(shard), {}).items():
+            for digest, start in zip(self.records.digests, self.records.starts.tolist(), strict=False):
+                for name, fates in self.fates.get(digest, {}).items():
                     whole = found.setdefault(name, np.full(len(self.records), -1, np.int64))
                     whole[start : start + len(fates)] = fates
         return found

@@ -31,6 +31,7 @@ class Records:
         path: the directory.
         kind: of its records; None where there is no shard yet.
         shards: the files.
+        digests: sha256 of each, as its sidecar has it.
         starts: the number of the first row of each shard, and of all rows in the end.
 
     Raises:
@@ -46,6 +47,7 @@ class Records:
         )
         facts = [shard_facts(file) for file in self.shards]
         self.kind: Kind | None = next((kind for kind in KINDS if facts and kind == facts[0]["kind"]), None)
+        self.digests = [str(fact["sha256"]) for fact in facts]
         self.starts = np.cumsum([0, *(int(fact["rows"]) for fact in facts)])
         self._open: OrderedDict[int, pa.Table] = OrderedDict()
 

@@ -7,6 +7,7 @@ answers nobody who does not know the address's secret part, and no request that 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import secrets
@@ -158,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def serve_views(views: Sequence[View], *, title: str, port: int) -> None:
-    """Serve views until the process is told to stop.
+    """Serve views until the process is told to stop, which is how it ends.
 
     Args:
         views, title, port: see :class:`ViewServer`.
@@ -168,4 +169,5 @@ def serve_views(views: Sequence[View], *, title: str, port: int) -> None:
     """
     with ViewServer(views, title=title, port=port) as server:
         say(f"{server.address} (Ctrl-C ends it; on another machine: ssh -L {server.server_port}:{server.host} HOST)")
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()

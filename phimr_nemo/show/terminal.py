@@ -39,7 +39,7 @@ def overview(views: Sequence[View]) -> Table:
             f"{len(view.index):,}",
             f"{total:,}",
             f"{100 * right / max(total, 1):.1f}" if graded else "-",
-            ", ".join(view.panes) if len(view.panes) > 1 else view.kind,
+            ", ".join(view.panes) if len(view.panes) > 1 or view.kind == "questions" else view.kind,
         )
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
@@ -91,8 +91,9 @@ def _show(console: Console, view: View, number: int, item: Item, *, whole: bool)
     if item.answer:
         console.print(f"answer:   {printable(item.answer)}", soft_wrap=True)
     many = len(item.panes) > 1
+    named = many or view.kind == "questions"
     responses = [
-        (f"{view.panes[place]}{f' {sample + 1}' if len(pane) > 1 else ''}" if many else f"{sample + 1}", response)
+        (f"{view.panes[place]}{f' {sample + 1}' if len(pane) > 1 else ''}" if named else f"{sample + 1}", response)
         for place, pane in enumerate(item.panes)
         for sample, response in enumerate(pane)
     ]

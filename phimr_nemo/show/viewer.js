@@ -249,7 +249,8 @@
   function cards(item) {
     const names = view().panes;
     if (names.length > 1) return item.p.map((pane, place) => ({name: names[place], pane, one: chosen(pane)})).filter((card) => card.one);
-    return item.p[0].map((one, place) => ({name: `sample ${place + 1}`, pane: [one], one}));
+    const whose = view().kind === "questions" ? `${names[0]}, ` : "";
+    return item.p[0].map((one, place) => ({name: `${whose}sample ${place + 1}`, pane: [one], one}));
   }
 
   function detail(item) {

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import figures
 import messages
 import numpy as np
 import paper
@@ -166,17 +167,17 @@ def test_the_page_of_the_paper_is_the_one_that_its_command_makes() -> None:
     ],
 )
 def test_a_verdict_is_the_sign_beyond_two_errors(mean: float, error: float, sign: paper.Sign, expected: str) -> None:
-    assert paper.verdict(paper.Figure(mean, error, ""), sign) == expected
+    assert paper.verdict(figures.Figure(mean, error, ""), sign) == expected
 
 
 def test_a_figure_is_read_with_its_larger_error() -> None:
-    figure = paper.look_up(paper.Cell("generality.md", "SFT", "all", table=1))
+    figure = figures.look_up(figures.Cell("generality.md", "SFT", "all", table=1))
     assert figure.text in (REPOSITORY / "docs" / "generality.md").read_text("utf-8")
     assert figure.error == max(map(float, re.findall(r"± ([\d.]+) \(([\d.]+)\)", figure.text)[0]))
-    two = paper.difference([paper.Figure(2.0, 3.0, "2"), paper.Figure(7.0, 4.0, "7")])
+    two = figures.difference([figures.Figure(2.0, 3.0, "2"), figures.Figure(7.0, 4.0, "7")])
     assert (two.mean, two.error) == (5.0, pytest.approx(np.hypot(3, 4)))
 
 
 def test_a_figure_that_no_table_has_is_an_error() -> None:
     with pytest.raises(LookupError, match="no table"):
-        paper.look_up(paper.Cell("results.md", "pass@1", "a stage that nobody ran"))
+        figures.look_up(figures.Cell("results.md", "pass@1", "a stage that nobody ran"))

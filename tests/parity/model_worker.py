@@ -299,6 +299,7 @@ def _swap_keys_and_values(model: PhiGPTModel) -> PhiGPTModel:
 
 
 def _drop_attention_factor(model: PhiGPTModel) -> PhiGPTModel:
+    model.attention_factor = 1.0
     for module in model.modules():
         if isinstance(module, RotaryScale):
             module.scale.fill_(1.0)

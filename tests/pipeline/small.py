@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from phimr_nemo.config import STAGES, load_config
+from phimr_nemo.config import STAGES, QuickstartConfig, load_config
 from phimr_nemo.jobs.launch import launch
 from phimr_nemo.jobs.preflight import preflight
+from phimr_nemo.jobs.quickstart import ROWS, seed_steps
 from phimr_nemo.jobs.steps.step import Step, run_step
 
 ORIGINAL_LENGTH = 64
@@ -38,6 +39,31 @@ GRPO = (
     *("checkpoint.every=1", "run.log_every=1"),
 )
 EVALUATE = ("max_new_tokens=12", "workers=1")
+PROBLEMS, OWN_PROBLEMS, HELD_OUT, SAMPLES = 60, 16, 6, 2
+OVERRIDES: Mapping[str, tuple[str, ...]] = {
+    "base": BASE,
+    "rows": (f"sequence_length={ROW}",),
+    "midtrain": MIDTRAIN,
+    "sft": SFT,
+    "sft-without-midtrain": SFT,
+    "own-rollouts": ("teacher.kind=programmatic", "teacher.mistake_rate=0.5", "rollouts_per_problem=4"),
+    "dpo": DPO,
+    "grpo": GRPO,
+    **{f"evaluate-{name}": EVALUATE for name, _ in ROWS},
+}
+"""Of the quickstart's steps, by name. So small a model is never right, so its own rollouts are a program's."""
+
+
+def quickstart(root: Path, *overrides: str) -> list[Step]:
+    """The quickstart's steps in this form, in `root`; `overrides` are the quickstart's own."""
+    sizes = [f"train_problems={PROBLEMS}", f"rl_problems={OWN_PROBLEMS}"]
+    sizes += [f"heldout_problems={HELD_OUT}", f"evaluation_samples={SAMPLES}", *overrides]
+    steps = seed_steps(load_config(QuickstartConfig, Path("conf/quickstart/tiny.yaml"), sizes), 0, root)
+    steps = [
+        replace(step, arguments=tuple(a for a in step.arguments if not a.startswith("teacher.path=")))
+        for step in steps
+    ]
+    return with_overrides(steps, OVERRIDES)
 
 
 def with_overrides(steps: list[Step], overrides: Mapping[str, tuple[str, ...]]) -> list[Step]:

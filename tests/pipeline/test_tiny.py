@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ import torch
 from processes import start
 from safetensors.torch import load_file
 
-from phimr_nemo.config import ParallelConfig, QuickstartConfig, load_config
+from phimr_nemo.config import ParallelConfig, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation
 from phimr_nemo.data.synthetic.problems import generate_problems
-from phimr_nemo.jobs.quickstart import ROWS, seed_steps, write_report
+from phimr_nemo.jobs.quickstart import ROWS, write_report
 from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.files.checkpoints import NEMO_WEIGHTS
@@ -43,7 +43,6 @@ from phimr_nemo.training.seal import checkpoints
 
 pytestmark = pytest.mark.slow
 
-PROBLEMS, OWN_PROBLEMS, HELD_OUT, SAMPLES = 60, 16, 6, 2
 TRAINED = {
     "midtrain": small.MIDTRAIN_STEPS,
     "sft": small.SFT_STEPS,
@@ -53,17 +52,6 @@ TRAINED = {
 }
 STARTS_FROM = {"midtrain": "base", "sft": "midtrain", "dpo": "sft", "sft-without-midtrain": "base"}
 MODELS = ("base", *TRAINED, "release")
-OVERRIDES = {
-    "base": small.BASE,
-    "rows": (f"sequence_length={small.ROW}",),
-    "midtrain": small.MIDTRAIN,
-    "sft": small.SFT,
-    "sft-without-midtrain": small.SFT,
-    "own-rollouts": ("teacher.kind=programmatic", "teacher.mistake_rate=0.5", "rollouts_per_problem=4"),
-    "dpo": small.DPO,
-    "grpo": small.GRPO,
-    **{f"evaluate-{name}": small.EVALUATE for name, _ in ROWS},
-}
 LOGIT_TOLERANCE = 1e-4
 
 
@@ -82,17 +70,6 @@ class Run:
         return small.resolved(next(step for step in self.steps if step.name == name))[1]
 
 
-def plan(root: Path) -> list[Step]:
-    sizes = [f"train_problems={PROBLEMS}", f"rl_problems={OWN_PROBLEMS}"]
-    sizes += [f"heldout_problems={HELD_OUT}", f"evaluation_samples={SAMPLES}"]
-    steps = seed_steps(load_config(QuickstartConfig, Path("conf/quickstart/tiny.yaml"), sizes), 0, root)
-    steps = [
-        replace(step, arguments=tuple(a for a in step.arguments if not a.startswith("teacher.path=")))
-        for step in steps
-    ]
-    return small.with_overrides(steps, OVERRIDES)
-
-
 def run_and_kill(step: Step) -> None:
     """Start a training step and kill it without warning as soon as it has trained."""
     process = start([sys.executable, "-m", "phimr_nemo.cli", *step.arguments], start_new_session=True)
@@ -105,7 +82,7 @@ def run_and_kill(step: Step) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("tiny") / "seed-0"
-    steps = plan(root)
+    steps = small.quickstart(root)
     first = next(number for number, step in enumerate(steps) if step.name == "midtrain")
     small.run_all(steps[:first])
     run_and_kill(steps[first])
@@ -185,7 +162,7 @@ def rows_of(directory: Path, kind: Kind) -> list[dict[str, Any]]:
 
 def test_the_teacher_is_right_and_wrong_and_every_rollout_is_graded(run: Run) -> None:
     rollouts, verdicts = rows_of(run.root / "rollouts", "rollouts"), rows_of(run.root / "verdicts", "verdicts")
-    assert len(rollouts) == PROBLEMS * run.config("rollouts").rollouts_per_problem
+    assert len(rollouts) == small.PROBLEMS * run.config("rollouts").rollouts_per_problem
     assert [{key: row[key] for key in rollouts[0]} for row in verdicts] == rollouts
     names = {row["verdict"] for row in verdicts}
     assert {"correct", "wrong"} <= names <= {"correct", "wrong", "unparsable"}
@@ -246,7 +223,7 @@ def test_pairs_and_prompts_come_from_graded_rollouts_of_one_question(run: Run) -
 
 def test_evaluation_asks_problems_that_nobody_was_trained_on(run: Run) -> None:
     asked = set(read_table(run.root / "evaluate-grpo" / "rollouts", "rollouts").column("question").to_pylist())
-    assert asked == set(generate_problems(0, HELD_OUT, "heldout").column("question").to_pylist())
+    assert asked == set(generate_problems(0, small.HELD_OUT, "heldout").column("question").to_pylist())
     for name in ("rollouts", "own-rollouts"):
         assert not asked & set(read_table(run.root / name, "rollouts").column("question").to_pylist())
 
@@ -389,8 +366,8 @@ def test_scores_are_the_graded_samples(run: Run) -> None:
     for name, _ in ROWS:
         result = json.loads((run.root / f"evaluate-{name}" / "results.json").read_text())
         verdicts = rows_of(run.root / f"evaluate-{name}" / "verdicts", "verdicts")
-        assert len(verdicts) == HELD_OUT * SAMPLES
-        assert (result["questions"], result["samples"]) == (HELD_OUT, SAMPLES)
+        assert len(verdicts) == small.HELD_OUT * small.SAMPLES
+        assert (result["questions"], result["samples"]) == (small.HELD_OUT, small.SAMPLES)
         assert result["pass1"] == sum(row["verdict"] == "correct" for row in verdicts) / len(verdicts)
 
 
@@ -403,7 +380,7 @@ def test_the_table_has_a_row_a_stage(run: Run, tmp_path: Path) -> None:
     write_report([seeds], tmp_path)
     table = json.loads((tmp_path / "table.json").read_text())
     results = [
-        (row, 0, HELD_OUT, json.loads((run.root / f"evaluate-{name}" / "results.json").read_text())["pass1"])
+        (row, 0, small.HELD_OUT, json.loads((run.root / f"evaluate-{name}" / "results.json").read_text())["pass1"])
         for name, row in ROWS
     ]
     assert [(row["row"], row["seed"], row["n"], row["pass1"]) for row in table] == results

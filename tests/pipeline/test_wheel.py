@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from shown import evaluation
 
 from phimr_nemo.config import STAGES
 
@@ -175,3 +176,12 @@ def test_the_grader_needs_the_light_core_alone(installed: Path, tmp_path: Path) 
         expected=2,
     )
     assert "pip install 'phimr-nemo[data]'" in done.stderr
+
+
+def test_what_runs_say_is_shown_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    evaluation(tmp_path / "evaluate", "SFT", [1, 2])
+    run(installed, "show", "evaluate", "--html", "page.html", cwd=tmp_path)
+    # The page's script and style are files beside the modules.
+    page = (tmp_path / "page.html").read_text("utf-8")
+    for name in ("logic.js", "viewer.js", "viewer.css"):
+        assert (installed / "phimr_nemo" / "show" / name).read_text("utf-8") in page

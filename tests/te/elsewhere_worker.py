@@ -28,6 +28,7 @@ from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.losses import IGNORED_LABEL, token_logprobs
 from phimr_nemo.losses.logprobs import token_logprobs_and_entropy
 from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.model.megatron import gpt
 from phimr_nemo.model.megatron.convert import export_tensors
 from phimr_nemo.supervised import nemo_model
 from phimr_nemo.training import platform
@@ -142,7 +143,9 @@ def _model_case(directory: str) -> Callable[[torch.device], list[Tensor]]:
     """The model in plain PyTorch, padded and packed, forward and backward."""
 
     def run(device: torch.device) -> list[Tensor]:
-        model = model_worker.build(directory, ParallelConfig(), policy="per_sequence").to(device)
+        # A device is no CPU, whose layers have kernels of its own.
+        with mock.patch.object(gpt, "has_cpu_layers", return_value=False):
+            model = model_worker.build(directory, ParallelConfig(), policy="per_sequence").to(device)
         ids, labels = (x.to(device) for x in model_worker.batch())
         row = torch.cat(model_worker.documents())[None].to(device)
         documents = model_worker.packed(model_worker.DOCUMENTS)

@@ -215,8 +215,8 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "one"}}},
     },
 }
-ASKED = [{"role": "user", "content": "2+2?"}]
-CALLED = [
+ASKED: list[dict[str, Any]] = [{"role": "user", "content": "2+2?"}]
+CALLED: list[dict[str, Any]] = [
     *ASKED,
     {
         "role": "assistant",

@@ -17,7 +17,7 @@ from results import plain_result
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from phimr_nemo.config import BaseConfig, ExportConfig, ParallelConfig, SFTConfig, load_config, to_yaml
+from phimr_nemo.config import BaseConfig, DistillConfig, ExportConfig, ParallelConfig, SFTConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import Score, write_result
 from phimr_nemo.jobs.launch import run_stage
@@ -202,6 +202,20 @@ def test_the_card_tells_what_was_trained_and_measured(tmp_path: Path, model: Pat
     ]
     # "mine" is no benchmark of the paper's.
     assert "Phi-4-Mini-Reasoning, re-evaluated" not in {row[0] for row in cells}
+
+
+def test_the_card_tells_of_a_distillation(tmp_path: Path, model: Path) -> None:
+    run = RunDirectory(tmp_path / "distill")
+    given = [f"run.output={run.path}", "run.seed=3", "optim.lr=2e-5", "base=b", "teacher.path=t", "prompts=p"]
+    settings = load_config(DistillConfig, Path("conf/distill/tiny.yaml"), given)
+    run.describe(stage="distill", config_yaml=to_yaml(settings), seed=3, facts={})
+    run.finish(steps=60, hf="hf")
+    score = evaluated(tmp_path / "e", model, correct=8, questions=16, stderr=0.02)
+    named = (f"stages.distill={run.path}", f"evaluations.distillation={score}")
+    run_stage("export", export_config(tmp_path, model, *named))
+    _, cells = card(tmp_path)
+    assert [row[:5] for row in cells if len(row) == 6][2:] == [["distill", "60", "256", "2e-05", "3"]]
+    assert [row[:2] for row in cells if len(row) == 12][2:] == [["distillation", "50.0"]]
 
 
 def test_the_card_has_the_papers_numbers_beside_ours(tmp_path: Path, model: Path) -> None:

@@ -103,6 +103,15 @@ def test_the_page_is_self_contained_and_names_stay_text(runs: Path, tmp_path: Pa
     assert 'name="viewport"' in page
 
 
+def test_a_distillation_stands_on_the_page(tmp_path: Path) -> None:
+    evaluation(tmp_path / "runs" / "a", 5, row="distillation", benchmark="mine")
+    run(tmp_path / "runs" / "distill", "distill", metrics=[{"step": 1, "reverse_kl": 0.5, "loss": 0.75}])
+    text = text_of(write_run_report([tmp_path / "runs"], tmp_path / "out").read_text("utf-8"))
+    assert "distillation 50.0" in text
+    assert "distill distill 0 1 0.75" in text
+    assert "reverse KL from the teacher (nats per token)" in text
+
+
 def test_a_second_report_is_the_same(runs: Path, tmp_path: Path) -> None:
     first = write_run_report([runs], tmp_path / "out").read_bytes()
     assert write_run_report([runs], tmp_path / "out").read_bytes() == first

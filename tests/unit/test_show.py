@@ -267,3 +267,4 @@ def test_evaluations_with_other_seeds_are_views_of_their_own(tmp_path: Path) -> 
         "mine, seed 0": ("SFT", "SFT (b)"),
         "mine, seed 1": ("SFT",),
     }
+    assert re.search(r"^SFT 1: correct.* SFT 2: wrong", shown(tmp_path, "--view", "seed 1", "-n", "1"), re.MULTILINE)

@@ -11,7 +11,9 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -434,6 +436,20 @@ def test_the_server_answers_only_who_knows_the_address(server: ViewServer) -> No
 def test_a_port_that_is_taken_is_said(server: ViewServer, views: Sequence[View]) -> None:
     with pytest.raises(UserError, match=rf"port {server.server_port} cannot be listened to"):
         ViewServer(views, title="x", port=server.server_port)
+
+
+def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    root = runs(tmp_path / "runs")
+    program = [sys.executable, "-m", "phimr_nemo.cli", "show", str(root), "--serve"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split(" ")[0]
+        try:
+            assert json.loads(get(f"{address}search/0?q=p3")) == [3]
+        finally:
+            process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (0, "")
 
 
 def test_a_browser_reads_from_the_server(tab: Page, server: ViewServer) -> None:

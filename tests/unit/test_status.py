@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from phimr_nemo.cli.main import app
-from phimr_nemo.config import GRPOConfig, load_config, to_yaml
+from phimr_nemo.config import STAGES, GRPOConfig, load_config, to_yaml
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.status import QUIET_SECONDS, find_runs, read_status, slurm_queue, status
 from phimr_nemo.store.claims import LOCK_FILE, claimed
@@ -27,7 +27,9 @@ SECONDS_A_STEP = 7.0
 def start(path: Path, stage: str = "grpo") -> RunDirectory:
     run = RunDirectory(path)
     needed = [f"run.output={path}", "run.seed=0", "base=b", "prompts=p", f"steps={STEPS}"]
-    config = to_yaml(load_config(GRPOConfig, Path("conf/grpo/tiny.yaml"), needed)) if stage == "grpo" else "{}\n"
+    needed += ["teacher.path=t"] if stage == "distill" else []
+    is_rounds = stage in ("grpo", "distill")
+    config = to_yaml(load_config(STAGES[stage], Path(f"conf/{stage}/tiny.yaml"), needed)) if is_rounds else "{}\n"
     run.describe(stage=stage, config_yaml=config, seed=0, facts={})
     return run
 
@@ -54,6 +56,13 @@ def test_a_running_stage(tmp_path: Path) -> None:
     assert (found.stage, found.state, found.step, found.steps, found.starts) == ("grpo", "running", 11, STEPS, 1)
     assert found.eta_seconds == pytest.approx(SECONDS_A_STEP * (STEPS - 11))
     assert (found.reward, found.loss, found.tokens_per_second_per_gpu) == (0.25, 1.5, 500.0)
+
+
+def test_a_distillation_stands_where_its_steps_are(tmp_path: Path) -> None:
+    path = start(tmp_path / "distill", "distill").path
+    write_steps(path, range(1, 11), reverse_kl=0.5, loss=0.75)
+    found = read_status(path, now=time.time(), queue={})
+    assert (found.stage, found.state, found.step, found.steps, found.loss) == ("distill", "running", 10, STEPS, 0.75)
 
 
 def test_the_pace_is_that_of_the_newest_steps(tmp_path: Path) -> None:

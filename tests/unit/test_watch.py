@@ -161,6 +161,7 @@ def watched(root: Path, changes: Sequence[Callable[[], object]], **options: Any)
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=options.pop("terminal", False))
     found = watch(root, console, every=10.0, page=options.get("page"), clock=lambda: clock[0], sleep=sleep)
+    assert found is not None
     return found, out.getvalue(), looks
 
 
@@ -182,6 +183,17 @@ def test_watching_ends_with_the_pipeline(tmp_path: Path) -> None:
     assert "1 of 1 steps done, 2 min 00 s so far" in printed
     assert '<meta http-equiv="refresh" content="10">' in pages[0]
     assert 'http-equiv="refresh"' not in page.read_text("utf-8")
+
+
+def test_a_stop_ends_watching_and_nothing_else(tmp_path: Path) -> None:
+    run(tmp_path / "sft", "sft", 100.0, None, written=0.0)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    found, printed, looks = watched(tmp_path, [lambda: None, stop])
+    assert (len(looks), found.is_over) == (2, False)
+    assert "0 of 1 steps done" in printed
 
 
 def test_a_pipeline_that_is_over_is_shown_once(tmp_path: Path) -> None:
@@ -209,7 +221,7 @@ def test_a_low_terminal_gets_several_steps_in_one_line(tmp_path: Path) -> None:
     assert others == steps[count:]
     # Then what is done, then what is to come.
     first, running, *_, last = shortened(steps, 6)
-    assert (first.name, first.state, first.seconds) == ("3 steps", "done", took + 5.0 + 10.0)
+    assert (first.name, first.state, first.seconds) == (f"{count + 2} steps", "done", took + 5.0 + 10.0)
     assert running.name == f"seed-1/{STEPS[2]}"
     assert (last.name, last.state) == (f"{count - 6} steps", NOT_BEGUN)
     assert last.left == sum(10.0 * place for place in range(7, count + 1))

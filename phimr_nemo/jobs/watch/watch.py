@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -39,8 +40,8 @@ def watch(
     page: Path | None,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], None] = time.sleep,
-) -> Pipeline:
-    """Show a pipeline until it ends.
+) -> Pipeline | None:
+    """Show a pipeline until it ends, or until this process is told to stop.
 
     Args:
         root: a directory with runs in it.
@@ -50,14 +51,15 @@ def watch(
         clock, sleep: time, which a test makes pass.
 
     Returns:
-        Its last state.
+        Its last state; None when it was stopped before the first look.
 
     Raises:
         UserError: there is no such directory, or the page cannot be written.
     """
     from rich.live import Live
 
-    with Live(console=console, auto_refresh=False) as live:
+    found = None
+    with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
             found = read_pipeline(root, now=clock(), queue=slurm_queue())
             live.update(drawn(found, console.height if console.is_terminal else None), refresh=True)
@@ -111,35 +113,38 @@ def shortened(steps: Sequence[Step], most: int | None) -> list[Step]:
     """
     if most is None or len(steps) <= most:
         return list(steps)
-    found: list[Step] = []
-    for name, group in groupby(steps, lambda step: step.name.rpartition("/")[0]):
+    lines: list[list[Step]] = []
+    for _, group in groupby(steps, _seed_of):
         of_seed = list(group)
-        if name and all(step.state == "done" for step in of_seed):
-            last = f"{name}/evaluate-{TRAINED[-1]}"
-            found.append(_as_one(f"{name}: ", of_seed, next((s.score for s in of_seed if s.name == last), "")))
-        else:
-            found += of_seed
-    done = next((place for place, step in enumerate(found) if step.state != "done"), len(found))
-    first = min(done, len(found) - most + 1)
+        is_done = bool(_seed_of(of_seed[0])) and all(step.state == "done" for step in of_seed)
+        lines += [of_seed] if is_done else [[step] for step in of_seed]
+    done = next((place for place, line in enumerate(lines) if line[0].state != "done"), len(lines))
+    first = min(done, len(lines) - most + 1)
     if first > 1:
-        found = [_as_one("", found[:first]), *found[first:]]
-    if len(found) > most:
-        found = [*found[: most - 1], _as_one("", found[most - 1 :])]
-    return found
+        lines = [[step for line in lines[:first] for step in line], *lines[first:]]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], [step for line in lines[most - 1 :] for step in line]]
+    return [line[0] if len(line) == 1 else _as_one(line) for line in lines]
 
 
-def _as_one(prefix: str, steps: Sequence[Step], score: str = "") -> Step:
+def _seed_of(step: Step) -> str:
+    """The directory that a step lies in; empty for none."""
+    return step.name.rpartition("/")[0]
+
+
+def _as_one(steps: Sequence[Step]) -> Step:
     """Several steps in one line."""
-    states = {step.state for step in steps}
+    states, seeds = {step.state for step in steps}, {_seed_of(step) for step in steps}
     state = states.pop() if len(states) == 1 else NOT_BEGUN
+    seed = seeds.pop() if len(seeds) == 1 and state == "done" else ""
     left = [step.left for step in steps]
     return Step(
-        name=f"{prefix}{len(steps)} steps",
+        name=f"{seed}{': ' if seed else ''}{len(steps)} steps",
         state=state,
         status=None,
         seconds=math.fsum(step.seconds or 0.0 for step in steps) if state == "done" else None,
         expected=None if None in left else math.fsum(one or 0.0 for one in left),
-        score=score,
+        score=next((step.score for step in steps if seed and step.name == f"{seed}/evaluate-{TRAINED[-1]}"), ""),
     )
 
 

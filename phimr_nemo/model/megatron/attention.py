@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from phimr_nemo.losses.device import sent
 from phimr_nemo.model.megatron.context_parallel import ContextPlan, plan_context
+from phimr_nemo.model.megatron.elementwise import rms_norm
 
 MIN_BUCKET_FILL: Final = 0.75
 """Shortest over longest document of a bucket: bounds padding to 1/3 of the tokens for few enough calls."""
@@ -46,8 +47,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> the same; statistics in float32, as in transformers."""
-        normalised = F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.eps)
-        return normalised.type_as(hidden) * self.weight
+        return rms_norm(hidden, self.weight, self.eps)
 
 
 class RotaryScale(nn.Module):

@@ -25,6 +25,12 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
 
 
+def has_cpu_layers(config: TransformerConfig) -> bool:
+    """Whether attention and feed-forward are computed by `cpu_layers`: on a CPU, without context parallelism."""
+    on_gpu = has_transformer_engine() or torch.cuda.is_available()
+    return not on_gpu and config.context_parallel_size == 1 and config.attention_dropout == 0.0
+
+
 def adds_to_main_gradient(*, frozen: bool) -> bool:
     """Whether a trainer's products add weights' gradients straight to Megatron's float32 buffers.
 

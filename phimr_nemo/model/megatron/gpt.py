@@ -34,11 +34,14 @@ from phimr_nemo.model.megatron.attention import (
 from phimr_nemo.model.megatron.configuration import (
     check_config,
     check_layout,
+    has_cpu_layers,
     has_transformer_engine,
     transformer_config,
     transformer_fields,
 )
 from phimr_nemo.model.megatron.context_parallel import ContextPlan, gather_tokens, plan_context, take_tokens
+from phimr_nemo.model.megatron.cpu_layers import CpuMLP, CpuSelfAttention, plan_spans
+from phimr_nemo.model.megatron.elementwise import rotary_tables
 
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
@@ -104,7 +107,7 @@ def _check_context(config: TransformerConfig) -> None:
 
 
 def _layer_specs(arch: Architecture, config: TransformerConfig, vp_stage: int | None) -> Any:
-    """Transformer Engine's layers on a GPU, Megatron's own with SDPA and RMSNorm elsewhere."""
+    """Transformer Engine's layers on a GPU; elsewhere Megatron's with our norm, and on a CPU our arithmetic."""
     scale = ModuleSpec(module=RotaryScale, params={"rotary_dim": arch.rotary_dim, "factor": arch.attention_factor})
     fused = has_transformer_engine()
     if fused:
@@ -117,7 +120,12 @@ def _layer_specs(arch: Architecture, config: TransformerConfig, vp_stage: int | 
         if arch.traits.has_qk_norm:
             layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
             layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    if arch.attention_factor != 1.0:
+    on_cpu = has_cpu_layers(config)
+    if on_cpu:
+        layer.submodules.self_attention.module = CpuSelfAttention
+        layer.submodules.self_attention.params["rotary_dim"] = arch.rotary_dim
+        layer.submodules.mlp = CpuMLP
+    if arch.attention_factor != 1.0 and not on_cpu:
         layer.submodules.self_attention.submodules.q_layernorm = scale
         layer.submodules.self_attention.submodules.k_layernorm = scale
     if fused:
@@ -165,6 +173,7 @@ class PhiGPTModel(GPTModel):
         self.position_embedding_type = "rope"
         self.rotary_pos_emb = LongRotaryEmbedding(arch, max_length, longrope_policy)
         self.architecture, self.fp32_output = arch, fp32_output
+        self.attention_factor, self.has_cpu_layers = arch.attention_factor, has_cpu_layers(config)
         self.adapter_scale = 1.0
         self.longrope_policy: LongRopePolicy = longrope_policy
 
@@ -219,6 +228,9 @@ class PhiGPTModel(GPTModel):
             angles = self._angles(input_ids, plan)
         else:
             packed_seq_params, angles = self._packed(lengths, plan, input_ids.device)
+        if self.has_cpu_layers:
+            heads = {"head_dim": self.config.kv_channels, "dtype": self.config.params_dtype}
+            angles = rotary_tables(angles, factor=self.attention_factor, **heads)
         if plan is not None:
             mine = plan.tokens[parallel_state.get_context_parallel_rank()]
             input_ids = take_tokens(input_ids, sent(mine, input_ids.device), PADDING_TOKEN)
@@ -302,6 +314,8 @@ class PhiGPTModel(GPTModel):
         """
         if has_transformer_engine():
             return self._fused_packed(lengths, plan, device)
+        if self.has_cpu_layers:
+            return plan_spans(lengths), self.rotary_pos_emb.for_documents(lengths, device)[:, None]
         if plan is None:
             documents = PackedDocuments(qkv_format="thd", buckets=plan_documents(lengths).on(device))
             return documents, self.rotary_pos_emb.for_documents(lengths, device)

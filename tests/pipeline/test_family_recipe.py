@@ -1,0 +1,73 @@
+"""The whole recipe on each family in its smallest form: the quickstart's own steps, and the same table at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from phimr_nemo.config.tiny import FamilyName
+from phimr_nemo.data.chat import load_tokenizer, prompt_text
+from phimr_nemo.jobs.quickstart import ROWS, write_report
+from phimr_nemo.model.base import TURNS
+from phimr_nemo.store.runs import RunDirectory, read_metrics
+
+CLASSES: dict[FamilyName, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""Phi's recipe is in test_tiny.py."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    root, here = tmp_path_factory.mktemp("families"), Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(here / "family_recipe.py"), str(root), *CLASSES],
+        cwd=repository,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(repository), str(here)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return root
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_every_step_of_the_recipe_is_done_on_the_family(family: FamilyName, root: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    place = root / family / "seed-0"
+    steps = small.quickstart(place, f"family={family}")
+    assert all(RunDirectory(step.output).is_done for step in steps)
+    for stage, count in (("midtrain", small.MIDTRAIN_STEPS), ("sft", small.SFT_STEPS), ("dpo", small.DPO_STEPS)):
+        losses = [line["loss"] for line in read_metrics(place / stage) if "loss" in line]
+        assert len(losses) == count
+        assert all(0.0 < loss < 10.0 for loss in losses)
+    release = place / "release" / "hf"
+    assert json.loads((release / "config.json").read_text("utf-8"))["model_type"] == family
+    model = AutoModelForCausalLM.from_pretrained(release, torch_dtype=torch.float32)
+    assert type(model).__name__ == CLASSES[family]
+    tokenizer = load_tokenizer(release)
+    prompt = prompt_text(tokenizer, "What is 2+2?")
+    before, behind = TURNS[family].role
+    assert f"{before}user{behind}What is 2+2?" in prompt
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    assert bool(model(ids).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_table_has_the_rows_of_the_quickstarts(family: FamilyName, root: Path, tmp_path: Path) -> None:
+    write_report([root / family], tmp_path)
+    table = json.loads((tmp_path / "table.json").read_text("utf-8"))
+    assert [row["row"] for row in table] == [row for _, row in ROWS]
+    assert {row["n"] for row in table} == {small.HELD_OUT}
