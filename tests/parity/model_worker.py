@@ -377,7 +377,9 @@ def measure_context_faults(directory: str, layout: ParallelConfig) -> Results:
         results["positions_of_the_part"] = forward(model, {"input_ids": ids})
     with mock.patch.object(megatron, "plan_context_documents", rank_order):
         results["packed_keys_in_rank_order"] = forward(model, row)
-    with mock.patch.object(PhiGPTModel, "_packed", lambda self, _, plan: right_packed(self, plan.lengths, plan)):
+    with mock.patch.object(
+        PhiGPTModel, "_packed", lambda self, _, plan, device: right_packed(self, plan.lengths, plan, device)
+    ):
         results["regime_of_the_padding"] = forward(per_sequence, row)
     with mock.patch.object(megatron, "gather_tokens", own_part):
         results["gradient_of_the_own_part"] = gradients(model, layout)
