@@ -46,7 +46,10 @@ def shaped(options: argparse.Namespace) -> Architecture:
     import dataclasses
 
     arch = architecture(options.layers, options.quick)
-    return arch if options.words is None else dataclasses.replace(arch, vocab_size=options.words)
+    if options.words is None:
+        return arch
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), options.words - 1)
+    return dataclasses.replace(arch, vocab_size=options.words, **special)
 
 
 def checkpoint(options: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
