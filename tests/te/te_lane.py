@@ -103,7 +103,7 @@ def enter_with_trainers() -> None:
     enter()
     from phimr_nemo.losses import vocabulary
 
-    vocabulary.has_wide_products = lambda _: True
+    vocabulary.has_wide_products = lambda operand: True  # noqa: ARG005
     _import_trainers()
 
 

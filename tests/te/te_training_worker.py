@@ -13,12 +13,14 @@ from supervised_worker import train, train_and_stop
 __all__ = ["learnt", "run_case", "run_case_with_half_a_gradient", "train", "train_and_stop"]
 
 
-def learnt(checkpoint: str, base: str) -> dict[str, torch.Tensor]:
-    """A native checkpoint's weights under their Hugging Face names."""
-    from phimr_nemo.model.files.checkpoints import open_checkpoint
+def learnt(checkpoint: str, base: str, target: str) -> dict[str, torch.Tensor]:
+    """A native checkpoint's weights under their Hugging Face names, by way of a directory that is written for it."""
+    from phimr_nemo.model.files.checkpoints import open_checkpoint, write_hf
+    from phimr_nemo.model.files.hf import HFDirectory
 
-    source = open_checkpoint(Path(checkpoint), Path(base)).source
-    return {name: source.read(name) for name in source.names()}
+    write_hf(Path(target), open_checkpoint(Path(checkpoint), Path(base)))
+    written = HFDirectory(Path(target))
+    return {name: written.read(name) for name in written.names()}
 
 
 def run_case_with_half_a_gradient(case: Any) -> None:

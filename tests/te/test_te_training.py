@@ -133,7 +133,8 @@ def test_context_parallelism_with_everything_overlapped_continues_in_plain_pytor
     assert len(curve(output)) == STEPS
     assert max(shares("CP2, then plain", output, exact, rounded)) < MARGIN
     # The last checkpoint, read without either path, is what was exported.
-    [last] = plain(worker.learnt, 1, str(output / "checkpoints" / f"step={STEPS}"), str(inputs / "base" / "hf"))
+    newest = output / "checkpoints" / f"step={STEPS}"
+    [last] = plain(worker.learnt, 1, str(newest), str(inputs / "base" / "hf"), str(tmp_path / "written"))
     exported = weights(output)
     assert last.keys() == exported.keys()
     assert all(torch.equal(last[name], exported[name]) for name in exported)

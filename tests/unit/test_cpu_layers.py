@@ -132,7 +132,7 @@ def test_rounding_of_norm_and_swiglu_stays_within_its_bound(dtype: torch.dtype) 
     unit = torch.finfo(dtype).eps
     hidden, weight = drawn(TOKENS, 1, HIDDEN, dtype=dtype), drawn(HIDDEN, seed=1, dtype=dtype)
     values = drawn(TOKENS, 1, 2 * HIDDEN, dtype=dtype)
-    cases = [
+    cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = [
         (lambda x, w: elementwise.rms_norm(x, w, EPS), plain_norm, (hidden, weight)),
         (elementwise.swiglu, plain_swiglu, (values,)),
     ]
