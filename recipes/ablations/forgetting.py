@@ -3,8 +3,8 @@
     python -m recipes.ablations.forgetting quickstarts=[runs/quickstart] output=runs/ablation-forgetting
 
 A family is a domain at a difficulty, such as word problems of the middle tier. The quickstart evaluates each stage on
-the same held-out problems and keeps every verdict, so this trains and samples nothing. The SFT stage sees the two
-harder tiers alone (conf/curate/tiny.yaml): the two easier ones are what it could forget.
+the same held-out problems and keeps every verdict, so this trains and samples nothing. The SFT stage sees the
+harder tiers alone (conf/curate/tiny.yaml): the easier ones are what it could forget.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def settings(tmp_path: Path, name: str, *overrides: str) -> tuple[Path, list[str
 
 
 def scaling_config(tmp_path: Path, *overrides: str) -> MidtrainScalingConfig:
-    path, values = settings(tmp_path, "midtrain_scaling", "problems=[8]", *overrides)
+    path, values = settings(tmp_path, "midtrain_scaling", "problems=[8]", "epochs=5", "updates=250", *overrides)
     return load_config(MidtrainScalingConfig, path, values)
 
 
