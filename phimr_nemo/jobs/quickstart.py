@@ -52,15 +52,16 @@ SECONDS: Final[Mapping[str, float]] = {
     "verdicts": 3,
     "curated": 2,
     "rows": 3,
-    "midtrain": 125,
-    "sft": 60,
-    "own-rollouts": 25,
+    "midtrain": 150,
+    "sft": 75,
+    "own-rollouts": 27,
     "own-verdicts": 3,
     "preferences": 2,
     "dpo": 25,
-    "grpo": 90,
-    "sft-without-midtrain": 60,
-    **{f"evaluate-{name}": 6 for name, _ in ROWS},
+    "grpo": 140,
+    "sft-without-midtrain": 85,
+    **{f"evaluate-{name}": 7 for name, _ in ROWS},
+    "evaluate-base": 25,  # it never ends a response
     "release": 2,
 }
 """What a step takes of one of two idle cores: a first guess of the time to go, which the machine's pace corrects."""
