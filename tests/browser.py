@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE = 120.0
@@ -135,7 +136,7 @@ def browser(profile: Path) -> Iterator[Page]:
         *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"),
         *("--disable-background-networking", "--disable-component-update", "--window-size=1400,900"),
     )
-    process = subprocess.Popen(
+    process = start(
         [program, *options, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
         preexec_fn=pipes,
         close_fds=False,

@@ -15,6 +15,9 @@ from phimr_nemo.model.files.hf import HFDirectory
 
 STEPS = 4
 STOP = 2
+WEIGHT_TOLERANCE = 3e-2
+"""Of a weight's largest movement: Adam makes whole steps of gradients that are nothing but rounding, as many as a layout
+has of them. A wrong gradient moves weights by as much as training does."""
 CURVE_TOLERANCE = 2e-5
 """Largest relative or absolute difference of a metric between layouts, in float32 after four updates."""
 
@@ -181,7 +184,7 @@ def test_the_export_is_the_trained_model_in_every_layout(runs: Path) -> None:
     )
     assert moved > 1e-3
     for layout in ("tp2", "pp2", "dp2", "cp2", "packed-tp2"):
-        assert weights_differ_by(runs / f"dpo-{layout}", runs / "dpo") < 1e-2 * moved
+        assert weights_differ_by(runs / f"dpo-{layout}", runs / "dpo") < WEIGHT_TOLERANCE * moved
 
 
 def test_sampler_and_trainer_agree_in_every_round(runs: Path) -> None:

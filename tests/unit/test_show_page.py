@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Page, browser
+from processes import start
 from shown import HOSTILE, runs
 
 from phimr_nemo.errors import UserError
@@ -441,7 +442,7 @@ def test_a_port_that_is_taken_is_said(server: ViewServer, views: Sequence[View])
 def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
     root = runs(tmp_path / "runs")
     program = [sys.executable, "-m", "phimr_nemo.cli", "show", str(root), "--serve"]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with start(program, ctrl_c=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().split(" ")[0]
         try:
