@@ -164,17 +164,15 @@ def largest_state(arch: Architecture, parallel: ParallelConfig, dtype: str, *, d
     return state_memory(parameters, parallel, dtype, distributed=distributed)
 
 
-def norm_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, kernels: Kernels) -> float:
-    """Bytes a token that a norm and the linear layer behind it keep.
-
-    Both keep one fp32 number a token and the norm's output. PyTorch's also keeps its input in fp32 and the normalised
-    values before they are multiplied by the weight; Transformer Engine's keeps its input.
-    """
-    size, hidden = BYTES_PER_NUMBER[dtype], arch.hidden_size
-    kept = 2 * size * hidden + FP32_BYTES
-    if kernels == "pytorch":
-        kept += FP32_BYTES * hidden
+def norm_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str) -> float:
+    """Bytes per token that a norm and the linear layer behind it keep: input and output, and one fp32 number."""
+    kept = 2 * BYTES_PER_NUMBER[dtype] * arch.hidden_size + FP32_BYTES
     return kept / (parallel.tensor if parallel.sequence else 1)
+
+
+def has_cpu_layers(parallel: ParallelConfig, kernels: Kernels) -> bool:
+    """Whether layers are those of :mod:`phimr_nemo.model.megatron.cpu_layers`."""
+    return kernels == "pytorch" and parallel.context == 1
 
 
 def layer_bytes(
@@ -183,7 +181,8 @@ def layer_bytes(
     """Bytes a token that one layer keeps for its backward pass.
 
     Attention keeps queries and keys after their rotation, the projection's output (as long as the values are a view
-    of it) and its own result; the softmax is a number a head (Dao 2023, arXiv 2307.08691). Recomputing the attention
+    of it; the CPU's layers copy them beside the keys) and its own result; the softmax is a number a head (Dao 2023,
+    arXiv 2307.08691). Recomputing the attention
     core (`selective`) therefore frees that number only. `mlp` keeps the input of the feed-forward part, before its
     norm where that is fused with the first matrix; `full` keeps the layer's input.
     """
@@ -193,7 +192,10 @@ def layer_bytes(
         return layer_input
     queries = arch.num_attention_heads * arch.head_dim
     keys = arch.num_key_value_heads * arch.head_dim
-    if kernels == "pytorch" and packed:
+    on_cpu = has_cpu_layers(parallel, kernels)
+    if on_cpu:
+        attention = 2 * queries + 2 * keys
+    elif kernels == "pytorch" and packed:
         # Copied into buckets of documents and back, values too; then the projection's own output is free.
         attention = 3 * queries + 2 * keys
     else:
@@ -201,16 +203,16 @@ def layer_bytes(
     statistics = 0 if recompute == "selective" else FP32_BYTES * arch.num_attention_heads
     # Gate and value; PyTorch also keeps the activated gate. Both keep their product, the second matrix's input.
     feed_forward = 0 if recompute == "mlp" else (4 if kernels == "pytorch" else 3) * arch.intermediate_size
-    norm = norm_bytes(arch, parallel, dtype, kernels)
+    norm = norm_bytes(arch, parallel, dtype)
     second_norm = layer_input if recompute == "mlp" and kernels == "transformer_engine" else norm
-    rotary = 4 * size * arch.rotary_dim if kernels == "pytorch" else 0
+    rotary = 4 * size * arch.rotary_dim if kernels == "pytorch" and not on_cpu else 0
     shared = size * (attention + feed_forward) + statistics
     return norm + second_norm + shared / parallel.tensor + rotary
 
 
-def head_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, kernels: Kernels) -> float:
+def head_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str) -> float:
     """Bytes a token that the final norm keeps and, of its label, the place, the word and the log-sum-exp."""
-    return norm_bytes(arch, parallel, dtype, kernels) + 2 * INT64_BYTES + FP32_BYTES
+    return norm_bytes(arch, parallel, dtype) + 2 * INT64_BYTES + FP32_BYTES
 
 
 def kept_bytes(
@@ -229,7 +231,10 @@ def kept_bytes(
     if stage == 0:
         kept += INT64_BYTES
     if stage == parallel.pipeline - 1:
-        kept += head_bytes(arch, parallel, dtype, kernels)
+        kept += head_bytes(arch, parallel, dtype)
+    if has_cpu_layers(parallel, kernels):
+        # Cosines and sines, made once for all layers.
+        kept += 2 * BYTES_PER_NUMBER[dtype] * arch.head_dim
     return kept
 
 
@@ -308,9 +313,9 @@ def rank_memory(
     kept = kept_bytes(arch, parallel, dtype, kernels, recompute, packed=batch.packed, stage=stage)
     again = 0.0
     if recompute in ("mlp", "full"):
+        # What was kept, such as the layer's input, is not made again.
         again = layer_bytes(arch, parallel, dtype, kernels, "none", batch.packed)
-    if recompute == "mlp":
-        again -= layer_bytes(arch, parallel, dtype, kernels, "mlp", batch.packed)
+        again -= layer_bytes(arch, parallel, dtype, kernels, recompute, batch.packed)
     # The feed-forward part is the widest: gradients of gate and value, and of the layer's input and output.
     gradients = size * (2 * arch.intermediate_size / parallel.tensor + 2 * arch.hidden_size)
     vocabulary = size * arch.vocab_size * arch.hidden_size / parallel.tensor
@@ -323,7 +328,7 @@ def rank_memory(
         in_flight=in_flight,
         state=state_memory(stage_parameters(arch, parallel, stage), parallel, dtype, distributed=distributed),
         activations=in_flight * tokens * kept,
-        head=tokens * head_bytes(arch, parallel, dtype, kernels) if is_last else 0.0,
+        head=tokens * head_bytes(arch, parallel, dtype) if is_last else 0.0,
         recomputed=tokens * again,
         on_the_way=tokens * gradients + waiting,
         output=output_bytes(arch, parallel, dtype, tokens, kernels) if is_last else 0.0,

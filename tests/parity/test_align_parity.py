@@ -16,8 +16,8 @@ from phimr_nemo.model.files.hf import HFDirectory
 STEPS = 4
 STOP = 2
 WEIGHT_TOLERANCE = 3e-2
-"""Of a weight's largest movement: Adam makes whole steps of gradients that are nothing but rounding, as many as a layout
-has of them. A wrong gradient moves weights by as much as training does."""
+"""Of a weight's largest movement: Adam makes whole steps of gradients that are nothing but rounding, and layouts
+round in their own ways. A wrong gradient moves weights by as much as training does."""
 CURVE_TOLERANCE = 2e-5
 """Largest relative or absolute difference of a metric between layouts, in float32 after four updates."""
 
