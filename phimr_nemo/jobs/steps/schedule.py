@@ -200,13 +200,13 @@ class _Schedule:
                 code = item.child.poll()
                 if code is not None:
                     self._running.remove(item)
-                    self._close(item, EXIT_PREEMPTED if relay.ended(code) else code)
+                    self._close(item, EXIT_PREEMPTED if relay.ended(code) else code, relay)
                     return
             if relay.signals:
                 relay.tell()
             time.sleep(POLL_SECONDS)
 
-    def _close(self, item: _Running, code: int) -> None:
+    def _close(self, item: _Running, code: int, relay: Relay) -> None:
         if item.log is not None:
             with item.log as log:
                 log.seek(0)
@@ -220,6 +220,8 @@ class _Schedule:
             self._interrupted.append(item.step)
         elif self._failure is None:
             self._failure = failure(item.step, code)
+            # What runs beside it saves and ends: its command goes on later.
+            relay.stop()
 
     def _announce(self, step: Step, *, beside: bool) -> None:
         number, place = self._steps.index(step) + 1, step.output.parent.name
