@@ -95,8 +95,8 @@ CLAIMS: Final = (
         1,
         "% pass@1",
         (
-            Cell("results.md", "pass@1", "SFT without mid-training", SEEDS),
-            Cell("results.md", "pass@1", "SFT", SEEDS),
+            Cell("results.md", "pass@1", "SFT without mid-training", SEEDS, table=1),
+            Cell("results.md", "pass@1", "SFT", SEEDS, table=1),
         ),
     ),
     Claim(
