@@ -12,9 +12,12 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import EXIT_PREEMPTED
+
+if TYPE_CHECKING:
+    import psutil
 
 PR_SET_PDEATHSIG: Final = 1
 """prctl(2): the signal that a process gets when its parent dies."""
@@ -102,7 +105,13 @@ def end_descendants() -> None:
     """SIGKILL to every process that this one has started, and to theirs."""
     import psutil
 
-    for process in psutil.Process().children(recursive=True):
+    _kill(psutil.Process().children(recursive=True))
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    import psutil
+
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
@@ -130,7 +139,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str] | None = No
 class Relay:
     """Passes stop signals on to the children, and lets them stand still while this process does (Ctrl-Z).
 
-    Use as a context manager; without effect outside the main thread. The children have sessions of their own.
+    Use as a context manager; without effect outside the main thread. The children are those that start inside, in
+    sessions of their own: what this process had started before is left in peace.
 
     Attributes:
         signals: those that came.
@@ -140,8 +150,12 @@ class Relay:
         self.signals: list[int] = []
         self._told: set[int] = set()
         self._previous: dict[signal.Signals, Any] = {}
+        self._others: set[int] = set()
 
     def __enter__(self) -> Relay:
+        import psutil
+
+        self._others = {child.pid for child in psutil.Process().children()}
         if threading.current_thread() is threading.main_thread():
             handlers: dict[signal.Signals, Any] = dict.fromkeys(STOP_SIGNALS, self._stop)
             for number, handler in {**handlers, signal.SIGTSTP: self._pause}.items():
@@ -168,7 +182,7 @@ class Relay:
         """Tell all children that were not told yet to save and end."""
         import psutil
 
-        for child in psutil.Process().children():
+        for child in self._children():
             if child.pid not in self._told:
                 self._told.add(child.pid)
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -179,16 +193,31 @@ class Relay:
         at_once = len(self.signals) > 1
         return bool(self.signals) and (-code in STOP_SIGNALS or (at_once and -code == signal.SIGKILL))
 
+    def _children(self) -> list[psutil.Process]:
+        import psutil
+
+        return [child for child in psutil.Process().children() if child.pid not in self._others]
+
+    def _descendants(self) -> list[psutil.Process]:
+        import psutil
+
+        found = []
+        for child in self._children():
+            found.append(child)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.extend(child.children(recursive=True))
+        return found
+
     def _stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if number == signal.SIGINT and self.signals:
-            end_descendants()
+            _kill(self._descendants())
         self.signals.append(number)
         self.tell()
 
     def _pause(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         import psutil
 
-        below = psutil.Process().children(recursive=True)
+        below = self._descendants()
         for act in (psutil.Process.suspend, psutil.Process.resume):
             for child in below:
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -70,3 +70,38 @@ def test_what_is_forked_inside_ends_with_a_killed_parent_at_every_depth(started:
 
 def test_without_it_they_are_left_behind(started: Started) -> None:
     assert all(process.is_running() for process in started("contextlib.nullcontext()"))
+
+
+RELAYING = """
+import signal, subprocess, sys, time
+from phimr_nemo.process.children import Relay
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep({seconds})"]
+earlier = subprocess.Popen(SLEEP, start_new_session=True)
+with Relay() as relay:
+    own = subprocess.Popen(SLEEP, start_new_session=True)
+    print(earlier.pid, own.pid, flush=True)
+    {stop}
+    own.wait()
+    print(earlier.poll(), own.returncode, relay.ended(own.returncode), flush=True)
+earlier.kill()
+"""
+CTRL_C = "signal.raise_signal(signal.SIGINT)"
+
+
+@pytest.mark.parametrize(
+    ("stop", "ended_with", "is_told"),
+    [("relay.stop()", signal.SIGTERM, False), (CTRL_C, signal.SIGTERM, True), (f"{CTRL_C}; {CTRL_C}", None, True)],
+)
+def test_a_relay_stops_what_was_started_inside_and_nothing_else(
+    stop: str, ended_with: signal.Signals | None, is_told: bool
+) -> None:
+    program = textwrap.dedent(RELAYING).format(seconds=10 * SECONDS, stop=stop)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=SECONDS
+    )
+    earlier, own, told = done.stdout.splitlines()[1].split()
+    assert earlier == "None"
+    # Of two at once either may come first.
+    assert -int(own) in ({ended_with} if ended_with else {signal.SIGTERM, signal.SIGKILL})
+    assert told == str(is_told)

@@ -233,8 +233,13 @@ def test_what_runs_beside_a_step_that_fails_is_told_to_stop(tmp_path: Path, monk
         lambda _, step, output: processes.start([sys.executable, "-c", programs[step.name]], stdout=output),
     )
     monkeypatch.setattr(scheduler, "_is_to_run", lambda *_, **__: True)
+    another = processes.start([sys.executable, "-c", programs["sleeps"]])
     with pytest.raises(UserError, match="refuses"):
         run_steps([two, one], at_once=2)
+    # No step: the caller's own.
+    assert another.poll() is None
+    another.kill()
+    another.wait()
 
 
 def test_a_step_that_refuses_its_input_is_the_users_mistake(

@@ -196,7 +196,7 @@ def test_a_server_that_a_test_starts_ends_with_the_test_by_sigkill_too() -> None
 def test_every_process_that_a_test_leaves_running_is_started_that_way() -> None:
     """`subprocess.run` waits for its program; `Popen` is the helper's alone, a stand-in's of an engine, and that of a
     program whose child is to be ended by what is tested."""
-    programs = {TESTS / "unit" / "test_gpu_lane.py", TESTS / "unit" / "test_warm.py"}
+    programs = {TESTS / "unit" / f"test_{name}.py" for name in ("children", "gpu_lane", "warm")}
     allowed = {TESTS / "processes.py", TESTS / "parity" / "trtllm_standin.py", *programs}
     found = {path for path in TESTS.rglob("*.py") if "subprocess.Popen(" in path.read_text("utf-8")}
     assert found - allowed == {Path(__file__).resolve()}
