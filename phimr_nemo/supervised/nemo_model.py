@@ -38,7 +38,7 @@ from phimr_nemo.model.files.checkpoints import (
 from phimr_nemo.model.files.companions import write_model_files
 from phimr_nemo.model.files.distcheckpoint import write_dist_checkpoint
 from phimr_nemo.model.files.hf import HFDirectory
-from phimr_nemo.model.megatron.configuration import recompute_fields
+from phimr_nemo.model.megatron.configuration import adds_to_main_gradient, recompute_fields
 from phimr_nemo.model.megatron.convert import load_tensors
 from phimr_nemo.model.megatron.gpt import PhiGPTModel, build_model, transformer_fields
 from phimr_nemo.model.table import NORM_RULE
@@ -160,7 +160,13 @@ class Phi4MiniModel(llm.GPTModel):
 
 
 def phi4mini_config(
-    base: Path, model: ModelConfig, parallel: ParallelConfig, *, max_length: int, seed: int
+    base: Path,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    max_length: int,
+    seed: int,
+    lora: LoRAConfig | None = None,
 ) -> Phi4MiniConfig:
     """NeMo's configuration of the model in a Hugging Face directory, which starts from the weights there.
 
@@ -170,14 +176,16 @@ def phi4mini_config(
         parallel: how it is split over processes.
         max_length: the run's longest sequence (tokens).
         seed: of Megatron's random states.
+        lora: adapters that are trained instead of these weights.
 
     Raises:
         UserError: no such directory, or the layout cannot hold the model.
     """
     architecture = Architecture.from_directory(base)
     config = architecture_config(architecture, model, parallel, max_length=max_length, seed=seed)
-    # Not an argument: NeMo saves those, and a checkpoint brings weights of its own.
-    config.hf_directory = str(base)
+    # No arguments: NeMo saves those, a checkpoint brings weights of its own, and another machine has other products.
+    config.hf_directory, config.lora = str(base), lora
+    config.gradient_accumulation_fusion = adds_to_main_gradient(frozen=lora is not None)
     return config
 
 

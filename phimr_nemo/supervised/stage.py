@@ -15,7 +15,7 @@ from phimr_nemo.config import MidtrainConfig, SFTConfig, SupervisedConfig, Train
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.evaluate.held_out import HeldOut, OwnEngine
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.model.megatron.configuration import adds_to_main_gradient, has_transformer_engine
+from phimr_nemo.model.megatron.configuration import has_transformer_engine
 from phimr_nemo.model.origin import trained_from
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.supervised import assembly
@@ -75,10 +75,13 @@ def _train(stage: Stage, config: SupervisedConfig, data: SupervisedDataModule) -
     started = time.monotonic()
     architecture = Architecture.from_directory(config.base)
     described = phi4mini_config(
-        config.base, config.model, config.parallel, max_length=config.sequence_length, seed=config.run.seed
+        config.base,
+        config.model,
+        config.parallel,
+        max_length=config.sequence_length,
+        seed=config.run.seed,
+        lora=config.lora,
     )
-    described.lora = config.lora
-    described.gradient_accumulation_fusion = adds_to_main_gradient(frozen=config.lora is not None)
     model = Phi4MiniModel(described, optim=assembly.optimizer(config, steps))
     store = CheckpointStore(run.checkpoints, config.checkpoint, _judge(stage, config, run, steps))
     keeper = CheckpointKeeper(store)

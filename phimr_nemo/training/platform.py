@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import types
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -69,10 +70,25 @@ def prepare() -> None:
     _redirect_random_state()
     _redirect_type_names()
     _redirect_nemo()
+    _redirect_products()
     if not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")):
         from phimr_nemo.training.adam import install
 
         install()
+
+
+def _redirect_products() -> None:
+    """Products of gradients and inputs are added to Megatron's buffers at once, as Apex's do on a GPU."""
+    from megatron.core.tensor_parallel import layers
+
+    from phimr_nemo.losses.vocabulary import accumulate_weight_gradient
+
+    def add_product(inputs: torch.Tensor, gradient: torch.Tensor, total: torch.Tensor) -> None:
+        accumulate_weight_gradient(total, gradient, inputs)
+
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
+        layers._grad_accum_fusion_available = True
 
 
 def _keep_freed_memory() -> None:

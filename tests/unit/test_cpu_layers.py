@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phimr_nemo.model.megatron import cpu_layers, elementwise
+from phimr_nemo.model.megatron import cpu_attention, cpu_layers, elementwise
 
 EXACT = 1e-10
 """Largest difference in float64 of values of size 1 after sums of some hundred terms."""
@@ -82,7 +82,7 @@ def plain_attention(heads: Tensor, lengths: Sequence[int], positions: Sequence[i
 
 def attention(positions: Sequence[int], spans: tuple[tuple[int, int], ...] | None) -> Callable[[Tensor], Tensor]:
     tables = elementwise.rotary_tables(angles_of(positions)[:, None, None], HEAD_DIM, FACTOR, torch.float64)
-    return lambda heads: cpu_layers.attend(heads, tables, ROTARY_DIM, 1 / math.sqrt(HEAD_DIM), spans)
+    return lambda heads: cpu_attention.attend(heads, tables, ROTARY_DIM, 1 / math.sqrt(HEAD_DIM), spans)
 
 
 def test_norm_and_its_gradients_are_the_formula_under_autograd() -> None:
@@ -102,6 +102,17 @@ def test_swiglu_and_its_gradient_are_the_formula_under_autograd() -> None:
     assert largest(found, wrong) > FAULT
 
 
+WAYS = {"the kernel": range(TOKENS + 1, TOKENS + 2), "tiles": range(1, TOKENS + 1), "each way": range(10, 12)}
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
+def tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which documents are cut into tiles, of eight queries and a rest."""
+    monkeypatch.setattr(cpu_attention, "TILED", request.param)
+    monkeypatch.setattr(cpu_attention, "TILE", 8)
+
+
+@pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("batch", [1, 3])
 def test_attention_over_whole_rows_is_brute_force(batch: int) -> None:
     heads = drawn(TOKENS, batch, GROUPS, QUERIES + 2, HEAD_DIM)
@@ -113,6 +124,7 @@ def test_attention_over_whole_rows_is_brute_force(batch: int) -> None:
     assert largest(found, wrong) > FAULT
 
 
+@pytest.mark.usefixtures("tiled")
 def test_packed_documents_do_not_see_one_another_and_count_from_zero() -> None:
     assert sum(DOCUMENTS) == TOKENS
     heads = drawn(TOKENS, 1, GROUPS, QUERIES + 2, HEAD_DIM)
@@ -146,6 +158,28 @@ def test_rounding_of_norm_and_swiglu_stays_within_its_bound(dtype: torch.dtype) 
         for tensor, exact, size in zip(found, wanted, sizes, strict=True):
             assert tensor.dtype == dtype
             assert float((tensor.double() - exact).abs().max()) < 8 * unit * max(size, math.sqrt(TOKENS))
+
+
+@pytest.mark.usefixtures("tiled")
+def test_rounding_of_attention_in_bfloat16_stays_within_its_bound() -> None:
+    """Of the exact values of the rounded inputs; a query turned the wrong way is not."""
+    heads = drawn(TOKENS, 1, GROUPS, QUERIES + 2, HEAD_DIM, dtype=torch.bfloat16)
+    positions = [place for length in DOCUMENTS for place in range(length)]
+    tables = elementwise.rotary_tables(angles_of(positions)[:, None, None], HEAD_DIM, FACTOR, torch.float32)
+    spans = cpu_layers.plan_spans(torch.tensor(DOCUMENTS)).spans
+
+    def ours(heads: Tensor) -> Tensor:
+        return cpu_attention.attend(heads, tables, ROTARY_DIM, 1 / math.sqrt(HEAD_DIM), spans)
+
+    found = with_gradients(ours, heads)
+    assert all(values.dtype == torch.bfloat16 for values in found)
+    exact = with_gradients(lambda x: plain_attention(x, DOCUMENTS, positions, FACTOR), heads.double())
+    # Rounding of the turned heads, of the weights, of the scores' gradient, of the sums, and at the end.
+    bound = 8 * torch.finfo(torch.bfloat16).eps
+    for values, wanted in zip(found, exact, strict=True):
+        assert float((values.double() - wanted).norm() / wanted.norm()) < bound
+    wrong = with_gradients(lambda x: plain_attention(x, DOCUMENTS, positions[::-1], FACTOR), heads.double())
+    assert float((found[0].double() - wrong[0]).norm() / wrong[0].norm()) > bound
 
 
 def test_norm_and_swiglu_equal_torch_in_value() -> None:

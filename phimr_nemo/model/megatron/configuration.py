@@ -34,11 +34,13 @@ def has_cpu_layers(config: TransformerConfig) -> bool:
 def adds_to_main_gradient(*, frozen: bool) -> bool:
     """Whether a trainer's products add weights' gradients straight to Megatron's float32 buffers.
 
-    Transformer Engine's do; Megatron asks for Apex's beside them, which its images have. Adapters, beside frozen
-    weights, have products of their own.
+    Transformer Engine's do; Megatron asks for Apex's beside them, which its images have. On a CPU
+    :func:`phimr_nemo.training.platform.prepare` gives it the like. Adapters, beside frozen weights, have products of
+    their own.
     """
     has_apex = importlib.util.find_spec(APEX_PRODUCTS) is not None
-    return has_transformer_engine() and has_apex and not frozen
+    on_cpu = not has_transformer_engine() and not torch.cuda.is_available()
+    return (on_cpu or (has_transformer_engine() and has_apex)) and not frozen
 
 
 def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
