@@ -24,6 +24,9 @@ SITE = Site(
     storage_bandwidth=100e9,
     storage_operations=50_000,
     node_bandwidth=50e9,
+    # Measured by bench/weight_sync.py with Phi-4-mini's shapes on two busy cores: 7.7 GB in 32 and in 9 s.
+    http_bandwidth=7.7e9 / 32,
+    file_bandwidth=7.7e9 / 9,
     message_seconds=1e-4,
     hours_between_failures=16_384 * 54 * 24 / 419,
 )

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from phimr_nemo.config.engine import ServerEngine, TrainedEngine
+from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import matmul_parameters
-from phimr_nemo.plan.hardware import DECODE_EFFICIENCY, Gpu, matmul_rate
+from phimr_nemo.plan.hardware import DECODE_EFFICIENCY, NODE_EFFICIENCY, Gpu, matmul_rate
 from phimr_nemo.plan.memory import BYTES_PER_NUMBER
 from phimr_nemo.plan.timing import OPERATIONS
 from phimr_nemo.plan.workload import Lengths
@@ -74,3 +76,33 @@ def sampling_time(
         at_once=at_once,
         cache_bytes=math.ceil(at_once * lengths.mean) * a_token,
     )
+
+
+def sync_time(
+    arch: Architecture, gpu: Gpu, dtype: str, *, engine: TrainedEngine, gpus: int, bytes_a_second: float | None
+) -> float:
+    """Seconds in which a round's weights reach what samples with them.
+
+    Process 0 sends them to every host of rollout servers, one after the other, or writes them once to a directory that
+    all of them read. An engine in the trainer's processes
+    gathers what its GPU does not hold from the others of its node.
+
+    Args:
+        arch: the model.
+        gpu: which; servers are on as many nodes as the GPUs fill.
+        dtype: of the weights.
+        engine: what samples.
+        gpus: how many sample.
+        bytes_a_second: measured for one host of servers, or through files; unused elsewhere.
+    """
+    size = arch.num_parameters * BYTES_PER_NUMBER[dtype]
+    if not isinstance(engine, ServerEngine):
+        return size / (gpu.node_bandwidth * NODE_EFFICIENCY)
+    if bytes_a_second is None:
+        raise UserError(
+            f"no sync_bytes_a_second, and {engine.kind} samples",
+            rule="weights that go to rollout servers take time",
+            remedy="sync_bytes_a_second=2.4e8, which bench/weight_sync.py measured over HTTP, or your own figure",
+        )
+    times = 1 if engine.directory is not None else math.ceil(gpus / gpu.node_size)
+    return times * size / bytes_a_second

@@ -16,7 +16,7 @@ from phimr_nemo.model.flops import model_flops
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.plan.hardware import FRAGMENTATION, FRAMEWORK_BYTES, Gpu, MatmulDtype, find_gpu
 from phimr_nemo.plan.memory import BYTES_PER_NUMBER, RankMemory, Recompute, largest_rank, layer_parameters
-from phimr_nemo.plan.sampling import SamplingTime, sampling_time
+from phimr_nemo.plan.sampling import SamplingTime, sampling_time, sync_time
 from phimr_nemo.plan.timing import StepTime, Work, step_time
 from phimr_nemo.plan.workload import StageConfig, Workload, training_workload
 
@@ -93,7 +93,8 @@ class Fitting:
         micro_batches: of a step on each data-parallel rank.
         step: of training, one optimizer update.
         updates: of them in a step.
-        sampling: of the step's rollouts on each GPU; None outside GRPO.
+        sampling: of the step's rollouts on each GPU; None where none are sampled.
+        sync: seconds in which the step's weights reach what samples; 0 there too.
         waiting: share of the training time that the mean data-parallel rank waits for the slowest.
         seconds: of a whole step.
         tokens_a_gpu_second: real tokens trained on.
@@ -107,6 +108,7 @@ class Fitting:
     step: StepTime
     updates: int
     sampling: SamplingTime | None
+    sync: float
     waiting: float
     seconds: float
     tokens_a_gpu_second: float
@@ -268,7 +270,7 @@ def _judge(
 ) -> Fitting | Refused:
     parallel, dtype = candidate.parallel, config.model.dtype
     memory = _training_memory(config, arch, workload, candidate, count)
-    sampling = None
+    sampling, sync = None, 0.0
     if isinstance(config, RoundsConfig):
         weights = arch.num_parameters * BYTES_PER_NUMBER[dtype]
         sampling = sampling_time(
@@ -279,6 +281,14 @@ def _judge(
             lengths=workload.lengths,
             # Training's activations are not there while the sampler works.
             free_bytes=usable - (memory.total - memory.rank.moving - memory.fragmentation) - weights,
+        )
+        sync = sync_time(
+            arch,
+            gpu,
+            dtype,
+            engine=config.engine,
+            gpus=plan.gpus,
+            bytes_a_second=plan.sync_bytes_a_second,
         )
         # What is needed at least: keys and values of one sequence of mean length beside the training step.
         memory = dataclasses.replace(memory, sampler=weights)
@@ -306,7 +316,7 @@ def _judge(
     )
     # Every further update of a step costs its communication and its optimizer once more.
     training = step.total + (workload.updates - 1) * (step.data + step.optimizer)
-    seconds = training + (sampling.seconds if sampling else 0.0)
+    seconds = training + (sampling.seconds if sampling else 0.0) + sync
     # A token sees half of its document on average.
     flops = model_flops(arch, workload.tokens, workload.tokens * workload.lengths.weighted / 2)
     return Fitting(
@@ -316,6 +326,7 @@ def _judge(
         step=step,
         updates=workload.updates,
         sampling=sampling,
+        sync=sync,
         waiting=1 - workload.tokens / (tokens * count * parallel.data),
         seconds=seconds,
         tokens_a_gpu_second=workload.tokens / seconds / plan.gpus,

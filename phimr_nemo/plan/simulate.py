@@ -23,6 +23,8 @@ class Site:
         storage_bandwidth: bytes per second of the shared file system, all nodes together.
         storage_operations: files opened or made per second, all nodes together.
         node_bandwidth: bytes per second of a node's adapters, in one direction.
+        http_bandwidth: bytes per second of a model from one process to another over HTTP, packing included.
+        file_bandwidth: the same through files.
         message_seconds: what one process takes for one small message or one object of another rank.
         hours_between_failures: of one GPU, everything that ends a job counted.
     """
@@ -31,6 +33,8 @@ class Site:
     storage_bandwidth: float
     storage_operations: float
     node_bandwidth: float
+    http_bandwidth: float
+    file_bandwidth: float
     message_seconds: float
     hours_between_failures: float
 
@@ -109,11 +113,13 @@ def weight_sync(site: Site, model_bytes: float, servers: int) -> Mapping[str, fl
     "from process 0" is what the project does over HTTP: one process sends the whole model to every server. "shared
     directory" writes it once and lets the servers' nodes read it. "tree" has every server that is done send it on.
     """
+    over_http = min(site.http_bandwidth, site.node_bandwidth)
+    through_files = model_bytes / min(site.file_bandwidth, site.node_bandwidth)
     return {
-        "from process 0": servers * model_bytes / site.node_bandwidth,
-        "shared directory": max(model_bytes / site.node_bandwidth, model_bytes / site.storage_bandwidth)
-        + _read_everywhere(site, model_bytes, servers),
-        "tree": math.ceil(math.log2(servers + 1)) * model_bytes / site.node_bandwidth,
+        "from process 0": servers * model_bytes / over_http,
+        "shared directory": max(through_files, model_bytes / site.storage_bandwidth)
+        + max(through_files, _read_everywhere(site, model_bytes, servers)),
+        "tree": math.ceil(math.log2(servers + 1)) * model_bytes / over_http,
     }
 
 

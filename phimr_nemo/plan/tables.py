@@ -33,6 +33,7 @@ NOTES: Final = (
     "lengths: exponentially distributed around mean_tokens (assumption)",
 )
 SAMPLING_NOTE: Final = "sampling: extrapolated for a tuned engine on every GPU; the built-in engine is slower"
+SYNC_NOTE: Final = "weights to rollout servers: sync_bytes_a_second was measured between processes of a CPU's machine"
 GENERATION_NOTES: Final = (
     "teacher: tokens_a_gpu_second is a published figure of other hardware and prompts (conf/plan/generate.yaml), "
     "extrapolated",
@@ -47,7 +48,7 @@ def notes(request: TrainingRequest) -> list[str]:
     """What of a training plan is measured, and what is not."""
     found = [MEASURED_MEMORY, *NOTES, *find_gpu(request.plan.gpu).guesses]
     if request.plan.stage in SAMPLING_STAGES:
-        found.append(SAMPLING_NOTE)
+        found += [SAMPLING_NOTE, SYNC_NOTE]
     if request.plan.stage == "distill":
         found.append(TEACHER_NOTE)
     return found
@@ -105,7 +106,8 @@ def _print_ranking(request: TrainingRequest, plan: TrainingPlan, console: Consol
         exposed = step.tensor + step.context + step.neighbours + step.data
         times = [f"{option.seconds:.3g}"]
         if option.sampling is not None:
-            times = [f"{option.sampling.seconds:.0f}", f"{option.seconds - option.sampling.seconds:.0f}"]
+            sampled = option.sampling.seconds
+            times = [f"{value:.0f}" for value in (sampled, option.seconds - sampled - option.sync)]
         table.add_row(
             str(number),
             describe(option.candidate),
@@ -141,6 +143,7 @@ def _print_parts(best: Fitting, plan: TrainingPlan, console: Console) -> None:
             table.add_row(name.replace("_", " "), f"{seconds:.4g}")
     if best.sampling is not None:
         table.add_row(f"sampling, {best.sampling.at_once} sequences at once", f"{best.sampling.seconds:.4g}")
+        table.add_row("weights to what samples", f"{best.sync:.4g}")
     console.print(table)
     if best.waiting > 0:
         console.print(f"padding and waiting for the longest sequences: {best.waiting:.0%} of the training time")
@@ -265,6 +268,7 @@ def _fitting_values(option: Fitting) -> dict[str, Any]:
         "in_flight": option.memory.rank.in_flight,
         "step_seconds": dataclasses.asdict(option.step),
         "sampling": None if option.sampling is None else dataclasses.asdict(option.sampling),
+        "sync_seconds": option.sync,
         "waiting_share": option.waiting,
         "seconds": option.seconds,
         "tokens_a_gpu_second": option.tokens_a_gpu_second,

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from phimr_nemo.config import GenerationPlanConfig, load_config
+from phimr_nemo.config.engine import LocalEngine
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.plan.command import run_plan
 from phimr_nemo.plan.generation import plan_generation
-from phimr_nemo.plan.hardware import GPUS
+from phimr_nemo.plan.hardware import GPUS, NODE_EFFICIENCY
 from phimr_nemo.plan.request import LAYOUT_KEYS, TrainingRequest, read_request
+from phimr_nemo.plan.sampling import sync_time
 from phimr_nemo.plan.search import TrainingPlan, candidates, plan_training
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -124,10 +126,27 @@ def test_what_is_not_measured_is_marked(capsys: pytest.CaptureFixture[str]) -> N
     for word in ("not measured", "assumption", "sampling: extrapolated", "attention efficiency"):
         assert word in text
     option = values["fitting"][0]
-    assert option["seconds"] == pytest.approx(option["sampling"]["seconds"] + sum(option["step_seconds"].values()))
+    rounds = option["sampling"]["seconds"] + option["sync_seconds"]
+    assert option["seconds"] == pytest.approx(rounds + sum(option["step_seconds"].values()))
     table = printed(capsys, "stage=sft", "gpus=8", as_json=False)
     for word in ("recompute", "gradients (fp32)", "extrapolated", "do not fit", "largest part", "waiting"):
         assert word in table
+
+
+def test_weights_go_once_to_each_node_of_rollout_servers() -> None:
+    size, layout = 2 * 3_836_021_760, ("stage=grpo", "gpus=16", "parallel.tensor=2")
+    assert planned(*layout, "sync_bytes_a_second=1e9")[1].fitting[0].sync == pytest.approx(2 * size / 1e9)
+    # An engine of the trainer's own gathers them over the node's links.
+    # A directory is written once and read by all.
+    shared = planned(*layout, "sync_bytes_a_second=1e9", "engine.directory=/shared")[1].fitting[0].sync
+    assert shared == pytest.approx(size / 1e9)
+    arch, gpu = planned(*layout)[0].arch, GPUS["h100-80g"]
+    own = sync_time(arch, gpu, "bf16", engine=LocalEngine(), gpus=16, bytes_a_second=None)
+    assert own == pytest.approx(size / (gpu.node_bandwidth * NODE_EFFICIENCY))
+    with pytest.raises(UserError, match="sync_bytes_a_second") as caught:
+        planned(*layout, "sync_bytes_a_second=null")
+    remedy = caught.value.remedy.split(",")[0]
+    assert planned(*layout, remedy)[1].fitting
 
 
 def test_generation_by_hand(capsys: pytest.CaptureFixture[str]) -> None:

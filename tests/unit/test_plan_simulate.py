@@ -24,6 +24,8 @@ SITE = Site(
     storage_bandwidth=1e11,
     storage_operations=5e4,
     node_bandwidth=4e10,
+    http_bandwidth=5e8,
+    file_bandwidth=2e9,
     message_seconds=1e-4,
     hours_between_failures=5e4,
 )
@@ -117,8 +119,19 @@ def test_weights_by_tree_take_a_round_for_every_doubling(servers: int, rounds: i
         having, needed = 2 * having, needed + 1
     sync = weight_sync(SITE, JOB.model_bytes, servers)
     assert needed == rounds
-    assert sync["tree"] == pytest.approx(rounds * JOB.model_bytes / SITE.node_bandwidth)
-    assert sync["from process 0"] == pytest.approx(servers * JOB.model_bytes / SITE.node_bandwidth)
+    assert sync["tree"] == pytest.approx(rounds * JOB.model_bytes / SITE.http_bandwidth)
+    assert sync["from process 0"] == pytest.approx(servers * JOB.model_bytes / SITE.http_bandwidth)
+    # Written once, then read by all at once: twice what one process needs, until the storage is the limit.
+    assert sync["shared directory"] == pytest.approx(
+        JOB.model_bytes / SITE.file_bandwidth
+        + max(JOB.model_bytes / SITE.file_bandwidth, servers * JOB.model_bytes / SITE.storage_bandwidth)
+    )
+
+
+def test_a_network_slower_than_the_processes_is_the_limit() -> None:
+    slow = dataclasses.replace(SITE, node_bandwidth=1e8)
+    sync = weight_sync(slow, JOB.model_bytes, 3)
+    assert sync["from process 0"] == pytest.approx(3 * JOB.model_bytes / 1e8)
 
 
 def test_faster_storage_helps_what_it_limits_and_nothing_else() -> None:
