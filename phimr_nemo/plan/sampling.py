@@ -83,9 +83,9 @@ def sync_time(
 ) -> float:
     """Seconds in which a round's weights reach what samples with them.
 
-    Process 0 sends them to every host of rollout servers, one after the other, or writes them once to a directory that
-    all of them read. An engine in the trainer's processes
-    gathers what its GPU does not hold from the others of its node.
+    Process 0 sends them to every host of rollout servers, one after the other, or writes them once to a directory
+    that all of them read. An engine in the trainer's processes gathers what its GPU does not hold from the others of
+    its node.
 
     Args:
         arch: the model.
