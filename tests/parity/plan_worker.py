@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phimr_nemo.config import OptimConfig, ParallelConfig
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.dtypes import torch_dtype
+from phimr_nemo.model.megatron import cpu_attention
 from phimr_nemo.model.megatron.configuration import transformer_config
 from phimr_nemo.model.megatron.gpt import build_model
 from phimr_nemo.plan.memory import MicroBatch, Recompute
@@ -197,7 +199,9 @@ def measure(case: Case) -> Measured:
     def step(data: Iterator[dict[str, Any]], stage: Any) -> tuple[Tensor, Callable[..., Any]]:
         return stage(**next(data)), head
 
-    with EveryTensor(everything), kept_for_backward(kept):
+    # A CPU's tiles of scores are no part of the plan of a GPU, whose kernels never hold them.
+    whole = mock.patch.object(cpu_attention, "TILED", range(0))
+    with whole, EveryTensor(everything), kept_for_backward(kept):
         get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iter(micro_batches),
