@@ -299,7 +299,8 @@ def _same_equation(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
     if isinstance(predicted, Equation):
         return _says(predicted, gold, symbolic)
     assert isinstance(gold, Equation)
-    if not (is_label(gold.left) or (gold.rounded and gold.left == gold.right)):
+    computed = _CONSTANT.fullmatch(gold.left) and _same(Leaf(gold.left), Leaf(gold.right), symbolic)
+    if not (is_label(gold.left) or computed or (gold.rounded and gold.left == gold.right)):
         return False
     if _same(_parse("answer", gold.right), predicted, symbolic):
         return True

@@ -11,6 +11,7 @@ import re
 from functools import lru_cache
 from typing import Final
 
+from phimr_nemo.verify.read.determinants import with_values
 from phimr_nemo.verify.read.names import FUNCTIONS, GLUABLE, KNOWN, TRIGONOMETRIC
 
 CANONICAL_CACHE: Final = 4096
@@ -171,7 +172,7 @@ def canonical(answer: str) -> str:
     text = _ROOT_PARENTHESES.sub(r"\\sqrt{\1}", text)
     if any(rf"\{name}" in text for name in TRIGONOMETRIC):
         text = _DEGREES.sub(r"{\\frac{\1\\pi}{180}}", text)
-    return _strip_edges(_QUANTIFIED.sub("", re.sub(r"\s+", " ", text)))
+    return with_values(_strip_edges(_QUANTIFIED.sub("", re.sub(r"\s+", " ", text))))
 
 
 def key(text: str) -> str:

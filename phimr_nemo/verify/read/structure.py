@@ -303,7 +303,7 @@ def _matrix(environment: str, body: str, depth: int) -> Matrix:
     if sum(row.count("&") + 1 for row in rows) > MAX_ITEMS:
         raise Malformed(f"more than {MAX_ITEMS} entries")
     entries = tuple(tuple(parse(cell, depth + 1) for cell in row.split("&")) for row in rows)
-    return Matrix(entries, bars=environment.startswith("v"))
+    return Matrix(entries, bars=environment[0] in "vV")
 
 
 def _related(text: str, depth: int) -> Node | None:
