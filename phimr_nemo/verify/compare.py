@@ -368,7 +368,8 @@ def _rounds_to(rounded: str, exact: Node, symbolic: Symbolic, *, cut_off: bool =
         return False
     core = split_quantity(exact.text).core
     own = parse_number(key(core))
-    place = number.last_place or Fraction(1)
+    # A fraction stands for a value as near as its denominator lets it be, as 22/7 does for pi.
+    place = number.last_place or Fraction(1, number.value.denominator**2)
     if own is not None:
         gap = abs(own.value - number.value)
         return gap < place if cut_off else gap * 2 <= place

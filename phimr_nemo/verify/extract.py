@@ -30,6 +30,19 @@ MAX_BARE_CJK: Final = 4
 _WORD_IN_FRONT = re.compile(r"[A-Za-z]{2,}[,:]?\s+[^\s=]|.{0,40}[.:]\s+[A-Za-z]{2,}\s")
 _DERIVING: Final = frozenset(words("so thus hence therefore then since because"))
 _NEGATED = re.compile(r"\b(?:cannot|can't|not|isn't|never)\s+(?:be\s+|equal\s+(?:to\s+)?)?\$?[-−]?[0-9][^0-9]*$")
+_NONE_SUCH = re.compile(
+    r"\bthere (?:is|are|exists?) no\b|\bno (?:such )?(?:integer|number|value|solution)s?\b", re.IGNORECASE
+)
+_QUALIFIED = re.compile(
+    r"(?:\bat (?:most|least)|\b(?:greater|less|more|fewer|larger|smaller|bigger|higher|lower) than(?: or equal to)?"
+    r"|\b(?:multiples?|factors?|divisors?|one|power|root) of|\bdivisible by"
+    r"|\b(?:above|below|exceeds?|exceeding|not|never)"
+    r"|\bbetween\b[^.]{0,40}\band)\s*[$\\(]*\s*\Z",
+    re.IGNORECASE,
+)
+_COMPARED = re.compile(
+    r"\s*[$)\\]*\s*(?:or\b|(?:more|less|fewer|greater|larger|smaller) than\b|times (?:as|more|the)\b)", re.IGNORECASE
+)
 _NO_SOLUTION = re.compile(
     r"\bno (?:real |integer |such )?(?:solutions?|values?|numbers?)(?: exists?)?$", re.IGNORECASE
 )
@@ -63,7 +76,7 @@ _CHOSEN = re.compile(
     r"(?:(?i:option|choice|answer)[ \t]*\(?(?P<named>[A-J])\)?[ \t]+(?i:is|are)[ \t]+(?i:the[ \t]+)?"
     r"(?i:correct|right|best|true))"
     r"|(?<!if )(?<!whether )(?<!that )\b(?P<said>[A-J])\)?[ \t]+is[ \t]+"
-    r"the[ \t]+(?:only[ \t]+)?(?:correct|right|best)[ \t]+(?:answer|option|choice)"
+    r"the[ \t]+(?:(?:only[ \t]+)?(?:correct|right|best)[ \t]+(?:answer|option|choice)|answer(?=[ \t]*(?:[.!]|$|\n)))"
     r"|\b[Cc]hoose[ \t]+(?:(?i:option|choice|answer)[ \t]+)?\(?(?P<told>[A-J])\)?(?=[ \t]*(?:[.!]|$|\n))"
     r"|\bI(?:'d|[ \t]+would|[ \t]+will)?[ \t]+(?:choose|pick|select|go[ \t]+with)[ \t]+"
     r"(?i:option|choice|answer)?[ \t]*\(?(?P<picked>[A-J])\)?(?![A-Za-z])"
@@ -292,8 +305,8 @@ def _following(tail: str, start: int) -> str:
     lines = [line for line in rest.lstrip(":：* \n").split("\n") if line.strip()]
     if len(lines) > 1 and all(_LIST_ITEM.match(line) for line in lines[:2]):
         return ""  # a list of several results announces none of them
-    if rest.startswith(("$$", r"\[")):
-        return rest
+    if rest.lstrip(":：* \n").startswith(("$$", r"\[")):
+        return rest.lstrip(":：* \n")
     line, _, more = rest.partition("\n")
     after = more.lstrip()
     return (
@@ -335,7 +348,7 @@ def _closing_value(tail: str) -> str:
     if tail.endswith("?"):
         sentences = sentences[:-1]  # a question claims nothing
     for sentence in reversed(sentences[-CLOSING_SENTENCES:]):
-        if _NEGATED.search(sentence):
+        if _NEGATED.search(sentence) or (_NONE_SUCH.search(sentence) and not _NO_SOLUTION.search(sentence)):
             continue
         if _NUMBER.search(sentence):
             return _value_in_sentence(sentence)
@@ -370,4 +383,9 @@ def _value_in_sentence(sentence: str) -> str:
     after = [value for value in values if claims and value.start() >= claims[-1].end()]
     ends_in_equation = values[-1] in formulas and "=" in values[-1].group()
     chosen = after[0] if after and not ends_in_equation else values[-1]
+    qualified = _QUALIFIED.search(sentence[: chosen.start()])
+    if qualified or _COMPARED.match(sentence[chosen.end() :]):
+        # A bound or a comparison, which says more than its number.
+        start = qualified.start() if qualified else chosen.start()
+        return sentence[start:].strip()[:MAX_ANSWER_CHARS]
     return _STRAY_DOLLAR.sub("", chosen.group(chosen.lastgroup or 0)).strip()

@@ -13,6 +13,7 @@ from typing import Final
 
 from phimr_nemo.verify.read.determinants import with_values
 from phimr_nemo.verify.read.names import FUNCTIONS, GLUABLE, KNOWN, TRIGONOMETRIC
+from phimr_nemo.verify.read.numerals import number_of_words
 
 CANONICAL_CACHE: Final = 4096
 MAX_INFIX: Final = 16
@@ -137,6 +138,7 @@ _ROOT_PARENTHESES = re.compile(r"\\sqrt\s*\(([^()]{1,200})\)")
 _WRAPPERS: Final = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_TEXT_ALONE = re.compile(r"^\\text\s*\{([^{}]*)\}$")
 _LEADING = re.compile(r"^(?:[=:≈]|\\approx|\\therefore)\s*")
 
 
@@ -144,6 +146,9 @@ _LEADING = re.compile(r"^(?:[=:≈]|\\approx|\\therefore)\s*")
 def canonical(answer: str) -> str:
     r"""The answer in the plain dialect, ``"\dfrac12 \,\text{cm}."`` -> ``"\frac{1}{2} \text{cm}"``."""
     text = _unwrap(answer)
+    spoken = number_of_words(_TEXT_ALONE.sub(r"\1", text)) if " and " in text else None
+    if spoken is not None:
+        return str(spoken)
     text = _SUPERSCRIPT_RUN.sub(lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
     text = _SUBSCRIPT_RUN.sub(lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text)
     text = text.translate(_UNICODE)
