@@ -105,7 +105,7 @@ class DigitGrader:
     def __exit__(self, *_: object) -> None:
         return
 
-    def grade_many(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+    def grade_many(self, pairs: Sequence[tuple[str, str]], _cut_off: Sequence[bool]) -> list[Any]:
         verdicts = ["correct" if digit_share(text) > self._threshold else "wrong" for text, _ in pairs]
         return [SimpleNamespace(verdict=verdict, reason="") for verdict in verdicts]
 

@@ -36,7 +36,7 @@ SHOWN = 20
 SHOWN_CHARACTERS = 60
 KEPT_CHARACTERS = 400
 PEER_DIGITS = 6
-COLUMNS = ("response", "answer")
+COLUMNS = ("response", "answer", "finish_reason")
 
 
 def read_input(path: Path, response: str, answer: str, group: str | None) -> list[dict[str, str]]:
@@ -54,7 +54,9 @@ def ours(rows: Sequence[Mapping[str, str]]) -> tuple[list[dict[str, Any]], float
     """What the project's grader says of each row, and the seconds it took."""
     started = time.perf_counter()
     with Grader(workers=1) as grader:
-        verdicts = grader.grade_many([(row["response"], row["answer"]) for row in rows])
+        verdicts = grader.grade_many(
+            [(row["response"], row["answer"]) for row in rows], [row.get("finish_reason") == "length" for row in rows]
+        )
     seconds = time.perf_counter() - started
     return [{"verdict": one.verdict, "extracted": one.extracted, "reason": one.reason} for one in verdicts], seconds
 

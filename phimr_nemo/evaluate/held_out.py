@@ -109,7 +109,10 @@ class HeldOut:
             for request, completion in zip(self.requests, completions, strict=True)
         ]
         with Grader(workers=self._config.workers, function=self._config.grader) as grader:
-            verdicts = grader.grade_many(list(zip(responses, self._answers, strict=True)))
+            verdicts = grader.grade_many(
+                list(zip(responses, self._answers, strict=True)),
+                [completion.finish_reason == "length" for completion in completions],
+            )
         correct: dict[str, list[bool]] = {}
         for name, verdict in zip(self._names, verdicts, strict=True):
             correct.setdefault(name, []).append(verdict.verdict == CORRECT)

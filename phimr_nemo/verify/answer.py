@@ -114,17 +114,19 @@ class Grader:
         """End the worker processes."""
         self._pool.close()
 
-    def grade(self, response: str, answer: str) -> Verdict:
+    def grade(self, response: str, answer: str, *, is_cut_off: bool = False) -> Verdict:
         """Grade one response; see :meth:`grade_many`."""
-        return self.grade_many([(response, answer)])[0]
+        return self.grade_many([(response, answer)], [is_cut_off])[0]
 
-    def grade_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def grade_many(self, pairs: Sequence[tuple[str, str]], cut_off: Sequence[bool] | None = None) -> list[Verdict]:
         """Grade many responses.
 
         Args:
             pairs: (response, gold answer) each. The gold answer may be bare, boxed, or a worked
                 solution that ends in ``\\boxed{...}``, ``#### ...`` or ``A: ...``; of the texts of a JSON array
                 any one is right (:mod:`phimr_nemo.verify.gold`).
+            cut_off: for each pair whether the response is known to have been cut off at the token limit: only what is
+                complete in it is then an answer. None: nothing is known. A user's own grader sees the text alone.
 
         Returns:
             One verdict a pair, in order.
@@ -133,18 +135,26 @@ class Grader:
             UserError: math-verify is missing or not the pinned version.
             RuntimeError: workers keep dying, or the grader was made in another process.
         """
+        given = [False] * len(pairs) if cut_off is None else cut_off
         if self._decide is not _decide:
-            return self._grade_each(pairs)
-        single = [(response, one) for response, answer in pairs for one in alternatives(answer)]
-        verdicts = iter(self._grade_each(single))
+            return self._grade_each([(*pair, cut) for pair, cut in zip(pairs, given, strict=True)])
+        verdicts = iter(
+            self._grade_each(
+                [
+                    (response, one, cut)
+                    for (response, answer), cut in zip(pairs, given, strict=True)
+                    for one in alternatives(answer)
+                ]
+            )
+        )
         return [_best([next(verdicts) for _ in alternatives(answer)]) for _, answer in pairs]
 
-    def _grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def _grade_each(self, asked: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
         """Grade responses against one answer each."""
         verdicts: list[Verdict | None] = []
         undecided: dict[Job, list[int]] = {}
-        for index, (response, answer) in enumerate(pairs):
-            decided = self._decide(response, answer)
+        for index, (response, answer, is_cut_off) in enumerate(asked):
+            decided = self._decide(response, answer, is_cut_off)
             if isinstance(decided, Job):
                 undecided.setdefault(decided, []).append(index)
                 verdicts.append(None)
@@ -161,10 +171,10 @@ def _best(verdicts: Sequence[Verdict]) -> Verdict:
     return min(verdicts, key=lambda verdict: _ORDER.index(verdict.verdict))
 
 
-def _decide(response: str, answer: str) -> Verdict | Job:
+def _decide(response: str, answer: str, is_cut_off: bool = False) -> Verdict | Job:
     """The verdict, where it takes no mathematics; else the job for a worker."""
     gold = gold_answer(answer)
-    extraction = final_answer(response)
+    extraction = final_answer(response, is_cut_off=is_cut_off)
     if not gold:
         return Verdict("error", extraction.text[:MAX_ANSWER_CHARS], "the gold answer is empty")
     if len(gold) > MAX_ANSWER_CHARS:
@@ -178,7 +188,7 @@ def _decide(response: str, answer: str) -> Verdict | Job:
     return _decide_extracted(gold, extraction)
 
 
-def _as_job(response: str, answer: str) -> Verdict | Job:
+def _as_job(response: str, answer: str, _is_cut_off: bool) -> Verdict | Job:
     """For the user's grader: the response as it is, by its end if it is too long, and the answer as it is."""
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict("error", "", f"the gold answer is longer than {MAX_ANSWER_CHARS} characters")
@@ -197,11 +207,16 @@ _default_owner = -1
 _default_lock = threading.Lock()
 
 
-def grade(response: str, answer: str) -> Verdict:
+def grade(response: str, answer: str, *, is_cut_off: bool = False) -> Verdict:
     r"""Grade one response with a grader of this process that has one worker.
 
     That grader is the only global state of this package: made by the first call, remade in a
     forked child, and closed when the process exits. Use :class:`Grader` for many responses.
+
+    Args:
+        response: the whole response, thinking included.
+        answer: the gold answer.
+        is_cut_off: the response is known to have ended at the token limit.
 
     Raises:
         UserError: math-verify is missing or not the pinned version.
@@ -217,4 +232,4 @@ def grade(response: str, answer: str) -> Verdict:
             _default, _default_owner = Grader(workers=1), os.getpid()
             atexit.register(_default.close)
         grader = _default
-    return grader.grade(response, answer)
+    return grader.grade(response, answer, is_cut_off=is_cut_off)

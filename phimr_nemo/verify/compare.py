@@ -299,7 +299,8 @@ def _same_equation(gold: Node, predicted: Node, symbolic: Symbolic) -> bool:
     if isinstance(predicted, Equation):
         return _says(predicted, gold, symbolic)
     assert isinstance(gold, Equation)
-    if not (is_label(gold.left) or (gold.rounded and gold.left == gold.right)):
+    computed = _CONSTANT.fullmatch(gold.left) and _same(Leaf(gold.left), Leaf(gold.right), symbolic)
+    if not (is_label(gold.left) or computed or (gold.rounded and gold.left == gold.right)):
         return False
     if _same(_parse("answer", gold.right), predicted, symbolic):
         return True
@@ -367,7 +368,8 @@ def _rounds_to(rounded: str, exact: Node, symbolic: Symbolic, *, cut_off: bool =
         return False
     core = split_quantity(exact.text).core
     own = parse_number(key(core))
-    place = number.last_place or Fraction(1)
+    # A fraction stands for a value as near as its denominator lets it be, as 22/7 does for pi.
+    place = number.last_place or Fraction(1, number.value.denominator**2)
     if own is not None:
         gap = abs(own.value - number.value)
         return gap < place if cut_off else gap * 2 <= place

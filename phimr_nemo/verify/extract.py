@@ -2,7 +2,8 @@ r"""Find the final answer in a response, in time linear in its length, without i
 
 Order of preference: the last ``\boxed``, then a phrase that announces the answer ("The answer is",
 "####", "A:"), then the last value of the closing sentences of a finished response. Only the text
-after the end of the thinking counts.
+after the end of the thinking counts. Of a response that is known to be cut off only what is complete counts: a
+closed box, or an announcement that another sentence follows.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from phimr_nemo.text.turn import visible_text
+from phimr_nemo.verify.boxes import BOX_COMMANDS, Box, boxes_of
 from phimr_nemo.verify.read.names import words
 from phimr_nemo.verify.verdict import MAX_ANSWER_CHARS
 
-BOX_COMMANDS: Final = ("\\boxed", "\\fbox")
-MAX_BOXES: Final = 32
+CUT_OFF: Final = "the response was cut off before an answer was complete"
 MAX_MISSING_BRACES: Final = 3
 MAX_BOX_JOIN_CHARS: Final = 60
 TAIL_CHARS: Final = 4096
@@ -29,6 +30,19 @@ MAX_BARE_CJK: Final = 4
 _WORD_IN_FRONT = re.compile(r"[A-Za-z]{2,}[,:]?\s+[^\s=]|.{0,40}[.:]\s+[A-Za-z]{2,}\s")
 _DERIVING: Final = frozenset(words("so thus hence therefore then since because"))
 _NEGATED = re.compile(r"\b(?:cannot|can't|not|isn't|never)\s+(?:be\s+|equal\s+(?:to\s+)?)?\$?[-−]?[0-9][^0-9]*$")
+_NONE_SUCH = re.compile(
+    r"\bthere (?:is|are|exists?) no\b|\bno (?:such )?(?:integer|number|value|solution)s?\b", re.IGNORECASE
+)
+_QUALIFIED = re.compile(
+    r"(?:\bat (?:most|least)|\b(?:greater|less|more|fewer|larger|smaller|bigger|higher|lower) than(?: or equal to)?"
+    r"|\b(?:multiples?|factors?|divisors?|one|power|root) of|\bdivisible by"
+    r"|\b(?:above|below|exceeds?|exceeding|not|never)"
+    r"|\bbetween\b[^.]{0,40}\band)\s*[$\\(]*\s*\Z",
+    re.IGNORECASE,
+)
+_COMPARED = re.compile(
+    r"\s*[$)\\]*\s*(?:or\b|(?:more|less|fewer|greater|larger|smaller) than\b|times (?:as|more|the)\b)", re.IGNORECASE
+)
 _NO_SOLUTION = re.compile(
     r"\bno (?:real |integer |such )?(?:solutions?|values?|numbers?)(?: exists?)?$", re.IGNORECASE
 )
@@ -46,6 +60,7 @@ _BOX_JOIN = re.compile(
     r"[\s$.)\]\\]*(?:,|;|、|&|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|和|或)"
     r"[\s$(\[\\]*(?:,|;|and\b|or\b)?[\s$(\[\\]*(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?[\s$]*"
 )
+_BOX_BEGINS = re.compile(r"\\(?:box(?:ed)?|fbox)\s*\{?\s*\Z")
 _MARKERS = re.compile(
     r"\#{4}(?!\#)[ \t]*(?=[^\n])"
     r"|(?:(?<=\n)|(?<![\s\S]))[ \t]*(?:[^\w\s\\$]{1,8}[ \t]*)?"
@@ -61,7 +76,7 @@ _CHOSEN = re.compile(
     r"(?:(?i:option|choice|answer)[ \t]*\(?(?P<named>[A-J])\)?[ \t]+(?i:is|are)[ \t]+(?i:the[ \t]+)?"
     r"(?i:correct|right|best|true))"
     r"|(?<!if )(?<!whether )(?<!that )\b(?P<said>[A-J])\)?[ \t]+is[ \t]+"
-    r"the[ \t]+(?:only[ \t]+)?(?:correct|right|best)[ \t]+(?:answer|option|choice)"
+    r"the[ \t]+(?:(?:only[ \t]+)?(?:correct|right|best)[ \t]+(?:answer|option|choice)|answer(?=[ \t]*(?:[.!]|$|\n)))"
     r"|\b[Cc]hoose[ \t]+(?:(?i:option|choice|answer)[ \t]+)?\(?(?P<told>[A-J])\)?(?=[ \t]*(?:[.!]|$|\n))"
     r"|\bI(?:'d|[ \t]+would|[ \t]+will)?[ \t]+(?:choose|pick|select|go[ \t]+with)[ \t]+"
     r"(?i:option|choice|answer)?[ \t]*\(?(?P<picked>[A-J])\)?(?![A-Za-z])"
@@ -128,11 +143,12 @@ class Extraction:
     how: str = ""
 
 
-def final_answer(response: str) -> Extraction:
+def final_answer(response: str, *, is_cut_off: bool = False) -> Extraction:
     """The final answer of a model's response.
 
     Args:
         response: the whole response, thinking included.
+        is_cut_off: it is known to have ended at the token limit and not by itself.
 
     Returns:
         The answer; with an empty `text` and a reason in `how` when there is none.
@@ -145,21 +161,35 @@ def final_answer(response: str) -> Extraction:
     tagged = _TAGGED.findall(text)
     if tagged and tagged[-1].strip():
         return _in_text(tagged[-1].strip(), whole=True)
-    return _in_text(text, whole=False)
+    ended = not response.endswith(text)  # a token that ends the turn follows
+    return _in_begun(text) if is_cut_off and not ended else _in_text(text, whole=False)
+
+
+def _in_begun(text: str) -> Extraction:
+    """The answer in a text that was cut off: a closed box, or an announcement in a sentence before the last."""
+    none = Extraction("", how=CUT_OFF)
+    boxes = boxes_of(text)
+    if boxes:
+        rest = text[boxes[-1].end :].strip()
+        more = _BOX_JOIN.fullmatch(rest) or _BOX_BEGINS.search(rest)
+        whole = bool(rest) or (boxes[-1].is_closed and text.rstrip().endswith("}"))
+        return _from_boxes(text, boxes) if whole and not more else none
+    tail = _tail(text)
+    ends = [match.end() for match in _SENTENCE_END.finditer(tail) if match.end() < len(tail)]
+    announced = _announced(tail[: ends[-1]]) if ends else None
+    again = any(match.end() == len(tail) for match in _MARKERS.finditer(tail))
+    return none if announced is None or again or announced != _announced(tail) else announced
 
 
 def _in_text(text: str, *, whole: bool) -> Extraction:
     """The answer in a text; where `whole`, the text is the answer unless it announces one."""
-    boxes = _boxes(text)
+    boxes = boxes_of(text)
     if boxes:
         return _from_boxes(text, boxes)
-    tail = _SPECIAL_TOKENS.sub(" ", _SPACES.sub(" ", text[-TAIL_CHARS:])).rstrip()
-    marked = _after_marker(tail)
-    if marked:
-        return Extraction(marked, how="marker")
-    chosen = _chosen_letter(tail)
-    if chosen:
-        return Extraction(chosen, how="choice")
+    tail = _tail(text)
+    announced = _announced(tail)
+    if announced is not None:
+        return announced
     if len(text) <= MAX_BARE_CHARS and (whole or _is_bare(tail.strip())):
         value = tail.strip() if whole else _trim_phrase(tail).removesuffix("$")
         if whole and not _is_bare(value):
@@ -169,6 +199,19 @@ def _in_text(text: str, *, whole: bool) -> Extraction:
     if closing:
         return Extraction(closing, how="closing")
     return Extraction("", how="no final answer in the response")
+
+
+def _tail(text: str) -> str:
+    return _SPECIAL_TOKENS.sub(" ", _SPACES.sub(" ", text[-TAIL_CHARS:])).rstrip()
+
+
+def _announced(tail: str) -> Extraction | None:
+    """The answer that a phrase announces, or the letter that a sentence chooses."""
+    marked = _after_marker(tail)
+    if marked:
+        return Extraction(marked, how="marker")
+    chosen = _chosen_letter(tail)
+    return Extraction(chosen, how="choice") if chosen else None
 
 
 def _is_bare(text: str) -> bool:
@@ -201,8 +244,8 @@ def _chosen_letter(tail: str) -> str:
 
 def last_box(text: str) -> str | None:
     r"""What the last ``\boxed`` or ``\fbox`` of a worked solution holds, boxes that it joins together; else None."""
-    boxes = _boxes(text)
-    if not boxes or (text[boxes[-1].end - 1] != "}" and "{" in text[boxes[-1].start : boxes[-1].end]):
+    boxes = boxes_of(text)
+    if not boxes or not boxes[-1].is_closed:
         return None  # one that never closes was cut off, perhaps in the middle of a number
     return _from_boxes(text, boxes).text or None
 
@@ -219,7 +262,7 @@ def gold_answer(answer: str) -> str:
 
 def _gold_answer(answer: str) -> str:
     answer = answer.strip()
-    boxes = _boxes(answer)
+    boxes = boxes_of(answer)
     if boxes:
         return _from_boxes(answer, boxes).text
     if "####" in answer:
@@ -231,57 +274,7 @@ def _gold_answer(answer: str) -> str:
     return answer
 
 
-@dataclass(frozen=True)
-class _Box:
-    start: int
-    end: int
-    content: str
-    too_long: bool = False
-
-
-def _boxes(text: str) -> list[_Box]:
-    """The last boxes with content, first to last; nested boxes count once, as the inner one."""
-    found: list[_Box] = []
-    limit = len(text)
-    commands = [command for command in BOX_COMMANDS if command in text]
-    if not commands:
-        return found
-    for _ in range(MAX_BOXES):
-        start, command = max((text.rfind(command, 0, limit), command) for command in commands)
-        if start < 0:
-            break
-        limit = start
-        box = _read_box(text, start, start + len(command))
-        if box is not None and box.content and not (found and box.end >= found[-1].end):
-            found.append(box)
-    return found[::-1]
-
-
-def _read_box(text: str, start: int, position: int) -> _Box | None:
-    while position < len(text) and text[position] in " \t":
-        position += 1
-    if position >= len(text):
-        return None
-    if text[position] != "{":
-        token = re.match(r"-?[0-9A-Za-z.,]+", text[position : position + MAX_ANSWER_CHARS])
-        return _Box(start, position + token.end(), token.group().rstrip(".,")) if token else None
-    depth, index = 0, position
-    end = min(len(text), position + MAX_ANSWER_CHARS + 2)
-    while index < end:
-        character = text[index]
-        if character == "\\":
-            index += 2
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return _Box(start, index + 1, text[position + 1 : index].strip())
-        index += 1
-    # The box never closes: what it holds up to the end of its formula or line.
-    content = re.split(r"\$|\n|\\\]|\\\)", text[position + 1 : end], maxsplit=1)[0]
-    return _Box(start, position + 1 + len(content), content.strip(), too_long=len(content) >= MAX_ANSWER_CHARS)
-
-
-def _from_boxes(text: str, boxes: list[_Box]) -> Extraction:
+def _from_boxes(text: str, boxes: list[Box]) -> Extraction:
     if boxes[-1].too_long:
         return Extraction("", how=f"the boxed answer is longer than {MAX_ANSWER_CHARS} characters")
     joined = [boxes[-1]]
@@ -312,8 +305,8 @@ def _following(tail: str, start: int) -> str:
     lines = [line for line in rest.lstrip(":：* \n").split("\n") if line.strip()]
     if len(lines) > 1 and all(_LIST_ITEM.match(line) for line in lines[:2]):
         return ""  # a list of several results announces none of them
-    if rest.startswith(("$$", r"\[")):
-        return rest
+    if rest.lstrip(":：* \n").startswith(("$$", r"\[")):
+        return rest.lstrip(":：* \n")
     line, _, more = rest.partition("\n")
     after = more.lstrip()
     return (
@@ -355,7 +348,7 @@ def _closing_value(tail: str) -> str:
     if tail.endswith("?"):
         sentences = sentences[:-1]  # a question claims nothing
     for sentence in reversed(sentences[-CLOSING_SENTENCES:]):
-        if _NEGATED.search(sentence):
+        if _NEGATED.search(sentence) or (_NONE_SUCH.search(sentence) and not _NO_SOLUTION.search(sentence)):
             continue
         if _NUMBER.search(sentence):
             return _value_in_sentence(sentence)
@@ -390,4 +383,9 @@ def _value_in_sentence(sentence: str) -> str:
     after = [value for value in values if claims and value.start() >= claims[-1].end()]
     ends_in_equation = values[-1] in formulas and "=" in values[-1].group()
     chosen = after[0] if after and not ends_in_equation else values[-1]
+    qualified = _QUALIFIED.search(sentence[: chosen.start()])
+    if qualified or _COMPARED.match(sentence[chosen.end() :]):
+        # A bound or a comparison, which says more than its number.
+        start = qualified.start() if qualified else chosen.start()
+        return sentence[start:].strip()[:MAX_ANSWER_CHARS]
     return _STRAY_DOLLAR.sub("", chosen.group(chosen.lastgroup or 0)).strip()

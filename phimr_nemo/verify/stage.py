@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 JUDGE_DIRECTORY: Final = "judge"
+FINISH_REASON: Final = "finish_reason"
+LENGTH: Final = "length"
+"""The finish reason of a response that was cut off."""
 UNSETTLED: Final[Mapping[GoldKind | None, Verdict]] = {
     "disputed": Verdict("gold_unreadable", "", "sources disagree on the gold answer"),
     "none": Verdict("gold_unreadable", "", "nobody tells a gold answer"),
@@ -152,7 +155,9 @@ def _read_shard(path: Path, sha256: str) -> pa.Table:
 
 def _grade_shard(grader: Grader, table: pa.Table) -> pa.Table:
     rows = table.to_pylist()
-    verdicts = grader.grade_many([(row["response"], row["answer"]) for row in rows])
+    verdicts = grader.grade_many(
+        [(row["response"], row["answer"]) for row in rows], [row["finish_reason"] == LENGTH for row in rows]
+    )
     for row, graded in zip(rows, verdicts, strict=True):
         verdict = UNSETTLED[kind] if (kind := gold_kind(row["metadata"])) in UNSETTLED else graded
         row.update(verdict=verdict.verdict, extracted=graded.extracted, reason=verdict.reason, grader=grader.name)
@@ -186,7 +191,8 @@ def verify_file(source: Path, target: Path, *, response: str, answer: str, worke
         source: JSON lines (``.jsonl``, ``.json``; also ``.gz``, ``.zst``) or parquet.
         target: a file of the same family; columns `verdict` and `extracted` of the input are replaced.
         response: the column with the responses.
-        answer: the column with the gold answers.
+        answer: the column with the gold answers. A column `finish_reason`, where there is one, says "length" of
+            responses that were cut off.
         workers: grader processes.
 
     Returns:
@@ -241,7 +247,8 @@ def _verify_json_lines(
         for batch in read_batches(source):
             for number, row in batch:
                 _check_columns(f"{source}, line {number}", list(row), response, answer)
-            verdicts = _grade_values(grader, [(row[response], row[answer]) for _, row in batch], counts)
+            pairs = [(row[response], row[answer]) for _, row in batch]
+            verdicts = _grade_values(grader, pairs, [row.get(FINISH_REASON) for _, row in batch], counts)
             for (_, row), verdict in zip(batch, verdicts, strict=True):
                 write_row(output, {**row, "verdict": verdict.verdict, "extracted": verdict.extracted})
 
@@ -271,7 +278,9 @@ def _graded(grader: Grader, table: pa.Table, response: str, answer: str, counts:
     import pyarrow as pa
 
     pairs = list(zip(table.column(response).to_pylist(), table.column(answer).to_pylist(), strict=True))
-    verdicts = _grade_values(grader, pairs, counts)
+    known = FINISH_REASON in table.column_names
+    reasons = table.column(FINISH_REASON).to_pylist() if known else [None] * len(pairs)
+    verdicts = _grade_values(grader, pairs, reasons, counts)
     for name in ("verdict", "extracted"):
         if name in table.column_names:
             table = table.drop_columns([name])
@@ -311,8 +320,13 @@ def _check_columns(where: str, names: list[str], response: str, answer: str) -> 
             )
 
 
-def _grade_values(grader: Grader, pairs: list[tuple[Any, Any]], counts: Counter[str]) -> list[Verdict]:
-    verdicts = grader.grade_many([(_as_text(response), _as_text(answer)) for response, answer in pairs])
+def _grade_values(
+    grader: Grader, pairs: list[tuple[Any, Any]], reasons: list[Any], counts: Counter[str]
+) -> list[Verdict]:
+    verdicts = grader.grade_many(
+        [(_as_text(response), _as_text(answer)) for response, answer in pairs],
+        [reason == LENGTH for reason in reasons],
+    )
     counts.update(verdict.verdict for verdict in verdicts)
     return verdicts
 

@@ -8,7 +8,7 @@ from typing import Final
 from phimr_nemo.store.records import VerdictName
 
 MATH_VERIFY_VERSION: Final = "0.9.0"
-POLICY_VERSION: Final = "3"
+POLICY_VERSION: Final = "4"
 GRADER_VERSION: Final = f"phimr-{POLICY_VERSION}+math-verify-{MATH_VERIFY_VERSION}"
 
 MAX_ANSWER_CHARS: Final = 2048

@@ -278,7 +278,7 @@ class Grader:
         self.verdicts = [SimpleNamespace(verdict=verdict, reason="the gold answer is empty") for verdict in verdicts]
         self.error = error
 
-    def grade_many(self, pairs: Any) -> Any:
+    def grade_many(self, _pairs: Any, _cut_off: Any) -> Any:
         if self.error is not None:
             raise self.error
         return self.verdicts
@@ -294,11 +294,11 @@ class Grader:
 )
 def test_a_reward_that_fails_is_one_clear_error(grader: Grader, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        verdicts_of(grader, ["a", "b"], ["1", "2"])
+        verdicts_of(grader, ["a", "b"], ["1", "2"], [False, True])
 
 
 @pytest.mark.parametrize("given", [("error", "correct"), ("timeout", "gold_unreadable")])
 def test_verdicts_that_judge_nothing_are_handed_on(given: tuple[str, str]) -> None:
     """One process's few responses are no reason to stop: what is too much is asked of the whole round."""
-    assert tuple(v.verdict for v in verdicts_of(Grader(*given), ["a", "b"], ["1", "2"])) == given
-    assert list(verdicts_of(Grader(), [], [])) == []
+    assert tuple(v.verdict for v in verdicts_of(Grader(*given), ["a", "b"], ["1", "2"], [False, True])) == given
+    assert list(verdicts_of(Grader(), [], [], [])) == []

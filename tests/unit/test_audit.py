@@ -55,13 +55,14 @@ def test_what_was_found_is_stored_and_its_age_is_said(
     assert "the pins have changed since" in audit.age(day, stored)
 
 
-def test_an_audit_that_failed_stores_nothing(
-    audit: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_audit_that_failed_says_so_and_stores_nothing(
+    audit: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "pins.txt").write_text("good==1.0\n")
     monkeypatch.setattr(audit.subprocess, "run", answering("", 0))
     assert audit.look_up([tmp_path / "pins.txt"], tmp_path / "audit.json") == 1
     assert not (tmp_path / "audit.json").exists()
+    assert "not done" in capsys.readouterr().out
 
 
 def test_continuous_integration_says_it(repository: Path) -> None:

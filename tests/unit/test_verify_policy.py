@@ -25,6 +25,8 @@ from phimr_nemo.verify.workers.pool import Job
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "verification.md"
 ROW = re.compile(r"^\| (?P<rule>[^|]+?) \| `(?P<answer>.+?)` \| `(?P<response>.+)` \| (?P<verdict>[a-z_]+) \|$")
 MIN_ROWS = 170
+PATIENT_SECONDS = 60.0
+"""Wall time for an answer: the limit of processor time holds, whatever else the machine does."""
 
 
 def policy_rows() -> list[tuple[str, str, str, str]]:
@@ -34,7 +36,7 @@ def policy_rows() -> list[tuple[str, str, str, str]]:
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(workers=1) as made:
+    with Grader(workers=1, deadline_seconds=PATIENT_SECONDS) as made:
         yield made
 
 
@@ -48,7 +50,7 @@ def test_the_table_is_read() -> None:
 @pytest.mark.parametrize(("rule", "answer", "response", "verdict"), policy_rows())
 def test_every_row_of_the_policy(grader: Grader, rule: str, answer: str, response: str, verdict: str) -> None:
     response = response.replace(" A: ", "\nA: ").replace(" #### ", "\n#### ")
-    graded = grader.grade(response, answer)
+    graded = grader.grade(response, answer, is_cut_off=rule.startswith("known to be cut off"))
     assert graded.verdict == verdict, (rule, graded)
 
 

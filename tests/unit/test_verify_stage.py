@@ -88,6 +88,24 @@ def test_parquet_in_batches_keeps_types(tmp_path: Path, monkeypatch: pytest.Monk
     assert counts == {"rows": 8, "correct": 4, "wrong": 4}
 
 
+CUT: list[dict[str, Any]] = [
+    {"said": "So the volume is 3.", "gold": "3", "finish_reason": "length"},
+    {"said": "So the volume is 3.", "gold": "3", "finish_reason": "stop"},
+    {"said": "So the volume is 3.", "gold": "3", "finish_reason": None},
+    {"said": r"It is \\boxed{3}, as", "gold": "3", "finish_reason": "length"},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_file_tells_which_responses_were_cut_off(tmp_path: Path, suffix: str) -> None:
+    source, target = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(CUT), source)
+    else:
+        write_lines(source, CUT)
+    assert verify(source, target) == {"rows": 4, "unparsable": 1, "correct": 3}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -166,7 +166,8 @@ class RoundsTrainer(ReinforceTrainer):
             response_text(self.tokenizer, prompt.token_ids, completion.token_ids)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        verdicts = [None] * len(texts) if self.grader is None else verdicts_of(self.grader, texts, answers)
+        cut_off = [completion.finish_reason == "length" for completion in completions]
+        verdicts = [None] * len(texts) if self.grader is None else verdicts_of(self.grader, texts, answers, cut_off)
         return [
             Graded(
                 text,
@@ -174,10 +175,12 @@ class RoundsTrainer(ReinforceTrainer):
                 "" if verdict is None else verdict.verdict,
                 len(completion.token_ids),
                 self.config.max_new_tokens,
-                is_truncated=completion.finish_reason == "length",
+                is_truncated=is_cut_off,
                 reason=str(getattr(verdict, "reason", "")),
             )
-            for text, answer, verdict, completion in zip(texts, answers, verdicts, completions, strict=True)
+            for text, answer, verdict, completion, is_cut_off in zip(
+                texts, answers, verdicts, completions, cut_off, strict=True
+            )
         ]
 
     def _requests(self, prompt_of: Mapping[int, int], step: int) -> tuple[list[Request], SamplingParams]:

@@ -98,8 +98,8 @@ class Rollout:
 class GradesAnswers(Protocol):
     """What a round needs of `verify.Grader`."""
 
-    def grade_many(self, pairs: Sequence[tuple[str, str]]) -> Sequence[Any]:
-        """A verdict for each (response, answer)."""
+    def grade_many(self, pairs: Sequence[tuple[str, str]], cut_off: Sequence[bool]) -> Sequence[Any]:
+        """A verdict for each (response, answer), and whether the response was cut off."""
         ...
 
 
@@ -160,15 +160,23 @@ def _more_prompts(prompts: int, even: int) -> str:
     )
 
 
-def verdicts_of(grader: GradesAnswers, responses: Sequence[str], answers: Sequence[str]) -> Sequence[Any]:
+def verdicts_of(
+    grader: GradesAnswers, responses: Sequence[str], answers: Sequence[str], cut_off: Sequence[bool]
+) -> Sequence[Any]:
     """Verdicts of a round's responses.
+
+    Args:
+        grader: which grades.
+        responses: their texts.
+        answers: of their problems.
+        cut_off: whether each ended at the token limit.
 
     Raises:
         UserError: the grader raises, or answers for another number of responses.
     """
     rule = "the grader returns one verdict a response"
     try:
-        verdicts = grader.grade_many(list(zip(responses, answers, strict=True)))
+        verdicts = grader.grade_many(list(zip(responses, answers, strict=True)), cut_off)
     except UserError:
         raise
     except Exception as error:

@@ -150,7 +150,8 @@ def _trainer(
             opened_thinking(prompt) + decode_response(tokenizer, ids)
             for prompt, ids in zip(prompts, completion_ids, strict=True)
         ]
-        verdicts = grader.grade_many(list(zip(texts, answer, strict=True)))
+        cut_off = [ids[-1] not in trainer.eos_token_ids for ids in completion_ids]
+        verdicts = grader.grade_many(list(zip(texts, answer, strict=True)), cut_off)
         return [worth.get(verdict.verdict, given["wrong"]) for verdict in verdicts]
 
     trainer = AnnealedGRPOTrainer(args=GRPOConfig(**arguments), reward_funcs=reward, **parts)

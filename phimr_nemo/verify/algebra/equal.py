@@ -21,7 +21,11 @@ from phimr_nemo.verify.algebra.term import Inexact, Term, Undecided, Undefined, 
 
 ROUGH_BITS: Final = 64
 GUARD_BITS: Final = 128
-EXTRA_FACTOR: Final = 2
+CONSTANT_FACTOR: Final = 4
+"""Half of the digits may be lost, and a function such as the cosine squares what is small."""
+POINT_FACTOR: Final = 2
+LOST_BITS: Final = 32
+"""What rounding may eat of the digits of a sum."""
 MAX_PRECISION: Final = 1 << 19
 MAX_POINT_PRECISION: Final = 1 << 13
 MIN_POINTS: Final = 3
@@ -38,6 +42,10 @@ _REALS: Final = tuple(
         *((1, 97), (-1, 89), (100_003, 13), (7, 19), (-70_001, 11)),
     )
 )
+_ON_STEPS: Final = tuple(
+    sorted({Fraction(n, d) for d in (1, 2, 3, 4, 5, 6, 8, 10) for n in range(-2 * d, 2 * d + 1)})
+)
+"""Where a floor or a ceiling of a real variable jumps: only there does one differ from the other less one."""
 _INTEGERS: Final = (
     *(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 18, 20, 24, 25, 26, 30, 35, 36, 37),
     *(
@@ -132,7 +140,8 @@ def _numerically(gold: Term, predicted: Term, point: Mapping[str, Fraction], *, 
     for term in (gold, predicted):
         rough.noted(rough.value(term))
     sizes = sum(value.numerator.bit_length() + value.denominator.bit_length() for value in point.values())
-    enough = GUARD_BITS + max(0, rough.largest) + EXTRA_FACTOR * (bits_needed(gold, predicted) + sizes)
+    factor = POINT_FACTOR if point else CONSTANT_FACTOR
+    enough = GUARD_BITS + max(0, rough.largest) + factor * (bits_needed(gold, predicted) + sizes)
     precision = GUARD_BITS + max(0, rough.largest)
     if enough > (MAX_POINT_PRECISION if point else MAX_PRECISION):
         raise Undecided("more digits than the bounds allow")
@@ -144,7 +153,11 @@ def _numerically(gold: Term, predicted: Term, point: Mapping[str, Fraction], *, 
             return False
         if precision >= enough:
             difference, size, _ = gap
-            return not difference or difference <= size * Fraction(1, 1 << (precision // 2))
+            if not difference or difference * (1 << (precision // 2)) <= size:
+                return True
+            # Both sides are nothing but rounding: it is small beside the summands, and shrinks as digits are added.
+            shrinks = not before[0] or difference * (1 << GUARD_BITS // 2) <= before[0]
+            return bool(shrinks and difference * (1 << (precision - LOST_BITS)) <= 1 << max(0, rough.largest))
         before = gap
 
 
@@ -253,6 +266,7 @@ def points(gold: Term, predicted: Term, names: Sequence[str]) -> Iterator[dict[s
     reals = [*_REALS, *(c + Fraction(d, 7) for c in constants for d in (-1, 1))]
     if steps:
         reals += [c + Fraction(d, 1000) for c in (*range(-3, 8), *constants) for d in (-1, 1)]
+        reals += _ON_STEPS
     whole = [*_INTEGERS, *(math.floor(c) + d for c in constants for d in (-1, 0, 1))]
     if steps:
         whole += [1000 + residue for residue in range(MAX_RESIDUES)]

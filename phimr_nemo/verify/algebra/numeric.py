@@ -13,6 +13,8 @@ from phimr_nemo.verify.algebra.term import Inexact, NotReal, Term, Undecided, Un
 
 MAX_EXPONENT_BITS: Final = 1 << 18
 """A power whose value has more bits than this is not evaluated."""
+BITS_OF_E_SQUARED: Final = 3
+HYPERBOLIC: Final = frozenset(["sinh", "cosh", "tanh", "coth", "sech", "csch"])
 MAX_NUMERIC_FACTORIAL: Final = 100_000
 APPLIED_BITS: Final = 60
 
@@ -356,11 +358,22 @@ def bits_needed(*terms: Term) -> int:
         for node in term.walk():
             if node.op == "num":
                 total += node.value.numerator.bit_length() + node.value.denominator.bit_length()
-            elif node.op in ("pow", "factorial", "binom"):
+            elif node.op in ("pow", "factorial", "binom", "prod"):
                 total += _bits_of(node)
+            elif node.op in HYPERBOLIC:
+                total += _bits_of_exponential(node.args[0])
             if total > MAX_EXPONENT_BITS:
                 raise Undecided("more digits than the bounds allow")
     return total
+
+
+def _bits_of_exponential(argument: Term) -> int:
+    """The size of e to twice a constant: so near to 1 is its hyperbolic tangent."""
+    try:
+        value = Evaluation(64, {}, real=False).value(argument)
+    except (Inexact, Undefined):
+        return 64
+    return int(min(abs(value), MAX_EXPONENT_BITS)) * BITS_OF_E_SQUARED
 
 
 def _bits_of(node: Term) -> int:

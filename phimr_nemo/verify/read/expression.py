@@ -22,7 +22,7 @@ from phimr_nemo.verify.read.quantity import (
     split_quantity,
     without_remarks,
 )
-from phimr_nemo.verify.read.units import Unit, parse_unit, stems
+from phimr_nemo.verify.read.units import Unit, parse_unit, shape, stems
 from phimr_nemo.verify.verdict import Unparsable
 
 MIN_PERCENT_AS_NUMBER: Final = 1
@@ -100,9 +100,9 @@ def _converted(gold: str, from_unit: Unit, predicted: str, to_unit: Unit, symbol
 
 
 def _same_counted(gold: str, predicted: str) -> bool:
-    """Whether two things counted may be the same: one names no other thing than the other."""
+    """Whether two things counted may be the same: one names no other thing than the other, nor another power."""
     left, right = stems(gold), stems(predicted)
-    return left <= right or right <= left
+    return shape(gold) == shape(predicted) and (left <= right or right <= left)
 
 
 def _same_percent(gold: Quantity, predicted: Quantity) -> bool:

@@ -11,7 +11,9 @@ import re
 from functools import lru_cache
 from typing import Final
 
+from phimr_nemo.verify.read.determinants import with_values
 from phimr_nemo.verify.read.names import FUNCTIONS, GLUABLE, KNOWN, TRIGONOMETRIC
+from phimr_nemo.verify.read.numerals import number_of_words
 
 CANONICAL_CACHE: Final = 4096
 MAX_INFIX: Final = 16
@@ -136,6 +138,7 @@ _ROOT_PARENTHESES = re.compile(r"\\sqrt\s*\(([^()]{1,200})\)")
 _WRAPPERS: Final = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_TEXT_ALONE = re.compile(r"^\\text\s*\{([^{}]*)\}$")
 _LEADING = re.compile(r"^(?:[=:≈]|\\approx|\\therefore)\s*")
 
 
@@ -143,6 +146,9 @@ _LEADING = re.compile(r"^(?:[=:≈]|\\approx|\\therefore)\s*")
 def canonical(answer: str) -> str:
     r"""The answer in the plain dialect, ``"\dfrac12 \,\text{cm}."`` -> ``"\frac{1}{2} \text{cm}"``."""
     text = _unwrap(answer)
+    spoken = number_of_words(_TEXT_ALONE.sub(r"\1", text)) if " and " in text else None
+    if spoken is not None:
+        return str(spoken)
     text = _SUPERSCRIPT_RUN.sub(lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
     text = _SUBSCRIPT_RUN.sub(lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text)
     text = text.translate(_UNICODE)
@@ -171,7 +177,7 @@ def canonical(answer: str) -> str:
     text = _ROOT_PARENTHESES.sub(r"\\sqrt{\1}", text)
     if any(rf"\{name}" in text for name in TRIGONOMETRIC):
         text = _DEGREES.sub(r"{\\frac{\1\\pi}{180}}", text)
-    return _strip_edges(_QUANTIFIED.sub("", re.sub(r"\s+", " ", text)))
+    return with_values(_strip_edges(_QUANTIFIED.sub("", re.sub(r"\s+", " ", text))))
 
 
 def key(text: str) -> str:

@@ -29,6 +29,9 @@ _PARTS: Final = {
 SCALES: Final[dict[str, Fraction]] = {
     "hundred": Fraction(100),
     "dozen": Fraction(12),
+    "gross": Fraction(144),
+    "lakh": Fraction(10**5),
+    "crore": Fraction(10**7),
     **{word: Fraction(value) for word, value in _LARGE.items()},
     **{word: Fraction(1, value) for word, value in _PARTS.items()},
     "万": Fraction(10**4),
@@ -41,7 +44,7 @@ CHANGING: Final = frozenset(
     words(
         """squared cubed factorial minus plus times divided over mod modulo remainder base below above under negative
         double triple twice not except without power root or more less fewer least most than between to if when where
-        for and point either neither nor versus square-root nothing off bc"""
+        for and point either neither nor versus square-root nothing off bc score"""
     )
 )
 """Words that change what the number before them says: they are no unit."""
@@ -70,20 +73,29 @@ def number_of_words(text: str) -> Fraction | None:
     return None if value is None else (-value if negative else value)
 
 
+_UNITS: Final = "|".join(list(_ONES)[1:10])
+_TEENS: Final = "|".join(list(_ONES)[10:])
+_SMALL: Final = rf"(?:(?:{'|'.join(_TENS)})(?: (?:{_UNITS}))?|{_TEENS}|{_UNITS})"
+_GROUP: Final = rf"(?:(?:{_SMALL} )?hundred(?: (?:and )?{_SMALL})?|{_SMALL})"
+_WHOLE: Final = re.compile(
+    "".join(rf"(?:(?:(?P<{large}>{_GROUP}) )?(?P<of_{large}>{large})(?:\s|$))?" for large in reversed(_LARGE))
+    + rf"(?:(?<=.)and )?(?P<rest>{_GROUP})?"
+)
+
+
 def _whole(parts: list[str]) -> Fraction | None:
-    total = current = 0
-    seen = False
-    for part in parts:
-        if part == "and" and seen:
-            continue
-        if part in _ONES or part in _TENS:
-            current += _ONES.get(part, 0) + _TENS.get(part, 0)
-        elif part == "hundred":
-            current = (current or 1) * 100
-        elif part in _LARGE:
-            total += (current or 1) * _LARGE[part]
-            current = 0
-        else:
-            return None
-        seen = True
-    return Fraction(total + current) if seen else None
+    """Words in the order of English, "two hundred and five thousand six"; two numbers side by side are none."""
+    if parts == ["zero"]:
+        return Fraction(0)
+    match = _WHOLE.fullmatch(" ".join(parts))
+    if match is None or not parts or parts[-1] == "and":
+        return None
+    groups = [(size, match[large]) for large, size in _LARGE.items() if match[f"of_{large}"]]
+    return Fraction(sum(size * _group(said or "one") for size, said in [*groups, (1, match["rest"] or "zero")]))
+
+
+def _group(said: str) -> int:
+    """A number below a thousand, or some hundreds."""
+    hundreds, separator, rest = said.rpartition("hundred")
+    total = sum(_ONES.get(word, 0) + _TENS.get(word, 0) for word in rest.split())
+    return total + (100 * (_group(hundreds.strip()) or 1) if separator else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -207,7 +208,7 @@ def _with_tail(core: str, tail: str) -> Quantity | None:
         found.pop(0)
     lowered = [word.lower().strip("().,") for word in found]
     changed = any(word in CHANGING or word in NUMBER_WORDS for word in lowered)
-    raised = len(lowered) > 1 and lowered[-1] in ("squared", "cubed") and is_unit(plain_words(tail))
+    raised = len(lowered) > 1 and lowered[-1] in ("squared", "cubed") and _can_be_raised(lowered, tail)
     if changed and not raised:
         return None
     if any(re.search(r"[0-9](?<!\^[0-9])(?<!\^-[0-9])", word) for word in found) and not is_unit(" ".join(found)):
@@ -215,6 +216,10 @@ def _with_tail(core: str, tail: str) -> Quantity | None:
     if r"," in re.sub(r"\\text\{([^{}]*)\}", r"\1", tail) and any(word.isdigit() for word in lowered):
         return None
     return Quantity(core if scale == 1 else scaled(core, scale), unit=" ".join(found))
+
+
+def _can_be_raised(words: Sequence[str], tail: str) -> bool:
+    return is_unit(plain_words(tail)) or words[:-1] in (["unit"], ["units"])
 
 
 def scaled(core: str, scale: Fraction) -> str:

@@ -6,6 +6,7 @@ Parsing is string work with bounded depth on canonical text (:mod:`phimr_nemo.ve
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from phimr_nemo.verify.read.brackets import MAX_ITEMS, MAX_NESTING, Malformed, split_top
 from phimr_nemo.verify.read.intervals import MODULUS, around, without_points
@@ -40,6 +41,7 @@ _FUSED_TUPLES = re.compile(r"\)\s*\(")
 _ASIDE = re.compile(
     r"\([^()]*\)|_\{(?:[^{}]|\{[^{}]*\})*\}|_[0-9A-Za-z]|\^\{-1\}|\^\{?[0-9]\}?|\\text\{[^{}]*\}|\\[A-Za-z]+"
 )
+_CONSTANTS: Final = frozenset([r"\pi", r"\infty", r"-\infty", r"\emptyset"])
 _TUPLE_OF_NAMES = re.compile(rf"^\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\)$")
 _FACTOR = re.compile(r"(?:^|[^A-Za-z'}\])\s])\s*\((?![^()]*,)[^()]*[xyz][^()]*\)")
 """``(x-1)`` that nothing is applied to: a part of an equation about x, and of no name."""
@@ -48,8 +50,10 @@ _FACTOR = re.compile(r"(?:^|[^A-Za-z'}\])\s])\s*\((?![^()]*,)[^()]*[xyz][^()]*\)
 def is_label(left: str) -> bool:
     """Whether the left side of an equation is a name for its right side: a variable, ``f(2)``, ``|AB|``, ``a+b``.
 
-    A number is none, nor is a side whose digits make the equation one about x and y (``2x``, ``x^2+y^2``).
+    A number or constant is none, nor a side whose digits make the equation one about x and y (``2x``, ``x^2+y^2``).
     """
+    if left.strip() in _CONSTANTS:
+        return False
     if _VARIABLE.match(left) or is_tuple_of_names(left):
         return True
     if _FACTOR.search(left):
@@ -303,7 +307,7 @@ def _matrix(environment: str, body: str, depth: int) -> Matrix:
     if sum(row.count("&") + 1 for row in rows) > MAX_ITEMS:
         raise Malformed(f"more than {MAX_ITEMS} entries")
     entries = tuple(tuple(parse(cell, depth + 1) for cell in row.split("&")) for row in rows)
-    return Matrix(entries, bars=environment.startswith("v"))
+    return Matrix(entries, bars=environment[0] in "vV")
 
 
 def _related(text: str, depth: int) -> Node | None:

@@ -262,3 +262,20 @@ def stems(unit: str) -> frozenset[str]:
     """The words of something counted, without endings and words that say nothing: "of the apples" -> apple."""
     found = re.findall(r"[^\W\d_]+(?:\.[^\W\d_]+)*", plain_words(unit).lower())
     return frozenset(re.sub(r"(?<=\w\w)(?:es|s)$", "", word) for word in found if word not in _GENERIC)
+
+
+_POWER_MARK = re.compile(r"\^(-?[0-9]+)|\b(?:square|sq|squared|cubic|cu|cubed)\b", re.IGNORECASE)
+_RATE = re.compile(r"/|\bper\b|每")
+
+
+def shape(unit: str) -> tuple[tuple[int, ...], bool]:
+    """The powers in a unit, whatever it is a unit of, and whether it is one per another.
+
+    "square units" are (2,), False. A known unit that is a power of a length has that power: an acre is square, too.
+    """
+    known = parse_unit(unit)
+    if known is not None and [name for name, _ in known.dimension] == ["length"]:
+        return tuple(power for _, power in known.dimension if power != 1), False
+    text = plain_words(unit)
+    found = (int(mark[1]) if mark[1] else _power_word(mark.group().lower()) for mark in _POWER_MARK.finditer(text))
+    return tuple(sorted(power for power in found if power != 1)), _RATE.search(text) is not None
