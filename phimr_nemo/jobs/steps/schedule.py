@@ -154,7 +154,7 @@ class _Schedule:
         with Relay() as relay:
             try:
                 while self._running or self._waiting:
-                    if not relay.signals and self._failure is None:
+                    if not (relay.signals or self._failure or self._interrupted):
                         self._start_ready(starter, redo=redo)
                         relay.tell()
                     if not self._running:
