@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -56,7 +58,7 @@ def run_ranks(
     """
     from torch.distributed import TCPStore
 
-    with socket.socket() as listening, tempfile.TemporaryDirectory(prefix="phimr-ranks-") as errors:
+    with socket.socket() as listening, _shared_directory() as errors:
         listening.bind((HERE, 0))
         listening.listen()
         port = listening.getsockname()[1]
@@ -72,7 +74,7 @@ def run_ranks(
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_MAX_RESTARTS": "0",
         }
-        files = [Path(errors) / f"{rank}.json" for rank in range(processes)]
+        files = [errors / f"{rank}.json" for rank in range(processes)]
         ranks = []
         for rank, file in enumerate(files):
             own = dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank))
@@ -101,3 +103,13 @@ def run_ranks(
             time.sleep(POLL_SECONDS)
         del store
     return first
+
+
+@contextlib.contextmanager
+def _shared_directory() -> Iterator[Path]:
+    """A directory that is removed at the end: by this process, not, as tempfile's own class does, by its copies."""
+    path = Path(tempfile.mkdtemp(prefix="phimr-ranks-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
