@@ -260,7 +260,7 @@ def test_the_time_to_go_follows_a_step_that_takes_longer_than_it_usually_does(
     monkeypatch.setattr(Starter, "start", lambda _, step, __: Timed(step))
     monkeypatch.setattr(scheduler, "_is_to_run", lambda *_, **__: True)
     monkeypatch.setattr(scheduler, "time", types.SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    run_steps([long, short, next_, after], at_once=2, seconds={"long": 100, "short": 3, "next": 3, "after": 100})
+    run_steps([long, short, next_, after], at_once=2, seconds={"long": 100, "after": 100})
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("[")]
     assert [line.split(": ")[1].split(",")[0].split(" (")[0] for line in said] == ["long", "short", "next", "after"]
     assert said[0].endswith(f", about {duration(200)} to go in all")

@@ -34,7 +34,7 @@ POLL_SECONDS: Final = 0.05
 START_OF_LINE: Final = "\r\x1b[K"
 """Takes the place of a progress bar that stands on the terminal's line."""
 TELLING_SECONDS: Final = 5.0
-"""A step that is expected to be shorter says nothing of the machine's pace."""
+"""Steps that are expected to be shorter, all together, say nothing of the machine's pace."""
 
 
 class Child(Protocol):
@@ -239,8 +239,9 @@ class _Schedule:
         told = [(self._order.usual(step), took) for step, took in self._ended if took]
         at_work = [(self._order.usual(item.step), now - item.started) for item in self._running]
         told += [(usual, took) for usual, took in at_work if took > usual]
-        told = [(usual, took) for usual, took in told if usual >= TELLING_SECONDS]
-        return sum(took for _, took in told) / sum(usual for usual, _ in told) if told else 1.0
+        told = [(usual, took) for usual, took in told if usual]
+        usually = sum(usual for usual, _ in told)
+        return sum(took for _, took in told) / usually if usually >= TELLING_SECONDS else 1.0
 
 
 def _is_to_run(step: Step, *, redo: bool) -> bool:
