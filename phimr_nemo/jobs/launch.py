@@ -19,11 +19,12 @@ from phimr_nemo.imports import lean_imports
 from phimr_nemo.jobs.changes import check_same_run, check_same_settings, finished_line
 from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.machine import check_default, check_machine
-from phimr_nemo.jobs.node import run_workers
+from phimr_nemo.jobs.node import run_copies, run_workers
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.process.children import follow_parent
 from phimr_nemo.process.heartbeat import start_beating
 from phimr_nemo.process.stopping import KEPT, stoppable
+from phimr_nemo.process.warm import can_fork, is_copy
 from phimr_nemo.store.atomic import (
     NO_SPACE,
     atomic_write_text,
@@ -242,9 +243,13 @@ def is_rank(config: Any) -> bool:
 
 def _launch_ranks(stage: str, resolved: Path, processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = ("-m", "phimr_nemo.cli", stage, "--config", str(resolved))
+    program, command = "phimr_nemo.cli", (stage, "--config", str(resolved))
     os.environ[CHECKED] = "1"
     try:
-        run_workers([*ELASTIC_ARGUMENTS, f"--rdzv-id={uuid.uuid4()}", f"--nproc-per-node={processes}", *command])
+        if is_copy() and can_fork():
+            run_copies(program, command, processes)
+        else:
+            rendezvous = (f"--rdzv-id={uuid.uuid4()}", f"--nproc-per-node={processes}")
+            run_workers([*ELASTIC_ARGUMENTS, *rendezvous, "-m", program, *command])
     finally:
         del os.environ[CHECKED]

@@ -21,6 +21,7 @@ from typing import Any, Final
 from phimr_nemo.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError, exit_with_message
 from phimr_nemo.process.children import Relay
 from phimr_nemo.process.heartbeat import Watch
+from phimr_nemo.process.ranks import RankFailure, run_ranks
 
 ONE_NODE: Final = ("1", "1:1")
 """How torchrun writes it."""
@@ -98,32 +99,63 @@ def run_workers(arguments: Sequence[str]) -> None:
         )
     if outcome is None:
         return
+    if isinstance(outcome, ChildFailedError):
+        rank, failed = outcome.get_first_failure()
+        first = RankFailure(rank, failed.exitcode, failed.error_file_data or {})
+    else:
+        first = None
+    raise _what_happened(first, outcome, relay, watch) from outcome
+
+
+def run_copies(module: str, arguments: Sequence[str], processes: int) -> None:
+    """Run a module as the ranks of this machine, each a copy of this process, until they have ended.
+
+    As :func:`run_workers`, for a process that has imported what they need and may be copied.
+
+    Args:
+        module: its name.
+        arguments: of its command line.
+        processes: how many.
+
+    Raises:
+        UserError, Preempted, RuntimeError: as :func:`run_workers`.
+    """
+    with Relay() as relay, Watch() as watch:
+        first = run_ranks(module, arguments, processes, relay, watch.look)
+    if first is not None:
+        raise _what_happened(first, None, relay, watch)
+
+
+def _what_happened(first: RankFailure | None, outcome: BaseException | None, relay: Relay, watch: Watch) -> Exception:
+    """What is said of ranks that did not finish.
+
+    Args:
+        first: that failed; None where it was none of them.
+        outcome: what torchrun raised.
+        relay, watch: of the launch.
+    """
     if watch.still:
         named = ", ".join(map(str, watch.still))
-        raise RuntimeError(
+        return RuntimeError(
             f"{platform.node()}: rank {named} stood still for {watch.seconds:g} s and was ended; "
             "run the same command to continue from the newest checkpoint"
-        ) from outcome
-    if not isinstance(outcome, ChildFailedError):
+        )
+    if first is None:
         if relay.signals:
-            raise Preempted(STOPPED) from outcome
-        raise RuntimeError(f"{platform.node()}: {type(outcome).__name__}: {outcome}") from outcome
-    rank, failure = outcome.get_first_failure()
-    told = failure.error_file_data or {}
-    if failure.exitcode == EXIT_PREEMPTED or relay.ended(failure.exitcode):
-        raise Preempted(told.get("preempted", STOPPED)) from outcome
-    if "user_error" in told:
-        problem, rule, remedy = told["user_error"]
-        raise UserError(problem, rule=rule, remedy=remedy) from outcome
-    if failure.exitcode == EXIT_USER:
-        raise UserError(
-            f"rank {rank} refused its command line",
+            return Preempted(STOPPED)
+        return RuntimeError(f"{platform.node()}: {type(outcome).__name__}: {outcome}")
+    if first.code == EXIT_PREEMPTED or relay.ended(first.code):
+        return Preempted(first.told.get("preempted", STOPPED))
+    if "user_error" in first.told:
+        problem, rule, remedy = first.told["user_error"]
+        return UserError(problem, rule=rule, remedy=remedy)
+    if first.code == EXIT_USER:
+        return UserError(
+            f"rank {first.rank} refused its command line",
             rule="after the module come the stage and its arguments",
             remedy="correct what is named above",
-        ) from outcome
-    raise RuntimeError(
-        f"{platform.node()}: rank {rank} ended with {_named(failure.exitcode)}, see above"
-    ) from outcome
+        )
+    return RuntimeError(f"{platform.node()}: rank {first.rank} ended with {_named(first.code)}, see above")
 
 
 def _run_in_thread(function: Callable[[], Any], relay: Relay, watch: Watch) -> BaseException | None:

@@ -45,7 +45,8 @@ FUNNEL: Final[tuple[tuple[str, str, Kind], ...]] = (
 # The model's own rollouts are asked other problems than the teacher was.
 OWN_PROBLEMS_SEED_OFFSET: Final = 1_000_000
 AT_ONCE: Final = 2
-"""Steps: the next stage of training, and beside it what nothing waits for."""
+"""Processes: both for the two stages that everything waits for; later one for the next stage of training, and beside
+it one for what nothing waits for."""
 SECONDS: Final[Mapping[str, float]] = {
     "base": 2,
     "rollouts": 2,
@@ -64,7 +65,7 @@ SECONDS: Final[Mapping[str, float]] = {
     "evaluate-base": 25,  # it never ends a response
     "release": 2,
 }
-"""What a step takes of one of two idle cores: a first guess of the time to go, which the machine's pace corrects."""
+"""Core seconds of a step on two idle cores: a first guess of the time to go, which the machine's pace corrects."""
 
 
 def plan_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str]) -> list[Step]:
@@ -79,17 +80,29 @@ def plan_quickstart(path: Path, seeds: Sequence[int], out: Path, overrides: Sequ
     Raises:
         UserError: a bad config.
     """
-    config = load_config(QuickstartConfig, path, overrides)
-    return [step for seed in seeds for step in seed_steps(config, seed, out / f"seed-{seed}")]
+    config, ranks = load_config(QuickstartConfig, path, overrides), side_by_side(AT_ONCE)
+    return [step for seed in seeds for step in seed_steps(config, seed, out / f"seed-{seed}", ranks)]
 
 
-def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
-    """The commands of one seed."""
+def seed_steps(config: QuickstartConfig, seed: int, root: Path, ranks: int = 1) -> list[Step]:
+    """The commands of one seed.
 
-    def step(name: str, stage: str, *overrides: str, preset: str = "tiny", run_seed: int = seed) -> Step:
+    Args:
+        config: conf/quickstart/*.yaml.
+        seed: of all that is random in it.
+        root: its directory.
+        ranks: that share the batches of the steps which all others wait for; what is learned is the same but for
+            rounding.
+    """
+
+    def step(
+        name: str, stage: str, *overrides: str, preset: str = "tiny", run_seed: int = seed, processes: int = 1
+    ) -> Step:
         output = root / name
         fixed = (f"run.output={output}", f"run.seed={run_seed}")
-        return Step(name, (stage, "--config", f"conf/{stage}/{preset}.yaml", *fixed, *overrides), output)
+        layout = (f"parallel.data={processes}",) if processes > 1 else ()
+        words = (stage, "--config", f"conf/{stage}/{preset}.yaml", *fixed, *overrides, *layout)
+        return Step(name, words, output, processes=processes)
 
     def model(name: str) -> str:
         return str(root / name / "hf")
@@ -100,8 +113,8 @@ def seed_steps(config: QuickstartConfig, seed: int, root: Path) -> list[Step]:
         step("verdicts", "verify", f"rollouts={root / 'rollouts'}"),
         step("curated", "curate", f"verdicts={root / 'verdicts'}", f"tokenizer={model('base')}"),
         step("rows", "pack", f"conversations={root / 'curated' / 'midtrain'}", f"tokenizer={model('base')}"),
-        step("midtrain", "midtrain", f"base={model('base')}", f"data={root / 'rows'}"),
-        step("sft", "sft", f"base={model('midtrain')}", f"data={root / 'curated' / 'sft'}"),
+        step("midtrain", "midtrain", f"base={model('base')}", f"data={root / 'rows'}", processes=ranks),
+        step("sft", "sft", f"base={model('midtrain')}", f"data={root / 'curated' / 'sft'}", processes=ranks),
         step(
             "own-rollouts",
             "generate",

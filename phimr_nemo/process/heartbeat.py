@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -60,26 +61,27 @@ class Watch:
     def __init__(self) -> None:
         self.still: list[int] = []
         self.seconds = float(os.environ.get(SECONDS, DEFAULT_SECONDS))
-        self._directory = tempfile.TemporaryDirectory(prefix="phimr-beats-", ignore_cleanup_errors=True)
+        # Not tempfile's own class: a copy of this process would remove it at its exit.
+        self._directory = Path(tempfile.mkdtemp(prefix="phimr-beats-"))
         self._silent: dict[str, float] = {}
         self._last: dict[str, int] = {}
         self._looked = time.monotonic()
 
     def __enter__(self) -> Watch:
-        os.environ[DIRECTORY] = self._directory.name
+        os.environ[DIRECTORY] = str(self._directory)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.environ.pop(DIRECTORY, None)
-        self._directory.cleanup()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def look(self) -> None:
         """End ranks that have not beaten for too long: torchrun and the other ranks understand their death."""
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, LONGEST_LOOK_SECONDS), now
-        for file in Path(self._directory.name).iterdir():
+        for file in self._directory.iterdir():
             beat = file.stat().st_mtime_ns
             self._silent[file.name] = self._silent.get(file.name, 0.0) + passed
             if self._last.get(file.name) != beat:

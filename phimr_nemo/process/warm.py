@@ -21,6 +21,15 @@ HEARD: Final = (*STOP_SIGNALS, signal.SIGTSTP)
 THREADS: Final = "OMP_NUM_THREADS"
 
 
+_copies: list[int] = []
+"""This process's id, where it is a copy of a warm one."""
+
+
+def is_copy() -> bool:
+    """Whether this process is a copy of a warm one: it has what its command needs, and has run nothing before it."""
+    return os.getpid() in _copies
+
+
 def can_fork() -> bool:
     """Whether a copy of this process is sound: no thread of its own that might hold a lock, no driver of a GPU."""
     alone = threading.active_count() == 1 and threading.current_thread() is threading.main_thread()
@@ -45,6 +54,11 @@ class Forked:
             if ended:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
 class WarmProcess:
@@ -99,6 +113,7 @@ class WarmProcess:
                     normal: Any = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                     signal.signal(number, normal)
             os.setsid()
+            _copies.append(os.getpid())
             follow_parent(STOP)
             if os.getppid() != parent:
                 os.kill(os.getpid(), STOP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from phimr_nemo.jobs import quickstart as pipeline
 from phimr_nemo.jobs.preflight import file_inputs, record_inputs
 from phimr_nemo.jobs.quickstart import ROWS, SECONDS, plan_quickstart, run_quickstart, seed_steps
 from phimr_nemo.jobs.steps import schedule as scheduler
-from phimr_nemo.jobs.steps.schedule import Starter, run_steps, ways
+from phimr_nemo.jobs.steps.order import Order
+from phimr_nemo.jobs.steps.schedule import Starter, run_steps
 from phimr_nemo.jobs.steps.step import Step, run_step
 from phimr_nemo.store.progress import duration
 from phimr_nemo.store.runs import RunDirectory
@@ -157,11 +159,10 @@ def test_an_interrupted_quickstart_continues_at_the_step_it_was_in(
 def test_every_step_has_its_share_of_the_time_to_go(tmp_path: Path) -> None:
     planned = steps(tmp_path)
     assert {step.name for step in planned} == SECONDS.keys()
-    reads = {step: [other for other in planned if step.reads(other)] for step in planned}
     # The teacher needs no model; evaluations and the row without mid-training run beside the main row.
     row = ("rollouts", "verdicts", "curated", "rows", "midtrain", "sft", "own-rollouts", "own-verdicts")
     longest = (*row, "preferences", "dpo", "grpo", "evaluate-grpo", "release")
-    way = ways(planned, reads, SECONDS)
+    way = Order(planned, 1, SECONDS).way
     by_name = {step.name: way[step] for step in planned}
     assert max(way.values()) == by_name["rollouts"] == sum(SECONDS[name] for name in longest)
     assert by_name["evaluate-grpo"] == SECONDS["evaluate-grpo"] + SECONDS["release"]
@@ -178,7 +179,7 @@ def test_steps_side_by_side_wait_for_what_they_read_and_for_nothing_else(
 ) -> None:
     """The long row first; beside it, in its own words when it is done, what nothing waits for."""
     planned = steps(tmp_path)
-    longest = max(ways(planned, {s: [o for o in planned if s.reads(o)] for s in planned}, SECONDS).values())
+    in_all = Order(planned, 2, SECONDS).makespan(planned, {})
     running: dict[str, int] = {}
     most = 0
 
@@ -220,7 +221,50 @@ def test_steps_side_by_side_wait_for_what_they_read_and_for_nothing_else(
     assert "beside: evaluate-midtrain\n" in said
     assert "beside: midtrain\n" not in said
     assert "beside: grpo\n" not in said
-    assert said.split("\n")[0].endswith(f", about {duration(longest)} to go in all")
+    assert said.split("\n")[0].endswith(f", about {duration(in_all)} to go in all")
+
+
+def test_two_ranks_share_what_all_wait_for_and_nothing_else_changes(tmp_path: Path) -> None:
+    config = load_config(QuickstartConfig, QUICKSTART, [])
+    alone, shared = seed_steps(config, 0, tmp_path), seed_steps(config, 0, tmp_path, ranks=2)
+    for one, two in zip(alone, shared, strict=True):
+        assert two.processes == (2 if one.name in {"midtrain", "sft"} else 1)
+        assert one.processes == 1
+        assert two.arguments == (*one.arguments, *(["parallel.data=2"] if two.processes == 2 else []))
+        stage_and_config(two)  # the batches divide
+
+
+def test_the_time_to_go_follows_a_step_that_takes_longer_than_it_usually_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`long` usually takes 100 s and is at work for 300 s when the next one is announced: `after`, which reads it and
+    usually takes 100 s as well, is then told to take 300 s, and `long` itself to be about to end."""
+    now = 0.0
+    long, short, next_ = (Step(name, ("some",), tmp_path / name) for name in ("long", "short", "next"))
+    after = Step("after", ("some", f"base={tmp_path / 'long' / 'hf'}"), tmp_path / "after")
+    ends = {"long": 310.0, "short": 300.0, "next": 301.0, "after": 700.0}
+
+    class Timed:
+        """A process that ends at a time."""
+
+        def __init__(self, step: Step) -> None:
+            self.step = step
+
+        def poll(self) -> int | None:
+            return 0 if now >= ends[self.step.name] else None
+
+    def sleep(_: float) -> None:
+        nonlocal now
+        now += 1.0
+
+    monkeypatch.setattr(Starter, "start", lambda _, step, __: Timed(step))
+    monkeypatch.setattr(scheduler, "_is_to_run", lambda *_, **__: True)
+    monkeypatch.setattr(scheduler, "time", types.SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    run_steps([long, short, next_, after], at_once=2, seconds={"long": 100, "after": 100})
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("[")]
+    assert [line.split(": ")[1].split(",")[0].split(" (")[0] for line in said] == ["long", "short", "next", "after"]
+    assert said[0].endswith(f", about {duration(200)} to go in all")
+    assert said[2].endswith(f", about {duration(300)} to go in all")
 
 
 def test_what_runs_beside_a_step_that_fails_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from phimr_nemo.config import STAGES
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted
 from phimr_nemo.jobs.closing import PART_OF
 from phimr_nemo.jobs.launch import stage_function
+from phimr_nemo.jobs.steps.order import Order
 from phimr_nemo.jobs.steps.step import Step, changed_since, failure, interrupted, refuse_changed
 from phimr_nemo.process.children import Relay, dying_with_parent
 from phimr_nemo.process.gpus import promised_gpus
@@ -33,7 +34,7 @@ POLL_SECONDS: Final = 0.05
 START_OF_LINE: Final = "\r\x1b[K"
 """Takes the place of a progress bar that stands on the terminal's line."""
 TELLING_SECONDS: Final = 5.0
-"""A step that is expected to be shorter says nothing of the machine's pace."""
+"""Steps that are expected to be shorter, all together, say nothing of the machine's pace."""
 
 
 class Child(Protocol):
@@ -138,11 +139,10 @@ class _Schedule:
     """Steps that wait, run and have ended; see :func:`run_steps`."""
 
     def __init__(self, steps: Sequence[Step], *, at_once: int, seconds: Mapping[str, float]) -> None:
-        self._steps, self._at_once, self._seconds = list(steps), at_once, seconds
-        self._reads = {step: [other for other in steps if step.reads(other)] for step in steps}
-        self._length = ways(steps, self._reads, seconds)
-        # Those with the longest way to go first, else as they were given.
-        self._waiting = sorted(steps, key=self._length.__getitem__, reverse=True)
+        self._steps = list(steps)
+        self._order = Order(steps, at_once, seconds)
+        self._at_once = at_once
+        self._waiting = list(steps)
         self._running: list[_Running] = []
         self._ended: list[tuple[Step, float]] = []
         self._failure: Exception | None = None
@@ -154,7 +154,7 @@ class _Schedule:
         with Relay() as relay:
             try:
                 while self._running or self._waiting:
-                    if not relay.signals and self._failure is None:
+                    if not (relay.signals or self._failure or self._interrupted):
                         self._start_ready(starter, redo=redo)
                         relay.tell()
                     if not self._running:
@@ -175,19 +175,14 @@ class _Schedule:
 
     def _start_ready(self, starter: Starter, *, redo: bool) -> None:
         """Start what can start while there is room."""
-        done = {step for step, _ in self._ended}
-        for step in list(self._waiting):
-            if len(self._running) >= self._at_once:
-                return
-            if not done.issuperset(self._reads[step]):
-                continue
+        while (step := self._order.next(self._waiting, self._left(self._pace()))) is not None:
             self._waiting.remove(step)
             if not _is_to_run(step, redo=redo):
                 self._ended.append((step, 0.0))
-                done.add(step)
                 continue
             # The terminal is for the longest way.
-            beside = any(self._length[other] > self._length[step] for other in self._waiting)
+            way = self._order.way
+            beside = any(way[other] > way[step] for other in self._waiting)
             beside |= any(item.log is None for item in self._running)
             self._announce(step, beside=beside)
             log = tempfile.TemporaryFile() if beside else None  # noqa: SIM115
@@ -225,37 +220,28 @@ class _Schedule:
 
     def _announce(self, step: Step, *, beside: bool) -> None:
         number, place = self._steps.index(step) + 1, step.output.parent.name
-        to_end = [step, *self._waiting, *(item.step for item in self._running)]
-        left = max(self._length[other] for other in to_end)
-        told = f", about {duration(left * self._pace())} to go in all" if left else ""
+        pace = self._pace()
+        left = {**self._left(pace), step: self._order.usual(step)}
+        to_go = self._order.makespan(self._waiting, left) * pace
+        told = f", about {duration(to_go)} to go in all" if to_go else ""
         say(f"[{number}/{len(self._steps)}] {place}: {step.name}{' (beside it)' if beside else ''}{told}")
 
+    def _left(self, pace: float) -> dict[Step, float]:
+        """Steps at work -> seconds that each would go on for at its usual pace."""
+        now = time.monotonic()
+        return {
+            item.step: max(0.0, self._order.usual(item.step) - (now - item.started) / pace) for item in self._running
+        }
+
     def _pace(self) -> float:
-        """What steps have taken here of what they usually take."""
-        told = [(self._seconds.get(step.name, 0.0), took) for step, took in self._ended if took]
-        told = [(usual, took) for usual, took in told if usual >= TELLING_SECONDS]
-        return sum(took for _, took in told) / sum(usual for usual, _ in told) if told else 1.0
-
-
-def ways(
-    steps: Sequence[Step], reads: Mapping[Step, Sequence[Step]], seconds: Mapping[str, float]
-) -> dict[Step, float]:
-    """Seconds from the start of each step to the end of the last one that depends on it.
-
-    Args:
-        steps: those that are still to end.
-        reads: step -> what it reads from.
-        seconds: step's name -> what it usually takes.
-    """
-    found: dict[Step, float] = {}
-
-    def way(step: Step) -> float:
-        if step not in found:
-            after = (way(other) for other in steps if step in reads[other])
-            found[step] = seconds.get(step.name, 0.0) + max(after, default=0.0)
-        return found[step]
-
-    return {step: way(step) for step in steps}
+        """What steps take here of what they usually take: those that have ended, and those at work for too long."""
+        now = time.monotonic()
+        told = [(self._order.usual(step), took) for step, took in self._ended if took]
+        at_work = [(self._order.usual(item.step), now - item.started) for item in self._running]
+        told += [(usual, took) for usual, took in at_work if took > usual]
+        told = [(usual, took) for usual, took in told if usual]
+        usually = sum(usual for usual, _ in told)
+        return sum(took for _, took in told) / usually if usually >= TELLING_SECONDS else 1.0
 
 
 def _is_to_run(step: Step, *, redo: bool) -> bool:

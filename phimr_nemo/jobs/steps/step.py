@@ -32,12 +32,14 @@ class Step:
         arguments: of `phimr`.
         output: its run directory.
         program: the module that is run with them, and what it takes before them; () = `phimr` itself.
+        processes: that it runs as, by its arguments.
     """
 
     name: str
     arguments: tuple[str, ...]
     output: Path
     program: tuple[str, ...] = ()
+    processes: int = 1
 
     def __str__(self) -> str:
         return shlex.join((*(("python", "-m", *self.program) if self.program else ("phimr",)), *self.arguments))
