@@ -138,7 +138,7 @@ def export(
 ) -> None:
     """Write the release, unless that was done before, and upload it if asked to."""
     from phimr_nemo.config import STAGES, load_config
-    from phimr_nemo.report.export import front_matter
+    from phimr_nemo.report.card import front_matter
     from phimr_nemo.report.hub import check_card, check_hub, push
 
     if push_to_hub is not None and not dry_run:

@@ -39,7 +39,7 @@ def show(
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 = any free one.")] = 0,
 ) -> None:
-    """Questions with every stage's responses, GRPO's samples, preference pairs, and what curation dropped and why."""
+    """Questions with every stage's responses, GRPO's samples, preference pairs, and what was dropped and why."""
     from rich.console import Console
 
     from phimr_nemo.show.items import Wanted, select

@@ -142,6 +142,7 @@ class ExportConfig:
         evaluations: row name -> directory of an evaluation, for the model card's table.
         knows: what the model can be asked, in a sentence or two, with an example: for the model card and for the
             first line of `phimr chat`.
+        data: source of the training data -> its licence, for the model card.
     """
 
     run: RunConfig
@@ -151,6 +152,7 @@ class ExportConfig:
     stages: dict[str, Place] = field(default_factory=dict)
     evaluations: dict[str, Place] = field(default_factory=dict)
     knows: str | None = None
+    data: dict[str, Name] = field(default_factory=dict)
 
 
 @config

@@ -137,7 +137,8 @@ def difference_table(benchmark: str, models: Mapping[str, Seeds]) -> Table | Non
         common = sorted(
             seed
             for seed in models[first].keys() & models[second].keys()
-            if models[first][seed].per_question.keys() == models[second][seed].per_question.keys()
+            if models[first][seed].per_question
+            and models[first][seed].per_question.keys() == models[second][seed].per_question.keys()
         )
         if not common:
             continue

@@ -1,7 +1,7 @@
 """What is shown: items with their responses, and the narrow numbers that they are filtered by.
 
-An item is a question with the responses of every stage, a rollout's question with its samples, a group of GRPO, or a
-preference pair: a question, a gold answer, and responses side by side in panes.
+An item is a question with the responses of every stage, a rollout's question with its samples, a group of GRPO, a
+preference pair, or a row that was dropped: a question, a gold answer, and responses side by side in panes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OTHER_REASONS: Final = "another reason"
 UNKNOWN_TOKENS: Final = -1
 MOST: Final = np.iinfo(np.uint16).max
 
-ViewKind = Literal["questions", "rollouts", "samples", "pairs"]
+ViewKind = Literal["questions", "rollouts", "samples", "pairs", "drops"]
 Change = Literal["gained", "lost"]
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

@@ -100,34 +100,40 @@ def _show(console: Console, view: View, number: int, item: Item, *, whole: bool)
     if many and not whole:
         # One response of each, and how the others did: a stage's samples would drown the stages.
         responses = [
-            (f"{name} ({sum(one.verdict == 'correct' for one in pane)} of {len(pane)})", pane[0])
+            (
+                name
+                if view.kind == "drops"
+                else f"{name} ({sum(one.verdict == 'correct' for one in pane)} of {len(pane)})",
+                pane[0],
+            )
             for name, pane in zip(view.panes, item.panes, strict=True)
             if pane
         ]
     beside = max(1, min(len(responses), console.width // NARROWEST_PANE))
     for start in range(0, len(responses), beside):
-        console.print(_row(responses[start : start + beside], beside, whole=whole))
+        console.print(_row(responses[start : start + beside], beside, graded=view.kind != "drops", whole=whole))
 
 
-def _row(responses: Sequence[tuple[str, Response]], beside: int, *, whole: bool) -> Table:
+def _row(responses: Sequence[tuple[str, Response]], beside: int, *, graded: bool, whole: bool) -> Table:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, expand=True)
     for _ in range(beside):
         table.add_column(ratio=1, overflow="fold")
     empty = [""] * (beside - len(responses))
-    heads: list[RenderableType] = [_head(name, response) for name, response in responses]
+    heads: list[RenderableType] = [_head(name, response, graded=graded) for name, response in responses]
     bodies: list[RenderableType] = [_body(response, whole=whole) for _, response in responses]
     table.add_row(*heads, *empty)
     table.add_row(*bodies, *empty)
     return table
 
 
-def _head(name: str, response: Response) -> Text:
+def _head(name: str, response: Response, *, graded: bool) -> Text:
     from rich.text import Text
 
     text = Text(printable(name), style="bold")
-    text.append(f": {response.verdict or 'not graded'}", style=COLORS.get(response.verdict, OTHER_COLOR))
+    if graded:
+        text.append(f": {response.verdict or 'not graded'}", style=COLORS.get(response.verdict, OTHER_COLOR))
     numbers = [] if response.reward is None else [f"reward {response.reward:g}"]
     numbers += [] if response.tokens is None else [f"{response.tokens:,} tokens"]
     text.append(printable("".join(f", {part}" for part in (*numbers, *response.notes))), style="not bold")

@@ -208,7 +208,7 @@
         const bar = h("i", {});
         bar.style.width = graded ? `${100 * index.right[at] / total}%` : "0";
         return h("span", {class: `mark${graded ? " graded" : ""}`,
-          title: total ? `${name}: ${graded ? `${index.right[at]} of ${total} correct` : `${total} not graded`}` : `${name}: none`}, bar);
+          title: total ? `${name}: ${graded ? `${index.right[at]} of ${total} correct` : view().kind === "drops" ? "shown" : `${total} not graded`}` : `${name}: none`}, bar);
       });
       const item = items[place], step = index.steps[number];
       return h("li", {role: "option", "aria-selected": String(number === state.item), "data-item": number,
@@ -273,7 +273,7 @@
       onclick: () => set({sample: place})}, String(place + 1))));
     const read = one.e && one.v !== "correct" ? `; read: ${one.e}` : "";
     return h("section", {class: `pane ${kind(one.v)}`},
-      h("div", {class: "head"}, h("h3", {}, name), h("span", {class: "verdict"}, one.v || "not graded")),
+      h("div", {class: "head"}, h("h3", {}, name), h("span", {class: "verdict"}, one.v || (view().kind === "drops" ? "" : "not graded"))),
       samples,
       h("div", {class: "soft"}, facts.join(" · ")),
       one.r ? h("div", {class: "soft"}, one.r + read) : null,

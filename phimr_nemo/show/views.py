@@ -8,10 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final
 
+from phimr_nemo.data.prepare.written import DROPS_FILE
 from phimr_nemo.errors import UserError
 from phimr_nemo.report.collect import PASSED_OVER, Evaluated, read_evaluation
 from phimr_nemo.report.scores import PAPER_STAGES
 from phimr_nemo.show.chosen import pairs_view
+from phimr_nemo.show.drops import drops_view
 from phimr_nemo.show.fates import fates_of
 from phimr_nemo.show.graded import Fates, Source, graded_view
 from phimr_nemo.show.items import View
@@ -23,11 +25,12 @@ from phimr_nemo.store.shards import SHARD_NAME
 
 VERDICTS: Final = "verdicts"
 SURVEY: Final = "survey"
-ORDER: Final = ("questions", "samples", "pairs", "rollouts")
+DROPS: Final = "drops"
+ORDER: Final = ("questions", "samples", "pairs", "rollouts", "drops")
 
 
 def find_views(root: Path) -> list[View]:
-    """Everything below a directory that can be shown: evaluations, GRPO's samples, pairs, rollouts.
+    """Everything below a directory that can be shown: evaluations, GRPO's samples, pairs, rollouts, what was dropped.
 
     Evaluations of one benchmark with one seed are one view, a pane a model, in the order of the recipe's stages.
 
@@ -51,6 +54,8 @@ def find_views(root: Path) -> list[View]:
         name = _name(path, root)
         if kept_steps(path):
             views.append(samples_view(name, path))
+        if (path / DROPS_FILE).is_file():
+            views.append(drops_view(f"{name}/{DROPS}", path / DROPS_FILE))
         if not _holds_shards(path) or (path.parent / RESULTS_FILE).is_file():
             continue
         records = Records(path)
@@ -62,8 +67,8 @@ def find_views(root: Path) -> list[View]:
     if not found:
         raise UserError(
             f"nothing below {root} can be shown",
-            rule="shown are evaluations, rollouts with or without verdicts, preference pairs, and GRPO's samples",
-            remedy="give the run.output of evaluate, generate, verify, curate or grpo, or a directory above it",
+            rule="shown are evaluations, rollouts, preference pairs, GRPO's samples, and rows that prepare dropped",
+            remedy="give the run.output of evaluate, prepare, generate, verify, curate or grpo, or one above it",
         )
     return sorted(found, key=lambda view: (ORDER.index(view.kind), view.name))
 

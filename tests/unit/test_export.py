@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,19 @@ import torch
 import yaml
 from results import plain_result
 from safetensors.torch import load_file, save_file
+from shown import write_records
 from transformers import AutoConfig
 
-from phimr_nemo.config import BaseConfig, DistillConfig, ExportConfig, ParallelConfig, SFTConfig, load_config, to_yaml
+from phimr_nemo.config import (
+    BaseConfig,
+    DistillConfig,
+    DPOConfig,
+    ExportConfig,
+    ParallelConfig,
+    SFTConfig,
+    load_config,
+    to_yaml,
+)
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import Score, write_result
 from phimr_nemo.jobs.launch import run_stage
@@ -26,7 +37,8 @@ from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.checkpoints import open_checkpoint, write_hf, write_megatron
 from phimr_nemo.model.files.hf import HFDirectory, copy_hf_directory
 from phimr_nemo.model.origin import Origin, read_origin
-from phimr_nemo.report.export import front_matter, run_export
+from phimr_nemo.report.card import front_matter
+from phimr_nemo.report.export import run_export
 from phimr_nemo.store.provenance import MadeFrom, content_of
 from phimr_nemo.store.runs import RESULTS_FILE, RunDirectory
 
@@ -202,6 +214,67 @@ def test_the_card_tells_what_was_trained_and_measured(tmp_path: Path, model: Pat
     ]
     # "mine" is no benchmark of the paper's.
     assert "Phi-4-Mini-Reasoning, re-evaluated" not in {row[0] for row in cells}
+
+
+def examples(tmp_path: Path, language: str) -> list[str]:
+    """The blocks of a language in a written card."""
+    text = (tmp_path / "release" / "hf" / "README.md").read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_cards_example_for_transformers_runs(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stage("export", export_config(tmp_path, model))
+    (code,) = examples(tmp_path, "python")
+    monkeypatch.chdir(tmp_path / "release" / "hf")
+    capsys.readouterr()
+    exec(code.replace("max_new_tokens=1024", "max_new_tokens=2"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_card_has_what_a_reader_asks_first(tmp_path: Path, model: Path) -> None:
+    path = evaluated(tmp_path / "e", model, correct=12, questions=16, stderr=0.03)
+    run_stage("export", export_config(tmp_path, model, f"evaluations.SFT={path}"))
+    text = (tmp_path / "release" / "hf" / "README.md").read_text("utf-8")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        *("Intended use", "Limits", "How to run it", "Training data", "Evaluation", "Citation and licence"),
+    ]
+    assert "On mine 25.0 % of its responses are not correct" in text
+    serve, convert = examples(tmp_path, "bash")
+    longest = Architecture.from_directory(model).max_position_embeddings
+    assert f"vllm serve . --served-model-name release --max-model-len {longest}\n" in serve
+    request = json.loads(re.search(r"-d '(.*)'", serve)[1])  # type: ignore[index]
+    assert request["messages"][0]["role"] == "user"
+    assert "convert_hf_to_gguf.py . --outfile model.gguf" in convert
+
+
+def test_the_card_says_of_the_training_data_what_the_manifest_says(tmp_path: Path, model: Path) -> None:
+    data = tmp_path / "pairs"
+    row = dict.fromkeys(("id", "problem_id", "question", "chosen", "rejected"), "x") | {"mode": "near_miss"}
+    counts = {"input: rollouts": 9_600, "dropped: duplicate response": 5_197, "dropped: no partner left": 12}
+    write_records(data, "pairs", [[row]], counts=counts)
+    run = RunDirectory(tmp_path / "dpo")
+    settings = load_config(
+        DPOConfig, Path("conf/dpo/tiny.yaml"), [f"run.output={run.path}", "base=b", f"pairs={data}"]
+    )
+    made_from = MadeFrom({"pairs": content_of(data)}, {}).to_json()
+    run.describe(stage="dpo", config_yaml=to_yaml(settings), seed=0, facts={"made_from": made_from})
+    run.finish(steps=3, hf="hf")
+    given = [f"stages.dpo={run.path}", "data={openai/gsm8k: mit, my own: cc-by-4.0}"]
+    run_stage("export", export_config(tmp_path, model, *given))
+    metadata, cells = card(tmp_path)
+    assert metadata["datasets"] == ["openai/gsm8k"]
+    text = (tmp_path / "release" / "hf" / "README.md").read_text("utf-8")
+    assert "- openai/gsm8k: mit\n- my own: cc-by-4.0" in text
+    (told,) = [row[1:] for row in cells if len(row) == 4 and row[0] == "dpo"]
+    assert told == ["1 pairs", "9,600 rollouts", "5,197 duplicate response; 12 no partner left"]
+    # Records that were made anew since are not what the model was trained on.
+    shutil.rmtree(data)
+    write_records(data, "pairs", [[row, row | {"id": "y"}]])
+    shutil.rmtree(tmp_path / "release")
+    run_stage("export", export_config(tmp_path, model, *given))
+    assert "pairs: not what is there now" in (tmp_path / "release" / "hf" / "README.md").read_text("utf-8")
 
 
 def test_the_card_tells_of_a_distillation(tmp_path: Path, model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 from shown import HOSTILE, QUESTIONS, SAMPLES, curated, evaluation, response, row, runs, write_records
 from typer.testing import CliRunner
+from typing_extensions import Never
 
 from phimr_nemo.cli.main import app
+from phimr_nemo.config import PrepareConfig, load_config
+from phimr_nemo.data.prepare.stage import run_prepare
 from phimr_nemo.errors import UserError
 from phimr_nemo.show.items import (
     MOST_REASONS,
@@ -49,6 +53,57 @@ def test_everything_below_a_directory_is_a_view(views: dict[str, View]) -> None:
         ("preferences/pairs", "pairs"),
         ("verdicts", "rollouts"),
     ]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepare` leaves of a source with a row without an answer, and one question twice."""
+    root = tmp_path_factory.mktemp("prepared")
+    rows = [
+        {"question": "How many days has one week?", "answer": "7"},
+        {"question": "How many days has a leap year <b>?", "answer": "366"},
+        {"question": "How many days has ONE week?", "answer": "7"},
+        {"question": "And without an answer?", "answer": ""},
+    ]
+    source = root / "mine.jsonl"
+    source.write_text("".join(json.dumps(one) + "\n" for one in rows), "utf-8")
+    given = [f"run.output={root / 'out'}", f"sources=[{{name: mine, path: {source}}}]", "workers=1"]
+    run_prepare(load_config(PrepareConfig, Path("conf/prepare/tiny.yaml"), given), no_model)
+    return root / "out"
+
+
+def no_model(*_: object) -> Never:
+    raise AssertionError("nobody is asked")
+
+
+def test_what_prepare_dropped_is_a_view_with_the_reasons(prepared: Path) -> None:
+    [view] = [view for view in find_views(prepared.parent) if view.kind == "drops"]
+    assert view.name == "out/drops"
+    told = {
+        drop["reason"]: drop for drop in map(json.loads, (prepared / "drops.jsonl").read_text("utf-8").splitlines())
+    }
+    assert set(view.index.names) == set(told)
+    same = next(reason for reason in told if "duplicate" in reason)
+    [number] = found(view, reason=same)
+    [item] = view.fetch([number])
+    dropped, like = item.panes
+    assert dropped[0].text == "How many days has ONE week?\n\nanswer: 7"
+    assert dropped[0].notes == (same,)
+    assert like[0].text == "How many days has one week?\n\nanswer: 7"
+    assert like[0].notes == ("kept, of mine",)
+    # What is like nothing stands alone.
+    [alone] = view.fetch([next(n for n in range(len(view.index)) if n != number)])
+    assert alone.panes[1] == ()
+    assert found(view, text="one WEEK") == [number]
+    said = shown(prepared.parent, "--view", "drops", "--reason", same)
+    assert "How many days has ONE week?" in said
+    assert "not graded" not in said
+
+
+def test_a_damaged_list_of_drops_is_named(tmp_path: Path) -> None:
+    (tmp_path / "drops.jsonl").write_text('{"source": "a"}\n', "utf-8")
+    with pytest.raises(UserError, match=r"drops\.jsonl has a line that cannot be read"):
+        find_views(tmp_path)
 
 
 def test_stages_stand_side_by_side_in_the_recipes_order(views: dict[str, View]) -> None:

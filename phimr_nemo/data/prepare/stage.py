@@ -38,6 +38,7 @@ from phimr_nemo.data.prepare.narrow import read_facts
 from phimr_nemo.data.prepare.texts import Decided, rollouts_of, write_drops, write_problems, write_rollouts
 from phimr_nemo.data.prepare.written import (
     CONFLICTS_FILE,
+    DROPS_FILE,
     PROBLEMS,
     ROLLOUTS,
     begin_once,
@@ -55,7 +56,6 @@ from phimr_nemo.store.shards import finish, is_complete, read_manifest
 
 CANDIDATES: Final = "candidates"
 ANNOTATIONS: Final = "annotations"
-DROPS_FILE: Final = "drops.jsonl"
 NOTHING: Final = MadeFrom({}, {})
 
 

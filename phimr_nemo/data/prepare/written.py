@@ -22,6 +22,7 @@ from phimr_nemo.store.shards import is_complete, read_manifest
 
 PROBLEMS: Final = "problems"
 ROLLOUTS: Final = "rollouts"
+DROPS_FILE: Final = "drops.jsonl"
 CONFLICTS_FILE: Final = "conflicts.jsonl"
 SHOWN_EXAMPLES: Final = 3
 EXAMPLE_CHARS: Final = 120
