@@ -165,10 +165,10 @@ setup-slurm:
 quickstart: setup
 	$(BIN)/phimr quickstart --seeds $(SEEDS) --out $(OUT)
 
-# One thread a process: the parallel tests start up to four of them.
+# One thread a process: the parallel tests start up to four of them. The files go out in tests/conftest.py's order.
 test: setup $(if $(VLLM_WHEELS),setup-vllm) $(if $(BRIDGE_WHEELS),setup-bridge) $(if $(TE_WHEELS),setup-te)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=Agg \
-		$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # A release in the hands of other people's libraries, also the newest ones; its table goes to docs/clients.md. `make test`
 # runs those of the environments that it has.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
 from pathlib import Path
 
 import pytest
+from warm_phimr import Phimr
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OURS = ("phimr_nemo", "recipes")
@@ -28,6 +30,18 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     if callable(val) and getattr(val, "__name__", "<lambda>") == "<lambda>":
         return argname
     return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: none of them is at work alone when all others have ended."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What all test modules have imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +117,9 @@ def vllm_variables() -> dict[str, str]:
         # Compiling the sampler takes longer than a test.
         "TORCH_COMPILE_DISABLE": "1",
     }
+
+
+@pytest.fixture(scope="session")
+def vllm_phimr(vllm_python: Path, vllm_variables: dict[str, str]) -> Phimr:
+    """`phimr` there, with vLLM imported once."""
+    return Phimr("generate", "evaluate", "vllm", python=vllm_python, **vllm_variables)

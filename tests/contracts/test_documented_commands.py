@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from warm_phimr import phimr
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.errors import UserError
@@ -93,7 +94,7 @@ def check_phimr(arguments: list[str]) -> None:
     extra = "--dry-run" if can_dry_run and "--help" not in arguments else "--help"
     if extra not in arguments:
         arguments = [*arguments, extra]
-    done = run(sys.executable, "-m", "phimr_nemo.cli", *arguments)
+    done = phimr(*arguments, place=REPOSITORY, variables={"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
 
 

@@ -1,13 +1,16 @@
 """What the documents show is run: every block, in order, in a fresh tree, in a shell in which nothing is activated.
 
 A block is run unless the word behind its language says what a test machine lacks (`NOT_RUN`). The presets of the tree
-are made small, so that the whole quickstart takes minutes; the commands are the documents' own, letter by letter.
+are made small, so that the whole quickstart takes minutes; the commands are the documents' own, letter by letter. The
+program `phimr` itself is run by `make quickstart` and by the first block that has it; in those behind, each of its
+commands is a copy of one process that has imported what it needs (`warm_phimr.py`).
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from warm_phimr import Server
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +53,7 @@ SMALL: Mapping[str, Mapping[str, str]] = {
     "grpo/tiny.yaml": {"steps": "10", "prompts_per_step": "4"},
 }
 SECONDS = 900
+WARM = REPOSITORY / "tests" / "warm_phimr.py"
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def transcript(tree: Path) -> dict[str, tuple[int, float, str]]:
-    """Exit code, seconds and output of every block that was run; a document ends with its first failure."""
+def environment(tree: Path) -> dict[str, str]:
+    """A shell's that has just been opened."""
     home = tree.parent / "home"
     home.mkdir()
-    environment = {
+    return {
         "HOME": str(home),
         "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
         "TERM": "dumb",
@@ -137,7 +142,25 @@ def transcript(tree: Path) -> dict[str, tuple[int, float, str]]:
         "WANDB_MODE": "offline",
         "MPLBACKEND": "Agg",
     }
+
+
+@pytest.fixture(scope="module")
+def warm(tree: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """What a shell reads before a block so that `phimr` needs no start of its own."""
+    server = Server(python=tree / ".venv" / "bin" / "python", cwd=tree, env=environment)
+    try:
+        yield f'phimr() {{ {sys.executable} -I -S {shlex.quote(str(WARM))} run {server.name} "$@"; }}\n'
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def transcript(
+    tree: Path, environment: Mapping[str, str], request: pytest.FixtureRequest
+) -> dict[str, tuple[int, float, str]]:
+    """Exit code, seconds and output of every block that was run; a document ends with its first failure."""
     results = {}
+    prelude = ""
     activated = ""
     failed: set[str] = set()
     for block in ALL:
@@ -146,7 +169,7 @@ def transcript(tree: Path) -> dict[str, tuple[int, float, str]]:
         code = block.text if block.language == "bash" else f"python - <<'END'\n{block.text}END\n"
         started = time.monotonic()
         done = subprocess.run(
-            ["bash", "--noprofile", "--norc", "-euo", "pipefail", "-c", activated + code],
+            ["bash", "--noprofile", "--norc", "-euo", "pipefail", "-c", activated + prelude + code],
             cwd=tree,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -161,6 +184,8 @@ def transcript(tree: Path) -> dict[str, tuple[int, float, str]]:
             failed.add(block.document)
         if "bin/activate" in block.text:
             activated = block.text
+        elif activated and not prelude:
+            prelude = request.getfixturevalue("warm")
     kept = os.environ.get("PHIMR_TRANSCRIPT")
     if kept:
         lines = [

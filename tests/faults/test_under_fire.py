@@ -20,6 +20,8 @@ from under_fire import DATA, SIZES, TRAINING, settings
 
 from phimr_nemo.config import STAGES, load_config
 
+pytestmark = pytest.mark.slow
+
 Injected = Callable[[str, str, int, str], None]
 KILLS = 50 if LONG else 3
 FLOWN = (*DATA, *TRAINING) if LONG else ("pack", "midtrain")

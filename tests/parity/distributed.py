@@ -7,10 +7,11 @@ and forks the ranks of every run: each run starts fresh, and starts at once.
 from __future__ import annotations
 
 import atexit
-import functools
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -18,16 +19,23 @@ import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing import util
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from phimr_nemo.process.children import ended_with_us
+
 START_SECONDS = 300.0
 RUN_SECONDS = 600.0
+END_SECONDS = 60.0
+"""What a process that has closed its pipe gets to be gone."""
 ATTEMPTS = 2
 NOT_CONNECTED = ("connectFullMesh failed", "EADDRINUSE")
 """Of gloo's own start, before anything of ours: another process on a busy machine was given the port meanwhile."""
 GRACE_SECONDS = 1.0
 """After one rank failed, what the others get to fail by themselves: their tracebacks may tell more."""
+LOOK_SECONDS = 0.5
+"""How often it is looked whether the process that forks the ranks is alive: its ranks may hold its pipe open."""
 
 Outcome = tuple[bool, Any]
 
@@ -56,12 +64,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
 def run_prepared(prepare: Callable[[], None], fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """The same on processes that something else was imported in: `prepare`, a function at the top of a module, is
     called in place of ``phimr_nemo.training.platform.prepare`` in a process that forks the ranks of all its runs."""
-    connection = _forker(prepare)
     for attempt in range(ATTEMPTS):
-        connection.send_bytes(pickle.dumps((fn, world_size, args, dict(os.environ))))
-        if not connection.poll(START_SECONDS + RUN_SECONDS):
-            raise RanksFailed(f"no answer from {world_size} ranks of {fn.__name__}")
-        outcomes: list[Outcome] = pickle.loads(connection.recv_bytes())
+        outcomes = _forker(prepare).ask((fn, world_size, args, dict(os.environ)), fn.__name__)
         failures = [f"--- rank {rank} ---\n{value}" for rank, (ok, value) in enumerate(outcomes) if not ok]
         is_connected = not any(word in failure for failure in failures for word in NOT_CONNECTED)
         if is_connected or attempt + 1 == ATTEMPTS:
@@ -75,23 +79,76 @@ def _prepare() -> None:
     from phimr_nemo.training import platform
 
     platform.prepare()
+    import phimr_nemo.model.megatron.convert  # noqa: F401  (imported once, here)
 
 
-@functools.cache
-def _forker(prepare: Callable[[], None]) -> Connection:
-    """The process that forks the ranks."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, prepare))
-    process.start()
-    theirs.close()
+class _Forker:
+    """The process that forks the ranks of every run, after `prepare`."""
 
-    def stop() -> None:
-        ours.close()
-        process.join(GRACE_SECONDS)
-        process.kill()
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        self._process: SpawnProcess = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(theirs, prepare)
+        )
+        self._process.start()
+        theirs.close()
 
-    atexit.register(stop)
-    return ours
+    def ask(self, request: tuple[Any, ...], name: str) -> list[Outcome]:
+        """The outcomes of a request.
+
+        Raises:
+            RanksFailed: there is no answer; this process is gone then, and the next run gets a new one.
+        """
+        try:
+            self._connection.send_bytes(pickle.dumps(request))
+            deadline = time.monotonic() + START_SECONDS + RUN_SECONDS
+            while not self._connection.poll(LOOK_SECONDS):
+                if not self._process.is_alive():
+                    raise EOFError
+                if time.monotonic() > deadline:
+                    raise RanksFailed(f"no answer from {request[1]} ranks of {name}")
+            outcomes: list[Outcome] = pickle.loads(self._connection.recv_bytes())
+            return outcomes
+        except (EOFError, OSError) as error:
+            self._process.join(END_SECONDS)
+            raise RanksFailed(f"{name}: {_ended(self._process.exitcode)}") from error
+        except RanksFailed:
+            self.stop()
+            raise
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def stop(self) -> None:
+        self._connection.close()
+        self._process.join(GRACE_SECONDS)
+        self._process.kill()
+        self._process.join()
+
+
+_forkers: dict[Callable[[], None], _Forker] = {}
+
+
+def _forker(prepare: Callable[[], None]) -> _Forker:
+    """The living one, or a new one."""
+    found = _forkers.get(prepare)
+    if found is None or not found.is_alive():
+        found = _forkers[prepare] = _Forker(prepare)
+        atexit.register(found.stop)
+    return found
+
+
+def _ended(code: int | None) -> str:
+    """What is said of a process that forks the ranks and has ended."""
+    how = f"exit code {code}"
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            how = f"{signal.Signals(-code).name}, {how}"
+    return (
+        f"the process that forks the ranks of all tests has ended ({how}), and its ranks with it; the next test gets "
+        "a new one. No rank does that by failing: look for code, here or in a test beside it, that sends signals to "
+        "processes it did not start (SIGTERM), or for too little memory (SIGKILL: see dmesg)"
+    )
 
 
 def _serve(connection: Connection, prepare: Callable[[], None]) -> None:
@@ -101,8 +158,6 @@ def _serve(connection: Connection, prepare: Callable[[], None]) -> None:
 
     torch.set_num_threads(1)
     prepare()
-    import phimr_nemo.model.megatron.convert  # noqa: F401  (imported once, here)
-
     while True:
         try:
             request = connection.recv_bytes()
@@ -121,7 +176,8 @@ def run_ranks(request: bytes, scratch: Path) -> list[Outcome]:
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_rank, args=(theirs, rank, world_size, port, scratch, fn, args, environment))
-        process.start()
+        with ended_with_us():
+            process.start()
         theirs.close()
         pipes.append(ours)
         processes.append(process)

@@ -14,6 +14,8 @@ from distributed import RanksFailed, run_distributed
 
 from phimr_nemo.model.files.hf import HFDirectory
 
+pytestmark = pytest.mark.slow
+
 Weights = dict[str, torch.Tensor]
 FINAL_NORM = "model.norm.weight"
 STEPS = 4

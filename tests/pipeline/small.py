@@ -12,7 +12,7 @@ from phimr_nemo.config import STAGES, QuickstartConfig, load_config
 from phimr_nemo.jobs.launch import launch
 from phimr_nemo.jobs.preflight import preflight
 from phimr_nemo.jobs.quickstart import ROWS, seed_steps
-from phimr_nemo.jobs.steps.step import Step, run_step
+from phimr_nemo.jobs.steps.step import Step
 
 ORIGINAL_LENGTH = 64
 """Of the model: shorter sequences are in LongRoPE's short regime when they are a run's longest."""
@@ -69,11 +69,6 @@ def quickstart(root: Path, *overrides: str) -> list[Step]:
 def with_overrides(steps: list[Step], overrides: Mapping[str, tuple[str, ...]]) -> list[Step]:
     """Steps with further overrides, by the step's name."""
     return [replace(step, arguments=(*step.arguments, *overrides.get(step.name, ()))) for step in steps]
-
-
-def run_all(steps: list[Step]) -> None:
-    for step in steps:
-        run_step(step)
 
 
 def run_again(steps: list[Step]) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import small
 import torch
+from warm_phimr import run_steps
 
 from phimr_nemo.config.tiny import FamilyName
 from phimr_nemo.data.chat import load_tokenizer, prompt_text
@@ -30,17 +28,10 @@ CLASSES: dict[FamilyName, str] = {
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    root, here = tmp_path_factory.mktemp("families"), Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(here / "family_recipe.py"), str(root), *CLASSES],
-        cwd=repository,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(repository), str(here)))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family's steps write to ROOT/FAMILY/seed-0."""
+    root = tmp_path_factory.mktemp("families")
+    run_steps([step for name in CLASSES for step in small.quickstart(root / name / "seed-0", f"family={name}")])
     return root
 
 

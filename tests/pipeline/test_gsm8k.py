@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import small
 import torch
+from warm_phimr import run_steps
 
 from phimr_nemo.data.chat import load_tokenizer, render_prompt, stop_token_ids
 from phimr_nemo.data.repetition import REPETITIVE_ABOVE, repetition
@@ -151,7 +152,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         write_problems(test, 2 * ASKED)
         rows, length, agreement = WRITTEN_ROWS, 512, 1.0
     steps = plan(root / "run", recorded, test, rows, length)
-    small.run_all(steps)
+    run_steps(steps)
     return Run(root / "run", steps, recorded, test, rows, agreement)
 
 

@@ -24,6 +24,7 @@ import small
 import torch
 from processes import start
 from safetensors.torch import load_file
+from warm_phimr import run_steps
 
 from phimr_nemo.config import ParallelConfig, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation
@@ -84,12 +85,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("tiny") / "seed-0"
     steps = small.quickstart(root)
     first = next(number for number, step in enumerate(steps) if step.name == "midtrain")
-    small.run_all(steps[:first])
+    run_steps(steps[:first])
     run_and_kill(steps[first])
     assert not RunDirectory(steps[first].output).is_done
     before = {path: when for path, when in small.times(root).items() if "/midtrain/" not in path}
     small.run_again(steps[:first])
-    small.run_all(steps[first:])
+    run_steps(steps[first:])
     return Run(root, steps, before)
 
 

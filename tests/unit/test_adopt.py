@@ -6,13 +6,12 @@ import dataclasses
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from warm_phimr import phimr
 
 from phimr_nemo.config import BaseConfig, MidtrainConfig, load_config
 from phimr_nemo.data.chat import (
@@ -95,8 +94,7 @@ def test_prompts_are_the_reasoning_models_and_weights_stay(
     before = render_prompt(load_tokenizer(instruct), QUESTION)
     target = tmp_path / "ready"
     option = [] if system is None else [f"--system-prompt={system}"]
-    command = [sys.executable, "-m", "phimr_nemo.cli", "adopt", str(instruct), str(target), *option]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = phimr("adopt", str(instruct), str(target), *option)
     assert done.returncode == 0, done.stderr
     wanted = by_hand(target, REASONING_SYSTEM_PROMPT if system is None else system)
     assert render_prompt(load_tokenizer(target), QUESTION) == wanted

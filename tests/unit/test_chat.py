@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import pty
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from warm_phimr import phimr
 
 from phimr_nemo.cli.chat import COMMANDS
 from phimr_nemo.config import BaseConfig, LocalEngine, load_config
@@ -146,11 +145,6 @@ def test_a_terminal_obeys_no_model(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
-def run(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, "-m", "phimr_nemo.cli", *arguments)
-    return subprocess.run(command, input=said, capture_output=True, text=True, check=False)
-
-
 def test_the_commands_say_what_the_sampler_samples(model: Path) -> None:
     context = HFDirectory(model).architecture.max_position_embeddings
     params = SamplingParams(0.6, 0.95, NEW_TOKENS)
@@ -160,10 +154,10 @@ def test_the_commands_say_what_the_sampler_samples(model: Path) -> None:
         return printable("".join(p.text for p in reply(own, load_tokenizer(model), turns, params, seed=seed)))
 
     limit = f"--max-new-tokens={NEW_TOKENS}"
-    sampled = run("sample", str(model), QUESTION, "-n", "2", limit, "--seed=7")
+    sampled = phimr("sample", str(model), QUESTION, "-n", "2", limit, "--seed=7")
     assert sampled.returncode == 0, sampled.stderr
     assert all(answer([Turn("user", QUESTION)], 7 + i) in sampled.stdout for i in range(2))
-    chatted = run("chat", str(model), limit, said=f"{QUESTION}\n\nhi<|end|>\nagain\n/new\nagain\n/exit\n")
+    chatted = phimr("chat", str(model), limit, said=f"{QUESTION}\n\nhi<|end|>\nagain\n/new\nagain\n/exit\n")
     assert chatted.returncode == 0, chatted.stderr
     first = answer([Turn("user", QUESTION)], 0)
     forgotten = answer([Turn("user", "again")], 0)
@@ -190,11 +184,11 @@ def test_a_model_is_talked_to_with_the_factors_of_its_training(length: int, mode
     as_trained, other = (answer(original), answer(original + 1))[:: 1 if length <= original else -1]
     assert as_trained != other
     limit = f"--max-new-tokens={NEW_TOKENS}"
-    for done in (run("sample", str(made), QUESTION, limit), run("chat", str(made), limit, said=f"{QUESTION}\n")):
+    for done in (phimr("sample", str(made), QUESTION, limit), phimr("chat", str(made), limit, said=f"{QUESTION}\n")):
         assert as_trained in done.stdout
         assert other not in done.stdout
         assert "knows Sums, such as 1+1." in done.stdout + done.stderr
-    asked_beyond = run("sample", str(made), QUESTION, limit, f"--max-length={original + 1}")
+    asked_beyond = phimr("sample", str(made), QUESTION, limit, f"--max-length={original + 1}")
     assert as_trained in asked_beyond.stdout
     assert ("note: the model was trained on sequences of up to 32 tokens" in asked_beyond.stderr) is (length == 32)
 
@@ -204,8 +198,8 @@ def test_a_model_of_single_questions_is_asked_each_alone(single_turn: bool, mode
     made = tmp_path / "hf"
     copy_hf_directory(made, HFDirectory(model), tokenizer_from=model, origin=Origin(single_turn=single_turn))
     limit = f"--max-new-tokens={NEW_TOKENS}"
-    twice = run("chat", str(made), limit, said=f"hello\n{QUESTION}\n").stdout
-    alone = run("chat", str(made), limit, said=f"{QUESTION}\n").stdout
+    twice = phimr("chat", str(made), limit, said=f"hello\n{QUESTION}\n").stdout
+    alone = phimr("chat", str(made), limit, said=f"{QUESTION}\n").stdout
     answer = alone.partition("> ")[2].strip(" >\n")
     assert answer
     assert twice.strip(" >\n").endswith(answer) is single_turn
@@ -213,7 +207,7 @@ def test_a_model_of_single_questions_is_asked_each_alone(single_turn: bool, mode
 
 
 def test_help_lists_the_commands(model: Path) -> None:
-    done = run("chat", str(model), said="/help\n/what\n/exit\n")
+    done = phimr("chat", str(model), said="/help\n/what\n/exit\n")
     lines = [line.removeprefix("> ").split(maxsplit=1) for line in done.stdout.splitlines()]
     for command, does in COMMANDS.items():
         assert lines.count([command, does]) == 2
@@ -250,7 +244,7 @@ def test_thinking_is_dim_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_input_is_one_message(model: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = run(*(str(model) if argument == "MODEL" else argument for argument in arguments))
+    done = phimr(*(str(model) if argument == "MODEL" else argument for argument in arguments))
     assert done.returncode == 2
     assert message in done.stderr
     assert "remedy:" in done.stderr

@@ -19,6 +19,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from warm_phimr import phimr
 
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.errors import UserError
@@ -448,16 +449,12 @@ def test_a_disk_that_fills_up(limit: int, hf: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(hf: Path, tmp_path: Path) -> None:
-    def phimr(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "phimr_nemo.cli", "convert", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
     target = str(tmp_path / "megatron")
-    done = phimr(str(hf), target, "--tp", "2", "--pp", "4")
+    done = phimr("convert", str(hf), target, "--tp", "2", "--pp", "4")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{target}: megatron, tensor 2 x pipeline 4\n"
     assert contents(to_hf(Path(target), tmp_path / "out")) == contents(hf)
-    again = phimr(str(hf), target)
+    again = phimr("convert", str(hf), target)
     assert again.returncode == 2
     assert "exists already" in again.stderr
     assert "Traceback" not in again.stderr

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_phimr import phimr
 
 from phimr_nemo.config import GenerateConfig, PackConfig, VerifyConfig, load_config
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
@@ -15,12 +13,6 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.launch import run_stage
 from phimr_nemo.store.check import check_directory, forget_damaged
 from phimr_nemo.store.shards import finish, iter_shards, rows_to_table, write_shard
-
-
-def phimr(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "phimr_nemo.cli", *arguments]
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def conversations(directory: Path) -> Path:
@@ -87,17 +79,17 @@ def test_every_stage_makes_only_the_damaged_shard_again(
         times = {path: path.stat().st_mtime_ns for path in before if path != victim}
         with pytest.raises(UserError, match=r"part-00001\.parquet is"):
             list(iter_shards(directory, kind))  # type: ignore[arg-type]
-        done = phimr("data", "check", str(directory))
+        done = phimr("data", "check", str(directory), variables={"COLUMNS": "200"})
         assert done.returncode == 2
         assert "part-00001.parquet" in done.stdout
         assert "part-00000.parquet" not in done.stdout
         # A finished run is a no-op: nothing is repaired behind the user's back.
         run_stage(stage, config)
-        assert phimr("data", "check", str(directory), "--redo").returncode == 0
+        assert phimr("data", "check", str(directory), "--redo", variables={"COLUMNS": "200"}).returncode == 0
         run_stage(stage, config)
         assert {path: path.read_bytes() for path in directory.glob("part-*.parquet")} == before
         assert {path: path.stat().st_mtime_ns for path in times} == times
-        assert phimr("data", "check", str(directory)).returncode == 0
+        assert phimr("data", "check", str(directory), variables={"COLUMNS": "200"}).returncode == 0
 
 
 def test_what_is_sound_and_what_is_no_record_directory(tmp_path: Path) -> None:

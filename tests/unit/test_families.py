@@ -6,14 +6,13 @@ import copy
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from architectures import small
+from warm_phimr import phimr
 
 from phimr_nemo.config import BaseConfig, ParallelConfig, load_config
 from phimr_nemo.config.tiny import FamilyName
@@ -356,7 +355,6 @@ def test_the_presets_of_published_configs_are_read_from_them_alike() -> None:
 
 
 def test_a_layout_is_planned_for_a_model_of_another_family() -> None:
-    command = [sys.executable, "-m", "phimr_nemo.cli", "plan", "stage=sft", "model=qwen3-1.7b", "gpus=8"]
-    done = subprocess.run([*command, "gpu=h100-80g"], capture_output=True, text=True, check=False)
+    done = phimr("plan", "stage=sft", "model=qwen3-1.7b", "gpus=8", "gpu=h100-80g")
     assert done.returncode == 0, done.stderr
     assert "sft of qwen3-1.7b on 8 x h100-80g: layouts that fit" in done.stdout

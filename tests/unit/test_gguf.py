@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from warm_phimr import run_steps
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.data.chat import load_tokenizer, render_conversation, stop_token_ids
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.launch import launch
-from phimr_nemo.jobs.steps.step import Step, run_step
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.model.files import gguf as module
 from phimr_nemo.model.files.gguf import KNOWN, GGUFFile, import_gguf
 from phimr_nemo.model.files.ggufheader import MAX_ARRAY_ITEMS
@@ -348,16 +349,13 @@ def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
     train = ("checkpoint.every=100", *short)
     few = (*train, f"max_steps={STEPS}", "micro_batch=2", "global_batch=2")
 
-    def settings_of(stage: str, name: str, overrides: tuple[str, ...], preset: str) -> Step:
+    def step(stage: str, name: str, *overrides: str, preset: str = "smollm2-cpu") -> Step:
         fixed = (f"run.output={tmp_path / name}", "run.log_every=1")
         return Step(name, (stage, "--config", f"conf/{stage}/{preset}.yaml", *fixed, *overrides), tmp_path / name)
 
     def here(stage: str, name: str, *overrides: str, preset: str = "smollm2-cpu") -> None:
-        _, _, path, *settings = settings_of(stage, name, overrides, preset).arguments
+        _, _, path, *settings = step(stage, name, *overrides, preset=preset).arguments
         launch(stage, load_config(STAGES[stage], Path(path), settings))
-
-    def apart(stage: str, *overrides: str) -> None:
-        run_step(settings_of(stage, stage, overrides, "smollm2-cpu"))  # Megatron's state is one per process
 
     def made(name: str) -> str:
         return str(tmp_path / name)
@@ -374,15 +372,18 @@ def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
         *short,
         "workers=1",
     )
-    apart("midtrain", f"base={made('base/hf')}", f"data={made('rows')}", *few, "validation_rows=0")
-    apart("sft", f"base={made('midtrain/hf')}", f"data={made('curated/sft')}", *few, "validation_rows=0")
     write_own_verdicts(tmp_path / "verdicts", tmp_path / "own-verdicts")
     tokens = f"tokenizer={made('base/hf')}"
     here("curate", "sets", f"verdicts={made('own-verdicts')}", tokens, "workers=1", preset="smollm2-cpu-rollouts")
-    apart("dpo", f"base={made('sft/hf')}", f"pairs={made('sets/pairs')}", *few)
     rounds = (f"steps={STEPS}", "prompts_per_step=2", "group_size=2", "max_new_tokens=8", "micro_batch=2")
     room = ("engine.cache_gib=1", "verify_workers=1")
-    apart("grpo", f"base={made('dpo/hf')}", f"prompts={made('sets/prompts')}", *train, *rounds, *room)
+    trained = [
+        step("midtrain", "midtrain", f"base={made('base/hf')}", f"data={made('rows')}", *few, "validation_rows=0"),
+        step("sft", "sft", f"base={made('midtrain/hf')}", f"data={made('curated/sft')}", *few, "validation_rows=0"),
+        step("dpo", "dpo", f"base={made('sft/hf')}", f"pairs={made('sets/pairs')}", *few),
+        step("grpo", "grpo", f"base={made('dpo/hf')}", f"prompts={made('sets/prompts')}", *train, *rounds, *room),
+    ]
+    run_steps(trained)
     asked = ("problems.kind=file", f"problems.path={made('gsm8k.jsonl')}", "workers=1")
     here("evaluate", "score", f"model={made('grpo/hf')}", *asked, "max_new_tokens=8")
     assert json.loads((tmp_path / "score" / "results.json").read_text("utf-8"))["questions"] == PROBLEMS

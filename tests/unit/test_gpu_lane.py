@@ -13,7 +13,9 @@ from typing import Any
 import gpu_lane
 import psutil
 import pytest
-from gpu_lane import PARTS, TOTAL_SECONDS, Part, results_in, run_parts
+from gpu_lane import LEAST_SECONDS, PARTS, TOTAL_SECONDS, Part, results_in, run_parts
+
+pytestmark = pytest.mark.slow
 
 FACTS = {"device": "cpu", "versions": {"python": "3"}}
 PATIENCE_SECONDS = 600.0
@@ -45,12 +47,12 @@ def records(out: Path, *parts: Part, total: float = 10 * PATIENCE_SECONDS) -> di
     return {record["part"]: record for record in written}
 
 
-def test_every_part_runs_on_the_cpu_between_planted_faults(tmp_path: Path) -> None:
+def test_every_part_runs_on_the_cpu_around_a_planted_fault(tmp_path: Path) -> None:
     # The limits are those of a GPU; this machine may be slow.
     parts = [dataclasses.replace(part, seconds=PATIENCE_SECONDS) for part in PARTS]
-    found = records(tmp_path, hangs(tmp_path / "pid"), *parts[:4], BREAKS, *parts[4:])
-    assert (found["hangs"]["status"], found["breaks"]["status"]) == ("out of time", "failed")
-    own = {name: record["status"] for name, record in found.items() if name not in ("hangs", "breaks")}
+    found = records(tmp_path, *parts[:4], BREAKS, *parts[4:])
+    assert found["breaks"]["status"] == "failed"
+    own = {name: record["status"] for name, record in found.items() if name != "breaks"}
     # Transformer Engine is not in this environment.
     lacking = {"parity-te-bf16", "train-fp8"}
     expected = {part.name: "lacks a package" if part.name in lacking else "ok" for part in PARTS}
@@ -100,8 +102,9 @@ def test_what_is_known_is_written_before_the_next_part_starts(tmp_path: Path) ->
 
 
 def test_the_total_ends_the_lane(tmp_path: Path) -> None:
-    found = records(tmp_path, hangs(tmp_path / "pid"), WORKS, total=HANG_SECONDS)
-    assert (found["hangs"]["status"], found["works"]["status"]) == ("out of time", "not started")
+    waits = Part("waits", PATIENCE_SECONDS, ("-c", "import time; time.sleep(3600)"))
+    found = records(tmp_path, waits, WORKS, total=LEAST_SECONDS + 1.0)
+    assert (found["waits"]["status"], found["works"]["status"]) == ("out of time", "not started")
 
 
 def test_each_part_gets_its_limit_out_of_twelve_minutes() -> None:

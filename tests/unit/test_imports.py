@@ -1,4 +1,7 @@
-"""What is imported: a dry run no trainer, a run of a stage only what it uses; and nothing that is there is lost."""
+"""What is imported: a dry run no trainer, a run of a stage only what it uses; and nothing that is there is lost.
+
+What a user sees first is the project's own: libraries say nothing while a stage is loaded.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,24 @@ TRAINERS = (
     "pandas",
     "matplotlib",
 )
-STAGES = {"midtrain": "phimr_nemo.supervised.stage", "grpo": "phimr_nemo.align.grpo.stage"}
+DATA_STAGES = ("base", "generate", "verify", "pack", "evaluate", "export")
+TRAINING_STAGES = ("midtrain", "grpo")
+LOAD = """
+import json, sys
+from phimr_nemo.jobs.launch import stage_function
+for stage in sys.argv[1].split():
+    assert callable(stage_function(stage))
+"""
+# Loaded on a GPU alone, of a trainer's package that was entered lazily.
+ON_A_GPU = """
+unused = [name for name in sys.argv[2].split() if name in sys.modules]
+from pathlib import Path
+from phimr_nemo.config import STAGES, load_config
+from phimr_nemo.supervised import assembly
+config = load_config(STAGES["midtrain"], Path("conf/midtrain/tiny.yaml"))
+callback = assembly.tensor_overlap(config, make=lambda kind, **arguments: kind)
+print(json.dumps({"unused": unused, "on a GPU": callback.__name__}))
+"""
 
 
 def python(program: str, *, path: Path | None = None) -> list[str]:
@@ -58,14 +78,33 @@ def test_a_dry_run_imports_no_trainer(stage: str) -> None:
     assert loaded((*TRAINERS, "httpx"), program) == []
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_training_stage_imports_what_it_uses(stage: str) -> None:
-    program = f"from phimr_nemo.jobs.launch import stage_function\nstage_function({stage!r})"
-    assert loaded(UNUSED_BY_TRAINING, program) == []
+@pytest.fixture(scope="module")
+def trainers() -> subprocess.CompletedProcess[str]:
+    """A process that has loaded the training stages, and then what they load on a GPU alone."""
+    command = [sys.executable, "-c", LOAD + ON_A_GPU, " ".join(TRAINING_STAGES), " ".join(UNUSED_BY_TRAINING)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_training_stages_import_what_they_use(trainers: subprocess.CompletedProcess[str]) -> None:
+    assert json.loads(trainers.stdout)["unused"] == []
+
+
+def test_what_a_stage_imports_on_a_gpu_alone_is_found(trainers: subprocess.CompletedProcess[str]) -> None:
+    assert json.loads(trainers.stdout)["on a GPU"] == "MegatronCommOverlapCallback"
+
+
+def test_libraries_are_silent_while_training_stages_are_loaded(trainers: subprocess.CompletedProcess[str]) -> None:
+    assert (trainers.returncode, trainers.stderr, len(trainers.stdout.splitlines())) == (0, "", 1)
+
+
+def test_libraries_are_silent_while_data_stages_are_loaded() -> None:
+    command = [sys.executable, "-c", LOAD, " ".join(DATA_STAGES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_without_it_the_same_stage_imports_what_it_does_not_use() -> None:
-    found = loaded(UNUSED_BY_TRAINING, f"import {STAGES['midtrain']}")
+    found = loaded(UNUSED_BY_TRAINING, "import phimr_nemo.supervised.stage")
     assert {"sklearn", "scipy.signal", "modelopt", "torchmetrics.functional.text.bert"} <= set(found)
 
 
@@ -135,15 +174,3 @@ def test_upstream_packages_still_have_every_name() -> None:
         "print(json.dumps([llm.train.__module__, llm.LlamaModel.__name__, torchmetrics.Accuracy.__name__]))"
     )
     assert python(program) == ["nemo.collections.llm.api", "LlamaModel", "Accuracy"]
-
-
-def test_what_a_stage_imports_on_a_gpu_alone_is_found() -> None:
-    program = (
-        "import json\nfrom pathlib import Path\nfrom phimr_nemo.config import STAGES, load_config\n"
-        "from phimr_nemo.jobs.launch import stage_function\nstage_function('midtrain')\n"
-        "from phimr_nemo.supervised import assembly\n"
-        "config = load_config(STAGES['midtrain'], Path('conf/midtrain/tiny.yaml'))\n"
-        "callback = assembly.tensor_overlap(config, make=lambda kind, **arguments: kind)\n"
-        "print(json.dumps([callback.__name__]))"
-    )
-    assert python(program) == ["MegatronCommOverlapCallback"]

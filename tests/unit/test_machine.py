@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from architectures import small
+from warm_phimr import phimr
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.errors import UserError
@@ -166,8 +165,7 @@ def test_a_containers_share_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_command_refuses_before_it_writes(stage: str, tmp_path: Path) -> None:
     if machine.count_gpus():
         pytest.skip("this machine has a GPU")
-    command = [sys.executable, "-m", "phimr_nemo.cli", stage, f"base={tmp_path}", f"run.output={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = phimr(stage, f"base={tmp_path}", f"run.output={tmp_path / 'run'}", place=REPOSITORY)
     assert done.returncode == 2
     assert "without --config on a machine without a GPU" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,8 @@ from phimr_nemo.data.chat import load_tokenizer, stop_token_ids
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.hf import HFDirectory
 
+pytestmark = pytest.mark.slow
+
 NAME = "team/my-model"
 FEWEST = 38
 PARALLEL = 100

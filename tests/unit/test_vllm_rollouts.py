@@ -28,6 +28,8 @@ from phimr_nemo.generate.serving.weights import IDENTITY, LOGPROBS, tokenizer_ha
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.hf import HFDirectory
 
+pytestmark = pytest.mark.slow
+
 Syncs = list[list[dict[str, Any]]]
 SYNCS, TEMPERATURE, MAX_LENGTH = 10, 0.8, 64
 BOUND = 5e-5
