@@ -32,8 +32,10 @@ def look_up(files: Sequence[Path], stored: Path = STORED) -> int:
     try:
         found: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):
-        print("audit of the pinned packages: not done, pip-audit gave no result (see above); nothing is stored, and a")
-        print("result stored before stays with its date. It asks the package index and the database behind it.")
+        print(
+            "audit of the pinned packages: not done. pip-audit gave no result (see above): it asks the package index"
+        )
+        print("and the database of weaknesses. Nothing is stored; a result stored before stays with its date.")
         return done.returncode or 1
     weak = {
         f"{package['name']} {package['version']}": sorted(one["id"] for one in package["vulns"])

@@ -29,26 +29,31 @@ MAX_BARE_WORDS: Final = 3
 MAX_BARE_CJK: Final = 4
 _WORD_IN_FRONT = re.compile(r"[A-Za-z]{2,}[,:]?\s+[^\s=]|.{0,40}[.:]\s+[A-Za-z]{2,}\s")
 _DERIVING: Final = frozenset(words("so thus hence therefore then since because"))
-_NEGATED = re.compile(r"\b(?:cannot|can't|not|isn't|never)\s+(?:be\s+|equal\s+(?:to\s+)?)?\$?[-−]?[0-9][^0-9]*$")
+_NEGATED = re.compile(
+    r"\b(?:cannot|can't|not|isn't|never)\s+(?:be\s+|equal\s+(?:to\s+)?)?\$?[-−]?[0-9][0-9.,/]*[^0-9]*$"
+)
 _NONE_SUCH = re.compile(
     r"\bthere (?:is|are|exists?) no\b|\bno (?:such )?(?:integer|number|value|solution)s?\b", re.IGNORECASE
 )
 _QUALIFIED = re.compile(
     r"(?:\bat (?:most|least)|\b(?:greater|less|more|fewer|larger|smaller|bigger|higher|lower) than(?: or equal to)?"
-    r"|\b(?:multiples?|factors?|divisors?|one|power|root) of|\bdivisible by"
-    r"|\b(?:above|below|exceeds?|exceeding|not|never)"
-    r"|\bbetween\b[^.]{0,40}\band)\s*[$\\(]*\s*\Z",
+    r"|\b(?:multiples?|factors?|divisors?|one|power|root|half|third|quarter|square|cube|most|elements?|members?) of"
+    r"|\bdivisible by|\b(?:up|close|not equal) to|\b(?:anything|nothing|everything|all) but|\bother than"
+    r"|\b(?:above|below|over|under|near|nearly|almost|twice|except|exceeds?|exceeding)"
+    r"|\b(?:not|never|can't|cannot|isn't|aren't)(?: be)?"
+    r"|\bbetween\b[^.]{0,40}\band)\s*[$\\(]*\s*(?:\{[^{}]{0,80})?\Z",
     re.IGNORECASE,
 )
 _COMPARED = re.compile(
-    r"\s*[$)\\]*\s*(?:or\b|(?:more|less|fewer|greater|larger|smaller) than\b|times (?:as|more|the)\b)", re.IGNORECASE
+    r"\s*[$)\\]*\s*(?:(?:or|if|unless)\b|(?:more|less|fewer|greater|larger|smaller) than\b|times (?:as|more|the)\b)",
+    re.IGNORECASE,
 )
 _NO_SOLUTION = re.compile(
     r"\bno (?:real |integer |such )?(?:solutions?|values?|numbers?)(?: exists?)?$", re.IGNORECASE
 )
 _ENDS_IN_CLAIM = re.compile(r"\b(?:is|are|equals)\s+(?:\$[^$]*\$|\\\([^$]*\\\))\s*$")
 _ASKS = re.compile(r"\s*(?:what|which|how|find|is|are|does|do|can|could|write|determine|compute)\b", re.IGNORECASE)
-_HEDGE = re.compile(r"(?<=[0-9)$}])\s*,?\s+(?:but|because|since|which|where)\b")
+_HEDGE = re.compile(r"(?<=[0-9)$}])\s*,?\s+(?:but|because|since|which|where|(?:and )?not|rather than|instead of)\b")
 _OPEN_BRACE = re.compile(r"(?<!\\)\{")
 _CLOSED_BRACE = re.compile(r"(?<!\\)\}")
 _LIST_ITEM = re.compile(r"\s*(?:[-*•]|[0-9]{1,2}[.)])\s+\S")

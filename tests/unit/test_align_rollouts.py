@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from phimr_nemo.align.grpo.grading import verdicts_of
 from phimr_nemo.align.grpo.rewards import Graded
 from phimr_nemo.align.grpo.rollouts import (
     Prompt,
@@ -24,7 +25,6 @@ from phimr_nemo.align.grpo.rollouts import (
     rollout_metrics,
     rollout_requests,
     training_rows,
-    verdicts_of,
 )
 from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.data.chat import render_prompt

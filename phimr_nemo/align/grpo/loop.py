@@ -19,21 +19,19 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from phimr_nemo.align.compat import ReinforceTrainer
+from phimr_nemo.align.grpo.grading import GradesAnswers, graded_completions
 from phimr_nemo.align.grpo.responses import KeptResponses
 from phimr_nemo.align.grpo.rewards import Graded
 from phimr_nemo.align.grpo.rollouts import (
-    GradesAnswers,
     PromptSet,
     Rollout,
     rollout_requests,
     training_rows,
-    verdicts_of,
 )
 from phimr_nemo.align.grpo.rounds import Rounds
 from phimr_nemo.align.grpo.stabilisers import annealed_temperature
 from phimr_nemo.align.microbatch import deal_rows
 from phimr_nemo.config import RoundsConfig
-from phimr_nemo.data.chat import response_text
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.store.content import content_seed
@@ -161,27 +159,7 @@ class RoundsTrainer(ReinforceTrainer):
         """This process's responses with their verdicts; without a grader there are none."""
         slots = [int(completion.request_id.split("/")[0]) for completion in completions]
         prompts = [self.prompts.prompts[prompt_of[slot]] for slot in slots]
-        answers = [prompt.answer for prompt in prompts]
-        texts = [
-            response_text(self.tokenizer, prompt.token_ids, completion.token_ids)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        cut_off = [completion.finish_reason == "length" for completion in completions]
-        verdicts = [None] * len(texts) if self.grader is None else verdicts_of(self.grader, texts, answers, cut_off)
-        return [
-            Graded(
-                text,
-                answer,
-                "" if verdict is None else verdict.verdict,
-                len(completion.token_ids),
-                self.config.max_new_tokens,
-                is_truncated=is_cut_off,
-                reason=str(getattr(verdict, "reason", "")),
-            )
-            for text, answer, verdict, completion, is_cut_off in zip(
-                texts, answers, verdicts, completions, cut_off, strict=True
-            )
-        ]
+        return graded_completions(self.grader, self.tokenizer, prompts, completions, self.config.max_new_tokens)
 
     def _requests(self, prompt_of: Mapping[int, int], step: int) -> tuple[list[Request], SamplingParams]:
         """What is asked for step `step`: the groups of these slots."""

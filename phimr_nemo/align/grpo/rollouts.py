@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -95,14 +95,6 @@ class Rollout:
         return sum(self.reward_parts.values())
 
 
-class GradesAnswers(Protocol):
-    """What a round needs of `verify.Grader`."""
-
-    def grade_many(self, pairs: Sequence[tuple[str, str]], cut_off: Sequence[bool]) -> Sequence[Any]:
-        """A verdict for each (response, answer), and whether the response was cut off."""
-        ...
-
-
 def load_prompts(directory: Path, tokenizer: PreTrainedTokenizerBase, config: RoundsConfig) -> PromptSet:
     """Read and tokenise a `prompts` record directory; for GRPO, with the stabilisers that act on prompts.
 
@@ -158,40 +150,6 @@ def _more_prompts(prompts: int, even: int) -> str:
     return (
         "raise sequence_length, or curate shorter prompts" if even else "raise prompt_optimization.max_length_spread"
     )
-
-
-def verdicts_of(
-    grader: GradesAnswers, responses: Sequence[str], answers: Sequence[str], cut_off: Sequence[bool]
-) -> Sequence[Any]:
-    """Verdicts of a round's responses.
-
-    Args:
-        grader: which grades.
-        responses: their texts.
-        answers: of their problems.
-        cut_off: whether each ended at the token limit.
-
-    Raises:
-        UserError: the grader raises, or answers for another number of responses.
-    """
-    rule = "the grader returns one verdict a response"
-    try:
-        verdicts = grader.grade_many(list(zip(responses, answers, strict=True)), cut_off)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"the reward of {len(responses)} responses raised {type(error).__name__}: {error}",
-            rule=rule,
-            remedy="look at the cause above; the run continues at its newest checkpoint with the same command",
-        ) from error
-    if len(verdicts) != len(responses):
-        raise UserError(
-            f"the reward gave {len(verdicts)} verdicts for {len(responses)} responses",
-            rule=rule,
-            remedy="correct the grader: a verdict that is missing would move all later ones to other responses",
-        )
-    return verdicts
 
 
 def check_graded(rollouts: Sequence[Rollout], stop_above: float) -> None:

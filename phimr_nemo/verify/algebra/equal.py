@@ -31,6 +31,7 @@ MAX_POINT_PRECISION: Final = 1 << 13
 MIN_POINTS: Final = 3
 MAX_SYMBOLS: Final = 16
 MAX_CONSTANTS: Final = 6
+MAX_CONSTANT_BITS: Final = 256
 MAX_RESIDUES: Final = 24
 POLYNOMIAL_OPS: Final = frozenset(["num", "sym", "add", "neg", "mul", "div", "pow"])
 INTEGER_NAMES: Final = frozenset("nmkNMKjl")
@@ -290,10 +291,22 @@ def _variable_power(term: Term) -> bool:
 
 
 def _constants(*terms: Term) -> list[Fraction]:
-    """The larger numbers that occur, with both signs: a case distinction may lie at one of them."""
-    found = {node.value for term in terms for node in term.walk() if node.op == "num"}
+    """The larger numbers and powers that occur, with both signs: a case distinction may lie at one of them."""
+    found = {value for term in terms for node in term.walk() if (value := _constant(node)) is not None}
     kept = sorted(found, key=abs, reverse=True)[:MAX_CONSTANTS]
     return [value for number in kept for value in (number, -number)]
+
+
+def _constant(node: Term) -> Fraction | None:
+    if node.op == "num":
+        return node.value
+    if node.op != "pow" or symbols(node):
+        return None
+    try:
+        value = rational(node, {})
+    except (Inexact, Undefined):
+        return None
+    return value if value.numerator.bit_length() + value.denominator.bit_length() <= MAX_CONSTANT_BITS else None
 
 
 def proportional(gold: Term, predicted: Term, *, only_sign: bool, positive: bool = False) -> bool:

@@ -134,6 +134,10 @@ _PLAIN_WORDS: Final = (
     (re.compile(r"(?<![\\A-Za-z])(?:infinity|infty|oo|Infinity)(?![A-Za-z])"), r"\\infty "),
     (re.compile(r"(?<![\\A-Za-z])(pi|theta|sqrt|sin|cos|tan|cot|ln|log|arcsin|arccos|arctan)(?![A-Za-z])"), r"\\\1 "),
 )
+_POWER_OF_FUNCTION = re.compile(
+    r"(\\(?:sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|ln|log))\s*\^\s*\{?\s*([0-9])\s*\}?\s+"
+    r"([0-9]+(?:\.[0-9]+)?)(?![0-9.^])"
+)
 _ROOT_PARENTHESES = re.compile(r"\\sqrt\s*\(([^()]{1,200})\)")
 _WRAPPERS: Final = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
@@ -175,6 +179,7 @@ def canonical(answer: str) -> str:
     for pattern, replacement in _FRACTION_FORMS:
         text = pattern.sub(replacement, text)
     text = _ROOT_PARENTHESES.sub(r"\\sqrt{\1}", text)
+    text = _POWER_OF_FUNCTION.sub(r"\1^{\2}{\3}", text)
     if any(rf"\{name}" in text for name in TRIGONOMETRIC):
         text = _DEGREES.sub(r"{\\frac{\1\\pi}{180}}", text)
     return with_values(_strip_edges(_QUANTIFIED.sub("", re.sub(r"\s+", " ", text))))
