@@ -49,20 +49,20 @@ AT_ONCE: Final = 2
 it one for what nothing waits for."""
 SECONDS: Final[Mapping[str, float]] = {
     "base": 2,
-    "rollouts": 2,
+    "rollouts": 3,
     "verdicts": 3,
-    "curated": 2,
+    "curated": 3,
     "rows": 3,
-    "midtrain": 150,
+    "midtrain": 190,
     "sft": 75,
-    "own-rollouts": 27,
+    "own-rollouts": 25,
     "own-verdicts": 3,
     "preferences": 2,
-    "dpo": 25,
-    "grpo": 140,
-    "sft-without-midtrain": 85,
+    "dpo": 24,
+    "grpo": 135,
+    "sft-without-midtrain": 72,
     **{f"evaluate-{name}": 7 for name, _ in ROWS},
-    "evaluate-base": 25,  # it never ends a response
+    "evaluate-base": 20,  # it never ends a response
     "release": 2,
 }
 """Core seconds of a step on two idle cores: a first guess of the time to go, which the machine's pace corrects."""
