@@ -5,7 +5,8 @@
 
 `--record` reads finished quickstarts (one directory with all seeds, or several), writes
 `bench/results/<date>-quickstart.json` and records the terminal again. Every call writes the tables between their
-marks, the picture, and docs/paper.md, which reads the tables, from the newest such file; `--check` only tells whether they are there. So no figure is typed.
+marks, the picture, and docs/paper.md, which reads the tables, from the newest such file; `--check` only tells whether
+they are there. So no figure is typed.
 """
 
 from __future__ import annotations

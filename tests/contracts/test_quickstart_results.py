@@ -17,6 +17,7 @@ from quickstart_results import BEGIN, END, Difference, Quickstarts
 from recipe_picture import Bar, picture
 
 from phimr_nemo.report.scores import Entry
+from phimr_nemo.report.tables import percent
 
 SHARES = {"base": (0.0, 0.0), "SFT": (0.5, 0.7), "SFT without mid-training": (0.1, 0.2)}
 MOST_BYTES = 300_000
@@ -78,8 +79,8 @@ def test_the_recording_shows_the_table_of_the_stored_file() -> None:
         expected
         for row in rows
         if (
-            expected := f"{row.row} {100 * row.pass1:.1f} {100 * row.seed_stderr:.1f} "
-            + ", ".join(f"{100 * share:.1f}" for share in row.each)
+            expected
+            := f"{row.row} {percent(row.pass1)} {percent(row.seed_stderr)} {', '.join(map(percent, row.each))}"
         )
         not in words
     ]

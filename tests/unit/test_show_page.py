@@ -333,6 +333,24 @@ def test_a_browser_shows_a_hostile_response_as_text(tab: Page, page: Path) -> No
     assert tab.said == []
 
 
+def test_a_browser_shows_what_prepare_dropped_beside_what_it_is_like(tab: Page, tmp_path: Path) -> None:
+    drops = [
+        {"source": "a", "place": "line 1", "reason": "incomplete", "question": HOSTILE},
+        {"source": "b", "place": "line 2", "reason": "exact duplicate", "question": "How many?", "answer": "3",
+         "overlap": 1.0, "kept_source": "a", "match": "How many, then?", "match_answer": "3"},
+    ]  # fmt: skip
+    (tmp_path / "drops.jsonl").write_text("".join(json.dumps(drop) + "\n" for drop in drops), "utf-8")
+    made = write_page(find_views(tmp_path), tmp_path / "page.html", title="drops")
+    tab.open(f"{made.as_uri()}#item=1")
+    text = tab.value("document.body.innerText")
+    assert all(part in text for part in ("exact duplicate", "How many, then?", "kept, of a", "overlap 1"))
+    assert "not graded" not in text
+    tab.open(f"{made.as_uri()}#item=0")
+    assert tab.value("document.title") == "drops"
+    assert tab.value("document.querySelectorAll('.pane').length") == 1
+    assert tab.value("document.querySelectorAll('#choose-reason option').length") == 3
+
+
 def test_a_script_that_got_into_the_page_would_not_run(tab: Page, page: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text(

@@ -39,6 +39,8 @@ tr:last-child td { border-bottom: 0; }
 .progress i { display: block; height: 100%; background: var(--kept); }
 svg { width: 100%; height: auto; display: block; }
 polyline { fill: none; stroke: var(--bar); stroke-width: 1.6; vector-effect: non-scaling-stroke; }
+@media (max-width: 520px) { th, .scroll td { padding-right: 8px; font-size: .8rem; }
+  .scroll td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7em; } }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; margin-top: 6px; }
 {% endblock %}
 {% block body %}
