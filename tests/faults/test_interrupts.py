@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,8 @@ from processes import MOST_CHARACTERS, PATIENCE_SECONDS, Terminal, left_of, star
 
 from phimr_nemo.jobs.launch import start_stage
 from phimr_nemo.store.runs import RunDirectory, read_metrics
+
+pytestmark = pytest.mark.slow
 
 Injected = Callable[[str, str, int, str], None]
 END_SECONDS = 120.0
@@ -104,6 +107,61 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 
+HANG_SECONDS = 90
+"""Longer than a loaded machine keeps a living rank from beating."""
+STOOD_STILL = TRAINED if LONG else ("dpo",)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A job of two ranks, one of which stands still.
+
+    Attributes:
+        launcher: its own process.
+        processes: all of it.
+        output: its run directory.
+    """
+
+    launcher: subprocess.Popen[str]
+    processes: list[psutil.Process]
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def standing_still(
+    inputs: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Stopped]]:
+    """A job of each of these stages, begun before the other tests: they have time to run while it waits."""
+    found = {}
+    try:
+        for stage in STOOD_STILL:
+            output = tmp_path_factory.mktemp("still") / "run"
+            launcher = start(
+                [*PHIMR, *arguments(stage, inputs, output), "parallel.data=2"],
+                cwd=repository,
+                env={**environment(), "PHIMR_HANG_SECONDS": str(HANG_SECONDS)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            found[stage] = Stopped(launcher, [], output)
+            try:
+                wait_for(lambda: has_steps(output), launcher)  # noqa: B023 - called at once
+            except AssertionError as error:
+                launcher.kill()
+                raise AssertionError(f"{error}: {launcher.communicate()[1][-MOST_CHARACTERS:]}") from error
+            processes = found[stage].processes
+            processes += tree(launcher)
+            (rank,) = (other for other in processes if other.environ().get("RANK") == "1" and is_rank(other))
+            rank.suspend()
+        yield found
+    finally:
+        for job in found.values():
+            job.launcher.kill()
+            job.launcher.communicate()
+
+
+@pytest.mark.usefixtures("standing_still")
 @pytest.mark.parametrize(("stage", "entry"), CASES)
 def test_the_first_ctrl_c_saves_says_where_and_leaves_nothing(
     stage: str, entry: str, inputs: Path, repository: Path, tmp_path: Path, injected: Injected
@@ -127,44 +185,6 @@ def test_the_first_ctrl_c_saves_says_where_and_leaves_nothing(
         assert str(checkpoint) in text
         assert "Traceback" not in terminal.text
     injected(stage, f"Ctrl-C, {entry}", 1, f"exit code {code}; the checkpoint of the step")
-
-
-HANG_SECONDS = 90
-"""Longer than a loaded machine keeps a living rank from beating."""
-
-
-@pytest.mark.parametrize("stage", TRAINED if LONG else ("dpo",))
-def test_a_rank_that_stands_still_ends_the_job_and_is_named(
-    stage: str, inputs: Path, repository: Path, tmp_path: Path, injected: Injected
-) -> None:
-    """It is not dead, so nobody sees an exit code, and its peer waits in a collective."""
-    output = tmp_path / "run"
-    command = [*PHIMR, *arguments(stage, inputs, output), "parallel.data=2"]
-    launcher = start(
-        command,
-        cwd=repository,
-        env={**environment(), "PHIMR_HANG_SECONDS": str(HANG_SECONDS)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        try:
-            wait_for(lambda: has_steps(output), launcher)
-        except AssertionError as error:
-            launcher.kill()
-            raise AssertionError(f"{error}: {launcher.communicate()[1][-MOST_CHARACTERS:]}") from error
-        processes = tree(launcher)
-        (rank,) = (process for process in processes if process.environ().get("RANK") == "1" and is_rank(process))
-        rank.suspend()
-        _, errors = launcher.communicate(timeout=PATIENCE_SECONDS)
-    finally:
-        launcher.kill()
-    assert launcher.returncode == 1, errors
-    assert f"rank 1 stood still for {HANG_SECONDS} s and was ended" in errors
-    assert left_of(processes, END_SECONDS) == []
-    assert not RunDirectory(output).is_done
-    injected(stage, "SIGSTOP of one of two ranks", 1, "the job ends and names the rank; no process is left")
 
 
 def is_rank(process: psutil.Process) -> bool:
@@ -289,3 +309,17 @@ def test_the_ranks_of_a_launcher_that_was_killed_save_and_end(
     assert len(processes) >= 3
     assert left_of(processes, END_SECONDS) == []
     injected("midtrain", "SIGKILL of the process that started the ranks", 1, "no process is left")
+
+
+@pytest.mark.parametrize("stage", STOOD_STILL)
+def test_a_rank_that_stands_still_ends_the_job_and_is_named(
+    stage: str, standing_still: Mapping[str, Stopped], injected: Injected
+) -> None:
+    """It is not dead, so nobody sees an exit code, and its peer waits in a collective."""
+    job = standing_still[stage]
+    _, errors = job.launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert job.launcher.returncode == 1, errors
+    assert f"rank 1 stood still for {HANG_SECONDS} s and was ended" in errors
+    assert left_of(job.processes, END_SECONDS) == []
+    assert not RunDirectory(job.output).is_done
+    injected(stage, "SIGSTOP of one of two ranks", 1, "the job ends and names the rank; no process is left")
