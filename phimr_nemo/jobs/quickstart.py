@@ -53,7 +53,7 @@ SECONDS: Final[Mapping[str, float]] = {
     "verdicts": 3,
     "curated": 3,
     "rows": 3,
-    "midtrain": 190,
+    "midtrain": 145,
     "sft": 75,
     "own-rollouts": 25,
     "own-verdicts": 3,
