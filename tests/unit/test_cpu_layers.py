@@ -105,7 +105,7 @@ def test_swiglu_and_its_gradient_are_the_formula_under_autograd() -> None:
 WAYS = {"the kernel": range(TOKENS + 1, TOKENS + 2), "tiles": range(1, TOKENS + 1), "each way": range(10, 12)}
 
 
-@pytest.fixture(params=WAYS.values(), ids=WAYS)
+@pytest.fixture(params=list(WAYS.values()), ids=list(WAYS))
 def tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which documents are cut into tiles, of eight queries and a rest."""
     monkeypatch.setattr(cpu_attention, "TILED", request.param)

@@ -56,13 +56,6 @@ def attend(
     return attended
 
 
-def _views(turned: Tensor, span: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """A document's queries [b * groups, heads, length, head_dim], key and value [b * groups, 1, length, head_dim]."""
-    rows = turned[span[0] : span[1]].flatten(1, 2).permute(1, 2, 0, 3)
-    queries = rows.shape[1] - KEY_AND_VALUE
-    return rows[:, :queries], rows[:, queries : queries + 1], rows[:, queries + 1 :]
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
