@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
+from warm_phimr import Phimr
 
 from phimr_nemo.cli import main as cli
 from phimr_nemo.config import BaseConfig, load_config
@@ -27,8 +27,7 @@ VLLM = (
 
 def test_vllm_evaluates_as_the_built_in_engine_does(
     tmp_path: Path,
-    vllm_python: Path,
-    vllm_variables: dict[str, str],
+    vllm_phimr: Phimr,
     monkeypatch: pytest.MonkeyPatch,
     repository: Path,
 ) -> None:
@@ -43,14 +42,7 @@ def test_vllm_evaluates_as_the_built_in_engine_does(
     command += ["problems.kind=file", f"problems.path={problems}", "samples=2", "workers=1"]
     command += ["temperature=0", "max_new_tokens=16"]
     model = f"model={tmp_path / 'base' / 'hf'}"
-    done = subprocess.run(
-        [str(vllm_python), "-m", "phimr_nemo.cli", *command, model, f"run.output={tmp_path / 'vllm'}", *VLLM],
-        env=vllm_variables,
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = vllm_phimr(*command, model, f"run.output={tmp_path / 'vllm'}", *VLLM, place=repository)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, asked in (("local", "base"), ("planted", "other")):
         settings = [f"model={tmp_path / asked / 'hf'}", f"run.output={tmp_path / name}"]

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from processes import start
+from warm_phimr import Phimr
 
 from phimr_nemo.config import BaseConfig, GenerateConfig, LongRopePolicy, load_config
 from phimr_nemo.endpoint import ChatReply
@@ -26,6 +27,8 @@ from phimr_nemo.generate.stage import run_generate
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.store.shards import read_manifest, read_table
+
+pytestmark = pytest.mark.slow
 
 NEW_TOKENS, COUNT, SAMPLES = 24, 6, 2
 SERVER_START_SECONDS, SERVER_STOP_SECONDS = 300, 20
@@ -72,21 +75,9 @@ def settings(out: Path, model: Path, problems: Path, **changes: Any) -> list[str
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def generate(python: Path, variables: dict[str, str], repository: Path, arguments: list[str]) -> str:
-    command = [
-        str(python),
-        "-m",
-        "phimr_nemo.cli.main",
-        "generate",
-        "--config",
-        "conf/generate/vllm.yaml",
-        *arguments,
-    ]
-    done = subprocess.run(
-        command, cwd=repository, env=variables, capture_output=True, text=True, timeout=500, check=False
-    )
+def generate(vllm_phimr: Phimr, repository: Path, arguments: list[str]) -> None:
+    done = vllm_phimr("generate", "--config", "conf/generate/vllm.yaml", *arguments, place=repository)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
 
 
 def built_in(out: Path, model: Path, problems: Path) -> list[dict[str, Any]]:
@@ -112,11 +103,10 @@ def test_greedy_responses_are_those_of_the_built_in_engine(
     problems: Path,
     tmp_path: Path,
     repository: Path,
-    vllm_python: Path,
-    vllm_variables: dict[str, str],
+    vllm_phimr: Phimr,
 ) -> None:
     model = base_model(tmp_path / "base", f"original_max_position_embeddings={original}")
-    generate(vllm_python, vllm_variables, repository, settings(tmp_path / "vllm", model, problems))
+    generate(vllm_phimr, repository, settings(tmp_path / "vllm", model, problems))
     found = read_table(tmp_path / "vllm", "rollouts").to_pylist()
     # Ids and seeds too: they follow from the weights, not from the engine.
     assert found == built_in(tmp_path / "local", model, problems)
@@ -139,13 +129,12 @@ def test_seeds_decide_the_responses(
     problems: Path,
     tmp_path: Path,
     repository: Path,
-    vllm_python: Path,
-    vllm_variables: dict[str, str],
+    vllm_phimr: Phimr,
 ) -> None:
     rows = []
     for name, shard_size in (("a", 4), ("b", 6)):
         changes = {"teacher.temperature": 1.0, "shard_size": shard_size}
-        generate(vllm_python, vllm_variables, repository, settings(tmp_path / name, model, problems, **changes))
+        generate(vllm_phimr, repository, settings(tmp_path / name, model, problems, **changes))
         rows.append(read_table(tmp_path / name, "rollouts").to_pylist())
     assert rows[0] == rows[1]
     assert len({row["response"] for row in rows[0]}) > COUNT

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from processes import start
@@ -52,13 +51,13 @@ def start_rank(rank: int) -> subprocess.Popen[str]:
 
 
 def beat_of(watch: Watch) -> int:
-    (file,) = Path(watch._directory.name).iterdir()
+    (file,) = watch._directory.iterdir()
     return file.stat().st_mtime_ns
 
 
 def test_a_rank_that_stands_still_is_ended_and_named(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = start_rank(3)
-    while not list(Path(watch._directory.name).iterdir()):
+    while not list(watch._directory.iterdir()):
         pass
     try:
         before = beat_of(watch)
@@ -79,7 +78,7 @@ def test_a_rank_that_stands_still_is_ended_and_named(watch: Watch, monkeypatch: 
 
 
 def test_a_rank_that_beats_stays(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = Path(watch._directory.name) / f"0.{os.getpid()}"
+    file = watch._directory / f"0.{os.getpid()}"
     clock = Clock(monkeypatch, watch)
     for beat in range(1, 50):
         file.touch()
@@ -89,7 +88,7 @@ def test_a_rank_that_beats_stays(watch: Watch, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_launcher_that_stood_still_blames_no_rank(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    (Path(watch._directory.name) / f"0.{os.getpid()}").touch()
+    (watch._directory / f"0.{os.getpid()}").touch()
     clock = Clock(monkeypatch, watch)
     clock.looks(watch, 1, every=1.0)
     clock.looks(watch, 3, every=86400.0)
@@ -100,21 +99,21 @@ def test_a_launcher_that_stood_still_blames_no_rank(watch: Watch, monkeypatch: p
 def test_a_rank_that_has_ended_is_not_named(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = start([sys.executable, "-c", ""])
     ended.wait()
-    (Path(watch._directory.name) / f"0.{ended.pid}").touch()
+    (watch._directory / f"0.{ended.pid}").touch()
     Clock(monkeypatch, watch).looks(watch, 60, every=1.0)
     assert watch.still == []
 
 
 def test_a_process_that_has_its_number_now_is_left_alone(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = os.getppid()
-    (Path(watch._directory.name) / f"0.{parent}").touch()
+    (watch._directory / f"0.{parent}").touch()
     Clock(monkeypatch, watch).looks(watch, 60, every=1.0)
     assert watch.still == []
     os.kill(parent, 0)
 
 
 def test_nobody_beats_where_nobody_looks(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Path(watch._directory.name)
+    place = watch._directory
     monkeypatch.delenv("RANK", raising=False)
     heartbeat.start_beating()
     monkeypatch.delenv(DIRECTORY)
