@@ -131,6 +131,19 @@ class TrainingEvaluationConfig(HeldOutConfig):
 
 
 @config
+class LicensedConfig:
+    """A source of training data, for a model card.
+
+    Attributes:
+        name: of the data set; one of the hub's (owner/name) stands in the card's metadata too.
+        licence: its identifier on the hub.
+    """
+
+    name: Name
+    licence: Name
+
+
+@config
 class ExportConfig:
     """A trained directory -> a release directory.
 
@@ -142,7 +155,7 @@ class ExportConfig:
         evaluations: row name -> directory of an evaluation, for the model card's table.
         knows: what the model can be asked, in a sentence or two, with an example: for the model card and for the
             first line of `phimr chat`.
-        data: source of the training data -> its licence, for the model card.
+        data: sources of the training data with their licences, for the model card.
     """
 
     run: RunConfig
@@ -152,7 +165,7 @@ class ExportConfig:
     stages: dict[str, Place] = field(default_factory=dict)
     evaluations: dict[str, Place] = field(default_factory=dict)
     knows: str | None = None
-    data: dict[str, Name] = field(default_factory=dict)
+    data: tuple[LicensedConfig, ...] = ()
 
 
 @config

@@ -174,7 +174,7 @@ def front_matter(config: ExportConfig) -> str:
     """The card's metadata for the hub, between lines of dashes; base and data sets are named there if
     they are of the hub."""
     base = {"base_model": config.base_model} if is_hub_name(config.base_model) else {}
-    datasets = [name for name in config.data if is_hub_name(name)]
+    datasets = [one.name for one in config.data if is_hub_name(one.name)]
     metadata = {
         "license": config.licence,
         "library_name": "transformers",
@@ -250,7 +250,7 @@ def _training_data(config: ExportConfig) -> str:
     """The sources with their licences, and the records that each stage read."""
     parts = []
     if config.data:
-        sources = (f"- {markdown_text(name)}: {markdown_text(licence)}" for name, licence in config.data.items())
+        sources = (f"- {markdown_text(one.name)}: {markdown_text(one.licence)}" for one in config.data)
         parts.append("Sources and their licences:\n\n" + "\n".join(sources))
     else:
         parts.append("The sources and their licences were not named (`data` of `phimr export`).")

@@ -261,7 +261,10 @@ def test_the_card_says_of_the_training_data_what_the_manifest_says(tmp_path: Pat
     made_from = MadeFrom({"pairs": content_of(data)}, {}).to_json()
     run.describe(stage="dpo", config_yaml=to_yaml(settings), seed=0, facts={"made_from": made_from})
     run.finish(steps=3, hf="hf")
-    given = [f"stages.dpo={run.path}", "data={openai/gsm8k: mit, my own: cc-by-4.0}"]
+    given = [
+        f"stages.dpo={run.path}",
+        "data=[{name: openai/gsm8k, licence: mit}, {name: my own, licence: cc-by-4.0}]",
+    ]
     run_stage("export", export_config(tmp_path, model, *given))
     metadata, cells = card(tmp_path)
     assert metadata["datasets"] == ["openai/gsm8k"]
