@@ -6,7 +6,6 @@ The model is that of a finished `make quickstart`, in the place that the page na
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +18,18 @@ from phimr_nemo.verify import grade
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUMBER, NAME = r"\d+", r"\w+"
-EXAMPLE = re.compile(r"^phimr (sample .*)$", re.MULTILINE)
+EXAMPLE = re.compile(r'^echo "(?P<question>.*)" \| phimr chat (?P<model>\S+)$', re.MULTILINE)
+SAYS = re.compile(r"^It says `(?P<answer>.*?)`", re.MULTILINE)
 
 
-def example() -> list[str]:
-    """The words of the page's one `phimr sample`."""
-    (found,) = EXAMPLE.findall((REPOSITORY / "README.md").read_text("utf-8"))
-    return shlex.split(found)
+def page() -> str:
+    return (REPOSITORY / "README.md").read_text("utf-8")
+
+
+def example() -> tuple[str, str]:
+    """The question and the model of the page's one chat."""
+    (found,) = EXAMPLE.finditer(page())
+    return found["question"], found["model"]
 
 
 def forms() -> list[re.Pattern[str]]:
@@ -45,7 +49,7 @@ def in_a_form(question: str) -> bool:
 def test_the_pages_question_is_in_a_form_of_the_training_set() -> None:
     drawn = generate_problems(0, 200, "train")["question"].to_pylist()
     assert all(map(in_a_form, drawn))
-    assert in_a_form(example()[2])
+    assert in_a_form(example()[0])
     # The page's former example, which no model of the quickstart had ever seen the like of.
     assert not in_a_form("Compute 2*(3+4)")
 
@@ -56,19 +60,24 @@ def test_the_release_names_questions_in_such_forms() -> None:
     _, *examples = re.split(r"\s*(?:For example|Or):\s*", knows.strip())
     assert len(examples) == 2
     assert all(map(in_a_form, examples))
-    assert examples[0] == example()[2]
+    assert examples[0] == example()[0]
 
 
-def test_the_quickstarts_model_answers_the_pages_question() -> None:
-    command, model, question, *options = example()
-    if not (REPOSITORY / model).is_dir():
-        pytest.skip(f"{model} is not there: run make quickstart first")
-    asked = [sys.executable, "-m", "phimr_nemo.cli", command, str(REPOSITORY / model), question, *options]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    replies = re.split(r"^─.*─$", done.stdout, flags=re.MULTILINE)[1:]
-    assert len(replies) == int(options[options.index("-n") + 1])
+def test_what_the_page_says_the_model_says_is_right() -> None:
+    question, _ = example()
     sum_times = re.fullmatch(r"Compute \((\d+)\+(\d+)\)\*(\d+)\.", question)
+    (says,) = SAYS.finditer(page())
     assert sum_times is not None
     a, b, c = map(int, sum_times.groups())
-    assert [grade(reply, str((a + b) * c)).verdict for reply in replies] == ["correct"] * len(replies)
+    assert grade(says["answer"], str((a + b) * c)).verdict == "correct"
+
+
+def test_the_quickstarts_model_says_what_the_page_says() -> None:
+    question, model = example()
+    if not (REPOSITORY / model).is_dir():
+        pytest.skip(f"{model} is not there: run make quickstart first")
+    asked = [sys.executable, "-m", "phimr_nemo.cli", "chat", str(REPOSITORY / model)]
+    done = subprocess.run(asked, input=f"{question}\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (says,) = SAYS.finditer(page())
+    assert says["answer"] in done.stdout
