@@ -111,22 +111,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    with explain_os_errors(path):
+    # What removes it is registered before it is there: a signal may come between any two lines.
+    with explain_os_errors(path), contextlib.ExitStack() as at_the_end:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / _temporary_name(path)
+        at_the_end.callback(temporary.unlink, missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)  # what the umask leaves
         os.close(descriptor)
-        held = hold(temporary)
-        try:
-            yield temporary
-            _fsync(temporary)
-            temporary.chmod(mode)
-            temporary.replace(path)
-            _fsync(path.parent)
-        finally:
-            os.close(held)
-            temporary.unlink(missing_ok=True)
+        at_the_end.callback(os.close, hold(temporary))
+        yield temporary
+        _fsync(temporary)
+        temporary.chmod(mode)
+        temporary.replace(path)
+        _fsync(path.parent)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -162,17 +160,14 @@ def scratch_directory(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    with explain_os_errors(path):
+    with explain_os_errors(path), contextlib.ExitStack() as at_the_end:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_left_overs(path.parent)
         temporary = path.parent / _temporary_name(path)
+        at_the_end.callback(shutil.rmtree, temporary, ignore_errors=True)
         temporary.mkdir()
-        held = hold(temporary)
-        try:
-            yield temporary
-        finally:
-            os.close(held)
-            shutil.rmtree(temporary, ignore_errors=True)
+        at_the_end.callback(os.close, hold(temporary))
+        yield temporary
 
 
 @contextlib.contextmanager
@@ -188,23 +183,24 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             rule="a finished output is never overwritten",
             remedy="choose another output directory or remove this one",
         )
-    with explain_os_errors(path):
+    with explain_os_errors(path), contextlib.ExitStack() as at_the_end:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_left_overs(path.parent)
         temporary = path.parent / _temporary_name(path)
+        at_the_end.callback(_remove_tree, temporary)
         temporary.mkdir(DIRECTORY_MODE)
-        held = hold(temporary)
-        try:
-            yield temporary
-            for entry in (*temporary.rglob("*"), temporary):
-                _fsync(entry)
-                if not entry.is_symlink():
-                    entry.chmod(stat.S_IMODE(entry.stat().st_mode) & ~OTHERS_MAY_WRITE)
-            if path.exists():
-                path.rmdir()
-            temporary.rename(path)
-            _fsync(path.parent)
-        finally:
-            os.close(held)
-            if temporary.exists():
-                shutil.rmtree(temporary)
+        at_the_end.callback(os.close, hold(temporary))
+        yield temporary
+        for entry in (*temporary.rglob("*"), temporary):
+            _fsync(entry)
+            if not entry.is_symlink():
+                entry.chmod(stat.S_IMODE(entry.stat().st_mode) & ~OTHERS_MAY_WRITE)
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+        _fsync(path.parent)
+
+
+def _remove_tree(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)

@@ -161,7 +161,7 @@ def test_ctrl_c_is_a_stop_that_the_same_command_continues(tmp_path: Path) -> Non
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
     assert not RunDirectory(output).is_done
-    assert remnants(output) == []
+    assert remnants(output) == [], errors
     written = (output / "part-00000.parquet").stat().st_mtime_ns
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (output / "part-00000.parquet").stat().st_mtime_ns == written

@@ -39,7 +39,7 @@ def test_the_presets_go_together(stage: str, preset: str) -> None:
             "optim.distributed=False",
         ),
         ("sft", ["overlap.tensor=true"], "parallel.sequence=false"),
-        ("sft", ["parallel.virtual=2", "parallel.pipeline=2"], "1 micro-batches"),
+        ("sft", ["parallel.virtual=2", "parallel.pipeline=2", "micro_batch=32"], "1 micro-batches"),
         ("dpo", ["model.fp8=current"], "model.fp8=current"),
         ("grpo", ["parallel.virtual=2", "parallel.pipeline=2"], "parallel.virtual=2"),
     ],
