@@ -62,6 +62,19 @@ def status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: memory on the CPU is measured on Linux only")
 
 
+def between(text: str, begin: str, end: str, lines: str) -> str:
+    """A document with lines between its marks.
+
+    Raises:
+        ValueError: it has no marks.
+    """
+    before, has_begin, rest = text.partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not (has_begin and has_end):
+        raise ValueError(f"no marks {begin!r} and {end!r}")
+    return f"{before}{begin}\n{lines}\n{end}{after}"
+
+
 def in_child(program: str, arguments: Sequence[str], environment: Mapping[str, str] = ONE_THREAD) -> dict[str, Any]:
     """The JSON object that `program` prints last when it is run with `arguments` in a process of its own."""
     command = [sys.executable, program, *arguments]

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from common import between
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: begin, by bench/performance_table.py -->", "<!-- figures: end -->"
@@ -106,11 +108,7 @@ def document(text: str, path: Path | None) -> str:
     Raises:
         ValueError: it has no marks.
     """
-    before, has_begin, rest = text.partition(BEGIN)
-    _, has_end, after = rest.partition(END)
-    if not (has_begin and has_end):
-        raise ValueError(f"no marks {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{table(path)}\n{END}{after}"
+    return between(text, BEGIN, END, table(path))
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "bench")]
 
+from common import between
 from recipe_picture import Bar, picture
 
 from phimr_nemo.evaluate.statistics import mean_and_error
@@ -290,19 +291,6 @@ def page(found: Quickstarts) -> str:
     return "\n\n".join((_table(header, cells), measured, explained, compared, gains(found.differences[:STAGES])))
 
 
-def between(text: str, lines: str) -> str:
-    """A document with lines between its marks.
-
-    Raises:
-        ValueError: it has no marks.
-    """
-    before, has_begin, rest = text.partition(BEGIN)
-    _, has_end, after = rest.partition(END)
-    if not (has_begin and has_end):
-        raise ValueError(f"no marks {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{lines}\n{END}{after}"
-
-
 def drawn(found: Quickstarts) -> str:
     """The picture of the recipe with its result."""
     rows = [
@@ -322,8 +310,8 @@ def made() -> dict[Path, str]:
     """Every file that has figures of the newest stored file, as it should be."""
     found = read(newest())
     return {
-        README: between(README.read_text("utf-8"), front(found)),
-        PAGE: between(PAGE.read_text("utf-8"), page(found)),
+        README: between(README.read_text("utf-8"), BEGIN, END, front(found)),
+        PAGE: between(PAGE.read_text("utf-8"), BEGIN, END, page(found)),
         PICTURE: drawn(found),
     }
 

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import quickstart_results
 import recording
+from common import between
 from quickstart_results import BEGIN, END, Difference, Quickstarts
 from recipe_picture import Bar, picture
 
@@ -49,12 +50,12 @@ def test_the_documents_and_the_picture_have_the_figures_of_the_newest_file() -> 
 
 
 def test_a_typed_figure_is_replaced() -> None:
-    made = quickstart_results.between(f"a\n{BEGIN}\n| SFT | 99.9 |\n{END}\nb", quickstart_results.front(measured()))
+    made = between(f"a\n{BEGIN}\n| SFT | 99.9 |\n{END}\nb", BEGIN, END, quickstart_results.front(measured()))
     assert "99.9" not in made
     assert made.startswith(f"a\n{BEGIN}\n| stage |")
     assert made.endswith(f"{END}\nb")
     with pytest.raises(ValueError, match="no marks"):
-        quickstart_results.between("a", "b")
+        between("a", BEGIN, END, "b")
 
 
 def test_means_and_errors_are_those_of_the_seeds() -> None:

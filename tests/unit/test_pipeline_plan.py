@@ -19,7 +19,7 @@ from phimr_nemo.jobs.quickstart import ROWS, SECONDS, plan_quickstart, run_quick
 from phimr_nemo.jobs.steps import schedule as scheduler
 from phimr_nemo.jobs.steps.order import Order
 from phimr_nemo.jobs.steps.schedule import Starter, run_steps
-from phimr_nemo.jobs.steps.step import Step, run_step
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.store.progress import duration
 from phimr_nemo.store.runs import RunDirectory
 
@@ -293,7 +293,7 @@ def test_a_step_that_refuses_its_input_is_the_users_mistake(
         "broken", ("verify", "--config", "conf/verify/tiny.yaml", f"rollouts={tmp_path}/none"), tmp_path / "o"
     )
     with pytest.raises(UserError) as caught:
-        run_step(step)
+        run_steps([step])
     assert "'broken'" in caught.value.problem
     assert f"rollouts={tmp_path}/none" in caught.value.remedy
     assert f"{tmp_path}/none does not exist" in capfd.readouterr().err
@@ -308,7 +308,7 @@ def test_the_exit_code_of_a_step_says_what_happened(
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(error):
-        run_step(Step("some", ("report",), tmp_path))
+        run_steps([Step("some", ("verify", "--config", "conf/verify/tiny.yaml", "rollouts=none"), tmp_path / "o")])
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -11,13 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.config import STAGES, load_config
-from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from phimr_nemo.errors import EXIT_USER, Preempted, UserError
 from phimr_nemo.jobs.changes import NOT_RECORDED, changed_settings, changes, is_remade
-from phimr_nemo.jobs.closing import PART_OF
 from phimr_nemo.jobs.continuing import kept
-from phimr_nemo.process.children import run_child
 from phimr_nemo.process.stopping import CONTINUE, KEPT
-from phimr_nemo.process.warm import command_of
 from phimr_nemo.store.runs import RunDirectory
 
 PROGRAM: Final = "phimr_nemo.cli"
@@ -54,19 +50,6 @@ class Step:
         """Whether one of its arguments names something in another's output."""
         there = re.compile(rf"(?<![^=\[{{,:\s]){re.escape(str(other.output))}(?![^/\]}},\s])")
         return self.output != other.output and any(there.search(argument) for argument in self.arguments)
-
-
-def run_step(step: Step) -> None:
-    """Run one step in an interpreter of its own.
-
-    Raises:
-        UserError, Preempted, RuntimeError: as the command says by its exit code.
-    """
-    code = run_child(command_of(*step.invocation), {**os.environ, PART_OF: "quickstart"})
-    if code == EXIT_PREEMPTED:
-        raise interrupted([step])
-    if code != EXIT_DONE:
-        raise failure(step, code)
 
 
 def changed_since(step: Step) -> list[str]:
