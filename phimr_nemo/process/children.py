@@ -7,14 +7,11 @@ import ctypes
 import multiprocessing.util
 import os
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
-
-from phimr_nemo.errors import EXIT_PREEMPTED
 
 if TYPE_CHECKING:
     import psutil
@@ -114,26 +111,6 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def run_child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """Run a command to its end and tell it what this process is told.
-
-    The child has a session of its own, so that a terminal's Ctrl-C reaches it through this process alone: the first
-    is passed on as SIGTERM, the second ends it and all that it started.
-
-    Args:
-        command: program and arguments.
-        environment: the child's; None = as this process's.
-
-    Returns:
-        Its exit code, negative for a signal; 3 when it died of what was passed on.
-    """
-    with Relay() as relay:
-        process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=dying_with_parent())
-        relay.tell()
-        code = process.wait()
-    return EXIT_PREEMPTED if relay.ended(code) else code
 
 
 class Relay:

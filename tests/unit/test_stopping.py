@@ -16,7 +16,7 @@ from processes import left_of, start, tree, wait_for
 
 from phimr_nemo.errors import EXIT_PREEMPTED, Preempted
 from phimr_nemo.process import stopping
-from phimr_nemo.process.children import STOP_SIGNALS, run_child, unheard_by_children
+from phimr_nemo.process.children import STOP_SIGNALS, Relay, unheard_by_children
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -111,16 +111,25 @@ def test_a_forked_child_ignores_ctrl_c_and_dies_of_sigterm() -> None:
 
 @pytest.mark.parametrize(("code", "status"), [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", -9)])
 def test_a_child_that_nobody_stopped_has_its_own_exit_code(code: str, status: int) -> None:
-    assert run_child([sys.executable, "-c", code]) == status
+    with Relay() as relay:
+        ended = subprocess.run([sys.executable, "-c", code], check=False).returncode
+    assert ended == status
+    assert not relay.ended(ended)
 
 
 # Starts a child that starts a child; they live until somebody ends them.
 NESTED = """
 import subprocess, sys
-from phimr_nemo.process.children import run_child
+from phimr_nemo.errors import EXIT_PREEMPTED
+from phimr_nemo.process.children import Relay, dying_with_parent
 here, depth = sys.argv[1], int(sys.argv[2])
 if depth:
-    sys.exit(run_child([sys.executable, here, here, str(depth - 1)]))
+    with Relay() as relay:
+        below = [sys.executable, here, here, str(depth - 1)]
+        child = subprocess.Popen(below, start_new_session=True, preexec_fn=dying_with_parent())
+        relay.tell()
+        code = child.wait()
+    sys.exit(EXIT_PREEMPTED if relay.ended(code) else code)
 open(here + ".ready", "w").close()
 import time
 time.sleep(600)
