@@ -3,17 +3,19 @@
 NeMo's, Lightning's and torchmetrics' packages import every model, data set and metric of theirs before the first of
 their modules can be had. After :func:`lean_imports` the packages of `NAMES` are entered without that: a submodule is
 imported alone, a name of the table from the submodule that defines it, and any other name still runs the whole
-`__init__`, then and once. So nothing is missing and nothing is replaced; it is loaded later, or never.
+`__init__`, then and once. So nothing is missing; it is loaded later, or never. Likewise Megatron's fused functions,
+which its modules hand to torch's compiler when they are imported, are handed over when they are called.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -56,6 +58,9 @@ LOGGER: Final = "_logger"
 
 UNUSED: Final[Mapping[str, str]] = {"modelopt": "modelopt", "sklearn": "transformers.utils.import_utils"}
 """Packages that others import where they are installed, for what nothing here calls -> who looks whether they are."""
+
+COMPILING: Final = ("megatron.core.jit", "nemo.collections.nlp.modules.common.megatron.utils")
+"""Modules that take torch.compile for a decorator, which loads the compiler at import and is mostly not called."""
 
 STAR: Final = "__all__"
 """What `from package import *` asks for; the import system asks for other names with underscores, in passing."""
@@ -112,15 +117,63 @@ class _Later(Loader):
         """Leave it for later."""
 
 
+class _CompilingLater(Loader):
+    """Loads a module of `COMPILING`, which finds :func:`compile_when_called` for torch.compile."""
+
+    def __init__(self, module: Loader) -> None:
+        self.module = module
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.module.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        import torch
+
+        compiler = torch.compile
+        torch.compile = functools.partial(compile_when_called, compiler)
+        try:
+            self.module.exec_module(module)
+        finally:
+            torch.compile = compiler
+
+
+def compile_when_called(
+    compiler: Callable[..., Any], function: Callable[..., Any] | None = None, **settings: Any
+) -> Any:
+    """`compiler(function, **settings)` at the first call.
+
+    Args:
+        compiler: torch.compile.
+        function: of tensors; None makes a decorator with the settings, as torch.compile does.
+        settings: of the compiler.
+    """
+    if function is None:
+        return functools.partial(compile_when_called, compiler, **settings)
+    compiled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        from torch.compiler import is_compiling
+
+        # Part of a function that is being compiled: it becomes a part of that one's graph.
+        if is_compiling():
+            return function(*args, **kwargs)
+        if not compiled:
+            compiled.append(compiler(function, **settings))
+        return compiled[0](*args, **kwargs)
+
+    return called
+
+
 class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in NAMES:
+        if fullname not in NAMES and fullname not in COMPILING:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Later(spec.loader)
+            spec.loader = (_Later if fullname in NAMES else _CompilingLater)(spec.loader)
         return spec
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import logging
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -157,8 +159,13 @@ def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
     """The function behind a stage; it returns the closing facts, or None when other shards are still to come."""
     module, name = FUNCTIONS[stage].split(":")
     silence_import_notes()
+    is_new = module not in sys.modules
     with lean_imports():
-        return getattr(importlib.import_module(module), name)
+        function: Callable[[Any], Mapping[str, Any] | None] = getattr(importlib.import_module(module), name)
+        if is_new:
+            # Modules live as long as the process: the collector, which has been waiting, is not to walk through them.
+            gc.freeze()
+    return function
 
 
 def silence_import_notes() -> None:

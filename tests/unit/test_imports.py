@@ -174,3 +174,31 @@ def test_upstream_packages_still_have_every_name() -> None:
         "print(json.dumps([llm.train.__module__, llm.LlamaModel.__name__, torchmetrics.Accuracy.__name__]))"
     )
     assert python(program) == ["nemo.collections.llm.api", "LlamaModel", "Accuracy"]
+
+
+def test_a_fused_function_is_compiled_when_it_is_called_and_within_another_once() -> None:
+    program = (
+        "import functools, json, torch\nfrom phimr_nemo.imports import compile_when_called\n"
+        "graphs = []\n"
+        "def backend(graph, _):\n    graphs.append(graph)\n    return graph.forward\n"
+        "fuser = functools.partial(compile_when_called, torch.compile)(backend=backend, fullgraph=True)\n"
+        "inner = fuser(lambda x: x.sin())\nouter = fuser(lambda x, scale: inner(x) * scale)\n"
+        "x, expected = torch.arange(4.0), torch.arange(4.0).sin() * 3\nassert not graphs\n"
+        "for _ in range(2): assert torch.equal(outer(x, scale=3), expected)\n"
+        "print(json.dumps([str(len(graphs))]))"
+    )
+    assert python(program) == ["1"]
+
+
+def test_the_compiler_is_loaded_by_a_call_and_not_by_the_modules_that_have_fused_functions() -> None:
+    program = (
+        "import json, sys, torch\nfrom phimr_nemo.imports import lean_imports\nplain = torch.compile\n"
+        "with lean_imports():\n    from megatron.core.fusions.fused_bias_swiglu import swiglu\n"
+        "    import nemo.collections.nlp.modules.common.megatron.utils\n"
+        "loaded = 'torch._inductor.compile_fx' in sys.modules\n"
+        "torch.compiler.set_stance('force_eager')\n"
+        "x = torch.arange(8.0)\nassert torch.compile is plain\n"
+        "assert torch.equal(swiglu(x), torch.nn.functional.silu(x[:4]) * x[4:])\n"
+        "print(json.dumps([str(loaded), str('torch._inductor.compile_fx' in sys.modules)]))"
+    )
+    assert python(program) == ["False", "True"]
