@@ -58,8 +58,8 @@ SECONDS: Final[Mapping[str, float]] = {
     "own-rollouts": 25,
     "own-verdicts": 3,
     "preferences": 2,
-    "dpo": 24,
-    "grpo": 135,
+    "dpo": 33,
+    "grpo": 127,
     "sft-without-midtrain": 72,
     **{f"evaluate-{name}": 7 for name, _ in ROWS},
     "evaluate-base": 20,  # it never ends a response
