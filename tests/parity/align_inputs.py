@@ -56,8 +56,16 @@ def make_case(
     stop: int | None = None,
 ) -> Case:
     overrides = [f"run.output={root / name}", f"base={root / 'base' / 'hf'}", "checkpoint.every=100"]
+    overrides.append("packed=false")
     if stage == "dpo":
-        overrides += [f"pairs={root / 'pairs'}", "global_batch=8", "micro_batch=2", "optim.lr=1e-3", "beta=0.1"]
+        overrides += [
+            f"pairs={root / 'pairs'}",
+            "epochs=1",
+            "global_batch=8",
+            "micro_batch=2",
+            "optim.lr=1e-3",
+            "beta=0.1",
+        ]
     else:
         overrides += [f"prompts={root / 'prompts'}", "steps=4", "prompts_per_step=6", "group_size=4"]
         overrides += ["micro_batch=5", "max_new_tokens=12", "optim.lr=1e-3", "inner_batches=2", "kl=0.05"]

@@ -24,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def step(root: Path, *overrides: str, fault: str | None = None) -> Step:
     settings = [f"run.output={root / 'run'}", f"base={root / 'base' / 'hf'}", f"pairs={root / 'pairs'}"]
-    settings += [f"global_batch={PAIRS}", "micro_batch=2", "beta=0.1", *overrides]
+    settings += [f"global_batch={PAIRS}", "micro_batch=2", "beta=0.1", "packed=false", *overrides]
     result: Step = run_distributed(one_step, 1, CONF / "dpo" / "tiny.yaml", settings, fault)[0]
     return result
 

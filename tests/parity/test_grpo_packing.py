@@ -44,7 +44,7 @@ def update(
     fault: str | None = None,
 ) -> list[Update]:
     settings = [f"run.output={root / 'run'}", f"base={root / 'base' / 'hf'}", f"prompts={root / 'prompts'}"]
-    settings += ["sequence_length=100", "max_new_tokens=80", "micro_batch=3", "kl=0.1", *overrides]
+    settings += ["sequence_length=100", "max_new_tokens=80", "micro_batch=3", "kl=0.1", "packed=false", *overrides]
     found: list[Update] = run_distributed(one_update, ranks, CONF / "grpo" / "tiny.yaml", settings, lengths, fault)
     return found
 
