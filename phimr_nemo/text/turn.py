@@ -19,6 +19,7 @@ _CLOSING = re.compile(
     re.IGNORECASE,
 )
 _OPENED = re.compile(rf"(?:{_OPENING.pattern})\s*\Z", re.IGNORECASE)
+_CLOSED = re.compile(rf"(?:{_OPENING.pattern})\s*(?:{_CLOSING.pattern})\s*\Z", re.IGNORECASE)
 _SPOKEN_CHARS: Final = 40
 """The last words of a prompt, in which the assistant is spoken to."""
 _THINKING_TAG = re.compile(rf"{_OPENING.pattern}|{_CLOSING.pattern}", re.IGNORECASE)
@@ -59,6 +60,11 @@ def opened_thinking(prompt: str) -> str:
     """
     found = _OPENED.search(prompt)
     return found.group() if found else ""
+
+
+def closes_thinking(prompt: str) -> bool:
+    """Whether a prompt ends with thinking that is over, as Qwen3's without thinking does."""
+    return _CLOSED.search(prompt) is not None
 
 
 def last_user_turn(prompt: str) -> str:
