@@ -50,23 +50,40 @@ SECRET_SHAPE: Final = re.compile(
     r"|dckr_pat_[A-Za-z0-9_-]{20,}|SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"
     r"|[rs]k_(?:live|test)_[A-Za-z0-9]{16,}|hvs\.[A-Za-z0-9_-]{20,}|tvly-[A-Za-z0-9_-]{20,}"
     r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+    r"|\b(?:api_org_[A-Za-z0-9]{20,}|dapi[0-9a-f]{32}|fw_[A-Za-z0-9]{20,}|ms-[0-9a-f]{8}-[0-9a-f-]{20,})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|\Z)"
 )
 """Keys that can be told by their form: Hugging Face, OpenAI and its kin, NVIDIA, GitHub, GitLab, Slack, AWS, Google,
-Groq, Replicate, xAI, Perplexity, W&B, npm, PyPI, Docker, SendGrid, Stripe, Vault, Tavily, signed web tokens, private
-keys."""
+Groq, Replicate, xAI, Perplexity, W&B, npm, PyPI, Docker, SendGrid, Stripe, Vault, Tavily, Databricks, Fireworks,
+ModelScope, signed web tokens, private keys."""
 
 _HEADER: Final = re.compile(r"(?i)(?:(?<=\bbearer )|(?<=\bbasic ))(?=[^\s'\",;]*[0-9]|[^\s'\",;]{20,})[^\s'\",;]{8,}")
 _AUTHORIZATION: Final = re.compile(
     r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer|token)\s+)[^\s'\",;\[]{4,}"
 )
 _QUERY: Final = re.compile(rf"(?i)(?<=[?&;])((?:[\w-]*[_-])?(?:{_WORDS}|sig|key))=[^&\s'\"#]+")
-_WEBHOOK: Final = re.compile(r"(?<=://hooks\.slack\.com/services/)[^\s'\"]+")
-_ASSIGNED: Final = re.compile(
-    r"(?i)\b(?!\w*_env\b)((?:\w+[_-])?(?:api_?key|access_?key|secret_?key|account_?key|token|secret|password|passwd)['\"]?\s*[:=]\s*['\"]?)"
-    r"(?=[A-Za-z0-9_+/=-]*[0-9])(?=[A-Za-z0-9_+/=-]*[A-Za-z])[A-Za-z0-9_+/=-]{12,}"
+_WEBHOOK: Final = re.compile(
+    r"(?i)(://(?:hooks\.slack\.com/services/|discord(?:app)?\.com/api/webhooks/\d+/|api\.telegram\.org/bot"
+    r"|outlook\.office\.com/webhook/|[\w.-]+\.webhook\.office\.com/webhookb2/))[^\s'\"]+"
 )
-URL_CREDENTIALS: Final = re.compile(r"(?<=://)(?!git@)[^/\s@'\"?#]+(?=@)")
+_NAMED: Final = (
+    r"(?:[\w-]*[_-])?(?:(?:api|access|secret|account|auth|subscription)[_-]?key|client[_-]key[_-]data|token|secret"
+    r"|password|passwd|passphrase)"
+)
+_VALUE: Final = r"[^\s'\",;&@]"
+_MIXED: Final = rf"(?={_VALUE}*[0-9])(?={_VALUE}*[A-Za-z])(?!\[secret\]){_VALUE}"
+"""Letters and digits, as words do not have them."""
+_ASSIGNED: Final = re.compile(
+    rf"(?i)(?<![\w-])(?!\w*_env\b)((?:{_NAMED}['\"]?\s*[:=]|--{_NAMED}\s)\s*['\"]?){_MIXED}{{{MIN_SECRET_CHARS},}}"
+)
+_LOGIN: Final = re.compile(r"(?i)(\blogin\s+\S+\s+password\s+)\S+")
+_COOKIE: Final = re.compile(
+    r"(?i)(\b(?:set-)?cookie['\"]?[ \t]{0,8}:[ \t]{0,8}['\"]?)(?=[^\r\n'\"=]{1,80}=)[^\r\n'\"]+"
+)
+_USER: Final = re.compile(r"((?:(?<=\s-u )|(?<=--user ))[^\s:]+:)[^\s'\"]+")
+"""curl's."""
+_BEFORE_HOST: Final = re.compile(rf"(?i)(?<![\w/.:+-])(?!mailto:)([\w.+-]+:){_MIXED}{{{MIN_MIXED_CHARS},}}(?=@[\w-])")
+URL_CREDENTIALS: Final = re.compile(r"(?<=://)(?!git@)[^/\s'\"?#]+(?=@)")
 REPLACEMENT: Final = "[secret]"
 _NAME: Final = re.compile(r"[A-Z][A-Z0-9]{0,15}(?:_[A-Z0-9]{1,15})*")
 
@@ -92,10 +109,13 @@ def redact(text: str) -> str:
     for value in secret_values(os.environ):
         for written in (value, quote(value, safe="")):
             text = text.replace(written, REPLACEMENT)
-    for pattern in (SECRET_SHAPE, URL_CREDENTIALS, _HEADER, _WEBHOOK):
+    text = _WEBHOOK.sub(rf"\1{REPLACEMENT}", text)
+    for pattern in (SECRET_SHAPE, URL_CREDENTIALS, _HEADER):
         text = pattern.sub(REPLACEMENT, text)
-    text = _AUTHORIZATION.sub(rf"\1{REPLACEMENT}", _QUERY.sub(rf"\1={REPLACEMENT}", text))
-    return _ASSIGNED.sub(rf"\1{REPLACEMENT}", text)
+    text = _QUERY.sub(rf"\1={REPLACEMENT}", text)
+    for pattern in (_COOKIE, _LOGIN, _USER, _BEFORE_HOST, _AUTHORIZATION, _ASSIGNED):
+        text = pattern.sub(rf"\1{REPLACEMENT}", text)
+    return text
 
 
 def is_secret_setting(name: str, text: str) -> bool:

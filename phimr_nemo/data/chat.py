@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.data.template import check_template
-from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, open_tokenizer
+from phimr_nemo.data.tokenizer import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILE,
+    fast_remedy,
+    open_tokenizer,
+    panics_as_messages,
+)
 from phimr_nemo.data.turns import FORMATS, PHI, TurnFormat, format_of
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.inputs import model_remedy
 from phimr_nemo.store.unpacking import read_json
 from phimr_nemo.text.tokens import spells_special_token
-from phimr_nemo.text.turn import continuation, is_thinking_tag, opened_thinking
+from phimr_nemo.text.turn import closes_thinking, continuation, is_thinking_tag, opened_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +36,7 @@ END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = PHI.tokens
 ENDS_OF_TEXT: Final = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 """Tokens that end a text in the tokenizers of all families: a model that has read it says no more."""
 SHOWN: Final = 8
+DEFAULT_TEMPLATE: Final = "default"
 OPENING_TOKENS: Final = 16
 """More than any tokenizer needs for a thinking tag and a line break."""
 TEMPLATE_FILE: Final = "chat_template.jinja"
@@ -82,10 +89,24 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             remedy=f"`phimr adopt {directory} TARGET` makes a copy with the reasoning template",
         )
     templates = tokenizer.chat_template
-    for template in templates.values() if isinstance(templates, Mapping) else [templates]:
-        if not any(own.fullmatch(template) for own in _OWN_TEMPLATES):
-            check_template(template, directory, tokenizer.special_tokens_map)
+    if isinstance(templates, Mapping) and DEFAULT_TEMPLATE not in templates:
+        raise UserError(
+            f"the tokenizer in {directory} has the chat templates {sorted(templates)}, none of them named "
+            f"{DEFAULT_TEMPLATE!r}",
+            rule="of several chat templates the one of this name is used",
+            remedy=f"name the one to use so in {TOKENIZER_CONFIG}, or `phimr adopt {directory} TARGET`",
+        )
+    named = templates if isinstance(templates, Mapping) else {DEFAULT_TEMPLATE: templates}
+    for name, template in named.items():
+        if not isinstance(template, str) or not any(own.fullmatch(template) for own in _OWN_TEMPLATES):
+            check_template(template, directory, tokenizer.special_tokens_map, asks=name == DEFAULT_TEMPLATE)
     end_of_turn(tokenizer)
+    if closes_thinking(prompt_text(tokenizer, _PROBE_QUESTION)):
+        _LOGGER.warning(
+            "the chat template of %s closes the thinking before the response begins: answers have none. "
+            "`phimr adopt %s TARGET` makes a copy with the reasoning template.",
+            *(directory, directory),
+        )
     return tokenizer
 
 
@@ -99,7 +120,7 @@ def load_tokens(directory: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"{directory} holds no {TOKENIZER_FILE}",
             rule="a tokenizer directory is a Hugging Face directory with a fast tokenizer",
-            remedy=model_remedy(directory),
+            remedy=fast_remedy(directory) or model_remedy(directory),
         )
     return open_tokenizer(directory)
 
@@ -261,8 +282,9 @@ def render_messages(
         cut_off: whether the last one ended at a length limit, and so has no end token.
 
     Raises:
-        UserError: a turn spells a special token, the last turn is not the assistant's, or the template writes earlier
-            turns differently once there are later ones, so that no text holds the prompts of all turns.
+        UserError: a turn spells a special token, the last turn is not the assistant's, or the template refuses the
+            conversation, leaves a turn out, or writes earlier turns differently once there are later ones, so that
+            no text holds the prompts of all turns.
     """
     _refuse_forged(tokenizer, [turn["content"] for turn in turns])
     if not turns or turns[-1]["role"] != "assistant":
@@ -276,6 +298,7 @@ def render_messages(
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
             prompt, written = _conversation_text(tokenizer, turns[:number]), "".join(parts)
+            _refuse_lost(prompt, turns[:number])
             if not prompt.startswith(written):
                 raise UserError(
                     f"the chat template rewrites the turns before turn {number + 1} once it is there",
@@ -321,11 +344,32 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 
 
 def _conversation_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> str:
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template refuses a conversation of {', '.join(turn['role'] for turn in turns)}: {error}",
+            rule="every conversation is rendered by the model's own chat template",
+            remedy="leave such turns out, put a system text before the first question, or `phimr adopt` the model",
+        ) from error
+
+
+def _refuse_lost(prompt: str, turns: Sequence[Mapping[str, str]]) -> None:
+    """Refuse a prompt from which a turn before the assistant's is missing: a template passes over unknown roles."""
+    for number, turn in enumerate(turns, 1):
+        if turn["role"] != "assistant" and turn["content"].strip() not in prompt:
+            raise UserError(
+                f"the chat template leaves out turn {number}, of {turn['role']!r}",
+                rule="what is learnt follows from what the prompt says: every turn is in it",
+                remedy="use a template that knows this role, or leave such conversations out",
+            )
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
+    with panics_as_messages():
+        return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
 
 def _refuse_forged(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:

@@ -38,19 +38,25 @@ _CONVERSATIONS: Final = (
 """The first has to work, and none may take long; a template may refuse the others."""
 
 
-def check_template(template: str, directory: Path, special_tokens: Mapping[str, Any]) -> None:
+def check_template(
+    template: object, directory: Path, special_tokens: Mapping[str, Any], *, asks: bool = True
+) -> None:
     """Refuse a template that does not render a question quickly and in little memory.
 
     Args:
         template: Jinja.
         directory: where it comes from, for a message.
         special_tokens: what the template may name: `eos_token` and its like.
+        asks: whether it renders questions, and so has to hold them; a named one may be for tools alone.
 
     Raises:
         UserError: it does not.
     """
     tokens = {name: str(value) for name, value in special_tokens.items() if isinstance(value, str)}
-    problem = _problem(template, tuple(sorted(tokens.items())))
+    if isinstance(template, str):
+        problem = _problem(template, tuple(sorted(tokens.items())), asks)
+    else:
+        problem = f"is no text: {template!r:.80}"
     if problem:
         raise UserError(
             f"the chat template in {directory} {problem}",
@@ -60,13 +66,13 @@ def check_template(template: str, directory: Path, special_tokens: Mapping[str, 
 
 
 @functools.cache
-def _problem(template: str, tokens: tuple[tuple[str, str], ...]) -> str:
-    if not isinstance(template, str) or len(template) > MAX_TEMPLATE_CHARS:
+def _problem(template: str, tokens: tuple[tuple[str, str], ...], asks: bool) -> str:
+    if len(template) > MAX_TEMPLATE_CHARS:
         return f"has more than {MAX_TEMPLATE_CHARS:,} characters"
     try:
         done = subprocess.run(
             [sys.executable, "-c", _BOOT, _ROOT],
-            input=json.dumps({"template": template, "tokens": dict(tokens)}),
+            input=json.dumps({"template": template, "tokens": dict(tokens), "asks": asks}),
             capture_output=True,
             text=True,
             timeout=WALL_SECONDS,
@@ -102,6 +108,8 @@ def main() -> None:
             if index == 0:
                 sys.exit(_say(f"does not render a question: {type(error).__name__}: {str(error)[:200]}"))
             continue
+        if index == 0 and given["asks"] and turns[0]["content"] not in text:
+            sys.exit(_say("leaves the question out of the prompt"))
         if len(text) > MAX_PROMPT_CHARS:
             sys.exit(_say(f"makes {len(text):,} characters of a short question"))
 

@@ -6,6 +6,8 @@ transformers 5 gives the fast tokenizer's class another name and keeps its furth
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,6 +37,7 @@ READ_BY_TRANSFORMERS: Final = (
     *(TOKENIZER_FILE, TOKENIZER_CONFIG, "config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
+SLOW_FILES: Final = ("tokenizer.model", "spiece.model", "vocab.json")
 MAX_SHOWN: Final = 200
 
 
@@ -96,12 +99,57 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
         found = str(error)[:MAX_SHOWN] or type(error).__name__
+        file = _unreadable(directory)
         raise UserError(
-            f"{directory} has a {TOKENIZER_FILE} that cannot be read: {found}",
+            f"{directory} has a {file.name} that cannot be read: {found}",
             rule=f"a model directory has the files of a fast tokenizer, {TOKENIZER_FILE} and {TOKENIZER_CONFIG}",
-            remedy=download_remedy(directory / TOKENIZER_FILE),
+            remedy=download_remedy(file),
         ) from error
     return opened
+
+
+def fast_remedy(directory: Path) -> str:
+    """How the files of a slow tokenizer become those of a fast one; "" where there are none."""
+    slow = next((name for name in SLOW_FILES if (directory / name).is_file()), None)
+    if slow is None:
+        return ""
+    return (
+        f'its tokenizer is a slow one, {slow}; make a fast one: python -c "from transformers import AutoTokenizer; '
+        f"AutoTokenizer.from_pretrained('{directory}', use_fast=True).save_pretrained('{directory}')\""
+    )
+
+
+@contextmanager
+def panics_as_messages() -> Iterator[None]:
+    """Say what a tokenizer fails at; the library ends a search of a pattern without end with a panic.
+
+    Raises:
+        UserError: a pattern of the tokenizer's finds no end in a text.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(
+            f"the tokenizer fails at a text: {str(error)[:MAX_SHOWN]}",
+            rule=f"the patterns in {TOKENIZER_FILE} divide any text in bounded time",
+            remedy="use the tokenizer that the model was published with, or leave the text out",
+        ) from error
+
+
+def _unreadable(directory: Path) -> Path:
+    """The first file that is seen to be no text or JSON, or else the tokenizer's own."""
+    for name in READ_BY_TRANSFORMERS:
+        try:
+            text = (directory / name).read_text("utf-8")
+            if name.endswith(".json"):
+                json.loads(text)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError):
+            return directory / name
+    return directory / TOKENIZER_FILE
 
 
 def words_hash(directory: Path) -> str:

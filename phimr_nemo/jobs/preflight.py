@@ -32,9 +32,11 @@ from phimr_nemo.config import (
 from phimr_nemo.config.dpo import StoredReference
 from phimr_nemo.config.sampled.distill import ServerTeacher
 from phimr_nemo.data.chat import warn_of_other_template
+from phimr_nemo.data.tokenizer import TOKENIZER_FILE
 from phimr_nemo.endpoint.settings import Addressed, read_key
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.files.companions import check_companions
 from phimr_nemo.model.layout import check_layout, check_length
 from phimr_nemo.model.regime import regime_name, warn_of_other_regime
 from phimr_nemo.model.vocabulary import check_same_tokenizer, check_same_words
@@ -85,6 +87,9 @@ def preflight(stage: str, config: Any) -> None:
         architecture = Architecture.from_directory(config.base)
         check_layout(architecture, config.parallel)
         check_length(architecture, config.sequence_length)
+        if (config.base / TOKENIZER_FILE).is_file():
+            # The trained model hands them on: better known now than at its export.
+            check_companions(architecture, config.base)
         warn_of_other_template(config.base)
         warn_of_other_regime(architecture, config.base, config.sequence_length, config.model.longrope)
         check_steps(stage, config)

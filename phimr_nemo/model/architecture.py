@@ -227,7 +227,7 @@ class Architecture:
                 rule="a Hugging Face model directory holds config.json, *.safetensors and tokenizer files",
                 remedy=model_remedy(Path(path)),
             ) from error
-        except ValueError as error:
+        except (ValueError, IsADirectoryError) as error:
             raise UserError(
                 f"{file} is not JSON: {error}",
                 rule="config.json is one JSON object",

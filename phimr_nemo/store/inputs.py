@@ -20,7 +20,8 @@ LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 """How the small text begins that Git keeps in place of a large file."""
 DATA_SUFFIXES: Final = frozenset((".json", ".jsonl", ".ndjson", ".parquet", ".gz", ".zst", ".csv", ".tsv", ".txt"))
 DEEPEST: Final = 2
-HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_NAME: Final = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/\w[\w.-]*", re.ASCII)
+MAX_HUB_NAME: Final = 96
 MADE_BY: Final[dict[Kind, str]] = {
     "problems": "phimr prepare",
     "rollouts": "phimr generate",
@@ -64,17 +65,22 @@ def model_remedy(path: Path) -> str:
 def is_hub_name(text: str) -> bool:
     """Whether it names a repository of the hub, owner/name, and no directory of this machine."""
     is_name = HUB_NAME.fullmatch(text) is not None and not any(twice in text for twice in ("--", ".."))
-    return is_name and not text.endswith((".", "-")) and not Path(text.partition("/")[0]).exists()
+    is_allowed = len(text) <= MAX_HUB_NAME and not text.endswith((".", "-", ".git"))
+    return is_name and is_allowed and not Path(text.partition("/")[0]).exists()
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is the small text that Git LFS keeps in place of a large one."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
 
 
 def download_remedy(file: Path) -> str:
     """What to do with a model's file whose content is not what its name says."""
-    try:
-        with file.open("rb") as opened:
-            is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        is_pointer = False
-    if is_pointer:
+    if is_pointer(file):
         return f"{file.name} is a pointer of Git LFS: run `git lfs pull` in {file.parent}, or download the model anew"
     return f"copy or download {file.name} again"
 

@@ -1,4 +1,4 @@
-"""Where a response begins and ends: what a prompt has opened of it, and the part of it that answers."""
+"""Where turns begin and end: what a prompt asks and has opened of a response, and the part of it that answers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ _CLOSING = re.compile(
     re.IGNORECASE,
 )
 _OPENED = re.compile(rf"(?:{_OPENING.pattern})\s*\Z", re.IGNORECASE)
+_CLOSED = re.compile(rf"(?:{_OPENING.pattern})\s*(?:{_CLOSING.pattern})\s*\Z", re.IGNORECASE)
+_SPOKEN_CHARS: Final = 40
+"""The last words of a prompt, in which the assistant is spoken to."""
 _THINKING_TAG = re.compile(rf"{_OPENING.pattern}|{_CLOSING.pattern}", re.IGNORECASE)
 _START_OF_TURN: Final = (
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|<\|start_of_role\|>|<\|header_start\|>|<｜(?:User|Assistant)｜>"
@@ -33,6 +36,14 @@ _END_OF_TURN = re.compile(
     r"|<\|end\|>(?!\s*<\|start\|>assistant)|</s>|<eos>|<end_of_turn>|<turn\|>|<｜end▁of▁sentence｜>|<\|role_end\|>|\[/INST\]|<\|eom\|>|<\|message_end\|>"
     rf"|{_START_OF_TURN}"
 )
+_USER_TURN = re.compile(
+    r"<\|im_start\|>\s*user\s|<\|(?:start_header_id|header_start|start_of_role)\|>\s*user\s*"
+    r"<\|(?:end_header_id|header_end|end_of_role)\|>|<start_of_turn>\s*user\s|<\|turn>\s*user\s|<｜User｜>"
+    r"|<\|(?:user|User)\|>|<\|im_user\|>user<\|im_middle\|>|\[INST\]"
+)
+_SPOKEN = re.compile(r"(?:\A|\s|>)(?:User|Human|USER|HUMAN):\s")
+_SPOKEN_TO = re.compile(r"(?:Assistant|ASSISTANT|AI|Bot):\s*\Z")
+_SYSTEM_IN_TURN = re.compile(r"\s*<<SYS>>.*?<</SYS>>", re.DOTALL)
 _CHANNEL: Final = "<|channel|>"
 _FINAL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")
 
@@ -49,6 +60,28 @@ def opened_thinking(prompt: str) -> str:
     """
     found = _OPENED.search(prompt)
     return found.group() if found else ""
+
+
+def closes_thinking(prompt: str) -> bool:
+    """Whether a prompt ends with thinking that is over, as Qwen3's without thinking does."""
+    return _CLOSED.search(prompt) is not None
+
+
+def last_user_turn(prompt: str) -> str:
+    """What the user says last in a prompt that was rendered by a chat template; any other text as it is.
+
+    Also of the template of DeepSeek-R1-Zero, whose marks are words ("User: ... Assistant:").
+    """
+    start = _last_end(_USER_TURN, prompt, 0)
+    if start is not None:
+        ended = _END_OF_TURN.search(prompt, start)
+        turn = _SYSTEM_IN_TURN.sub("", prompt[start : ended.start() if ended else None], 1)
+    else:
+        unopened = prompt.rstrip().removesuffix(opened_thinking(prompt).strip())
+        spoken_to = _SPOKEN_TO.search(unopened, max(0, len(unopened) - _SPOKEN_CHARS))
+        start = _last_end(_SPOKEN, unopened, 0) if spoken_to else None
+        turn = unopened[start : spoken_to.start()].rstrip("# \n") if spoken_to and start is not None else ""
+    return turn.strip() or prompt
 
 
 def continuation(prompt: str, response: str) -> str:

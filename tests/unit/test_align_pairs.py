@@ -62,6 +62,8 @@ def written(root: Path, *pairs: tuple[str, str], question: str = QUESTION) -> Pa
         ([("It is 5.", "It is 6."), ("It is 5.", "It is 6.")], "pair r1 .*has the texts of pair r0"),
         ([("It is 5.", "It is 6."), ("It is 6.", "It is 5.")], "pair r1 .*is pair r0 .*other way round"),
         ([("It is 5.", "It is <|end|> 6.")], r"<\|end\|>"),
+        ([("It is 5.", "")], "pair r0 .*a side without any text"),
+        ([(" \n", "It is 6.")], "pair r0 .*a side without any text"),
     ],
 )
 def test_pairs_that_say_nothing_are_refused(

@@ -18,8 +18,10 @@ from phimr_nemo.data.chat import SPECIAL_TOKENS, load_tokenizer, render_prompt
 from phimr_nemo.data.tokenizer import portable
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.adopt import adopt
+from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.checkpoints import open_checkpoint, write_hf
+from phimr_nemo.model.files.companions import check_companions
 from phimr_nemo.model.files.hf import HFDirectory
 
 SHAPE = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=4")
@@ -175,13 +177,91 @@ def test_a_generation_config_is_completed_and_not_replaced(
     assert once == twice
 
 
-@pytest.mark.parametrize("content", ["[", "[]", '{"eos_token_id": [9999]}', '{"eos_token_id": "<|end|>"}', POINTER])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[", "[]", '{"eos_token_id": [9999]}', '{"eos_token_id": "<|end|>"}', POINTER),
+        *('{"pad_token_id": 9999}', '{"pad_token_id": true}', '{"bos_token_id": "1"}'),
+        *('{"temperature": NaN}', '{"temperature": "0.6"}', '{"top_p": 1.5}', '{"top_k": -2}', '{"min_p": 2}'),
+    ],
+)
 def test_a_generation_config_that_is_none_is_refused(model: Path, tmp_path: Path, content: str) -> None:
     (model / "generation_config.json").write_text(content, "utf-8")
     with pytest.raises(UserError, match=r"generation_config\.json") as caught:
         write_hf(tmp_path / "made", open_checkpoint(model))
     assert "delete it" in caught.value.remedy
     assert ("git lfs pull" in caught.value.remedy) == (content == POINTER)
+
+
+@pytest.mark.parametrize(
+    ("stated", "written"),
+    [
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.9}, {"do_sample": False}),
+        ({"do_sample": True, "top_k": -1}, {"do_sample": True, "top_k": 0}),
+        (
+            {"do_sample": True, "temperature": 0.8, "top_p": 0.95},
+            {"do_sample": True, "temperature": 0.8, "top_p": 0.95},
+        ),
+    ],
+)
+def test_what_other_engines_write_for_off_is_transformers_own(
+    model: Path, tmp_path: Path, stated: dict[str, Any], written: dict[str, Any]
+) -> None:
+    (model / "generation_config.json").write_text(json.dumps(stated), "utf-8")
+    write_hf(tmp_path / "made", open_checkpoint(model))
+    made = json.loads((tmp_path / "made" / "generation_config.json").read_text("utf-8"))
+    assert {name: value for name, value in made.items() if not name.endswith("_token_id")} == written
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("special_tokens_map.json", POINTER.encode()),
+        ("tokenizer.model", POINTER.encode()),
+        ("chat_template.jinja", POINTER.encode()),
+        ("LICENSE", POINTER.encode()),
+        ("chat_template.jinja", "{# é #}".encode("latin-1")),
+    ],
+)
+def test_what_cannot_be_handed_on_is_refused_before_any_training(
+    model: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    (model / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        check_companions(Architecture.from_directory(model), model)
+    with pytest.raises(UserError, match=name):
+        write_hf(tmp_path / "made", open_checkpoint(model))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (POINTER, "leaves the question out"),
+        ("{{ 'constant' }}", "leaves the question out"),
+        (5, "is no text: 5"),
+        ([{"name": "rag", "template": "{{ messages[0]['content'] }}"}], "none of them named 'default'"),
+    ],
+)
+def test_a_template_that_asks_nothing_is_refused(model: Path, template: object, said: str) -> None:
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    change_json(model / "tokenizer_config.json", lambda values: values.update(chat_template=template))
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(model)
+
+
+def test_a_slow_tokenizer_is_named_with_the_way_to_a_fast_one(model: Path) -> None:
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    with pytest.raises(UserError, match="holds no tokenizer") as caught:
+        load_tokenizer(model)
+    assert "use_fast=True" in caught.value.remedy
+
+
+def test_the_file_that_is_no_text_is_named(model: Path) -> None:
+    file = model / "tokenizer_config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    with pytest.raises(UserError, match=r"has a tokenizer_config\.json that cannot be read") as caught:
+        load_tokenizer(model)
+    assert file.name in caught.value.remedy
 
 
 def test_licences_vocabularies_and_further_templates_travel(model: Path, tmp_path: Path) -> None:
@@ -236,6 +316,37 @@ def test_a_tied_model_may_store_its_head_too(base: Path, model: Path, tmp_path: 
     assert HFDirectory(model).weights_hash() == HFDirectory(base).weights_hash()
     write_hf(tmp_path / "made", open_checkpoint(model))
     assert load_file(tmp_path / "made" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+def test_a_tied_model_may_store_its_head_alone(model: Path, tmp_path: Path) -> None:
+    hashed = HFDirectory(model).weights_hash()
+    change_weights(model, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    assert HFDirectory(model).weights_hash() == hashed
+    write_hf(tmp_path / "made", open_checkpoint(model))
+    assert load_file(tmp_path / "made" / "model.safetensors").keys() >= {EMBEDDING}
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (lambda name: f"module.{name}", "unwrap_model"),
+        (lambda name: f"_orig_mod.{name}", "unwrap_model"),
+        (lambda name: name.removeprefix("model."), "AutoModelForCausalLM"),
+        (lambda name: name.replace("down_proj.weight", "down_proj.qweight"), "bfloat16 first"),
+    ],
+)
+def test_tensors_of_a_module_around_the_model_are_named_as_such(
+    model: Path, rename: Callable[[str], str], said: str
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        renamed = {rename(name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    change_weights(model, change)
+    with pytest.raises(UserError, match="left over") as caught:
+        HFDirectory(model)
+    assert said in caught.value.remedy
 
 
 @pytest.mark.parametrize("row", [0, -1])

@@ -226,3 +226,44 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny: PreTrainedToken
     ]
     with pytest.raises(UserError, match="rewrites the turns before turn 4"):
         chat.render_messages(tokenizer, turns)
+
+
+ALTERNATING = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ message['content'] + '<|end|>' }}{% endfor %}"
+)
+USERS_ONLY = (
+    "{% for message in messages %}{% if message['role'] in ('user', 'assistant') %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "said"),
+    [
+        (ALTERNATING, ("system", "user", "assistant"), "refuses a conversation of system, user"),
+        (ALTERNATING, ("user", "user", "assistant"), "roles must alternate"),
+        (USERS_ONLY, ("user", "tool", "assistant"), "leaves out turn 2, of 'tool'"),
+        (USERS_ONLY, ("system", "user", "assistant"), "leaves out turn 1, of 'system'"),
+    ],
+)
+def test_a_turn_that_a_template_refuses_or_leaves_out_is_named(
+    tiny: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...], said: str
+) -> None:
+    tokenizer = copied(tiny)
+    tokenizer.chat_template = template
+    turns = [{"role": role, "content": f"text {number}"} for number, role in enumerate(roles)]
+    with pytest.raises(UserError, match=said):
+        chat.render_messages(tokenizer, turns)
+    chat.render_messages(tokenizer, [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}])
+
+
+@pytest.mark.parametrize(("closed", "warned"), [("<think>\n\n</think>\n\n", True), ("<think>\n", False), ("", False)])
+def test_a_template_that_closes_the_thinking_is_warned_of(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture, closed: str, warned: bool
+) -> None:
+    opening_template(tiny, closed).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="phimr_nemo.data.chat"):
+        chat.load_tokenizer(tmp_path)
+    assert ("closes the thinking" in caplog.text) is warned

@@ -13,7 +13,7 @@ import pytest
 
 from phimr_nemo.config import SourceConfig
 from phimr_nemo.data.sources.cells import answer_text, lookup
-from phimr_nemo.data.sources.damage import is_damaged, repair_latex
+from phimr_nemo.data.sources.damage import PICTURE, is_damaged, repair_latex, repair_text
 from phimr_nemo.data.sources.item import Item, UnusableRow
 from phimr_nemo.data.sources.source import read_items
 from phimr_nemo.errors import UserError
@@ -69,6 +69,53 @@ def test_what_cannot_be_put_back_is_known_as_damaged() -> None:
     assert is_damaged("Find $\foo{x}$.", "4")
     assert is_damaged("Find it.", "\foo")
     assert not is_damaged("Find it.", "foo")
+
+
+@pytest.mark.parametrize(
+    ("damaged", "right"),
+    [
+        (r"Find $\\frac{1}{2}$ of $x$.", r"Find $\frac{1}{2}$ of $x$."),
+        (r"Given \\(x\\) and \\(y\\)", r"Given \(x\) and \(y\)"),
+        (r"$\\begin{cases} 1 \\\\ 2 \\end{cases}$", r"$\begin{cases} 1 \\ 2 \end{cases}$"),
+        (r"Let $\nu = 1$.\nWhat is $x$?", "Let $\\nu = 1$.\nWhat is $x$?"),
+        ("x &lt; 5 &amp;&amp; y &amp;gt; 3, &#39;z&#39;", "x < 5 && y > 3, 'z'"),
+        ("3Ï€, 90Â°, itâ€™s âˆš2 Ã— âˆ’3", "3π, 90°, it’s √2 × −3"),
+        ("ä¸­å›½", "中国"),
+    ],
+)
+def test_escapes_entities_and_encodings_are_put_right(damaged: str, right: str) -> None:
+    assert repair_text(damaged)[0] == right
+    assert repair_text(damaged)[1]
+    assert repair_text(right) == (right, frozenset())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+        r"x = 1 \\[4pt] y = 2",
+        r'["\\frac{1}{2}", "0.5"]',
+        r'{"gold": "a\nb"}',
+        'first line\nprint("a\\n")',
+        r"$\neq$ and $\nRightarrow x$",
+        "```html\n&lt;b&gt;\n```",
+        "MENÜ“, SÃO, «été», é»",
+        "AT&T; a &x; b",
+    ],
+)
+def test_what_is_no_damage_stays(text: str) -> None:
+    assert repair_text(text) == (text, frozenset())
+
+
+def test_a_picture_in_a_question_is_named(tmp_path: Path) -> None:
+    rows = [
+        {"question": "See ![a](https://x/y.png). How long?", "answer": "1"},
+        {"question": "Is 5! > 1?", "answer": "2"},
+    ]
+    first, second = read(tmp_path, rows)
+    assert isinstance(first, Item)
+    assert isinstance(second, Item)
+    assert (first.lost, second.lost) == ((PICTURE,), ())
 
 
 def read(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> list[Item | UnusableRow]:

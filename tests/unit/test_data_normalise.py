@@ -19,6 +19,11 @@ SAME = [
     ("\ufeffA\u200bB\u00a0C", "ab c"),
     ("Find n.", "find n"),
     ("数论 问题。", "数论问题"),
+    ("x − 3 ≤ 2π", "$x-3 \\leq 2\\pi$"),
+    ("3×5 ≠ √2", "3 \\times 5 \\neq \\sqrt 2"),
+    ("an angle of 90° at A’s “end”", 'an angle of $90^\\circ$ at A\'s "end"'),
+    ("٣ + १२", "3 + 12"),
+    ("\u2067a\u2069\u061c b\ufe0f\U000e0041\u3164", "a b"),
 ]
 DIFFERENT = [
     ("2+2", "2-2"),
@@ -31,6 +36,8 @@ DIFFERENT = [
     ("x₁", "x1"),
     ("2½", "21/2"),
     ("at least 3", "at most 3"),
+    ("x ≤ 3", "x ≥ 3"),
+    ("2 · 3", "2.3"),
 ]
 
 

@@ -18,6 +18,7 @@ from phimr_nemo.data.sources.normalise import clean
 from phimr_nemo.data.sources.presets import PRESETS
 from phimr_nemo.data.sources.recorded import NO_TEXT
 from phimr_nemo.data.sources.source import read_items
+from phimr_nemo.errors import UserError
 
 STRATOS = (
     "<|begin_of_thought|>\n\nTwo and two.\n\n<|end_of_thought|>\n\n"
@@ -582,6 +583,150 @@ def test_labels_of_reasoning_traces_stay() -> None:
     assert not read("open_math_reasoning", OPEN_MATH).voted
     empty = read("synthetic", SYNTHETIC | {"llm_response": " "})
     assert (empty.trajectories, empty.lost) == ((), ("response that is null or empty",))
+
+
+# layout -> its row; question "Q?", answer "4"; responses
+R1 = "<think>\nTwo and two.\n</think>\n\nIt is $\\boxed{4}$."
+USER = {"role": "user", "content": "Q?"}
+OTHER_LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]]]] = {
+    "Polaris-53K": ({"problem": "Q?", "answer": "4", "difficulty": "6/8"}, {}, []),
+    "MegaScience": (
+        {
+            "question": "Q?",
+            "answer": "We add two and two. This gives four.",
+            "reference_answer": "4",
+            "subject": "math",
+        },
+        {},
+        [],
+    ),
+    "DeepMath in TRL": ({"prompt": [USER], "solution": "4", "difficulty": 3.0, "topic": "x"}, {}, []),
+    "Big-Math in open-r1": ({"prompt": "Q?", "solution": "4", "domain": ["x"], "llama8b_solve_rate": 0.2}, {}, []),
+    "verl, as text": (
+        {"prompt": json.dumps([USER]), "ability": "math", "reward_model": json.dumps({"ground_truth": "4"})},
+        {"preset": "dapo"},
+        [],
+    ),
+    "SimpleRL-Zoo": (
+        {
+            "prompt": [{"role": "user", "content": "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n"}],
+            "reward_model": {"ground_truth": "4"},
+        },
+        {},
+        [],
+    ),
+    "AReaL": (
+        {"prompt": "<｜User｜>Q?<｜Assistant｜><think>\n", "solutions": ["\\boxed{4}"], "task": "math"},
+        {},
+        [],
+    ),
+    "PRM800K": ({"question": {"problem": "Q?", "ground_truth_answer": "4"}, "label": {"steps": []}}, {}, []),
+    "ORZ on the hub": (
+        {
+            "0": {"from": "human", "value": "Q?", "ground_truth": None},
+            "1": {"from": "assistant", "value": None, "ground_truth": {"value": "4"}},
+        },
+        {"preset": "orz"},
+        [],
+    ),
+    "RLVR": ({"messages": [USER], "ground_truth": "4", "dataset": "gsm8k"}, {}, []),
+    "SVAMP": ({"Body": "B.", "Question": "Q of B?", "question_concat": "Q?", "Answer": "4"}, {}, []),
+    "GSM-Hard": ({"input": "Q?", "code": "def", "target": 4.0}, {}, []),
+    "GeneralThought": (
+        {
+            "question": "Q?",
+            "reference_answer": "4",
+            "model_name": "r1",
+            "model_answer": "It is 4",
+            "model_reasoning": "hm",
+        },
+        {"response": "model_answer"},
+        [("r1", "<think>\nhm\n</think>\nIt is 4")],
+    ),
+    "NaturalReasoning": (
+        {
+            "question": "Q?",
+            "reference_answer": "4",
+            "responses": [{"response_model": "llama", "response": "It is 4"}],
+        },
+        {"response": "responses"},
+        [("llama", "It is 4")],
+    ),
+    "Nemotron-Post-Training-v1": (
+        {
+            "messages": [USER, {"role": "assistant", "content": R1}],
+            "generator": "r1",
+            "metadata": json.dumps({"expected_answer": "4"}),
+        },
+        {},
+        [("r1", R1)],
+    ),
+    "AM-Thinking-v1": (
+        {
+            "system": None,
+            "conversations": [
+                {
+                    "from": "human",
+                    "value": "Q?",
+                    "info": {"category": "math", "ground_truth": "4", "test_case": None},
+                },
+                {
+                    "from": "assistant",
+                    "value": R1,
+                    "info": {"think_content": "Two.", "answer_content": "It is 4", "model_name": "AM"},
+                },
+            ],
+        },
+        {"preset": "am_deepseek_r1_distilled"},
+        [("am", "<think>\nTwo.\n</think>\n\nIt is 4")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+def test_layouts_of_other_sets(tmp_path: Path, name: str) -> None:
+    row, settings, responses = OTHER_LAYOUTS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", "utf-8")
+    ((_, item),) = read_items(SourceConfig(name="s", path=str(path), **settings))
+    assert isinstance(item, Item)
+    assert (item.question, item.answer) == ("Q?", "4")
+    assert [(one.teacher, one.response) for one in item.trajectories] == responses
+    assert item.lost == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"answer": "He has 2 and 2. Therefore he has 4 apples in total."}, None),
+        ({"answer": "He has 2 and 2. The answer is 4."}, "4"),
+        ({"answer": "The answer is 4."}, "4"),
+        ({"answer": "Answer: 4"}, "4"),
+        ({"answer": "proof"}, None),
+        ({"answer": "", "solution": "NotFound"}, None),
+        ({"solution": "Add them up"}, None),
+        ({"answer": "A : B = 2 : 3"}, "A : B = 2 : 3"),
+        ({"answer": "all primes greater than 3"}, "all primes greater than 3"),
+    ],
+)
+def test_prose_is_no_answer(tmp_path: Path, row: dict[str, str], answer: str | None) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "Q?"} | row) + "\n", "utf-8")
+    ((_, item),) = read_items(SourceConfig(name="s", path=str(path)))
+    assert (item.answer if isinstance(item, Item) else None) == answer
+
+
+def test_responses_without_answers_are_asked_for_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"query": "Q?", "response": "So \\boxed{4}"}) + "\n", "utf-8")
+    with pytest.raises(UserError, match="set response: response in its entry"):
+        list(read_items(SourceConfig(name="s", path=str(path))))
+    path.write_text(
+        json.dumps({"prompt": "Q?", "messages": [USER, {"role": "assistant", "content": R1}]}) + "\n", "utf-8"
+    )
+    ((_, item),) = read_items(SourceConfig(name="s", path=str(path)))
+    assert isinstance(item, Item)
+    assert [one.response for one in item.trajectories] == [R1]
 
 
 def test_messages_are_read_without_a_preset(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from phimr_nemo.data.sources.cells import split_final_line
-from phimr_nemo.data.sources.problems import REPAIRED, difficulty_of, load_problems, read_problems
+from phimr_nemo.data.sources.damage import EATEN
+from phimr_nemo.data.sources.problems import difficulty_of, load_problems, read_problems
 from phimr_nemo.errors import UserError
 from phimr_nemo.verify.extract import last_box
 
@@ -246,7 +247,7 @@ def test_real_files_load_as_they_are(shared_data: Path, name: str, count: int | 
         "deepscaler_level_1.json.gz": 18,
         "deepscaler_level_5.json.gz": 3,
     }
-    assert counts.get(REPAIRED, 0) == repaired.get(name, 0)
+    assert counts.get(EATEN, 0) == repaired.get(name, 0)
 
 
 def test_gsm8k_answers_are_numbers(shared_data: Path) -> None:

@@ -101,7 +101,12 @@ def test_real_gsm8k_solutions(shared_data: Path) -> None:
 
 def test_real_graded_rollouts(shared_data: Path) -> None:
     table, counts = load_recorded_rollouts(shared_data / "rollouts" / "graded_rollouts.jsonl.gz")
-    assert counts == {"read": 5428, "incomplete": 5, "dropped: response that is null or empty": 34}
+    assert counts == {
+        "read": 5428,
+        "incomplete": 5,
+        "dropped: response that is null or empty": 34,
+        "repaired: escapes within escapes": 6,
+    }
     assert len(set(table["id"].to_pylist())) == table.num_rows == 5423 - 34
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phimr_nemo.data.chat import REASONING_TEMPLATE, load_tokenizer, prompt_text
+from phimr_nemo.data.chat import REASONING_TEMPLATE, load_tokenizer, prompt_text, render_prompt
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer
 from phimr_nemo.data.template import MAX_TEMPLATE_CHARS, check_template
 from phimr_nemo.errors import UserError
@@ -94,3 +94,22 @@ def test_a_tokenizers_file_of_absurd_size_is_not_read(name: str, tokenizer: Path
         file.truncate(1 << 32)
     with pytest.raises(UserError, match=f"{name} has 4,294,967,296 bytes"):
         load_tokenizer(tmp_path / "t")
+
+
+def test_a_pattern_that_finds_no_end_is_one_message(tokenizer: Path, tmp_path: Path) -> None:
+    """Of a tokenizer from elsewhere, whose regular expression goes back over a text again and again."""
+    shutil.copytree(tokenizer, tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    pattern = {
+        "type": "Split",
+        "pattern": {"Regex": "(a|a)*$|(?:(?:a+)+)+b"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, content["pre_tokenizer"]]}
+    file.write_text(json.dumps(content), "utf-8")
+    opened = load_tokenizer(tmp_path / "t")
+    assert render_prompt(opened, "2+2?")
+    with pytest.raises(UserError, match="fails at a text"):
+        render_prompt(opened, "a" * 5000 + "!")

@@ -45,6 +45,69 @@ WRAPS: dict[str, Wrap] = {
     "no noun": lambda q: "Please solve the following:\n\n" + q,
     "Q and A": lambda q: f"Q: {q}\nA:",
     "Chinese": lambda q: q + "\n请逐步推理，并将最终答案放在\\boxed{}中。",
+    "Qwen": lambda q: (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "R1-Distill": lambda q: (
+        f"<｜begin▁of▁sentence｜><｜User｜>{q}\nPlease reason step by step, and put your final answer within "
+        "\\boxed{}.<｜Assistant｜><think>\n"
+    ),
+    "Llama 3": lambda q: (
+        f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "Llama 2": lambda q: f"<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{q} [/INST]",
+    "Gemma": lambda q: f"<bos><start_of_turn>user\n{q}<end_of_turn>\n<start_of_turn>model\n",
+    "Granite": lambda q: (
+        f"<|start_of_role|>user<|end_of_role|>{q}<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+    ),
+    "R1-Zero": lambda q: (
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+        f"User: {q} Assistant:"
+    ),
+    "Open-Reasoner-Zero": lambda q: (
+        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
+        "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
+        "The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> "
+        "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: You "
+        "must put your answer inside <answer> </answer> tags, i.e., <answer> answer here </answer>. And your final "
+        "answer will be extracted automatically by the \\boxed{} tag.\nThis is the problem:\n"
+        f"{q}\nAssistant: <think>"
+    ),
+    "tags": lambda q: (
+        f"Solve the math problem inside the tags.\n<problem>{q}</problem>\nPut your answer in <answer></answer> tags."
+    ),
+    "few shots": lambda q: (
+        f"Question: What is 1+1?\nAnswer: 2\n\nQuestion: Is 3 odd?\nAnswer: yes\n\nQuestion: {q}\nAnswer:"
+    ),
+    "Minerva": lambda q: (
+        "Problem:\nFind the domain of $\\sqrt{x-2}$.\n\nSolution:\nFinal Answer: The final answer is $[2,\\infty)$. "
+        f"I hope it is correct.\n\nProblem:\n{q}\n\nSolution:"
+    ),
+    "lighteval": lambda q: (
+        "Solve the following math problem efficiently and clearly:\n\n- For simple problems (2 steps or fewer):\n"
+        "Provide a concise solution.\n\n## Step 1: [Concise description]\n...\n\nTherefore, the final answer is: "
+        f"$\\boxed{{answer}}$. I hope it is correct.\n\nProblem: {q}"
+    ),
+    "switch": lambda q: q + " /no_think",
+    "detailed thinking": lambda q: "detailed thinking on\n\n" + q,
+    "note": lambda q: q + "\n\nNote: the answer must be placed in \\boxed{}.",
+    "bold": lambda q: f"**{q}**",
+    "contest and year": lambda q: "(AIME 2024 Problem 3) " + q,
+    "Putnam": lambda q: "A1. " + q,
+    "Roman": lambda q: "IV. " + q,
+    "in words": lambda q: "Three, (10 points) " + q,
+    "Russian": lambda q: q + "\nПожалуйста, рассуждайте шаг за шагом и поместите окончательный ответ в \\boxed{}.",
+    "Japanese": lambda q: q + "\n最終的な答えは\\boxed{}に入れてください。",
+    "Spanish": lambda q: "Razona paso a paso y pon tu respuesta final dentro de \\boxed{}.\n" + q,
+    "a friend": lambda q: "I have a math problem for you. Can you help me solve it? " + q,
+    "an integer": lambda q: q + "\nThe answer is an integer between 0 and 999 inclusive.",
+    "choice": lambda q: (
+        "Answer the following multiple choice question. The last line of your response should be of the following "
+        "format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think step by step before answering."
+        f"\n\n{q}"
+    ),
     "assistant": lambda q: (
         f"You are a helpful math assistant. Answer the following question.\n{q}\nExplain your reasoning."
     ),
@@ -78,6 +141,11 @@ def test_a_wrapped_question_is_the_question(wrap: str, question: str) -> None:
         "\\boxed{}",
         "Simplify and write the result with a rational denominator: $\\sqrt{8}$",
         "Add them and give the sum as your answer",
+        "Fill the box: $3 + \\boxed{} = 7$.",
+        "Which digit belongs in $\\boxed{}$?",
+        "Two, three and five are prime. What is the next prime?",
+        "I have 3 problems for you: find 1+1, 2+2 and 3+3",
+        "A conversation takes 5 minutes. How many take an hour?",
     ],
 )
 def test_a_question_alone_is_left_whole(question: str) -> None:

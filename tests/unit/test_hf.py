@@ -99,6 +99,18 @@ def test_the_index_is_right(directory: Path, arch: Architecture) -> None:
     assert max(sizes) <= SMALL_SHARD + header_bytes
 
 
+def test_a_tensor_is_read_from_the_shard_that_the_index_names(directory: Path, tmp_path: Path) -> None:
+    """Some writers leave a copy of a shared tensor in a second shard, at another place in the file."""
+    shutil.copytree(directory, tmp_path / "copies")
+    files = sorted((tmp_path / "copies").glob("*.safetensors"))
+    first = load_file(files[0])
+    for file in files[1:]:
+        others = load_file(file)
+        strays = {name: torch.zeros_like(tensor) for name, tensor in first.items()}
+        save_file({**strays, **others}, file, metadata={"format": "pt"})
+    assert HFDirectory(tmp_path / "copies").weights_hash() == HFDirectory(directory).weights_hash()
+
+
 def test_shards_are_filled_in_order_and_a_giant_stands_alone() -> None:
     shapes = {"a": (3,), "b": (2,), "giant": (50,), "c": (5,), "d": (1,)}
     assert plan_shards(shapes, 2, 10) == [["a", "b"], ["giant"], ["c"], ["d"]]

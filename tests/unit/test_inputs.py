@@ -148,6 +148,10 @@ def test_a_directory_of_rollouts_for_a_file(tmp_path: Path) -> None:
         ("conf/base", False),
         ("team/a--b", False),
         ("team/model.", False),
+        ("team/model.git", False),
+        ("team/-model", False),
+        ("team-/model", False),
+        ("team/" + "m" * 92, False),
     ],
 )
 def test_names_of_the_hub_are_told_from_sentences_and_places(text: str, is_name: bool) -> None:

@@ -17,13 +17,14 @@ from phimr_nemo.errors import UserError, exit_with_message
 from phimr_nemo.jobs.status import status, status_table
 from phimr_nemo.report.tables import Table, markdown, markdown_text
 from phimr_nemo.store.runs import RUN_FILE
-from phimr_nemo.text.printable import printable, say
+from phimr_nemo.text.printable import FILLERS, printable, say
 
 HOSTILE = (
     *("\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "\x90q\x9c", "\rover", "\b\b", "\x00", "\x7f", "\u202eturned"),
+    *("a\u3164b", "a\u115fb", "a\u034fb", "a\u2800b"),
     *("\u2066x", "\u200b", "\u2028", "\ufeff", "\U000e0041", "\x0b", "\x0c", "\x85"),
 )
-OBEYED = {character for text in HOSTILE for character in text if not character.isprintable()}
+OBEYED = {character for text in HOSTILE for character in text if not character.isprintable()} | FILLERS
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -97,6 +97,8 @@ def load_pairs(
     for item, chosen, rejected in zip(items, *sides, strict=True):
         if _same(chosen, rejected):
             raise _without_difference(directory, item, "tokens")
+        if not (chosen.loss_mask.any() and rejected.loss_mask.any()):
+            raise _without_text(directory, item)
         longest = max(len(chosen.input_ids), len(rejected.input_ids))
         if longest <= sequence_length:
             kept.append((chosen, rejected, item["id"], item["question"]))
@@ -158,6 +160,8 @@ def _check_texts(directory: Path, items: Sequence[dict[str, Any]]) -> None:
         number, question, chosen, rejected = item["id"], item["question"], item["chosen"], item["rejected"]
         if chosen == rejected:
             raise _without_difference(directory, item, "text")
+        if not (chosen.strip() and rejected.strip()):
+            raise _without_text(directory, item)
         if (question, chosen, rejected) in seen:
             raise UserError(
                 f"pair {number} in {directory} has the texts of pair {seen[question, chosen, rejected]}",
@@ -177,6 +181,14 @@ def _without_difference(directory: Path, item: dict[str, Any], what: str) -> Use
     return UserError(
         f"pair {item['id']} in {directory} has the same {what} as chosen and as rejected",
         rule="the two sides of a pair differ: equal ones have no gradient",
+        remedy="remove the pair, or curate the pairs again",
+    )
+
+
+def _without_text(directory: Path, item: dict[str, Any]) -> UserError:
+    return UserError(
+        f"pair {item['id']} in {directory} has a side without any text",
+        rule="both sides of a pair are responses: nothing is learnt of an empty one but to end",
         remedy="remove the pair, or curate the pairs again",
     )
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from phimr_nemo.data.chat import load_tokenizer
 from phimr_nemo.data.rows.tokenize import Frame, fast_tokenizer, prompt_frame
+from phimr_nemo.data.tokenizer import panics_as_messages
 from phimr_nemo.store.atomic import atomic_write_text
 from phimr_nemo.store.content import file_sha256
 
@@ -116,4 +117,5 @@ def _tokenizer(file: Path) -> tuple[Tokenizer, bool]:
 
 
 def _count(tokenizer: Tokenizer, text: str) -> int:
-    return len(tokenizer.encode(text, add_special_tokens=False).ids)
+    with panics_as_messages():
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)

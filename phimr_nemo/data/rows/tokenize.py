@@ -17,6 +17,7 @@ import numpy as np
 
 from phimr_nemo.data.chat import end_of_turn, forbidden_tokens, prompt_text, response_part
 from phimr_nemo.data.packing import Document
+from phimr_nemo.data.tokenizer import panics_as_messages
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import question_number
 
@@ -93,7 +94,8 @@ def tokenize(
     documents: list[Document] = []
     questions: list[int] = []
     for texts, numbers in _texts(conversations, frame, counts):
-        parts = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        with panics_as_messages():
+            parts = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         for prompt, response, question in zip(parts[::2], parts[1::2], numbers, strict=True):
             ids = np.array([*prompt, *response], np.int32)
             if len(ids) > capacity:

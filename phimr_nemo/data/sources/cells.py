@@ -9,15 +9,29 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, Final
 
-from phimr_nemo.data.sources.damage import repair_latex, repair_value
+from phimr_nemo.data.sources.damage import repair_text, repair_value
 from phimr_nemo.data.sources.rawfiles import Row
+from phimr_nemo.text.turn import last_user_turn
+from phimr_nemo.verify.extract import final_answer, last_box
 from phimr_nemo.verify.gold import alternatives, any_of
 
 # GSM8K ends a worked answer with "#### 18", OpenAI's recorded solutions of it with "A: 18".
 _FINAL_LINE: Final = re.compile(r"[ \t]*(?:####|A:)[ \t]*(\S.*)")
 _THOUSANDS: Final = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+# Not the points within numbers, of abbreviations, or in LaTeX.
+_SENTENCE_END: Final = re.compile(r"[^\W\d_]{2,}[)\"'$]*[.!?。！？](?:\s|\Z)|\d\.(?:\s+[A-Z]|\Z)")
+_WORD: Final = re.compile(r"(?<![\\{\w])[^\W\d_]{2,}")
+_ANNOUNCES: Final = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer\b", re.IGNORECASE
+)
+MAX_BARE_SOLUTION_CHARS: Final = 60
+"""A longer solution that marks no answer is a worked one."""
+MAX_BARE_WORDS: Final = 40
+"""A longer answer is a worked one."""
 MISSING_WORDS: Final = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "N/A", "n/a"))
 """What numpy, JSON, Python and pandas write for a value that is not there."""
+NO_ANSWER_WORDS: Final = frozenset(("proof", "notfound", "not found", "see solution"))
+"""What NuminaMath, and what was made of it, writes where an answer should be, in lower case."""
 USER_ROLES: Final = ("user", "human")
 ASSISTANT_ROLES: Final = ("assistant", "gpt")
 
@@ -77,19 +91,27 @@ def first_present(row: Row, names: Sequence[str]) -> str | None:
 
 
 def question_text(value: Any) -> str:
-    """A question; of a list of chat messages the last one of the user."""
-    if isinstance(value, (list, tuple)):
-        return turn_text(value, USER_ROLES)
-    return value.strip() if isinstance(value, str) else ""
+    """A question; of chat messages, a list or the JSON text of one, and of a rendered chat the user's last turn."""
+    if isinstance(value, str):
+        spelled = json_value(value)
+        if not (isinstance(spelled, list) and any(isinstance(turn, dict) for turn in spelled)):
+            return last_user_turn(value).strip()
+        value = spelled
+    return last_user_turn(turn_text(value, USER_ROLES))
 
 
 def turn_text(conversation: Any, roles: Sequence[str]) -> str:
     """The last turn of a role, in ShareGPT's words ("from", "value") or in chat's ("role", "content")."""
     text = ""
     for turn in conversation if isinstance(conversation, (list, tuple)) else ():
-        if isinstance(turn, dict) and turn.get("from", turn.get("role")) in roles:
+        if isinstance(turn, dict) and speaker(turn) in roles:
             text = content_text(turn.get("value", turn.get("content")))
     return text
+
+
+def speaker(turn: Row) -> Any:
+    """Whose turn it is, in the words of its set."""
+    return turn.get("from", turn.get("role"))
 
 
 def content_text(content: Any) -> str:
@@ -133,7 +155,7 @@ def answer_text(value: Any) -> str:
         return ", ".join(text for text in map(answer_text, value) if text)
     convert = _TEXT_OF.get(type(value))
     text = convert(value) if convert else ""
-    if text in MISSING_WORDS:
+    if text in MISSING_WORDS or text.lower() in NO_ANSWER_WORDS:
         return ""
     if text.startswith("{") and isinstance(json_value(text), dict):
         return ""
@@ -141,7 +163,7 @@ def answer_text(value: Any) -> str:
         return text
     if json_value(text) in ([], [None]):
         return ""
-    return any_of([repair_latex(one, answer=True)[0] for one in alternatives(text) if one not in MISSING_WORDS])
+    return any_of([repair_text(one, answer=True)[0] for one in alternatives(text) if one not in MISSING_WORDS])
 
 
 def sequence(value: Any) -> Sequence[Any]:
@@ -154,6 +176,32 @@ def sequence(value: Any) -> Sequence[Any]:
 def labels_of(row: Row, names: Sequence[str]) -> dict[str, Any]:
     """The named columns that have a value."""
     return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def split_worked(text: str) -> tuple[str, str]:
+    """An answer as (worked part, final answer): the worked part is empty for a bare one, the final one if unmarked.
+
+    Text of several sentences is a worked answer, whose last box or announced value ("The final answer is 4.") is
+    the final one. Whether a value in its last sentence is meant nobody can tell.
+    """
+    split = split_final_line(text)
+    if split is not None:
+        return split
+    is_worked = len(_SENTENCE_END.findall(text)) > 1 or len(_WORD.findall(text)) > MAX_BARE_WORDS
+    if not is_worked and not _ANNOUNCES.match(text):
+        return "", text
+    found = final_answer(text)
+    final = found.text if found.how in ("box", "marker") else ""
+    return (text, final) if is_worked else ("", final or text)
+
+
+def bare_solution(solution: str) -> str:
+    """The answer that a worked solution ends in, its last box; a short one that is a value is the answer itself."""
+    boxed = last_box(solution)
+    is_value = len(solution.split()) == 1 or any(one.isdigit() or one == "\\" for one in solution)
+    return boxed or (
+        solution if is_value and len(solution) <= MAX_BARE_SOLUTION_CHARS and "\n" not in solution else ""
+    )
 
 
 def split_final_line(text: str) -> tuple[str, str] | None:

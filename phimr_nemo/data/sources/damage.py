@@ -1,4 +1,4 @@
-r"""LaTeX whose backslash was eaten by JSON or by a programming language, put back where there is no doubt.
+r"""Damage of texts, put right where there is no doubt: eaten or doubled backslashes, HTML entities, wrong encodings.
 
 Text that is written into a JSON string by hand keeps `\frac` as the escape `\f` and "rac". A form feed, a backspace,
 a vertical tab or a bell before the rest of a command can be nothing else. A tab, a newline or a carriage return may
@@ -7,8 +7,9 @@ be one, so these are read as part of a command only before a rest that starts no
 
 from __future__ import annotations
 
+import html
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 _REST_OF: Final = {
@@ -41,8 +42,31 @@ _REMNANT: Final = re.compile(r"[\x07\x08\x0b](?=[A-Za-z])|\x0c(?=[A-Za-z]+\s*[{\
 _REMNANT_IN_ANSWER: Final = re.compile(r"[\x07\x08\x0b\x0c](?=[A-Za-z])")
 
 
+EATEN: Final = "repaired: LaTeX without its backslash"
 MAX_BARE_CHARS: Final = 40
 """A shorter cell is read as an answer."""
+PICTURE: Final = "a picture in the question, which is not read"
+_IMAGE: Final = re.compile(r"<image(?:_\d+)?>|<img\s|!\[[^\]]{0,200}\]\(|\[asy\]\s*\[/asy\]|\\includegraphics\b")
+ENTITIES_WITHIN: Final = 2
+"""So often a text may have been escaped: `&amp;lt;`."""
+_ENTITY: Final = re.compile(
+    r"&(?:lt|gt|amp|quot|apos|nbsp|times|divide|minus|plusmn|deg|le|ge|ne|pi|radic|infin|frac(?:12|14|34)|sup[123]"
+    r"|middot|sdot|ndash|mdash|[lr][sd]quo|hellip|prime|theta|alpha|beta|sum|#\d{1,5}|#[xX][0-9a-fA-F]{1,4});"
+)
+_CP1252: Final = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
+_CONTINUED: Final = f"[\x80-\xbf{_CP1252}]"
+# What a byte of UTF-8 before others looks like: of Latin-1 and Greek, of punctuation and signs, of full width. One
+# letter of Chinese may be a word's end before a quotation mark, several are none.
+_MOJIBAKE: Final = re.compile(f"[ÂÃÎÏ]{_CONTINUED}|[âï]{_CONTINUED}{{2}}|(?:[ã-é]{_CONTINUED}{{2}}){{2,}}")
+_COMMANDS: Final = (
+    "[dtc]?frac|sqrt|times|cdot|pi|theta|alpha|beta|boxed|begin|end|math[a-z]{2,4}|overline|angle|leq?|geq?|neq?|pm"
+    "|infty|sum|int|left|right|text|circ|triangle|binom|lfloor|rfloor|log|ln|sin|cos|tan|ldots|dots|equiv|pmod"
+)
+_DOUBLED: Final = re.compile(rf"(?<!\\)\\\\(?:{_COMMANDS})(?![A-Za-z])|(?<!\\)\\\\[(\[](?!-?[\d.]+ ?[a-z]{{2}}\])")
+_SINGLE: Final = re.compile(r"(?<!\\)\\(?:\\\\)*(?=[A-Za-z()\[\]])")
+_LINE_BREAK: Final = re.compile(
+    r"(?<!\\)(?:\\r)?\\n(?:(?=[^A-Za-z{]|\Z)|(?=[A-Z][a-z]* )(?!(?:Right|Left)arrow|Leftright|V))"
+)
 
 
 def repair_latex(text: str, *, answer: bool = False) -> tuple[str, int]:
@@ -64,16 +88,75 @@ def is_damaged(question: str, answer: str) -> bool:
     return _REMNANT.search(question) is not None or _REMNANT_IN_ANSWER.search(answer) is not None
 
 
-def repair_value(value: Any) -> tuple[Any, int]:
-    """A cell, a row or a list of them with :func:`repair_latex` in every text, and how much was repaired."""
+def shows_picture(question: str) -> bool:
+    """Whether a picture stands in a question, of which only the reference is text."""
+    return _IMAGE.search(question) is not None
+
+
+def repair_entities(text: str) -> str:
+    """The text with the characters that HTML entities stand for; code keeps its own."""
+    if "&" not in text or "```" in text:
+        return text
+    plain = text
+    for _ in range(ENTITIES_WITHIN):
+        plain = _ENTITY.sub(lambda found: html.unescape(found[0]), plain)
+    return plain
+
+
+def repair_mojibake(text: str) -> str:
+    """The text with UTF-8 that was read as Windows' Latin-1 read as what it is ("3Ï€", "90Â°", "itâ€™s")."""
+    return text if text.isascii() else _MOJIBAKE.sub(_as_utf8, text)
+
+
+def _as_utf8(found: re.Match[str]) -> str:
+    raw = b"".join(one.encode("cp1252") if one in _CP1252 else one.encode("latin-1") for one in found[0])
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return found[0]
+
+
+def repair_escapes(text: str) -> str:
+    r"""The text without the escapes that all of its LaTeX has one too many of (`\\frac`), and line breaks for `\n`.
+
+    JSON text keeps them, and text that has line breaks keeps its `\n`, which may be a program's.
+    """
+    if "\\" not in text or text.lstrip().startswith(("{", "[")):
+        return text
+    if _DOUBLED.search(text) and not _SINGLE.search(text):
+        text = text.replace("\\\\", "\\")
+    return text if "\n" in text else _LINE_BREAK.sub("\n", text)
+
+
+def repair_text(text: str, *, answer: bool = False) -> tuple[str, frozenset[str]]:
+    """A text with all that is known to be damage put right, and what that was."""
+    kinds = set()
+    for kind, repair in _REPAIRS.items():
+        repaired = repair(text)
+        if repaired != text:
+            kinds.add(kind)
+            text = repaired
+    text, count = repair_latex(text, answer=answer)
+    return text, frozenset(kinds | {EATEN} if count else kinds)
+
+
+def repair_value(value: Any) -> tuple[Any, frozenset[str]]:
+    """A cell, a row or a list of them with :func:`repair_text` in every text, and what was repaired."""
     if isinstance(value, str):
-        return repair_latex(value, answer=len(value) <= MAX_BARE_CHARS)
+        return repair_text(value, answer=len(value) <= MAX_BARE_CHARS)
     if isinstance(value, dict):
         repaired = {name: repair_value(one) for name, one in value.items()}
-        count = sum(number for _, number in repaired.values())
-        return ({name: one for name, (one, _) in repaired.items()} if count else value), count
+        kinds = frozenset[str]().union(*(kinds for _, kinds in repaired.values()))
+        return ({name: one for name, (one, _) in repaired.items()} if kinds else value), kinds
     if isinstance(value, (list, tuple)):
         parts = [repair_value(one) for one in value]
-        count = sum(number for _, number in parts)
-        return ([one for one, _ in parts] if count else value), count
-    return value, 0
+        kinds = frozenset[str]().union(*(kinds for _, kinds in parts))
+        return ([one for one, _ in parts] if kinds else value), kinds
+    return value, frozenset()
+
+
+_REPAIRS: Final[Mapping[str, Callable[[str], str]]] = {
+    "repaired: characters written as HTML entities": repair_entities,
+    "repaired: UTF-8 that was read as Latin-1": repair_mojibake,
+    "repaired: escapes within escapes": repair_escapes,
+}

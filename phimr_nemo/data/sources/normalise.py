@@ -13,8 +13,11 @@ from typing import Final
 
 NUMBER_MASK: Final = "#"
 
-# Zero-width characters, soft hyphens, direction marks and byte order marks: nobody sees them.
-_INVISIBLE: Final = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+# Zero-width characters, soft hyphens, direction marks, byte order marks, fillers and tags: nobody sees them.
+_INVISIBLE: Final = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff"
+    "\uffa0\U000e0000-\U000e0fff]"
+)
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _LINE_END: Final = re.compile(r"\r\n?|[\u2028\u2029]")
 _SPACES: Final = " \t\u00a0"
@@ -46,6 +49,40 @@ _RAISED: Final = re.compile(f"[{''.join(_SUPERSCRIPT)}]+")
 _LOWERED: Final = re.compile(f"[{''.join(_SUBSCRIPT)}]+")
 # ½ and its like: NFKC writes 1⁄2, and 2½ would become 21/2.
 _VULGAR_FRACTION: Final = re.compile("[¼-¾⅐-⅞↉]")
+
+
+# Signs of text and LaTeX's commands for them: the first of each line is what the others are compared as.
+_SIGNS: Final = {
+    "-": "−–—‐‑‒﹣－",
+    "'": "’‘′",
+    '"': "“”″",
+    "...": "…",
+    "\\times": "×⨯",
+    "\\cdot": "·⋅∙",
+    "\\div": "÷",
+    "\\le": "≤⩽≦",
+    "\\ge": "≥⩾≧",
+    "\\ne": "≠",
+    "\\pm": "±",
+    "\\infty": "∞",
+    "\\sqrt": "√",
+    "\\angle": "∠",
+    "\\triangle": "△",
+    "\\in": "∈",
+    "\\cup": "∪",
+    "\\cap": "∩",
+    "^\\circ": "°",
+    "\\pi": "π",
+    "\\alpha": "α",
+    "\\beta": "β",
+    "\\gamma": "γ",
+    "\\theta": "θ",
+    "\\lambda": "λ",
+    "\\omega": "ω",
+}
+_SIGN: Final = str.maketrans({sign: f" {said} " for said, signs in _SIGNS.items() for sign in signs})
+_LONG_RELATION: Final = re.compile(r"\\(?:(l|g)eq(?:slant)?|neq)(?![A-Za-z])")
+_OTHER_DIGIT: Final = re.compile(r"(?![0-9])\d")
 
 
 def spelled_out(text: str) -> str:
@@ -80,15 +117,19 @@ def comparison_tokens(text: str) -> list[str]:
     """The tokens by which questions are compared; final punctuation does not count.
 
     The result does not depend on letter case, on Unicode's compatibility forms, on spaces (LaTeX's among them), on
-    dollar signs and `\\left`, on `\\dfrac` for `\\frac`, on braces around one letter or digit, or on thousands
-    separators.
+    dollar signs and `\\left`, on `\\dfrac` for `\\frac`, on signs for LaTeX's commands (≤ for `\\le`, π for `\\pi`),
+    on the digits of other scripts, on braces around one letter or digit, or on thousands separators.
     """
     return tokens_and_lines(text)[0]
 
 
 def tokens_and_lines(text: str) -> tuple[list[str], frozenset[int]]:
     """:func:`comparison_tokens`, and the places among them at which a line of the text begins."""
-    visible = unicodedata.normalize("NFKC", spelled_out(_INVISIBLE.sub("", text)))
+    visible = spelled_out(_INVISIBLE.sub("", text))
+    if not visible.isascii():
+        visible = unicodedata.normalize("NFKC", visible.translate(_SIGN))
+        visible = _OTHER_DIGIT.sub(lambda found: str(unicodedata.digit(found[0])), visible)
+    visible = _LONG_RELATION.sub(lambda found: f"\\{found[1] or 'n'}e", visible)
     plain = _FRACTIONS.sub(r"\\frac", _LATEX_LAYOUT.sub(" ", visible))
     plain = _SINGLE_IN_BRACES.sub(r" \1 ", _THOUSANDS.sub("", plain))
     tokens: list[str] = []

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.data.sources.cells import (
     answer_text,
+    bare_solution,
     first_present,
     lookup,
     merged,
     question_text,
-    split_final_line,
+    sequence,
+    split_worked,
 )
 from phimr_nemo.data.sources.damage import is_damaged, repair_value
 from phimr_nemo.data.sources.normalise import storable
@@ -30,26 +33,25 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.store.content import content_id
 from phimr_nemo.store.records import DIFFICULTIES, Difficulty
 from phimr_nemo.store.shards import rows_to_table
-from phimr_nemo.verify.extract import last_box
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 CONVERSATIONS: Final = ("messages", "conversations")
-QUESTION_COLUMNS: Final = ("question", "problem", "prompt", "query", "instruction", *CONVERSATIONS)
-ANSWER_COLUMNS: Final = (
-    "answer",
-    "final_answer",
-    "expected_answer",
-    "ground_truth",
-    "gtruth_answer",
-    "gold",
-    "reward_model.ground_truth",
-    "extra_info.answer",
-    "verification_info.ground_truth",
-    *(f"{name}.info.reference_answer" for name in CONVERSATIONS),
+QUESTION_COLUMNS: Final = (
+    *("question.problem", "question_concat", "question", "problem", "problem_statement", "prompt", "query"),
+    *("instruction", "input", *CONVERSATIONS),
 )
-SOLUTION_COLUMNS: Final = ("solution", "deepseek_solution", "ground_truth_solution")
+ANSWER_COLUMNS: Final = (
+    # Beside one of these, `answer` is a worked one or a model's.
+    *("reference_answer", "expected_answer", "ground_truth", "ground_truth_answer", "gt_answer", "gold_answer"),
+    *("correct_answer", "answer", "final_answer", "gtruth_answer", "gold", "gt", "reward_model.ground_truth"),
+    *("extra_info.answer", "extra_info.ground_truth", "verification_info.ground_truth", "metadata.expected_answer"),
+    *("question.ground_truth_answer",),
+    *(f"{name}.info.{answer}" for name in CONVERSATIONS for answer in ("reference_answer", "ground_truth")),
+    "target",
+)
+SOLUTION_COLUMNS: Final = ("solution", "solutions", "deepseek_solution", "ground_truth_solution")
 DOMAIN_COLUMNS: Final = ("domain", "type", "subject", "problem_type")
 DIFFICULTY_COLUMNS: Final = ("difficulty", "level")
 MAX_METADATA_CHARS: Final = 1000
@@ -57,7 +59,6 @@ MAX_METADATA_CHARS: Final = 1000
 MAX_INCOMPLETE_SHARE: Final = 0.01
 SAMPLE_ROWS: Final = 100
 DAMAGED: Final = "damaged text: a control character before a letter"
-REPAIRED: Final = "repaired: LaTeX without its backslash"
 
 _LEVEL: Final = re.compile(r"(?:Level )?(\d+(?:\.\d+)?)")
 # Upper bounds of a competition scale from 0 to 10, on which MATH's levels are 1 to 5, AIME 4 to 6 and the
@@ -151,7 +152,7 @@ def load_problems(
     Returns:
         A table of kind "problems" (other short columns are kept in `metadata`), and the counts "read",
         "duplicate" (same question and answer as an earlier row) and "incomplete" (no question or answer), and
-        `REPAIRED` where a row's LaTeX had lost backslashes.
+        in how many rows what was repaired.
 
     Raises:
         UserError: the file is missing, empty, damaged or malformed, a column is not there, or more than
@@ -164,10 +165,11 @@ def load_problems(
     )
     incomplete = IncompleteRows()
     rows: dict[str, Row] = {}
-    read = repaired = 0
+    repaired: Counter[str] = Counter()
+    read = 0
     for place, given in all_rows:
         row, repairs = repair_value(given)
-        repaired += repairs > 0
+        repaired.update(repairs)
         read += 1
         try:
             problem = problem_of(row, columns, where=f"{path}, {place}", source=label)
@@ -180,7 +182,7 @@ def load_problems(
         "read": read,
         "incomplete": incomplete.count,
         "duplicate": read - incomplete.count - len(rows),
-        **({REPAIRED: repaired} if repaired else {}),
+        **repaired,
     }
     return rows_to_table(list(rows.values()), "problems"), counts
 
@@ -309,16 +311,12 @@ def difficulty_of(level: object) -> Difficulty | None:
 
 
 def _answer_and_solution(row: Row, columns: Columns) -> tuple[str, str | None]:
-    raw_solution = lookup(row, columns.solution) if columns.solution else None
-    solution = str(raw_solution) if isinstance(raw_solution, str) and raw_solution.strip() else None
-    answer = answer_text(lookup(row, columns.answer)) if columns.answer else ""
-    split = split_final_line(answer) if columns.answer else split_final_line(solution or "")
-    if split is not None:
-        worked, answer = split
-        return answer, solution or worked or None
-    if not columns.answer and solution is not None:
-        answer = last_box(solution) or ""
-    return answer, solution
+    solutions = sequence(lookup(row, columns.solution) if columns.solution else None)
+    solution = next((text for text in solutions if isinstance(text, str) and text.strip()), None)
+    worked, answer = split_worked(answer_text(lookup(row, columns.answer)) if columns.answer else solution or "")
+    if not columns.answer and not worked and solution is not None:
+        return bare_solution(answer_text(solution)), solution
+    return answer, solution or worked or None
 
 
 def _incomplete(where: str, part: str, column: str) -> IncompleteRow:

@@ -12,15 +12,18 @@ from phimr_nemo.data.sources.cells import (
     USER_ROLES,
     answer_text,
     labels_of,
+    lookup,
+    question_text,
     sequence,
     split_final_line,
     turn_text,
 )
+from phimr_nemo.data.sources.damage import shows_picture
 from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import TAL_DIFFICULTY, domain_of, origin_difficulty
 from phimr_nemo.data.sources.problems import difficulty_of
 from phimr_nemo.data.sources.rawfiles import Row
-from phimr_nemo.data.sources.recorded import NO_TEXT
+from phimr_nemo.data.sources.recorded import NO_TEXT, think_tagged
 from phimr_nemo.data.sources.wrapping import without_instructions
 from phimr_nemo.text.thinking import with_thinking
 from phimr_nemo.verify.extract import last_box
@@ -31,18 +34,12 @@ DEEPMATH_SOLUTIONS: Final = (1, 2, 3)
 NO_ANSWER: Final = "no answer"
 NOT_MATHEMATICS: Final = "not mathematics"
 
-# NuminaMath writes these where an answer should be.
-_NUMINA_NO_ANSWER: Final = frozenset(("", "proof", "notfound", "not found", "see solution"))
-_MATHEMATICS: Final = frozenset(("math", "maths", "mathematics"))
-# The markers of Sky-T1's prompt, in which Bespoke-Stratos and OpenThoughts are written.
-THOUGHT_MARKERS: Final = ("<|begin_of_thought|>", "<|end_of_thought|>")
-SOLUTION_MARKERS: Final = ("<|begin_of_solution|>", "<|end_of_solution|>")
+MATHEMATICS: Final = frozenset(("math", "maths", "mathematics"))
 # Files are untrusted: patterns with a choice of where to end see no more than so many last characters.
 TAIL_CHARS: Final = 2_000
 _METAMATH_ANSWER: Final = re.compile(r"[Tt]he answer is:?\s*([^\n]+?)\.?\s*\Z")
 _INSTRUCT_ANSWER: Final = re.compile(r"[Tt]he (?:final |correct )?(?:answer|option) is:?\s*\(?([^\n]+?)\)?\.?\s*\Z")
 _PROGRAM: Final = re.compile(r"^(?:import |from \w+ import |def |print\()", re.MULTILINE)
-_IMAGE: Final = re.compile(r"<image_\d+>|!\[[^\]]{0,200}\]\(|\[asy\]\s*\[/asy\]")
 _OPTION_LETTER: Final = re.compile(r"\A\(?([A-Z])\s*[).:]\s*")
 
 
@@ -70,7 +67,7 @@ def openr1_math(row: Row) -> Item:
 def openthoughts(row: Row) -> Item:
     """OpenThoughts-114k: the `metadata` subset, open-r1's `-math` edition, or the ShareGPT default subset."""
     if "deepseek_reasoning" in row:
-        if str(row["domain"]).lower() not in _MATHEMATICS:
+        if str(row["domain"]).lower() not in MATHEMATICS:
             raise UnusableRow(NOT_MATHEMATICS)
         response = with_thinking(_text(row["deepseek_reasoning"]), _text(row["deepseek_solution"]), gap="\n\n")
         gold = _text(row["ground_truth_solution"])
@@ -78,7 +75,7 @@ def openthoughts(row: Row) -> Item:
         return _answered_by(_text(row["problem"]), gold, trajectory, {"source": row.get("source")})
     if "problem" in row and "solution" in row:
         trajectory = Trajectory(
-            _stratos_response(turn_text(row["conversations"], ASSISTANT_ROLES)),
+            think_tagged(turn_text(row["conversations"], ASSISTANT_ROLES)),
             DEEPSEEK_R1,
             labels={"correct": row.get("correct")},
         )
@@ -88,7 +85,7 @@ def openthoughts(row: Row) -> Item:
 
 def openthoughts3(row: Row) -> Item:
     """OpenThoughts3-1.2M: 16 responses of QwQ-32B to a question, a row each; nobody tells an answer."""
-    if str(row["domain"]).lower() not in _MATHEMATICS:
+    if str(row["domain"]).lower() not in MATHEMATICS:
         raise UnusableRow(NOT_MATHEMATICS)
     conversation = row["conversations"]
     return Item(
@@ -104,7 +101,7 @@ def sharegpt(row: Row) -> Item:
     """Bespoke-Stratos-17k and OpenThoughts' default subset: a conversation and no other answer than its own."""
     conversation = row["conversations"]
     question = turn_text(conversation, USER_ROLES)
-    response = _stratos_response(turn_text(conversation, ASSISTANT_ROLES))
+    response = think_tagged(turn_text(conversation, ASSISTANT_ROLES))
     return _answered_by(question, "", Trajectory(response, DEEPSEEK_R1), {})
 
 
@@ -117,7 +114,7 @@ def numina_math(row: Row) -> Item:
             raise UnusableRow(f"{name} is not Yes")
     solution = _text(row.get("solution"))
     answer = _text(row["answer"]) if "answer" in row else last_box(solution) or ""
-    if answer.lower() in _NUMINA_NO_ANSWER:
+    if not answer:
         raise UnusableRow(NO_ANSWER)
     names = ("source", "problem_type", "question_type", "synthetic", "uuid")
     return Item(
@@ -169,7 +166,7 @@ def deepmath(row: Row) -> Item:
 
 def olympiad_bench(row: Row) -> Item:
     """OlympiadBench, the open-ended text questions: lists of solutions and final answers, a unit beside them."""
-    if row.get("modality") == "Multimodal" or row.get("image_1") is not None or _IMAGE.search(_text(row["question"])):
+    if row.get("modality") == "Multimodal" or row.get("image_1") is not None or shows_picture(_text(row["question"])):
         raise UnusableRow("an image")
     if row.get("subject", "Math") not in ("Math", "Maths", None):
         raise UnusableRow(NOT_MATHEMATICS)
@@ -308,7 +305,7 @@ def deepscaler(row: Row) -> Item:
 
 def orz(row: Row) -> Item:
     """Open-Reasoner-Zero: turns {"from": "human", "value": ...} and {"ground_truth": {"value": ...}}."""
-    turns = row.get("turns", row.get("conversations", row.get("messages")))
+    turns = row.get("turns", row.get("conversations", row.get("messages", [row.get("0"), row.get("1")])))
     answer: Any = None
     for turn in sequence(turns):
         if isinstance(turn, dict) and isinstance(turn.get("ground_truth"), dict):
@@ -321,14 +318,11 @@ def dapo(row: Row) -> Item:
 
     Skywork's ground truth is the JSON text of a list of answers, of which any is right.
     """
-    if str(row.get("ability", "math")).lower() not in _MATHEMATICS:
+    if str(row.get("ability", "math")).lower() not in MATHEMATICS:
         raise UnusableRow(NOT_MATHEMATICS)
-    prompt = row["prompt"]
-    question = prompt if isinstance(prompt, str) else turn_text(prompt, USER_ROLES)
-    reward = row.get("reward_model")
-    answer = reward.get("ground_truth") if isinstance(reward, dict) else row.get("solution")
+    answer = lookup(row, "reward_model.ground_truth") or row.get("solution")
     return Item(
-        question=without_instructions(question),
+        question=without_instructions(question_text(row["prompt"])),
         answer=_text(answer),
         labels=labels_of(row, ("data_source", "ability")) | _solve_rates(row.get("extra_info")),
     )
@@ -343,20 +337,6 @@ def _solve_rates(extra: Any) -> dict[str, Any]:
 def _text(value: Any) -> str:
     """A value as text; empty for what is none."""
     return answer_text(value)
-
-
-def _stratos_response(text: str) -> str:
-    """The response with think tags in place of the markers around thought and solution."""
-    thought, solution = _between(text, THOUGHT_MARKERS), _between(text, SOLUTION_MARKERS)
-    if thought is None or solution is None:
-        return text
-    return with_thinking(thought, solution, gap="\n\n")
-
-
-def _between(text: str, markers: tuple[str, str]) -> str | None:
-    """What stands between two markers, the second of which may be missing; None without the first."""
-    _, first, rest = text.partition(markers[0])
-    return rest.partition(markers[1])[0].strip() if first else None
 
 
 def _answered_by(question: str, gold: str, trajectory: Trajectory, labels: Row) -> Item:

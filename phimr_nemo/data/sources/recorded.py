@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from phimr_nemo.data.sources.cells import ASSISTANT_ROLES, first_present, lookup, merged, turn_text
+from phimr_nemo.data.sources.cells import ASSISTANT_ROLES, first_present, lookup, merged, speaker, turn_text
 from phimr_nemo.data.sources.damage import repair_value
 from phimr_nemo.data.sources.problems import (
     CONVERSATIONS,
-    REPAIRED,
     TEACHER_NAMING,
     IncompleteRow,
     IncompleteRows,
@@ -45,15 +44,21 @@ RESPONSE_COLUMNS: Final = (
     "completion",
     "message_content",
     "output",
+    "model_answer",
 )
+TEXT_KEYS: Final = ("text", "content", "value")
+"""Where a response stands in an object that has none of these columns."""
 NESTED_RESPONSE_COLUMNS: Final = ("solution", *RESPONSE_COLUMNS)
-THINKING_COLUMNS: Final = ("message_thinking", "reasoning_content", "thinking")
-TEACHER_COLUMNS: Final = ("model", "teacher", "generator", "generation_model", "model_name")
+THINKING_COLUMNS: Final = ("message_thinking", "reasoning_content", "thinking", "model_reasoning")
+TEACHER_COLUMNS: Final = ("model", "teacher", "generator", "generation_model", "model_name", "response_model")
 KNOWN_RESPONSE_COLUMNS: Final = (
     *RESPONSE_COLUMNS,
     *("generated_solution", "llm_response", "deepseek_attempt", "gemini_attempt", "thinking_trajectories"),
 )
 """Where published sets have their responses: a column that is not asked for is named, never ignored in silence."""
+# The markers of Sky-T1's prompt, in which Bespoke-Stratos and OpenThoughts are written.
+THOUGHT_MARKERS: Final = ("<|begin_of_thought|>", "<|end_of_thought|>")
+SOLUTION_MARKERS: Final = ("<|begin_of_solution|>", "<|end_of_solution|>")
 NO_TEXT: Final = "response that is null or empty"
 UNNAMED_TEACHER: Final = "recorded"
 TOKENS_UNKNOWN: Final = -1
@@ -120,11 +125,12 @@ def load_recorded_rollouts(
     incomplete = IncompleteRows()
     samples: Counter[tuple[str, str]] = Counter()
     rows: list[Row] = []
-    read = lost = repaired = 0
+    repaired: Counter[str] = Counter()
+    read = lost = 0
     for place, given in all_rows:
         where = f"{path}, {place}"
         row, repairs = repair_value(given)
-        repaired += repairs > 0
+        repaired.update(repairs)
         read += 1
         try:
             problem = problem_of(row, columns, where=where, source=path.name)
@@ -147,7 +153,7 @@ def load_recorded_rollouts(
             rows.append(_rollout(problem, recorded, recorded.response, samples[key]))
             samples[key] += 1
     incomplete.check(read)
-    rare = {f"dropped: {NO_TEXT}": lost, REPAIRED: repaired}
+    rare = {f"dropped: {NO_TEXT}": lost, **repaired}
     counts = {"read": read, "incomplete": incomplete.count, **{name: count for name, count in rare.items() if count}}
     return rows_to_table(rows, "rollouts"), counts
 
@@ -187,8 +193,10 @@ def responses_of(row: Row, response: str | None, teacher: str | None) -> list[Re
         name = str((lookup(row, name_column) if name_column else None) or UNNAMED_TEACHER)
         values = lookup(row, column)
         if _is_conversation(values):
-            return [_recorded(name, turn_text(values, ASSISTANT_ROLES), row)]
-        return [_recorded(name, value, row) for value in (values if isinstance(values, (list, tuple)) else [values])]
+            # A prompt alone lacks nothing.
+            said = [turn for turn in values if isinstance(turn, dict) and speaker(turn) in ASSISTANT_ROLES]
+            return [_recorded(name, turn_text(said, ASSISTANT_ROLES), row)] if said else []
+        return [_listed(name, value, row) for value in (values if isinstance(values, (list, tuple)) else [values])]
     found = []
     for key, nested in row.items():
         if isinstance(nested, dict):
@@ -217,9 +225,32 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
+def _listed(teacher: str, value: Any, row: Row) -> Recorded:
+    """A response of a list, a text or an object that may name its own model."""
+    inner = first_present(value, (*RESPONSE_COLUMNS, *TEXT_KEYS)) if isinstance(value, dict) else None
+    if inner is None:
+        return _recorded(teacher, value, row)
+    own = first_present(value, TEACHER_COLUMNS)
+    return _recorded(str(lookup(value, own)) if own else teacher, lookup(value, inner), value)
+
+
+def think_tagged(text: str) -> str:
+    """The response with think tags in place of the markers of Sky-T1's prompt around thought and solution."""
+    thought, solution = _between(text, THOUGHT_MARKERS), _between(text, SOLUTION_MARKERS)
+    if thought is None or solution is None:
+        return text
+    return with_thinking(thought, solution, gap="\n\n")
+
+
+def _between(text: str, markers: tuple[str, str]) -> str | None:
+    """What stands between two markers, the second of which may be missing; None without the first."""
+    _, first, rest = text.partition(markers[0])
+    return rest.partition(markers[1])[0].strip() if first else None
+
+
 def _recorded(teacher: str, response: Any, row: Row) -> Recorded:
     """A response with the thinking that stands in a column of its own."""
-    text = (response if response.strip() else "") if isinstance(response, str) else None
+    text = (think_tagged(response) if response.strip() else "") if isinstance(response, str) else None
     thinking_column = first_present(row, THINKING_COLUMNS)
     thinking = lookup(row, thinking_column) if thinking_column else None
     if text and isinstance(thinking, str) and thinking.strip():

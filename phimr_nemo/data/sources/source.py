@@ -13,15 +13,16 @@ from typing import Any, Final
 
 from phimr_nemo.config import SourceConfig
 from phimr_nemo.data.sources.cells import first_present, lookup, merged
-from phimr_nemo.data.sources.damage import repair_value
+from phimr_nemo.data.sources.damage import PICTURE, repair_value, shows_picture
 from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import domain_of
 from phimr_nemo.data.sources.presets import PRESETS
 from phimr_nemo.data.sources.problems import (
+    ANSWER_COLUMNS,
     CONVERSATIONS,
     QUESTION_COLUMNS,
-    REPAIRED,
     SAMPLE_ROWS,
+    SOLUTION_COLUMNS,
     SOURCE_NAMING,
     Columns,
     IncompleteRow,
@@ -99,7 +100,19 @@ def layout_of(source: SourceConfig, head: Sequence[tuple[str, Row]]) -> Layout |
         return None
     first = [row for _, row in head]
     whole = merged(first)
-    is_chat = source.response is None and (source.question or first_present(whole, QUESTION_COLUMNS)) in CONVERSATIONS
+    chat = source.question or first_present(whole, QUESTION_COLUMNS)
+    told = source.answer or source.solution or first_present(whole, (*ANSWER_COLUMNS, *SOLUTION_COLUMNS))
+    if chat not in CONVERSATIONS:
+        # Beside a question without an answer, a conversation has the response.
+        chat = None if told else first_present(whole, CONVERSATIONS)
+    is_chat = source.response is None and chat is not None
+    response = chat if is_chat else source.response
+    if response is None and not (told or chat) and (unread := unread_response(whole)):
+        raise UserError(
+            f"source {source.name}: {source.path} tells no answer, and has responses in the column {unread!r}",
+            rule="a source tells answers, or brings responses, which vote where nobody tells one",
+            remedy=f"set response: {unread} in its entry of sources, or name the column of answers: answer: COLUMN",
+        )
     columns = find_columns(
         Path(source.path),
         whole,
@@ -109,7 +122,6 @@ def layout_of(source: SourceConfig, head: Sequence[tuple[str, Row]]) -> Layout |
         solution=source.solution,
         answer_needed=source.response is None and not is_chat,
     )
-    response = columns.question if is_chat else source.response
     if source.response is not None and not any(responses_of(row, source.response, None) for row in first):
         raise missing_column(Path(source.path), f"the response column {source.response!r}", whole, SOURCE_NAMING)
     others = {name: value for name, value in whole.items() if name not in (columns.answer, columns.solution)}
@@ -142,8 +154,10 @@ def items_of(
             yield place, unusable
 
 
-def _noting(item: Item, repairs: int) -> Item:
-    return dataclasses.replace(item, lost=(*item.lost, REPAIRED)) if repairs else item
+def _noting(item: Item, repairs: frozenset[str]) -> Item:
+    """The item with what was repaired of its row, and a picture in its question, which nobody will see."""
+    noted = sorted(repairs) + [PICTURE] * shows_picture(item.question)
+    return dataclasses.replace(item, lost=(*item.lost, *noted)) if noted else item
 
 
 def source_rows(source: SourceConfig) -> Iterator[tuple[str, Row]]:

@@ -12,25 +12,25 @@ from phimr_nemo.data.sources.cells import (
     ASSISTANT_ROLES,
     USER_ROLES,
     answer_text,
+    bare_solution,
     json_value,
     labels_of,
     lookup,
     sequence,
+    speaker,
     turn_text,
 )
 from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import domain_of, origin_difficulty
 from phimr_nemo.data.sources.problems import difficulty_of
 from phimr_nemo.data.sources.rawfiles import Row
-from phimr_nemo.data.sources.readers import DEEPSEEK_R1, NO_ANSWER, NOT_MATHEMATICS, QWQ
+from phimr_nemo.data.sources.readers import DEEPSEEK_R1, MATHEMATICS, NO_ANSWER, NOT_MATHEMATICS, QWQ
 from phimr_nemo.data.sources.recorded import NO_TEXT
 from phimr_nemo.data.sources.wrapping import without_instructions
 from phimr_nemo.text.thinking import CLOSE, with_thinking
 from phimr_nemo.verify.extract import last_box
 
 GEMINI_THINKING: Final = "gemini-2.0-flash-thinking"
-MAX_BARE_SOLUTION_CHARS: Final = 60
-"""s1K's `solution` is a worked solution, or for half of the rows the bare answer."""
 MIXTURE_SOURCES: Final = ("openr1-math", "openr1_math", "numina")
 _KNOWN_COLUMNS: Final = frozenset(
     (
@@ -52,10 +52,14 @@ _RESPONSE_KEYS: Final = ("response", "responses", "completion", "completions", "
 
 
 def am_distilled(row: Row) -> Item:
-    """AM-DeepSeek-R1-Distilled-1.4M: messages, each with an `info` of source, reference answer and test case."""
-    messages = row["messages"]
+    """AM-DeepSeek-R1-Distilled-1.4M and AM-Thinking-v1-Distilled: messages, each with an `info`.
+
+    It holds source, category, reference answer and test case on the user's side, the two parts of the response and
+    in later sets the model's name on the other.
+    """
+    messages = row["messages"] if row.get("messages") is not None else row["conversations"]
     user = _info(messages, USER_ROLES)
-    if user.get("test_case") is not None:
+    if user.get("test_case") is not None or str(user.get("category") or "math").lower() not in MATHEMATICS:
         raise UnusableRow(NOT_MATHEMATICS)
     answer = _info(messages, ASSISTANT_ROLES)
     thought, said = answer_text(answer.get("think_content")), answer_text(answer.get("answer_content"))
@@ -63,11 +67,11 @@ def am_distilled(row: Row) -> Item:
     return _item(
         Item(
             question=without_instructions(turn_text(messages, USER_ROLES)),
-            answer=_gold(user.get("reference_answer")),
+            answer=_gold(user.get("reference_answer")) or _gold(user.get("ground_truth")),
             difficulty=origin_difficulty(user.get("source")),
             labels=labels_of(user, ("source",)),
         ),
-        [(text, DEEPSEEK_R1)],
+        [(text, answer_text(answer.get("model_name")).lower() or DEEPSEEK_R1)],
     )
 
 
@@ -95,7 +99,7 @@ def s1k(row: Row) -> Item:
     if str(row.get("cot_type", "math")).lower() != "math":
         raise UnusableRow(NOT_MATHEMATICS)
     solution = answer_text(row["solution"])
-    answer = last_box(solution) or ("" if len(solution) > MAX_BARE_SOLUTION_CHARS or "\n" in solution else solution)
+    answer = bare_solution(solution)  # it is the bare answer in half of the rows
     traces = [
         ("deepseek_thinking_trajectory", "deepseek_attempt", DEEPSEEK_R1, "deepseek_grade"),
         ("gemini_thinking_trajectory", "gemini_attempt", GEMINI_THINKING, "gemini_grade"),
@@ -219,6 +223,6 @@ def _info(messages: Any, roles: tuple[str, ...]) -> Row:
     infos = [
         turn["info"]
         for turn in sequence(messages)
-        if isinstance(turn, dict) and turn.get("role") in roles and isinstance(turn.get("info"), dict)
+        if isinstance(turn, dict) and speaker(turn) in roles and isinstance(turn.get("info"), dict)
     ]
     return infos[-1] if infos else {}

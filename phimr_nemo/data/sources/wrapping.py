@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from phimr_nemo.text.turn import last_user_turn
+
 MAX_SEGMENTS: Final = 12
 """Sentences of instructions before, or after, a question."""
 MAX_STARTS: Final = 6
@@ -51,7 +53,8 @@ _HOW_TO_ANSWER: Final = re.compile(
             r"(?:please |kindly )?(?:carefully )?(?:solve|answer|consider|complete|work out) "
             r"(?:the following|(?:the|this|these|following)(?: following)?(?: \w+){0,3}? "
             r"(?:problems?|questions?|exercises?|tasks?))"
-            r"(?: (?:step by step|carefully|below|efficiently and clearly|by reasoning))*"
+            r"(?: (?:step by step|carefully|below|efficiently and clearly|by reasoning"
+            r"|(?:with)?in(?:side)? the (?:\w+ )?tags))*"
             rf"(?:,? and (?:{_TELLS}) (?:the|your) {_THING})?\s*[.:!]?",
             r"(?:the )?(?:last|final) line of (?:your|the) (?:response|answer|reply|output) (?:should|must)\b.*",
             r"'?therefore,? the final answer is\b.*",
@@ -62,6 +65,20 @@ _HOW_TO_ANSWER: Final = re.compile(
             r"think (?:step by step|carefully|hard)\b.*",
             r"(?:please )?(?:show|explain) (?:all )?(?:your|the) (?:work|working|reasoning|steps)\b.*",
             r"(?:please )?explain (?:step by step|your reasoning)\b.*",
+            # In whatever language: an empty box, or tags, in a sentence without a number or an equation.
+            rf"(?=[^\W\d_].*{_BOX})(?!.*[\d=+?？]).*",
+            r"(?=[^\W\d_].*</?(?:answer|think)>)(?!.*[\d=+?？]).*",
+            r"['\"](?:the )?(?:final )?answer:",
+            r"\$?\\?(?:boxed)?\{?\w+\}?\$?['\"]? \(without quotes\).*",
+            r"(?:can|could|would|will) you (?:please )?(?:help me )?(?:to )?(?:solve|answer|work out)\b[^?]{0,60}"
+            r"\b(?:it|this|this one|(?:the |this )?(?:problem|question)|(?:the|this) following[^?]{0,30})\s*[?:]",
+            r"(?:i have|here(?: is|'s)|this is|below is|the following is) (?:a|an|the|my|one|your) (?:\w+ ){0,3}?"
+            r"(?:problem|question|task|exercise)(?: (?:for you|to solve|below))?\s*[:.]",
+            r"as an? (?:\w+[ -]){0,4}(?:assistant|mathematician|expert|tutor|solver|teacher)(?: \w+){0,3}, "
+            r"(?:please )?(?:solve|answer|consider)\b[^.:?]{0,60}[.:]",
+            r"think for (?:up to |at most |about |exactly )?[\d,]+ (?:tokens|words)\b.*",
+            r"a conversation between (?:a )?user and (?:an? )?assistant\b.*",
+            r"the (?:user|assistant)\b.{0,40}\b(?:asks a question|thinks about the reasoning process)\b.*",
             r"you are (?:a|an) (?:\w+[ -]){0,4}(?:assistant|mathematician|expert|tutor|solver|teacher)\b.*",
             r"below is an instruction that describes\b.*",
             r"write a response that appropriately completes\b.*",
@@ -75,9 +92,29 @@ _ANSWER_FORMAT: Final = re.compile(
     r"(?!.*\b(?:base|nearest|decimals?|round|percent\w*|terms of|units?|cents|inches|feet|the form|modulo|degrees)\b)"
     rf"(?:(?:please )?(?:{_TELLS}|round|leave|simplify) (?:the|your|all) {_THING}s?\b.*"
     rf"|(?:your|the) {_THING} (?:should|must) be\b.*"
+    rf"|(?:the )?{_THING} (?:is|will be) an? (?:[\w-]+ )?integer (?:between|from|in)\b.*"
     r"|\((?:\w+ ){0,3}answers? (?:in|as|to)\b[^()]{0,80}\))",
     re.IGNORECASE | re.DOTALL,
 )
+# Whole questions within a pair of marks.
+_WITHIN: Final = re.compile(
+    r"\s*(?:<(?P<tag>problem|question|math_problem|query|task|instruction|input|prompt|user|p|div|span)>(?P<tagged>.*)"
+    r"</(?P=tag)>|```\w*\n(?P<fenced>.*)\n```|(?P<bold>\*\*|__)(?P<strong>(?:(?!\*\*|__).)*)(?P=bold)"
+    r"|(?P<quote>[\"“])(?P<quoted>[^\"“”]*)[\"”])\s*",
+    re.IGNORECASE | re.DOTALL,
+)
+_BREAK: Final = re.compile(r"<br\s*/?>", re.IGNORECASE)
+# What turns a model's thinking on or off.
+_SWITCH: Final = re.compile(r"\A\s*(?:/(?:no_)?think|detailed thinking (?:on|off))\s|\s/(?:no_)?think\s*\Z")
+# Where and when it was asked: "(AIME 2024 Problem 3)".
+_ORIGIN: Final = re.compile(
+    r"\s*[(\[（【](?=[^()\[\]（）]{0,80}\b(?:19|20)\d\d\b)(?=[^()\[\]（）]{0,80}[^\W\d_]{3})[^()\[\]$\\=（）]{4,80}[)\]）】]\s*"
+)
+# The question behind the last heading, where examples with their solutions stand before it or an instruction does.
+_LABELLED: Final = re.compile(
+    r"(?:^|\n)[ \t*_#>]*(?:problem|question|q|题目|问题)[*_]*[ \t]*[:：][*_]*[ \t]*(?=\S|\n)", re.IGNORECASE
+)
+_LABELLED_ANSWER: Final = re.compile(r"\n[ \t*_#>]*(?:answer|solution|a|答案|解答?)[*_]*[ \t]*[:：]", re.IGNORECASE)
 _MARKS: Final = r"[*_#>\s\[\](]*"
 _HEADING: Final = re.compile(
     rf"{_MARKS}(?:<\|?(?:im_start|user|begin_of_text|end|system)\|?>\s*(?:user|human)?"
@@ -87,13 +124,17 @@ _HEADING: Final = re.compile(
     re.IGNORECASE,
 )
 _CLOSING: Final = re.compile(
-    r"(?:[*_#>\s]*(?:final |your )?(?:answer|solution|response|assistant|output|a)[*_]*\s*[:：][*_]*"
+    r"(?:[*_#>\s]*(?:final |your )?(?:answer|solution|response|assistant|output|note|important|reminder|a)[*_]*"
+    r"\s*[:：][*_]*"
     r"|\s*<\|?(?:im_end|end|assistant)\|?>)\s*\Z",
     re.IGNORECASE,
 )
 _NUMBERED: Final = re.compile(
     r"(?:[*#]{1,4}\s*)?(?:(?:problem|question|exercise|example|task|ex|q|no|#)\.?\s*#?\s*\d{1,4}(?:\.\d{1,3})?[a-z]?"
     r"[*_]*\s*(?:[.:)\]-]|(?=\s*[(\[])|(?=\n))"
+    r"|(?-i:[AB]\d|[IVX]{1,5})[.、)](?=\s+(?-i:[A-Z(\[$]))|\d{1,3}\*(?=\s+(?-i:[A-Z(\[$]))"
+    r"|(?-i:One|Two|Three|Four|Five|Six|Seven|Eight|Nine|Ten)\s*[,、]\s+(?=(?-i:[A-Z(\[$]))"
+    r"|(?:problem|question|exercise|example)\s+\d{1,4}(?:\.\d{1,3})?(?=\s+(?-i:[A-Z(\[$]))"
     r"|(?:例|第)?\s*\d{1,3}\s*[、.．)](?=\s*\S)(?!\d)|\(\d{1,3}\)(?=\s+[^\W\d_]|\s*\$)|\d{1,3}\.\d{1,3}\.(?=\s))(?:\*\*)?\s*",
     re.IGNORECASE,
 )
@@ -138,14 +179,17 @@ def without_instructions(text: str) -> str:
 
     What it asks for stays: answer formats, numbers and points are taken off by :func:`bare_question` alone.
     """
-    return _stripped(text, (_HOW_TO_ANSWER,))
+    return _stripped(_asked(text), (_HOW_TO_ANSWER,))
 
 
 def bare_question(text: str, wrappers: Wrappers = NO_WRAPPERS) -> str:
     """A question as it is compared: without anything that only stands around it."""
-    bare = _stripped(_without(text, wrappers), (_HOW_TO_ANSWER, _ANSWER_FORMAT))
+    bare = _stripped(_without(_BREAK.sub("\n", _asked(text)), wrappers), (_HOW_TO_ANSWER, _ANSWER_FORMAT))
+    bare = _stripped(_unwrapped(bare), (_HOW_TO_ANSWER, _ANSWER_FORMAT))
     numbered = _NUMBERED.match(bare)
     rest = bare[numbered.end() :] if numbered else bare
+    origin = _ORIGIN.match(rest)
+    rest = rest[origin.end() :] if origin else rest
     points = _POINTS.match(rest)
     # A bracket with a number alone may be a formula, but not after a number of the problem.
     if points and (numbered or _POINTS_AT_END.match(points[0].rstrip())):
@@ -153,6 +197,28 @@ def bare_question(text: str, wrappers: Wrappers = NO_WRAPPERS) -> str:
     at_end = _POINTS_AT_END.search(rest, max(0, len(rest) - MAX_POINTS_CHARS))
     rest = rest[: at_end.start()] if at_end else rest
     return _stripped(rest, (_HOW_TO_ANSWER, _ANSWER_FORMAT)) if _has_words(rest) else bare
+
+
+def _asked(text: str) -> str:
+    """The question of a prompt: the user's turn of a rendered chat, and of that what follows the examples in it."""
+    turn = _SWITCH.sub("", last_user_turn(text)).strip()
+    labels = list(_LABELLED.finditer(turn))
+    if not labels:
+        return turn
+    first = _FIRST_SEGMENT.match(turn.lstrip())
+    instructed = first is not None and _is_wrapping(first[0], (_HOW_TO_ANSWER,))
+    exemplified = len(labels) > 1 and _LABELLED_ANSWER.search(turn, labels[0].end(), labels[-1].start())
+    rest = turn[labels[-1].end() :]
+    return rest if (instructed or exemplified) and _has_words(rest) else turn
+
+
+def _unwrapped(text: str) -> str:
+    """A text without the pair of marks that all of it stands in."""
+    found = _WITHIN.fullmatch(text)
+    inner = (
+        next((found[name] for name in ("tagged", "fenced", "strong", "quoted") if found[name]), "") if found else ""
+    )
+    return inner.strip() if _has_words(inner) else text
 
 
 def _has_words(text: str) -> bool:

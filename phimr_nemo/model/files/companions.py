@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
-
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.data.chat import TEMPLATE_FILE
 from phimr_nemo.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, portable, read_settings
 from phimr_nemo.data.turns import FORMATS
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import CONFIG_FILE, Architecture
+from phimr_nemo.model.fields import is_number
 from phimr_nemo.model.origin import Origin, read_origin
-from phimr_nemo.store.inputs import download_remedy
+from phimr_nemo.store.inputs import download_remedy, is_pointer
 from phimr_nemo.store.links import refuse_links_out
 from phimr_nemo.store.unpacking import MAX_TOKENIZER_BYTES, read_json
+
+if TYPE_CHECKING:
+    import torch
 
 GENERATION_FILE: Final = "generation_config.json"
 MAX_SHOWN: Final = 200
@@ -35,6 +37,14 @@ TOKENIZER_FILES: Final = (
 )
 TEMPLATES: Final = "additional_chat_templates"
 """A directory of named chat templates, in releases of transformers from 4.52 on."""
+SAMPLING: Final[Mapping[str, tuple[str, Callable[[float], bool]]]] = {
+    "temperature": ("a number above 0", lambda value: value > 0),
+    "top_p": ("a number above 0, at most 1", lambda value: 0 < value <= 1),
+    "top_k": ("a whole number, 0 for all tokens", lambda value: value >= 0 and value == int(value)),
+    "min_p": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "repetition_penalty": ("a number above 0", lambda value: value > 0),
+}
+TEXTS: Final = (".jinja", ".json", ".txt")
 LICENCES: Final = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
 INPUT_NAMES: Final = ["input_ids", "attention_mask"]
 """What a model takes; a tokenizer without a class of its own would give token types too."""
@@ -62,8 +72,7 @@ def write_model_files(
     stated = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
     made = read_origin(tokenizer_from) if origin is None else origin
     _write_json(directory / CONFIG_FILE, {**arch.to_hf_config(), **stated, **made.to_config()})
-    refuse_links_out(tokenizer_from)
-    _write_json(directory / GENERATION_FILE, generation_config(arch, tokenizer_from))
+    _write_json(directory / GENERATION_FILE, check_companions(arch, tokenizer_from))
     settings = read_settings(tokenizer_from)
     if settings:
         _write_json(directory / TOKENIZER_CONFIG, tokenizer_settings(settings, arch))
@@ -71,6 +80,30 @@ def write_model_files(
         target = directory / file.relative_to(tokenizer_from)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
+
+
+def check_companions(arch: Architecture, directory: Path) -> dict[str, Any]:
+    """The generation config of :func:`generation_config`, after looking at all that a model hands on.
+
+    Raises:
+        UserError: as there; or a file is a pointer of Git LFS, or a template no UTF-8.
+    """
+    refuse_links_out(directory)
+    for file in _copied(directory):
+        if is_pointer(file):
+            raise UserError(
+                f"{file} is a pointer of Git LFS, not the file itself",
+                rule="a model hands its tokenizer, templates and licence on as they are",
+                remedy=download_remedy(file),
+            )
+        if file.suffix in TEXTS:
+            try:
+                file.read_text("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file} is no UTF-8: {error}", rule="templates are UTF-8 text", remedy=download_remedy(file)
+                ) from error
+    return generation_config(arch, directory)
 
 
 def tokenizer_settings(settings: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
@@ -130,18 +163,46 @@ def _stated_generation(file: Path, arch: Architecture) -> dict[str, Any]:
             rule="generation_config.json says where responses end and how they are sampled",
             remedy=f"{download_remedy(file)}, or delete it",
         ) from error
+    stated = _sampling(file, stated)
+    for name in ("bos_token_id", "pad_token_id"):
+        _check_ids(file, name, [] if stated.get(name) is None else [stated[name]], arch)
     ends = stated.get("eos_token_id")
     if ends is None:
         return {name: value for name, value in stated.items() if name != "eos_token_id"}
     ids = ends if isinstance(ends, list) else [ends]
+    _check_ids(file, "eos_token_id", ids, arch)
+    return {**stated, "eos_token_id": ids}
+
+
+def _check_ids(file: Path, name: str, ids: list[Any], arch: Architecture) -> None:
     wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int)]
     if wrong or any(not 0 <= token < arch.vocab_size for token in ids):
         raise UserError(
-            f"{file}: eos_token_id = {ends!r}",
-            rule=f"end tokens are ids below the model's vocab_size, {arch.vocab_size}",
+            f"{file}: {name} = {ids!r}",
+            rule=f"tokens are ids below the model's vocab_size, {arch.vocab_size}",
             remedy="use the file that belongs to the model, or delete it",
         )
-    return {**stated, "eos_token_id": ids}
+
+
+def _sampling(file: Path, stated: dict[str, Any]) -> dict[str, Any]:
+    """A generation config whose sampling settings transformers takes; what other engines write for "off" is its own.
+
+    Raises:
+        UserError: a setting that means nothing.
+    """
+    if stated.get("top_k") == -1:
+        stated = {**stated, "top_k": 0}
+    if stated.get("temperature") == 0 and not isinstance(stated["temperature"], bool):
+        stated = {name: value for name, value in stated.items() if name not in SAMPLING} | {"do_sample": False}
+    for name, (rule, is_right) in SAMPLING.items():
+        value = stated.get(name)
+        if value is not None and not (is_number(value) and is_right(value)):
+            raise UserError(
+                f"{file}: {name} = {value!r}",
+                rule=f"{name} is {rule}",
+                remedy="use the file that belongs to the model, or delete it",
+            )
+    return stated
 
 
 def _ends_in_config(directory: Path, arch: Architecture) -> list[int]:

@@ -43,6 +43,12 @@ PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 COMPARED_ROWS: Final = 4096
 ADAPTED: Final = "base_model."
 """How PEFT's names begin."""
+VALUE_HEADS: Final = ("v_head.", "value_head.", "score.")
+QUANTISED: Final = (
+    *("_scale", "_scale_inv", "_packed", ".qweight", ".qzeros", ".scales", ".absmax", "_nf4", "_fp4", ".SCB"),
+)
+"""How the names of tensors end that quantised weights are kept in."""
+TO_BFLOAT16: Final = "convert the weights to bfloat16 first"
 DEFAULT_SHARD_BYTES: Final = 4 * 2**30
 HASH_DIGEST_BYTES: Final = 16
 MAX_INDEX_BYTES: Final = 16 << 20
@@ -71,6 +77,7 @@ class HFDirectory:
         refuse_links_out(self.path)
         self.architecture = Architecture.from_directory(self.path)
         self._files = {name: file for name, file in _weight_files(self.path).items() if not is_derived(name)}
+        self._stored: dict[str, str] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._places: dict[str, int] = {}
         self._check_tensors()
@@ -102,11 +109,12 @@ class HFDirectory:
             UserError: as ``read``.
         """
         # Opened anew each time: a mapping that stays open keeps every page it ever read in memory.
+        stored = self._stored.get(name, name)
         with _opened(self._files[name]) as file:
             if ranges is None:
-                tensor: Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(stored)
             else:
-                view = file.get_slice(name)
+                view = file.get_slice(stored)
                 parts = [view[a:b] if axis == 0 else view[:, a:b] for a, b in ranges]
                 tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
         if not is_finite(tensor):
@@ -153,15 +161,19 @@ class HFDirectory:
 
     def _check_tensors(self) -> None:
         expected = tensor_shapes(self.architecture)
-        if self.architecture.tie_word_embeddings and self._files.keys() >= {EMBEDDING, HEAD}:
-            _check_tied_head(self._files[EMBEDDING], self._files.pop(HEAD))
+        if self.architecture.tie_word_embeddings and HEAD in self._files:
+            if EMBEDDING in self._files:
+                _check_tied_head(self._files[EMBEDDING], self._files.pop(HEAD))
+            else:
+                # Of two names of one tensor safetensors may keep either.
+                self._files[EMBEDDING], self._stored[EMBEDDING] = self._files.pop(HEAD), HEAD
         missing, extra = sorted(expected.keys() - self._files), sorted(self._files.keys() - expected)
         if missing or extra:
             raise UserError(
                 f"{self.path}: {len(missing)} tensors missing {_some(missing)}, "
                 f"{len(extra)} left over {_some(extra)}",
                 rule=f"exactly the {len(expected)} tensors of the architecture in {CONFIG_FILE}",
-                remedy=_misfit_remedy(extra),
+                remedy=_misfit_remedy(missing, extra),
             )
         by_file: dict[Path, list[str]] = {}
         for name, file in self._files.items():
@@ -170,8 +182,11 @@ class HFDirectory:
             with _opened(file) as handle:
                 present = set(handle.keys())
                 for name in names:
-                    self._dtypes[name] = _check_tensor(handle, present, file, name, expected[name])
-            self._places |= tensor_places(file)
+                    stored = self._stored.get(name, name)
+                    self._dtypes[name] = _check_tensor(handle, present, file, stored, expected[name])
+            # Another shard may hold a tensor of the same name, which the index does not mean.
+            places = tensor_places(file)
+            self._places |= {name: places[self._stored.get(name, name)] for name in names}
 
 
 def _check_tied_head(embedding_file: Path, head_file: Path) -> None:
@@ -199,8 +214,20 @@ def _check_tied_head(embedding_file: Path, head_file: Path) -> None:
     )
 
 
-def _misfit_remedy(extra: Sequence[str]) -> str:
+def _misfit_remedy(missing: Sequence[str], extra: Sequence[str]) -> str:
     """What to do with tensors of other names than the architecture's."""
+    if any(name.endswith(QUANTISED) for name in extra):
+        return f"{TO_BFLOAT16}: in transformers model.dequantize(), or take the repository that is not quantised"
+    if missing == [HEAD] and not extra:
+        return f'if its embedding is its output layer, write "tie_word_embeddings": true into {CONFIG_FILE}'
+    outer = next((name for name in extra if name.endswith(EMBEDDING.removeprefix("model."))), None)
+    if outer is not None and EMBEDDING in missing and not outer.startswith(ADAPTED):
+        return (
+            f"save the causal language model itself ({outer} would be {EMBEDDING}): without the module around it, as "
+            "accelerator.unwrap_model(model).save_pretrained(...) does, and opened by AutoModelForCausalLM"
+        )
+    if extra and not missing and all(name.startswith(VALUE_HEADS) for name in extra):
+        return "save the policy without its value head: in TRL model.pretrained_model.save_pretrained(...)"
     if any(name.startswith(ADAPTED) for name in extra):
         return "merge the adapter into its base and save that: in PEFT model.merge_and_unload().save_pretrained(...)"
     if any(name.endswith((".q_proj.weight", ".qkv_proj.weight")) for name in extra):
@@ -232,7 +259,7 @@ def _check_tensor(handle: Any, present: set[str], file: Path, name: str, shape: 
     raise UserError(
         f"tensor {name} in {file} has dtype {header.get_dtype()}",
         rule=f"weights are {', '.join(DTYPES.values())}",
-        remedy="convert quantised weights to bfloat16 first",
+        remedy=TO_BFLOAT16,
     )
 
 
@@ -338,7 +365,7 @@ def _indexed_files(path: Path, index: Path) -> dict[str, Path]:
         raise UserError(
             f"{index} is no safetensors index: {str(error)[:MAX_SHOWN]!r}",
             rule="the index is a JSON object with a weight_map from tensor to file name",
-            remedy="download the file again",
+            remedy=download_remedy(index),
         ) from error
     for shard in sorted(set(files.values())):
         # A name with a directory in it could point anywhere on this machine.
