@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from phimr_nemo.config import BaseConfig, ServerEngine, load_config
 from phimr_nemo.generate.local.engine import LocalSampler
-from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
-from phimr_nemo.generate.serving import servers
+from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams, Unfinished
+from phimr_nemo.generate.serving import replies
 from phimr_nemo.generate.serving.replies import Wanted
 from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.generate.serving.weights import IDENTITY, LOGPROBS, tokenizer_hash
@@ -34,6 +35,8 @@ Syncs = list[list[dict[str, Any]]]
 SYNCS, TEMPERATURE, MAX_LENGTH = 10, 0.8, 64
 BOUND = 5e-5
 """Largest difference of a log-probability between vLLM and transformers, both in float32."""
+INTERRUPTIONS = range(2, SYNCS, 2)
+"""Versions of the weights; so often it is tried to interrupt while a response is under way."""
 ANSWERS = 5
 """After so many responses the server is killed."""
 POLICY = "long_when_max_length_exceeds_original"
@@ -187,6 +190,53 @@ def test_a_tied_head_that_keeps_its_packing_is_seen(
     assert min(differences) > 100 * BOUND
 
 
+def interrupted_and_continued(sampler: ServerSampler, model: Path) -> None:
+    """vLLM gives what there is of aborted responses, each token of which is of the weights that it says."""
+    asked = [Request(f"{number}/3", (1, 2, 3 + number), number) for number in range(12)]
+    params = SamplingParams(1.0, 1.0, 50)
+    for first in INTERRUPTIONS:
+        found: dict[str, Completion] = {}
+        interrupted = threading.Event()
+
+        def done(completion: Completion, found: Any = found, interrupted: Any = interrupted) -> None:
+            found[completion.request_id] = completion
+            interrupted.set()
+
+        sampler.update_weights(weights_of(model, first).items(), first)
+        left = sampler.sample_until(interrupted, [(request, params) for request in asked], done, 4)
+        sampler.update_weights(weights_of(model, first + 1).items(), first + 1)
+        assert sampler.sample_until(threading.Event(), [(request, params) for request in left], done, 4) == []
+        begun = {request.id: len(request.begun.token_ids) for request in left if request.begun.token_ids}
+        if begun:
+            break
+    assert begun, "nothing was ever under way when the interruption came"
+    assert sampler.counts["removed"] == 0
+    old, new = (weights_of(model, version) for version in (first, first + 1))
+    for request in asked:
+        completion, count = found[request.id], begun.get(request.id, 0)
+        if count:
+            assert completion.versions == (first,) * count + (first + 1,) * (len(completion.token_ids) - count)
+            by_old, by_new = (forced(model, weights, request, completion) for weights in (old, new))
+            assert completion.logprobs == pytest.approx([*by_old[:count], *by_new[count:]], abs=BOUND)
+
+
+def forced(model: Path, weights: dict[str, Tensor], request: Request, completion: Completion) -> list[float]:
+    """Log-probabilities of a response's tokens by some weights, by the built-in engine."""
+    sampler = LocalSampler(
+        HFDirectory(model).architecture,
+        weights.items(),
+        stop_token_ids=[0],
+        max_batch=1,
+        longrope_policy="long_when_max_length_exceeds_original",
+        max_length=MAX_LENGTH,
+    )
+    assert sampler._decoder is not None
+    places = [request.prompt_ids + completion.token_ids[:place] for place in range(len(completion.token_ids))]
+    _, logits = sampler._decoder.prefill(places)
+    scores = logits.float().log_softmax(-1)
+    return scores.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].tolist()
+
+
 def test_a_served_model_is_synced_and_killed_in_the_middle(
     model: Path, tmp_path: Path, vllm_python: Path, vllm_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,14 +293,15 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
                 (c.token_ids, c.finish_reason) for c in expected
             ]
             assert {completion.version for completion in found} == {version}
-        read, answers = servers.read_completion, itertools.count(1)
+        interrupted_and_continued(sampler, model)
+        read, answers = replies.read_reply, itertools.count(1)
 
-        def killing(*arguments: Any, **named: Any) -> Completion:
+        def killing(*arguments: Any, **named: Any) -> Completion | Partial:
             if next(answers) == ANSWERS:
                 os.killpg(group, signal.SIGKILL)
             return read(*arguments, **named)
 
-        monkeypatch.setattr(servers, "read_completion", killing)
+        monkeypatch.setattr(replies, "read_reply", killing)
         many = [Request(f"{number}/1", (1, 2, 3), number) for number in range(100)]
         with pytest.raises(Unfinished) as caught:
             sampler.sample(many, SamplingParams(1.0, 1.0, 60))
