@@ -33,6 +33,8 @@ pytestmark = pytest.mark.slow
 
 Syncs = list[list[dict[str, Any]]]
 SYNCS, TEMPERATURE, MAX_LENGTH = 10, 0.8, 64
+LONG = 600
+"""Of sequences that take long enough to be interrupted in the middle."""
 BOUND = 5e-5
 """Largest difference of a log-probability between vLLM and transformers, both in float32."""
 INTERRUPTIONS = range(2, SYNCS, 2)
@@ -193,7 +195,7 @@ def test_a_tied_head_that_keeps_its_packing_is_seen(
 def interrupted_and_continued(sampler: ServerSampler, model: Path) -> None:
     """vLLM gives what there is of aborted responses, each token of which is of the weights that it says."""
     asked = [Request(f"{number}/3", (1, 2, 3 + number), number) for number in range(12)]
-    params = SamplingParams(1.0, 1.0, 50)
+    params = SamplingParams(1.0, 1.0, LONG - 20)
     for first in INTERRUPTIONS:
         found: dict[str, Completion] = {}
         interrupted = threading.Event()
@@ -211,30 +213,24 @@ def interrupted_and_continued(sampler: ServerSampler, model: Path) -> None:
             break
     assert begun, "nothing was ever under way when the interruption came"
     assert sampler.counts["removed"] == 0
-    old, new = (weights_of(model, version) for version in (first, first + 1))
     for request in asked:
         completion, count = found[request.id], begun.get(request.id, 0)
         if count:
             assert completion.versions == (first,) * count + (first + 1,) * (len(completion.token_ids) - count)
-            by_old, by_new = (forced(model, weights, request, completion) for weights in (old, new))
+            by_old, by_new = (forced(model, version, request, completion) for version in (first, first + 1))
             assert completion.logprobs == pytest.approx([*by_old[:count], *by_new[count:]], abs=BOUND)
 
 
-def forced(model: Path, weights: dict[str, Tensor], request: Request, completion: Completion) -> list[float]:
-    """Log-probabilities of a response's tokens by some weights, by the built-in engine."""
-    sampler = LocalSampler(
-        HFDirectory(model).architecture,
-        weights.items(),
-        stop_token_ids=[0],
-        max_batch=1,
-        longrope_policy="long_when_max_length_exceeds_original",
-        max_length=MAX_LENGTH,
-    )
-    assert sampler._decoder is not None
-    places = [request.prompt_ids + completion.token_ids[:place] for place in range(len(completion.token_ids))]
-    _, logits = sampler._decoder.prefill(places)
-    scores = logits.float().log_softmax(-1)
-    return scores.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].tolist()
+def forced(model: Path, version: int, request: Request, completion: Completion) -> list[float]:
+    """Log-probabilities of a response's tokens by the weights of a version, by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32, attn_implementation="eager")
+    reference.load_state_dict(weights_of(model, version), strict=False)
+    tokens = list(completion.token_ids)
+    scores = logits_after(reference, list(request.prompt_ids), tokens).log_softmax(-1)
+    own: list[float] = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    return own
 
 
 def test_a_served_model_is_synced_and_killed_in_the_middle(
@@ -246,7 +242,7 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
     wanted = Wanted(
         HFDirectory(model).weights_hash(),
         tokenizer_hash(model),
-        MAX_LENGTH,
+        LONG,
         architecture.original_max_position_embeddings,
         POLICY,
         architecture.vocab_size,
@@ -254,7 +250,7 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
     )
     asked = [Request(f"{number}/0", tuple(range(1, 3 + number)), number) for number in range(12)]
     variables = {**vllm_variables, "PHIMR_TEST_KEY": "secret"}
-    options = ["--max-length", str(MAX_LENGTH), "--eager", "--dtype", "fp32", "--max-batch", "4"]
+    options = ["--max-length", str(LONG), "--eager", "--dtype", "fp32", "--max-batch", "4"]
     options += ["--api-key-env", "PHIMR_TEST_KEY"]
     with served(vllm_python, variables, model, tmp_path / "server.log", *options) as (url, group):
         for path in (IDENTITY, "/invocations", "/metrics", "/ping", "/collective_rpc"):
