@@ -148,7 +148,7 @@ def check_grpo(config: GRPOConfig, target: str) -> None:
     if config.grader is not None:
         raise refused(f"grader={config.grader}", target, "grader=null")
     if config.ahead:
-        raise refused("ahead=1", target, "ahead=0")
+        raise refused(f"ahead={config.ahead}", target, "ahead=0")
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:

@@ -127,6 +127,8 @@ GRPO: Final = (
     Counterpart("engine.", "translated", "policy.generation", "vLLM beside the trainer, whatever samples here"),
     Counterpart("ahead", "none", "", "refused unless 0"),
     Counterpart("stale", "none", "", "of responses sampled ahead alone"),
+    Counterpart("partial_rollouts", "none", "", "of responses sampled ahead alone"),
+    Counterpart("max_concurrent_rollouts", "none", "", "of responses sampled ahead alone"),
     Counterpart("overlong.", "translated", "grpo.overlong_filtering", "the soft penalty is refused"),
     Counterpart("reward.correct", "translated", "grpo.reward_scaling.target_max"),
     Counterpart("reward.wrong", "translated", "grpo.reward_scaling.target_min"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.records import FinishReason
@@ -52,18 +53,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One response to sample.
+class Partial:
+    """What there is of a response whose sampling was interrupted; all three are of one length.
 
     Attributes:
-        id: the caller's name for it, unique within a call.
-        prompt_ids: the prompt's token ids, at least one.
-        seed: non-negative, below 2^63; with the weights it determines the response.
+        token_ids: its tokens so far; none of them ends it.
+        logprobs: of each, as in a :class:`Completion`.
+        versions: of the weights that sampled each.
     """
 
-    id: str
-    prompt_ids: tuple[int, ...]
-    seed: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    versions: tuple[int, ...] = ()
+
+
+NOTHING: Final = Partial()
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,65 @@ class Completion:
         token_ids: the response's tokens; the last is the stop token when `finish_reason` is "stop".
         logprobs: natural log-probability of each token under softmax(logits / temperature) over the *whole*
             vocabulary, also when top_p < 1 (this is what the trainer computes, so the two can be compared);
-            at temperature 0 it is that of softmax(logits). Empty from an engine that only writes text.
+            at temperature 0 it is that of softmax(logits). Of the weights that sampled it, whatever came after them.
+            Empty from an engine that only writes text.
         finish_reason: "stop" at a stop token, "length" at the limit.
-        version: of the weights that made it, of its oldest token if there were several; None from an engine that
-            does not say, whose responses come from the weights it has.
+        versions: of the weights that sampled each token; empty from an engine that does not say, whose responses come
+            from the weights it has.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
-    version: int | None = None
+    versions: tuple[int, ...] = ()
+
+    @property
+    def version(self) -> int | None:
+        """Of its oldest token; None where it is not known."""
+        return min(self.versions, default=None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample.
+
+    Attributes:
+        id: the caller's name for it, unique within a call.
+        prompt_ids: the prompt's token ids, at least one.
+        seed: non-negative, below 2^63; with the weights it determines the response.
+        begun: what was sampled of the response before; it is continued, and its tokens count for the limit.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+    begun: Partial = NOTHING
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """What stands before the next token."""
+        return self.prompt_ids + self.begun.token_ids
+
+    def whole(self, rest: Completion) -> Completion:
+        """The response whose end is `rest`."""
+        begun = self.begun
+        return replace(
+            rest,
+            token_ids=begun.token_ids + rest.token_ids,
+            logprobs=begun.logprobs + rest.logprobs,
+            versions=begun.versions + rest.versions,
+        )
+
+    def further(self, more: Partial) -> Request:
+        """The request for what is left of the response when `more` of it was sampled."""
+        begun = self.begun
+        return replace(
+            self,
+            begun=Partial(
+                begun.token_ids + more.token_ids, begun.logprobs + more.logprobs, begun.versions + more.versions
+            ),
+        )
 
 
 class Unfinished(Exception):
@@ -135,5 +187,34 @@ class Sampler(Engine, Protocol):
 
         Raises:
             UserError: a tensor is missing, unknown, repeated or of another shape.
+        """
+        ...
+
+
+@runtime_checkable
+class InterruptibleSampler(Sampler, Protocol):
+    """A sampler that can be interrupted, and continues responses with the weights that it has then."""
+
+    def sample_until(
+        self,
+        interrupted: threading.Event,
+        asked: Sequence[tuple[Request, SamplingParams]],
+        done: Callable[[Completion], None],
+        at_most: int,
+    ) -> list[Request]:
+        """Sample, the first requests first, until all is done or an event comes.
+
+        Args:
+            interrupted: when it is set, what is under way ends with the tokens that it has.
+            asked: requests, and how the tokens of each are drawn; ids are unique in the call.
+            done: takes each response as soon as it is whole.
+            at_most: requests under way at once.
+
+        Returns:
+            The requests without a response, with what there is of theirs: those that were interrupted, had not begun,
+            or were lost with an engine outside this process.
+
+        Raises:
+            UserError: as `sample`.
         """
         ...

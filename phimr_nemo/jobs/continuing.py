@@ -2,7 +2,7 @@
 steps, another learning rate, another weight.
 
 The new run begins with what the old one had at that step: its checkpoint, its metrics up to there, DPO's reference,
-GRPO's round ahead. The old run is only read. Needs no torch.
+GRPO's rounds ahead. The old run is only read. Needs no torch.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from phimr_nemo.generate.local.engine import LocalSampler
-from phimr_nemo.generate.sampler import Request, SamplingParams
+from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams
 from phimr_nemo.generate.serving.weights import (
+    ABORT,
     BEGIN,
     BUCKET,
     FINISH,
@@ -37,6 +38,17 @@ from phimr_nemo.model.files.hf import HFDirectory
 from phimr_nemo.model.table import tensor_shapes
 
 CONFLICT, UNAUTHORIZED, UNAVAILABLE = 409, 401, 503
+
+
+class Aborted(threading.Event):
+    """Is set as soon as a server has aborted what it was asked before."""
+
+    def __init__(self, server: RolloutServer) -> None:
+        super().__init__()
+        self._server, self._before = server, server.aborts
+
+    def is_set(self) -> bool:
+        return self._server.aborts > self._before
 
 
 class Gone(Exception):
@@ -64,6 +76,7 @@ class RolloutServer:
 
     Attributes:
         answered: responses sent.
+        aborts: how often it was told to abort.
         die_after: responses that it sends before it is gone; later requests are cut off.
         hang: while set, requests wait.
         lost: a tensor whose new values are thrown away.
@@ -78,7 +91,7 @@ class RolloutServer:
         self._sampler = self._new_sampler()
         self._lock, self._dying = threading.Lock(), threading.Lock()
         self.version = UNSYNCED
-        self.answered = 0
+        self.answered = self.aborts = 0
         self.die_after: int | None = None
         self.hang = threading.Event()
         self.lost: str | None = None
@@ -123,7 +136,10 @@ class RolloutServer:
         try:
             if path == BEGIN:
                 self.version = INCOMPLETE
+                self.aborts += 1
                 self._arrivals.restart()
+            elif path == ABORT:
+                self.aborts += 1
             elif path == BUCKET:
                 self._load(body)
             elif path == FINISH:
@@ -150,24 +166,25 @@ class RolloutServer:
             self._tensors |= {name: tensor for name, tensor in load_file(path).items() if name != self.lost}
 
     def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        params, label = body["sampling_params"], self.version
+        params, label, aborted = body["sampling_params"], self.version, Aborted(self)
         with self._lock:
             if self.die_after is not None and self.answered >= self.die_after:
                 raise Gone
             sampler = self._sampler
             sampler._stop = sampler._stop.new_tensor(sorted(params["stop_token_ids"]))
-            (completion,) = sampler.sample(
-                [Request("r", tuple(body["token_ids"]), params["seed"])],
-                SamplingParams(params["temperature"], 1.0, params["max_tokens"]),
-            )
-            self.answered += 1
-        pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+            request = Request("r", tuple(body["token_ids"]), params["seed"])
+            drawn = SamplingParams(params["temperature"], 1.0, params["max_tokens"])
+            whole: list[Completion] = []
+            left = sampler.sample_until(aborted, [(request, drawn)], whole.append, 1)
+            self.answered += len(whole)
+        found: Completion | Partial = left[0].begun if left else whole[0]
+        pairs, count = zip(found.token_ids, found.logprobs, strict=True), len(found.token_ids)
         choice = {
             "index": 0,
-            "token_ids": list(completion.token_ids),
+            "token_ids": list(found.token_ids),
             "logprobs": {"content": [{"token_id": token, "logprob": value} for token, value in pairs]},
-            "finish_reason": completion.finish_reason,
-            "weight_versions": [{"version": self.label(label), "start": 0, "end": len(completion.token_ids)}],
+            "finish_reason": "abort" if left else whole[0].finish_reason,
+            "weight_versions": [{"version": self.label(label), "start": 0, "end": count}] if count else [],
         }
         return {"request_id": "r", "choices": [choice]}
 

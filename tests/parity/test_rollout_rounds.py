@@ -122,6 +122,34 @@ def test_a_resume_without_the_round_ahead_is_seen(root: Path) -> None:
     assert weights_differ_by(root / "grpo-forgot", root / "grpo-ahead") > 0.0
 
 
+def test_two_rounds_ahead_are_sampled_in_blocks_and_survive_a_stop(root: Path) -> None:
+    """Stopped after the second step: one round of a block is trained on, and the other one saved."""
+    two = ("ahead=2", *AHEAD[1:], "rebalance.refill_rounds=1", "rebalance.drop_above=0.6")
+    run_distributed(run_case, 1, make_case(root, "grpo-two", "grpo", *two))
+    run_distributed(run_case, 1, make_case(root, "grpo-two-resumed", "grpo", *two, stop=STOP))
+    run_distributed(run_case, 1, make_case(root, "grpo-two-resumed", "grpo", *two))
+    rows = curve(root / "grpo-two")
+    assert [row["staleness_max"] for row in rows] == [0.0, 1.0, 2.0, 1.0]
+    # What takes the place of dropped prompts is sampled by the weights of the step itself.
+    assert [row["stale_tokens"] == 1.0 for row in rows[1:]] == [row["refills"] == 0 for row in rows[1:]]
+    assert any(row["refills"] for row in rows[1:])
+    assert [row["partial_rollouts"] for row in rows] == [0.0] * STEPS
+    assert curve(root / "grpo-two-resumed") == rows
+    assert weights_differ_by(root / "grpo-two-resumed", root / "grpo-two") == 0.0
+
+
+def test_responses_on_servers_are_interrupted_and_continued_while_two_processes_train(root: Path) -> None:
+    continued = ("ahead=2", *AHEAD[1:], "partial_rollouts=continue", "max_concurrent_rollouts=6")
+    with server(root) as first:
+        run_distributed(run_case, 2, make_case(root, "grpo-cut", "grpo", DP2, *continued, *over(first)))
+        assert first.aborts > 0
+    rows = curve(root / "grpo-cut")
+    assert all(row["staleness_max"] <= 2 and row["lost_groups"] == 0 for row in rows)
+    assert rows[0]["staleness"] == rows[0]["partial_rollouts"] == 0.0
+    assert all(row["staleness"] > 0.0 for row in rows[1:])
+    assert rows[-1]["sampler_removed"] == 0.0
+
+
 @pytest.mark.parametrize("change", ["ahead=1", "stale=keep"])
 def test_older_weights_want_a_correction(change: str, root: Path) -> None:
     with pytest.raises(RanksFailed, match=f"{change} with correction.kind=none"):

@@ -18,8 +18,8 @@ from phimr_nemo.config import BaseConfig, ServerEngine, Stale, load_config
 from phimr_nemo.endpoint.wire import Transient
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local.engine import LocalSampler
-from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
-from phimr_nemo.generate.serving.replies import Wanted, check_identity, read_completion
+from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams, Unfinished
+from phimr_nemo.generate.serving.replies import Wanted, check_identity, read_reply
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.generate.serving.weights import (
@@ -381,17 +381,32 @@ def reply(**changes: Any) -> dict[str, Any]:
         "token_ids": [3, 4],
         "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1.5}]},
         "finish_reason": "stop",
-        "weight_versions": [{"version": f"{RUN}-7"}],
+        "weight_versions": [span(f"{RUN}-7", 0, 2)],
     }
     return {"choices": [{**choice, **changes}]}
 
 
+def span(version: str, start: int, end: int) -> dict[str, Any]:
+    return {"version": version, "start": start, "end": end}
+
+
 def test_a_reply_is_read() -> None:
-    assert read_completion("r", reply(), run=RUN, vocab_size=8) == Completion("r", (3, 4), (-0.5, -1.5), "stop", 7)
-    mixed = reply(weight_versions=[{"version": f"{RUN}-7"}, {"version": f"{RUN}-8"}])
-    assert read_completion("r", mixed, run=RUN, vocab_size=8).version == 7
-    foreign = reply(weight_versions=[{"version": f"{RUN}-7"}, {"version": "x-8"}])
-    assert read_completion("r", foreign, run=RUN, vocab_size=8).version is None
+    assert read_reply("r", reply(), run=RUN, vocab_size=8) == Completion("r", (3, 4), (-0.5, -1.5), "stop", (7, 7))
+    mixed = reply(weight_versions=[span(f"{RUN}-8", 0, 1), span(f"{RUN}-7", 1, 2)])
+    found = read_reply("r", mixed, run=RUN, vocab_size=8)
+    assert isinstance(found, Completion)
+    assert (found.versions, found.version) == ((8, 7), 7)
+    foreign = reply(weight_versions=[span(f"{RUN}-7", 0, 1), span("x-8", 1, 2)])
+    assert read_reply("r", foreign, run=RUN, vocab_size=8) == replace(found, versions=())
+
+
+def test_what_there_is_of_an_aborted_response_is_read() -> None:
+    aborted = reply(finish_reason="abort")
+    assert read_reply("r", aborted, run=RUN, vocab_size=8) == Partial((3, 4), (-0.5, -1.5), (7, 7))
+    nothing = reply(finish_reason="abort", token_ids=[], logprobs={"content": []}, weight_versions=[])
+    assert read_reply("r", nothing, run=RUN, vocab_size=8) == Partial()
+    foreign = reply(finish_reason="abort", weight_versions=[span("x-8", 0, 2)])
+    assert read_reply("r", foreign, run=RUN, vocab_size=8) == Partial()
 
 
 @pytest.mark.parametrize(
@@ -408,13 +423,15 @@ def test_a_reply_is_read() -> None:
         reply(logprobs=None),
         reply(logprobs={"content": [{"logprob": float("nan")}, {"logprob": -1.0}]}),
         reply(logprobs={"content": [{"logprob": 0.5}, {"logprob": -1.0}]}),
-        reply(finish_reason="abort"),
+        reply(finish_reason="cancelled"),
+        reply(weight_versions=[span(f"{RUN}-7", 0, 1)]),
+        reply(weight_versions=[span(f"{RUN}-7", 0, 1), span(f"{RUN}-8", 0, 2)]),
         reply(weight_versions=None),
     ],
 )
 def test_garbage_is_asked_for_again(value: dict[str, Any]) -> None:
     with pytest.raises(Transient):
-        read_completion("r", value, run=RUN, vocab_size=8)
+        read_reply("r", value, run=RUN, vocab_size=8)
 
 
 def test_buckets_hold_what_fits() -> None:

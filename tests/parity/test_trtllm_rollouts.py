@@ -44,9 +44,10 @@ from torch import Tensor
 
 from phimr_nemo.config import GRPOConfig, load_config
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
-from phimr_nemo.generate.serving import servers
+from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams
+from phimr_nemo.generate.serving import replies
 from phimr_nemo.generate.serving.replies import Wanted, check_identity
+from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.generate.serving.trtllm_engine import free_port
 from phimr_nemo.generate.serving.trtllm_server import RESTARTS, new_root
 from phimr_nemo.generate.serving.weights import (
@@ -218,7 +219,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHIMR_TEST_KEY", KEY)
 
 
-def sampler(front: Front, wanted: Wanted, **changes: Any) -> servers.ServerSampler:
+def sampler(front: Front, wanted: Wanted, **changes: Any) -> ServerSampler:
     kept = {"request_seconds": START_SECONDS, "recovery_seconds": START_SECONDS, "api_key_env": "PHIMR_TEST_KEY"}
     return sampler_of(settings([front.url], kind="trtllm_server", **{**kept, **changes}), wanted, stop=STOP)
 
@@ -280,10 +281,10 @@ def test_an_engine_that_is_killed_in_a_round_comes_back_and_the_round_is_whole(
     weights, asked = changed(base, 2), requests(30)
     client = sampler(front, wanted)
     client.update_weights(weights.items(), 2)
-    killed, read = front.engine(), servers.read_completion
+    killed, read = front.engine(), replies.read_reply
     answers: list[int] = []
 
-    def killing(*arguments: Any, **named: Any) -> Completion:
+    def killing(*arguments: Any, **named: Any) -> Completion | Partial:
         answers.append(1)
         if len(answers) == 5:
             os.kill(killed, signal.SIGKILL)
@@ -291,7 +292,7 @@ def test_an_engine_that_is_killed_in_a_round_comes_back_and_the_round_is_whole(
             assert front.ask("GET", IDENTITY).status_code == UNAVAILABLE
         return read(*arguments, **named)
 
-    monkeypatch.setattr(servers, "read_completion", killing)
+    monkeypatch.setattr(replies, "read_reply", killing)
     found = client.sample(asked, PARAMS)
     assert difference(found, ours(model, weights, asked)) < ROUNDING
     assert {completion.version for completion in found} == {2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig, GRPOConfig, ParallelConfig, load_config
 from phimr_nemo.data.rows.batches import Row, collate_packed, collate_padded
 from phimr_nemo.generate.local.engine import LocalSampler
-from phimr_nemo.generate.sampler import Request, SamplingParams
+from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.losses import IGNORED_LABEL, token_logprobs
 from phimr_nemo.losses.logprobs import token_logprobs_and_entropy
 from phimr_nemo.model.files.hf import HFDirectory
@@ -177,9 +178,11 @@ def _sampler_case(directory: str) -> Callable[[torch.device], list[Tensor]]:
         requests = [Request(f"{i}", tuple(range(1, 4 + i)), seed=i) for i in range(3)]
         params = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=5)
         # Tensors of the inference mode cannot be wrapped.
-        done = LocalSampler.sample.__wrapped__(sampler, requests, params)
+        done: list[Completion] = []
+        LocalSampler._sample.__wrapped__(sampler, requests, params, threading.Event(), done.append, 2)
         sampler.close()
-        return [torch.tensor([*one.token_ids, *one.logprobs]) for one in done]
+        in_order = sorted(done, key=lambda completion: completion.request_id)
+        return [torch.tensor([*one.token_ids, *one.logprobs]) for one in in_order]
 
     return run
 

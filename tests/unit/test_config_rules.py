@@ -51,6 +51,7 @@ def first_remedy(error: UserError) -> list[str]:
     return found
 
 
+CORRECTED = "correction.kind=truncated correction.cap=2"
 SERVED: Final = (
     "teacher.kind=server teacher.tokenizer=t teacher.endpoint.base_urls=[http://h:1/v1] teacher.endpoint.model=m "
     "teacher.endpoint.concurrency=1 teacher.endpoint.idle_seconds=1 teacher.endpoint.total_seconds=1 "
@@ -67,6 +68,25 @@ CASES: Final = [
     ("grpo", "temperature.end=0", "temperature.end=0"),
     ("grpo", "temperature.fraction=1.5", "temperature.fraction=1.5"),
     ("grpo", "ahead=1", "ahead=1 with correction.kind=none"),
+    ("grpo", "ahead=3", "ahead=3 with correction.kind=none"),
+    ("grpo", f"ahead=9 {CORRECTED}", "ahead=9"),
+    ("grpo", f"ahead=-1 {CORRECTED}", "ahead=-1"),
+    ("grpo", "partial_rollouts=continue", "partial_rollouts=continue with ahead=0"),
+    (
+        "grpo",
+        f"ahead=2 {CORRECTED} max_concurrent_rollouts=8",
+        "max_concurrent_rollouts=8 with partial_rollouts=wait",
+    ),
+    (
+        "grpo",
+        f"ahead=2 {CORRECTED} partial_rollouts=continue max_concurrent_rollouts=1 parallel.data=2",
+        "max_concurrent_rollouts=1 with 2 processes",
+    ),
+    (
+        "grpo",
+        f"ahead=2 {CORRECTED} partial_rollouts=continue engine.kind=vllm engine.max_batch=8 engine.memory_share=0.5",
+        "partial_rollouts=continue with engine.kind=vllm",
+    ),
     ("grpo", "stale=keep", "stale=keep with correction.kind=none"),
     ("grpo", "engine.dtype=bf16", "engine.dtype=bf16 with correction.kind=none"),
     ("grpo", "loss.clip_low=1", "loss.clip_low=1.0 with loss.kind=dapo"),

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from phimr_nemo.config import BaseConfig, ServerEngine, load_config
 from phimr_nemo.generate.local.engine import LocalSampler
-from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
-from phimr_nemo.generate.serving import servers
+from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams, Unfinished
+from phimr_nemo.generate.serving import replies
 from phimr_nemo.generate.serving.replies import Wanted
 from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.generate.serving.weights import IDENTITY, LOGPROBS, tokenizer_hash
@@ -32,8 +33,12 @@ pytestmark = pytest.mark.slow
 
 Syncs = list[list[dict[str, Any]]]
 SYNCS, TEMPERATURE, MAX_LENGTH = 10, 0.8, 64
+LONG = 600
+"""Of sequences that take long enough to be interrupted in the middle."""
 BOUND = 5e-5
 """Largest difference of a log-probability between vLLM and transformers, both in float32."""
+INTERRUPTIONS = range(2, SYNCS, 2)
+"""Versions of the weights; so often it is tried to interrupt while a response is under way."""
 ANSWERS = 5
 """After so many responses the server is killed."""
 POLICY = "long_when_max_length_exceeds_original"
@@ -187,6 +192,47 @@ def test_a_tied_head_that_keeps_its_packing_is_seen(
     assert min(differences) > 100 * BOUND
 
 
+def interrupted_and_continued(sampler: ServerSampler, model: Path) -> None:
+    """vLLM gives what there is of aborted responses, each token of which is of the weights that it says."""
+    asked = [Request(f"{number}/3", (1, 2, 3 + number), number) for number in range(12)]
+    params = SamplingParams(1.0, 1.0, LONG - 20)
+    for first in INTERRUPTIONS:
+        found: dict[str, Completion] = {}
+        interrupted = threading.Event()
+
+        def done(completion: Completion, found: Any = found, interrupted: Any = interrupted) -> None:
+            found[completion.request_id] = completion
+            interrupted.set()
+
+        sampler.update_weights(weights_of(model, first).items(), first)
+        left = sampler.sample_until(interrupted, [(request, params) for request in asked], done, 4)
+        sampler.update_weights(weights_of(model, first + 1).items(), first + 1)
+        assert sampler.sample_until(threading.Event(), [(request, params) for request in left], done, 4) == []
+        begun = {request.id: len(request.begun.token_ids) for request in left if request.begun.token_ids}
+        if begun:
+            break
+    assert begun, "nothing was ever under way when the interruption came"
+    assert sampler.counts["removed"] == 0
+    for request in asked:
+        completion, count = found[request.id], begun.get(request.id, 0)
+        if count:
+            assert completion.versions == (first,) * count + (first + 1,) * (len(completion.token_ids) - count)
+            by_old, by_new = (forced(model, version, request, completion) for version in (first, first + 1))
+            assert completion.logprobs == pytest.approx([*by_old[:count], *by_new[count:]], abs=BOUND)
+
+
+def forced(model: Path, version: int, request: Request, completion: Completion) -> list[float]:
+    """Log-probabilities of a response's tokens by the weights of a version, by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32, attn_implementation="eager")
+    reference.load_state_dict(weights_of(model, version), strict=False)
+    tokens = list(completion.token_ids)
+    scores = logits_after(reference, list(request.prompt_ids), tokens).log_softmax(-1)
+    own: list[float] = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    return own
+
+
 def test_a_served_model_is_synced_and_killed_in_the_middle(
     model: Path, tmp_path: Path, vllm_python: Path, vllm_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +242,7 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
     wanted = Wanted(
         HFDirectory(model).weights_hash(),
         tokenizer_hash(model),
-        MAX_LENGTH,
+        LONG,
         architecture.original_max_position_embeddings,
         POLICY,
         architecture.vocab_size,
@@ -204,7 +250,7 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
     )
     asked = [Request(f"{number}/0", tuple(range(1, 3 + number)), number) for number in range(12)]
     variables = {**vllm_variables, "PHIMR_TEST_KEY": "secret"}
-    options = ["--max-length", str(MAX_LENGTH), "--eager", "--dtype", "fp32", "--max-batch", "4"]
+    options = ["--max-length", str(LONG), "--eager", "--dtype", "fp32", "--max-batch", "4"]
     options += ["--api-key-env", "PHIMR_TEST_KEY"]
     with served(vllm_python, variables, model, tmp_path / "server.log", *options) as (url, group):
         for path in (IDENTITY, "/invocations", "/metrics", "/ping", "/collective_rpc"):
@@ -243,14 +289,15 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
                 (c.token_ids, c.finish_reason) for c in expected
             ]
             assert {completion.version for completion in found} == {version}
-        read, answers = servers.read_completion, itertools.count(1)
+        interrupted_and_continued(sampler, model)
+        read, answers = replies.read_reply, itertools.count(1)
 
-        def killing(*arguments: Any, **named: Any) -> Completion:
+        def killing(*arguments: Any, **named: Any) -> Completion | Partial:
             if next(answers) == ANSWERS:
                 os.killpg(group, signal.SIGKILL)
             return read(*arguments, **named)
 
-        monkeypatch.setattr(servers, "read_completion", killing)
+        monkeypatch.setattr(replies, "read_reply", killing)
         many = [Request(f"{number}/1", (1, 2, 3), number) for number in range(100)]
         with pytest.raises(Unfinished) as caught:
             sampler.sample(many, SamplingParams(1.0, 1.0, 60))

@@ -32,6 +32,7 @@ from phimr_nemo.align.grpo.rounds import Rounds
 from phimr_nemo.align.grpo.stabilisers import annealed_temperature
 from phimr_nemo.align.microbatch import deal_rows
 from phimr_nemo.config import RoundsConfig
+from phimr_nemo.generate.ahead import Round, slot_of
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.store.content import content_seed
@@ -133,7 +134,7 @@ class RoundsTrainer(ReinforceTrainer):
         metrics = {
             **logged,
             "temperature": self.model.temperature,
-            **self.rounds.metrics(self.step, [rollout.version for rollout in rollouts]),
+            **self.rounds.metrics(self.step, [rollout.versions for rollout in rollouts]),
             # What upstream adds to its count of consumed samples: the sampler counts prompts.
             "rollout_size": sampled,
             "table": {"prompt": "", "response": "", "reward": 0.0},
@@ -144,9 +145,13 @@ class RoundsTrainer(ReinforceTrainer):
         if self.run_timer.is_finished():
             raise RoundInterrupted(f"stopped in round {self.step}")
 
-    def _sampled(self, dataset: Any, slots: Sequence[int]) -> tuple[dict[int, int], list[Completion]]:
-        """This process's slots with their prompts' numbers, and their groups' responses."""
-        prompt_of = self._mine(dataset, slots)
+    def _sampled(self, dataset: Any, slots: Sequence[int]) -> tuple[Mapping[int, int], list[Completion]]:
+        """This process's slots with their prompts' numbers, and their groups' responses.
+
+        A round that was begun has the slots that it was begun with.
+        """
+        begun = self.rounds.prompts_of(self.step)
+        prompt_of = self._mine(dataset, slots) if begun is None else begun
         return prompt_of, self.rounds.sample(self.step, *self._requests(prompt_of, self.step))
 
     def _mine(self, dataset: Any, slots: Sequence[int]) -> dict[int, int]:
@@ -157,7 +162,7 @@ class RoundsTrainer(ReinforceTrainer):
 
     def _verdicts(self, prompt_of: Mapping[int, int], completions: Sequence[Completion]) -> list[Graded]:
         """This process's responses with their verdicts; without a grader there are none."""
-        slots = [int(completion.request_id.split("/")[0]) for completion in completions]
+        slots = [slot_of(completion.request_id) for completion in completions]
         prompts = [self.prompts.prompts[prompt_of[slot]] for slot in slots]
         return graded_completions(self.grader, self.tokenizer, prompts, completions, self.config.max_new_tokens)
 
@@ -168,18 +173,27 @@ class RoundsTrainer(ReinforceTrainer):
         temperature = annealed_temperature(step, self.config.steps, self.config.temperature)
         return requests, SamplingParams(temperature, top_p=1.0, max_new_tokens=self.config.max_new_tokens)
 
-    def _next_round(self, step: int) -> tuple[list[Request], SamplingParams]:
-        """What is asked for step `step` when it is the next to begin."""
-        loader = self.train_dataloader_builder(consumed_samples=self.consumed_samples)
-        return self._requests(self._mine(loader.dataset, next(iter(loader.batch_sampler))), step)
+    def _round(self, prompt_of: Mapping[int, int], step: int) -> Round:
+        """Round `step` as it is begun."""
+        return Round(prompt_of, *self._requests(prompt_of, step))
+
+    @property
+    def _free_slot(self) -> int:
+        """The first slot that no round has: those that are sampled ahead have theirs."""
+        return self.consumed_samples + len(self.rounds.steps_ahead) * self.config.prompts_per_step
+
+    def _new_round(self, step: int) -> Round:
+        """Round `step`, of the next slots."""
+        loader = self.train_dataloader_builder(consumed_samples=self._free_slot)
+        return self._round(self._mine(loader.dataset, next(iter(loader.batch_sampler))), step)
 
     def take_up(self) -> None:
-        """Continue with the round that a stopped run had sampled ahead (collective; after `load_state_dict`)."""
+        """Continue with the rounds that a stopped run had sampled ahead (collective; after `load_state_dict`)."""
         if self.config.ahead and self.step < self.config.steps:
-            self.rounds.restore(self.step, self._next_round(self.step)[0])
+            self.rounds.restore(self.step, self._round)
 
     def save(self, extra_candidates: Any = None, is_train_end: bool = False) -> None:
-        """Upstream's checkpoint, and then the round that is under way: there may be no time to wait for that."""
+        """Upstream's checkpoint, and then the rounds under way: there may be no time to wait for them."""
         super().save(extra_candidates, is_train_end)
         self.rounds.save(self.step)
         self.rounds.forget(self.ckpt_callback.store.steps())
@@ -207,10 +221,9 @@ class RoundsTrainer(ReinforceTrainer):
     # ---- updates -------------------------------------------------------------------------------------------
 
     def run_training(self, dataloader_iter: Iterable[dict[str, Tensor]]) -> tuple[float, dict[str, float]]:
-        """Upstream's updates, `passes` times, none for a batch without rows; meanwhile the next round is sampled."""
-        if self.config.ahead and self.step + 1 < self.config.steps:
-            self.rounds.sync(self.step)
-            self.rounds.start(self.step + 1, *self._next_round(self.step + 1))
+        """Upstream's updates, `passes` times, none for a batch without rows; meanwhile later rounds are sampled."""
+        if self.config.ahead:
+            self.rounds.begin(self.step, self.config.steps, self._new_round)
         batches = list(dataloader_iter)
         counts = [int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches]
         labels = torch.tensor(counts, device=platform.device())

@@ -72,7 +72,8 @@ class Rollout:
         reason: why it did.
         reward_parts: what its reward is the sum of, by name.
         repetition: share of the end of its text that repeats what stands earlier there.
-        version: of the weights that made it: the step that began with them. None if the sampler did not say.
+        versions: of the weights that sampled each token: the step that began with them. Empty if the sampler did not
+            say.
     """
 
     slot: int
@@ -85,7 +86,7 @@ class Rollout:
     is_graded: bool = True
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     repetition: float = 0.0
-    version: int | None = None
+    versions: tuple[int, ...] = ()
     reason: str = ""
     verdict: str = ""
 
@@ -216,7 +217,7 @@ def graded_rollouts(
                 is_graded=is_graded(response.verdict),
                 reward_parts=parts(response) if is_graded(response.verdict) else {},
                 repetition=repetition(response.response[-REPETITION_CHARS:]),
-                version=completion.version,
+                versions=completion.versions,
                 reason="" if is_graded(response.verdict) else response.reason,
                 verdict=response.verdict,
             )

@@ -1,27 +1,42 @@
-"""The responses of GRPO's rounds: new weights first, requests again that were lost, and one round ahead.
+"""The responses of GRPO's rounds: new weights first, requests again that were lost, and rounds ahead.
 
-With `ahead` 1 the responses of round k+1 are sampled, in a thread, while step k trains: with the weights that step k
-starts from, so they are one step old when they are trained on (what `correction` accounts for). A round that is under
-way when the run is saved is waited for and saved with it, so a resumed run trains on the same responses.
+With `ahead` n up to n rounds are sampled, in a thread, while steps train: a round is begun with the weights of a step
+at most n before the one that trains on it, so no token is older than n steps (what `correction` accounts for). New
+weights wait until the rounds that were begun are taken, or interrupt what is under way, which is continued with them.
+Rounds that are under way when the run is saved are saved with it, so a resumed run trains on the same responses.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phimr_nemo.config import Stale
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.sampler import Completion, Request, Sampler, SamplingParams, Unfinished
+from phimr_nemo.generate.ahead import (
+    Ahead,
+    Continued,
+    Round,
+    WaitedFor,
+    by_step,
+    filled,
+    read_rows,
+    rows_of,
+    sampled,
+    slot_of,
+    to_parquet,
+)
+from phimr_nemo.generate.sampler import Completion, InterruptibleSampler, Request, Sampler, SamplingParams
 from phimr_nemo.store.atomic import atomic_write_bytes
 from phimr_nemo.training import platform
 from phimr_nemo.training.distributed import wait_for_all
@@ -32,75 +47,126 @@ if TYPE_CHECKING:
 ATTEMPTS: Final = 3
 """How often a round asks for its lost responses again, each time after the weights were sent again."""
 FILE: Final = "round-{step:08d}.parquet"
+"""The rounds from this step on, as they were when its checkpoint was written."""
 DIRECTORY: Final = "pending"
 _LOGGER: Final = logging.getLogger(__name__)
-SCHEMA: Final = pa.schema(
-    [
-        ("request_id", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("logprobs", pa.list_(pa.float64())),
-        ("finish_reason", pa.string()),
-        ("version", pa.int64()),
-    ]
-)
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How far sampling may be ahead of training.
+
+    Attributes:
+        steps: a response is trained on so many steps after its oldest token's weights at most; 0 = nothing is ahead.
+        at_most: responses under way at once in this process, where new weights interrupt them; None = new weights
+            wait for whole rounds.
+        stale: "keep" trains on older responses all the same.
+    """
+
+    steps: int = 0
+    at_most: int | None = None
+    stale: Stale = "resample"
 
 
 class Rounds:
     """Samples rounds. All processes call the same methods in the same order (collective), but for the thread inside.
 
     Args:
-        sampler: of this process.
+        sampler: of this process; where new weights interrupt, an :class:`InterruptibleSampler`.
         weights: the policy's current weights, tensor by tensor (collective).
-        directory: where a round ahead is saved.
+        directory: where rounds ahead are saved.
+        lead: how far they may be ahead.
     """
 
     def __init__(
-        self, sampler: Sampler, weights: Callable[[], Iterable[tuple[str, Tensor]]], directory: Path
+        self,
+        sampler: Sampler,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        directory: Path,
+        lead: Lead = Lead(),
     ) -> None:
-        self._sampler, self._weights, self._directory = sampler, weights, directory
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-        self._pending: tuple[int, Future[list[Completion]]] | None = None
+        self._sampler, self._weights, self._directory, self._lead = sampler, weights, directory, lead
+        if lead.at_most is None:
+            self._ahead: Ahead = WaitedFor(sampler)
+        else:
+            assert isinstance(sampler, InterruptibleSampler), (
+                "the configuration names an engine that can be interrupted"
+            )
+            self._ahead = Continued(sampler, lead.at_most)
         # A run that is stopped before it trains on a round that was sampled ahead saves it as well.
-        self._taken: tuple[int, list[Completion]] | None = None
+        self._taken: dict[int, Round] = {}
         self.lost_groups = 0
+
+    @property
+    def steps_ahead(self) -> Sequence[int]:
+        """The steps whose rounds were begun and not taken."""
+        return list(self._ahead.rounds)
 
     def is_ahead(self, step: int) -> bool:
         """Whether round `step` was begun already."""
-        return self._pending is not None and self._pending[0] == step
+        return step in self._ahead.rounds
 
-    def metrics(self, step: int, versions: Iterable[int | None]) -> dict[str, float]:
+    def prompts_of(self, step: int) -> Mapping[int, int] | None:
+        """This process's slots of a round that was begun, with their prompts' numbers; None of any other."""
+        begun = self._ahead.rounds.get(step)
+        return None if begun is None else begun.prompt_of
+
+    def metrics(self, step: int, versions: Iterable[Sequence[int]]) -> dict[str, float]:
         """What is logged of a round besides its rollouts' own figures (collective).
 
         Args:
             step: the round.
-            versions: of the weights that made its responses.
+            versions: of each response, of the weights that sampled each token.
 
         Returns:
-            staleness: mean of steps between the weights that sampled and those that are trained; lost_groups of
-            the round; and what the sampler counts, since the start, of all processes: a server that dies may be
-            missed by one of them alone.
+            staleness, staleness_max: mean over the tokens, and the largest, of steps between the weights that sampled
+            and those that are trained; stale_tokens: share of tokens that older weights sampled; partial_rollouts:
+            responses of more than one version; lost_groups of the round; and what the sampler counts, since the
+            start, of all processes: a server that dies may be missed by one of them alone.
         """
-        ages = [step - version for version in versions if version is not None]
+        counted = [Counter(of_one) for of_one in versions]
+        ages = sum(counted, Counter[int]())
+        tokens = max(ages.total(), 1)
         return {
-            "staleness": sum(ages) / len(ages) if ages else 0.0,
+            "staleness": sum((step - version) * count for version, count in ages.items()) / tokens,
+            "staleness_max": max((step - version for version in ages), default=0),
+            "stale_tokens": sum(count for version, count in ages.items() if version < step) / tokens,
+            "partial_rollouts": sum(len(of_one) > 1 for of_one in counted),
             "lost_groups": self.lost_groups,
             **{f"sampler_{name}": _total(count) for name, count in self._sampler.counts.items()},
         }
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nothing is sampled ahead meanwhile, in any process."""
+        if self._lead.steps:
+            self._ahead.settle()
+            wait_for_all("what is sampled ahead rests")
+        yield
+        self._ahead.resume()
+
     def sync(self, step: int) -> None:
         """Give the sampler the weights that step `step` starts from, unless it has them."""
         if self._sampler.version != step:
-            self._send(step)
+            with self._alone():
+                self._send(step)
 
     def _send(self, step: int) -> None:
         self._sampler.update_weights(self._weights(), step)
         # Nobody asks a server before the one process that sends weights has sent them.
         wait_for_all(f"the weights of step {step} are sent")
 
+    def _sampled_now(self, step: int, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        with self._alone():
+            if self._sampler.version != step:
+                self._send(step)
+            return sampled(self._sampler, requests, params)
+
     def sample(self, step: int, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """This process's responses of a round, by new weights or those that were sampled ahead.
 
-        A request that no server could answer is made again with the current weights, `ATTEMPTS` times.
+        A request that no server could answer, or whose response is too old, is made again with the current weights,
+        `ATTEMPTS` times.
 
         Returns:
             Completions in the order of the requests; of whole groups only, if some were lost for good.
@@ -108,13 +174,17 @@ class Rounds:
         Raises:
             UserError: every group of the round was lost.
         """
-        ahead = self._take(step)
-        if ahead is None:
-            self.sync(step)
-            found = _sampled(self._sampler, requests, params)
+        if self.is_ahead(step):
+            begun = self._ahead.take(step)
+            self._taken = {step: begun}
+            found = [completion for completion in begun.responses() if self._is_fresh(completion, step)]
         else:
-            found = ahead
+            found = self._sampled_now(step, requests, params)
         return self._whole_groups(requests, self._completed(step, requests, params, found))
+
+    def _is_fresh(self, completion: Completion, step: int) -> bool:
+        oldest = completion.version
+        return oldest is None or step - oldest <= self._lead.steps or self._lead.stale == "keep"
 
     def _completed(
         self, step: int, requests: Sequence[Request], params: SamplingParams, found: Sequence[Completion]
@@ -126,15 +196,16 @@ class Rounds:
             wait_for_all(f"round {step} is sampled")
             if not _total(len(missing)):
                 break
-            self._send(step)
-            done |= {c.request_id: c for c in _sampled(self._sampler, missing, params)}
+            with self._alone():
+                self._send(step)
+                done |= {c.request_id: c for c in sampled(self._sampler, missing, params)}
         wait_for_all(f"round {step} is sampled")
         return done
 
     def ask(self, step: int, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Responses that nothing is trained on, by the weights that step `step` starts from, on all processes.
 
-        A round ahead is waited for: its responses keep their weights.
+        Rounds ahead are waited for, or interrupted, as by any new weights.
 
         Args:
             step: steps done.
@@ -144,19 +215,16 @@ class Rounds:
         Returns:
             Completions in the order of the requests; fewer if servers lost some for good.
         """
-        if self._pending is not None:
-            self._pending[1].result()
-        self.sync(step)
         mine = requests[dist.get_rank() :: dist.get_world_size()]
-        done = self._completed(step, mine, params, _sampled(self._sampler, mine, params))
+        done = self._completed(step, mine, params, self._sampled_now(step, mine, params))
         parts: list[dict[str, Completion]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, done)
         found = {name: completion for part in parts for name, completion in part.items()}
         return [found[request.id] for request in requests if request.id in found]
 
     def _whole_groups(self, requests: Sequence[Request], done: Mapping[str, Completion]) -> list[Completion]:
-        broken = {group_of(request.id) for request in requests if request.id not in done}
-        kept = [done[request.id] for request in requests if group_of(request.id) not in broken]
+        broken = {slot_of(request.id) for request in requests if request.id not in done}
+        kept = [done[request.id] for request in requests if slot_of(request.id) not in broken]
         self.lost_groups = _total(len(broken))
         if not _total(len(kept)):
             raise UserError(
@@ -167,70 +235,79 @@ class Rounds:
             )
         return kept
 
-    # ---- one round ahead -----------------------------------------------------------------------------------
+    # ---- rounds ahead --------------------------------------------------------------------------------------
 
-    def start(self, step: int, requests: Sequence[Request], params: SamplingParams) -> None:
-        """Begin to sample round `step` with the weights that the sampler has."""
-        self._pending = (step, self._thread.submit(_sampled, self._sampler, requests, params))
+    def begin(self, step: int, steps: int, new: Callable[[int], Round]) -> None:
+        """Begin as many rounds as may be ahead of `step`, with the weights that it starts from.
 
-    def _take(self, step: int) -> list[Completion] | None:
-        pending, self._pending = self._pending, None
-        if pending is None or pending[0] != step:
-            return None
-        self._taken = (step, pending[1].result())
-        return self._taken[1]
+        Where new weights wait for whole rounds, so many are begun when none is left; where they interrupt, there is
+        one more with every step.
+
+        Args:
+            step: the step under way.
+            steps: of the run.
+            new: makes the round of a step; called in the order of steps.
+        """
+        begun = self.steps_ahead
+        later = range(step + 1 + len(begun), min(step + self._lead.steps, steps - 1) + 1)
+        if (begun and self._lead.at_most is None) or not (begun or later):
+            return
+        with self._alone():
+            if self._sampler.version != step:
+                self._send(step)
+            for number in later:
+                self._ahead.rounds[number] = new(number)
 
     def save(self, step: int) -> None:
-        """Wait for the round of `step`, if it was begun, and write it for a run that is resumed there."""
-        mine: list[Completion] = []
-        is_begun = True
-        if self._pending is not None and self._pending[0] == step:
-            mine = self._pending[1].result()
-        elif self._taken is not None and self._taken[0] == step:
-            mine = self._taken[1]
-        else:
-            is_begun = False
-        wait_for_all(f"round {step} is sampled")
-        if not _total(int(is_begun)):
+        """Write the rounds from `step` on for a run that is resumed there: whole, or with what there is of them."""
+        if not self._lead.steps:
             return
-        parts: list[list[Completion]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, mine)
-        if dist.get_rank() == 0:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            atomic_write_bytes(
-                self._directory / FILE.format(step=step),
-                _to_parquet([completion for part in parts for completion in part]),
-            )
-        wait_for_all(f"round {step} is written")
+        with self._alone():
+            mine = {begun: found for begun, found in {**self._taken, **self._ahead.rounds}.items() if begun >= step}
+            parts: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(parts, rows_of(mine))
+            rows = [row for part in parts for row in part]
+            if rows and dist.get_rank() == 0:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                atomic_write_bytes(self._directory / FILE.format(step=step), to_parquet(rows))
+            wait_for_all(f"the rounds from {step} on are written")
 
-    def restore(self, step: int, requests: Sequence[Request]) -> None:
-        """Take over the round ahead that was saved with the checkpoint of `step`, if there is one.
+    def restore(self, step: int, renew: Callable[[Mapping[int, int], int], Round]) -> None:
+        """Take over the rounds that were saved with the checkpoint of `step`, if there are such.
 
-        A damaged one is sampled again, by the current weights. The requests may be dealt to the processes in another
-        way than when the round was saved.
+        Damaged ones are sampled again, by the current weights. The slots may be dealt to the processes in another way
+        than when the rounds were saved.
+
+        Args:
+            step: where the run goes on.
+            renew: makes a round of fresh requests from slots with their prompts' numbers, and its step.
         """
         file = self._directory / FILE.format(step=step)
         if not file.is_file():
             return
         saved, problem = None, ""
         try:
-            saved = _from_parquet(file)
+            saved = read_rows(file)
         except (pa.ArrowException, OSError) as error:
             problem = str(error)
         if _total(int(saved is None)) or saved is None:
             if dist.get_rank() == 0:
                 _LOGGER.warning(
-                    "%s is damaged (%s): the round sampled ahead is sampled again, by the weights of step %d",
+                    "%s is damaged (%s): what was sampled ahead is sampled again, by the weights of step %d",
                     *(file, problem, step),
                 )
             return
-        wanted = {request.id for request in requests}
-        future: Future[list[Completion]] = Future()
-        future.set_result([completion for completion in saved if completion.request_id in wanted])
-        self._pending = (step, future)
+        for begun, rows in by_step(saved):
+            prompt_of = {slot_of(row["request_id"]): row["prompt"] for row in rows}
+            mine = sorted(prompt_of)[dist.get_rank() :: dist.get_world_size()]
+            fresh = renew({slot: prompt_of[slot] for slot in mine}, begun)
+            self._ahead.restore(begun, filled(fresh, (row for row in rows if slot_of(row["request_id"]) in mine)))
+        if self._lead.at_most is not None:
+            self.sync(step)
+            self._ahead.resume()
 
     def forget(self, keep: Iterable[int]) -> None:
-        """Remove the saved rounds of other steps than these, on process 0."""
+        """Remove the saved rounds of other checkpoints than those of these steps, on process 0."""
         names = {FILE.format(step=step) for step in keep}
         if dist.get_rank() == 0 and self._directory.is_dir():
             for file in self._directory.glob("round-*.parquet"):
@@ -239,12 +316,7 @@ class Rounds:
 
     def close(self) -> None:
         """Wait for the thread."""
-        self._thread.shutdown()
-
-
-def group_of(request_id: str) -> str:
-    """The slot in a request's name "slot/sample"."""
-    return request_id.partition("/")[0]
+        self._ahead.close()
 
 
 def pending_directory(run: RunDirectory) -> Path:
@@ -252,41 +324,7 @@ def pending_directory(run: RunDirectory) -> Path:
     return run.path / DIRECTORY
 
 
-def _sampled(sampler: Sampler, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-    """Completions with their versions; fewer than requests if servers were lost."""
-    if not requests:
-        return []
-    version = sampler.version
-    try:
-        completions = sampler.sample(requests, params)
-    except Unfinished as unfinished:
-        completions = unfinished.completed
-    return [
-        Completion(
-            c.request_id, c.token_ids, c.logprobs, c.finish_reason, version if c.version is None else c.version
-        )
-        for c in completions
-    ]
-
-
 def _total(number: int) -> int:
     total = torch.tensor([number], device=platform.device())
     dist.all_reduce(total)
     return int(total)
-
-
-def _to_parquet(completions: Sequence[Completion]) -> bytes:
-    rows = [{name: getattr(completion, name) for name in SCHEMA.names} for completion in completions]
-    stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), stream, compression="zstd", write_page_checksum=True)
-    return stream.getvalue()
-
-
-def _from_parquet(file: Path) -> list[Completion]:
-    rows = pq.read_table(file, schema=SCHEMA, page_checksum_verification=True).to_pylist()
-    return [
-        Completion(
-            row["request_id"], tuple(row["token_ids"]), tuple(row["logprobs"]), row["finish_reason"], row["version"]
-        )
-        for row in rows
-    ]

@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
+from phimr_nemo.align.grpo.rounds import Lead
 from phimr_nemo.align.policy import MegatronPolicy
-from phimr_nemo.config import RoundsConfig
+from phimr_nemo.config import LocalEngine, RoundsConfig, ServerEngine
 from phimr_nemo.generate.engines import SampledModel, ServerRun, open_engine
 from phimr_nemo.generate.sampler import Sampler, SamplingParams
 from phimr_nemo.training import platform
@@ -44,3 +45,17 @@ def open_sampler(config: RoundsConfig, policy: MegatronPolicy, base_weights: str
     )
     sampler: Sampler = opened.sampler
     return sampler
+
+
+def lead_of(config: RoundsConfig) -> Lead:
+    """How far this process's sampler may be ahead of training."""
+    if config.partial_rollouts == "wait":
+        return Lead(config.ahead, None, config.stale)
+    engine = config.engine
+    if isinstance(engine, ServerEngine):
+        own = engine.in_flight * len(engine.base_urls)
+    else:
+        assert isinstance(engine, LocalEngine), "no other engine can be interrupted"
+        own = engine.max_batch
+    cap = config.max_concurrent_rollouts
+    return Lead(config.ahead, own if cap is None else min(own, cap // dist.get_world_size()), config.stale)

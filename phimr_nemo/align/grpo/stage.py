@@ -20,7 +20,7 @@ from phimr_nemo.align.grpo.objective import GRPOObjective
 from phimr_nemo.align.grpo.responses import KeptResponses
 from phimr_nemo.align.grpo.rollouts import PromptSet, load_prompts
 from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
-from phimr_nemo.align.grpo.samplers import open_sampler
+from phimr_nemo.align.grpo.samplers import lead_of, open_sampler
 from phimr_nemo.align.grpo.trainer import GRPOTrainer
 from phimr_nemo.align.lifecycle import BetweenSteps, content_identity, export, frozen_heap, speed_of
 from phimr_nemo.align.measuring import Measure, Measuring
@@ -124,8 +124,12 @@ def run_rounds(config: RoundsConfig, learning: Learning) -> dict[str, Any]:
         checkpoints = TrainerCheckpoints(store, policy, batch_guard, identity)
         counters = checkpoints.restore()
         sampler = open_sampler(config, policy, identity["base weights"])
-        rounds = Rounds(sampler, policy.weights, pending_directory(run))
-        with open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines:
+        made = Rounds(sampler, policy.weights, pending_directory(run), lead_of(config))
+        # Whatever ends the run, nobody waits for what is sampled ahead of it.
+        with (
+            contextlib.closing(made) as rounds,
+            open_log(run.path, config.tracking, to_dict(config), done=counters["step"]) as lines,
+        ):
             sinks = lines, policy.optimizer, config.run.log_every, speed_of(policy, config.model)
             log = learning.log(*sinks, monitor=config.monitor, directory=run.path)
             drop_later(run.path, counters["step"])
@@ -158,7 +162,6 @@ def run_rounds(config: RoundsConfig, learning: Learning) -> dict[str, Any]:
             if trainer.step == config.steps:
                 measuring.after(config.steps)
             log.draw()
-        rounds.close()
         sampler.close()
     converged = judge.has_converged(trainer.step)
     if trainer.step < config.steps and not converged:

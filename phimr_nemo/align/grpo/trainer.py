@@ -47,7 +47,7 @@ class GRPOTrainer(RoundsTrainer):
 
     def _refill(self, dataset: Any, slots: Sequence[int], rollouts: list[Rollout]) -> tuple[int, int]:
         """Sample in the place of dropped prompts, into `rollouts`; further rounds, and prompts sampled in all."""
-        wanted, first, sampled = self.config.prompts_per_step, slots[0], len(slots)
+        wanted, first, sampled = self.config.prompts_per_step, self._free_slot, len(slots)
         for refills in range(self.config.refills):
             self._check_stop()
             size = refill_size(wanted, selected(rollouts, self.config, self.step).prompts, sampled, wanted)

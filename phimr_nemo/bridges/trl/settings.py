@@ -125,6 +125,8 @@ GRPO: Final = (
     Counterpart("engine.", "translated", "use_vllm, vllm_mode, vllm_server_base_url"),
     Counterpart("ahead", "none", "", "refused unless 0"),
     Counterpart("stale", "none", "", "of responses sampled ahead alone"),
+    Counterpart("partial_rollouts", "none", "", "of responses sampled ahead alone"),
+    Counterpart("max_concurrent_rollouts", "none", "", "of responses sampled ahead alone"),
     Counterpart("overlong.", "translated", "mask_truncated_completions", "the soft penalty is refused"),
     Counterpart("reward.correct", "patch", "the reward function"),
     Counterpart("reward.wrong", "patch", "the reward function"),
@@ -195,7 +197,7 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
         UserError: a setting without a counterpart.
     """
     if config.ahead:
-        raise refused("ahead=1", TARGET, "ahead=0")
+        raise refused(f"ahead={config.ahead}", TARGET, "ahead=0")
     if config.rebalance.enabled:
         raise refused("rebalance.enabled: equal negatives, refilled rounds", TARGET, "rebalance.enabled=false")
     if config.overlong.kind == "soft":

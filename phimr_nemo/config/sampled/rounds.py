@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -28,11 +28,13 @@ from phimr_nemo.config.common import (
     no_supervised_options,
     stops_on_nan,
 )
-from phimr_nemo.config.engine import QUESTION, GraderName, Prompt, TrainedEngine, samples_as_trained
+from phimr_nemo.config.engine import QUESTION, GraderName, LocalEngine, Prompt, TrainedEngine, samples_as_trained
 from phimr_nemo.config.evaluation import HeldOutConfig, MonitorConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
 Stale = Literal["resample", "keep"]
+MOST_AHEAD: Final = 8
+"""Steps; as far as the dial `stale` of the ablations goes, which measures what age does."""
 
 
 @config
@@ -105,7 +107,13 @@ class RoundsConfig:
             micro-batch; the same gradient as unpacked.
         engine: what samples the responses, by `model.longrope` as it is trained.
         prompt: the user's turn, with `{question}` in it once.
-        ahead: 1 samples the next round while a step trains, with weights one step old; wants a correction.
+        ahead: rounds that are sampled while steps train, by weights at most so many steps older than those that train
+            on them, up to 8; wants a correction. 0 = a round is sampled before its step.
+        partial_rollouts: what new weights do to what is sampled ahead: "wait" for all rounds that were begun, each
+            whole by the weights that it was begun with; or interrupt it, and "continue" it with them, a response of
+            several versions (the built-in engine and vLLM servers).
+        max_concurrent_rollouts: responses under way at once with partial_rollouts=continue, over all processes;
+            None = as many as the engine takes.
         stale: whether responses of older weights than asked for are sampled again or kept; that wants one too.
         evaluation: None = no pass@1 on held-out questions; the responses come from `engine`.
         verify_workers: grader processes on each data-parallel rank.
@@ -127,7 +135,9 @@ class RoundsConfig:
     packed: bool
     engine: TrainedEngine
     prompt: Prompt = QUESTION
-    ahead: Literal[0, 1]
+    ahead: NonNegative
+    partial_rollouts: Literal["wait", "continue"] = "wait"
+    max_concurrent_rollouts: Positive | None = None
     stale: Stale
     verify_workers: NonNegative
     grader: GraderName | None = None
@@ -169,6 +179,7 @@ class RoundsConfig:
         self._check_lengths()
         self._check_batches()
         self._check_sampling()
+        self._check_ahead()
         self._check_questions()
 
     def _check_questions(self) -> None:
@@ -217,7 +228,7 @@ class RoundsConfig:
         asked = {"temperature.start": self.temperature.start, "temperature.end": self.temperature.end}
         samples_as_trained(asked, 1.0, self.engine)
         dtype = self.engine.dtype
-        used = [f"{AT}ahead=1"] if self.ahead else []
+        used = [f"{AT}ahead={self.ahead}"] if self.ahead else []
         used += [f"{AT}stale=keep"] if self.stale == "keep" else []
         used += [f"{AT}engine.dtype={dtype}"] if dtype not in (None, self.model.dtype) else []
         if used and self.weighs_tokens and self.correction.kind == "none":
@@ -227,4 +238,40 @@ class RoundsConfig:
                 "weights find them",
                 remedy=f"use {AT}correction.kind=truncated {AT}correction.cap=2, or {AT}ahead=0 {AT}stale=resample "
                 f"{AT}engine.dtype=null",
+            )
+
+    def _check_ahead(self) -> None:
+        """Responses are not older than what is known, and are interrupted where that can be done."""
+        if self.ahead > MOST_AHEAD:
+            raise RuleBroken(
+                f"{AT}ahead={self.ahead}",
+                rule=f"a round is trained on at most {MOST_AHEAD} steps after the weights that sampled it",
+                remedy=f"use {AT}ahead={MOST_AHEAD} or fewer",
+            )
+        cap, processes = self.max_concurrent_rollouts, self.parallel.world_size
+        if self.partial_rollouts == "wait":
+            if cap is not None:
+                raise RuleBroken(
+                    f"{AT}max_concurrent_rollouts={cap} with {AT}partial_rollouts=wait",
+                    rule="rounds that are not interrupted are sampled one after the other",
+                    remedy=f"set {AT}partial_rollouts=continue, or limit engine.max_batch or engine.in_flight",
+                )
+            return
+        if not self.ahead:
+            raise RuleBroken(
+                f"{AT}partial_rollouts=continue with {AT}ahead=0",
+                rule="new weights interrupt what is sampled while a step trains",
+                remedy=f"set {AT}partial_rollouts=wait, or {AT}ahead to 1 or more",
+            )
+        if not isinstance(self.engine, LocalEngine) and self.engine.kind != "vllm_server":
+            raise RuleBroken(
+                f"{AT}partial_rollouts=continue with {AT}engine.kind={self.engine.kind}",
+                rule="the built-in engine and vLLM servers give what there is of an interrupted response",
+                remedy=f"set {AT}partial_rollouts=wait, or {AT}engine.kind=vllm_server",
+            )
+        if cap is not None and cap < processes:
+            raise RuleBroken(
+                f"{AT}max_concurrent_rollouts={cap} with {processes} processes",
+                rule="every process of the trainer has at least one response under way",
+                remedy=f"use {AT}max_concurrent_rollouts={processes} or more",
             )

@@ -7,9 +7,11 @@ are admitted into them. Each distinct prompt is computed once and copied to its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from operator import itemgetter
 from typing import Final
 
 import torch
@@ -17,17 +19,15 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local.decoder import Decoder, KVCache, cache_bytes_a_position, own_weights
+from phimr_nemo.generate.local.prompts import Prompts, computed_prompts
 from phimr_nemo.generate.local.sampling import greedy_tokens, request_uniforms, sampled_tokens
-from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
+from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.longrope import LongRopePolicy, inverse_frequencies
 from phimr_nemo.store.records import FinishReason
 
 ADMIT_WHEN_FREE: Final = 0.25
 """Share of rows that must be free before waiting requests are admitted: one prompt pass serves many."""
-
-PREFILL_TOKENS: Final = 16_384
-"""Padded prompt tokens in one forward pass at most; bounds the memory of its activations."""
 
 GIB: Final = 2**30
 
@@ -68,6 +68,11 @@ class _Rows:
             tokens=torch.zeros(rows, max_new, dtype=torch.long, device=device),
             logprobs=torch.zeros(rows, max_new, dtype=torch.float32, device=device),
         )
+
+    def sampled(self, row: int) -> tuple[int, Tensor, Tensor]:
+        """A row's request, tokens and log-probabilities."""
+        count = int(self.generated[row])
+        return int(self.request[row]), self.tokens[row, :count], self.logprobs[row, :count]
 
     def move(self, source: Tensor, target: Tensor) -> None:
         for state in vars(self).values():
@@ -161,7 +166,6 @@ class LocalSampler:
         """Free the weights."""
         self._decoder = None
 
-    @torch.inference_mode()
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Sample one completion for each request, in the requests' order.
 
@@ -169,19 +173,60 @@ class LocalSampler:
             UserError: a prompt is empty, holds an unknown token id, or leaves no room for a response; or the
                 model's logits are not finite.
         """
+        found: dict[str, Completion] = {}
+        never, most = threading.Event(), self._max_batch
+        self._sample(
+            requests, params, never, lambda completion: found.update({completion.request_id: completion}), most
+        )
+        return [found[request.id] for request in requests]
+
+    def sample_until(
+        self,
+        interrupted: threading.Event,
+        asked: Sequence[tuple[Request, SamplingParams]],
+        done: Callable[[Completion], None],
+        at_most: int,
+    ) -> list[Request]:
+        """See :class:`phimr_nemo.generate.sampler.InterruptibleSampler`.
+
+        Requests that are drawn alike are computed together. A continued response has the random numbers that it would
+        have had: with the same weights it is the uninterrupted one, up to rounding.
+        """
+        left = []
+        for params, together in groupby(asked, key=itemgetter(1)):
+            left += self._sample([request for request, _ in together], params, interrupted, done, at_most)
+        return left
+
+    @torch.inference_mode()
+    def _sample(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        interrupted: threading.Event,
+        done: Callable[[Completion], None],
+        at_most: int,
+    ) -> list[Request]:
+        """Hand over what gets whole before the interruption; the requests that are left."""
         decoder = self._decoder
         if decoder is None:
             raise RuntimeError("the sampler is closed")
         for request in requests:
             self._check(request)
-        budgets = [min(params.max_new_tokens, self._max_length - len(r.prompt_ids)) for r in requests]
-        completions: list[Completion | None] = [None] * len(requests)
-        for row_request, tokens, logprobs, stopped in self._run(decoder, requests, budgets, params):
-            reason: FinishReason = "stop" if stopped else "length"
-            completions[row_request] = Completion(
-                requests[row_request].id, tuple(tokens.tolist()), tuple(logprobs.tolist()), reason
-            )
-        return [completion for completion in completions if completion is not None]
+        budgets = [self._budget(request, params) for request in requests]
+        left = dict(enumerate(requests))
+        for index, tokens, logprobs, reason in self._run(decoder, requests, budgets, params, interrupted, at_most):
+            request = left.pop(index)
+            piece = tuple(tokens.tolist()), tuple(logprobs.tolist())
+            versions = (self._version,) * len(piece[0])
+            if reason is None:
+                left[index] = request.further(Partial(*piece, versions))
+            else:
+                done(request.whole(Completion(request.id, *piece, reason, versions)))
+        return [left[index] for index in sorted(left)]
+
+    def _budget(self, request: Request, params: SamplingParams) -> int:
+        """Tokens that its response may still have."""
+        return min(params.max_new_tokens, self._max_length - len(request.prompt_ids)) - len(request.begun.token_ids)
 
     @torch.inference_mode()
     def stream(self, request: Request, params: SamplingParams) -> Iterator[int]:
@@ -194,11 +239,11 @@ class LocalSampler:
         if decoder is None:
             raise RuntimeError("the sampler is closed")
         self._check(request)
-        budget = min(params.max_new_tokens, self._max_length - len(request.prompt_ids))
-        limit = len(request.prompt_ids) + budget
+        budget = self._budget(request, params)
+        limit = len(request.context_ids) + budget
         cache = KVCache(self._arch, rows=1, capacity=FIRST_CAPACITY, limit=limit, like=decoder.weights.embedding)
         state = _Rows.allocate(1, budget, self._device)
-        logits = _admit(state, cache, list(_computed_prompts(decoder, [request], 1)), 0, [request], [budget])
+        logits = _admit(state, cache, list(computed_prompts(decoder, [request], 1)), 0, [request], [budget])
         while True:
             finished, _ = self._choose(state, logits, 1, params)
             yield int(state.tokens[0, state.generated[0] - 1])
@@ -222,14 +267,14 @@ class LocalSampler:
         return min(self._max_batch, self._cache_bytes // row)
 
     def _check(self, request: Request) -> None:
-        length = len(request.prompt_ids)
-        if not 0 < length < self._max_length:
+        context, length = request.context_ids, len(request.prompt_ids)
+        if not (length > 0 and len(context) < self._max_length):
             raise UserError(
                 f"request {request.id!r} has a prompt of {length} tokens",
                 rule=f"a prompt has at least one token and fewer than max_length {self._max_length}",
                 remedy="drop the problem or raise the maximum length",
             )
-        if not (min(request.prompt_ids) >= 0 and max(request.prompt_ids) < self._arch.vocab_size):
+        if not (min(context) >= 0 and max(context) < self._arch.vocab_size):
             raise UserError(
                 f"request {request.id!r} has a token id outside 0..{self._arch.vocab_size - 1}",
                 rule="prompt ids index the model's vocabulary",
@@ -237,20 +282,26 @@ class LocalSampler:
             )
 
     def _run(
-        self, decoder: Decoder, requests: Sequence[Request], budgets: Sequence[int], params: SamplingParams
-    ) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
-        """Yield (request index, tokens, log-probabilities, stopped) as sequences finish."""
+        self,
+        decoder: Decoder,
+        requests: Sequence[Request],
+        budgets: Sequence[int],
+        params: SamplingParams,
+        interrupted: threading.Event,
+        at_most: int,
+    ) -> Iterator[tuple[int, Tensor, Tensor, FinishReason | None]]:
+        """Yield (request index, tokens, log-probabilities, reason) as sequences finish; None if interrupted."""
         if not requests:
             return
-        limit = max(len(r.prompt_ids) + b for r, b in zip(requests, budgets, strict=True))
-        rows = min(self._rows_of(limit), len(requests))
+        limit = max(len(r.context_ids) + b for r, b in zip(requests, budgets, strict=True))
+        rows = min(self._rows_of(limit), len(requests), at_most)
         like = decoder.weights.embedding
         cache = KVCache(self._arch, rows=rows, capacity=FIRST_CAPACITY, limit=limit, like=like)
         state = _Rows.allocate(rows, max(budgets), self._device)
-        ready = _computed_prompts(decoder, requests, rows)
+        ready = computed_prompts(decoder, requests, rows)
         logits = like.new_zeros(0, self._arch.vocab_size)
         active, waiting = 0, len(requests)
-        while active or waiting:
+        while (active or waiting) and not interrupted.is_set():
             free = min(rows - active, waiting)
             if free and (active == 0 or rows - active >= ADMIT_WHEN_FREE * rows):
                 admitted = list(islice(ready, free))
@@ -260,11 +311,11 @@ class LocalSampler:
             finished, stopped = self._choose(state, logits, active, params)
             done = finished.nonzero()[:, 0]
             for row in done.tolist():
-                count = int(state.generated[row])
-                tokens, logprobs = state.tokens[row, :count], state.logprobs[row, :count]
-                yield int(state.request[row]), tokens, logprobs, bool(stopped[row])
+                yield *state.sampled(row), "stop" if bool(stopped[row]) else "length"
             active = _close_gaps(state, cache, finished, active)
             logits = logits[:0] if not active else self._feed(decoder, cache, state, active)
+        for row in range(active):
+            yield *state.sampled(row), None
 
     def _choose(self, state: _Rows, logits: Tensor, active: int, params: SamplingParams) -> tuple[Tensor, Tensor]:
         """Draw and record the next token of each active row; [active] whether it ended, and by a stop token."""
@@ -296,50 +347,10 @@ class LocalSampler:
         return decoder.step(cache, latest, positions, int(positions.max()) + 1)
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    """Distinct prompts computed together: cache rows, and the logits [prompts, vocab] after each."""
-
-    cache: KVCache
-    logits: Tensor
-
-
-def _computed_prompts(
-    decoder: Decoder, requests: Sequence[Request], batch: int
-) -> Iterator[tuple[int, _Prompts, int]]:
-    """Yield (request index, block of computed prompts, row in it), requests of one prompt in succession.
-
-    Each distinct prompt is computed once. A block holds as many prompts as feed `batch` requests, within
-    `PREFILL_TOKENS`; only the current block is kept.
-    """
-    askers: dict[tuple[int, ...], list[int]] = {}
-    for index, request in enumerate(requests):
-        askers.setdefault(request.prompt_ids, []).append(index)
-    block: list[tuple[int, ...]] = []
-    for prompt in askers:
-        longest = max(len(p) for p in (*block, prompt))
-        is_full = (len(block) + 1) * longest > PREFILL_TOKENS or sum(len(askers[p]) for p in block) >= batch
-        if block and is_full:
-            yield from _compute_block(decoder, block, askers)
-            block = []
-        block.append(prompt)
-    if block:
-        yield from _compute_block(decoder, block, askers)
-
-
-def _compute_block(
-    decoder: Decoder, block: Sequence[tuple[int, ...]], askers: Mapping[tuple[int, ...], Sequence[int]]
-) -> Iterator[tuple[int, _Prompts, int]]:
-    computed = _Prompts(*decoder.prefill(block))
-    for row, prompt in enumerate(block):
-        for index in askers[prompt]:
-            yield index, computed, row
-
-
 def _admit(
     state: _Rows,
     cache: KVCache,
-    admitted: Sequence[tuple[int, _Prompts, int]],
+    admitted: Sequence[tuple[int, Prompts, int]],
     active: int,
     requests: Sequence[Request],
     budgets: Sequence[int],
@@ -356,10 +367,11 @@ def _admit(
         logits.append(prompts.logits[sources])
         for row, (index, _, _) in enumerate(members, start=active):
             state.request[row] = index
-            state.position[row] = len(requests[index].prompt_ids)
+            state.position[row] = len(requests[index].context_ids)
             state.generated[row] = 0
             state.budget[row] = budgets[index]
-            uniforms = torch.from_numpy(request_uniforms(requests[index].seed, budgets[index]))
+            begun = len(requests[index].begun.token_ids)
+            uniforms = torch.from_numpy(request_uniforms(requests[index].seed, begun + budgets[index])[begun:])
             state.uniforms[row, : budgets[index]] = uniforms.to(device)
         active += len(members)
     return torch.cat(logits)

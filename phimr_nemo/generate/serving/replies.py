@@ -1,18 +1,27 @@
-"""What rollout servers say, checked: whether they serve the right model, and their responses."""
+"""What rollout servers are asked and say, checked: whether they serve the right model, and their responses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from phimr_nemo.endpoint.wire import Transient
-from phimr_nemo.errors import UserError
-from phimr_nemo.generate.sampler import Completion
-from phimr_nemo.generate.serving.weights import Identity
-from phimr_nemo.generate.serving.weightsync import label_number
+import httpx
 
+from phimr_nemo.endpoint.wire import Transient, parse_object
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams
+from phimr_nemo.generate.serving.weights import GENERATE, Identity
+from phimr_nemo.generate.serving.weightsync import label_number
+from phimr_nemo.store.content import content_seed
+
+REPLY_ALLOWANCE: Final = 1 << 16
+REPLY_BYTES_PER_TOKEN: Final = 512
+REFUSED: Final = (400, 404, 413, 422)
+NO_ENTRY: Final = (401, 403)
+ABORTED: Final = "abort"
+"""How vLLM says that a response was ended from outside."""
 ROUNDING: Final = 1e-3
 """A log-probability above 0 by more than this is none."""
 
@@ -40,32 +49,113 @@ class Wanted:
     logprobs: str
 
 
-def read_completion(request_id: str, reply: Mapping[str, Any], *, run: str, vocab_size: int) -> Completion:
-    """A response from vLLM's reply; its version is that of its oldest token, None if of another run.
+async def ask(
+    client: httpx.AsyncClient,
+    url: str,
+    request: Request,
+    params: SamplingParams,
+    wanted: Wanted,
+    *,
+    stop: Sequence[int],
+    run: str,
+) -> Completion | Partial:
+    """Have a server sample a response, or the rest of one that was begun.
+
+    Args:
+        client: with the key and the time limit of a request.
+        url: the server.
+        request: what is asked.
+        params: how tokens are drawn.
+        wanted: the model.
+        stop: token ids that end a response.
+        run: whose weights are told apart.
+
+    Returns:
+        What the server sampled of it.
 
     Raises:
-        Transient: the reply has another form, was aborted, or holds impossible values.
+        UserError: the server refuses the key or the request.
+        Transient: there is no reply that can be used.
+    """
+    begun = len(request.begun.token_ids)
+    room = wanted.longest - len(request.prompt_ids)
+    body = {
+        "token_ids": list(request.context_ids),
+        "sampling_params": {
+            "temperature": params.temperature,
+            "max_tokens": min(params.max_new_tokens, room) - begun,
+            # A server's random numbers begin anew; the first ones again would hang together with the tokens so far.
+            "seed": content_seed("continued", str(request.seed), str(begun)) if begun else request.seed,
+            "stop_token_ids": list(stop),
+            # Only these end a response; vLLM would add the tokenizer's own.
+            "ignore_eos": True,
+            "logprobs": 0,
+            "detokenize": False,
+        },
+    }
+    limit = REPLY_ALLOWANCE + params.max_new_tokens * REPLY_BYTES_PER_TOKEN
+    async with client.stream("POST", url + GENERATE, json=body) as response:
+        content = bytearray()
+        async for piece in response.aiter_raw():
+            content += piece
+            if len(content) > limit:
+                raise Transient("the reply is too long")
+    if response.status_code in NO_ENTRY:
+        raise no_entry(url)
+    if response.status_code in REFUSED:
+        raise UserError(
+            f"{url} refuses request {request.id} (HTTP {response.status_code}): "
+            f"{content[:REPLY_BYTES_PER_TOKEN].decode('utf-8', 'replace')}",
+            rule="a prompt leaves room for a response, and the server speaks vLLM's interface for token ids",
+            remedy="start the servers with `phimr serve` and the run's sequence_length",
+        )
+    if response.status_code != httpx.codes.OK:
+        raise Transient(f"HTTP {response.status_code}")
+    return read_reply(request.id, parse_object(bytes(content)), run=run, vocab_size=wanted.vocab_size)
+
+
+def read_reply(request_id: str, reply: Mapping[str, Any], *, run: str, vocab_size: int) -> Completion | Partial:
+    """A response from vLLM's reply, or what there is of one that was aborted; no versions if another run's weights
+    had a part in it.
+
+    Raises:
+        Transient: the reply has another form, or holds impossible values.
     """
     try:
         (choice,) = reply["choices"]
         token_ids = tuple(choice["token_ids"])
         logprobs = tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"])
         reason = choice["finish_reason"]
-        labels = {str(span["version"]) for span in choice["weight_versions"]}
+        spans = [(str(span["version"]), int(span["start"]), int(span["end"])) for span in choice["weight_versions"]]
     except (KeyError, TypeError, ValueError) as error:
         raise Transient("the reply has not the form of token ids with log-probabilities") from error
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", ABORTED):
         raise Transient(f"the response ended with {reason!r}")
     if not all(type(token) is int and 0 <= token < vocab_size for token in token_ids):
         raise Transient("the reply holds token ids that the model does not have")
-    if len(token_ids) != len(logprobs) or not token_ids:
+    if len(token_ids) != len(logprobs) or not (token_ids or reason == ABORTED):
         raise Transient("the reply has not one log-probability for each of at least one token")
     if not all(math.isfinite(value) and value <= ROUNDING for value in logprobs):
         raise Transient("the reply holds values that are no log-probabilities")
-    numbers = [label_number(run, label) for label in labels]
-    known = [number for number in numbers if number is not None]
-    version = min(known) if known and len(known) == len(numbers) else None
-    return Completion(request_id, token_ids, logprobs, reason, version)
+    versions = _versions(spans, len(token_ids), run)
+    if reason == ABORTED:
+        return Partial(token_ids, logprobs, versions) if versions else Partial()
+    return Completion(request_id, token_ids, logprobs, reason, versions)
+
+
+def _versions(spans: Sequence[tuple[str, int, int]], tokens: int, run: str) -> tuple[int, ...]:
+    """Of each token, from spans (label, start, end); empty if one is of another run.
+
+    Raises:
+        Transient: the spans are not those of so many tokens, one after another.
+    """
+    numbers = [(label_number(run, label), end - start) for label, start, end in spans]
+    ends = [0, *(end for _, _, end in spans)]
+    if [start for _, start, _ in spans] != ends[:-1] or ends[-1] != tokens or sorted(ends) != ends:
+        raise Transient("the reply does not say of each token which weights made it")
+    if any(number is None for number, _ in numbers):
+        return ()
+    return tuple(number for number, count in numbers if number is not None for _ in range(count))
 
 
 def check_identity(url: str, identity: Identity, wanted: Wanted) -> None:

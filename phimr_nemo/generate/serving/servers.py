@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
@@ -21,9 +22,9 @@ from phimr_nemo.endpoint.settings import read_key
 from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.endpoint.wire import Transient, parse_object
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.sampler import Completion, Request, SamplingParams, Unfinished
-from phimr_nemo.generate.serving.replies import Wanted, check_identity, no_entry, read_completion
-from phimr_nemo.generate.serving.weights import GENERATE, IDENTITY, Identity
+from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams, Unfinished
+from phimr_nemo.generate.serving.replies import ABORTED, NO_ENTRY, Wanted, ask, check_identity, no_entry
+from phimr_nemo.generate.serving.weights import ABORT, IDENTITY, Identity
 from phimr_nemo.generate.serving.weightsync import label_number, push, version_label
 from phimr_nemo.store.progress import say
 
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
 CONNECT_SECONDS: Final = 20.0
 IDENTITY_SECONDS: Final = 30.0
 """A probe waits for the engine itself, which may be in the middle of a long step."""
-REPLY_ALLOWANCE: Final = 1 << 16
-REPLY_BYTES_PER_TOKEN: Final = 512
-REFUSED: Final = (400, 404, 413, 422)
-NO_ENTRY: Final = (401, 403)
+NO_SUCH_ROUTE: Final = 404
+LOOK_SECONDS: Final = 0.05
+"""How often an interruption is looked for."""
+ABORT_SECONDS: Final = 1.0
+"""A request that was on its way when a server was told to abort is aborted so much later."""
 COUNTED: Final = ("retries", "stale", "removed", "returned")
 
 
@@ -198,39 +200,106 @@ class ServerSampler:
             UserError: a request is refused, or the settings would give other log-probabilities than promised.
             Unfinished: some requests have no response: no server with the right weights is left.
         """
-        if params.top_p < 1.0:
-            raise UserError(
-                f"top_p={params.top_p} with rollout servers",
-                rule="their log-probabilities are those of the distribution that is sampled from: the whole one",
-                remedy="use top_p=1",
-            )
-        completions = asyncio.run(_Round(self, params).run(requests)) if requests else []
-        if None in completions:
-            raise Unfinished([completion for completion in completions if completion is not None])
-        return [completion for completion in completions if completion is not None]
+        found: dict[str, Completion] = {}
+        round_ = _Round(self, lambda completion: found.update({completion.request_id: completion}))
+        left = round_.run_all([(request, params) for request in requests])
+        completions = [found[request.id] for request in requests if request.id in found]
+        if left:
+            raise Unfinished(completions)
+        return completions
+
+    def sample_until(
+        self,
+        interrupted: threading.Event,
+        asked: Sequence[tuple[Request, SamplingParams]],
+        done: Callable[[Completion], None],
+        at_most: int,
+    ) -> list[Request]:
+        """See :class:`phimr_nemo.generate.sampler.InterruptibleSampler`; servers of `phimr serve` with vLLM."""
+        return _Round(self, done, interrupted).run_all(asked, at_most)
 
 
 class _Round:
-    """One call of `sample`: least-loaded routing, a cap on requests under way, retries, and probes on the side."""
+    """Some requests: least-loaded routing, a cap on requests under way, retries, and probes on the side.
 
-    def __init__(self, sampler: ServerSampler, params: SamplingParams) -> None:
-        self._sampler, self._params, self._config = sampler, params, sampler._config
+    Args:
+        sampler: whose servers are asked.
+        done: takes each response.
+        interrupted: when it is set the servers are told to abort; None where nobody interrupts, and a response that
+            was aborted is made again.
+    """
+
+    def __init__(
+        self,
+        sampler: ServerSampler,
+        done: Callable[[Completion], None],
+        interrupted: threading.Event | None = None,
+    ) -> None:
+        self._sampler, self._config, self._done, self._interrupted = sampler, sampler._config, done, interrupted
         self._changed = asyncio.Condition()
 
-    async def run(self, requests: Sequence[Request]) -> list[Completion | None]:
-        """One completion for each request, None where there was no way to get one."""
+    @property
+    def _is_interrupted(self) -> bool:
+        return self._interrupted is not None and self._interrupted.is_set()
+
+    def run_all(self, asked: Sequence[tuple[Request, SamplingParams]], at_most: int | None = None) -> list[Request]:
+        """Hand over responses; the requests for which there was no way to get one, with what there is of it.
+
+        Raises:
+            UserError: a request is refused, or the settings would give other log-probabilities than promised.
+        """
+        for _, params in asked:
+            if params.top_p < 1.0:
+                raise UserError(
+                    f"top_p={params.top_p} with rollout servers",
+                    rule="their log-probabilities are those of the distribution that is sampled from: the whole one",
+                    remedy="use top_p=1",
+                )
+        return asyncio.run(self._run(asked, at_most or len(asked))) if asked else []
+
+    async def _run(self, asked: Sequence[tuple[Request, SamplingParams]], at_most: int) -> list[Request]:
         for server in self._sampler._servers:
             server.busy, server.is_in = 0, False
+        under_way = asyncio.Semaphore(at_most)
         async with self._sampler._client() as client:
             await self._sampler._probe(client)
-            probing = asyncio.create_task(self._keep_probing(client))
-            tasks = [asyncio.create_task(self._one(client, request)) for request in requests]
+            beside = [asyncio.create_task(self._keep_probing(client))]
+            if self._interrupted is not None:
+                beside.append(asyncio.create_task(self._abort_when_interrupted(client, self._interrupted)))
+            tasks = [asyncio.create_task(self._one(client, under_way, *item)) for item in asked]
             try:
-                return await asyncio.gather(*tasks)
+                # What is beside ends by an error alone.
+                left = asyncio.gather(*tasks)
+                under_watch: list[asyncio.Future[Any]] = [left, *beside]
+                for ended in (await asyncio.wait(under_watch, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    ended.result()
+                return [request for request in await left if request is not None]
             finally:
-                for task in (probing, *tasks):
+                for task in (*beside, *tasks):
                     task.cancel()
-                await asyncio.gather(probing, *tasks, return_exceptions=True)
+                await asyncio.gather(*beside, *tasks, return_exceptions=True)
+
+    async def _abort_when_interrupted(self, client: httpx.AsyncClient, interrupted: threading.Event) -> None:
+        while not interrupted.is_set():
+            await asyncio.sleep(LOOK_SECONDS)
+        while True:
+            async with self._changed:
+                self._changed.notify_all()
+            busy = [server for server in self._sampler._servers if server.busy]
+            await asyncio.gather(*(self._abort(client, server) for server in busy))
+            await asyncio.sleep(ABORT_SECONDS)
+
+    async def _abort(self, client: httpx.AsyncClient, server: _Server) -> None:
+        try:
+            response = await client.post(server.url + ABORT)
+        except httpx.TransportError:
+            return  # Its requests fail by themselves.
+        if response.status_code == NO_SUCH_ROUTE:
+            raise UserError(
+                f"the rollout server {server.url} cannot be interrupted",
+                rule="partial_rollouts=continue needs vLLM servers of `phimr serve` of this version",
+                remedy="start it again with this version, or use partial_rollouts=wait",
+            )
 
     async def _keep_probing(self, client: httpx.AsyncClient) -> None:
         while True:
@@ -244,7 +313,8 @@ class _Round:
                     self._changed.notify_all()
 
     async def _take(self) -> _Server | None:
-        """The server with the fewest requests under way; None when none came back in `recovery_seconds`."""
+        """The server with the fewest requests under way; None when none came back in `recovery_seconds`, or it is too
+        late to ask."""
         lonely_since: float | None = None
         async with self._changed:
             while True:
@@ -256,7 +326,8 @@ class _Round:
                     return server
                 now = time.monotonic()
                 lonely_since = None if inside else lonely_since or now
-                if lonely_since is not None and now - lonely_since > self._config.recovery_seconds:
+                is_alone = lonely_since is not None and now - lonely_since > self._config.recovery_seconds
+                if is_alone or self._is_interrupted:
                     return None
                 with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), self._config.probe_seconds)
@@ -269,62 +340,53 @@ class _Round:
                 self._sampler.counts["removed"] += 1
             self._changed.notify_all()
 
-    async def _one(self, client: httpx.AsyncClient, request: Request) -> Completion | None:
-        for _ in range(self._config.attempts):
-            server = await self._take()
-            if server is None:
-                return None
-            failed = True
-            try:
-                completion = await asyncio.wait_for(self._ask(client, server, request), self._config.request_seconds)
-                failed = False
-            except (httpx.TransportError, asyncio.TimeoutError, TimeoutError, Transient):
-                self._sampler.counts["retries"] += 1
-                continue
-            finally:
-                await self._give_back(server, failed=failed)
-            if completion.version == self._sampler.version:
-                return completion
-            self._sampler.counts["stale"] += 1
-            if self._sampler._stale == "keep" and completion.version is not None:
-                return completion
-            server.is_in = False
-        return None
+    async def _one(
+        self, client: httpx.AsyncClient, under_way: asyncio.Semaphore, request: Request, params: SamplingParams
+    ) -> Request | None:
+        """None when its response was handed over; else the request, with what there is of the response."""
+        async with under_way:
+            attempts = 0
+            while attempts < self._config.attempts and not self._is_interrupted:
+                server = await self._take()
+                if server is None:
+                    return request
+                failed = True
+                try:
+                    piece = await asyncio.wait_for(
+                        self._ask(client, server.url, request, params), self._config.request_seconds
+                    )
+                    failed = False
+                except (httpx.TransportError, asyncio.TimeoutError, TimeoutError, Transient):
+                    self._sampler.counts["retries"] += 1
+                    attempts += 1
+                    continue
+                finally:
+                    await self._give_back(server, failed=failed)
+                if isinstance(piece, Partial):
+                    attempts += not piece.token_ids
+                    request = request.further(piece)
+                elif self._is_kept(server, piece):
+                    self._done(request.whole(piece))
+                    return None
+                else:
+                    attempts += 1
+            return request
 
-    async def _ask(self, client: httpx.AsyncClient, server: _Server, request: Request) -> Completion:
-        wanted = self._sampler._wanted
-        room = wanted.longest - len(request.prompt_ids)
-        body = {
-            "token_ids": list(request.prompt_ids),
-            "sampling_params": {
-                "temperature": self._params.temperature,
-                "max_tokens": min(self._params.max_new_tokens, room),
-                "seed": request.seed,
-                "stop_token_ids": self._sampler._stop,
-                # Only these end a response; vLLM would add the tokenizer's own.
-                "ignore_eos": True,
-                "logprobs": 0,
-                "detokenize": False,
-            },
-        }
-        limit = REPLY_ALLOWANCE + self._params.max_new_tokens * REPLY_BYTES_PER_TOKEN
-        async with client.stream("POST", server.url + GENERATE, json=body) as response:
-            content = bytearray()
-            async for piece in response.aiter_raw():
-                content += piece
-                if len(content) > limit:
-                    raise Transient("the reply is too long")
-        if response.status_code in NO_ENTRY:
-            raise no_entry(server.url)
-        if response.status_code in REFUSED:
-            raise UserError(
-                f"{server.url} refuses request {request.id} (HTTP {response.status_code}): "
-                f"{content[:REPLY_BYTES_PER_TOKEN].decode('utf-8', 'replace')}",
-                rule="a prompt leaves room for a response, and the server speaks vLLM's interface for token ids",
-                remedy="start the servers with `phimr serve` and the run's sequence_length",
-            )
-        if response.status_code != httpx.codes.OK:
-            raise Transient(f"HTTP {response.status_code}")
-        return read_completion(
-            request.id, parse_object(bytes(content)), run=self._sampler._run, vocab_size=wanted.vocab_size
-        )
+    def _is_kept(self, server: _Server, completion: Completion) -> bool:
+        """Whether what came from a server is of the right weights, or of others that are trained on as well."""
+        if completion.version == self._sampler.version:
+            return True
+        self._sampler.counts["stale"] += 1
+        if self._sampler._stale == "keep" and completion.version is not None:
+            return True
+        server.is_in = False
+        return False
+
+    async def _ask(
+        self, client: httpx.AsyncClient, url: str, request: Request, params: SamplingParams
+    ) -> Completion | Partial:
+        sampler = self._sampler
+        piece = await ask(client, url, request, params, sampler._wanted, stop=sampler._stop, run=sampler._run)
+        if isinstance(piece, Partial) and self._interrupted is None:
+            raise Transient(f"the response ended with {ABORTED!r}")
+        return piece

@@ -155,7 +155,7 @@ class VLLMSampler:
     def _with_logprobs(self, request: Request, output: Any) -> Completion:
         completion, sample = _completion(request, output), output.outputs[0]
         logprobs = tuple(entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs, strict=True))
-        return replace(completion, logprobs=logprobs, version=self._version)
+        return replace(completion, logprobs=logprobs, versions=(self._version,) * len(logprobs))
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""

@@ -6,6 +6,7 @@ mode, which lets anyone who reaches the port call anything, stays off.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.vllm import WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
 from phimr_nemo.generate.serving.weights import (
     ABANDON,
+    ABORT,
     INCOMPLETE,
     LOGPROBS,
     UNSYNCED,
@@ -47,6 +49,7 @@ class WeightReceiver:
     def __init__(self, engine: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._engine, self._identity = engine, identity
         self._arrivals = Arrivals(shapes)
+        self._pausing, self._is_updating = asyncio.Lock(), False
 
     async def identity(self) -> Identity:
         """What is served now; the version is the engine's own word."""
@@ -54,7 +57,9 @@ class WeightReceiver:
 
     async def begin(self) -> None:
         """Abort what is being sampled and wait for weights; an update that was not finished is forgotten."""
-        await self._engine.pause_generation(mode="abort")
+        async with self._pausing:
+            self._is_updating = True
+            await self._engine.pause_generation(mode="abort")
         await self._engine.update_weight_version(INCOMPLETE)
         await self._engine.collective_rpc(ABANDON)
         self._arrivals.restart()
@@ -80,6 +85,14 @@ class WeightReceiver:
         await self._engine.reset_prefix_cache()
         await self._engine.update_weight_version(version)
         await self._engine.resume_generation()
+        self._is_updating = False
+
+    async def abort(self) -> None:
+        """End what is being sampled. A server in the middle of an update samples nothing, and stays so."""
+        async with self._pausing:
+            if not self._is_updating:
+                await self._engine.pause_generation(mode="abort", clear_cache=False)
+                await self._engine.resume_generation()
 
 
 def vllm_arguments(served: Served, digest: str) -> list[str]:
@@ -152,6 +165,18 @@ def model_route() -> APIRouter:
     return router
 
 
+def abort_route(receiver: WeightReceiver) -> APIRouter:
+    """The route by which a trainer interrupts what it has asked for."""
+    router = APIRouter()
+
+    @router.post(ABORT)
+    async def abort() -> dict[str, str]:
+        await receiver.abort()
+        return {}
+
+    return router
+
+
 async def _serve(
     args: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]], directory: Path | None
 ) -> None:
@@ -168,6 +193,7 @@ async def _serve(
         app = build_app(args, tasks, engine.model_config)
         receiver = WeightReceiver(engine, identity, shapes)
         app.include_router(weight_routes(receiver, directory=directory, scratch=shared_memory()))
+        app.include_router(abort_route(receiver))
         app.include_router(model_route())
         await init_app_state(engine, app.state, args, tasks)
         if args.api_key:
