@@ -7,12 +7,13 @@ way when the run is saved is waited for and saved with it, so a resumed run trai
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +28,7 @@ from phimr_nemo.training import platform
 from phimr_nemo.training.distributed import wait_for_all
 
 if TYPE_CHECKING:
+    from phimr_nemo.align.grpo.samplers import Turns
     from phimr_nemo.store.runs import RunDirectory
 
 ATTEMPTS: Final = 3
@@ -45,6 +47,25 @@ SCHEMA: Final = pa.schema(
 )
 
 
+Sampled = TypeVar("Sampled", bound=Callable[..., list[Completion]])
+
+
+def _then_training(method: Sampled) -> Sampled:
+    """A method of :class:`Rounds` that samples: however it ends, the GPUs are the trainer's then."""
+
+    @functools.wraps(method)
+    def sampled(self: Rounds, *arguments: Any) -> list[Completion]:
+        try:
+            found = method(self, *arguments)
+        except BaseException:
+            self.turns.abandon()
+            raise
+        self.turns.begin_training()
+        return found
+
+    return cast("Sampled", sampled)
+
+
 class Rounds:
     """Samples rounds. All processes call the same methods in the same order (collective), but for the thread inside.
 
@@ -52,12 +73,17 @@ class Rounds:
         sampler: of this process.
         weights: the policy's current weights, tensor by tensor (collective).
         directory: where a round ahead is saved.
+        turns: who computes on the trainer's GPUs.
     """
 
     def __init__(
-        self, sampler: Sampler, weights: Callable[[], Iterable[tuple[str, Tensor]]], directory: Path
+        self,
+        sampler: Sampler,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        directory: Path,
+        turns: Turns,
     ) -> None:
-        self._sampler, self._weights, self._directory = sampler, weights, directory
+        self._sampler, self._weights, self._directory, self.turns = sampler, weights, directory, turns
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._pending: tuple[int, Future[list[Completion]]] | None = None
         # A run that is stopped before it trains on a round that was sampled ahead saves it as well.
@@ -93,10 +119,12 @@ class Rounds:
             self._send(step)
 
     def _send(self, step: int) -> None:
+        self.turns.begin_sampling()
         self._sampler.update_weights(self._weights(), step)
         # Nobody asks a server before the one process that sends weights has sent them.
         wait_for_all(f"the weights of step {step} are sent")
 
+    @_then_training
     def sample(self, step: int, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """This process's responses of a round, by new weights or those that were sampled ahead.
 
@@ -131,6 +159,7 @@ class Rounds:
         wait_for_all(f"round {step} is sampled")
         return done
 
+    @_then_training
     def ask(self, step: int, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Responses that nothing is trained on, by the weights that step `step` starts from, on all processes.
 

@@ -13,6 +13,10 @@ from phimr_nemo.redact import shown_variable
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 ServedLongRope = Literal["long_when_max_length_exceeds_original", "always_short"]
 """The policies that vLLM and TensorRT-LLM can follow; they do not know a sequence's final length."""
+OWN_SHARE: Final = 0.9
+"""Of a GPU's memory: vLLM's own default."""
+COLOCATED_SHARE: Final = 0.5
+"""The same beside a trainer's weights: verl's rollouts take as much (`gpu_memory_utilization`)."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Served:
         eager: no CUDA graphs and no compilation.
         refit_directory: where TensorRT-LLM's checkpoints are kept; None = shared memory where there is such.
         name: what clients call the model, besides the digest of its weights; None = by that alone.
+        colocated: a trainer computes on the same GPUs: it is asleep from the start, and awake from new weights on
+            until it is told to sleep.
     """
 
     model: Path
@@ -49,6 +55,7 @@ class Served:
     eager: bool
     refit_directory: Path | None
     name: str | None = None
+    colocated: bool = False
 
 
 def api_key(served: Served) -> str | None:
