@@ -32,6 +32,10 @@ from phimr_nemo.redact import shown_variable
 QUESTION: Final = "{question}"
 """Where a prompt holds the question; by itself the prompt that adds nothing."""
 GRADER_RULE: Final = "grader is MODULE:FUNCTION, a function (response, answer) -> phimr_nemo.verify.Verdict"
+OWN_SHARE: Final = 0.9
+"""Of a GPU's memory, for a server: vLLM's own default."""
+COLOCATED_SHARE: Final = 0.5
+"""The same beside a trainer's weights: verl's rollouts take as much (`gpu_memory_utilization`)."""
 VARIABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 

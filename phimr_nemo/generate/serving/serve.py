@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from phimr_nemo.config.engine import COLOCATED_SHARE, OWN_SHARE
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.serving.served import COLOCATED_SHARE, OWN_SHARE, Served, ServedLongRope, api_key
+from phimr_nemo.generate.serving.served import Served, ServedLongRope, api_key
 
 
 def serve(

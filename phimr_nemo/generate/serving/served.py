@@ -13,10 +13,6 @@ from phimr_nemo.redact import shown_variable
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 ServedLongRope = Literal["long_when_max_length_exceeds_original", "always_short"]
 """The policies that vLLM and TensorRT-LLM can follow; they do not know a sequence's final length."""
-OWN_SHARE: Final = 0.9
-"""Of a GPU's memory: vLLM's own default."""
-COLOCATED_SHARE: Final = 0.5
-"""The same beside a trainer's weights: verl's rollouts take as much (`gpu_memory_utilization`)."""
 
 
 @dataclass(frozen=True)
