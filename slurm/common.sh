@@ -244,12 +244,19 @@ torchrun_on() {
 }
 
 # run_with_servers STAGE [ARGUMENT ...]: as run_distributed, with rollout servers on the last PHIMR_SERVER_NODES nodes
-# of the allocation, or on those of the second component of a heterogeneous job.
+# of the allocation, on those of the second component of a heterogeneous job, or with PHIMR_COLOCATED=1 on the trainer's.
 run_with_servers() {
   local stage=$1 url_list
   local -a hosts=() servers=() urls=() trainer_options=() server_options=()
   take_arguments "$@"
-  if [[ ${SLURM_HET_SIZE:-1} == 2 ]]; then
+  if [[ ${PHIMR_COLOCATED:-0} == 1 ]]; then
+    [[ ${SLURM_HET_SIZE:-1} == 1 && ${PHIMR_SERVER_NODES:-0} == 0 ]] ||
+      fail "PHIMR_COLOCATED=1 with nodes for servers" "PHIMR_SERVER_NODES=0, and one component"
+    all_hosts
+    # Its step takes nothing from the trainer's: both have all GPUs.
+    servers=("${hosts[@]}") server_options=(--overlap)
+    ARGUMENTS+=(engine.colocated=true)
+  elif [[ ${SLURM_HET_SIZE:-1} == 2 ]]; then
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0")
     mapfile -t servers < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")
     trainer_options=(--het-group=0) server_options=(--het-group=1)
@@ -304,11 +311,12 @@ start_servers() {
   # A key for this start of this job: whoever reaches a server without it is refused.
   PHIMR_KEY=${PHIMR_KEY:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}
   export PHIMR_KEY
-  if [[ $count -gt 1 ]]; then set -- --gpus-per-task=1 "$@"; fi
+  if [[ $count -gt 1 && ${PHIMR_COLOCATED:-0} == 0 ]]; then set -- --gpus-per-task=1 "$@"; fi
   local PHIMR_PYTHON=${PHIMR_PYTHON:-} PHIMR_CONTAINER_IMAGE=${PHIMR_CONTAINER_IMAGE:-}
   use_server_software
   prepare_launch "$nodes" "$count" "$@"
-  local -a command=("${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.jobs.server_node --stage "$stage" --config "$CONFIG" "${ARGUMENTS[@]}")
+  local -a command=("${LAUNCH[@]}" "$PYTHON" -m phimr_nemo.jobs.server_node --stage "$stage" --servers "$count"
+    --config "$CONFIG" "${ARGUMENTS[@]}")
   if is_dry_run; then
     printf '%q ' "${command[@]}"
     printf '\n'

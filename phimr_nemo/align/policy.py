@@ -28,6 +28,7 @@ from phimr_nemo.align.microbatch import (
     used_lengths,
     work_of,
 )
+from phimr_nemo.align.offload import HostMemory, gradient_tensors, optimizer_tensors
 from phimr_nemo.config import LoRAConfig, ModelConfig, OptimConfig, ParallelConfig
 from phimr_nemo.losses import IGNORED_LABEL
 from phimr_nemo.model import Architecture
@@ -253,6 +254,14 @@ class MegatronPolicy(AlignableGenerativeInterface):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights under their Hugging Face names, whole, on every rank (collective)."""
         return export_tensors([self.model], self.architecture)
+
+    def update_memory(self) -> HostMemory:
+        """What is not needed between updates: the optimizer's state, gradients, and the reference policy's weights.
+
+        Every update begins with gradients of zero (`prepare_for_training_step`), so they are not kept.
+        """
+        copied = [*optimizer_tensors(self.optimizer.megatron, self.model), *self._reference]
+        return HostMemory(copied, gradient_tensors(self.model))
 
     # ---- the reference policy of the KL penalty ------------------------------------------------------------
 

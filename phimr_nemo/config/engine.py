@@ -32,6 +32,10 @@ from phimr_nemo.redact import shown_variable
 QUESTION: Final = "{question}"
 """Where a prompt holds the question; by itself the prompt that adds nothing."""
 GRADER_RULE: Final = "grader is MODULE:FUNCTION, a function (response, answer) -> phimr_nemo.verify.Verdict"
+OWN_SHARE: Final = 0.9
+"""Of a GPU's memory, for a server: vLLM's own default."""
+COLOCATED_SHARE: Final = 0.5
+"""The same beside a trainer's weights: verl's rollouts take as much (`gpu_memory_utilization`)."""
 VARIABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -211,6 +215,9 @@ class ServerEngine:
         base_urls: their addresses without a path, as `http://node1:8000`.
         api_key_env: the environment variable that holds their key; None for servers on loopback without one.
         dtype: what the servers that a Slurm job starts compute in; None = what is trained in.
+        colocated: they run on the trainer's own nodes and GPUs (`phimr serve --colocated`): they sleep while it
+            computes, and while they sample its optimizer's state is in the host's memory.
+        memory_share: what the servers that a Slurm job starts take of a GPU's memory; None = as `phimr serve` does.
         in_flight: requests under way at once on one server, from one process.
         request_seconds: a response that takes longer is given up and sampled on another server; its server is out
             until it answers again.
@@ -226,6 +233,8 @@ class ServerEngine:
     base_urls: BaseUrls
     api_key_env: Variable | None = None
     dtype: Dtype | None = None
+    colocated: bool = False
+    memory_share: PositiveShare | None = None
     in_flight: Positive
     request_seconds: AboveZero
     attempts: Positive
@@ -233,6 +242,15 @@ class ServerEngine:
     recovery_seconds: AboveZero
     bucket_mb: Positive
     directory: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.colocated and self.kind != "vllm_server":
+            raise RuleBroken(
+                f"{AT}colocated=true with {AT}kind={self.kind}",
+                rule="a server that shares the trainer's GPUs frees them while the trainer computes, and comes back "
+                "without a new start: vLLM's sleep mode",
+                remedy=f"use {AT}colocated=false with servers on other GPUs, or {AT}kind=vllm_server",
+            )
 
 
 @config
@@ -321,6 +339,24 @@ def samples_as_trained(
             f"{AT}{key}.tensor={engine.tensor} in the trainer's processes",
             rule="every process of the trainer has its own vLLM, on its own GPU",
             remedy=f"use {AT}{key}.tensor=1, or servers ({AT}{key}.kind=vllm_server)",
+        )
+
+
+def not_colocated(engine: Any, *, place: str = "") -> None:
+    """Where nothing gives the servers their turn, they have GPUs of their own.
+
+    Args:
+        engine: a :data:`TrainedEngine`.
+        place: where it stands, ending in a dot.
+
+    Raises:
+        RuleBroken: they would share the trainer's.
+    """
+    if isinstance(engine, ServerEngine) and engine.colocated:
+        raise RuleBroken(
+            f"{AT}{place}engine.colocated=true in a stage that samples only to be measured",
+            rule="GRPO and distillation take turns with the servers on their GPUs, round after round",
+            remedy=f"use {AT}{place}engine.colocated=false with servers on other GPUs",
         )
 
 

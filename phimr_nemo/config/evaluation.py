@@ -15,6 +15,7 @@ from phimr_nemo.config.engine import (
     SampledLongRope,
     SamplingConfig,
     TrainedEngine,
+    not_colocated,
     own_directory,
     samples_as_trained,
 )
@@ -128,6 +129,7 @@ class TrainingEvaluationConfig(HeldOutConfig):
 
     def __post_init__(self) -> None:
         samples_as_trained({"temperature": self.temperature}, self.top_p, self.engine)
+        not_colocated(self.engine)
 
 
 @config

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from phimr_nemo.config import Stale
 from phimr_nemo.generate.sampler import (
     Completion,
     InterruptibleSampler,
@@ -39,6 +40,25 @@ SCHEMA: Final = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How far sampling may be ahead of training.
+
+    Attributes:
+        steps: a response is trained on so many steps after its oldest token's weights at most; 0 = nothing is ahead.
+        at_most: responses under way at once in this process, where new weights interrupt them; None = new weights
+            wait for whole rounds.
+        stale: "keep" trains on older responses all the same.
+    """
+
+    steps: int = 0
+    at_most: int | None = None
+    stale: Stale = "resample"
+
+
+NOTHING_AHEAD: Final = Lead()
 
 
 @dataclass

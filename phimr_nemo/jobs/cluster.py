@@ -51,6 +51,7 @@ SITE_VARIABLES: Final = (
     "PHIMR_PYTHON",
     "PHIMR_PROCS_PER_NODE",
     "PHIMR_SERVER_NODES",
+    "PHIMR_COLOCATED",
 )
 """Those that shape a job before it runs; the job itself sources the file, as the scripts do."""
 # The file is a program of the site's own: bash says what it comes to.
@@ -233,9 +234,10 @@ def job_settings(stage: str, config: Any, site: Site, source_tree: Path) -> dict
         UserError: the site wants what only the sbatch scripts do.
     """
     runtime = site.variables.get("PHIMR_CONTAINER_RUNTIME", "none")
-    if runtime not in ("none", "pyxis") or site.variables.get("PHIMR_SERVER_NODES", "0") != "0":
+    servers = {name: site.variables.get(name, "0") for name in ("PHIMR_SERVER_NODES", "PHIMR_COLOCATED")}
+    if runtime not in ("none", "pyxis") or set(servers.values()) != {"0"}:
         raise UserError(
-            f"PHIMR_CONTAINER_RUNTIME={runtime} PHIMR_SERVER_NODES={site.variables.get('PHIMR_SERVER_NODES', '0')}",
+            " ".join(f"{name}={value}" for name, value in {"PHIMR_CONTAINER_RUNTIME": runtime, **servers}.items()),
             rule="NeMo-Run starts bare processes or pyxis containers, and no rollout servers",
             remedy=f"sbatch slurm/{stage}.sh",
         )

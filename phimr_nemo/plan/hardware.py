@@ -28,6 +28,7 @@ class Gpu:
             counted in model FLOPs (causal, without what the backward pass recomputes).
         node_bandwidth: bytes per second that a GPU sends to its node (NVLink, one direction).
         network_bandwidth: bytes per second that a GPU sends out of its node (its share of the adapters).
+        host_bandwidth: bytes per second between a GPU and its host's memory (PCIe, one direction).
         node_size: GPUs in a node.
         guesses: efficiency figures that nobody published for this GPU, taken from another one.
     """
@@ -39,6 +40,7 @@ class Gpu:
     attention: float
     node_bandwidth: float
     network_bandwidth: float
+    host_bandwidth: float
     node_size: int
     guesses: tuple[str, ...] = ()
 
@@ -63,7 +65,8 @@ _ATTENTION_GUESS = "attention efficiency: no in-step figure for this GPU, the H2
 
 # Data sheets: nvidia.com/en-us/data-center/{h100,h200,a100,dgx-b200}. Memory as nvidia-smi reports it (MiB).
 # NVLink is stated for both directions together: 900, 600 and 1,800 GB/s. Network: DGX H100, H200 and B200 have eight
-# 400 Gb/s adapters for eight GPUs, DGX A100 eight of 200 Gb/s (DGX user guides).
+# 400 Gb/s adapters for eight GPUs, DGX A100 eight of 200 Gb/s (DGX user guides). PCIe of 16 lanes: 128 GB/s for both
+# directions together in the fifth generation, 64 GB/s in the fourth (A100).
 GPUS: Final[Mapping[str, Gpu]] = {
     "h100-80g": Gpu(
         memory=81_559 * MEBIBYTE,
@@ -73,6 +76,7 @@ GPUS: Final[Mapping[str, Gpu]] = {
         attention=HOPPER_ATTENTION,
         node_bandwidth=450e9,
         network_bandwidth=50e9,
+        host_bandwidth=64e9,
         node_size=8,
     ),
     "h200-141g": Gpu(
@@ -83,6 +87,7 @@ GPUS: Final[Mapping[str, Gpu]] = {
         attention=HOPPER_ATTENTION,
         node_bandwidth=450e9,
         network_bandwidth=50e9,
+        host_bandwidth=64e9,
         node_size=8,
     ),
     "a100-80g": Gpu(
@@ -93,6 +98,7 @@ GPUS: Final[Mapping[str, Gpu]] = {
         attention=HOPPER_ATTENTION,
         node_bandwidth=300e9,
         network_bandwidth=25e9,
+        host_bandwidth=32e9,
         node_size=8,
         guesses=(_ATTENTION_GUESS,),
     ),
@@ -104,6 +110,7 @@ GPUS: Final[Mapping[str, Gpu]] = {
         attention=BLACKWELL_ATTENTION,
         node_bandwidth=900e9,
         network_bandwidth=50e9,
+        host_bandwidth=64e9,
         node_size=8,
     ),
 }
@@ -127,6 +134,12 @@ DECODE_EFFICIENCY: Final = 0.7
 """Share of the HBM bandwidth that token-by-token sampling reaches with a tuned engine: our assumption. With 256
 sequences of 2,048 tokens it gives 11.9 K tokens/s for Llama-3.1-8B on an H100; figures published for vLLM are about
 12.5 K, at lengths that are not stated."""
+
+HOST_EFFICIENCY: Final = 0.8
+"""Share of PCIe's bandwidth that copies from and to pinned memory reach: our assumption."""
+
+SLEEPING_BYTES: Final = 2 * GIBIBYTE
+"""What a sleeping vLLM server keeps of a GPU: CUDA context, CUDA graphs and workspaces: our assumption."""
 
 FRAMEWORK_BYTES: Final = 3 * GIBIBYTE
 """CUDA context, NCCL's buffers, cuBLAS's and cuDNN's workspaces: our assumption, not measured yet."""

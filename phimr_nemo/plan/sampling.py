@@ -10,11 +10,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from phimr_nemo.config.engine import ServerEngine, TrainedEngine
+from phimr_nemo.config.engine import COLOCATED_SHARE, ServerEngine, TrainedEngine
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import matmul_parameters
-from phimr_nemo.plan.hardware import DECODE_EFFICIENCY, NODE_EFFICIENCY, Gpu, matmul_rate
+from phimr_nemo.plan.hardware import (
+    DECODE_EFFICIENCY,
+    HOST_EFFICIENCY,
+    NODE_EFFICIENCY,
+    SLEEPING_BYTES,
+    Gpu,
+    matmul_rate,
+)
 from phimr_nemo.plan.memory import BYTES_PER_NUMBER
 from phimr_nemo.plan.timing import OPERATIONS
 from phimr_nemo.plan.workload import Lengths
@@ -75,6 +82,39 @@ def sampling_time(
         tokens_a_second=tokens / seconds,
         at_once=at_once,
         cache_bytes=math.ceil(at_once * lengths.mean) * a_token,
+    )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a colocated server meets on the trainer's GPU while it samples.
+
+    Attributes:
+        free_bytes: for keys and values, beside its weights.
+        seconds: in which the trainer makes room and takes it back; nothing is computed meanwhile.
+    """
+
+    free_bytes: float
+    seconds: float
+
+
+def colocated_turn(
+    gpu: Gpu, share: float | None, *, usable: float, stays: float, moves: float, weights: float
+) -> Turn:
+    """A round's turn of a server on one GPU.
+
+    Args:
+        gpu: which.
+        share: of its memory, for the server; None = what `phimr serve --colocated` takes.
+        usable: bytes of the GPU without head-room.
+        stays: bytes that the trainer keeps there.
+        moves: bytes that it sends to the host's memory and gets back.
+        weights: bytes of the server's.
+    """
+    room = min((COLOCATED_SHARE if share is None else share) * gpu.memory, usable - stays)
+    return Turn(
+        free_bytes=room - weights - SLEEPING_BYTES,
+        seconds=2 * moves / (gpu.host_bandwidth * HOST_EFFICIENCY),
     )
 
 

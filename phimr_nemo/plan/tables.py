@@ -8,7 +8,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from phimr_nemo.config import GenerationPlanConfig
+from phimr_nemo.config import GenerationPlanConfig, RoundsConfig, ServerEngine
 from phimr_nemo.model.flops import model_flops_per_token
 from phimr_nemo.plan.generation import GenerationPlan
 from phimr_nemo.plan.hardware import GIBIBYTE, find_gpu
@@ -34,6 +34,9 @@ NOTES: Final = (
 )
 SAMPLING_NOTE: Final = "sampling: extrapolated for a tuned engine on every GPU; the built-in engine is slower"
 SYNC_NOTE: Final = "weights to rollout servers: sync_bytes_a_second was measured between processes of a CPU's machine"
+COLOCATED_NOTE: Final = (
+    "colocated servers: what one keeps while it sleeps, and the speed of PCIe, are assumptions; nothing overlaps"
+)
 GENERATION_NOTES: Final = (
     "teacher: tokens_a_gpu_second is a published figure of other hardware and prompts (conf/plan/generate.yaml), "
     "extrapolated",
@@ -49,6 +52,9 @@ def notes(request: TrainingRequest) -> list[str]:
     found = [MEASURED_MEMORY, *NOTES, *find_gpu(request.plan.gpu).guesses]
     if request.plan.stage in SAMPLING_STAGES:
         found += [SAMPLING_NOTE, SYNC_NOTE]
+    engine = request.config.engine if isinstance(request.config, RoundsConfig) else None
+    if isinstance(engine, ServerEngine) and engine.colocated:
+        found.append(COLOCATED_NOTE)
     if request.plan.stage == "distill":
         found.append(TEACHER_NOTE)
     return found
@@ -107,7 +113,7 @@ def _print_ranking(request: TrainingRequest, plan: TrainingPlan, console: Consol
         times = [f"{option.seconds:.3g}"]
         if option.sampling is not None:
             sampled = option.sampling.seconds
-            times = [f"{value:.0f}" for value in (sampled, option.seconds - sampled - option.sync)]
+            times = [f"{value:.0f}" for value in (sampled, option.seconds - sampled - option.sync - option.offload)]
         table.add_row(
             str(number),
             describe(option.candidate),
@@ -144,6 +150,8 @@ def _print_parts(best: Fitting, plan: TrainingPlan, console: Console) -> None:
     if best.sampling is not None:
         table.add_row(f"sampling, {best.sampling.at_once} sequences at once", f"{best.sampling.seconds:.4g}")
         table.add_row("weights to what samples", f"{best.sync:.4g}")
+    if best.offload:
+        table.add_row("optimizer to the host and back", f"{best.offload:.4g}")
     console.print(table)
     if best.waiting > 0:
         console.print(f"padding and waiting for the longest sequences: {best.waiting:.0%} of the training time")
@@ -269,6 +277,7 @@ def _fitting_values(option: Fitting) -> dict[str, Any]:
         "step_seconds": dataclasses.asdict(option.step),
         "sampling": None if option.sampling is None else dataclasses.asdict(option.sampling),
         "sync_seconds": option.sync,
+        "offload_seconds": option.offload,
         "waiting_share": option.waiting,
         "seconds": option.seconds,
         "tokens_a_gpu_second": option.tokens_a_gpu_second,

@@ -18,6 +18,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
+from phimr_nemo.align.offload import HostMemory, gradient_tensors, optimizer_tensors
 from phimr_nemo.config import ParallelConfig
 
 LEARNING_RATE = 1e-2
@@ -107,6 +108,58 @@ def both_curves(
     second = Training(directory, layout, sharded=sharded, dtype=torch.float32)
     second.load(Path(path))
     return known(straight), known([*before, *(second.step() for _ in range(steps - steps // 2))])
+
+
+def state_away_between_steps(
+    directory: str, layout: ParallelConfig, sharded: bool, dtype: torch.dtype, steps: int, fault: bool
+) -> dict[str, Any]:
+    """The losses and weights of a few steps, with what only an update needs in the host's memory between them.
+
+    Args:
+        directory, layout, sharded, dtype, steps: as above.
+        fault: the moments come back as another parameter's.
+    """
+    training = Training(directory, layout, sharded=sharded, dtype=dtype)
+    losses = [training.step()]
+    copied = list(optimizer_tensors(training.optimizer, training.wrapped))
+    zeroed = list(gradient_tensors(training.wrapped))
+    memory = HostMemory(copied, zeroed)
+    numbers = sum(parameter.numel() for parameter in training.model.parameters())
+    held = sum(tensor.nbytes for tensor in copied if tensor.numel() > 1)
+    for _ in range(steps - 1):
+        before = [tensor.clone() for tensor in copied]
+        memory.put_away()
+        memory.put_away()
+        assert [tensor.untyped_storage().nbytes() for tensor in (*copied, *zeroed)] == [0] * len(copied + zeroed)
+        # Other tensors take the memory meanwhile.
+        others = [torch.full_like(tensor, 7.0) for tensor in before]
+        memory.bring_back()
+        memory.bring_back()
+        del others
+        assert all(torch.equal(a, b) for a, b in zip(copied, before, strict=True))
+        assert not any(tensor.any() for tensor in zeroed)
+        if fault:
+            same = [tensor for tensor in copied if tensor.numel() > 1]
+            same[0].flatten()[:2] = same[0].flatten()[:2].flip(0)
+        losses.append(training.step())
+    weights = torch.cat([parameter.detach().flatten().float() for parameter in training.model.parameters()])
+    return {
+        "losses": known(losses),
+        "weights": weights,
+        "numbers": numbers,
+        "copied": held,
+        "zeroed": sum(tensor.nbytes for tensor in zeroed),
+        "freed": memory.nbytes,
+    }
+
+
+def weights_after(
+    directory: str, layout: ParallelConfig, sharded: bool, dtype: torch.dtype, steps: int
+) -> tuple[list[float], Tensor]:
+    """The losses and weights of a few steps."""
+    training = Training(directory, layout, sharded=sharded, dtype=dtype)
+    losses = known(training.step() for _ in range(steps))
+    return losses, torch.cat([parameter.detach().flatten().float() for parameter in training.model.parameters()])
 
 
 def known(losses: Iterable[float | None]) -> list[float]:

@@ -1,7 +1,8 @@
 """A rollout server on loopback around the real built-in sampler: the protocol of `phimr serve`, and faults on demand.
 
 It takes weights as vLLM's server does (buckets of safetensors, checked against the whole checkpoint), says which
-weights made a response, and can be killed, made to hang, or made to lose a tensor.
+weights made a response, and can be killed, made to hang, or made to lose a tensor. A colocated one sleeps and wakes
+in vLLM's order, and has no weights while it sleeps.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams
 from phimr_nemo.generate.serving.weights import (
     ABORT,
+    ASLEEP,
     BEGIN,
     BUCKET,
     FINISH,
     GENERATE,
     INCOMPLETE,
+    SLEEP,
     UNSYNCED,
     Arrivals,
     Identity,
@@ -73,8 +76,10 @@ class RolloutServer:
         port: 0 = any free one.
         key: what it asks for.
         directory: where buckets are left for it.
+        colocated: it sleeps until weights come, and when it is told to.
 
     Attributes:
+        events: "sleep", "weights" and "kv_cache" (awake), "sampled", in their order.
         answered: responses sent.
         aborts: how often it was told to abort.
         die_after: responses that it sends before it is gone; later requests are cut off.
@@ -83,14 +88,25 @@ class RolloutServer:
     """
 
     def __init__(
-        self, model: Path, identity: Identity, *, port: int = 0, key: str = "", directory: Path | None = None
+        self,
+        model: Path,
+        identity: Identity,
+        *,
+        port: int = 0,
+        key: str = "",
+        directory: Path | None = None,
+        colocated: bool = False,
     ) -> None:
         self._source, self._identity, self._key, self._directory = HFDirectory(model), identity, key, directory
         self._tensors: dict[str, Tensor] = {name: self._source.read(name) for name in self._source.names()}
         self._arrivals = Arrivals(tensor_shapes(self._source.architecture))
-        self._sampler = self._new_sampler()
+        self._sampler: LocalSampler | None = self._new_sampler()
+        self._colocated, self._asleep = colocated, set[str]()
+        self.events: list[str] = []
         self._lock, self._dying = threading.Lock(), threading.Lock()
         self.version = UNSYNCED
+        if colocated:
+            self._sleep()
         self.answered = self.aborts = 0
         self.die_after: int | None = None
         self.hang = threading.Event()
@@ -134,7 +150,10 @@ class RolloutServer:
     def take(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         """Answer a POST."""
         try:
-            if path == BEGIN:
+            if path == SLEEP and self._colocated:
+                self._sleep()
+            elif path == BEGIN:
+                self._wake("weights")
                 self.version = INCOMPLETE
                 self.aborts += 1
                 self._arrivals.restart()
@@ -144,9 +163,12 @@ class RolloutServer:
                 self._load(body)
             elif path == FINISH:
                 self._arrivals.check_complete()
+                self._wake("kv_cache")
                 with self._lock:
                     self._sampler = self._new_sampler()
                 self.version = str(json.loads(body)["version"])
+            elif path == GENERATE and self._asleep:
+                return UNAVAILABLE, {"detail": "asleep"}
             elif path == GENERATE:
                 return 200, self._generate(json.loads(body))
             else:
@@ -154,6 +176,16 @@ class RolloutServer:
         except WrongWeights as error:
             return CONFLICT, {"detail": str(error)}
         return 200, {}
+
+    def _sleep(self) -> None:
+        with self._lock:
+            self.version, self._sampler, self._asleep = ASLEEP, None, {"weights", "kv_cache"}
+        self.events.append("sleep")
+
+    def _wake(self, part: str) -> None:
+        if part in self._asleep:
+            self._asleep.remove(part)
+            self.events.append(part)
 
     def _load(self, body: bytes) -> None:
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
@@ -171,12 +203,14 @@ class RolloutServer:
             if self.die_after is not None and self.answered >= self.die_after:
                 raise Gone
             sampler = self._sampler
+            assert sampler is not None
             sampler._stop = sampler._stop.new_tensor(sorted(params["stop_token_ids"]))
             request = Request("r", tuple(body["token_ids"]), params["seed"])
             drawn = SamplingParams(params["temperature"], 1.0, params["max_tokens"])
             whole: list[Completion] = []
             left = sampler.sample_until(aborted, [(request, drawn)], whole.append, 1)
             self.answered += len(whole)
+            self.events.append("sampled")
         found: Completion | Partial = left[0].begun if left else whole[0]
         pairs, count = zip(found.token_ids, found.logprobs, strict=True), len(found.token_ids)
         choice = {

@@ -17,8 +17,9 @@ from distributed import run_distributed
 from test_rollout_servers import POLICY, changed, small_model, weights_of
 from torch import Tensor
 
-from phimr_nemo.align.grpo.rounds import FILE, Lead, Rounds
-from phimr_nemo.generate.ahead import Round, read_rows
+from phimr_nemo.align.grpo.rounds import FILE, Rounds
+from phimr_nemo.align.grpo.samplers import NoTurns
+from phimr_nemo.generate.ahead import Lead, Round, read_rows
 from phimr_nemo.generate.local.decoder import Decoder
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
@@ -93,7 +94,7 @@ def play(
 
     played: Played = {}
     with mock.patch.object(Decoder, "step", lambda *of: counting.step(*of)):
-        rounds = Rounds(sampler, weights, directory, lead)
+        rounds = Rounds(sampler, weights, directory, NoTurns(), lead)
         rounds.restore(first, lambda prompt_of, step: round_of(step, dict(prompt_of)))
         for now in range(first, stop):
             played[now] = rounds.sample(now, round_of(now).requests, PARAMS)
@@ -220,7 +221,7 @@ def test_two_processes_take_over_what_one_had_begun(model: Path, tmp_path: Path)
 def taken_over(model: Path, directory: Path, lead: Lead) -> dict[str, tuple[int, ...]]:
     del model
     sampler: Any = mock.Mock(version=1)
-    rounds = Rounds(sampler, dict[str, Tensor]().items, directory, lead)
+    rounds = Rounds(sampler, dict[str, Tensor]().items, directory, NoTurns(), lead)
     rounds.restore(1, lambda prompt_of, step: round_of(step, dict(prompt_of)))
     steps = rounds.steps_ahead
     found = [c for step in steps for c in rounds._ahead.take(step).responses()]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from distributed import RanksFailed, run_distributed
 
 from phimr_nemo.align.grpo import rounds
+from phimr_nemo.align.grpo.samplers import NoTurns
 from phimr_nemo.config import ParallelConfig
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.training.distributed import start_process_group, wait_for_all
@@ -40,7 +41,7 @@ class SlowSampler:
 def one_round(directory: Path, is_waited_for: bool) -> list[str]:
     wait_for_all("the processes have started")
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=LIMIT_SECONDS), dist.group.WORLD)
-    made = rounds.Rounds(SlowSampler(), list, directory)  # type: ignore[arg-type]
+    made = rounds.Rounds(SlowSampler(), list, directory, NoTurns())  # type: ignore[arg-type]
     requests = [Request(f"{dist.get_rank()}/{sample}", (1, 2), sample) for sample in range(2)]
     replacement = wait_for_all if is_waited_for else lambda _: None
     with mock.patch.object(rounds, "wait_for_all", replacement):

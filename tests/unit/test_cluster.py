@@ -129,6 +129,7 @@ def test_directives_preset_and_site_come_together(site: Path, monkeypatch: pytes
         ("if then\n", "site.env"),
         ("PHIMR_CONTAINER_RUNTIME=apptainer\n", "apptainer"),
         ("PHIMR_SERVER_NODES=2\n", "PHIMR_SERVER_NODES=2"),
+        ("PHIMR_COLOCATED=1\n", "PHIMR_COLOCATED=1"),
     ],
 )
 def test_a_site_that_cannot_be_followed_is_named(text: str, named: str, site: Path) -> None:

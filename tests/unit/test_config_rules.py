@@ -120,6 +120,23 @@ CASES: Final = [
     ("grpo", "engine.kind=vllm engine.max_batch=2 engine.memory_share=0.5 engine.tensor=2", "engine.tensor=2"),
     ("grpo", "engine.kind=vllm engine.max_batch=2 engine.memory_share=0", "engine.memory_share=0"),
     ("grpo", "engine.cache_gib=0", "engine.cache_gib=0"),
+    (
+        "grpo",
+        " ".join(("engine.kind=vllm_server engine.colocated=true ahead=1 correction.kind=truncated", *SERVERS))
+        + " correction.cap=2",
+        "ahead=1 with engine.colocated=true",
+    ),
+    (
+        "grpo",
+        " ".join(("engine.kind=trtllm_server engine.colocated=true temperature.end=1", *SERVERS)),
+        "engine.colocated=true with engine.kind=trtllm_server",
+    ),
+    (
+        "sft",
+        f"{shlex.quote(EVALUATION)} evaluation.engine.kind=vllm_server evaluation.engine.colocated=true "
+        + " ".join(f"evaluation.{setting}" for setting in SERVERS),
+        "evaluation.engine.colocated=true in a stage",
+    ),
     ("grpo", "overlong.kind=soft overlong.buffer=97 overlong.penalty=1", "overlong.buffer=97"),
     ("grpo", "reward.correct=-1 reward.wrong=1", "reward.correct=-1.0 with reward.wrong=1.0"),
     ("grpo", "reward.correct=1 reward.wrong=1", "reward.correct=1.0 with reward.wrong=1.0"),

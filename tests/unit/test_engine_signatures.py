@@ -39,7 +39,7 @@ SOURCES = {
         for method in (
             *("get_weight_version", "update_weight_version", "pause_generation", "resume_generation"),
             *("collective_rpc", "start_weight_update", "update_weights", "finish_weight_update"),
-            *("reset_prefix_cache", "get_supported_tasks"),
+            *("reset_prefix_cache", "get_supported_tasks", "sleep", "wake_up"),
         )
     },
     f"{LAUNCHERS}.cli_args.make_arg_parser": "entrypoints/launchers/cli_args.py:make_arg_parser",
@@ -75,6 +75,9 @@ SOURCES = {
         "model_executor/model_loader/reload/layerwise.py:finalize_layerwise_reload"
     ),
     "vllm.platforms.current_platform.is_cpu": "platforms/interface.py:Platform.is_cpu",
+    "vllm.platforms.current_platform.is_sleep_mode_available": (
+        "platforms/interface.py:Platform.is_sleep_mode_available"
+    ),
     "vllm.entrypoints.openai.models.serving.OpenAIServingModels.show_available_models": (
         "entrypoints/openai/models/serving.py:OpenAIServingModels.show_available_models"
     ),
@@ -237,6 +240,28 @@ def test_vllms_command_line_has_our_options(table: dict[str, Any]) -> None:
     assert {"--max-model-len", "--enforce-eager"} <= ours
     assert ours <= set(table["vllm"]["options"])
     assert "--max-model-length" not in table["vllm"]["options"]
+
+
+def test_vllm_frees_its_memory_by_the_tags_that_we_wake(vllm_python: Path) -> None:
+    """No other build is here than the one for CPUs, which keeps its memory: what the one for GPUs does, is read."""
+    (root,) = vllm_python.parents[1].glob("lib/python*/site-packages/vllm")
+    ours = {
+        ast.literal_eval(keyword.value)[0]
+        for name, call in calls(ast.parse((SERVING / "vllm_server.py").read_text("utf-8")))
+        if name == "self._engine.wake_up"
+        for keyword in call.keywords
+    }
+    assert ours == {"weights", "kv_cache"}
+    (tags,) = [
+        node.value
+        for node in ast.walk(ast.parse((root / "v1/executor/abstract.py").read_text("utf-8")))
+        if isinstance(node, ast.Assign) and [ast.unparse(name) for name in node.targets] == ["SLEEP_TAGS"]
+    ]
+    assert ours == set(ast.literal_eval(tags.args[0] if isinstance(tags, ast.Call) else tags))
+    # Level 2 keeps buffers alone; only a GPU's worker empties anything.
+    suspend = ast.unparse(definition(root / "device_allocator/sleep_mode_backend.py", "CuMemBackend.suspend"))
+    assert re.search(r"if level == 1:\s+offload_tags = \('weights', ", suspend)
+    assert "not supported on CPU" in ast.unparse(definition(root / "v1/worker/cpu_worker.py", "CPUWorker.sleep"))
 
 
 def test_trtllm_serve_has_our_options(table: dict[str, Any]) -> None:

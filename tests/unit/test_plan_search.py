@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.plan.command import run_plan
 from phimr_nemo.plan.generation import plan_generation
-from phimr_nemo.plan.hardware import GPUS, NODE_EFFICIENCY
+from phimr_nemo.plan.hardware import GIBIBYTE, GPUS, NODE_EFFICIENCY
 from phimr_nemo.plan.request import LAYOUT_KEYS, TrainingRequest, read_request
 from phimr_nemo.plan.sampling import sync_time
 from phimr_nemo.plan.search import TrainingPlan, candidates, plan_training
@@ -147,6 +148,37 @@ def test_weights_go_once_to_each_node_of_rollout_servers() -> None:
         planned(*layout, "sync_bytes_a_second=null")
     remedy = caught.value.remedy.split(",")[0]
     assert planned(*layout, remedy)[1].fitting
+
+
+def test_a_colocated_server_s_turn_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """80 GB, 2 data-parallel GPUs: what is held while a step trains, what is free while it samples, what moves."""
+    numbers = 3_836_021_760
+    layout = ("stage=grpo", "gpus=8", "parallel.tensor=2", "parallel.pipeline=1", "parallel.context=1", "kl=0.1")
+    settings = ("micro_batch=1", "model.recompute=full", "sequence_length=8192", "max_new_tokens=7168")
+    apart = planned(*layout, *settings)[1].fitting[0]
+    option = planned(*layout, *settings, "engine.colocated=true")[1].fitting[0]
+    assert apart.sampling is not None
+    assert option.sampling is not None
+    # Asleep it keeps 2 GiB in the place of the weights.
+    assert option.memory.sampler == 2 * GIBIBYTE
+    assert option.memory.total == pytest.approx(apart.memory.total - apart.memory.sampler + 2 * GIBIBYTE)
+    gpu, state = GPUS["h100-80g"], option.memory.rank.state
+    moved = state.optimizer + option.memory.reference
+    assert option.offload == pytest.approx(2 * moved / (0.8 * 64e9))
+    assert option.seconds - option.offload == pytest.approx(
+        option.sync + option.sampling.seconds + sum(dataclasses.asdict(option.step).values())
+    )
+    # Half of the GPU, less weights and what is kept; the trainer's weights leave more than that.
+    assert 0.9 * gpu.memory - state.weights - 3 * GIBIBYTE > 0.5 * gpu.memory
+    free = 0.5 * gpu.memory - 2 * numbers - 2 * GIBIBYTE
+    longest = option.sampling.cache_bytes / option.sampling.at_once
+    at_once = min(free // longest, option.sampling.at_once)
+    assert option.sampling.at_once == at_once <= apart.sampling.at_once
+    # A share that leaves no room for the longest response is refused, and the notes say what is assumed.
+    assert not planned(*layout, *settings, "engine.colocated=true", "engine.memory_share=0.12")[1].fitting
+    values = printed(capsys, *layout, *settings, "engine.colocated=true")
+    assert "colocated servers" in " ".join(values["notes"])
+    assert values["fitting"][0]["offload_seconds"] == option.offload
 
 
 def test_generation_by_hand(capsys: pytest.CaptureFixture[str]) -> None:

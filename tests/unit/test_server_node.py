@@ -74,6 +74,26 @@ def test_a_run_without_servers_or_key_is_refused(preset: str, named: str) -> Non
         server_node.serve_arguments(config, 0)
 
 
+def test_colocated_servers_share_the_gpus_of_their_node() -> None:
+    config = load_config(
+        STAGES["grpo"],
+        PAPER,
+        ["base=models/b", KEY, "engine.colocated=true", "engine.memory_share=0.4", "engine.dtype=fp16"],
+    )
+    words = server_node.serve_arguments(config, 1, 2)
+    assert words[-5:] == ["--memory-share", "0.4", "--tensor", "2", "--colocated"]
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    assert all(word in shown for word in words if word.startswith("--"))
+    node = {"SLURM_GPUS_ON_NODE": "8"}
+    assert [server_node.own_gpus(number, 4, node) for number in (0, 3)] == [["0", "1"], ["6", "7"]]
+    chosen = {**node, "CUDA_VISIBLE_DEVICES": "4,GPU-5"}
+    assert [server_node.own_gpus(number, 2, chosen) for number in (0, 1)] == [["4"], ["GPU-5"]]
+    assert server_node.own_gpus(0, 2, {}) == []
+    for servers in (3, 16):
+        with pytest.raises(UserError, match=f"{servers} colocated servers on a node with 8 GPUs"):
+            server_node.own_gpus(0, servers, node)
+
+
 @pytest.mark.usefixtures("signals")
 def test_a_server_that_dies_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_node, "RESTART_SECONDS", 0.01)

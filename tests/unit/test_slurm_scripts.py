@@ -438,6 +438,23 @@ def test_grpo_with_servers_on_the_last_nodes() -> None:
     assert ports == ["8000", "8001"]
 
 
+def test_grpo_with_servers_on_the_trainers_gpus() -> None:
+    extra = {"DRY_RUN": "1", "PHIMR_COLOCATED": "1", "PHIMR_SERVERS_PER_NODE": "4", "SLURM_JOB_NUM_NODES": "4"}
+    server, trainer = map(words, bash("slurm/grpo.sh", "steps=3", env=environment(**extra)).stdout.splitlines())
+    urls = ",".join(f"http://node-{node}:{port}" for node in range(1, 5) for port in range(8000, 8004))
+    added = ["steps=3", "engine.colocated=true", f"engine.base_urls=[{urls}]", "engine.api_key_env=PHIMR_KEY"]
+    assert trainer[:3] == ["srun", "--nodes=4", "--ntasks=4"]
+    assert server[:4] == ["srun", "--nodes=4", "--ntasks=16", "--ntasks-per-node=4"]
+    # Slurm gives the servers nothing of their own, and what the trainer has.
+    assert "--overlap" in server
+    assert not [word for word in server if word.startswith("--gpus")]
+    assert follows(server, ["--servers", "4"])
+    for command in (server, trainer):
+        assert command[-len(added) :] == added
+    both = {**extra, "PHIMR_SERVER_NODES": "1"}
+    assert "PHIMR_COLOCATED=1 with nodes for servers" in bash("slurm/grpo.sh", env=environment(**both), code=2).stderr
+
+
 def test_grpo_keeps_the_kind_of_servers_that_it_is_given() -> None:
     extra = {"DRY_RUN": "1", "PHIMR_SERVER_NODES": "1", "PHIMR_SERVER_PYTHON": "/trt/python"}
     extra["SLURM_JOB_NUM_NODES"] = "5"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingPa
 from phimr_nemo.generate.serving import replies
 from phimr_nemo.generate.serving.replies import Wanted
 from phimr_nemo.generate.serving.servers import ServerSampler
-from phimr_nemo.generate.serving.weights import IDENTITY, LOGPROBS, tokenizer_hash
+from phimr_nemo.generate.serving.weights import ASLEEP, BEGIN, GENERATE, IDENTITY, LOGPROBS, tokenizer_hash
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.hf import HFDirectory
 
@@ -305,3 +306,69 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
     assert len(done) >= ANSWERS
     assert done < {request.id for request in many}
     assert sampler.counts["removed"] == 1
+
+
+def test_a_colocated_server_sleeps_and_wakes_in_vllms_order(
+    model: Path, tmp_path: Path, vllm_python: Path, vllm_variables: dict[str, str]
+) -> None:
+    """vLLM's engine on a CPU: it pauses, sleeps and wakes as on a GPU, and only the memory stays where it is."""
+    architecture = HFDirectory(model).architecture
+    wanted = Wanted(
+        weights=HFDirectory(model).weights_hash(),
+        tokenizer=tokenizer_hash(model),
+        longest=MAX_LENGTH,
+        original=architecture.original_max_position_embeddings,
+        longrope=POLICY,
+        vocab_size=architecture.vocab_size,
+        logprobs=LOGPROBS,
+    )
+    asked = [Request(f"{number}/0", tuple(range(1, 3 + number)), number) for number in range(3)]
+    options = ["--max-length", str(MAX_LENGTH), "--eager", "--dtype", "fp32", "--max-batch", "4", "--colocated"]
+    log = tmp_path / "server.log"
+    with served(vllm_python, vllm_variables, model, log, *options) as (url, _):
+        assert httpx.get(url + IDENTITY).json()["version"] == ASLEEP
+        # vLLM's own would let it wait for ever.
+        body = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 1}}
+        answer = httpx.post(url + GENERATE, json=body)
+        assert (answer.status_code, "asleep" in answer.text) == (httpx.codes.SERVICE_UNAVAILABLE, True)
+        assert httpx.get(url + "/health").status_code == httpx.codes.OK
+        config = ServerEngine(
+            kind="vllm_server",
+            base_urls=(url,),
+            colocated=True,
+            in_flight=4,
+            request_seconds=120.0,
+            attempts=2,
+            probe_seconds=0.2,
+            recovery_seconds=1.0,
+            bucket_mb=1,
+        )
+        sampler = ServerSampler(config, wanted, stop_token_ids=[0], run="a", is_leader=True, stale="resample")
+        for version in range(2):
+            weights = weights_of(model, version)
+            sampler.update_weights(weights.items(), version)
+            local = LocalSampler(
+                architecture,
+                weights.items(),
+                stop_token_ids=[0],
+                max_batch=4,
+                longrope_policy="long_when_max_length_exceeds_original",
+                max_length=MAX_LENGTH,
+            )
+            greedy = SamplingParams(0.0, 1.0, 8)
+            found, expected = sampler.sample(asked, greedy), local.sample(asked, greedy)
+            assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+            sampler.sleep()
+            assert httpx.get(url + IDENTITY).json()["version"] == ASLEEP
+        # Told again, and an update that breaks off: nothing of it stays.
+        sampler.sleep()
+        assert httpx.post(url + BEGIN).status_code == httpx.codes.OK
+        assert httpx.post(url + GENERATE, json=body).status_code == httpx.codes.SERVICE_UNAVAILABLE
+        sampler.sleep()
+        sampler.update_weights(weights.items(), 2)
+        assert [c.token_ids for c in sampler.sample(asked, greedy)] == [c.token_ids for c in expected]
+        sampler.sleep()
+    said = re.findall(r"seconds to (fall asleep|wake up tags \[.*?\])", log.read_text("utf-8", errors="replace"))
+    weights_first = ["wake up tags ['weights']", "wake up tags ['kv_cache']", "fall asleep"]
+    broken_off = ["wake up tags ['weights']", "fall asleep"]
+    assert said == ["fall asleep", *2 * weights_first, *broken_off, *weights_first]

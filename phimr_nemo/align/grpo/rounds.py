@@ -9,23 +9,24 @@ Rounds that are under way when the run is saved are saved with it, so a resumed 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phimr_nemo.config import Stale
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.ahead import (
+    NOTHING_AHEAD,
     Ahead,
     Continued,
+    Lead,
     Round,
     WaitedFor,
     by_step,
@@ -42,6 +43,7 @@ from phimr_nemo.training import platform
 from phimr_nemo.training.distributed import wait_for_all
 
 if TYPE_CHECKING:
+    from phimr_nemo.align.grpo.samplers import Turns
     from phimr_nemo.store.runs import RunDirectory
 
 ATTEMPTS: Final = 3
@@ -52,20 +54,23 @@ DIRECTORY: Final = "pending"
 _LOGGER: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Lead:
-    """How far sampling may be ahead of training.
+Sampled = TypeVar("Sampled", bound=Callable[..., list[Completion]])
 
-    Attributes:
-        steps: a response is trained on so many steps after its oldest token's weights at most; 0 = nothing is ahead.
-        at_most: responses under way at once in this process, where new weights interrupt them; None = new weights
-            wait for whole rounds.
-        stale: "keep" trains on older responses all the same.
-    """
 
-    steps: int = 0
-    at_most: int | None = None
-    stale: Stale = "resample"
+def _then_training(method: Sampled) -> Sampled:
+    """A method of :class:`Rounds` that samples: however it ends, the GPUs are the trainer's then."""
+
+    @functools.wraps(method)
+    def sampled(self: Rounds, *arguments: Any) -> list[Completion]:
+        try:
+            found = method(self, *arguments)
+        except BaseException:
+            self.turns.abandon()
+            raise
+        self.turns.begin_training()
+        return found
+
+    return cast("Sampled", sampled)
 
 
 class Rounds:
@@ -75,7 +80,8 @@ class Rounds:
         sampler: of this process; where new weights interrupt, an :class:`InterruptibleSampler`.
         weights: the policy's current weights, tensor by tensor (collective).
         directory: where rounds ahead are saved.
-        lead: how far they may be ahead.
+        turns: who computes on the trainer's GPUs.
+        lead: how far rounds may be ahead.
     """
 
     def __init__(
@@ -83,9 +89,11 @@ class Rounds:
         sampler: Sampler,
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         directory: Path,
-        lead: Lead = Lead(),
+        turns: Turns,
+        lead: Lead = NOTHING_AHEAD,
     ) -> None:
         self._sampler, self._weights, self._directory, self._lead = sampler, weights, directory, lead
+        self.turns = turns
         if lead.at_most is None:
             self._ahead: Ahead = WaitedFor(sampler)
         else:
@@ -152,6 +160,7 @@ class Rounds:
                 self._send(step)
 
     def _send(self, step: int) -> None:
+        self.turns.begin_sampling()
         self._sampler.update_weights(self._weights(), step)
         # Nobody asks a server before the one process that sends weights has sent them.
         wait_for_all(f"the weights of step {step} are sent")
@@ -162,6 +171,7 @@ class Rounds:
                 self._send(step)
             return sampled(self._sampler, requests, params)
 
+    @_then_training
     def sample(self, step: int, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """This process's responses of a round, by new weights or those that were sampled ahead.
 
@@ -202,6 +212,7 @@ class Rounds:
         wait_for_all(f"round {step} is sampled")
         return done
 
+    @_then_training
     def ask(self, step: int, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Responses that nothing is trained on, by the weights that step `step` starts from, on all processes.
 

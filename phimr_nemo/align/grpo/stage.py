@@ -20,7 +20,7 @@ from phimr_nemo.align.grpo.objective import GRPOObjective
 from phimr_nemo.align.grpo.responses import KeptResponses
 from phimr_nemo.align.grpo.rollouts import PromptSet, load_prompts
 from phimr_nemo.align.grpo.rounds import Rounds, pending_directory
-from phimr_nemo.align.grpo.samplers import lead_of, open_sampler
+from phimr_nemo.align.grpo.samplers import free_gpus, lead_of, open_sampler, turns_of
 from phimr_nemo.align.grpo.trainer import GRPOTrainer
 from phimr_nemo.align.lifecycle import BetweenSteps, content_identity, export, frozen_heap, speed_of
 from phimr_nemo.align.measuring import Measure, Measuring
@@ -117,6 +117,7 @@ def run_rounds(config: RoundsConfig, learning: Learning) -> dict[str, Any]:
     store = CheckpointStore(run.checkpoints, config.checkpoint, judge)
     batch_guard = BatchGuard(run.path, config.guard, lambda _: trainer.prompts_of_the_round())
     with PreemptionGuard() as signals, _grader(config) as grader:
+        free_gpus(config)
         policy = build_policy(config, base, batch_guard, learning.objective(base))
         if learning.keeps_reference:
             policy.keep_reference()
@@ -124,7 +125,8 @@ def run_rounds(config: RoundsConfig, learning: Learning) -> dict[str, Any]:
         checkpoints = TrainerCheckpoints(store, policy, batch_guard, identity)
         counters = checkpoints.restore()
         sampler = open_sampler(config, policy, identity["base weights"])
-        made = Rounds(sampler, policy.weights, pending_directory(run), lead_of(config))
+        turns = turns_of(config, sampler, policy)
+        made = Rounds(sampler, policy.weights, pending_directory(run), turns, lead_of(config))
         # Whatever ends the run, nobody waits for what is sampled ahead of it.
         with (
             contextlib.closing(made) as rounds,

@@ -28,7 +28,15 @@ from phimr_nemo.config.common import (
     no_supervised_options,
     stops_on_nan,
 )
-from phimr_nemo.config.engine import QUESTION, GraderName, LocalEngine, Prompt, TrainedEngine, samples_as_trained
+from phimr_nemo.config.engine import (
+    QUESTION,
+    GraderName,
+    LocalEngine,
+    Prompt,
+    ServerEngine,
+    TrainedEngine,
+    samples_as_trained,
+)
 from phimr_nemo.config.evaluation import HeldOutConfig, MonitorConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
@@ -180,6 +188,7 @@ class RoundsConfig:
         self._check_batches()
         self._check_sampling()
         self._check_ahead()
+        self._check_turns()
         self._check_questions()
 
     def _check_questions(self) -> None:
@@ -221,6 +230,16 @@ class RoundsConfig:
                 f"round for {AT}inner_batches={self.inner_batches} and {AT}parallel.data={data}",
                 rule=f"{AT}inner_batches x {AT}parallel.data divides {AT}prompts_per_step x {AT}group_size",
                 remedy=f"use {AT}inner_batches=1, or a {AT}prompts_per_step that is a multiple of {shares}",
+            )
+
+    def _check_turns(self) -> None:
+        """Colocated servers sleep while a step trains."""
+        if self.ahead and isinstance(self.engine, ServerEngine) and self.engine.colocated:
+            raise RuleBroken(
+                f"{AT}ahead={self.ahead} with {AT}engine.colocated=true",
+                rule="a round is sampled ahead while a step trains, and colocated servers sleep then: they have the "
+                "trainer's GPUs",
+                remedy=f"use {AT}ahead=0, or {AT}engine.colocated=false with servers on other GPUs",
             )
 
     def _check_sampling(self) -> None:

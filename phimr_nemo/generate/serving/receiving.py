@@ -1,5 +1,6 @@
-"""The routes by which a rollout server says what it serves and takes new weights, whatever engine is behind them, and
-the door before them: whoever comes without the key is sent away unread."""
+"""The routes by which a rollout server says what it serves, takes new weights and goes to sleep, whatever engine is
+behind them, and the doors before them: whoever comes without the key is sent away unread, and whoever wants something
+sampled of a server that sleeps."""
 
 from __future__ import annotations
 
@@ -26,6 +27,8 @@ from phimr_nemo.generate.serving.weights import (
     KEEP,
     KEPT,
     KEPT_PREFIX,
+    ROUTES,
+    SLEEP,
     Identity,
     WrongWeights,
     shared_memory,
@@ -39,6 +42,7 @@ CONFLICT: Final = 409
 TOO_LARGE: Final = 413
 NO_ROOM: Final = 507
 UNAUTHORIZED: Final = 401
+UNAVAILABLE: Final = 503
 POLICY_VIOLATION: Final = 1008
 """WebSocket's close code."""
 
@@ -72,6 +76,31 @@ class Receiver(Protocol):
             WrongWeights: the weights are not complete; the server goes on waiting.
         """
         ...
+
+
+class Sleeper(Receiver, Protocol):
+    """One that shares its GPUs: asleep until new weights come, awake when they are complete."""
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether it can sample."""
+        ...
+
+    async def sleep(self) -> None:
+        """Abort what is being sampled and give the GPUs' memory back, weights included."""
+        ...
+
+
+def sleep_route(sleeper: Sleeper) -> APIRouter:
+    """The route that puts it to sleep; it answers when the memory is free."""
+    router = APIRouter()
+
+    @router.post(SLEEP)
+    async def sleep() -> dict[str, str]:
+        await sleeper.sleep()
+        return {}
+
+    return router
 
 
 def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path | None) -> APIRouter:
@@ -189,6 +218,32 @@ class KeyGuard:
             return True
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         return len(given) == 1 and secrets.compare_digest(given[0], self._expected)
+
+
+class AwakeGuard:
+    """Sends away what a sleeping engine would let wait: all but its health and the routes that wake it.
+
+    Args:
+        app: what is guarded.
+        sleeper: its engine.
+    """
+
+    def __init__(self, app: ASGIApp, sleeper: Sleeper) -> None:
+        self._app, self._sleeper = app, sleeper
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or say that nobody is awake."""
+        is_open = scope["type"] != "http" or scope["path"] == HEALTH or scope["path"].startswith(f"{ROUTES}/")
+        if is_open or self._sleeper.is_awake:
+            await self._app(scope, receive, send)
+            return
+        detail = "asleep: the trainer has the GPUs until it sends new weights"
+        await JSONResponse({"detail": detail}, UNAVAILABLE)(scope, receive, send)
+
+
+def guard_sleep(app: Starlette, sleeper: Sleeper) -> None:
+    """Put an :class:`AwakeGuard` before all of an application; to be called before :func:`guard`."""
+    app.middleware_stack = AwakeGuard(app.middleware_stack or app.build_middleware_stack(), sleeper)
 
 
 def guard(app: Starlette, key: str, open_path: str | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from phimr_nemo.config.engine import COLOCATED_SHARE, OWN_SHARE
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.serving.served import Served, ServedLongRope, api_key
 
@@ -26,9 +27,12 @@ def serve(
     tensor: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
     max_batch: Annotated[int, typer.Option(help="Sequences computed together.")] = 256,
     memory_share: Annotated[
-        float,
-        typer.Option(help="Of each GPU's memory, for weights and KV cache; trtllm: of what the weights leave free."),
-    ] = 0.9,
+        float | None,
+        typer.Option(
+            help="Of each GPU's memory, for weights and KV cache; trtllm: of what the weights leave free. Default "
+            f"{OWN_SHARE}, with --colocated {COLOCATED_SHARE}."
+        ),
+    ] = None,
     longrope: Annotated[
         ServedLongRope, typer.Option(help="The run's model.longrope.")
     ] = "long_when_max_length_exceeds_original",
@@ -49,6 +53,10 @@ def serve(
         str | None,
         typer.Option(help="vllm: what clients call the model; the digest of its weights stays a name of it."),
     ] = None,
+    colocated: Annotated[
+        bool,
+        typer.Option(help="vllm: on the trainer's GPUs, asleep while it computes: the run's engine.colocated=true."),
+    ] = False,
 ) -> None:
     """A server of rollouts for `phimr grpo`, which sends it new weights. Runs in its engine's environment."""
     served = Served(
@@ -60,12 +68,13 @@ def serve(
         api_key_env,
         tensor,
         max_batch,
-        memory_share,
+        (COLOCATED_SHARE if colocated else OWN_SHARE) if memory_share is None else memory_share,
         longrope,
         weights_directory,
         eager,
         refit_directory,
         name,
+        colocated,
     )
     # What can be wrong without the engine is said before it is loaded.
     api_key(served)
@@ -98,6 +107,8 @@ def _serve_trtllm(served: Served) -> None:
         raise _not_of("trtllm", "--eager")
     if served.name is not None:
         raise _not_of("trtllm", f"--name {served.name}")
+    if served.colocated:
+        raise _not_of("trtllm", "--colocated")
     # Before torch is loaded.
     program = find_program()
     try:

@@ -33,6 +33,8 @@ class Served:
         eager: no CUDA graphs and no compilation.
         refit_directory: where TensorRT-LLM's checkpoints are kept; None = shared memory where there is such.
         name: what clients call the model, besides the digest of its weights; None = by that alone.
+        colocated: a trainer computes on the same GPUs: it is asleep from the start, and awake from new weights on
+            until it is told to sleep.
     """
 
     model: Path
@@ -49,6 +51,7 @@ class Served:
     eager: bool
     refit_directory: Path | None
     name: str | None = None
+    colocated: bool = False
 
 
 def api_key(served: Served) -> str | None:

@@ -15,14 +15,16 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.platforms import current_platform
 
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
-from phimr_nemo.generate.serving.receiving import HEALTH, guard, weight_routes
+from phimr_nemo.generate.serving.receiving import HEALTH, guard, guard_sleep, sleep_route, weight_routes
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.vllm import WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
 from phimr_nemo.generate.serving.weights import (
     ABANDON,
     ABORT,
+    ASLEEP,
     INCOMPLETE,
     LOGPROBS,
     UNSYNCED,
@@ -35,6 +37,8 @@ from phimr_nemo.generate.serving.weights import (
 from phimr_nemo.model.dtypes import TORCH_NAMES
 
 NOT_FOUND: Final = 404
+SLEEP_LEVEL: Final = 2
+"""Weights and keys and values are given up, not kept in the host's memory: every round brings new ones."""
 
 
 class WeightReceiver:
@@ -82,6 +86,9 @@ class WeightReceiver:
         """
         self._arrivals.check_complete()
         await self._engine.finish_weight_update()
+        await self._use(version)
+
+    async def _use(self, version: str) -> None:
         await self._engine.reset_prefix_cache()
         await self._engine.update_weight_version(version)
         await self._engine.resume_generation()
@@ -93,6 +100,43 @@ class WeightReceiver:
             if not self._is_updating:
                 await self._engine.pause_generation(mode="abort", clear_cache=False)
                 await self._engine.resume_generation()
+
+
+class ColocatedReceiver(WeightReceiver):
+    """The same on GPUs that a trainer computes on; see :class:`phimr_nemo.generate.serving.receiving.Sleeper`.
+
+    vLLM's documented order: weights are awake before new ones come, keys and values when those have come.
+
+    Attributes:
+        is_awake: whether it can sample.
+    """
+
+    is_awake = True
+
+    async def sleep(self) -> None:
+        """Abort what is being sampled and give the GPUs' memory back, weights included."""
+        self.is_awake = False
+        await self._engine.update_weight_version(ASLEEP)
+        await self._engine.collective_rpc(ABANDON)
+        await self._engine.sleep(level=SLEEP_LEVEL)
+
+    async def begin(self) -> None:
+        """Give the weights their memory, and wait for them; what is sampled is aborted."""
+        self.is_awake = False
+        await self._engine.wake_up(tags=["weights"])
+        await super().begin()
+
+    async def finish(self, version: str) -> None:
+        """Give keys and values their memory, and use the new weights.
+
+        Raises:
+            WrongWeights: as above.
+        """
+        self._arrivals.check_complete()
+        await self._engine.finish_weight_update()
+        await self._engine.wake_up(tags=["kv_cache"])
+        await self._use(version)
+        self.is_awake = True
 
 
 def vllm_arguments(served: Served, digest: str) -> list[str]:
@@ -118,7 +162,12 @@ def vllm_arguments(served: Served, digest: str) -> list[str]:
         # The model's own generation_config.json would change what is sampled from.
         *("--generation-config", "vllm"),
     ]
-    return [*arguments, "--enforce-eager"] if served.eager else arguments
+    if served.eager:
+        arguments.append("--enforce-eager")
+    # vLLM refuses it on a CPU, where its engine goes to sleep and wakes all the same, but keeps its memory.
+    if served.colocated and current_platform.is_sleep_mode_available():
+        arguments.append("--enable-sleep-mode")
+    return arguments
 
 
 def run_server(served: Served) -> None:
@@ -146,7 +195,7 @@ def run_server(served: Served) -> None:
     args.api_key = [key] if key else None
     validate_parsed_serve_args(args)
     args.model = args.model_tag
-    uvloop.run(_serve(args, identity, shapes, served.weights_directory))
+    uvloop.run(_serve(args, identity, shapes, served))
 
 
 def model_route() -> APIRouter:
@@ -177,9 +226,7 @@ def abort_route(receiver: WeightReceiver) -> APIRouter:
     return router
 
 
-async def _serve(
-    args: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]], directory: Path | None
-) -> None:
+async def _serve(args: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]], served: Served) -> None:
     """vLLM's `run_server`, with our routes in its application."""
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -191,11 +238,16 @@ async def _serve(
         await engine.update_weight_version(identity.version)
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
-        receiver = WeightReceiver(engine, identity, shapes)
-        app.include_router(weight_routes(receiver, directory=directory, scratch=shared_memory()))
+        receiver = (ColocatedReceiver if served.colocated else WeightReceiver)(engine, identity, shapes)
+        app.include_router(weight_routes(receiver, directory=served.weights_directory, scratch=shared_memory()))
         app.include_router(abort_route(receiver))
         app.include_router(model_route())
         await init_app_state(engine, app.state, args, tasks)
+        if isinstance(receiver, ColocatedReceiver):
+            app.include_router(sleep_route(receiver))
+            guard_sleep(app, receiver)
+            # Nobody may know that it has come: a trainer may be computing.
+            await receiver.sleep()
         if args.api_key:
             guard(app, args.api_key[0], HEALTH)
         stopped = await serve_http(

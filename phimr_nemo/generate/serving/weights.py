@@ -25,6 +25,8 @@ BUCKET: Final = f"{ROUTES}/weights/bucket"
 FINISH: Final = f"{ROUTES}/weights/finish"
 ABORT: Final = f"{ROUTES}/abort"
 """Ends what is being sampled; each reply holds what there is of its response."""
+SLEEP: Final = f"{ROUTES}/sleep"
+"""Of servers that share a trainer's GPUs. There is no route to wake one: new weights do, as they come."""
 GENERATE: Final = "/inference/v1/generate"
 """vLLM's own interface for token ids in and token ids out."""
 ABANDON: Final = "phimr_abandon_update"
@@ -37,6 +39,8 @@ INCOMPLETE: Final = "incomplete"
 """The version of a server in the middle of an update."""
 UNSYNCED: Final = "unsynced"
 """The version of a server that nobody has sent weights to."""
+ASLEEP: Final = "asleep"
+"""The version of a server that has given its GPUs' memory back, and its weights with it."""
 KEEP: Final = "phimr-keep"
 """The header of a bucket that the server is to keep for its neighbours, until the next request for weights."""
 KEPT: Final = "kept"
@@ -63,7 +67,7 @@ class Identity:
     Attributes:
         weights: hash of the weights that it was started with.
         tokenizer: SHA-256 of the tokenizer's file.
-        version: of the weights in use: a number, "unsynced" or "incomplete".
+        version: of the weights in use: a number, "unsynced", "incomplete" or "asleep".
         max_length: prompt and response together (tokens).
         longrope: how it chooses LongRoPE's factors.
         logprobs: which log-probabilities it returns; "processed" ones are those at the sampling temperature.
