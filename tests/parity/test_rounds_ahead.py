@@ -174,7 +174,7 @@ def test_a_stop_keeps_what_there_is_of_a_response(model: Path, tmp_path: Path) -
     rows = read_rows(tmp_path / FILE.format(step=stop))
     assert {row["step"] for row in rows} == {3, 4, 5}
     begun = [row for row in rows if row["finish_reason"] is None and row["token_ids"]]
-    assert 0 < len(begun) <= AT_MOST
+    assert begun
     assert all(version < stop for row in rows for version in row["versions"])
     ((rest, _),) = run_distributed(play, 1, model, tmp_path, lead, stop)
     found = {completion.request_id: completion for of_step in rest.values() for completion in of_step}
