@@ -26,9 +26,9 @@ from phimr_nemo.align.offload import HostMemory
 from phimr_nemo.config import ServerEngine
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Request, SamplingParams
-from phimr_nemo.generate.serving import servers
-from phimr_nemo.generate.serving.replies import Wanted
-from phimr_nemo.generate.serving.servers import ServerSampler, put_to_sleep
+from phimr_nemo.generate.serving import replies
+from phimr_nemo.generate.serving.replies import Wanted, put_to_sleep
+from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.generate.serving.weights import ASLEEP, IDENTITY, LOGPROBS, UNSYNCED, Identity, tokenizer_hash
 from phimr_nemo.model.files.hf import HFDirectory
 
@@ -199,7 +199,7 @@ def test_a_server_that_sleeps_is_not_asked_and_says_so(root: Path) -> None:
 def test_a_server_that_does_not_sleep_ends_the_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with server(root) as apart, pytest.raises(UserError, match="was not started as one that goes to sleep"):
         put_to_sleep(settings([apart.url]))
-    monkeypatch.setattr(servers, "STEP_SECONDS", 0.2)
+    monkeypatch.setattr(replies, "STEP_SECONDS", 0.2)
     with colocated(root) as slow:
         slow.hang.set()
         with pytest.raises(UserError, match=r"did not go to sleep within 0\.2 s"):

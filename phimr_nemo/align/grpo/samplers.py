@@ -159,7 +159,7 @@ def free_gpus(config: RoundsConfig) -> None:
     """
     if not is_colocated(config):
         return
-    from phimr_nemo.generate.serving.servers import put_to_sleep
+    from phimr_nemo.generate.serving.replies import put_to_sleep
 
     assert isinstance(config.engine, ServerEngine)
     if dist.get_rank() == 0:

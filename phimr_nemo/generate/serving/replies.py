@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
 
+from phimr_nemo.config import ServerEngine
+from phimr_nemo.endpoint.settings import read_key
 from phimr_nemo.endpoint.wire import Transient, parse_object
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams
-from phimr_nemo.generate.serving.weights import GENERATE, Identity
-from phimr_nemo.generate.serving.weightsync import label_number
+from phimr_nemo.generate.serving.weights import GENERATE, SLEEP, Identity
+from phimr_nemo.generate.serving.weightsync import STEP_SECONDS, label_number
 from phimr_nemo.store.content import content_seed
 
+CONNECT_SECONDS: Final = 20.0
 REPLY_ALLOWANCE: Final = 1 << 16
 REPLY_BYTES_PER_TOKEN: Final = 512
 REFUSED: Final = (400, 404, 413, 422)
 NO_ENTRY: Final = (401, 403)
 ABORTED: Final = "abort"
 """How vLLM says that a response was ended from outside."""
+SHOWN: Final = 300
+"""Characters of a server's answer."""
 ROUNDING: Final = 1e-3
 """A log-probability above 0 by more than this is none."""
 
@@ -197,4 +205,66 @@ def no_entry(url: str) -> UserError:
         f"the rollout server {url} refuses the key",
         rule="engine.api_key_env names the variable that holds the key the server was started with",
         remedy="export the same value on both sides",
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_client(config: ServerEngine) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of rollout servers, with their key and the time that a request may take."""
+    headers, key = {"Accept-Encoding": "identity"}, read_key(config)
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    timeout = httpx.Timeout(config.request_seconds, connect=CONNECT_SECONDS, pool=None)
+    # A proxy of the environment is for other hosts than a cluster's own.
+    async with httpx.AsyncClient(headers=headers, limits=limits, timeout=timeout, trust_env=False) as client:
+        yield client
+
+
+def put_to_sleep(config: ServerEngine, *, patience: float = 0.0) -> None:
+    """Let colocated servers free their GPUs; one that is not there holds nothing.
+
+    Args:
+        config: the servers.
+        patience: seconds in which those are waited for that do not answer yet.
+
+    Raises:
+        UserError: one is there and does not sleep: it is not colocated, refuses the key, or takes too long.
+    """
+    asyncio.run(_put_to_sleep(config, time.monotonic() + patience))
+
+
+async def _put_to_sleep(config: ServerEngine, deadline: float) -> None:
+    async with open_client(config) as client:
+        left = [url.rstrip("/") for url in config.base_urls]
+        while True:
+            found = await asyncio.gather(*(_falls_asleep(client, url) for url in left))
+            left = [url for url, is_there in zip(left, found, strict=True) if not is_there]
+            if not left or time.monotonic() >= deadline:
+                return
+            await asyncio.sleep(config.probe_seconds)
+
+
+async def _falls_asleep(client: httpx.AsyncClient, url: str) -> bool:
+    """Whether it is there; then it sleeps."""
+    problem = f"did not go to sleep within {STEP_SECONDS:g} s"
+    try:
+        response = await client.post(url + SLEEP, timeout=httpx.Timeout(STEP_SECONDS, connect=CONNECT_SECONDS))
+    except (httpx.ReadTimeout, httpx.WriteTimeout):
+        pass
+    except httpx.TransportError:
+        return False
+    else:
+        if response.status_code == httpx.codes.OK:
+            return True
+        if response.status_code in NO_ENTRY:
+            raise no_entry(url)
+        problem = f"does not go to sleep (HTTP {response.status_code} {response.text[:SHOWN]})"
+        if response.status_code == httpx.codes.NOT_FOUND:
+            problem = "was not started as one that goes to sleep"
+    raise UserError(
+        f"the rollout server {url} {problem}",
+        rule="with engine.colocated=true servers and trainer take turns on the same GPUs",
+        remedy="start it again with `phimr serve --colocated`, and run the same command to continue; or set "
+        "engine.colocated=false where the servers have GPUs of their own",
     )

@@ -11,27 +11,34 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
 from phimr_nemo.config import ServerEngine, Stale
-from phimr_nemo.endpoint.settings import read_key
 from phimr_nemo.endpoint.watch import Watch
 from phimr_nemo.endpoint.wire import Transient, parse_object
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams, Unfinished
-from phimr_nemo.generate.serving.replies import ABORTED, NO_ENTRY, Wanted, ask, check_identity, no_entry
-from phimr_nemo.generate.serving.weights import ABORT, IDENTITY, SLEEP, Identity
-from phimr_nemo.generate.serving.weightsync import STEP_SECONDS, label_number, push, version_label
+from phimr_nemo.generate.serving.replies import (
+    ABORTED,
+    NO_ENTRY,
+    Wanted,
+    ask,
+    check_identity,
+    no_entry,
+    open_client,
+    put_to_sleep,
+)
+from phimr_nemo.generate.serving.weights import ABORT, IDENTITY, Identity
+from phimr_nemo.generate.serving.weightsync import label_number, push, version_label
 from phimr_nemo.store.progress import say
 
 if TYPE_CHECKING:
     import torch
 
-CONNECT_SECONDS: Final = 20.0
 IDENTITY_SECONDS: Final = 30.0
 """A probe waits for the engine itself, which may be in the middle of a long step."""
 NO_SUCH_ROUTE: Final = 404
@@ -39,8 +46,6 @@ LOOK_SECONDS: Final = 0.05
 """How often an interruption is looked for."""
 ABORT_SECONDS: Final = 1.0
 """A request that was on its way when a server was told to abort is aborted so much later."""
-SHOWN: Final = 300
-"""Characters of a server's answer."""
 COUNTED: Final = ("retries", "stale", "removed", "returned")
 
 
@@ -123,7 +128,7 @@ class ServerSampler:
         self._version = version
 
     async def _push(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        async with _client(self._config) as client:
+        async with open_client(self._config) as client:
             reached = [server.url for server, identity in await self._reachable(client) if identity is not None]
             failed = await push(client, reached, tensors, version_label(self._run, version), self._config)
         if len(failed) == len(reached):
@@ -173,7 +178,7 @@ class ServerSampler:
             await asyncio.sleep(self._config.probe_seconds)
 
     async def _check_all(self) -> None:
-        async with _client(self._config) as client:
+        async with open_client(self._config) as client:
             await self._reachable(client)
 
     async def _probe(self, client: httpx.AsyncClient) -> None:
@@ -219,67 +224,6 @@ class ServerSampler:
         return _Round(self, done, interrupted).run_all(asked, at_most)
 
 
-@contextlib.asynccontextmanager
-async def _client(config: ServerEngine) -> AsyncIterator[httpx.AsyncClient]:
-    headers, key = {"Accept-Encoding": "identity"}, read_key(config)
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    timeout = httpx.Timeout(config.request_seconds, connect=CONNECT_SECONDS, pool=None)
-    # A proxy of the environment is for other hosts than a cluster's own.
-    async with httpx.AsyncClient(headers=headers, limits=limits, timeout=timeout, trust_env=False) as client:
-        yield client
-
-
-def put_to_sleep(config: ServerEngine, *, patience: float = 0.0) -> None:
-    """Let colocated servers free their GPUs; one that is not there holds nothing.
-
-    Args:
-        config: the servers.
-        patience: seconds in which those are waited for that do not answer yet.
-
-    Raises:
-        UserError: one is there and does not sleep: it is not colocated, refuses the key, or takes too long.
-    """
-    asyncio.run(_put_to_sleep(config, time.monotonic() + patience))
-
-
-async def _put_to_sleep(config: ServerEngine, deadline: float) -> None:
-    async with _client(config) as client:
-        left = [url.rstrip("/") for url in config.base_urls]
-        while True:
-            found = await asyncio.gather(*(_falls_asleep(client, url) for url in left))
-            left = [url for url, is_there in zip(left, found, strict=True) if not is_there]
-            if not left or time.monotonic() >= deadline:
-                return
-            await asyncio.sleep(config.probe_seconds)
-
-
-async def _falls_asleep(client: httpx.AsyncClient, url: str) -> bool:
-    """Whether it is there; then it sleeps."""
-    problem = f"did not go to sleep within {STEP_SECONDS:g} s"
-    try:
-        response = await client.post(url + SLEEP, timeout=httpx.Timeout(STEP_SECONDS, connect=CONNECT_SECONDS))
-    except (httpx.ReadTimeout, httpx.WriteTimeout):
-        pass
-    except httpx.TransportError:
-        return False
-    else:
-        if response.status_code == httpx.codes.OK:
-            return True
-        if response.status_code in NO_ENTRY:
-            raise no_entry(url)
-        problem = f"does not go to sleep (HTTP {response.status_code} {response.text[:SHOWN]})"
-        if response.status_code == httpx.codes.NOT_FOUND:
-            problem = "was not started as one that goes to sleep"
-    raise UserError(
-        f"the rollout server {url} {problem}",
-        rule="with engine.colocated=true servers and trainer take turns on the same GPUs",
-        remedy="start it again with `phimr serve --colocated`, and run the same command to continue; or set "
-        "engine.colocated=false where the servers have GPUs of their own",
-    )
-
-
 class _Round:
     """Some requests: least-loaded routing, a cap on requests under way, retries, and probes on the side.
 
@@ -322,7 +266,7 @@ class _Round:
         for server in self._sampler._servers:
             server.busy, server.is_in = 0, False
         under_way = asyncio.Semaphore(at_most)
-        async with _client(self._config) as client:
+        async with open_client(self._config) as client:
             await self._sampler._probe(client)
             beside = [asyncio.create_task(self._keep_probing(client))]
             if self._interrupted is not None:
