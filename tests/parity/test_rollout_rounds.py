@@ -92,7 +92,7 @@ def test_when_the_only_server_is_started_anew_the_round_goes_on(root: Path) -> N
 
         helper = threading.Thread(target=restart)
         helper.start()
-        run_distributed(run_case, 1, make_case(root, "grpo-again", "grpo", *ON_POLICY, *over(first, recovery=3)))
+        run_distributed(run_case, 1, make_case(root, "grpo-again", "grpo", *ON_POLICY, *over(first, recovery=10)))
         helper.join()
     assert first.answered + again[0].answered == STEPS * 6 * 4
     again[0].die()
