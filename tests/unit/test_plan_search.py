@@ -157,6 +157,8 @@ def test_a_colocated_server_s_turn_by_hand(capsys: pytest.CaptureFixture[str]) -
     settings = ("micro_batch=1", "model.recompute=full", "sequence_length=8192", "max_new_tokens=7168")
     apart = planned(*layout, *settings)[1].fitting[0]
     option = planned(*layout, *settings, "engine.colocated=true")[1].fitting[0]
+    assert apart.sampling is not None
+    assert option.sampling is not None
     # Asleep it keeps 2 GiB in the place of the weights.
     assert option.memory.sampler == 2 * GIBIBYTE
     assert option.memory.total == pytest.approx(apart.memory.total - apart.memory.sampler + 2 * GIBIBYTE)

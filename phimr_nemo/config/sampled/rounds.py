@@ -25,12 +25,12 @@ from phimr_nemo.config.common import (
     Share,
     TrackingConfig,
     no_best_of_adapters,
-    no_supervised_options,
     stops_on_nan,
 )
 from phimr_nemo.config.engine import QUESTION, GraderName, Prompt, ServerEngine, TrainedEngine, samples_as_trained
 from phimr_nemo.config.evaluation import HeldOutConfig, MonitorConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.supervised import no_supervised_options
 
 Stale = Literal["resample", "keep"]
 
