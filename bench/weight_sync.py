@@ -1,7 +1,7 @@
 """A weight sync of Phi-4-mini's shapes: seconds and peak memory, against safetensors files of the whole model.
 
     python bench/weight_sync.py [--quick] [--layers 32] [--words 200064] [--bucket-mb 512] [--repeats 3]
-        [--servers 1,2,4,8]
+        [--servers 1,2,4,8] [--add-up] [--methods http,apart,"shared memory",peer]
 
 The sender draws the checkpoint tensor by tensor, as the trainer exports it, and pushes it with the project's own
 `phimr_nemo.generate.serving.weightsync` to servers in other processes, which have the project's own routes, check
@@ -14,12 +14,16 @@ bfloat16, nothing is computed. Seconds from the first tensor to the last copy; m
 of each process above what it had before, files that another process maps included; processor seconds are of the
 sender, and of all servers together. The sender of the peer holds the model, so its figure is above that as well.
 Medians of the repeats.
+
+With --add-up the servers add up the numbers of every bucket where it lies and keep nothing, so that eight of them
+have room on a small machine; the sums are compared with what was sent.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import multiprocessing
 import statistics
 import tempfile
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
 
 QUICK_LAYERS, QUICK_BUCKET_MB = 2, 4
+EXACT_NUMBERS = 2**24
 METHODS = ("http", "apart", "shared memory", "peer")
 
 
@@ -65,13 +70,16 @@ def checkpoint(options: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
 class Receiver:
     """A server's engine: takes buckets, checks them, copies their tensors into one buffer a shape."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], *, adds_up: bool) -> None:
         import torch
 
         from phimr_nemo.generate.serving.weights import Arrivals
 
-        self._arrivals = Arrivals(shapes)
-        self._buffers = {shape: torch.zeros(shape, dtype=torch.bfloat16) for shape in set(shapes.values())}
+        self._arrivals, self._adds_up = Arrivals(shapes), adds_up
+        self._numbers = sum(math.prod(shape) for shape in shapes.values())
+        self._sum = 0.0
+        distinct = () if adds_up else set(shapes.values())
+        self._buffers = {shape: torch.zeros(shape, dtype=torch.bfloat16) for shape in distinct}
 
     async def identity(self) -> Any:
         """Nobody asks."""
@@ -80,11 +88,14 @@ class Receiver:
     async def begin(self) -> None:
         """Wait for weights."""
         self._arrivals.restart()
+        self._sum = 0.0
 
     async def finish(self, version: str) -> None:
         """Check that all have come."""
         del version
         self._arrivals.check_complete()
+        if self._adds_up and self._sum != self._numbers:
+            raise RuntimeError(f"{self._numbers} ones were sent, they add up to {self._sum}")
 
     async def load(self, bucket: Path) -> None:
         """Copy what a file holds, beside the server's loop."""
@@ -92,6 +103,7 @@ class Receiver:
 
     def copy(self, file: Path) -> None:
         """Copy what a file holds."""
+        import torch
         from safetensors import safe_open
 
         from phimr_nemo.generate.serving.weights import tensors_of
@@ -100,6 +112,11 @@ class Receiver:
         with safe_open(str(file), framework="pt", device="cpu") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_tensor(name)
+                if self._adds_up:
+                    # Ones: in parts that float32 holds without rounding.
+                    parts = tensor.flatten().split(EXACT_NUMBERS)
+                    self._sum += sum(float(part.sum(dtype=torch.float32)) for part in parts)
+                    continue
                 self._buffers[tuple(tensor.shape)].copy_(tensor)
 
 
@@ -116,7 +133,7 @@ def receive(connection: Connection, options: argparse.Namespace, directory: str,
     from phimr_nemo.generate.serving.weights import shared_memory
     from phimr_nemo.model.table import tensor_shapes
 
-    receiver = Receiver(dict(tensor_shapes(shaped(options))))
+    receiver = Receiver(dict(tensor_shapes(shaped(options))), adds_up=options.add_up)
     app = FastAPI()
     app.include_router(weight_routes(receiver, directory=Path(directory), scratch=shared_memory()))
     listening = socket.create_server((address, 0))
@@ -226,6 +243,8 @@ def main() -> None:
     parser.add_argument("--words", type=int, help="of the vocabulary; the model's if left out")
     parser.add_argument("--bucket-mb", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--add-up", action="store_true", help="servers keep nothing of what they read")
+    parser.add_argument("--methods", default=",".join(METHODS), help="for one server and for several")
     parser.add_argument("--servers", default="", help="numbers of servers on one host, as 1,2,4,8")
     options = parser.parse_args()
     if options.quick:
@@ -234,7 +253,8 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     print(f"{size / 1e9:.2f} GB in {options.layers} layers, buckets of {options.bucket_mb} MB")
     print("| method | seconds | sender, MiB | receiver, MiB |\n|---|---:|---:|---:|")
-    for method in METHODS:
+    chosen = options.methods.split(",")
+    for method in () if options.servers and options.add_up else chosen:
         runs = [measure(method, options) for _ in range(options.repeats)]
         figures[method] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         shown = figures[method]
@@ -246,7 +266,7 @@ def main() -> None:
     for servers in [int(number) for number in options.servers.split(",") if number]:
         if not hosts:
             print("| servers | way | seconds | sender, CPU s | servers, CPU s |\n|---:|---|---:|---:|---:|")
-        for method in ("http", "apart", "shared memory"):
+        for method in (way for way in chosen if way != "peer"):
             runs = [measure(method, options, servers) for _ in range(options.repeats)]
             shown = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
             hosts[f"{servers} servers, {method}"] = shown
@@ -254,15 +274,15 @@ def main() -> None:
                 f"| {servers} | {method} | {shown['seconds']:.2f} | {shown['sender_cpu_seconds']:.2f} "
                 f"| {shown['receivers_cpu_seconds']:.2f} |"
             )
-    ours, peer = figures["shared memory"], figures["peer"]
+    ours, peer = figures.get("shared memory", {}), figures.get("peer", {})
     print_result(
         {
             "benchmark": "weight_sync",
             "ours": ours,
-            "http": figures["http"],
+            "http": figures.get("http", {}),
             "peer": peer,
             "hosts": hosts,
-            "ratio": {name: ours[name] / peer[name] for name in ours},
+            "ratio": {name: ours[name] / peer[name] for name in ours.keys() & peer.keys()},
             "model_bytes": size,
             "layers": options.layers,
             "bucket_mb": options.bucket_mb,

@@ -36,6 +36,7 @@ COMMON: Final = (
     Counterpart("model.dtype", "translated", "policy.precision"),
     Counterpart("model.fp8", "none", "", "refused unless off"),
     Counterpart("model.fp32_output", "none", "", "refused unless off"),
+    Counterpart("model.fp8_output", "none", "", "off where model.fp8 is"),
     Counterpart("model.deterministic", "none", "", "refused unless off"),
     Counterpart("lora", "none", "", "refused unless off"),
     Counterpart("model.longrope", "patch", "policy.hf_config_overrides", "both sets of factors are the regime's"),

@@ -157,6 +157,8 @@ class ModelConfig:
         fp32_output: log-probabilities from a product of hidden states and output matrix in float32, whatever the
             dtype (ScaleRL, arXiv 2510.13786): trainer and sampler differ less, for a copy of the matrix.
         fp8: 8-bit matrix products in Transformer Engine's hybrid format, by its recipe; None = none.
+        fp8_output: the output layer's products in that format too, always with current scaling. The layers' recipes
+            leave it in bf16, because it decides every probability.
         recompute: activations that are computed again in the backward pass instead of being kept: those of the
             attention core ("selective", which frees next to nothing, as no attention here keeps its scores), of the
             feed-forward part ("mlp", most of what a layer keeps), or of whole layers ("full").
@@ -169,9 +171,17 @@ class ModelConfig:
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     recompute: Recompute = "none"
     fp32_output: bool = False
+    fp8_output: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        if self.fp8_output and (self.fp8 is None or self.fp32_output):
+            other = f"{AT}fp8=null" if self.fp8 is None else f"{AT}fp32_output=true"
+            raise RuleBroken(
+                f"{AT}fp8_output=true with {other}",
+                rule="the output layer computes in one format, and in 8 bits only where the layers do",
+                remedy=f"set {AT}fp8_output=false",
+            )
         if self.fp8 is not None and self.dtype != "bf16":
             raise RuleBroken(
                 f"{AT}fp8={self.fp8} with {AT}dtype={self.dtype}",
@@ -377,20 +387,6 @@ def batches_fit(micro_batch: int, global_batch: int, data: int) -> None:
             f"{AT}global_batch={global_batch} with {AT}micro_batch={micro_batch} and {AT}parallel.data={data}",
             rule=f"{AT}global_batch is a multiple of {AT}micro_batch x {AT}parallel.data = {share}",
             remedy=f"use {AT}global_batch={max(1, round(global_batch / share)) * share}",
-        )
-
-
-def no_supervised_options(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Alignment has neither 8-bit products nor virtual pipelining.
-
-    Raises:
-        RuleBroken: one of them is asked for.
-    """
-    if model.fp8 is not None or parallel.virtual > 1:
-        raise RuleBroken(
-            f"{AT}model.fp8={model.fp8}, {AT}parallel.virtual={parallel.virtual} in an alignment stage",
-            rule="8-bit products and virtual pipelining are for mid-training and SFT",
-            remedy=f"set {AT}model.fp8=null {AT}parallel.virtual=1",
         )
 
 

@@ -25,11 +25,11 @@ from phimr_nemo.config.common import (
     batches_fit,
     is_measured,
     no_best_of_adapters,
-    no_supervised_options,
     stops_on_nan,
 )
 from phimr_nemo.config.evaluation import TrainingEvaluationConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.supervised import no_supervised_options
 
 Smoothing = Annotated[float, Field(ge=0.0, lt=0.5), IsNumber]
 

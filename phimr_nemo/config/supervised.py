@@ -27,6 +27,20 @@ from phimr_nemo.config.evaluation import TrainingEvaluationConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
 
+def no_supervised_options(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Alignment has neither 8-bit products nor virtual pipelining.
+
+    Raises:
+        RuleBroken: one of them is asked for.
+    """
+    if model.fp8 is not None or parallel.virtual > 1:
+        raise RuleBroken(
+            f"{AT}model.fp8={model.fp8}, {AT}parallel.virtual={parallel.virtual} in an alignment stage",
+            rule="8-bit products and virtual pipelining are for mid-training and SFT",
+            remedy=f"set {AT}model.fp8=null {AT}parallel.virtual=1",
+        )
+
+
 @config
 class PackConfig:
     """Conversations -> packed rows.

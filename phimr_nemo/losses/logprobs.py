@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phimr_nemo.losses.products import Products, products_of
 from phimr_nemo.losses.vocabulary import (
     IGNORED_LABEL,
-    accumulate_weight_gradient,
     already_added,
     check_arguments,
-    chunk_logits,
+    divided,
     gather_sequence,
     group_size,
     is_fused,
@@ -59,6 +59,7 @@ def token_logprobs(
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     accumulate: bool = False,
+    in_8_bits: bool = False,
 ) -> Tensor:
     """Log-probability (nats) of each label under softmax(hidden @ weight.T / temperature).
 
@@ -74,6 +75,8 @@ def token_logprobs(
         chunk_size: tokens per chunk; changes memory and speed, not the result beyond rounding.
         accumulate: add the weight's gradient straight to its `main_grad`, where Megatron's DistributedDataParallel
             sums over micro-batches in float32; its own `grad` gets zeros.
+        in_8_bits: products as in :mod:`phimr_nemo.losses.products`, of a 16-bit ``weight`` on a GPU with Transformer
+            Engine; the rest stays as it is.
 
     Returns:
         Tensor shaped like ``labels``, float32 (float64 for float64 weights), 0 at ignored labels. Logits are
@@ -83,13 +86,14 @@ def token_logprobs(
 
     Raises:
         UserError: shapes that do not belong together, a label outside the vocabulary, temperature <= 0,
-            chunk_size < 1.
+            chunk_size < 1, a matrix that 8-bit products do not take.
 
     >>> hidden, head = torch.zeros(2, 8), torch.randn(100, 8)
     >>> [f"{value:.4f}" for value in token_logprobs(hidden, head, torch.tensor([3, 7]))]  # -ln 100
     ['-4.6052', '-4.6052']
     """
-    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, accumulate, False)[0]
+    options = (temperature, tp_group, sequence_parallel, chunk_size, accumulate, in_8_bits)
+    return _apply(hidden, weight, labels, *options, False)[0]
 
 
 def token_logprobs_and_entropy(
@@ -102,6 +106,7 @@ def token_logprobs_and_entropy(
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     accumulate: bool = False,
+    in_8_bits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``token_logprobs`` and the entropy -sum_v p_v log p_v (nats) at each token.
 
@@ -111,7 +116,8 @@ def token_logprobs_and_entropy(
     Raises:
         UserError: as ``token_logprobs``.
     """
-    return _apply(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, accumulate, True)
+    options = (temperature, tp_group, sequence_parallel, chunk_size, accumulate, in_8_bits)
+    return _apply(hidden, weight, labels, *options, True)
 
 
 def _apply(
@@ -123,14 +129,14 @@ def _apply(
     sequence_parallel: bool,
     chunk_size: int,
     accumulate: bool,
+    in_8_bits: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     check_arguments(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size)
     # Autocast would let the forward logits differ in dtype from those that backward recomputes.
     with torch.autocast(device_type=hidden.device.type, enabled=False):
-        logprobs, entropy = _TokenLogprobs.apply(
-            hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size, accumulate, with_entropy
-        )
+        options = (temperature, tp_group, sequence_parallel, chunk_size, accumulate, in_8_bits, with_entropy)
+        logprobs, entropy = _TokenLogprobs.apply(hidden, weight, labels, *options)
     return logprobs, entropy
 
 
@@ -148,12 +154,14 @@ class _TokenLogprobs(torch.autograd.Function):
         sequence_parallel: bool,
         chunk_size: int,
         accumulate: bool,
+        in_8_bits: bool,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = gather_sequence(hidden, tp_group) if sequence_parallel else hidden
         rows = rows.reshape(-1, hidden.shape[-1])
         positions, wanted = labelled(labels, weight.shape[0] * group_size(tp_group), hidden.device)
 
+        products = products_of(weight, in_8_bits=in_8_bits, with_gradients=False)
         dtype = statistics_dtype(weight)
         maximum = torch.empty(positions.numel(), dtype=dtype, device=hidden.device)
         # Rows of one tensor, so that one all-reduce serves: sum of exponentials, label's logit, and for the
@@ -161,9 +169,8 @@ class _TokenLogprobs(torch.autograd.Function):
         sums = torch.empty(3 if with_entropy else 2, positions.numel(), dtype=dtype, device=hidden.device)
         for start in range(0, positions.numel(), chunk_size):
             chunk = slice(start, start + chunk_size)
-            _chunk_statistics(
-                rows[positions[chunk]], weight, wanted[chunk], temperature, tp_group, maximum[chunk], sums[:, chunk]
-            )
+            of_chunk = rows[positions[chunk]], wanted[chunk]
+            _chunk_statistics(products, *of_chunk, temperature, tp_group, maximum[chunk], sums[:, chunk])
 
         maximum = _merge_statistics(maximum, sums, tp_group)
         log_sum_exp = maximum + sums[0].log()
@@ -180,6 +187,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.tp_group = temperature, tp_group
         ctx.sequence_parallel, ctx.chunk_size, ctx.accumulate = sequence_parallel, chunk_size, accumulate
+        ctx.in_8_bits = in_8_bits
         return logprobs, entropy
 
     @staticmethod
@@ -196,6 +204,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if entropy is not None and grad_entropy is not None:
             towards_entropy = grad_entropy.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
 
+        products = products_of(weight, in_8_bits=ctx.in_8_bits, with_gradients=wants_hidden)
         grad_rows = torch.zeros_like(rows) if wants_hidden else None
         # float32: the chunks' contributions are summed, and in bfloat16 every sum would lose bits.
         grad_weight: Tensor | None = None
@@ -205,8 +214,8 @@ class _TokenLogprobs(torch.autograd.Function):
             chunk = slice(start, start + ctx.chunk_size)
             chunk_rows = rows[positions[chunk]].to(weight.dtype)
             grad_logits = _chunk_logit_gradient(
+                products,
                 chunk_rows,
-                weight,
                 wanted[chunk],
                 ctx.temperature,
                 ctx.tp_group,
@@ -214,10 +223,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 scale[chunk],
                 None if towards_entropy is None else (towards_entropy[chunk], entropy[chunk]),
             )
-            if grad_rows is not None:
-                grad_rows[positions[chunk]] = torch.mm(grad_logits, weight).to(hidden.dtype)
-            if grad_weight is not None:
-                accumulate_weight_gradient(grad_weight, grad_logits, chunk_rows)
+            towards_rows = products.backward(grad_logits, chunk_rows, grad_weight, wants_rows=wants_hidden)
+            if grad_rows is not None and towards_rows is not None:
+                grad_rows[positions[chunk]] = towards_rows.to(hidden.dtype)
             # Otherwise this chunk's buffer would still be alive while the next one's is allocated.
             del grad_logits
 
@@ -228,12 +236,12 @@ class _TokenLogprobs(torch.autograd.Function):
             )
         if grad_weight is not None:
             grad_weight = already_added(weight) if ctx.accumulate else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None, None
 
 
 def _chunk_statistics(
+    products: Products,
     rows: Tensor,
-    weight: Tensor,
     labels: Tensor,
     temperature: float,
     tp_group: dist.ProcessGroup | None,
@@ -241,14 +249,15 @@ def _chunk_statistics(
     sums: Tensor,
 ) -> None:
     """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary."""
-    columns, owned = local_columns(labels, weight.shape[0], tp_group)
-    if is_fused(weight):
+    product = products.logits(rows)
+    columns, owned = local_columns(labels, product.shape[1], tp_group)
+    if is_fused(product):
         from phimr_nemo.losses import fused
 
-        product = torch.mm(rows.to(weight.dtype), weight.t())
         fused.statistics(product, columns, owned, temperature, maximum, sums)
         return
-    logits = chunk_logits(rows, weight, temperature)
+    logits = divided(product, temperature)
+    del product
     torch.amax(logits, dim=1, out=maximum)
     sums[1] = torch.where(owned, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
     shifted = logits.sub_(maximum.unsqueeze(1))
@@ -261,8 +270,8 @@ def _chunk_statistics(
 
 
 def _chunk_logit_gradient(
+    products: Products,
     rows: Tensor,
-    weight: Tensor,
     labels: Tensor,
     temperature: float,
     tp_group: dist.ProcessGroup | None,
@@ -270,17 +279,18 @@ def _chunk_logit_gradient(
     scale: Tensor,
     of_entropy: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """scale * ([v = y] - p_v) of this rank's block [chunk, vocabulary / tp], in the dtype of ``weight``.
+    """scale * ([v = y] - p_v) of this rank's block [chunk, vocabulary / tp], in the dtype of its logits.
 
     With `of_entropy`, a factor and the entropy of each row, also factor * -p_v (log p_v + entropy).
     """
-    columns, owned = local_columns(labels, weight.shape[0], tp_group)
-    if is_fused(weight):
+    product = products.logits(rows)
+    columns, owned = local_columns(labels, product.shape[1], tp_group)
+    if is_fused(product):
         from phimr_nemo.losses import fused
 
-        product = torch.mm(rows, weight.t())
         return fused.gradient(product, columns, owned, temperature, log_sum_exp, scale, of_entropy)
-    gradient = chunk_logits(rows, weight, temperature).sub_(log_sum_exp.unsqueeze(1))
+    gradient, dtype = divided(product, temperature).sub_(log_sum_exp.unsqueeze(1)), product.dtype
+    del product
     if of_entropy is None:
         gradient.exp_().neg_().mul_(scale.unsqueeze(1))
     else:
@@ -288,7 +298,7 @@ def _chunk_logit_gradient(
         probabilities = gradient.exp()
         gradient.add_(entropy).mul_(factor).add_(scale.unsqueeze(1)).mul_(probabilities).neg_()
     gradient.scatter_add_(1, columns.unsqueeze(1), (owned * scale).unsqueeze(1))
-    return gradient.to(weight.dtype)
+    return gradient.to(dtype)
 
 
 def _merge_statistics(maximum: Tensor, sums: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:

@@ -20,14 +20,14 @@ IGNORED_LABEL = -100
 """Label of a token that takes no part: log-probability 0, entropy 0, no gradient."""
 
 
-def statistics_dtype(weight: Tensor) -> torch.dtype:
+def statistics_dtype(operand: Tensor) -> torch.dtype:
     """What sums over the vocabulary are computed in: float64 for float64 weights, else float32."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.float64 if operand.dtype == torch.float64 else torch.float32
 
 
-def is_fused(weight: Tensor) -> bool:
-    """Whether logits of this matrix stay in its format, and Triton's kernels work on them: 16 bits, on a GPU."""
-    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and _has("triton")
+def is_fused(logits: Tensor) -> bool:
+    """Whether logits stay in their format, and Triton's kernels work on them: 16 bits, on a GPU."""
+    return logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16) and _has("triton")
 
 
 @functools.cache
@@ -37,7 +37,12 @@ def _has(package: str) -> bool:
 
 def chunk_logits(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """Logits [chunk, vocabulary / tp] / temperature in the statistics dtype, in a buffer of their own."""
-    logits = torch.mm(rows.to(weight.dtype), weight.t()).to(statistics_dtype(weight))
+    return divided(torch.mm(rows.to(weight.dtype), weight.t()), temperature)
+
+
+def divided(product: Tensor, temperature: float) -> Tensor:
+    """Logits of a product / temperature in the statistics dtype; the product's buffer may become theirs."""
+    logits = product.to(statistics_dtype(product))
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 

@@ -15,7 +15,14 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.plan.hardware import FRAGMENTATION, FRAMEWORK_BYTES, SLEEPING_BYTES, Gpu, MatmulDtype, find_gpu
-from phimr_nemo.plan.memory import BYTES_PER_NUMBER, RankMemory, Recompute, largest_rank, layer_parameters
+from phimr_nemo.plan.memory import (
+    BYTES_PER_NUMBER,
+    LOGITS_CHUNK,
+    RankMemory,
+    Recompute,
+    largest_rank,
+    layer_parameters,
+)
 from phimr_nemo.plan.sampling import SamplingTime, Turn, colocated_turn, sampling_time, sync_time
 from phimr_nemo.plan.timing import StepTime, Work, step_time
 from phimr_nemo.plan.workload import StageConfig, Workload, training_workload
@@ -320,6 +327,7 @@ def _judge(
         work,
         distributed=config.optim.distributed,
         matmul=matmul,
+        output_matmul="fp8" if config.model.fp8_output else None,
     )
     # Every further update of a step costs its communication and its optimizer once more.
     training = step.total + (workload.updates - 1) * (step.data + step.optimizer)
@@ -374,6 +382,9 @@ def _training_memory(
     if config.model.fp8 is not None:
         layers = arch.num_hidden_layers / parallel.pipeline
         copies = FP8_COPIES * layers * layer_parameters(arch, parallel.tensor)
+    if config.model.fp8_output:
+        # The output matrix, and a chunk's gradient.
+        copies += FP8_COPIES * (arch.hidden_size + LOGITS_CHUNK) * arch.vocab_size / parallel.tensor
     return Memory(
         rank=rank,
         reference=rank.state.weights if workload.reference else 0.0,

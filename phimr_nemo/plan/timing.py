@@ -40,6 +40,14 @@ OUTPUT_TRAFFIC: Final = 14
 with the kernels of `phimr_nemo.losses.fused`: written and read forward (4); written again, read, their gradient
 written and read by two products backward (10). In plain PyTorch they are 78."""
 
+OUTPUT_CAST_TRAFFIC: Final = 4
+"""More for each word and token in 8 bits: the gradient is read for its largest value and to be cast (4), written by
+rows and by columns (2), and read by two products in a byte where it was two (-2)."""
+
+MATRIX_CAST_TRAFFIC: Final = 11
+"""Bytes for each number of the output matrix and micro-batch in 8 bits: twice read for its largest value and to be
+cast (8), written once forward, and backward with a transposed copy (3)."""
+
 OUTPUT_GRADIENT_TRAFFIC: Final = 8
 """The same for each number of its weight's gradient and chunk of tokens: read and written in fp32."""
 
@@ -138,6 +146,7 @@ def step_time(
     *,
     distributed: bool,
     matmul: MatmulDtype,
+    output_matmul: MatmulDtype | None = None,
 ) -> StepTime:
     """Seconds of one optimizer step.
 
@@ -151,6 +160,7 @@ def step_time(
         work: of the step.
         distributed: the optimizer's state is shared by data- and context-parallel ranks.
         matmul: number format of the layers' matrix products.
+        output_matmul: of the output layer's; None = of the weights.
     """
     tokens = work.tokens / parallel.context
     layers = arch.num_hidden_layers / parallel.pipeline
@@ -167,7 +177,7 @@ def step_time(
     # With sequence parallelism the inputs of the linear layers are gathered once more for the weights' gradients.
     tensor = (2 + repeats_communication + (0.5 if parallel.sequence else 0.0)) * one.tensor
     context = _exposed_context(one, recompute == "full")
-    output = _output_seconds(arch, parallel, gpu, dtype, tokens)
+    output = _output_seconds(arch, parallel, gpu, output_matmul or ("fp32" if dtype == "fp32" else "bf16"), tokens)
     memory = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     parameters = max(stage_parameters(arch, parallel, stage) for stage in range(parallel.pipeline))
     accumulation = parameters * ACCUMULATION_TRAFFIC / memory
@@ -258,13 +268,17 @@ def _exposed_context(one: _Forward, repeated: bool) -> float:
     return (1 + repeated) * forward + backward
 
 
-def _output_seconds(arch: Architecture, parallel: ParallelConfig, gpu: Gpu, dtype: str, tokens: float) -> float:
+def _output_seconds(
+    arch: Architecture, parallel: ParallelConfig, gpu: Gpu, matmul: MatmulDtype, tokens: float
+) -> float:
     """Seconds of the output layer over a micro-batch: its logits are computed twice, their gradients once."""
     words = arch.vocab_size / parallel.tensor
     products = (2 + BACKWARD) * OPERATIONS * words * arch.hidden_size * tokens
-    rate = matmul_rate(gpu, "fp32" if dtype == "fp32" else "bf16")
+    rate = matmul_rate(gpu, matmul)
     chunks = tokens / LOGITS_CHUNK
     traffic = OUTPUT_TRAFFIC * words * tokens + OUTPUT_GRADIENT_TRAFFIC * words * arch.hidden_size * chunks
+    if matmul == "fp8":
+        traffic += OUTPUT_CAST_TRAFFIC * words * tokens + MATRIX_CAST_TRAFFIC * words * arch.hidden_size
     return products / rate + traffic / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)
 
 

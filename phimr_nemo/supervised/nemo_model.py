@@ -100,7 +100,7 @@ class Phi4MiniConfig(llm.GPTConfig):
         longrope: LongRoPE policy.
         hf_directory: where the starting weights come from; None = random.
         seed: of Megatron's random states, one a place in the layout.
-        fp32_output: see :class:`phimr_nemo.config.ModelConfig`.
+        fp32_output, fp8_output: see :class:`phimr_nemo.config.ModelConfig`.
         lora: adapters beside the starting weights, which are not trained then.
     """
 
@@ -110,6 +110,7 @@ class Phi4MiniConfig(llm.GPTConfig):
     hf_directory: str | None = None
     seed: int = 0
     fp32_output: bool = False
+    fp8_output: bool = False
     lora: LoRAConfig | None = None
     forward_step_fn: Any = field(default=forward_step)
     data_step_fn: Any = field(default=data_step)
@@ -139,6 +140,7 @@ class Phi4MiniConfig(llm.GPTConfig):
             post_process=parallel_state.is_pipeline_last_stage(**stage) if post_process is None else post_process,
             vp_stage=vp_stage,
             fp32_output=self.fp32_output,
+            fp8_output=self.fp8_output,
         )
         if self.hf_directory is not None:
             load_tensors([model], self.architecture, HFDirectory(Path(self.hf_directory)))
@@ -218,6 +220,7 @@ def architecture_config(
         longrope=model.longrope,
         seed=seed,
         fp32_output=model.fp32_output,
+        fp8_output=model.fp8_output,
     )
 
 

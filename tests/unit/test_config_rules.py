@@ -152,6 +152,12 @@ CASES: Final = [
     ("grpo", "steps=true", "steps=True"),
     ("grpo", "run.seed=4294967296", "run.seed=4294967296"),
     ("grpo", "model.fp8=delayed model.dtype=bf16", "model.fp8=delayed"),
+    ("sft", "model.fp8_output=true", "model.fp8_output=true with model.fp8=null"),
+    (
+        "midtrain",
+        "model.dtype=bf16 model.fp8=current model.fp8_output=true model.fp32_output=true",
+        "model.fp8_output=true with model.fp32_output=true",
+    ),
     ("grpo", "checkpoint.every=0", "checkpoint.every=0"),
     ("dpo", "optim.min_lr=1", "optim.min_lr=1.0 with optim.lr="),
     ("dpo", "optim.lr=-1", "optim.lr=-1"),

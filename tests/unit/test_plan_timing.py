@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -229,3 +230,18 @@ def test_a_format_without_units_is_refused() -> None:
 def test_no_gpu_reaches_its_peak(name: str) -> None:
     gpu: Gpu = GPUS[name]
     assert all(0.3 * gpu.peak[dtype] < matmul_rate(gpu, dtype) < gpu.peak[dtype] for dtype in gpu.peak)
+
+
+def test_an_output_layer_in_8_bits_by_hand() -> None:
+    """Its products at FP8's rate; the casts of the matrix once a micro-batch, of the gradient once a token."""
+    tokens, words, width = 4096, 200_064, 3072
+    work = Work(tokens=tokens, attention_length=1024, micro_batches=1)
+    arguments: tuple[Any, ...] = (PHI4_MINI, ParallelConfig(), H100, "bf16", "none", work)
+    plain = step_time(*arguments, distributed=True, matmul="fp8")
+    eight = step_time(*arguments, distributed=True, matmul="fp8", output_matmul="fp8")
+    products = 2 * 4 * words * width * tokens
+    saved = products / matmul_rate(H100, "bf16") - products / matmul_rate(H100, "fp8")
+    casts = (4 * words * tokens + 11 * words * width) / (3.35e12 * 0.8)
+    assert plain.output - eight.output == pytest.approx(saved - casts)
+    assert saved > 3 * casts
+    assert eight.linear == plain.linear

@@ -234,21 +234,27 @@ def forced(model: Path, version: int, request: Request, completion: Completion) 
     return own
 
 
+def wanted_of(model: Path, longest: int) -> Wanted:
+    """What its servers must serve."""
+    source = HFDirectory(model)
+    return Wanted(
+        source.weights_hash(),
+        tokenizer_hash(model),
+        longest,
+        source.architecture.original_max_position_embeddings,
+        POLICY,
+        source.architecture.vocab_size,
+        LOGPROBS,
+    )
+
+
 def test_a_served_model_is_synced_and_killed_in_the_middle(
     model: Path, tmp_path: Path, vllm_python: Path, vllm_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over HTTP with a key: greedy responses of two versions, then SIGKILL while responses are under way."""
     monkeypatch.setenv("PHIMR_TEST_KEY", "secret")
     architecture = HFDirectory(model).architecture
-    wanted = Wanted(
-        HFDirectory(model).weights_hash(),
-        tokenizer_hash(model),
-        LONG,
-        architecture.original_max_position_embeddings,
-        POLICY,
-        architecture.vocab_size,
-        LOGPROBS,
-    )
+    wanted = wanted_of(model, LONG)
     asked = [Request(f"{number}/0", tuple(range(1, 3 + number)), number) for number in range(12)]
     variables = {**vllm_variables, "PHIMR_TEST_KEY": "secret"}
     options = ["--max-length", str(LONG), "--eager", "--dtype", "fp32", "--max-batch", "4"]
@@ -313,15 +319,7 @@ def test_a_colocated_server_sleeps_and_wakes_in_vllms_order(
 ) -> None:
     """vLLM's engine on a CPU: it pauses, sleeps and wakes as on a GPU, and only the memory stays where it is."""
     architecture = HFDirectory(model).architecture
-    wanted = Wanted(
-        weights=HFDirectory(model).weights_hash(),
-        tokenizer=tokenizer_hash(model),
-        longest=MAX_LENGTH,
-        original=architecture.original_max_position_embeddings,
-        longrope=POLICY,
-        vocab_size=architecture.vocab_size,
-        logprobs=LOGPROBS,
-    )
+    wanted = wanted_of(model, MAX_LENGTH)
     asked = [Request(f"{number}/0", tuple(range(1, 3 + number)), number) for number in range(3)]
     options = ["--max-length", str(MAX_LENGTH), "--eager", "--dtype", "fp32", "--max-batch", "4", "--colocated"]
     log = tmp_path / "server.log"

@@ -12,7 +12,7 @@ from typing import Any, Final
 from phimr_nemo.bridges.counterparts import Counterpart, check_common, refused
 from phimr_nemo.config import DPOConfig, GRPOConfig, SFTConfig
 from phimr_nemo.config.dpo import StoredReference
-from phimr_nemo.config.engine import LocalEngine, ServerEngine, VLLMEngine
+from phimr_nemo.config.engine import COLOCATED_SHARE, LocalEngine, ServerEngine, VLLMEngine
 from phimr_nemo.config.sampled.rounds import MaskedCorrection, SamplerCorrection, TruncatedCorrection
 
 TARGET: Final = "TRL"
@@ -36,6 +36,7 @@ COMMON: Final = (
     Counterpart("model.dtype", "translated", "bf16, model_init_kwargs.dtype"),
     Counterpart("model.fp8", "none", "", "refused unless off"),
     Counterpart("model.fp32_output", "none", "", "refused unless off"),
+    Counterpart("model.fp8_output", "none", "", "off where model.fp8 is"),
     Counterpart("model.deterministic", "translated", "full_determinism", "and NCCL_ALGO=^NVLS for its launcher"),
     Counterpart("lora", "none", "", "refused unless off"),
     Counterpart("model.longrope", "patch", "rope_parameters", "one regime a run: both sets of factors are its own"),
@@ -261,6 +262,14 @@ def _engine(config: GRPOConfig) -> Settings:
             "vllm_max_model_length": config.sequence_length,
         }
     assert isinstance(engine, ServerEngine)
+    if engine.colocated:
+        return {
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "vllm_enable_sleep_mode": True,
+            "vllm_gpu_memory_utilization": COLOCATED_SHARE if engine.memory_share is None else engine.memory_share,
+            "vllm_max_model_length": config.sequence_length,
+        }
     if engine.kind != "vllm_server" or len(engine.base_urls) != 1:
         raise refused(
             f"engine.kind={engine.kind} with {len(engine.base_urls)} servers",

@@ -25,7 +25,6 @@ from phimr_nemo.config.common import (
     Share,
     TrackingConfig,
     no_best_of_adapters,
-    no_supervised_options,
     stops_on_nan,
 )
 from phimr_nemo.config.engine import (
@@ -39,6 +38,7 @@ from phimr_nemo.config.engine import (
 )
 from phimr_nemo.config.evaluation import HeldOutConfig, MonitorConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.supervised import no_supervised_options
 
 Stale = Literal["resample", "keep"]
 MOST_AHEAD: Final = 8

@@ -65,6 +65,7 @@ def build_model(
     post_process: bool,
     vp_stage: int | None = None,
     fp32_output: bool = False,
+    fp8_output: bool = False,
 ) -> PhiGPTModel:
     """Build this rank's part of the model; torch.distributed and Megatron's parallel_state come first.
 
@@ -77,6 +78,7 @@ def build_model(
         post_process: whether it holds the final norm and the output layer.
         vp_stage: virtual pipeline stage, if any.
         fp32_output: log-probabilities from a product of hidden states and output matrix in float32.
+        fp8_output: log-probabilities and their gradients from products in 8 bits.
 
     Raises:
         UserError: config and architecture or process groups disagree, or sequences longer than the model supports.
@@ -93,6 +95,7 @@ def build_model(
         post_process=post_process,
         vp_stage=vp_stage,
         fp32_output=fp32_output,
+        fp8_output=fp8_output,
     )
 
 
@@ -154,6 +157,7 @@ class PhiGPTModel(GPTModel):
         post_process: bool,
         vp_stage: int | None,
         fp32_output: bool,
+        fp8_output: bool,
     ) -> None:
         super().__init__(
             config=config,
@@ -172,7 +176,7 @@ class PhiGPTModel(GPTModel):
         # NeMo's GPTConfig carries its own (learned) default in a field that GPTModel prefers to the argument.
         self.position_embedding_type = "rope"
         self.rotary_pos_emb = LongRotaryEmbedding(arch, max_length, longrope_policy)
-        self.architecture, self.fp32_output = arch, fp32_output
+        self.architecture, self.fp32_output, self.fp8_output = arch, fp32_output, fp8_output
         self.attention_factor, self.has_cpu_layers = arch.attention_factor, has_cpu_layers(config)
         self.adapter_scale = 1.0
         self.longrope_policy: LongRopePolicy = longrope_policy
@@ -281,6 +285,7 @@ class PhiGPTModel(GPTModel):
             return -torch.stack(token_reverse_kl(hidden, weight, labels, teacher, **options), dim=-1)
         # A copy in float32 has no buffer of Megatron's.
         options["accumulate"] = self.config.gradient_accumulation_fusion and not self.fp32_output
+        options["in_8_bits"] = self.fp8_output
         if with_entropy:
             return -torch.stack(token_logprobs_and_entropy(hidden, weight, labels, **options), dim=-1)
         return -token_logprobs(hidden, weight, labels, **options)
