@@ -213,7 +213,7 @@ QUESTIONS: Final = (
         (Cell("generality.md", "SFT", "word problem, middle", table=1),),
     ),
     Claim(
-        "Does a grader that rejects a fifth of what is correct cost RL (one seed)?",
+        "Does a grader that rejects a fifth of what is correct cost RL?",
         *_ablation("grader_errors"),
         -1,
         "points",
