@@ -41,6 +41,7 @@ _USER_TURN = re.compile(
     r"<\|(?:end_header_id|header_end|end_of_role)\|>|<start_of_turn>\s*user\s|<\|turn>\s*user\s|<｜User｜>"
     r"|<\|(?:user|User)\|>|<\|im_user\|>user<\|im_middle\|>|\[INST\]"
 )
+_MARKS_OF_USERS: Final = ("<|", "<｜", "<start_of_turn>", "[INST]", "User:", "Human:", "USER:", "HUMAN:")
 _SPOKEN = re.compile(r"(?:\A|\s|>)(?:User|Human|USER|HUMAN):\s")
 _SPOKEN_TO = re.compile(r"(?:Assistant|ASSISTANT|AI|Bot):\s*\Z")
 _SYSTEM_IN_TURN = re.compile(r"\s*<<SYS>>.*?<</SYS>>", re.DOTALL)
@@ -72,6 +73,8 @@ def last_user_turn(prompt: str) -> str:
 
     Also of the template of DeepSeek-R1-Zero, whose marks are words ("User: ... Assistant:").
     """
+    if not any(mark in prompt for mark in _MARKS_OF_USERS):
+        return prompt  # nearly every text
     start = _last_end(_USER_TURN, prompt, 0)
     if start is not None:
         ended = _END_OF_TURN.search(prompt, start)

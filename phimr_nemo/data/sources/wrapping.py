@@ -185,7 +185,8 @@ def without_instructions(text: str) -> str:
 def bare_question(text: str, wrappers: Wrappers = NO_WRAPPERS) -> str:
     """A question as it is compared: without anything that only stands around it."""
     bare = _stripped(_without(_BREAK.sub("\n", _asked(text)), wrappers), (_HOW_TO_ANSWER, _ANSWER_FORMAT))
-    bare = _stripped(_unwrapped(bare), (_HOW_TO_ANSWER, _ANSWER_FORMAT))
+    inner = _unwrapped(bare)
+    bare = bare if inner == bare else _stripped(inner, (_HOW_TO_ANSWER, _ANSWER_FORMAT))
     numbered = _NUMBERED.match(bare)
     rest = bare[numbered.end() :] if numbered else bare
     origin = _ORIGIN.match(rest)
@@ -202,7 +203,7 @@ def bare_question(text: str, wrappers: Wrappers = NO_WRAPPERS) -> str:
 def _asked(text: str) -> str:
     """The question of a prompt: the user's turn of a rendered chat, and of that what follows the examples in it."""
     turn = _SWITCH.sub("", last_user_turn(text)).strip()
-    labels = list(_LABELLED.finditer(turn))
+    labels = list(_LABELLED.finditer(turn)) if ":" in turn or "：" in turn else []
     if not labels:
         return turn
     first = _FIRST_SEGMENT.match(turn.lstrip())
@@ -214,7 +215,7 @@ def _asked(text: str) -> str:
 
 def _unwrapped(text: str) -> str:
     """A text without the pair of marks that all of it stands in."""
-    found = _WITHIN.fullmatch(text)
+    found = _WITHIN.fullmatch(text) if text.startswith(tuple('<`*_"“')) else None
     inner = (
         next((found[name] for name in ("tagged", "fenced", "strong", "quoted") if found[name]), "") if found else ""
     )
