@@ -30,6 +30,7 @@ from phimr_nemo.model.files.blocks import (
     transfer,
 )
 from phimr_nemo.model.files.companions import read_added_tokens, write_model_files
+from phimr_nemo.model.files.misfits import TO_BFLOAT16, misfit_remedy
 from phimr_nemo.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, WeightFiles, tensor_places, write_weights
 from phimr_nemo.model.origin import Origin
 from phimr_nemo.model.table import EMBEDDING, HEAD, is_derived, tensor_shapes
@@ -41,14 +42,6 @@ from phimr_nemo.store.unpacking import read_json
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 COMPARED_ROWS: Final = 4096
-ADAPTED: Final = "base_model."
-"""How PEFT's names begin."""
-VALUE_HEADS: Final = ("v_head.", "value_head.", "score.")
-QUANTISED: Final = (
-    *("_scale", "_scale_inv", "_packed", ".qweight", ".qzeros", ".scales", ".absmax", "_nf4", "_fp4", ".SCB"),
-)
-"""How the names of tensors end that quantised weights are kept in."""
-TO_BFLOAT16: Final = "convert the weights to bfloat16 first"
 DEFAULT_SHARD_BYTES: Final = 4 * 2**30
 HASH_DIGEST_BYTES: Final = 16
 MAX_INDEX_BYTES: Final = 16 << 20
@@ -173,7 +166,7 @@ class HFDirectory:
                 f"{self.path}: {len(missing)} tensors missing {_some(missing)}, "
                 f"{len(extra)} left over {_some(extra)}",
                 rule=f"exactly the {len(expected)} tensors of the architecture in {CONFIG_FILE}",
-                remedy=_misfit_remedy(missing, extra),
+                remedy=misfit_remedy(missing, extra),
             )
         by_file: dict[Path, list[str]] = {}
         for name, file in self._files.items():
@@ -212,29 +205,6 @@ def _check_tied_head(embedding_file: Path, head_file: Path) -> None:
         remedy=f'if it was trained with a head of its own, write "tie_word_embeddings": false into {CONFIG_FILE}; '
         f"otherwise remove {HEAD} from the weights",
     )
-
-
-def _misfit_remedy(missing: Sequence[str], extra: Sequence[str]) -> str:
-    """What to do with tensors of other names than the architecture's."""
-    if any(name.endswith(QUANTISED) for name in extra):
-        return f"{TO_BFLOAT16}: in transformers model.dequantize(), or take the repository that is not quantised"
-    if missing == [HEAD] and not extra:
-        return f'if its embedding is its output layer, write "tie_word_embeddings": true into {CONFIG_FILE}'
-    outer = next((name for name in extra if name.endswith(EMBEDDING.removeprefix("model."))), None)
-    if outer is not None and EMBEDDING in missing and not outer.startswith(ADAPTED):
-        return (
-            f"save the causal language model itself ({outer} would be {EMBEDDING}): without the module around it, as "
-            "accelerator.unwrap_model(model).save_pretrained(...) does, and opened by AutoModelForCausalLM"
-        )
-    if extra and not missing and all(name.startswith(VALUE_HEADS) for name in extra):
-        return "save the policy without its value head: in TRL model.pretrained_model.save_pretrained(...)"
-    if any(name.startswith(ADAPTED) for name in extra):
-        return "merge the adapter into its base and save that: in PEFT model.merge_and_unload().save_pretrained(...)"
-    if any(name.endswith((".q_proj.weight", ".qkv_proj.weight")) for name in extra):
-        return (
-            f"write the model_type into {CONFIG_FILE} that these names belong to: phi3 stacks q, k and v, others not"
-        )
-    return "use the config.json that belongs to these weights, and all of their shards"
 
 
 def _check_tensor(handle: Any, present: set[str], file: Path, name: str, shape: tuple[int, ...]) -> torch.dtype:
