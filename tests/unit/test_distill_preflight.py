@@ -29,7 +29,7 @@ PROMPT = {
     "length_spread": 0.1,
     "hard": False,
 }
-WORDS = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "truncation": None}
+WORDS = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": [], "truncation": None}
 
 
 def architecture(heads: int, words: int = 64) -> Architecture:
@@ -82,7 +82,7 @@ def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_another_tokenizer_is_refused_before_anything_starts(tmp_path: Path) -> None:
     model(tmp_path / "base")
-    model(tmp_path / "teacher", tokenizer={"model": {"vocab": {"b": 0, "a": 1}, "merges": []}})
+    model(tmp_path / "teacher", tokenizer={"model": {"vocab": {"b": 0, "a": 1}, "merges": []}, "added_tokens": []})
     with pytest.raises(UserError) as refused:
         preflight("distill", config(tmp_path))
     assert str(tmp_path / "base") in refused.value.problem
@@ -105,7 +105,9 @@ def test_a_layout_that_only_the_student_can_have_is_refused(tmp_path: Path) -> N
 
 
 def test_how_a_tokenizer_was_called_last_is_no_part_of_it(tmp_path: Path) -> None:
-    called = {"padding": {"length": 9}, "truncation": {"max_length": 4}, "model": WORDS["model"]}
+    called = {"padding": {"length": 9}, "truncation": {"max_length": 4}} | {
+        key: WORDS[key] for key in ("model", "added_tokens")
+    }
     one, other = model(tmp_path / "one"), model(tmp_path / "other", tokenizer=called)
     assert words_hash(one) == words_hash(other)
 

@@ -38,6 +38,8 @@ LONG = 600
 """Of sequences that take long enough to be interrupted in the middle."""
 BOUND = 5e-5
 """Largest difference of a log-probability between vLLM and transformers, both in float32."""
+LONG_BOUND = 4 * BOUND
+"""The same behind hundreds of tokens."""
 INTERRUPTIONS = range(2, SYNCS, 2)
 """Versions of the weights; so often it is tried to interrupt while a response is under way."""
 ANSWERS = 5
@@ -219,7 +221,7 @@ def interrupted_and_continued(sampler: ServerSampler, model: Path) -> None:
         if count:
             assert completion.versions == (first,) * count + (first + 1,) * (len(completion.token_ids) - count)
             by_old, by_new = (forced(model, version, request, completion) for version in (first, first + 1))
-            assert completion.logprobs == pytest.approx([*by_old[:count], *by_new[count:]], abs=BOUND)
+            assert completion.logprobs == pytest.approx([*by_old[:count], *by_new[count:]], abs=LONG_BOUND)
 
 
 def forced(model: Path, version: int, request: Request, completion: Completion) -> list[float]:
