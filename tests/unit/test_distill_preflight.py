@@ -106,8 +106,6 @@ def test_a_layout_that_only_the_student_can_have_is_refused(tmp_path: Path) -> N
 
 def test_how_a_tokenizer_was_called_last_is_no_part_of_it(tmp_path: Path) -> None:
     called = {**WORDS, "padding": {"length": 9}, "truncation": {"max_length": 4}}
-        key: WORDS[key] for key in ("model", "added_tokens")
-    }
     one, other = model(tmp_path / "one"), model(tmp_path / "other", tokenizer=called)
     assert words_hash(one) == words_hash(other)
 
