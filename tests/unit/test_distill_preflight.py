@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from architectures import small
@@ -29,7 +30,7 @@ PROMPT = {
     "length_spread": 0.1,
     "hard": False,
 }
-WORDS = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": [], "truncation": None}
+WORDS: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": [], "truncation": None}
 
 
 def architecture(heads: int, words: int = 64) -> Architecture:
