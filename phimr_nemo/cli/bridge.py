@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import typer
 
 from phimr_nemo.cli.options import ConfigFile, Overrides
-from phimr_nemo.jobs.launch import silence_import_notes
 from phimr_nemo.text.printable import say
 
 
@@ -20,6 +19,8 @@ def bridge(
     config: ConfigFile = None,
 ) -> None:
     """A stage's configuration and data for TRL, NeMo-RL or Nemotron, with a table of what becomes of each setting."""
+    from phimr_nemo.jobs.launch import silence_import_notes
+
     silence_import_notes()
     from phimr_nemo.bridges.command import run_bridge
 

@@ -78,6 +78,13 @@ def test_a_dry_run_imports_no_trainer(stage: str) -> None:
     assert loaded((*TRAINERS, "httpx"), program) == []
 
 
+def test_help_imports_nothing_that_stages_work_with() -> None:
+    program = (
+        "sys.argv = ['phimr', '--help']\nfrom phimr_nemo.cli.main import main\ntry: main()\nexcept SystemExit: pass"
+    )
+    assert loaded((*TRAINERS, "httpx", "phimr_nemo.verify", "phimr_nemo.jobs.launch"), program) == []
+
+
 @pytest.fixture(scope="module")
 def trainers() -> subprocess.CompletedProcess[str]:
     """A process that has loaded the training stages, and then what they load on a GPU alone."""
