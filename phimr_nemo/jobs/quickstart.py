@@ -48,22 +48,22 @@ AT_ONCE: Final = 2
 """Processes: both for the two stages that everything waits for; later one for the next stage of training, and beside
 it one for what nothing waits for."""
 SECONDS: Final[Mapping[str, float]] = {
-    "base": 2,
-    "rollouts": 3,
-    "verdicts": 3,
-    "curated": 3,
-    "rows": 3,
-    "midtrain": 145,
-    "sft": 75,
-    "own-rollouts": 25,
-    "own-verdicts": 3,
-    "preferences": 2,
-    "dpo": 33,
-    "grpo": 127,
-    "sft-without-midtrain": 72,
-    **{f"evaluate-{name}": 7 for name, _ in ROWS},
-    "evaluate-base": 20,  # it never ends a response
-    "release": 2,
+    "base": 1,
+    "rollouts": 1,
+    "verdicts": 1,
+    "curated": 2,
+    "rows": 1,
+    "midtrain": 188,
+    "sft": 90,
+    "own-rollouts": 26,
+    "own-verdicts": 2,
+    "preferences": 1,
+    "dpo": 36,
+    "grpo": 131,
+    "sft-without-midtrain": 70,
+    **{f"evaluate-{name}": 6 for name, _ in ROWS},
+    "evaluate-base": 12,  # it never ends a response
+    "release": 1,
 }
 """Core seconds of a step on two idle cores: a first guess of the time to go, which the machine's pace corrects."""
 

@@ -33,7 +33,7 @@ from phimr_nemo.text.printable import say
 POLL_SECONDS: Final = 0.05
 START_OF_LINE: Final = "\r\x1b[K"
 """Takes the place of a progress bar that stands on the terminal's line."""
-TELLING_SECONDS: Final = 5.0
+TELLING_SECONDS: Final = 15.0
 """Steps that are expected to be shorter, all together, say nothing of the machine's pace."""
 
 
