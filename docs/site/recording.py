@@ -28,7 +28,7 @@ from xml.sax.saxutils import escape
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 TARGET: Final = REPOSITORY / "docs" / "recording.svg"
-COLUMNS: Final = 84
+COLUMNS: Final = 94
 ROWS: Final = 30
 LONGEST: Final = 20.0
 """Seconds of a recording."""
