@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 TREE: Final = Path(__file__).resolve().parents[1]
 START: Final = {"length": 512, "batch": 2, "vocabulary": 8192, "layers": 4}
 GROWING: Final[Mapping[str, Sequence[int]]] = {
-    "length": (64, 128, 256, 512, 1024, 2048, 4096),
-    "batch": (1, 2, 4, 8, 16),
+    "length": (64, 128, 256, 512, 1024, 2048),
+    "batch": (1, 2, 4, 8),
     "vocabulary": (2048, 8192, 32768, 131072),
     "layers": (1, 2, 4, 8, 16),
 }
@@ -54,7 +54,7 @@ UNITS: Final = {
     "layers": "layers",
     "processes": "data-parallel ranks",
 }
-REPEATS: Final = 5
+REPEATS: Final = 3
 HIDDEN: Final = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 6, "num_key_value_heads": 2}
 PASSES: Final = 3
 """Products of a weight in a step: the output, the gradient of its input, its own gradient."""
