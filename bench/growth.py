@@ -48,7 +48,7 @@ GROWING: Final[Mapping[str, Sequence[int]]] = {
 }
 QUICK: Final[Mapping[str, Sequence[int]]] = {name: sizes[:2] for name, sizes in GROWING.items()}
 UNITS: Final = {
-    "length": "tokens a row",
+    "length": "tokens per row",
     "batch": "rows",
     "vocabulary": "tokens of the vocabulary",
     "layers": "layers",
@@ -157,7 +157,7 @@ def phimr(*arguments: str) -> None:
 
 def ranks(counts: Sequence[int]) -> list[Point]:
     """Tokens a second by the clock of mid-training on so many data-parallel ranks, and so many times one rank's."""
-    from phimr_nemo.store.runs import METRICS_FILE, read_metrics
+    from phimr_nemo.store.runs import read_metrics
 
     points: list[Point] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -176,7 +176,7 @@ def ranks(counts: Sequence[int]) -> list[Point]:
         for count in counts:
             name = f"ranks-{count}"
             stage(name, "midtrain", *inputs, f"parallel.data={count}")
-            speeds = [row["tokens_per_second_per_gpu"] * count for row in read_metrics(root / name / METRICS_FILE)]
+            speeds = [row["tokens_per_second_per_gpu"] * count for row in read_metrics(root / name)]
             ours = statistics.median(speeds[STEPS_LEFT_OUT:])
             limit = ours * count if not points else points[0]["ours"] * count
             points.append({"size": float(count), "ours": ours, "limit": limit})
@@ -223,10 +223,11 @@ def picture(curves: Mapping[str, Sequence[Point]], unit: str) -> Figure:
             above.set_xticks(sizes)
             below.set_axis_off()
         else:
-            above.set_xscale("log", base=2)
             below.plot(sizes, [point["memory"] for point in points], "o-", color=BAR_COLOR)
-            below.set_xscale("log", base=2)
-            below.set_yscale("log", base=2)
+            below.set_ylim(bottom=0)
+            for one in (above, below):
+                one.set_xscale("log", base=2)
+                one.set_xticks([sizes[0], sizes[-1]], [f"{sizes[0]:,.0f}", f"{sizes[-1]:,.0f}"])
             below.set_xlabel(UNITS[name])
             tidy(below)
         above.set_xlabel(UNITS[name])
