@@ -29,6 +29,8 @@ from phimr_nemo.store.content import content_seed
 if TYPE_CHECKING:
     import torch
 
+    from phimr_nemo.config import RoundsConfig
+
 Tensors = Iterable[tuple[str, "torch.Tensor"]]
 
 INT8_LEVELS: Final = 127
@@ -140,11 +142,25 @@ class MismatchedSampler:
         self._sampler.close()
 
 
+def refuse_interruptions(config: RoundsConfig) -> None:
+    """Responses of a dialled sampler are whole: which weights it takes is its dial's to say.
+
+    Raises:
+        UserError: new weights are to interrupt it.
+    """
+    if config.partial_rollouts == "continue":
+        raise UserError(
+            "partial_rollouts=continue with a dialled mismatch",
+            rule="the sampler's weights are what the dial says, from a response's first token to its last",
+            remedy="use partial_rollouts=wait max_concurrent_rollouts=null",
+        )
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run `phimr` with the sampler of a run of rounds replaced.
 
     Raises:
-        UserError: an unknown dial, or several processes.
+        UserError: an unknown dial, several processes, or responses that new weights interrupt.
     """
     dial = Dial.parse(arguments[0] if arguments else "")
     # Importing the trainer takes seconds.
@@ -154,9 +170,10 @@ def main(arguments: Sequence[str]) -> None:
     given: list[str] = []
     opened = stage.open_sampler
 
-    def open_mismatched(*what: Any) -> Sampler:
+    def open_mismatched(config: RoundsConfig, *what: Any) -> Sampler:
+        refuse_interruptions(config)
         given.append(dial.kind)
-        return MismatchedSampler(opened(*what), dial)
+        return MismatchedSampler(opened(config, *what), dial)
 
     stage.open_sampler = open_mismatched  # type: ignore[assignment]
     phimr(list(arguments[1:]))

@@ -14,7 +14,7 @@ import torch
 from results import plain_result
 from torch import Tensor
 
-from phimr_nemo.config import BaseConfig, load_config
+from phimr_nemo.config import BaseConfig, GRPOConfig, load_config
 from phimr_nemo.config.ablations import MismatchConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import write_result
@@ -23,7 +23,7 @@ from phimr_nemo.model.base import run_base
 from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, RunDirectory, read_metrics
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 from recipes.ablations import mismatch
-from recipes.ablations.mismatched import Dial, MismatchedSampler, mismatched
+from recipes.ablations.mismatched import Dial, MismatchedSampler, mismatched, refuse_interruptions
 
 SEEDS = (0, 1)
 SHAPE = (
@@ -219,6 +219,17 @@ def test_a_run_with_a_dialled_sampler_shows_the_gap_and_trains(tmp_path: Path, r
     # Without it the built-in engine and the trainer agree to about 1e-6.
     assert all(line["logprob_gap"] > 1e-3 for line in lines)
     assert all(line["staleness"] == 0 for line in lines)
+
+
+def test_responses_of_a_dialled_sampler_are_not_interrupted(repository: Path) -> None:
+    """The remedy, with the rest as it was, is taken."""
+    path = repository / "conf" / "grpo" / "tiny.yaml"
+    asked = ["ahead=2", "correction.kind=truncated", "correction.cap=2"]
+    interrupted = [*asked, "partial_rollouts=continue", "max_concurrent_rollouts=64"]
+    with pytest.raises(UserError, match="partial_rollouts=continue") as caught:
+        refuse_interruptions(load_config(GRPOConfig, path, interrupted))
+    remedy = caught.value.remedy.removeprefix("use ").split()
+    refuse_interruptions(load_config(GRPOConfig, path, [*interrupted, *remedy]))
 
 
 def test_an_unknown_dial_ends_a_command_before_anything_is_loaded(repository: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from phimr_nemo.generate.serving import replies
 from phimr_nemo.generate.serving.replies import Wanted
 from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.generate.serving.weights import ASLEEP, BEGIN, GENERATE, IDENTITY, LOGPROBS, tokenizer_hash
+from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import run_base
 from phimr_nemo.model.files.hf import HFDirectory
 
@@ -236,6 +238,33 @@ def forced(model: Path, version: int, request: Request, completion: Completion) 
     return own
 
 
+def engine(url: str, **more: Any) -> ServerEngine:
+    """One vLLM server that is asked again soon."""
+    return ServerEngine(
+        kind="vllm_server",
+        base_urls=(url,),
+        in_flight=4,
+        request_seconds=120.0,
+        attempts=2,
+        probe_seconds=0.2,
+        recovery_seconds=1.0,
+        bucket_mb=1,
+        **more,
+    )
+
+
+def built_in(architecture: Architecture, weights: Mapping[str, Tensor]) -> LocalSampler:
+    """The built-in engine with these weights."""
+    return LocalSampler(
+        architecture,
+        weights.items(),
+        stop_token_ids=[0],
+        max_batch=4,
+        longrope_policy="long_when_max_length_exceeds_original",
+        max_length=MAX_LENGTH,
+    )
+
+
 def wanted_of(model: Path, longest: int) -> Wanted:
     """What its servers must serve."""
     source = HFDirectory(model)
@@ -269,29 +298,12 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
         told = {"Authorization": "Bearer secret"}
         answer = httpx.post(url + "/collective_rpc", json={"method": "x"}, headers=told)
         assert answer.status_code == httpx.codes.NOT_FOUND
-        config = ServerEngine(
-            kind="vllm_server",
-            base_urls=(url,),
-            api_key_env="PHIMR_TEST_KEY",
-            in_flight=4,
-            request_seconds=120.0,
-            attempts=2,
-            probe_seconds=0.2,
-            recovery_seconds=1.0,
-            bucket_mb=1,
-        )
+        config = engine(url, api_key_env="PHIMR_TEST_KEY")
         sampler = ServerSampler(config, wanted, stop_token_ids=[0], run="a", is_leader=True, stale="resample")
         for version in range(2):
             weights = weights_of(model, version)
             sampler.update_weights(weights.items(), version)
-            local = LocalSampler(
-                architecture,
-                weights.items(),
-                stop_token_ids=[0],
-                max_batch=4,
-                longrope_policy="long_when_max_length_exceeds_original",
-                max_length=MAX_LENGTH,
-            )
+            local = built_in(architecture, weights)
             greedy = SamplingParams(0.0, 1.0, 16)
             found, expected = sampler.sample(asked, greedy), local.sample(asked, greedy)
             assert [(c.token_ids, c.finish_reason) for c in found] == [
@@ -332,29 +344,12 @@ def test_a_colocated_server_sleeps_and_wakes_in_vllms_order(
         answer = httpx.post(url + GENERATE, json=body)
         assert (answer.status_code, "asleep" in answer.text) == (httpx.codes.SERVICE_UNAVAILABLE, True)
         assert httpx.get(url + "/health").status_code == httpx.codes.OK
-        config = ServerEngine(
-            kind="vllm_server",
-            base_urls=(url,),
-            colocated=True,
-            in_flight=4,
-            request_seconds=120.0,
-            attempts=2,
-            probe_seconds=0.2,
-            recovery_seconds=1.0,
-            bucket_mb=1,
-        )
+        config = engine(url, colocated=True)
         sampler = ServerSampler(config, wanted, stop_token_ids=[0], run="a", is_leader=True, stale="resample")
         for version in range(2):
             weights = weights_of(model, version)
             sampler.update_weights(weights.items(), version)
-            local = LocalSampler(
-                architecture,
-                weights.items(),
-                stop_token_ids=[0],
-                max_batch=4,
-                longrope_policy="long_when_max_length_exceeds_original",
-                max_length=MAX_LENGTH,
-            )
+            local = built_in(architecture, weights)
             greedy = SamplingParams(0.0, 1.0, 8)
             found, expected = sampler.sample(asked, greedy), local.sample(asked, greedy)
             assert [c.token_ids for c in found] == [c.token_ids for c in expected]
