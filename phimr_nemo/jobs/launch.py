@@ -124,12 +124,13 @@ def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool
         # Libraries that write checkpoints and logs know nothing of our messages.
         with explain_os_errors(run.path):
             closing = _with_os_errors(stage_function(stage), config)
-    except Preempted as stopped:
-        raise _with_what_is_kept(stopped, run) from None
-    except UserError:
-        # Settings that were refused must not stand in the way of the corrected ones.
+    except (UserError, Preempted, KeyboardInterrupt) as stopped:
+        # Settings that were refused must not stand in the way of the corrected ones; another rank may have refused
+        # them, and this one be told to stop for it.
         if first_rank and is_new:
             run.withdraw()
+        if isinstance(stopped, Preempted):
+            raise _with_what_is_kept(stopped, run) from None
         raise
     if first_rank and closing is not None:
         run.finish(**closing)

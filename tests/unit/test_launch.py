@@ -17,7 +17,7 @@ from phimr_nemo.config import GenerateConfig, SFTConfig, load_config, to_dict, t
 from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
 from phimr_nemo.jobs.changes import check_same_run, made_from
 from phimr_nemo.jobs.continuing import kept
-from phimr_nemo.jobs.launch import _launch_ranks, run_stage, start_stage
+from phimr_nemo.jobs.launch import launch, run_stage, start_stage
 from phimr_nemo.store.lease import Leases
 from phimr_nemo.store.provenance import MADE_FROM
 from phimr_nemo.store.runs import CONFIG_FILE, RunDirectory
@@ -238,10 +238,8 @@ def test_the_error_of_several_ranks_is_one_error(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = sft(tmp_path / "run", "parallel.data=2", "micro_batch=1", f"base={tmp_path / 'no-base'}")
-    path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(config))
     with pytest.raises(UserError, match="no-base") as caught:
-        _launch_ranks("sft", path, 2)
+        launch("sft", config)
     assert caught.value.remedy
     assert "no-base" not in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
