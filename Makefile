@@ -19,6 +19,7 @@
 #   GPU_BUNDLE         folder that `make gpu-bundle` fills
 #   GPU_PYTHON_VERSION Python of the machine that the bundle is for
 #   DOCS_OUT           folder that `make docs` fills
+#   ADVISORIES         of `make audit`: a clone of github.com/pypa/advisory-database, or OSV's export of PyPI, unpacked
 
 VENV := .venv
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -197,9 +198,9 @@ fuzz: setup
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 # The pinned versions against the public database of known weaknesses, stored with its date in requirements/audit.json;
-# what cannot be looked up is a failure.
+# what cannot be looked up is a failure. With ADVISORIES against a copy of it, without a network.
 audit: setup
-	$(BIN)/python .ci/audit.py look-up $(PHIMR_CONSTRAINTS) requirements/aligner.txt
+	$(BIN)/python .ci/audit.py $(if $(ADVISORIES),compare $(ADVISORIES),look-up) $(sort $(wildcard requirements/*.txt))
 
 # One dated file of all benchmarks of the CPU in bench/results, and the table of docs/performance.md.
 bench: setup

@@ -1,9 +1,9 @@
 """Known weaknesses of the pinned packages: looked up, stored with their date, and how old that is.
 
-audit.py look-up FILE...          ask pip-audit (needs the network) and store what it says; 1 when it finds something
-audit.py compare DIR FILE...      the same against a copy of a database in DIR: advisories in OSV's form, a JSON or YAML
-                                  file each (a clone of github.com/pypa/advisory-database, OSV's export of PyPI)
-audit.py age                      say when that was, and what was found; never fails
+audit.py look-up FILE...      ask pip-audit (needs the network) and store what it says; 1 when it finds something
+audit.py compare DIR FILE...  the same against a copy of a database in DIR: advisories in OSV's form, a JSON or YAML
+                              file each (a clone of github.com/pypa/advisory-database, OSV's export of PyPI)
+audit.py age                  say when that was, and what was found; never fails
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ def pins(files: Sequence[Path]) -> dict[str, set[str]]:
             if not text:
                 continue
             requirement = Requirement(text)
-            (pin,) = requirement.specifier
-            if pin.operator != "==":
+            exact = [pin.version for pin in requirement.specifier if pin.operator == "==" and "*" not in pin.version]
+            if not exact:
                 raise ValueError(f"{path}: {text!r} is no exact pin")
-            found.setdefault(canonicalize_name(requirement.name), set()).add(pin.version)
+            found.setdefault(canonicalize_name(requirement.name), set()).update(exact)
     return found
 
 
 def is_affected(version: str, affected: Mapping[str, Any]) -> bool:
     """Whether one entry of an advisory's `affected` means this version (OSV schema 1.7, "Evaluation").
 
-    A build's local part ("+cpu") is not compared: it is the same source. A range with a bound that nobody can read counts
-    as one that means every version.
+    A build's local part ("+cpu") is not compared: it is the same source. A range with a bound that nobody can read
+    counts as one that means every version.
     """
     from packaging.version import InvalidVersion, Version
 
@@ -102,9 +102,9 @@ def _in_range(version: Version, events: Sequence[Mapping[str, str]]) -> bool:
         return False
     changes: list[tuple[Version, bool, bool]] = []
     for event in events:
-        for kind, bound in event.items():
+        for kind, text in event.items():
             if kind != "limit":
-                lowest = BEFORE_ALL if kind == "introduced" and bound == THE_FIRST else bound
+                lowest = BEFORE_ALL if kind == "introduced" and text == THE_FIRST else text
                 changes.append((_bound(lowest), kind == "last_affected", kind == "introduced"))
     inside = False
     for bound, is_last, begins in sorted(changes):
@@ -114,24 +114,24 @@ def _in_range(version: Version, events: Sequence[Mapping[str, str]]) -> bool:
 
 
 def advisories(directory: Path) -> Iterator[Mapping[str, Any]]:
-    """Those in force, of every file below a directory.
+    """Those in force, of every file below a directory; what is no advisory in OSV's form is passed over.
 
     Raises:
-        ValueError: a file that is no advisory in OSV's form.
+        ValueError: a file that cannot be read.
     """
     import yaml
 
     load = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for path in sorted(directory.rglob("*")):
-        if path.suffix not in (".json", ".yaml") or any(
-            part.startswith(".") for part in path.relative_to(directory).parts
-        ):
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        if hidden or path.suffix not in (".json", ".yaml"):
             continue
         text = path.read_text("utf-8")
-        advisory = json.loads(text) if path.suffix == ".json" else yaml.load(text, load)  # noqa: S506 - a safe one
-        if not isinstance(advisory, dict) or "id" not in advisory:
-            raise ValueError(f"{path} is no advisory in OSV's form: it has no id")
-        if not advisory.get("withdrawn"):
+        try:
+            advisory = json.loads(text) if path.suffix == ".json" else yaml.load(text, load)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if isinstance(advisory, dict) and {"id", "affected"} <= advisory.keys() and not advisory.get("withdrawn"):
             yield advisory
 
 
@@ -139,8 +139,8 @@ def known(directory: Path, pinned: Mapping[str, set[str]]) -> tuple[dict[str, li
     """What a database knows of the pins, and the day of its newest advisory.
 
     Returns:
-        "name version" -> ids, one for each weakness (of several names of one, the first in the alphabet, with the others
-        in brackets), and the day.
+        "name version" -> ids, one for each weakness (of several names of one, the database's own with the others in
+        brackets), and the day.
 
     Raises:
         ValueError: no advisory about this ecosystem's packages.
@@ -148,13 +148,15 @@ def known(directory: Path, pinned: Mapping[str, set[str]]) -> tuple[dict[str, li
     from packaging.utils import canonicalize_name
 
     found: dict[str, dict[frozenset[str], None]] = {}
-    newest = ""
+    today, newest = datetime.now(timezone.utc).date().isoformat(), ""
     for advisory in advisories(directory):
         for affected in advisory.get("affected", ()):
             package = affected.get("package", {})
             if package.get("ecosystem") != ECOSYSTEM:
                 continue
-            newest = max(newest, str(advisory.get("modified", ""))[:10])
+            published = str(advisory.get("published") or advisory.get("modified", ""))[:10]
+            if published <= today:  # a few are dated ahead
+                newest = max(newest, published)
             name = canonicalize_name(package["name"])
             for version in pinned.get(name, ()):
                 if is_affected(version, affected):
@@ -192,26 +194,31 @@ def store(files: Sequence[Path], packages: int, weak: Mapping[str, Sequence[str]
 
 
 def look_up(files: Sequence[Path], stored: Path = STORED) -> int:
-    """Ask pip-audit and store its answer; its exit code."""
+    """Ask pip-audit about each file and store its answers; 1 when it finds something.
+
+    Two files may pin one package differently, and together it refuses those.
+    """
     program = Path(sys.executable).with_name("pip-audit")
-    given = [item for path in files for item in ("-r", str(path))]
-    done = subprocess.run([str(program), *COMMAND, *given], stdout=subprocess.PIPE, text=True, check=False)
-    try:
-        found: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
-    except (ValueError, KeyError):
-        print(
-            "audit of the pinned packages: not done. pip-audit gave no result (see above): it asks the package index"
+    found: dict[str, list[str]] = {}
+    for path in files:
+        done = subprocess.run(
+            [str(program), *COMMAND, "-r", str(path)], stdout=subprocess.PIPE, text=True, check=False
         )
-        print("and the database of weaknesses. Nothing is stored; a result stored before stays with its date.")
-        print("Without them, a copy of the database serves: make audit ADVISORIES=DIR.")
-        return done.returncode or 1
-    weak = {
-        f"{package['name']} {package['version']}": sorted(one["id"] for one in package["vulns"])
-        for package in found
-        if package.get("vulns")
-    }
+        try:
+            answer: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
+        except (ValueError, KeyError):
+            print("audit of the pinned packages: not done. pip-audit gave no result (see above): it asks the package")
+            print(
+                "index and the database of weaknesses. Nothing is stored; a result stored before stays with its date."
+            )
+            print("A copy of the database serves as well: make audit ADVISORIES=DIR.")
+            return done.returncode or 1
+        for package in answer:
+            ids = sorted(one["id"] for one in package.get("vulns", ()))
+            found[f"{package['name']} {package.get('version', '')}".strip()] = ids
+    weak = {package: ids for package, ids in sorted(found.items()) if ids}
     store(files, len(found), weak, "pip-audit", stored)
-    return done.returncode
+    return 1 if weak else 0
 
 
 def compare(directory: Path, files: Sequence[Path], stored: Path = STORED) -> int:
@@ -222,11 +229,19 @@ def compare(directory: Path, files: Sequence[Path], stored: Path = STORED) -> in
     except (OSError, ValueError) as error:
         print(f"audit of the pinned packages: not done, and nothing is stored. {error}")
         return 2
-    store(files, sum(map(len, pinned.values())), weak, f"advisories until {newest}", stored)
+    source = f"advisories until {newest}{_commit(directory)}"
+    store(files, sum(map(len, pinned.values())), weak, source, stored)
     for package, ids in weak.items():
         print(f"{package}: {', '.join(ids)}")
     print(age(datetime.now(timezone.utc).date(), stored))
     return 1 if weak else 0
+
+
+def _commit(directory: Path) -> str:
+    """Of a clone: ", commit <hash> of <day>"."""
+    asked = ["git", "-C", str(directory), "log", "-1", "--format=, commit %h of %cs"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def age(today: date, stored: Path = STORED) -> str:
