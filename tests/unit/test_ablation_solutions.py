@@ -22,7 +22,7 @@ CONF = Path(solutions.__file__).resolve().parents[2] / "conf" / "ablations" / "s
 
 
 def config(root: Path, *overrides: str) -> SolutionsConfig:
-    RunDirectory(root / "quickstart" / "seed-0" / "base").finish()
+    RunDirectory(root / "quickstart" / "seed-0" / "midtrain").finish()
     settings = [f"quickstarts=[{root / 'quickstart'}]", f"output={root / 'out'}"]
     return load_config(SolutionsConfig, CONF, [*settings, *overrides])
 
