@@ -163,7 +163,7 @@ class TeachersConfig:
 
     Attributes:
         output: where the arms, the tables and the picture go.
-        quickstarts: outputs of finished quickstarts; they bring the random models.
+        quickstarts: outputs of finished quickstarts; every arm of a seed goes on from its mid-trained model.
         teachers: name -> settings that differ from conf/generate/tiny.yaml; the others are compared with the first.
         problems: that every teacher answers once.
         epochs: of mid-training on its verified solutions.
@@ -186,7 +186,7 @@ class SolutionsConfig:
 
     Attributes:
         output: where the arms, the table and the picture go.
-        quickstarts: outputs of finished quickstarts; they bring the random models.
+        quickstarts: outputs of finished quickstarts; every arm of a seed goes on from its mid-trained model.
         solutions: a question, one arm each.
         total: solutions of every arm, verified or not.
         mistake_rate: share of them that are wrong.

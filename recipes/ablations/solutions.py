@@ -4,9 +4,9 @@
 
 For each seed the programmatic teacher, which errs at a set rate, is asked for 1, 2, 4 or 8 solutions of as many
 fresh questions as make one total of solutions. Each of these sets is used twice: verified, with its wrong solutions
-left out, and as it is, with a grader that accepts everything. All arms go on mid-training the quickstart's mid-trained
-model for equally many steps of full rows, hence on the same number of tokens; smaller sets are seen more often. (From
-the random model so few tokens as 24 arms can be given here teach nothing: 8 % of the questions after 0.4 M.)
+left out, and as it is, with a grader that accepts everything. All arms go on mid-training the quickstart's
+mid-trained model for equally many steps of full rows, hence on the same number of tokens; smaller sets are seen more
+often. (The random model learns too little from what 24 arms can be given: 8 % of the questions after 0.4 M tokens.)
 
 It tells little about real models: a right solution of the tiny teacher has two wordings, one for each of its styles,
 and equal texts of a question are kept once. So with 8 solutions a question a verified set is much smaller.
