@@ -177,18 +177,24 @@ def content_of(path: Path, hashes: FileHashes | None = None) -> str:
     manifest = _json(path / RECORDS_FILE)
     if manifest.get("kind") in KINDS and isinstance(manifest.get("shards"), dict):
         return records_content(str(manifest["kind"]), manifest["shards"])
-    if (path / MODEL_FILE).is_file():
+    # Names alone tell nothing: a directory of other people's rows may hold a config.json, a run.json, a DONE as well.
+    if (path / MODEL_FILE).is_file() and any(path.glob(f"*{WEIGHTS_SUFFIX}")):
         return _files_content(path, hashes, lambda file: file.suffix in MODEL_SUFFIXES)
-    if (path / RESULTS_FILE).is_file():
+    if read_made_from(_json(path / RESULTS_FILE).get(MADE_FROM)) is not None:
         return hashes.sha256(path / RESULTS_FILE)
-    if (path / BEGUN_FILE).is_file() or any(file.with_suffix(".parquet").is_file() for file in path.glob(SHARDS)):
+    if (path / BEGUN_FILE).is_file() or any(map(_is_sidecar, path.glob(SHARDS))):
         return ABSENT
-    if (path / DONE_FILE).is_file():
-        made_from = json.dumps(_json(path / RUN_FILE).get(MADE_FROM), sort_keys=True)
+    described = _json(path / RUN_FILE)
+    if "starts" in described:
+        if not (path / DONE_FILE).is_file():
+            return ABSENT
+        made_from = json.dumps(described.get(MADE_FROM), sort_keys=True)
         return content_id("run", made_from, hashes.sha256(path / DONE_FILE))
-    if (path / RUN_FILE).is_file():
-        return ABSENT
     return _files_content(path, hashes, lambda _: True)
+
+
+def _is_sidecar(file: Path) -> bool:
+    return file.with_suffix(".parquet").is_file() and _json(file).get("kind") in KINDS
 
 
 def records_content(kind: str, shards: Mapping[str, str]) -> str:

@@ -233,3 +233,26 @@ def test_what_has_not_finished_has_no_content_and_other_peoples_parts_have(tmp_p
     before = content_of(source)
     (source / "part-00000.json").write_text("[2]")
     assert before not in (ABSENT, content_of(source))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json"],
+        ["results.json"],
+        ["run.json"],
+        ["DONE"],
+        ["run.json", "DONE"],
+        ["manifest.json"],
+        ["part-00000.json", "part-00000.parquet"],
+    ],
+    ids=" and ".join,
+)
+def test_rows_beside_files_of_familiar_names_are_compared(names: list[str], tmp_path: Path) -> None:
+    """A directory of somebody's rows is no model, evaluation or run because a file in it is called like one's."""
+    source = plain(tmp_path / "source")
+    for name in names:
+        (source / name).write_text('{"kind": "of theirs", "pass1": 1}')
+    before = content_of(source)
+    (source / "below" / "a.jsonl").write_text("{ }\n")
+    assert before not in (ABSENT, content_of(source))
