@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -69,11 +70,13 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
                 rule="an override has the form key.sub=value, without dashes or spaces around =",
                 remedy="for example optim.lr=1e-5 parallel.tensor=2",
             )
+        _refuse_undecoded(item)
     source = None if path is None else find_config(path)
     given = _read_overrides(overrides)
     try:
         merged = OmegaConf.create() if source is None else _read(source)
         _drop_other_kinds(merged, overrides)
+        _refuse_list_places(merged, overrides)
         merged = OmegaConf.merge(merged, given)
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
@@ -91,6 +94,46 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
         )
     refuse_secrets(values)
     return parse_config(schema, {str(key): value for key, value in values.items()}, overrides)
+
+
+def _refuse_undecoded(item: str) -> None:
+    """Refuse an argument with bytes that this Python could not read as letters; YAML takes no such text.
+
+    Raises:
+        UserError: it holds some.
+    """
+    try:
+        item.encode("utf-8")
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        is_utf8 = encoding.replace("-", "").lower() == "utf8"
+        raise UserError(
+            f"the override {item!r} holds bytes that are no {encoding} text",
+            rule="keys and values are text",
+            remedy="rename the file or directory in UTF-8, or go through a link with such a name"
+            if is_utf8
+            else "set PYTHONUTF8=1, or a locale in UTF-8 (LC_ALL=C.UTF-8)",
+        ) from error
+
+
+def _refuse_list_places(values: Any, overrides: Sequence[str]) -> None:
+    """Refuse an override of something inside a list of the file: a list is given as a whole.
+
+    Raises:
+        UserError: there is one; the list's key is named.
+    """
+    from omegaconf import OmegaConf
+
+    for item in overrides:
+        places = item.partition("=")[0].split(".")
+        for count in range(1, len(places)):
+            key = ".".join(places[:count])
+            if OmegaConf.is_list(OmegaConf.select(values, key)):
+                raise UserError(
+                    f"the override {item!r} names a place in the list {key}",
+                    rule="a list is given as a whole",
+                    remedy=f"for example {key}='[...]', or change it in the YAML file",
+                )
 
 
 def _read_overrides(overrides: Sequence[str]) -> Any:

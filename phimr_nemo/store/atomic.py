@@ -28,6 +28,7 @@ DIRECTORY_MODE: Final = 0o755
 OTHERS_MAY_WRITE: Final = 0o022
 TEMPORARY: Final = re.compile(r"\..+\.([0-9a-f]{8})[0-9a-f]{8}\.tmp")
 """Names of what is being written; the first group marks the machine."""
+SURROGATE: Final = re.compile("[\ud800-\udfff]")
 IN_THE_WAY: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 
 
@@ -147,8 +148,16 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON, readable and with sorted keys, whole or not at all."""
-    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Write JSON, readable and with sorted keys, whole or not at all.
+
+    Half a surrogate pair, as of a file's name that is no UTF-8, is escaped: it is read back as it is.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    atomic_write_bytes(path, f"{SURROGATE.sub(_escaped, text)}\n".encode())
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ The interruption is raised at every line of the module in turn, by the interpret
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +82,10 @@ def test_an_interruption_at_any_line_leaves_the_old_or_the_new_and_nothing_else(
     assert content(place) == after
     assert seen == {before, after}
     assert line > 10
+
+
+def test_a_name_that_is_no_utf8_is_read_back_from_json(tmp_path: Path) -> None:
+    value = {os.fsdecode(b"r\xf6ws"): [os.fsdecode(b"\xff"), "größe 😀", "\\ud800 as text"]}
+    atomic.write_json(tmp_path / "told.json", value)
+    assert json.loads((tmp_path / "told.json").read_text("utf-8")) == value
+    assert "größe 😀" in (tmp_path / "told.json").read_text("utf-8")

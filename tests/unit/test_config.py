@@ -19,6 +19,7 @@ from phimr_nemo.config import (
     GenerateConfig,
     GRPOConfig,
     ModelTeacher,
+    PrepareConfig,
     ProgrammaticTeacher,
     RecordedTeacher,
     SFTConfig,
@@ -153,6 +154,28 @@ def test_a_value_that_a_preset_leaves_open_is_missing_until_it_is_given(tmp_path
 @pytest.mark.parametrize("override", ["workers", "--workers=3", "-w=3", "workers=[1", "a b"])
 def test_malformed_override_is_refused(verify_file: Path, override: str) -> None:
     problem(VerifyConfig, verify_file, override)
+
+
+def test_a_place_in_a_list_is_refused_by_name(tmp_path: Path) -> None:
+    preset = tmp_path / "prepare.yaml"
+    preset.write_text("run: {output: out, seed: 0}\nshard_size: 10\nsources:\n  - {name: mine, path: a.jsonl}\n")
+    with pytest.raises(UserError, match=r"'sources\.0\.path=b\.jsonl' names a place in the list sources"):
+        load_config(PrepareConfig, preset, ["sources.0.path=b.jsonl"])
+    # As the remedy says.
+    whole: Any = load_config(PrepareConfig, preset, ["sources=[{name: mine, path: b.jsonl}]"])
+    assert [source.path for source in whole.sources] == ["b.jsonl"]
+
+
+@pytest.mark.parametrize(("encoding", "remedy"), [("utf-8", "rename"), ("ascii", "PYTHONUTF8=1")])
+def test_bytes_that_are_no_letters_are_named_with_what_helps(
+    encoding: str, remedy: str, verify_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Latin-1 name in UTF-8, any name where Python was told to read arguments as ASCII."""
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: encoding)
+    given = b"run.output=runs/\xf6".decode("ascii", "surrogateescape")
+    with pytest.raises(UserError, match=f"no {encoding} text") as caught:
+        load_config(VerifyConfig, verify_file, [given])
+    assert remedy in caught.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ nothing, and generate reads what comes out."""
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from phimr_nemo.config import (
     RecordProblems,
     RunConfig,
     SourceConfig,
+    load_config,
 )
 from phimr_nemo.data.prepare import stage as module
+from phimr_nemo.data.sources.problems import load_problems
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.stage import read_configured_problems
 from phimr_nemo.jobs.composed import run_prepare
@@ -329,3 +332,20 @@ def test_the_command_and_generate_on_its_problems(tmp_path: Path) -> None:
     problems, counts = read_configured_problems(RecordProblems(kind="records", path=tmp_path / "out" / "problems"), 0)
     assert problems.column("question").to_pylist() == ["What is 2+3?"]
     assert counts == {"read": 1}
+
+
+def test_files_whose_names_are_no_utf8_are_read(tmp_path: Path, repository: Path) -> None:
+    """As an archive made elsewhere leaves them; what is told of them is text."""
+    rows, named = tmp_path / "rows", os.fsdecode(b"gr\xf6\xdfe.jsonl")
+    rows.mkdir()
+    lines = [{"question": f"How much is {n} plus {n}?", "answer": str(2 * n)} for n in (3, 5)]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"question": "And this?", "answer": None}])
+    try:
+        (rows / named).write_text(text, "utf-8")
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    given = [f"run.output={tmp_path / 'out'}", f"sources=[{{name: own, path: {rows}}}]", "decontamination=null"]
+    run_prepare(load_config(PrepareConfig, repository / "conf/prepare/paper.yaml", given))
+    assert read_table(tmp_path / "out" / "problems", "problems").num_rows == 2
+    problems, _ = load_problems(rows / named, limit=2)
+    assert set(problems["source"].to_pylist()) == {"gr??e"}

@@ -262,7 +262,7 @@ def problem_of(row: Row, columns: Columns, *, where: str, source: str, answer_ne
         metadata["level"] = str(level)
     return {
         "id": content_id("problem", question, answer),
-        "source": source,
+        "source": storable(source),
         "question": question,
         "answer": answer,
         "solution": solution,

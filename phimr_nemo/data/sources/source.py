@@ -16,6 +16,7 @@ from phimr_nemo.data.sources.cells import first_present, lookup, merged
 from phimr_nemo.data.sources.damage import PICTURE, repair_value, shows_picture
 from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import domain_of
+from phimr_nemo.data.sources.normalise import storable
 from phimr_nemo.data.sources.presets import PRESETS
 from phimr_nemo.data.sources.problems import (
     ANSWER_COLUMNS,
@@ -231,7 +232,7 @@ def _files_of(source: SourceConfig) -> list[Path] | None:
 def _rows_of_file(source: SourceConfig, file: Path, part: Part) -> Iterator[tuple[str, Row]]:
     array_column = PRESETS[source.preset].array_column if source.preset else None
     for place, row in read_rows(file, array_column=array_column, part=part):
-        yield (place if Path(source.path) == file else f"{file.name}, {place}"), row
+        yield (place if Path(source.path) == file else f"{storable(file.name)}, {place}"), row
 
 
 def _items_by_usual_names(
