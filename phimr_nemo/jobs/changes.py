@@ -232,6 +232,33 @@ def check_same_run(stage: str, run: RunDirectory, config: Any) -> MadeFrom:
     return now
 
 
+def check_inputs_stayed(stage: str, run: RunDirectory, config: Any, began: MadeFrom) -> None:
+    """What a data stage has read is what it was begun with. (A model is read once, when its stage begins.)
+
+    Args:
+        stage: its name.
+        run: the output.
+        config: of the stage.
+        began: what it was made from when it began.
+
+    Raises:
+        UserError: an input was replaced meanwhile; it is named.
+    """
+    if not is_remade(config):
+        return
+    now, below = made_from(config, FileHashes(run.path / HASHES_FILE)), run.path.resolve().parents
+    # A directory of somebody's files that holds the output too is another one now, and its rows are the same.
+    holding = {key for key, value in _deciding(config) if isinstance(value, Path) and value.resolve() in below}
+    compared = {name: content for name, content in now.inputs.items() if name not in holding}
+    replaced = MadeFrom({name: began.inputs[name] for name in compared}, {}).changed_inputs(MadeFrom(compared, {}))
+    if replaced:
+        raise UserError(
+            f"{stage}: an input was replaced while it was read ({'; '.join(replaced)})",
+            rule="what is made comes from one content of each input, which its manifest names",
+            remedy="run the same command again: what was made from the old content is made again",
+        )
+
+
 def _choice(run: RunDirectory) -> str:
     return (
         f"choose another run.output, or remove the directory to make it again: rm -r {shlex.quote(str(run.path))}; "

@@ -18,7 +18,7 @@ from typing import Any, Final
 from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_yaml
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
-from phimr_nemo.jobs.changes import check_same_run, check_same_settings, finished_line
+from phimr_nemo.jobs.changes import check_inputs_stayed, check_same_run, check_same_settings, finished_line
 from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_copies, run_workers
@@ -124,6 +124,8 @@ def _run_claimed(stage: str, config: Any, run: RunDirectory, *, first_rank: bool
         # Libraries that write checkpoints and logs know nothing of our messages.
         with explain_os_errors(run.path):
             closing = _with_os_errors(stage_function(stage), config)
+        if first_rank and closing is not None:
+            check_inputs_stayed(stage, run, config, now)
     except (UserError, Preempted, KeyboardInterrupt) as stopped:
         # Settings that were refused must not stand in the way of the corrected ones; another rank may have refused
         # them, and this one be told to stop for it.

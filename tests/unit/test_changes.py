@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from phimr_nemo.config import STAGES, QuickstartConfig, load_config
+from phimr_nemo.data.prepare import stage as prepare_stage
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs import chain, launch, quickstart
 from phimr_nemo.jobs.changes import changes, made_from
@@ -268,6 +269,35 @@ def test_candidates_are_those_of_the_source_that_is_there(tmp_path: Path) -> Non
     write(7)
     with pytest.raises(UserError, match=r"sources\.0\.path: content"):
         prepare(tmp_path / "out")
+
+
+def test_a_source_that_is_replaced_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows would be those of the second content, the manifest would name the first."""
+    source, collect = tmp_path / "problems.jsonl", prepare_stage.collect
+
+    def write(number: int) -> None:
+        source.write_text(json.dumps({"question": f"How much is {number} plus 1?", "answer": f"{number + 1}"}) + "\n")
+
+    def prepare(out: Path, path: Path = source) -> list[str]:
+        given = [f"run.output={out}", f"sources=[{{name: own, path: {path}}}]", "decontamination=null"]
+        run_stage("prepare", load_config(STAGES["prepare"], Path("conf/prepare/paper.yaml"), given))
+        return list(read_table(out / "problems", "problems")["question"].to_pylist())
+
+    def replaced_before(*given: Any, **named: Any) -> Any:
+        write(7)
+        return collect(*given, **named)
+
+    write(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_stage, "collect", replaced_before)
+        with pytest.raises(UserError, match=r"replaced while it was read \(sources\.0\.path"):
+            prepare(tmp_path / "out")
+    assert not RunDirectory(tmp_path / "out").is_done
+    assert prepare(tmp_path / "out") == prepare(tmp_path / "fresh") == ["How much is 7 plus 1?"]
+    # An output inside the directory that is read is no other source.
+    (tmp_path / "rows").mkdir()
+    source.rename(tmp_path / "rows" / source.name)
+    assert prepare(tmp_path / "rows" / "out", tmp_path / "rows") == ["How much is 7 plus 1?"]
 
 
 def test_a_finished_evaluation_does_not_answer_for_other_weights(tmp_path: Path, stopped: list[str]) -> None:
