@@ -58,8 +58,16 @@ DIGITS: Final = {QUESTIONS: 0, TRAINED: 0, TOKENS: 0, PASS1: 1}
 
 
 def arms(config: SolutionsConfig) -> dict[str, tuple[int, str]]:
-    """Name -> solutions a question, and whether they are verified; the others are compared with the first."""
+    """Name -> solutions a question, and whether they are verified."""
     return {f"{count}-{kind}": (count, kind) for count in config.solutions for kind in GRADERS}
+
+
+def comparisons(config: SolutionsConfig) -> list[tuple[str, str]]:
+    """Pairs of arms that differ in one thing: each without verification from the same with it, and the verified ones
+    from the first of them."""
+    first, *others = (f"{count}-{VERIFIED}" for count in config.solutions)
+    unverified = [(f"{count}-{UNVERIFIED}", f"{count}-{VERIFIED}") for count in config.solutions]
+    return [*unverified, *((other, first) for other in others)]
 
 
 def ablation_steps(config: SolutionsConfig) -> list[Step]:
@@ -114,9 +122,9 @@ def report(config: SolutionsConfig) -> str:
         for name in names:
             for measure, value in _measures(config, out, name, found[name]).items():
                 table[name].setdefault(measure, []).append(value)
-        for other in names[1:]:
-            difference = paired(found[names[0]].per_question, found[other].per_question)
-            differences.setdefault(f"{other} minus {names[0]}", []).append(difference)
+        for other, first in comparisons(config):
+            difference = paired(found[first].per_question, found[other].per_question)
+            differences.setdefault(f"{other} minus {first}", []).append(difference)
     title = "solutions a question"
     return publish(config.output, title, table, DIGITS, differences, seeds, json_file=TABLE_JSON, picture=PLOT_FILE)
 

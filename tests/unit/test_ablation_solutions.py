@@ -80,4 +80,8 @@ def test_the_table_is_made_of_what_the_steps_leave(tmp_path: Path) -> None:
         name: [100.0 if kind == solutions.VERIFIED else 0.0] for name, (_, kind) in solutions.arms(made).items()
     }
     assert told["table"]["2-verified"][solutions.QUESTIONS] == [made.total // 2]
-    assert told["pass1_points"]["1-unverified minus 1-verified"][0][0] == -50.0
+    assert {name: each[0][0] for name, each in told["pass1_points"].items()} == {
+        "1-unverified minus 1-verified": -50.0,
+        "2-unverified minus 2-verified": -50.0,
+        "2-verified minus 1-verified": 0.0,
+    }
