@@ -117,21 +117,22 @@ def _refuse_undecoded(item: str) -> None:
 
 
 def _refuse_list_places(values: Any, overrides: Sequence[str]) -> None:
-    """Refuse an override of something inside a list of the file: a list is given as a whole.
+    """Refuse an override of something inside a list of the file: one is given as a whole, and may be changed then.
 
     Raises:
         UserError: there is one; the list's key is named.
     """
     from omegaconf import OmegaConf
 
+    given = {item.partition("=")[0] for item in overrides}
     for item in overrides:
         places = item.partition("=")[0].split(".")
         for count in range(1, len(places)):
             key = ".".join(places[:count])
-            if OmegaConf.is_list(OmegaConf.select(values, key)):
+            if key not in given and OmegaConf.is_list(OmegaConf.select(values, key)):
                 raise UserError(
                     f"the override {item!r} names a place in the list {key}",
-                    rule="a list is given as a whole",
+                    rule="a list of the file is given as a whole",
                     remedy=f"for example {key}='[...]', or change it in the YAML file",
                 )
 

@@ -164,6 +164,9 @@ def test_a_place_in_a_list_is_refused_by_name(tmp_path: Path) -> None:
     # As the remedy says.
     whole: Any = load_config(PrepareConfig, preset, ["sources=[{name: mine, path: b.jsonl}]"])
     assert [source.path for source in whole.sources] == ["b.jsonl"]
+    items = ["sources=[{name: mine, path: b.jsonl}]", "sources.0.path=c.jsonl"]
+    whole = load_config(PrepareConfig, preset, items)
+    assert [source.path for source in whole.sources] == ["c.jsonl"]
 
 
 @pytest.mark.parametrize(("encoding", "remedy"), [("utf-8", "rename"), ("ascii", "PYTHONUTF8=1")])
