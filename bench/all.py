@@ -35,6 +35,7 @@ PROGRAMS = {
     "forward": ["--quick"],
     "logprobs": ["--quick"],
     "rollouts": [],
+    "engines": ["--samples", "2", "--new-tokens", "128", "--repeats", "1"],
     "pack": [],
     "repetition": [],
     "startup": ["--quick"],

@@ -69,10 +69,106 @@ def preferences(result: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def rollout_training(result: Mapping[str, Any]) -> list[Row]:
+    """GRPO's CPU seconds a step."""
+    seconds, right = result["cpu_seconds_a_step"], result["right_by_quarter"]
+    if "trl" not in seconds:
+        return []
+    ours, theirs = (f"{seconds[side]['step']:.2f} ({right[side][-1]:.3f})" for side in ("ours", "trl"))
+    what = "GRPO, tiny model: CPU-seconds per step (correct in the last quarter)"
+    return [(what, ours, f"{result['peer']} {theirs}", f"{result['ratio']:.2f}")]
+
+
+def forward_and_backward(result: Mapping[str, Any]) -> list[Row]:
+    """Speed and memory of a step's two passes."""
+    what = f"forward and backward, {result['parameters'] / MILLION:.0f} M parameters"
+    return [
+        (f"{what}: {result['unit']}", f"{result['ours']:,.0f}", f"transformers {result['peer']:,.0f}", _two(result)),
+        (
+            f"{what}: peak memory",
+            f"{result['ours_peak_mib']:,.0f} MiB",
+            f"transformers {result['peer_peak_mib']:,.0f} MiB",
+            _two(result, "ratio_peak"),
+        ),
+    ]
+
+
+def log_probabilities(result: Mapping[str, Any]) -> list[Row]:
+    """Their memory, with their gradients."""
+    what = f"log-probabilities and their gradients, {result['tokens']:,} x {result['vocabulary']:,}: peak memory"
+    read = result["peer_peak_extrapolated_from_tokens"]
+    extrapolated = f", extrapolated from {read:,} tokens" if read else ""
+    ours, theirs = (f"{result[f'{side}_peak_mib']:,.0f} MiB" for side in ("ours", "peer"))
+    return [(what, ours, f"{result['peer']} {theirs}{extrapolated}", f"{result['ratio']:.3f}")]
+
+
+def sampling(result: Mapping[str, Any]) -> list[Row]:
+    """The built-in engine against transformers."""
+    return [
+        (
+            f"rollouts of {result['sequences']} sequences, {title} lengths: tokens/s",
+            f"{result[f'ours{key}']:,}",
+            f"transformers.generate {result[f'peer{key}']:,}",
+            _two(result, f"ratio{key}"),
+        )
+        for title, key in (("long-tailed", ""), ("equal", "_equal"))
+    ]
+
+
+def engines(result: Mapping[str, Any]) -> list[Row]:
+    """The built-in engine against vLLM."""
+    facts = result["machine"]
+    return [
+        (
+            f"rollouts, {case}, {facts['dtype']}, {facts['threads']} threads: tokens/s (per CPU-second)",
+            f"{found['ours_wall']:,} ({found['ours_cpu']:,})",
+            f"vLLM's CPU build {found['vllm_wall']:,} ({found['vllm_cpu']:,})",
+            f"{_two(found, 'ratio_wall')} ({_two(found, 'ratio_cpu')})",
+        )
+        for case, found in result["cases"].items()
+    ]
+
+
+def packing(result: Mapping[str, Any]) -> list[Row]:
+    """Time to pack, and what is wasted."""
+    sides = []
+    if "trl" in result:
+        sides.append(("TRL bfd", result["ours"], result["trl"], _two(result)))
+    if "nemo_at_fewer" in result:
+        few = result["nemo_at_fewer"]
+        sides.append(("NeMo first_fit_decreasing", few["ours"], few["nemo"], _two(result, "nemo_ratio")))
+    rows = []
+    for name, ours, theirs, ratio in sides:
+        what = f"packing {ours['documents']:,} documents into rows of {result['capacity']:,}: CPU-seconds (wasted)"
+        mine, other = (f"{one['seconds']:.3g} ({100 * one['waste']:.3f} %)" for one in (ours, theirs))
+        rows.append((what, mine, f"{name} {other}", ratio))
+    return rows
+
+
+def repeated(result: Mapping[str, Any]) -> list[Row]:
+    """Time to know a response's repetition."""
+    what = f"repetition of responses of {result['characters']:,} characters: CPU-milliseconds each"
+    peer = result["peer"]
+    return [(what, f"{result['ours']:.2f}", f"{peer['name']} {peer['milliseconds']:.2f}", _two(result))]
+
+
+def _two(result: Mapping[str, Any], key: str = "ratio") -> str:
+    """A ratio with two decimals."""
+    return f"{result[key]:.2f}"
+
+
+MILLION = 1e6
 ROWS: Mapping[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "train": training,
     "train-bf16": training,
     "dpo": preferences,
+    "grpo": rollout_training,
+    "forward": forward_and_backward,
+    "logprobs": log_probabilities,
+    "rollouts": sampling,
+    "engines": engines,
+    "pack": packing,
+    "repetition": repeated,
 }
 """Which runs have lines in the table; the others' figures are in the file."""
 
@@ -90,7 +186,7 @@ def table(path: Path | None) -> str:
     machine = found["machine"]
     features = ", ".join(machine["features"]) or "no wide instructions"
     lines = [
-        f"{found['date']}, {machine['cores']} cores of {machine['processor']} ({features}), one thread a side"
+        f"{found['date']}, {machine['cores']} cores of {machine['processor']} ({features})"
         f" ([all figures](../bench/results/{path.name})):",
         "",
         "| what | ours | baseline | ratio | command |",

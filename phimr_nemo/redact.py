@@ -68,7 +68,7 @@ _WEBHOOK: Final = re.compile(
 )
 _NAMED: Final = (
     r"(?:[\w-]*[_-])?(?:(?:api|access|secret|account|auth|subscription)[_-]?key|client[_-]key[_-]data|token|secret"
-    r"|password|passwd|passphrase)"
+    r"|(?:pg)?password|passwd|passphrase|pwd)"
 )
 _VALUE: Final = r"[^\s'\",;&@]"
 _MIXED: Final = rf"(?={_VALUE}*[0-9])(?={_VALUE}*[A-Za-z])(?!\[secret\]){_VALUE}"
@@ -83,6 +83,12 @@ _COOKIE: Final = re.compile(
 _USER: Final = re.compile(r"((?:(?<=\s-u )|(?<=--user ))[^\s:]+:)[^\s'\"]+")
 """curl's."""
 _BEFORE_HOST: Final = re.compile(rf"(?i)(?<![\w/.:+-])(?!mailto:)([\w.+-]+:){_MIXED}{{{MIN_MIXED_CHARS},}}(?=@[\w-])")
+_KEY: Final = re.compile(rf"(?i)((['\"])key\2\s*:\s*['\"]){_MIXED}{{{MIN_SECRET_CHARS},}}")
+"""In JSON: a bare `key = ...` is any key of a mapping."""
+_OPTION: Final = re.compile(
+    r"(\b(?:(?:mysql|mariadb)[\w-]*[^\n|;&]{0,200}?\s-p|sshpass\s+-p\s*|redis-cli\b[^\n|;&]{0,200}?\s-a\s+)['\"]?)[^\s'\"]+"
+)
+"""Passwords behind an option of one letter."""
 URL_CREDENTIALS: Final = re.compile(r"(?<=://)(?!git@)[^/\s'\"?#]+(?=@)")
 REPLACEMENT: Final = "[secret]"
 _NAME: Final = re.compile(r"[A-Z][A-Z0-9]{0,15}(?:_[A-Z0-9]{1,15})*")
@@ -113,7 +119,7 @@ def redact(text: str) -> str:
     for pattern in (SECRET_SHAPE, URL_CREDENTIALS, _HEADER):
         text = pattern.sub(REPLACEMENT, text)
     text = _QUERY.sub(rf"\1={REPLACEMENT}", text)
-    for pattern in (_COOKIE, _LOGIN, _USER, _BEFORE_HOST, _AUTHORIZATION, _ASSIGNED):
+    for pattern in (_COOKIE, _LOGIN, _USER, _BEFORE_HOST, _AUTHORIZATION, _ASSIGNED, _KEY, _OPTION):
         text = pattern.sub(rf"\1{REPLACEMENT}", text)
     return text
 

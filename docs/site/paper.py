@@ -259,7 +259,9 @@ def _price(stage: str) -> str:
     from phimr_nemo.plan.request import read_request
     from phimr_nemo.plan.search import plan_training
 
-    arguments = ["model=phi4mini", f"stage={stage}", f"gpus={GPUS}", f"gpu={GPU}"]
+    # Of those of a stage with rollouts half are its servers'.
+    train = [f"gpus={GPUS // 2}", f"server_gpus={GPUS // 2}"] if stage == "grpo" else [f"gpus={GPUS}"]
+    arguments = ["model=phi4mini", f"stage={stage}", *train, f"gpu={GPU}"]
     request = read_request(arguments, None)
     if isinstance(request, GenerationPlanConfig):
         raise TypeError(f"{stage} is no training stage")

@@ -17,13 +17,15 @@ from phimr_nemo.bridges.samples import Sample, dpo_samples, grpo_samples, sft_sa
 from phimr_nemo.bridges.schedule import torch_schedulers
 from phimr_nemo.config import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
 from phimr_nemo.config.dpo import RPOLoss
-from phimr_nemo.config.engine import VLLMEngine
+from phimr_nemo.config.engine import ServerEngine, VLLMEngine
 from phimr_nemo.config.sampled.rounds import TruncatedCorrection
 from phimr_nemo.model import Architecture
 
 TARGET: Final = "NeMo-RL"
 VERSION: Final = "NeMo-RL 0.7"
 DEFAULTS: Final = {"sft": "sft.yaml", "dpo": "dpo.yaml", "grpo": "grpo_math_1B.yaml"}
+MEMORY_SHARE: Final = 0.6
+"""Of a GPU's, for vLLM beside the policy, in its own grpo_math_1B.yaml."""
 PRECISIONS: Final = {"fp32": "float32", "bf16": "bfloat16"}
 Settings = dict[str, Any]
 Config = SFTConfig | DPOConfig | GRPOConfig
@@ -298,9 +300,7 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
             "temperature": config.temperature.start,
             "top_p": 1.0,
             "top_k": None,
-            "vllm_cfg": {
-                "gpu_memory_utilization": config.engine.memory_share if isinstance(config.engine, VLLMEngine) else 0.6
-            },
+            "vllm_cfg": {"gpu_memory_utilization": _memory_share(config)},
         },
     }
     settings["data"] |= {
@@ -310,6 +310,13 @@ def grpo_settings(config: GRPOConfig, steps: int) -> Settings:
     settings["env"] = {"math": {"num_workers": config.verify_workers, "math_verify_impl": "hf_math_verify"}}
     settings["checkpointing"] |= {"metric_name": None}
     return settings
+
+
+def _memory_share(config: GRPOConfig) -> float:
+    """Of a GPU's memory, for the engine: what is set, else NeMo-RL's own."""
+    engine = config.engine
+    stated = engine.memory_share if isinstance(engine, (VLLMEngine, ServerEngine)) else None
+    return MEMORY_SHARE if stated is None else stated
 
 
 def check_sft(config: SFTConfig, target: str) -> None:

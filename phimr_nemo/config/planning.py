@@ -22,6 +22,7 @@ class TrainingPlanConfig:
         mean_tokens: of a document, conversation, one side of a pair, or a response with its prompt.
         trained_share: of the responses of a GRPO step, those that are left for training; 1 elsewhere.
         head_room: share of a GPU's memory that stays free.
+        server_gpus: of rollout servers that are not colocated; None = as many as train.
         sync_bytes_a_second: of the weights that go to a host of rollout servers once a round; None where none sample.
     """
 
@@ -33,6 +34,7 @@ class TrainingPlanConfig:
     mean_tokens: Positive
     trained_share: PositiveShare = 1.0
     head_room: Decay
+    server_gpus: Positive | None = None
     sync_bytes_a_second: AboveZero | None = None
 
 

@@ -9,21 +9,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from phimr_nemo.config import ParallelConfig, RoundsConfig, ServerEngine, TrainingPlanConfig
+from phimr_nemo.config import ParallelConfig, RoundsConfig, TrainingPlanConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops
 from phimr_nemo.model.layout import check_layout
-from phimr_nemo.plan.hardware import FRAGMENTATION, FRAMEWORK_BYTES, SLEEPING_BYTES, Gpu, MatmulDtype, find_gpu
+from phimr_nemo.plan.hardware import FRAGMENTATION, FRAMEWORK_BYTES, Gpu, MatmulDtype, find_gpu
 from phimr_nemo.plan.memory import (
-    BYTES_PER_NUMBER,
     LOGITS_CHUNK,
     RankMemory,
     Recompute,
     largest_rank,
     layer_parameters,
 )
-from phimr_nemo.plan.sampling import SamplingTime, Turn, colocated_turn, sampling_time, sync_time
+from phimr_nemo.plan.rounds import Held, Round, planned_round
 from phimr_nemo.plan.timing import StepTime, Work, step_time
 from phimr_nemo.plan.workload import StageConfig, Workload, training_workload
 
@@ -54,7 +53,8 @@ class Memory:
     Attributes:
         rank: what training holds.
         reference: a second copy of the weights.
-        sampler: the sampler's weights; of a colocated server, which sleeps while a step trains, what it keeps.
+        sampler: the sampler's weights; of a colocated server, which sleeps while a step trains, what it keeps;
+            of servers on GPUs of their own nothing.
         copies: weights in FP8.
         fragmentation: what the allocator cannot use.
         framework: CUDA, NCCL and library workspaces.
@@ -100,13 +100,12 @@ class Fitting:
         micro_batches: of a step on each data-parallel rank.
         step: of training, one optimizer update.
         updates: of them in a step.
-        sampling: of the step's rollouts on each GPU; None where none are sampled.
-        sync: seconds in which the step's weights reach what samples; 0 there too.
-        offload: seconds in which the trainer makes room for colocated servers and takes it back; 0 without them.
+        training: seconds of all of its updates.
+        rollouts: of the step; None where none are sampled.
         waiting: share of the training time that the mean data-parallel rank waits for the slowest.
         seconds: of a whole step.
-        tokens_a_gpu_second: real tokens trained on.
-        mfu: model FLOPs of those tokens over the GPUs' bf16 peak.
+        tokens_a_gpu_second: real tokens trained on, by the trainer's GPUs and those of servers together.
+        mfu: model FLOPs of those tokens over the bf16 peak of the same GPUs.
         days: of the run.
     """
 
@@ -115,9 +114,8 @@ class Fitting:
     micro_batches: int
     step: StepTime
     updates: int
-    sampling: SamplingTime | None
-    sync: float
-    offload: float
+    training: float
+    rollouts: Round | None
     waiting: float
     seconds: float
     tokens_a_gpu_second: float
@@ -279,34 +277,20 @@ def _judge(
 ) -> Fitting | Refused:
     parallel, dtype = candidate.parallel, config.model.dtype
     memory = _training_memory(config, arch, workload, candidate, count)
-    sampling, sync, offload = None, 0.0, 0.0
+    rollouts = None
     if isinstance(config, RoundsConfig):
-        weights = arch.num_parameters * BYTES_PER_NUMBER[dtype]
-        # Training's activations are not there while the sampler works.
-        free = usable - (memory.total - memory.rank.moving - memory.fragmentation) - weights
-        kept = float(weights)
-        if isinstance(config.engine, ServerEngine) and config.engine.colocated:
-            turn = _turn(memory, gpu, config.engine, usable, weights)
-            free, offload, kept = turn.free_bytes, turn.seconds, SLEEPING_BYTES
-        sampling = sampling_time(
-            arch,
-            gpu,
-            dtype,
-            sequences=max(1, config.prompts_per_step * config.group_size // plan.gpus),
-            lengths=workload.lengths,
-            free_bytes=free,
+        state = memory.rank.state
+        held = Held(
+            # Training's activations are not there while the sampler works.
+            by_engine=memory.total - memory.rank.moving - memory.fragmentation,
+            # Gradients are given up, the rest moves.
+            by_server=state.weights + memory.copies + memory.framework,
+            moved=state.optimizer + memory.reference,
         )
-        sync = sync_time(
-            arch,
-            gpu,
-            dtype,
-            engine=config.engine,
-            gpus=plan.gpus,
-            bytes_a_second=plan.sync_bytes_a_second,
-        )
+        rollouts = planned_round(plan, config, arch, gpu, workload.lengths, usable=usable, held=held)
         # What is needed at least: keys and values of one sequence of mean length beside the training step.
-        memory = dataclasses.replace(memory, sampler=kept)
-    if memory.total > usable or (isinstance(config, RoundsConfig) and sampling is None):
+        memory = dataclasses.replace(memory, sampler=rollouts.kept)
+    if memory.total > usable or (rollouts is not None and rollouts.sampling is None):
         return Refused(candidate, memory, max(memory.total - usable, 0.0))
     # A GPU's 16-bit formats are equally fast.
     matmul: MatmulDtype = "fp8" if config.model.fp8 is not None else "fp32" if dtype == "fp32" else "bf16"
@@ -331,7 +315,8 @@ def _judge(
     )
     # Every further update of a step costs its communication and its optimizer once more.
     training = step.total + (workload.updates - 1) * (step.data + step.optimizer)
-    seconds = training + (sampling.seconds if sampling else 0.0) + sync + offload
+    seconds = training if rollouts is None else rollouts.seconds(training)
+    gpus = plan.gpus + (rollouts.servers if rollouts else 0)
     # A token sees half of its document on average.
     flops = model_flops(arch, workload.tokens, workload.tokens * workload.lengths.weighted / 2)
     return Fitting(
@@ -340,27 +325,13 @@ def _judge(
         micro_batches=count,
         step=step,
         updates=workload.updates,
-        sampling=sampling,
-        sync=sync,
-        offload=offload,
+        training=training,
+        rollouts=rollouts,
         waiting=1 - workload.tokens / (tokens * count * parallel.data),
         seconds=seconds,
-        tokens_a_gpu_second=workload.tokens / seconds / plan.gpus,
-        mfu=flops / (seconds * plan.gpus * gpu.peak["bf16"]),
+        tokens_a_gpu_second=workload.tokens / seconds / gpus,
+        mfu=flops / (seconds * gpus * gpu.peak["bf16"]),
         days=seconds * workload.steps / SECONDS_A_DAY,
-    )
-
-
-def _turn(memory: Memory, gpu: Gpu, engine: ServerEngine, usable: float, weights: float) -> Turn:
-    """A colocated server's, while the trainer keeps its weights alone: gradients are given up, the rest moves."""
-    state = memory.rank.state
-    return colocated_turn(
-        gpu,
-        engine.memory_share,
-        usable=usable,
-        stays=state.weights + memory.copies + memory.framework,
-        moves=state.optimizer + memory.reference,
-        weights=weights,
     )
 
 

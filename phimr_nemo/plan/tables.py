@@ -101,7 +101,10 @@ def print_training(request: TrainingRequest, plan: TrainingPlan, console: Consol
 
 def _print_ranking(request: TrainingRequest, plan: TrainingPlan, console: Console) -> None:
     chosen = request.plan
-    title = f"{chosen.stage} of {chosen.model} on {chosen.gpus} x {chosen.gpu}: layouts that fit: {len(plan.fitting)}"
+    rollouts = plan.fitting[0].rollouts if plan.fitting else None
+    servers = f" and {rollouts.servers} of servers" if rollouts is not None and rollouts.servers else ""
+    on = f"{chosen.gpus} x {chosen.gpu}{servers}"
+    title = f"{chosen.stage} of {chosen.model} on {on}: layouts that fit: {len(plan.fitting)}"
     table = Table(title=title, title_justify="left")
     names = ["#", "layout", "rows", "recompute", "GiB"]
     names += ["sample s", "train s"] if chosen.stage in SAMPLING_STAGES else ["step s"]
@@ -111,9 +114,8 @@ def _print_ranking(request: TrainingRequest, plan: TrainingPlan, console: Consol
         step = option.step
         exposed = step.tensor + step.context + step.neighbours + step.data
         times = [f"{option.seconds:.3g}"]
-        if option.sampling is not None:
-            sampled = option.sampling.seconds
-            times = [f"{value:.0f}" for value in (sampled, option.seconds - sampled - option.sync - option.offload)]
+        if option.rollouts is not None and option.rollouts.sampling is not None:
+            times = [f"{value:.0f}" for value in (option.rollouts.sampling.seconds, option.training)]
         table.add_row(
             str(number),
             describe(option.candidate),
@@ -147,11 +149,14 @@ def _print_parts(best: Fitting, plan: TrainingPlan, console: Console) -> None:
     for name, seconds in dataclasses.asdict(best.step).items():
         if seconds:
             table.add_row(name.replace("_", " "), f"{seconds:.4g}")
-    if best.sampling is not None:
-        table.add_row(f"sampling, {best.sampling.at_once} sequences at once", f"{best.sampling.seconds:.4g}")
-        table.add_row("weights to what samples", f"{best.sync:.4g}")
-    if best.offload:
-        table.add_row("optimizer to the host and back", f"{best.offload:.4g}")
+    rollouts = best.rollouts
+    if rollouts is not None and rollouts.sampling is not None:
+        meanwhile = ", while a step trains" if rollouts.overlaps else ""
+        sequences = f"sampling{meanwhile}, {rollouts.sampling.at_once} sequences at once"
+        table.add_row(sequences, f"{rollouts.sampling.seconds:.4g}")
+        table.add_row("weights to what samples", f"{rollouts.sync:.4g}")
+        if rollouts.offload:
+            table.add_row("optimizer to the host and back", f"{rollouts.offload:.4g}")
     console.print(table)
     if best.waiting > 0:
         console.print(f"padding and waiting for the longest sequences: {best.waiting:.0%} of the training time")
@@ -275,9 +280,8 @@ def _fitting_values(option: Fitting) -> dict[str, Any]:
         "micro_batches": option.micro_batches,
         "in_flight": option.memory.rank.in_flight,
         "step_seconds": dataclasses.asdict(option.step),
-        "sampling": None if option.sampling is None else dataclasses.asdict(option.sampling),
-        "sync_seconds": option.sync,
-        "offload_seconds": option.offload,
+        "training_seconds": option.training,
+        "rollouts": None if option.rollouts is None else dataclasses.asdict(option.rollouts),
         "waiting_share": option.waiting,
         "seconds": option.seconds,
         "tokens_a_gpu_second": option.tokens_a_gpu_second,

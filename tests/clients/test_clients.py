@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import served
+from serving import free_port, served, up
 
 from phimr_nemo.config import STAGES, load_config
 from phimr_nemo.jobs.launch import run_stage
@@ -158,6 +159,31 @@ def test_lm_evaluation_harness_over_both_modes_of_a_served_release(
             assert math.isclose(float(likelihood), float(theirs), abs_tol=LOGPROB_BOUND * 10)
             assert is_greedy == is_greedy_there
     assert len(found["local-chat-completions"]["asked"]) == len(rows)
+
+
+def test_the_commands_of_a_card_for_vllm_answer_its_question(
+    release: Path, vllm_python: Path, vllm_variables: dict[str, str], tmp_path: Path
+) -> None:
+    """As they stand in README.md, in the directory of the weights; only the port is another.
+
+    The program `vllm` of the CPU wheel ends at once, because it looks for the wheel under another name; the module
+    that it starts takes the same options.
+    """
+    card = (release / "README.md").read_text("utf-8")
+    serve, ask_it = card.partition("vLLM:\n\n```bash\n")[2].partition("```")[0].split("\n", 1)
+    port = free_port()
+    program, verb, model, *options = shlex.split(serve)
+    assert (program, verb, model) == ("vllm", "serve", ".")
+    module = (vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model")
+    command = [*map(str, module), model, *options, "--port", str(port)]
+    with up(command, vllm_variables, port, tmp_path / "server.log", cwd=release):
+        done = subprocess.run(
+            ["bash", "-c", ask_it.replace(":8000/", f":{port}/")], capture_output=True, text=True, timeout=SECONDS
+        )
+    answer = json.loads(done.stdout)
+    assert answer["model"] == "release"
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["usage"]["completion_tokens"] > 0
 
 
 def test_a_converter_of_the_index_makes_a_gguf(clients_python: Path, shared_data: Path, tmp_path: Path) -> None:

@@ -55,3 +55,27 @@ def test_a_training_run_becomes_a_line_a_side_and_one_of_the_time_to_its_loss() 
         ("3,000 (1.100)", "TRL packed 2,000 (1.200)", "1.50"),
         ("10.0", "TRL packed 15.0", "1.50"),
     ]
+
+
+def test_both_engines_stand_in_a_line_a_case() -> None:
+    found = {
+        "ours_wall": 1200,
+        "vllm_wall": 1000,
+        "ours_cpu": 600,
+        "vllm_cpu": 400,
+        "ratio_wall": 1.2,
+        "ratio_cpu": 1.5,
+    }
+    result = {"machine": {"dtype": "bf16", "threads": 2}, "cases": {"tiny, equal": found}}
+    what = "rollouts, tiny, equal, bf16, 2 threads: tokens/s (per CPU-second)"
+    row = (what, "1,200 (600)", "vLLM's CPU build 1,000 (400)", "1.20 (1.50)")
+    assert performance_table.engines(result) == [row]
+
+
+def test_packing_is_compared_with_whoever_was_there() -> None:
+    ours = {"documents": 1000, "seconds": 0.5, "waste": 0.0005}
+    theirs = {"documents": 1000, "seconds": 10.0, "waste": 0.001}
+    found = performance_table.packing({"capacity": 16384, "ours": ours, "trl": theirs, "ratio": 20.0})
+    what = "packing 1,000 documents into rows of 16,384: CPU-seconds (wasted)"
+    assert found == [(what, "0.5 (0.050 %)", "TRL bfd 10 (0.100 %)", "20.00")]
+    assert performance_table.packing({"capacity": 16384, "ours": ours}) == []

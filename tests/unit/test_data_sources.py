@@ -173,6 +173,35 @@ def test_parts_of_lines_are_the_lines(
     assert len(cuts) > 1 or len(lengths) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        (
+            "rows.jsonl",
+            '{"a": 1}\n{"a": 1, "b": {"answer": "1", "answer": "2"}}\n',
+            "line 2 has two values of 'answer'",
+        ),
+        ("rows.json", '[{"a": 1}, {"a": 1, "a": 2}]', "item 2 has two values of 'a'"),
+        ("rows.json", '{\n"a": 1,\n"a": 2}', "the file has two values of 'a'"),
+    ],
+)
+def test_two_values_of_one_name_are_refused(name: str, text: str, place: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UserError, match=place):
+        list(rawfiles.read_rows(path))
+    # The same value twice says one thing.
+    path.write_text('{"a": 1, "a": 1}\n')
+    assert [row for _, row in rawfiles.read_rows(path)] == [{"a": 1}]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table([pa.array(["1"]), pa.array(["2"])], names=["answer", "answer"]), path)
+    with pytest.raises(UserError, match="its schema has two columns 'answer'"):
+        list(rawfiles.read_rows(path))
+
+
 def test_parts_of_parquet_are_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"q": [f"text {number}" for number in range(20)]}), path, row_group_size=6)

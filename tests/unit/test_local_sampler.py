@@ -337,6 +337,33 @@ def nucleus_draws(scale: float) -> tuple[Tensor, Tensor]:
     return some, sampling._drawn_in_order(ordered, places, uniforms, 0.9)[0]
 
 
+@pytest.mark.parametrize("vocabulary", [512, 49_152, 100, 321])
+def test_a_token_found_in_its_block_is_the_one_of_the_whole_distribution(vocabulary: int) -> None:
+    """Against the running sum over all tokens, with impossible tokens and random numbers at both ends."""
+    rows = 64
+    generator = torch.Generator().manual_seed(vocabulary)
+    probabilities = torch.rand(rows, vocabulary, generator=generator).pow(20)
+    probabilities[:, ::3] = 0
+    probabilities[0, : vocabulary // 2] = 0
+    probabilities[1, vocabulary // 2 :] = 0
+    probabilities[2] = 0
+    probabilities[2, vocabulary - 1] = 1
+    uniforms = torch.rand(rows, dtype=torch.float64, generator=generator)
+    for extreme in (None, 0.0, 1 - 2.0**-52):
+        drawn = uniforms if extreme is None else torch.full_like(uniforms, extreme)
+        found = sampling._invert_in_blocks(probabilities, drawn)
+        whole = probabilities.double().cumsum(dim=-1)
+        expected = sampling._invert(whole, drawn)
+        assert bool((probabilities.gather(1, found[:, None]) > 0).all())
+        # Sums in another order differ in their last bits, which decide at the very end alone.
+        assert torch.equal(found, expected) or extreme == 1 - 2.0**-52
+        ends = whole.gather(1, torch.stack((found, (found - 1).clamp(min=0)), dim=1))
+        targets = drawn * whole[:, -1]
+        slack = 1e-12 * whole[:, -1]
+        assert bool((ends[:, 0] > targets - slack).all())
+        assert bool(((found == 0) | (ends[:, 1] <= targets + slack)).all())
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, 3.0, 8.0])
 def test_a_nucleus_looked_for_in_part_is_that_of_the_whole(scale: float) -> None:
     some, whole = nucleus_draws(scale)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from phimr_nemo.config import GenerationPlanConfig, load_config
+from phimr_nemo.config import GenerationPlanConfig, RoundsConfig, load_config
 from phimr_nemo.config.engine import LocalEngine
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.layout import check_layout
@@ -18,8 +18,10 @@ from phimr_nemo.plan.command import run_plan
 from phimr_nemo.plan.generation import plan_generation
 from phimr_nemo.plan.hardware import GIBIBYTE, GPUS, NODE_EFFICIENCY
 from phimr_nemo.plan.request import LAYOUT_KEYS, TrainingRequest, read_request
-from phimr_nemo.plan.sampling import sync_time
+from phimr_nemo.plan.rounds import Round
+from phimr_nemo.plan.sampling import sampling_time, sync_time
 from phimr_nemo.plan.search import TrainingPlan, candidates, plan_training
+from phimr_nemo.plan.workload import training_workload
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STAGES = ("midtrain", "sft", "dpo", "grpo", "distill")
@@ -127,19 +129,56 @@ def test_what_is_not_measured_is_marked(capsys: pytest.CaptureFixture[str]) -> N
     for word in ("not measured", "assumption", "sampling: extrapolated", "attention efficiency"):
         assert word in text
     option = values["fitting"][0]
-    rounds = option["sampling"]["seconds"] + option["sync_seconds"]
-    assert option["seconds"] == pytest.approx(rounds + sum(option["step_seconds"].values()))
+    rounds = option["rollouts"]["sampling"]["seconds"] + option["rollouts"]["sync"]
+    assert option["training_seconds"] == pytest.approx(sum(option["step_seconds"].values()))
+    assert option["seconds"] == pytest.approx(rounds + option["training_seconds"])
     table = printed(capsys, "stage=sft", "gpus=8", as_json=False)
     for word in ("recompute", "gradients (fp32)", "extrapolated", "do not fit", "largest part", "waiting"):
         assert word in table
 
 
+def best_round(*arguments: str) -> Round:
+    rollouts = planned(*arguments)[1].fitting[0].rollouts
+    assert rollouts is not None
+    return rollouts
+
+
+def test_servers_on_gpus_of_their_own_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """They hold nothing of the trainer's GPUs, share the rollouts among themselves, and are counted in the price."""
+    layout = ("stage=grpo", "gpus=8", "parallel.tensor=2", "micro_batch=1", "model.recompute=full", "gpu=h200-141g")
+    few, many = (planned(*layout, f"server_gpus={count}", "ahead=0")[1].fitting[0] for count in (4, 16))
+    assert few.memory.sampler == 0
+    (request, plan), gpu = planned(*layout), GPUS["h200-141g"]
+    config = request.config
+    assert isinstance(config, RoundsConfig)
+    for option, count in ((few, 4), (many, 16)):
+        assert option.rollouts is not None
+        assert option.rollouts.servers == count
+        lengths = training_workload(request.plan, config).lengths
+        free = 0.9 * gpu.memory - 2 * 3_836_021_760
+        sequences = config.prompts_per_step * config.group_size // count
+        by_hand = sampling_time(request.arch, gpu, "bf16", sequences=sequences, lengths=lengths, free_bytes=free)
+        assert option.rollouts.sampling == by_hand
+        assert by_hand is not None
+        assert option.seconds == pytest.approx(option.training + by_hand.seconds + option.rollouts.sync)
+        assert option.tokens_a_gpu_second * (8 + count) * option.seconds == pytest.approx(plan.workload.tokens)
+    # Ahead, the slower of both is waited for.
+    ahead = planned(*layout, "server_gpus=4", "ahead=1", "correction={kind: truncated, cap: 2.0}")[1].fitting[0]
+    assert ahead.rollouts is not None
+    assert few.rollouts is not None
+    assert few.rollouts.sampling is not None
+    longer = max(few.training, few.rollouts.sampling.seconds)
+    assert ahead.seconds == pytest.approx(longer + ahead.rollouts.sync)
+    assert "8 x h200-141g and 4 of servers" in printed(capsys, *layout, "server_gpus=4", as_json=False)
+
+
 def test_weights_go_once_to_each_node_of_rollout_servers() -> None:
     size, layout = 2 * 3_836_021_760, ("stage=grpo", "gpus=16", "parallel.tensor=2")
-    assert planned(*layout, "sync_bytes_a_second=1e9")[1].fitting[0].sync == pytest.approx(2 * size / 1e9)
+    assert best_round(*layout, "sync_bytes_a_second=1e9").sync == pytest.approx(2 * size / 1e9)
+    assert best_round(*layout, "sync_bytes_a_second=1e9", "server_gpus=24").sync == pytest.approx(3 * size / 1e9)
     # An engine of the trainer's own gathers them over the node's links.
     # A directory is written once and read by all.
-    shared = planned(*layout, "sync_bytes_a_second=1e9", "engine.directory=/shared")[1].fitting[0].sync
+    shared = best_round(*layout, "sync_bytes_a_second=1e9", "engine.directory=/shared").sync
     assert shared == pytest.approx(size / 1e9)
     arch, gpu = planned(*layout)[0].arch, GPUS["h100-80g"]
     own = sync_time(arch, gpu, "bf16", engine=LocalEngine(), gpus=16, bytes_a_second=None)
@@ -157,28 +196,31 @@ def test_a_colocated_server_s_turn_by_hand(capsys: pytest.CaptureFixture[str]) -
     settings = ("micro_batch=1", "model.recompute=full", "sequence_length=8192", "max_new_tokens=7168")
     apart = planned(*layout, *settings)[1].fitting[0]
     option = planned(*layout, *settings, "engine.colocated=true")[1].fitting[0]
-    assert apart.sampling is not None
-    assert option.sampling is not None
-    # Asleep it keeps 2 GiB in the place of the weights.
+    assert apart.rollouts is not None
+    assert apart.rollouts.sampling is not None
+    rollouts = option.rollouts
+    assert rollouts is not None
+    assert rollouts.sampling is not None
+    # Asleep it keeps 2 GiB; on GPUs of its own it would keep nothing of these.
     assert option.memory.sampler == 2 * GIBIBYTE
-    assert option.memory.total == pytest.approx(apart.memory.total - apart.memory.sampler + 2 * GIBIBYTE)
+    assert option.memory.total == pytest.approx(apart.memory.total + 2 * GIBIBYTE)
     gpu, state = GPUS["h100-80g"], option.memory.rank.state
     moved = state.optimizer + option.memory.reference
-    assert option.offload == pytest.approx(2 * moved / (0.8 * 64e9))
-    assert option.seconds - option.offload == pytest.approx(
-        option.sync + option.sampling.seconds + sum(dataclasses.asdict(option.step).values())
+    assert rollouts.offload == pytest.approx(2 * moved / (0.8 * 64e9))
+    assert option.seconds - rollouts.offload == pytest.approx(
+        rollouts.sync + rollouts.sampling.seconds + sum(dataclasses.asdict(option.step).values())
     )
     # Half of the GPU, less weights and what is kept; the trainer's weights leave more than that.
     assert 0.9 * gpu.memory - state.weights - 3 * GIBIBYTE > 0.5 * gpu.memory
     free = 0.5 * gpu.memory - 2 * numbers - 2 * GIBIBYTE
-    longest = option.sampling.cache_bytes / option.sampling.at_once
-    at_once = min(free // longest, option.sampling.at_once)
-    assert option.sampling.at_once == at_once <= apart.sampling.at_once
+    longest = rollouts.sampling.cache_bytes / rollouts.sampling.at_once
+    at_once = min(free // longest, rollouts.sampling.at_once)
+    assert rollouts.sampling.at_once == at_once <= apart.rollouts.sampling.at_once
     # A share that leaves no room for the longest response is refused, and the notes say what is assumed.
     assert not planned(*layout, *settings, "engine.colocated=true", "engine.memory_share=0.12")[1].fitting
     values = printed(capsys, *layout, *settings, "engine.colocated=true")
     assert "colocated servers" in " ".join(values["notes"])
-    assert values["fitting"][0]["offload_seconds"] == option.offload
+    assert values["fitting"][0]["rollouts"]["offload"] == rollouts.offload
 
 
 def test_generation_by_hand(capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,7 +254,8 @@ def _is_one_object(file: io.BufferedReader) -> bool:
 
 def _rows_of_array(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """The items of a JSON array, one at a time."""
-    allowance, decoder, number = Allowance(path), json.JSONDecoder(parse_int=_whole_number), 0
+    decoder = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_named_once)
+    allowance, number = Allowance(path), 0
     stream = codecs.getreader("utf-8-sig")(file)
     text = _refill(path, stream, "", allowance).lstrip().removeprefix("[")
     first = True
@@ -286,6 +287,8 @@ def _item(
             if end < len(text):
                 return value, text[end:]
             problem = ""
+        except _NamedTwiceError as error:
+            raise _malformed(path, f"item {number}", str(error)) from error
         except RecursionError as error:
             raise _malformed(path, f"item {number}", f"is not JSON: {error}") from error
         except ValueError as error:
@@ -324,14 +327,35 @@ def _rows_of_lines(path: Path, file: BinaryIO, part: Part) -> Iterator[tuple[str
 
 def _parse(path: Path, place: str, data: bytes) -> Any:
     try:
-        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"), parse_int=_whole_number)
+        text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+        return json.loads(text, parse_int=_whole_number, object_pairs_hook=_named_once)
     except (ValueError, RecursionError) as error:
         raise _malformed(path, place, f"is not JSON: {str(error)[:200]}") from error
+    except _NamedTwiceError as error:
+        raise _malformed(path, place, str(error)) from error
 
 
 def _whole_number(digits: str) -> int | str:
     """A number; its digits where there are more than Python converts."""
     return int(digits) if len(digits) <= MAX_DIGITS else digits
+
+
+class _NamedTwiceError(Exception):
+    """Two values under one name. Not a ValueError, which says that more of the text is needed."""
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> Row:
+    """An object; JSON leaves open which of two values of one name counts.
+
+    Raises:
+        _NamedTwiceError: a name stands twice with different values.
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        for name, value in pairs:
+            if value != row[name]:
+                raise _NamedTwiceError(f"has two values of {name!r:.80}")
+    return row
 
 
 def _rows_of_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
@@ -340,6 +364,10 @@ def _rows_of_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
     number = part.before
     try:
         for batch in parquet_batches(path, part.start, part.stop):
+            names = batch.schema.names
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise _malformed(path, "its schema", f"has two columns {twice!r:.80}")
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
@@ -356,7 +384,7 @@ def _rows_of_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
 def _malformed(path: Path, place: str, problem: str) -> UserError:
     return UserError(
         f"{path}, {place} {problem}",
-        rule="every row is a JSON object",
+        rule="every row is an object in which a name stands once",
         remedy="correct or remove it",
     )
 

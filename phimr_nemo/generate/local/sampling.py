@@ -9,10 +9,12 @@ that gap of about 1e-7.)
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MANTISSA_BITS: Final = 52
@@ -20,6 +22,8 @@ WORD_BITS: Final = 64
 
 NUCLEUS: Final = 256
 """Most probable tokens among which a nucleus is looked for first."""
+LARGEST_BLOCK: Final = 256
+"""Tokens that are added up at once; a power of two, as it often divides a vocabulary."""
 
 
 def request_uniforms(seed: int, count: int) -> np.ndarray:
@@ -67,12 +71,12 @@ def sampled_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_
         over the whole vocabulary.
     """
     scaled = logits.float() / temperature
-    logprobs = scaled - scaled.logsumexp(dim=-1, keepdim=True)
+    logprobs = scaled.sub_(scaled.logsumexp(dim=-1, keepdim=True))
     probabilities = logprobs.exp()
     if top_p < 1.0:
         tokens = _invert_nucleus(probabilities, uniforms, top_p)
     else:
-        tokens = _invert(probabilities.cumsum(dim=-1, dtype=torch.float64), uniforms)
+        tokens = _invert_in_blocks(probabilities, uniforms)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
@@ -84,6 +88,25 @@ def _invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:
     targets = (uniforms * cumulative[:, -1])[:, None]
     found = torch.searchsorted(cumulative, targets, right=True)[:, 0]
     return found.clamp(max=cumulative.shape[1] - 1)
+
+
+def _invert_in_blocks(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """What `_invert` finds in the cumulative sum of a whole row, in two steps.
+
+    Blocks of tokens are added up, the block is found, and only in that one the sums are made token by token: over a
+    vocabulary of 49 thousand running sums in float64 take a tenth of the time of a step on a CPU.
+    """
+    rows, vocabulary = probabilities.shape
+    size = math.gcd(vocabulary, LARGEST_BLOCK)
+    blocks = probabilities.view(rows, vocabulary // size, size)
+    ends = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    chosen = _invert(ends, uniforms)[:, None]
+    inside = blocks.gather(1, chosen[..., None].expand(rows, 1, size))[:, 0].cumsum(dim=-1, dtype=torch.float64)
+    before = F.pad(ends, (1, 0)).gather(1, chosen)
+    # Added up in another order the block's own sum may be less than what is left by a rounding error.
+    left = (uniforms[:, None] * ends[:, -1:] - before).minimum(inside[:, -1:].nextafter(inside.new_zeros(())))
+    found = torch.searchsorted(inside, left, right=True)
+    return (chosen * size + found)[:, 0].clamp(max=vocabulary - 1)
 
 
 def _invert_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
