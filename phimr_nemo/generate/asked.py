@@ -115,23 +115,32 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[Fault]:
             yield Fault(place, f"{place} = {_shown(value)}", rule, remedy)
 
 
-_KINDS: Final[tuple[tuple[tuple[str, ...], Callable[[Any], bool], str, str], ...]] = (
-    (REALS, _is_number, "a number", "0.6"),
-    (WHOLES, _is_whole, "a whole number", "1"),
-    (SWITCHES, _is_switch, "true or false", "true"),
-    (TOKENS, _are_tokens, "a list of token ids", "[5]"),
-)
+class _Kind(NamedTuple):
+    """What the values of some fields are, as they are named, with an example."""
+
+    is_right: Callable[[Any], bool]
+    name: str
+    example: str
+
+
+_WHOLE: Final = _Kind(_is_whole, "a whole number", "1")
+_SWITCH: Final = _Kind(_is_switch, "true or false", "true")
+_KINDS: Final[Mapping[str, _Kind]] = {
+    **dict.fromkeys(REALS, _Kind(_is_number, "a number", "0.6")),
+    **dict.fromkeys(WHOLES, _WHOLE),
+    **dict.fromkeys(SWITCHES, _SWITCH),
+    **dict.fromkeys(TOKENS, _Kind(_are_tokens, "a list of token ids", "[5]")),
+}
 
 
 def _kinds(values: Mapping[str, Any]) -> Iterator[Fault]:
     """Numbers and switches as texts, and the like; null is a field that was left out."""
     # A chat asks for log-probabilities or not, a completion for how many.
-    of_logprobs = (("logprobs",), *(_KINDS[2] if "messages" in values else _KINDS[1])[1:])
-    for names, is_right, kind, example in (*_KINDS, of_logprobs):
-        for name in names:
-            value = values.get(name)
-            if value is not None and not is_right(value):
-                yield Fault(name, f"{name} = {_shown(value)}", f"it is {kind}", f"for example {example}")
+    kinds = {**_KINDS, "logprobs": _SWITCH if "messages" in values else _WHOLE}
+    for name, value in values.items():
+        kind = kinds.get(name)
+        if kind is not None and value is not None and not kind.is_right(value):
+            yield Fault(name, f"{name} = {_shown(value)}", f"it is {kind.name}", f"for example {kind.example}")
 
 
 def _biases(values: Mapping[str, Any]) -> Iterator[Fault]:
@@ -174,12 +183,13 @@ def _message(place: str, message: Mapping[str, Any]) -> Iterator[Fault]:
 
 def _references(values: Mapping[str, Any]) -> Iterator[Fault]:
     for place, schema in _schemas(values):
+        ending: set[str] = set()
         for node in _nodes(schema):
             reference = node.get("$ref")
             if isinstance(reference, str) and not reference.startswith("#"):
                 rule, remedy = "only what is in the schema itself is read", 'bring it into "$defs"'
                 yield Fault(place, f'"$ref": {_shown(reference)}', rule, remedy)
-            elif isinstance(reference, str) and _leads_back(schema, reference):
+            elif isinstance(reference, str) and _leads_back(schema, reference, ending):
                 rule, remedy = "a $ref leads to a schema in the end", "describe a value at the place that it names"
                 yield Fault(place, f'"$ref": {_shown(reference)} leads back to itself', rule, remedy)
 
@@ -216,15 +226,16 @@ def _nodes(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
             waiting.extend(value)
 
 
-def _leads_back(schema: dict[str, Any], reference: str) -> bool:
-    """Whether a reference comes to itself over references alone."""
+def _leads_back(schema: dict[str, Any], reference: str, ending: set[str]) -> bool:
+    """Whether a reference comes to itself over references alone; `ending` gets those that do not."""
     seen: set[str] = set()
     node: Any = {"$ref": reference}
-    while isinstance(node, dict) and isinstance(node.get("$ref"), str):
+    while isinstance(node, dict) and isinstance(node.get("$ref"), str) and node["$ref"] not in ending:
         if node["$ref"] in seen:
             return True
         seen.add(node["$ref"])
         node = _pointed(schema, node["$ref"])
+    ending |= seen
     return False
 
 

@@ -135,6 +135,14 @@ def test_a_number_beyond_all_is_refused() -> None:
     assert fault.param == "temperature"
 
 
+def test_a_long_chain_of_references_is_followed_once() -> None:
+    """Followed from each of its places it would be half a billion steps."""
+    length = 30_000
+    chain: dict[str, Any] = {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(length)}
+    assert fault_of(schema({"$defs": {**chain, str(length): {"type": "string"}}, "$ref": "#/$defs/0"})) is None
+    assert fault_of(schema({"$defs": {**chain, str(length): {"$ref": "#/$defs/7"}}, "$ref": "#/$defs/0"})) is not None
+
+
 def test_a_long_value_is_shown_in_part() -> None:
     fault = fault_of({"temperature": "x" * 10_000})
     assert fault is not None
