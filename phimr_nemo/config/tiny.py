@@ -15,7 +15,7 @@ SMALLEST_VOCABULARY: Final = 261
 """256 bytes and five special tokens."""
 LARGEST_VOCABULARY: Final = 521
 """So many entries the synthetic problems fill."""
-FamilyName = Literal["phi3", "llama", "mistral", "qwen2", "qwen3"]
+FamilyName = Literal["phi3", "llama", "mistral", "qwen2", "qwen3", "smollm3"]
 """The model_type of the families in `phimr_nemo.model.families`."""
 PLAIN_ROTARY: Final[Mapping[str, float]] = {"partial_rotary_factor": 1.0, "long_factor_growth": 0.0}
 """What a base of another family than Phi's has to say of its rotary embeddings."""

@@ -1,9 +1,9 @@
-"""How a conversation's turns are marked: Phi's, ChatML (Qwen, SmolLM2) and Llama 3's headers."""
+"""How a conversation's turns are marked: Phi's, ChatML (Qwen, SmolLM2 and 3) and Llama 3's headers."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from phimr_nemo.errors import UserError
@@ -108,6 +108,10 @@ CHATML: Final = TurnFormat(
     closing="",
     system_prompt="You are an AI math expert.",
 )
+CHATML_LLAMA3: Final = replace(
+    CHATML, name="ChatML among Llama 3's tokens", tokens=("<|end_of_text|>", "<|im_start|>", "<|im_end|>")
+)
+"""SmolLM3's, whose tokenizer is Llama 3's and keeps the tokens of that one's headers."""
 LLAMA3: Final = TurnFormat(
     name="Llama 3",
     tokens=("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -118,7 +122,7 @@ LLAMA3: Final = TurnFormat(
     closing="",
     system_prompt="You are an AI math expert.",
 )
-FORMATS: Final = (PHI, CHATML, LLAMA3)
+FORMATS: Final = (PHI, CHATML, CHATML_LLAMA3, LLAMA3)
 
 
 def with_tools(reasoning: str, own: str) -> str:

@@ -24,7 +24,7 @@ from phimr_nemo.store.inputs import download_remedy, model_remedy
 from phimr_nemo.store.unpacking import read_json
 
 CONFIG_FILE: Final = "config.json"
-OPTIONAL: Final = frozenset({"short_factor", "long_factor", "sliding_window", "bos_token_id", "head_size", "llama3"})
+OPTIONAL: Final = frozenset({*(name for name, value in NOT_EVERYWHERE.items() if value is None), "bos_token_id"})
 """Fields that may be None."""
 
 
@@ -42,6 +42,7 @@ class Architecture:
         family: the model_type of its config.json, a key of `phimr_nemo.model.families.FAMILIES`.
         head_size: dimensions of a head where they are not hidden_size / num_attention_heads.
         llama3: rotary scaling of Llama 3.1 and later, the values of `phimr_nemo.model.rotary.LLAMA3_KEYS`.
+        no_rope_layers: SmolLM3's, one entry per layer: 1 where it is rotated, 0 where not; None: all are.
     """
 
     vocab_size: int
@@ -66,6 +67,7 @@ class Architecture:
     family: str = PHI3.model_type
     head_size: int | None = None
     llama3: tuple[float, float, float, int] | None = None
+    no_rope_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self._check_family()
@@ -99,6 +101,14 @@ class Architecture:
                     f"{name} = {shown(getattr(self, name))} in a model of the family {self.family}",
                     f"{name} is {neutral!r} there",
                 )
+        if "no_rope_layers" in has and not self._is_per_layer(self.no_rope_layers):
+            raise _impossible(
+                f"no_rope_layers = {shown(self.no_rope_layers)} with num_hidden_layers = {self.num_hidden_layers}",
+                "an entry per layer: 1 where it is rotated, 0 where not",
+            )
+
+    def _is_per_layer(self, entries: object) -> bool:
+        return isinstance(entries, tuple) and set(entries) <= {0, 1} and len(entries) == self.num_hidden_layers
 
     def _check_factors(self) -> None:
         if (self.short_factor is None) != (self.long_factor is None):
@@ -132,6 +142,13 @@ class Architecture:
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated: int(head_dim * partial_rotary_factor)."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def rotated_layers(self) -> tuple[bool, ...]:
+        """Of each layer whether its queries and keys are rotated."""
+        if self.no_rope_layers is None:
+            return (True,) * self.num_hidden_layers
+        return tuple(entry == 1 for entry in self.no_rope_layers)
 
     @property
     def attention_factor(self) -> float:
@@ -199,7 +216,7 @@ class Architecture:
             if is_unsaid
             else whole(config, "num_key_value_heads", defaults.get("num_key_value_heads")),
             rms_norm_eps=at_least_zero(config, "rms_norm_eps", defaults["rms_norm_eps"]),
-            tie_word_embeddings=truth(config, "tie_word_embeddings", False),
+            tie_word_embeddings=truth(config, "tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
             max_position_embeddings=context,
             sliding_window=family.read_window(config),
             bos_token_id=_token_id(config, "bos_token_id", vocabulary, defaults),
@@ -270,8 +287,9 @@ class Architecture:
             )
         for name in ("short_factor", "long_factor"):
             merged[name] = None if merged[name] is None else tuple(float(x) for x in merged[name])
-        if merged.get("llama3") is not None:
-            merged["llama3"] = tuple(merged["llama3"])
+        for name in ("llama3", "no_rope_layers"):
+            if merged.get(name) is not None:
+                merged[name] = tuple(merged[name])
         return cls(**merged)
 
     def to_hf_config(self) -> dict[str, Any]:
@@ -281,7 +299,7 @@ class Architecture:
         its ``rope_parameters`` when loading.
         """
         family, values = self.traits, vars(self)
-        elsewhere = {"family", "head_size", "short_factor", "long_factor", "llama3"}
+        elsewhere = {"family", "head_size", "short_factor", "long_factor", "llama3", "no_rope_layers"}
         elsewhere |= NOT_EVERYWHERE.keys() - family.has
         if "long_factor" not in family.has:
             elsewhere.add("original_max_position_embeddings")

@@ -13,9 +13,10 @@ from torch import Tensor
 from phimr_nemo.config import BaseConfig
 from phimr_nemo.config.tiny import FamilyName
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
-from phimr_nemo.data.turns import CHATML, LLAMA3, PHI, TurnFormat
+from phimr_nemo.data.turns import CHATML, CHATML_LLAMA3, LLAMA3, PHI, TurnFormat
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.families.phi3 import PHI3
+from phimr_nemo.model.families.smollm3 import SMOLLM3, every_fourth
 from phimr_nemo.model.files.hf import write_hf_directory
 from phimr_nemo.model.origin import Origin
 from phimr_nemo.model.table import tensor_shapes
@@ -26,6 +27,7 @@ TURNS: Final[Mapping[FamilyName, TurnFormat]] = {
     "mistral": CHATML,
     "qwen2": CHATML,
     "qwen3": CHATML,
+    "smollm3": CHATML_LLAMA3,
 }
 """How the tokenizer that is made for a family marks turns."""
 
@@ -89,6 +91,7 @@ def tiny_architecture(config: BaseConfig, *, end_of_text: int) -> Architecture:
         pad_token_id=end_of_text,
         initializer_range=config.initializer_range,
         family=config.family,
+        no_rope_layers=every_fourth(config.num_hidden_layers) if config.family == SMOLLM3.model_type else None,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from phimr_nemo.errors import UserError
 
 MAX_SHOWN: Final = 300
-FAMILY: Final = "use a dense model of Phi-3, 3.5 or 4-mini, Llama, SmolLM2, Mistral, Qwen2.5 or Qwen3"
+FAMILY: Final = "use a dense model of Phi-3, 3.5 or 4-mini, Llama, SmolLM2, SmolLM3, Mistral, Qwen2.5 or Qwen3"
 
 
 def unsupported(found: str, rule: str, remedy: str = FAMILY) -> UserError:

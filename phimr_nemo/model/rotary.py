@@ -42,6 +42,7 @@ class Rotary:
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
     llama3: tuple[float, float, float, int] | None = None
+    no_rope_layers: tuple[int, ...] | None = None
 
 
 def attention_factor(context: int, original: int) -> float:
@@ -69,20 +70,25 @@ def read_longrope(config: Mapping[str, Any], context: int) -> Rotary:
     return _read_places(config, lambda place, settings: _read(config, place, settings, context))
 
 
-def read_llama3(config: Mapping[str, Any], context: int) -> Rotary:
+def read_llama3(config: Mapping[str, Any], context: int, *, theta: float = DEFAULT_THETA) -> Rotary:
     """The rotary settings of a Llama, with the scaling of Llama 3.1 and later or without any.
 
-    Args, raises: as :func:`read_longrope`.
+    Args:
+        config, context: as of :func:`read_longrope`.
+        theta: the base of the frequencies where the config does not state it.
+
+    Raises:
+        UserError: as there.
     """
-    return _read_places(config, lambda place, settings: _read_whole_heads(config, place, settings, context))
+    return _read_places(config, lambda place, settings: _read_whole_heads(config, place, settings, context, theta))
 
 
-def read_plain(config: Mapping[str, Any], context: int) -> Rotary:
+def read_plain(config: Mapping[str, Any], context: int, *, theta: float = DEFAULT_THETA) -> Rotary:
     """The rotary settings of a model without scaling.
 
-    Args, raises: as :func:`read_longrope`.
+    Args, raises: as :func:`read_llama3`.
     """
-    rotary = read_llama3(config, context)
+    rotary = read_llama3(config, context, theta=theta)
     if rotary.llama3 is not None:
         raise unsupported("rotary scaling of type llama3", "type is 'default' or absent")
     return rotary
@@ -154,7 +160,9 @@ def _merged(
     return {**beside, **settings}
 
 
-def _read_whole_heads(config: Mapping[str, Any], place: str, settings: Mapping[str, Any], context: int) -> Rotary:
+def _read_whole_heads(
+    config: Mapping[str, Any], place: str, settings: Mapping[str, Any], context: int, theta: float
+) -> Rotary:
     """Settings of a model that rotates whole heads."""
     known = (*_TYPES, *_WHOLE_HEADS, *LLAMA3_KEYS)
     unknown = sorted(map(str, settings.keys() - set(known)))
@@ -173,7 +181,7 @@ def _read_whole_heads(config: Mapping[str, Any], place: str, settings: Mapping[s
     if rotary.get("partial_rotary_factor", 1.0) != 1.0:
         raise unsupported(f"partial_rotary_factor = {rotary['partial_rotary_factor']!r}", "whole heads are rotated")
     return Rotary(
-        rope_theta=positive(rotary, "rope_theta", DEFAULT_THETA),
+        rope_theta=positive(rotary, "rope_theta", theta),
         partial_rotary_factor=1.0,
         original_max_position_embeddings=context,
         llama3=_llama3(place, settings) if is_scaled else None,

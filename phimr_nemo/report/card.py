@@ -42,6 +42,7 @@ ARCHITECTURES: Final = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
 }
 SAMPLING: Final = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 1024}
 """Of the examples, where no evaluation says otherwise; the first two are those of Microsoft's published scripts."""

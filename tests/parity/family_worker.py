@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import model_worker as worker
+import smollm3
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
@@ -47,18 +48,21 @@ CASES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "qwen2, untied": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": False}),
     "qwen3, tied": ("Qwen3", {"head_dim": 12, "rope_theta": 1e6, "tie_word_embeddings": True}),
     "qwen3, untied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3", {"rope_theta": 1000.0, "tie_word_embeddings": True}),
+    # On the second of two pipeline stages the other one of two layers is rotated than on the first.
+    "smollm3, untied": (
+        "SmolLM3",
+        {"head_dim": 12, "no_rope_layers": [1, 0, 0, 1], "tie_word_embeddings": False},
+    ),
 }
 """Name -> the beginning of transformers' classes, and what its config has besides `SHAPE`."""
 
 
 def made(case: str) -> Any:
     """A model of transformers with weights of its own making; biases, which it makes 0, are drawn."""
-    import transformers
-
     family, changes = CASES[case]
-    config = getattr(transformers, f"{family}Config")(**SHAPE, **changes)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = smollm3.made_like(family, **SHAPE, **changes)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             nn.init.normal_(parameter, std=0.3)
@@ -94,7 +98,8 @@ def measure_faults(root: str) -> dict[str, Tensor | None]:
     """Logits with one planted fault each, by "case: fault"."""
     one = ParallelConfig()
     llama, qwen2, qwen3 = (str(Path(root) / case) for case in ("llama", "qwen2, tied", "qwen3, tied"))
-    arch = HFDirectory(Path(llama)).architecture
+    arch, smollm = HFDirectory(Path(llama)).architecture, str(Path(root) / "smollm3, untied")
+    unrotated = HFDirectory(Path(smollm)).architecture
     models = {
         "llama: scaling ignored": worker.build(llama, one, arch=dataclasses.replace(arch, llama3=None)),
         "llama: scaling of another length": worker.build(
@@ -103,6 +108,12 @@ def measure_faults(root: str) -> dict[str, Tensor | None]:
         "qwen2, tied: biases dropped": _without_biases(worker.build(qwen2, one)),
         "qwen3, tied: norms swapped": _norms_swapped(worker.build(qwen3, one)),
         "qwen3, tied: norms after the rotation's half": _norms_rolled(worker.build(qwen3, one)),
+        "smollm3, untied: every layer rotated": worker.build(
+            smollm, one, arch=dataclasses.replace(unrotated, no_rope_layers=(1, 1, 1, 1))
+        ),
+        "smollm3, untied: other layers rotated": worker.build(
+            smollm, one, arch=dataclasses.replace(unrotated, no_rope_layers=(1, 0, 1, 0))
+        ),
     }
     ids, _ = worker.batch()
     return {name: worker.forward(model, {"input_ids": ids}) for name, model in models.items()}

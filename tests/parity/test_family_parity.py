@@ -1,10 +1,14 @@
-"""Every family equals transformers in fp32: logits, loss, every gradient, in every layout, and faults are seen."""
+"""Every family equals transformers in fp32: logits, loss, every gradient, in every layout, and faults are seen.
+
+transformers 4.51 has no SmolLM3, see `tests/smollm3.py`; that of transformers 5 is compared with by itself.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +17,16 @@ import model_worker as worker
 import pytest
 import torch
 from distributed import run_distributed
+from safetensors.torch import load_file, save_file
 from test_model_parity import FAULT, GRADIENT, LAYOUTS, LOGITS, gap, worst_gradient
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.files.hf import HFDirectory
+from phimr_nemo.plan.request import find_model
 
 Measured = Callable[[str], dict[str, worker.Results]]
+PARAMETERS = 3_075_098_624
+"""Of SmolLM3-3B, as its safetensors headers say."""
 CHOSEN = ("one", "tp2", "tp2_sp", "pp2", "cp2")
 
 
@@ -91,6 +99,29 @@ def test_planted_fault_norms_of_heads_not_summed_over_the_ranks(
     worst, name = worst_gradient(found, references["qwen3, tied"]["gradients"])
     assert worst > FAULT
     assert name.endswith(("q_norm.weight", "k_norm.weight"))
+
+
+@pytest.mark.parametrize("environment", ["vllm", "bridge"])
+def test_smollm3_equals_that_of_transformers_5(
+    environment: str, root: str, measured: Measured, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    python, script = request.getfixturevalue(f"{environment}_python"), Path(__file__).with_name("smollm3_worker.py")
+    ids, labels = worker.batch()
+    save_file({"ids": ids, "labels": labels}, tmp_path / "inputs")
+    preset = find_model("smollm3-3b")
+    (tmp_path / "preset").write_text(json.dumps(preset.to_hf_config()), "utf-8")
+    for case in ("smollm3", "smollm3, untied"):
+        ours, names = (
+            measured("one")[case],
+            [Path(root) / case, *(tmp_path / name for name in ("inputs", "out", "preset"))],
+        )
+        done = subprocess.run([python, script, *names], capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = load_file(tmp_path / "out")
+        assert gap(ours["logits"], found.pop("logits")) <= LOGITS
+        assert found.pop("parameters") == preset.num_parameters == PARAMETERS
+        worst, tensor = worst_gradient(ours["gradients"], found)
+        assert worst <= GRADIENT, tensor
 
 
 @pytest.mark.usefixtures("references")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import small
+import smollm3  # noqa: F401  transformers 4.51 has no SmolLM3
 import torch
 from warm_phimr import run_steps
 
@@ -23,6 +24,7 @@ CLASSES: dict[FamilyName, str] = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
 """Phi's recipe is in test_tiny.py."""
 

@@ -83,8 +83,8 @@ def test_bfloat16_is_as_near_to_float32_as_plain_pytorch(
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp"])
-@pytest.mark.parametrize("case", ["qwen2, untied", "qwen3, untied"])
-def test_biases_and_norms_of_heads_over_transformer_engine(
+@pytest.mark.parametrize("case", ["qwen2, untied", "qwen3, untied", "smollm3"])
+def test_biases_norms_of_heads_and_layers_without_rotation_over_transformer_engine(
     case: str, layout: str, in_lane: Run, tmp_path: Path
 ) -> None:
     """Where Transformer Engine's layers differ most from Megatron's own."""

@@ -6,6 +6,7 @@ Prints one line `ANSWER {json}`: call -> [HTTP status, what came back].
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import sys
 import time
@@ -27,6 +28,24 @@ WHOLE = {"type": "object", "properties": {"a": {"type": "integer"}}, "required":
 def schema(content: Any) -> dict[str, Any]:
     """A response format."""
     return {"type": "json_schema", "json_schema": {"name": "a", "schema": content}}
+
+
+CHAT, TEXT, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
+SELF = {"$defs": {"n": {"$ref": "#/$defs/n"}}, "$ref": "#/$defs/n"}
+NOT_MEANT: dict[str, tuple[str, dict[str, Any]]] = {
+    "a bias that is no number": (CHAT, {"logit_bias": {"5": float("nan")}}),
+    "a bias as a text": (TEXT, {"prompt": "2+2=", "logit_bias": {"5": "3"}}),
+    "a temperature as a text": (TEXT, {"prompt": "2+2=", "temperature": "0.5"}),
+    "a role that is none": (CHAT, {"messages": [{"role": "robot", "content": "hi"}]}),
+    "a role that is none, to be counted": (TOKENIZE, {"messages": [{"role": "robot", "content": "hi"}]}),
+    "no content": (CHAT, {"messages": [{"role": "user"}]}),
+    "a schema that is itself": (CHAT, {"response_format": schema(SELF)}),
+    "a schema that is a part of itself": (CHAT, {"response_format": schema({"anyOf": [{"$ref": "#"}]})}),
+    "a schema elsewhere": (CHAT, {"response_format": schema({"$ref": "http://x/y"})}),
+    "an empty grammar": (CHAT, {"structured_outputs": {"grammar": ""}}),
+    "an empty rule": (CHAT, {"structured_outputs": {"grammar": "root ::= "}}),
+    "a rule without an end": (TEXT, {"prompt": "2+2=", "structured_outputs": {"grammar": "root ::= root"}}),
+}
 
 
 class Calls:
@@ -101,6 +120,15 @@ class Calls:
 
         return asyncio.run(ask())
 
+    def post(self, path: str, changes: dict[str, Any]) -> Any:
+        """A body that the client would not send."""
+        asked = {"model": self.name, "max_tokens": 3, **({} if "prompt" in changes else {"messages": HI}), **changes}
+        headers = {"content-type": "application/json"}
+        answer = httpx.post(f"{self.url}{path}", content=json.dumps(asked), headers=headers, timeout=300)
+        if answer.status_code != httpx.codes.OK:
+            raise openai.APIStatusError(answer.text, response=answer, body=None)
+        return answer.text
+
     def all(self) -> dict[str, Callable[[], Any]]:
         """Name -> call."""
         tool = [*HI, {"role": "assistant", "content": None, "tool_calls": [CALLED]}]
@@ -153,6 +181,7 @@ class Calls:
             "responses": lambda: (
                 self.client.responses.create(model=self.name, input="hi", max_output_tokens=5).usage.output_tokens
             ),
+            **{name: functools.partial(self.post, *asked) for name, asked in NOT_MEANT.items()},
             "embeddings": lambda: self.client.embeddings.create(model=self.name, input="hi"),
             "a stream with usage": self.stream,
             "cancelled streams": self.cancelled,

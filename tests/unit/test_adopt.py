@@ -127,6 +127,7 @@ def test_the_real_tokenizer_token_for_token(shared_data: Path, tmp_path: Path) -
     ("family", "opening", "end"),
     [
         ("qwen3", "<|im_start|>system\nYou are an AI math expert.<|im_end|>\n<|im_start|>user\n", "<|im_end|>"),
+        ("smollm3", "<|im_start|>system\nYou are an AI math expert.<|im_end|>\n<|im_start|>user\n", "<|im_end|>"),
         ("llama", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are an AI", "<|eot_id|>"),
     ],
 )

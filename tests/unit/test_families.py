@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import smollm3  # noqa: F401  transformers 4.51 has no SmolLM3
 import torch
 from architectures import small
 from warm_phimr import phimr
@@ -26,7 +27,7 @@ from phimr_nemo.plan.memory import stage_parameters
 from phimr_nemo.plan.request import find_model
 
 # As published, without what does not matter: meta-llama/Llama-3.2-1B, HuggingFaceTB/SmolLM2-135M,
-# mistralai/Mistral-7B-v0.1, Qwen/Qwen2.5-0.5B, Qwen/Qwen3-0.6B-Base.
+# mistralai/Mistral-7B-v0.1, Qwen/Qwen2.5-0.5B, Qwen/Qwen3-0.6B-Base, HuggingFaceTB/SmolLM3-3B-Base.
 LLAMA_32_1B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -149,12 +150,43 @@ QWEN3_06B: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+SMOLLM3_3B: dict[str, Any] = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "pad_token_id": 128004,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
 PUBLISHED = {
     "llama-3.2-1b": (LLAMA_32_1B, 1_235_814_400),
     "smollm2-135m": (SMOLLM2_135M, 134_515_008),
     "mistral-7b": (MISTRAL_7B, 7_241_732_096),
     "qwen2.5-0.5b": (QWEN25_05B, 494_032_768),
     "qwen3-0.6b": (QWEN3_06B, 596_049_920),
+    "smollm3-3b": (SMOLLM3_3B, 3_075_098_624),
 }
 """Config and parameters, as the models' safetensors headers say."""
 
@@ -192,7 +224,8 @@ def test_transformers_reads_what_is_written_as_it_reads_the_published_config(con
     shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in models]
     assert shapes[0] == shapes[1] == tensor_shapes(arch)
     assert type(published) is type(ours)
-    for name in ("rms_norm_eps", "rope_theta", "max_position_embeddings", "hidden_act", "rope_scaling"):
+    same = ("rms_norm_eps", "rope_theta", "max_position_embeddings", "hidden_act", "rope_scaling", "no_rope_layers")
+    for name in same:
         assert getattr(ours.config, name, None) == getattr(published.config, name, None), name
     rotary = type(ours.model.rotary_emb)(ours.config, device=torch.device("cpu"))
     assert torch.equal(inverse_frequencies(arch, 1, "always_short"), rotary.inv_freq)
@@ -204,7 +237,7 @@ def test_both_generations_of_transformers_mean_the_same(config: dict[str, Any]) 
     scaling = config.get("rope_scaling") or {"rope_type": "default"}
     new = {name: value for name, value in config.items() if name not in ("rope_scaling", "rope_theta")}
     new["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"]}
-    if config["model_type"].startswith("qwen"):
+    if config["model_type"].startswith(("qwen", "smollm3")):
         new["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
     assert Architecture.from_hf_config(new) == Architecture.from_hf_config(config)
 
@@ -216,6 +249,9 @@ def test_a_config_is_read_in_full() -> None:
     assert (qwen3.family, qwen3.head_size, qwen3.head_dim) == ("qwen3", 128, 128)
     assert Architecture.from_hf_config(MISTRAL_7B).sliding_window == 4096
     assert Architecture.from_hf_config(QWEN25_05B).sliding_window is None
+    rotated = Architecture.from_hf_config(SMOLLM3_3B).rotated_layers
+    assert [layer for layer, is_rotated in enumerate(rotated) if not is_rotated] == list(range(3, 36, 4))
+    assert qwen3.rotated_layers == (True,) * 28
 
 
 def test_what_a_config_does_not_state_is_transformers_default() -> None:
@@ -226,7 +262,23 @@ def test_what_a_config_does_not_state_is_transformers_default() -> None:
     assert Architecture.from_hf_config(SMOLLM2_135M | {"head_dim": None}).head_size is None
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "mixtral", "qwen3_moe", "smollm3", None, ["llama"]])
+def test_what_smollm3_does_not_state_is_transformers_default() -> None:
+    published = Architecture.from_hf_config(SMOLLM3_3B)
+    unsaid = {
+        name: value for name, value in SMOLLM3_3B.items() if name not in ("no_rope_layers", "tie_word_embeddings")
+    }
+    assert Architecture.from_hf_config(unsaid) == published
+    assert Architecture.from_hf_config(unsaid | {"no_rope_layers": None}) == published
+    assert Architecture.from_hf_config(SMOLLM3_3B | {"no_rope_layers": [1, 1, 1, 0] * 12}) == published
+    third = Architecture.from_hf_config(unsaid | {"no_rope_layer_interval": 3})
+    assert third.no_rope_layers == (1, 1, 0) * 12
+    assert Architecture.from_hf_config(third.to_hf_config()) == third
+    for place in (None, {"rope_type": "default"}):
+        bare = {name: value for name, value in unsaid.items() if name not in ("rope_theta", "rope_scaling")}
+        assert Architecture.from_hf_config(bare | {"rope_parameters": place}).rope_theta == 2e6
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "mixtral", "qwen3_moe", None, ["llama"]])
 def test_another_family_is_refused_with_the_names_of_those_that_work(model_type: Any) -> None:
     with pytest.raises(UserError) as caught:
         Architecture.from_hf_config(LLAMA_32_1B | {"model_type": model_type})
@@ -236,12 +288,10 @@ def test_another_family_is_refused_with_the_names_of_those_that_work(model_type:
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("smollm3", "no_rope_layers"), ("gemma2", "norms"), ("qwen3_moe", "mixtures of experts")],
+    [("gemma2", "norms"), ("qwen3_moe", "mixtures of experts")],
 )
 def test_a_family_that_is_asked_for_is_refused_with_what_it_has(model_type: str, reason: str, tmp_path: Path) -> None:
-    """SmolLM3 is Llama's layers but for those that are not rotated, and would be read as one without a word."""
-    config = LLAMA_32_1B | {"model_type": model_type, "no_rope_layers": [1, 1, 1, 0] * 4, "no_rope_layer_interval": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_32_1B | {"model_type": model_type}), "utf-8")
     with pytest.raises(UserError, match=reason):
         Architecture.from_directory(tmp_path)
 
@@ -279,6 +329,13 @@ def test_a_sequence_beyond_the_window_is_refused_and_one_within_sees_everything(
         (QWEN3_06B, {"attention_bias": True}, "attention_bias"),
         (QWEN3_06B, {"head_dim": None}, "head_dim"),
         (MISTRAL_7B, {"sliding_window": 0}, "sliding_window"),
+        (SMOLLM3_3B, {"no_rope_layers": [1] * 35}, "no_rope_layers"),
+        (SMOLLM3_3B, {"no_rope_layers": [1, 1, 1, 2] * 9}, "no_rope_layers"),
+        (SMOLLM3_3B, {"no_rope_layers": ["1"] * 36}, "no_rope_layers"),
+        (SMOLLM3_3B, {"no_rope_layers": 4}, "no_rope_layers"),
+        (SMOLLM3_3B, {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        (SMOLLM3_3B, {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+        (SMOLLM3_3B, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
     ],
 )
 def test_what_a_family_does_not_have_is_refused(config: dict[str, Any], changes: dict[str, Any], named: str) -> None:
@@ -295,6 +352,7 @@ def test_what_a_family_does_not_have_is_refused(config: dict[str, Any], changes:
         ("qwen2", {"head_size": 16}),
         ("qwen3", {"sliding_window": 16}),
         ("phi3", {"head_size": 16}),
+        ("llama", {"no_rope_layers": (1, 0)}),
         ("gemma", {}),
     ],
 )
@@ -302,6 +360,12 @@ def test_an_architecture_has_what_its_family_has(family: str, change: dict[str, 
     plain = small(partial_rotary_factor=1.0)
     with pytest.raises(UserError, match="family"):
         dataclasses.replace(plain, family=family, **change)
+
+
+@pytest.mark.parametrize("entries", [None, (1,), (1, 2), (1, 0, 1), [1, 0]])
+def test_a_smollm3_says_of_every_layer_whether_it_is_rotated(entries: Any) -> None:
+    with pytest.raises(UserError, match="no_rope_layers"):
+        small(partial_rotary_factor=1.0, family="smollm3", no_rope_layers=entries)
 
 
 def test_llama3_scaling_in_closed_form() -> None:
@@ -329,6 +393,7 @@ PRESETS = {
     "qwen3-0.6b": 596_049_920,
     "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096,
+    "smollm3-3b": 3_075_098_624,
 }
 """Parameters of the published models of conf/model, as their safetensors headers say."""
 
@@ -350,7 +415,7 @@ def test_transformers_builds_the_published_number_of_parameters_from_a_preset(pr
 
 
 def test_the_presets_of_published_configs_are_read_from_them_alike() -> None:
-    for preset in ("llama-3.2-1b", "smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b"):
+    for preset in ("llama-3.2-1b", "smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "smollm3-3b"):
         assert find_model(preset) == Architecture.from_hf_config(PUBLISHED[preset][0])
 
 

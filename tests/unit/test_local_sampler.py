@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from smollm3 import made_like
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
@@ -162,14 +163,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 64, "tie_word_embeddings": False},
     "Qwen2": {"tie_word_embeddings": True},
     "Qwen3": {"head_dim": 24, "tie_word_embeddings": True},
+    "SmolLM3": {"no_rope_layers": [0, 1], "rope_theta": 1000.0, "tie_word_embeddings": True},
 }
 
 
 def make_family(name: str) -> Any:
     """A model of another family than Phi's, its norms and biases drawn too."""
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(
+    torch.manual_seed(5)
+    model = made_like(
+        name,
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
@@ -182,9 +184,7 @@ def make_family(name: str) -> Any:
         eos_token_id=0,
         pad_token_id=0,
         **FAMILIES[name],
-    )
-    torch.manual_seed(5)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    ).eval()
     for tensor, parameter in model.named_parameters():
         if "norm" in tensor or tensor.endswith(".bias"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

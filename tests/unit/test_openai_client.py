@@ -41,6 +41,18 @@ REFUSED = {
     "a token beyond the vocabulary": (400, "vocabulary"),
     "a token below 0": (400, "greater than or equal to 0"),
     "embeddings": (404, ""),
+    "a bias that is no number": (400, "logit_bias.5 = NaN"),
+    "a bias as a text": (400, "logit_bias"),
+    "a temperature as a text": (400, "temperature"),
+    "a role that is none": (400, "robot"),
+    "a role that is none, to be counted": (400, "robot"),
+    "no content": (400, "without content"),
+    "a schema that is itself": (400, "leads back to itself"),
+    "a schema that is a part of itself": (400, "no text that the model could write"),
+    "a schema elsewhere": (400, "http://x/y"),
+    "an empty grammar": (400, "empty"),
+    "an empty rule": (400, "no text that the model could write"),
+    "a rule without an end": (400, "no text that the model could write"),
 }
 ENDED = ["stop", "", 1, NAME]
 GIVEN: dict[str, Any] = {

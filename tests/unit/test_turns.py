@@ -9,19 +9,22 @@ from transformers import PreTrainedTokenizerBase
 
 from phimr_nemo.data import chat
 from phimr_nemo.data.synthetic.tokenizer import build_tokenizer, synthetic_corpus
-from phimr_nemo.data.turns import CHATML, FORMATS, LLAMA3, PHI, TurnFormat, format_of
+from phimr_nemo.data.turns import CHATML, CHATML_LLAMA3, FORMATS, LLAMA3, PHI, TurnFormat, format_of
 from phimr_nemo.errors import UserError
 
-# What each format's makers write: Phi-4-mini's, Qwen2.5's and Llama 3's model cards.
+CHATML_PROMPT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+# What each format's makers write: Phi-4-mini's, Qwen2.5's, SmolLM3's and Llama 3's model cards.
 PROMPTS = {
     PHI.name: "<|system|>Be brief.<|end|><|user|>2+2?<|end|><|assistant|>",
-    CHATML.name: "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+    CHATML.name: CHATML_PROMPT,
+    CHATML_LLAMA3.name: CHATML_PROMPT,
     LLAMA3.name: "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
 }
 ENDS = {
     PHI.name: ("<|end|>", "<|endoftext|>"),
     CHATML.name: ("<|im_end|>", "<|endoftext|>"),
+    CHATML_LLAMA3.name: ("<|im_end|>", "<|end_of_text|>"),
     LLAMA3.name: ("<|eot_id|>", "<|end_of_text|>"),
 }
 TURNS = [
@@ -120,3 +123,10 @@ def test_a_tokenizer_of_no_format_is_refused_with_what_each_needs(
     with pytest.raises(UserError, match="turn formats") as caught:
         chat.end_of_turn(plain)
     assert all(one.name in caught.value.rule for one in FORMATS)
+
+
+def test_a_tokenizer_with_the_tokens_of_two_formats_has_that_of_its_model() -> None:
+    """SmolLM3's tokenizer is Llama 3's with ChatML's tokens in place of reserved ones."""
+    assert format_of({*LLAMA3.tokens, "<|im_start|>", "<|im_end|>", "<think>", "</think>"}) is CHATML_LLAMA3
+    assert format_of(LLAMA3.tokens) is LLAMA3
+    assert format_of(CHATML.tokens) is CHATML

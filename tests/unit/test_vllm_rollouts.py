@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from serving import served
+from smollm3 import made_like
 from torch import Tensor
 
 from phimr_nemo.config import BaseConfig, ServerEngine, load_config
@@ -70,6 +71,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": MAX_LENGTH}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 64}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
 }
 """Name -> the beginning of transformers' classes, and what its config has besides what all have."""
 TIED = ("phi3", "smollm2", "qwen2")
@@ -79,8 +81,6 @@ CASES = ("phi3", *FAMILIES)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Case -> a directory with `hf`, a model, and `weights`, `SYNCS` versions of it."""
-    import transformers
-
     root = tmp_path_factory.mktemp("models")
     overrides = [f"run.output={root / 'phi3'}", *SHAPE, "initializer_range=0.2"]
     run_base(load_config(BaseConfig, Path("conf/base/tiny.yaml"), overrides))
@@ -100,8 +100,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     for case, (family, changes) in FAMILIES.items():
         torch.manual_seed(0)
-        config = getattr(transformers, f"{family}Config")(**{**shape, **changes})
-        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(root / case / "hf")
+        made_like(family, **{**shape, **changes}).save_pretrained(root / case / "hf")
         for file in phi.glob("*token*"):
             shutil.copy(file, root / case / "hf")
     for case in CASES:

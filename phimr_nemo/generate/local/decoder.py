@@ -30,6 +30,7 @@ class _LayerWeights:
     qkv_bias: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
+    is_rotated: bool
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _arrange(arch: Architecture, copies: dict[str, Tensor]) -> Weights:
         parts = [copies.pop(part.name) for part in parts_of(full)]
         named[full.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     layers = []
-    for layer in range(arch.num_hidden_layers):
+    for layer, is_rotated in enumerate(arch.rotated_layers):
         prefix = f"model.layers.{layer}."
         layers.append(
             _LayerWeights(
@@ -103,6 +104,7 @@ def _arrange(arch: Architecture, copies: dict[str, Tensor]) -> Weights:
                 qkv_bias=named.get(prefix + "self_attn.qkv_proj.bias"),
                 query_norm=named.get(prefix + "self_attn.q_norm.weight"),
                 key_norm=named.get(prefix + "self_attn.k_norm.weight"),
+                is_rotated=is_rotated,
             )
         )
     embedding = named[EMBEDDING]
@@ -202,7 +204,8 @@ class Decoder:
         queries = hidden.new_zeros(len(prompts), self._heads, longest, self._head_dim)
         for layer, stored in zip(self.weights.layers, cache.layers, strict=True):
             query, key, value = self._project(layer, hidden)
-            query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+            if layer.is_rotated:
+                query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
             for padded, one_by_one in ((queries, query), (stored[0], key), (stored[1], value)):
                 padded[rows, :, positions] = one_by_one[0].transpose(0, 1)
             # Padding is on the right, so causality alone keeps it out of every real position.
@@ -235,7 +238,8 @@ class Decoder:
         mask = mask[:, None, None]
         for layer, stored in zip(self.weights.layers, cache.layers, strict=True):
             query, key, value = self._project(layer, hidden)
-            query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+            if layer.is_rotated:
+                query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
             stored[0][rows, :, positions], stored[1][rows, :, positions] = key[:, :, 0], value[:, :, 0]
             # The queries that share a key-value head become the query positions of that head.
             grouped = query.reshape(batch, self._groups, self._heads // self._groups, self._head_dim)

@@ -1,10 +1,11 @@
 """The routes by which a rollout server says what it serves, takes new weights and goes to sleep, whatever engine is
-behind them, and the doors before them: whoever comes without the key is sent away unread, and whoever wants something
-sampled of a server that sleeps."""
+behind them, and the doors before them: whoever comes without the key is sent away unread, whoever wants something
+sampled of a server that sleeps, and whoever asks for what cannot be meant."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import tempfile
@@ -15,8 +16,9 @@ from typing import Annotated, Any, Final, Protocol
 from fastapi import APIRouter, Body, HTTPException, Request
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from phimr_nemo.generate.asked import FRUITLESS, read_request
 from phimr_nemo.generate.serving.weights import (
     BEGIN,
     BUCKET,
@@ -38,14 +40,23 @@ from phimr_nemo.store.atomic import NO_SPACE
 MAX_BUCKET_BYTES: Final = 16 << 30
 """The largest tensor of the 3.8 B model has 1.2 GB."""
 MAX_LABEL: Final = 100
+BAD_REQUEST: Final = 400
 CONFLICT: Final = 409
 TOO_LARGE: Final = 413
 NO_ROOM: Final = 507
 UNAUTHORIZED: Final = 401
+FAILED: Final = 500
 UNAVAILABLE: Final = 503
 POLICY_VIOLATION: Final = 1008
 """WebSocket's close code."""
 
+ASKING: Final = (
+    *("/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages"),
+    *("/invocations", "/tokenize"),
+)
+"""Where people ask. Trainers ask elsewhere, with tokens."""
+GENERATION_FAILED: Final = b'"Internal server error"'
+"""vLLM's word for a request that its engine gave up, which it does where a grammar leaves no token."""
 HEALTH: Final = "/health"
 """Says only whether the server lives: what watches it needs no key."""
 
@@ -239,6 +250,93 @@ class AwakeGuard:
             return
         detail = "asleep: the trainer has the GPUs until it sends new weights"
         await JSONResponse({"detail": detail}, UNAVAILABLE)(scope, receive, send)
+
+
+class RequestGuard:
+    """Sends away requests that vLLM would answer with 200 although they cannot be meant, and tells those whose
+    structured output it gave up why.
+
+    Args:
+        app: what is guarded.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it with a reason."""
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in ASKING:
+            await self._app(scope, receive, send)
+            return
+        pieces: list[bytes] = []
+        is_more = True
+        while is_more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client is gone
+            pieces.append(message.get("body", b""))
+            is_more = message.get("more_body", False)
+        body = b"".join(pieces)
+        asked = read_request(body)
+        if asked.fault is not None:
+            await JSONResponse(_refusal(asked.fault.message, asked.fault.param), BAD_REQUEST)(scope, receive, send)
+            return
+        kept: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Message:
+            return kept.pop() if kept else await receive()
+
+        await self._app(scope, again, _Explained(scope, receive, send) if asked.is_structured else send)
+
+
+class _Explained:
+    """Passes an answer on; where the engine gave the request up, it becomes a refusal with the reason."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._start: Message | None = None
+        self._body = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == FAILED:
+            self._start = message
+        elif self._start is None:
+            await self._send(_told(message))
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._end(self._start)
+
+    async def _end(self, start: Message) -> None:
+        if GENERATION_FAILED in self._body:
+            answer = JSONResponse(_refusal(FRUITLESS, "response_format"), BAD_REQUEST)
+            await answer(self._scope, self._receive, self._send)
+            return
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": self._body})
+
+
+def _told(message: Message) -> Message:
+    """A piece of a stream, whose status has been sent: its error is told there."""
+    lines = message.get("body", b"").split(b"\n")
+    if not any(_is_failure(line) for line in lines):
+        return message
+    told = b"data: " + json.dumps(_refusal(FRUITLESS, "response_format")).encode()
+    return {**message, "body": b"\n".join(told if _is_failure(line) else line for line in lines)}
+
+
+def _is_failure(line: bytes) -> bool:
+    return line.startswith(b'data: {"error"') and GENERATION_FAILED in line
+
+
+def _refusal(message: str, param: str) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    return {"error": {"message": message, "type": "BadRequestError", "param": param, "code": BAD_REQUEST}}
+
+
+def guard_requests(app: Starlette) -> None:
+    """Put a :class:`RequestGuard` before all of an application; to be called before the other guards."""
+    app.middleware_stack = RequestGuard(app.middleware_stack or app.build_middleware_stack())
 
 
 def guard_sleep(app: Starlette, sleeper: Sleeper) -> None:

@@ -18,7 +18,14 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.platforms import current_platform
 
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
-from phimr_nemo.generate.serving.receiving import HEALTH, guard, guard_sleep, sleep_route, weight_routes
+from phimr_nemo.generate.serving.receiving import (
+    HEALTH,
+    guard,
+    guard_requests,
+    guard_sleep,
+    sleep_route,
+    weight_routes,
+)
 from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.vllm import WEIGHTS_BACKEND, WORKER_EXTENSION, check_longrope, weights_hash
 from phimr_nemo.generate.serving.weights import (
@@ -243,6 +250,7 @@ async def _serve(args: Any, identity: Identity, shapes: Mapping[str, tuple[int, 
         app.include_router(abort_route(receiver))
         app.include_router(model_route())
         await init_app_state(engine, app.state, args, tasks)
+        guard_requests(app)
         if isinstance(receiver, ColocatedReceiver):
             app.include_router(sleep_route(receiver))
             guard_sleep(app, receiver)

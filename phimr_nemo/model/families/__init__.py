@@ -12,16 +12,16 @@ from phimr_nemo.model.families.mistral import MISTRAL
 from phimr_nemo.model.families.phi3 import PHI3
 from phimr_nemo.model.families.qwen2 import QWEN2
 from phimr_nemo.model.families.qwen3 import QWEN3
+from phimr_nemo.model.families.smollm3 import SMOLLM3
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
-    {family.model_type: family for family in (PHI3, LLAMA, MISTRAL, QWEN2, QWEN3)}
+    {family.model_type: family for family in (PHI3, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3)}
 )
 
 _EXPERTS: Final = "its feed-forward layers are mixtures of experts"
 _GEMMA: Final = "it scales its embeddings and norms in its own way, and caps its scores"
 REFUSED: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "smollm3": "some of its layers have no rotary embedding (no_rope_layers); in the families here all have one",
         **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma3"), _GEMMA),
         **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "phimoe"), _EXPERTS),
     }

@@ -159,6 +159,7 @@ NOT_EVERYWHERE: Final[Mapping[str, Any]] = MappingProxyType(
         "short_factor": None,
         "long_factor": None,
         "llama3": None,
+        "no_rope_layers": None,
         "sliding_window": None,
     }
 )

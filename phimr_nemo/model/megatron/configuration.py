@@ -95,6 +95,7 @@ def transformer_fields(arch: Architecture, layout: ParallelConfig, *, dtype: tor
 
 def _model_fields(arch: Architecture) -> dict[str, Any]:
     """What makes it this model, in Megatron's names."""
+    rotated = arch.rotated_layers
     return {
         "num_layers": arch.num_hidden_layers,
         "hidden_size": arch.hidden_size,
@@ -109,6 +110,8 @@ def _model_fields(arch: Architecture) -> dict[str, Any]:
         "add_bias_linear": False,
         "add_qkv_bias": arch.traits.has_qkv_bias,
         "qk_layernorm": arch.traits.has_qk_norm,
+        # Of all layers of the model, whichever pipeline stage has them.
+        "no_rope_freq": None if all(rotated) else [int(not is_rotated) for is_rotated in rotated],
     }
 
 

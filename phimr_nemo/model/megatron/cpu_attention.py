@@ -45,7 +45,7 @@ def attend(
     Args:
         heads: [s, b, groups, heads of a group, head_dim] of a group's queries, its key and its value.
         tables: see :func:`phimr_nemo.model.megatron.elementwise.rotary_tables`; [2, s, 1, 1, head_dim].
-        rotary_dim: dimensions of a head that are turned.
+        rotary_dim: dimensions of a head that are turned; 0 in a layer without rotary embedding.
         scale: of the scores, 1 / sqrt(head_dim) as a rule.
         spans: documents of a packed row (b = 1), none of which sees another; None: every row is one.
 

@@ -53,7 +53,8 @@ class CpuSelfAttention(SelfAttention):
 
     def __init__(self, config: TransformerConfig, *values: Any, rotary_dim: int, **options: Any) -> None:
         super().__init__(config, *values, **options)
-        self.rotary_dim = rotary_dim
+        is_rotated = not (config.no_rope_freq and config.no_rope_freq[self.layer_number - 1])
+        self.rotary_dim = rotary_dim if is_rotated else 0
         self.scale = config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(

@@ -128,12 +128,14 @@ def rotate(heads: Tensor, turned: int, tables: Tensor, rotary_dim: int, *, back:
         heads: [s, b, groups, heads of a group, head_dim].
         turned: how many heads of a group; the others are copied.
         tables: of :func:`rotary_tables`, [2, s, 1, 1, head_dim].
-        rotary_dim: dimensions that are turned.
+        rotary_dim: dimensions that are turned; 0: none are, whatever the tables say.
         back: by the negative angles, which is the gradient of turning.
 
     Returns:
-        A new tensor shaped like ``heads``.
+        A new tensor shaped like ``heads``; where nothing is turned the heads themselves.
     """
+    if rotary_dim == 0:
+        return heads
     half = rotary_dim // 2
     cosines, sines = tables.unsqueeze(-2)
     result = heads.clone(memory_format=torch.contiguous_format)
