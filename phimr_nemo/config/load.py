@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -22,6 +22,7 @@ MAX_SHOWN: Final = 500
 MISSING_VALUE: Final = "???"
 MOST_NODES: Final = 10_000
 EXTENDS: Final = "extends"
+PLACE: Final = "place"
 """The key of a YAML file that names another one beside it, whose values it changes."""
 
 
@@ -72,12 +73,15 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
             )
         _refuse_undecoded(item)
     source = None if path is None else find_config(path)
-    given = _read_overrides(overrides)
+    _check_overrides(overrides)
     try:
         merged = OmegaConf.create() if source is None else _read(source)
         _drop_other_kinds(merged, overrides)
-        _refuse_list_places(merged, overrides)
-        merged = OmegaConf.merge(merged, given)
+        given = {item.partition("=")[0] for item in overrides}
+        inside = [item for item in overrides if _goes_into_a_list(merged, item.partition("=")[0], given)]
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item for item in overrides if item not in inside]))
+        for item in inside:
+            _set_in_list(merged, item)
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(
@@ -116,29 +120,41 @@ def _refuse_undecoded(item: str) -> None:
         ) from error
 
 
-def _refuse_list_places(values: Any, overrides: Sequence[str]) -> None:
-    """Refuse an override of something inside a list of the file: one is given as a whole, and may be changed then.
-
-    Raises:
-        UserError: there is one; the list's key is named.
-    """
+def _goes_into_a_list(values: Any, key: str, given: Collection[str]) -> bool:
+    """Whether an override names a place inside a list of the file, and no override gives that list as a whole."""
     from omegaconf import OmegaConf
 
-    given = {item.partition("=")[0] for item in overrides}
-    for item in overrides:
-        places = item.partition("=")[0].split(".")
-        for count in range(1, len(places)):
-            key = ".".join(places[:count])
-            if key not in given and OmegaConf.is_list(OmegaConf.select(values, key)):
-                raise UserError(
-                    f"the override {item!r} names a place in the list {key}",
-                    rule="a list of the file is given as a whole",
-                    remedy=f"for example {key}='[...]', or change it in the YAML file",
-                )
+    places = key.split(".")
+    above = (".".join(places[:count]) for count in range(1, len(places)))
+    return any(one not in given and OmegaConf.is_list(OmegaConf.select(values, one)) for one in above)
 
 
-def _read_overrides(overrides: Sequence[str]) -> Any:
-    """Overrides as nested values.
+def _set_in_list(values: Any, item: str) -> None:
+    """Apply an override of a place inside a list.
+
+    Raises:
+        UserError: there is no such place.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, _, text = item.partition("=")
+    value = OmegaConf.from_dotlist([f"{PLACE}={text}"])[PLACE]
+    try:
+        OmegaConf.update(values, key, value, merge=True)
+    except (OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
+        places = key.split(".")
+        above = [".".join(places[:count]) for count in range(1, len(places))]
+        name = next(one for one in above if OmegaConf.is_list(OmegaConf.select(values, one)))
+        raise UserError(
+            f"the override {item!r} names no place in the list {name}",
+            rule=f"its {len(OmegaConf.select(values, name))} entries are counted from 0",
+            remedy=f"name one of them, or give the list as a whole: {name}='[...]'",
+        ) from error
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Look at each override by itself.
 
     Raises:
         UserError: a value is no YAML, or refers to what is not there; the item is named, with the quotes it needs.
@@ -158,7 +174,6 @@ def _read_overrides(overrides: Sequence[str]) -> Any:
                 rule="the value of an override is YAML, in which braces, brackets, quotes and ': ' have a meaning",
                 remedy="quote it where it has none" + ("" if quoted is None else f": {quoted}"),
             ) from error
-    return OmegaConf.from_dotlist(list(overrides))
 
 
 def read_preset(path: Path) -> dict[str, Any]:

@@ -156,17 +156,26 @@ def test_malformed_override_is_refused(verify_file: Path, override: str) -> None
     problem(VerifyConfig, verify_file, override)
 
 
-def test_a_place_in_a_list_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
     preset = tmp_path / "prepare.yaml"
-    preset.write_text("run: {output: out, seed: 0}\nshard_size: 10\nsources:\n  - {name: mine, path: a.jsonl}\n")
-    with pytest.raises(UserError, match=r"'sources\.0\.path=b\.jsonl' names a place in the list sources"):
-        load_config(PrepareConfig, preset, ["sources.0.path=b.jsonl"])
-    # As the remedy says.
-    whole: Any = load_config(PrepareConfig, preset, ["sources=[{name: mine, path: b.jsonl}]"])
-    assert [source.path for source in whole.sources] == ["b.jsonl"]
-    items = ["sources=[{name: mine, path: b.jsonl}]", "sources.0.path=c.jsonl"]
-    whole = load_config(PrepareConfig, preset, items)
-    assert [source.path for source in whole.sources] == ["c.jsonl"]
+    listed = "sources:\n  - {name: mine, path: a.jsonl, question: q}\n  - {name: yours, path: z.jsonl}\n"
+    preset.write_text(f"run: {{output: out, seed: 0}}\nshard_size: 10\n{listed}")
+
+    def sources(*overrides: str) -> list[tuple[str, str, str | None]]:
+        config: Any = load_config(PrepareConfig, preset, overrides)
+        return [(source.name, source.path, source.question) for source in config.sources]
+
+    last = ("yours", "z.jsonl", None)
+    assert sources("sources.0.path=b.jsonl", "sources.0.question=null") == [("mine", "b.jsonl", None), last]
+    assert sources("sources.1={path: b.jsonl}") == [("mine", "a.jsonl", "q"), ("yours", "b.jsonl", None)]
+    # A list that an override gives counts, and what is inside it may be changed as well.
+    whole = "sources=[{name: mine, path: b.jsonl}]"
+    assert sources(whole) == [("mine", "b.jsonl", None)]
+    assert sources(whole, "sources.0.path=c.jsonl") == [("mine", "c.jsonl", None)]
+    for place in ("sources.2.path=b.jsonl", "sources.first.path=b.jsonl", "sources.-3.path=b.jsonl"):
+        with pytest.raises(UserError, match="names no place in the list sources") as caught:
+            sources(place)
+        assert "2 entries are counted from 0" in caught.value.rule
 
 
 @pytest.mark.parametrize(("encoding", "remedy"), [("utf-8", "rename"), ("ascii", "PYTHONUTF8=1")])
