@@ -14,7 +14,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.claims import hold, sweep
@@ -25,6 +25,7 @@ FILE_MODE: Final = 0o644
 DIRECTORY_MODE: Final = 0o755
 """Before the umask. What a run leaves is never writable by others: they could change what the next step trusts."""
 
+SCRATCH_MODE: Final = 0o600
 OTHERS_MAY_WRITE: Final = 0o022
 TEMPORARY: Final = re.compile(r"\..+\.([0-9a-f]{8})[0-9a-f]{8}\.tmp")
 """Names of what is being written; the first group marks the machine."""
@@ -103,6 +104,40 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch_file(directory: Path, name: str) -> Iterator[BinaryIO]:
+    """Yield a new file that other processes of this account may read by its name while it is open, and none keeps.
+
+    What killed processes have left in the directory is removed first: in shared memory it is memory.
+
+    Args:
+        directory: where.
+        name: a part of its name, which says what it holds.
+    """
+    remove_left_overs(directory)
+    path = directory / _temporary_name(Path(name))
+    try:
+        with contextlib.ExitStack() as at_the_end:
+            # What removes it is registered before it is there: a signal may come between any two lines.
+            at_the_end.callback(path.unlink, missing_ok=True)
+            file = at_the_end.enter_context(open(str(path), "x+b", opener=_open_for_oneself))
+            at_the_end.callback(os.close, hold(path))
+            yield file
+    except BaseException:
+        # Also between the end of the block and what the stack does then.
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _open_for_oneself(path: str, flags: int) -> int:
+    return os.open(path, flags, SCRATCH_MODE)
+
+
+def is_scratch_of(file_name: str, name: str) -> bool:
+    """Whether a file's name is one that :func:`scratch_file` gives for `name`."""
+    return TEMPORARY.fullmatch(file_name) is not None and file_name.startswith(f".{name}.")
 
 
 @contextlib.contextmanager

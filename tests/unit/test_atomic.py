@@ -54,6 +54,11 @@ def a_directory(place: Path) -> None:
         (directory / "content").write_text("new")
 
 
+def a_scratch_file(place: Path) -> None:
+    with atomic.scratch_file(place.parent, "weights") as file:
+        file.write(b"new")
+
+
 def content(place: Path) -> str | None:
     if place.is_file():
         return place.read_text()
@@ -62,10 +67,10 @@ def content(place: Path) -> str | None:
 
 @pytest.mark.parametrize(
     ("write", "before", "after"),
-    [(a_file, "old", "new"), (a_directory, None, "new")],
+    [(a_file, "old", "new"), (a_directory, None, "new"), (a_scratch_file, None, None)],
 )
 def test_an_interruption_at_any_line_leaves_the_old_or_the_new_and_nothing_else(
-    write: Callable[[Path], None], before: str | None, after: str, tmp_path: Path
+    write: Callable[[Path], None], before: str | None, after: str | None, tmp_path: Path
 ) -> None:
     seen = set()
     for line in itertools.count():

@@ -19,7 +19,7 @@ from processes import start
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store import claims
-from phimr_nemo.store.atomic import atomic_directory, atomic_file, remove_left_overs
+from phimr_nemo.store.atomic import atomic_directory, atomic_file, is_scratch_of, remove_left_overs, scratch_file
 from phimr_nemo.store.claims import LOCK_FILE, WHOLE, claimed, read_holder
 
 NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO]
@@ -236,6 +236,30 @@ def test_what_a_killed_process_left_half_written_is_removed_and_what_a_living_on
     writers[1].communicate(b"")
     assert hidden(tmp_path) == ["mine", "model"]
     assert (tmp_path / "model" / "weights").read_bytes() == b"half"
+
+
+def test_a_killed_process_leaves_no_scratch_file_to_the_next(tmp_path: Path) -> None:
+    """Buckets of weights lie in shared memory, which nobody else would free."""
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom phimr_nemo.store.atomic import scratch_file\n"
+        "with scratch_file(Path(sys.argv[1]), 'weights') as file:\n"
+        "    print(file.name, flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    killed, living = (start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2))
+    names = []
+    for writer in (killed, living):
+        assert writer.stdout is not None
+        names.append(Path(writer.stdout.readline().decode().strip()))
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert all(name.is_file() for name in names)
+    with scratch_file(tmp_path, "weights") as file:
+        assert sorted(tmp_path.iterdir()) == sorted((names[1], Path(file.name)))
+        assert is_scratch_of(Path(file.name).name, "weights")
+        assert not is_scratch_of(Path(file.name).name, "weight")
+    living.communicate(b"")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_machines_half_written_files_are_left_for_a_day(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from phimr_nemo.generate.serving.receiving import weight_routes
 from phimr_nemo.generate.serving.weights import (
     BUCKET,
     KEPT,
-    KEPT_PREFIX,
+    KEPT_NAME,
     MB,
     Arrivals,
     Identity,
@@ -41,7 +42,7 @@ class Server(httpx.ASGITransport):
         self.version, self.sent, self._dies_at = "unsynced", 0, dies_at
         self._arrivals = Arrivals({name: tuple(tensor.shape) for name, tensor in TENSORS.items()})
         app = FastAPI()
-        app.include_router(weight_routes(self, directory=None, scratch=None))
+        app.include_router(weight_routes(self, directory=None, scratch=Path(tempfile.gettempdir())))
         super().__init__(app=app)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -138,7 +139,7 @@ def test_a_server_that_fails_costs_the_others_nothing(dead: int, memory: Path) -
     assert list(memory.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", f"{KEPT_PREFIX}x", "secret.safetensors", 3, None])
+@pytest.mark.parametrize("name", ["../x.safetensors", f".{KEPT_NAME}.x", "secret.safetensors", 3, None])
 def test_only_buckets_that_were_kept_are_read(name: Any, memory: Path) -> None:
     (memory / "secret.safetensors").write_bytes(b"x")
 

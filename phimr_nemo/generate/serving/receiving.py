@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import secrets
-import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Protocol
@@ -22,20 +21,20 @@ from phimr_nemo.generate.asked import FRUITLESS, read_request
 from phimr_nemo.generate.serving.weights import (
     BEGIN,
     BUCKET,
-    BUCKET_SUFFIX,
+    BUCKET_NAME,
     FINISH,
     GONE,
     IDENTITY,
     KEEP,
     KEPT,
-    KEPT_PREFIX,
+    KEPT_NAME,
     ROUTES,
     SLEEP,
     Identity,
     WrongWeights,
     shared_memory,
 )
-from phimr_nemo.store.atomic import NO_SPACE
+from phimr_nemo.store.atomic import NO_SPACE, is_scratch_of, scratch_file
 
 MAX_BUCKET_BYTES: Final = 16 << 30
 """The largest tensor of the 3.8 B model has 1.2 GB."""
@@ -114,21 +113,21 @@ def sleep_route(sleeper: Sleeper) -> APIRouter:
     return router
 
 
-def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path | None) -> APIRouter:
+def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path) -> APIRouter:
     """The routes of a server.
 
     Args:
         receiver: its engine.
         directory: where buckets are left by the trainer, if not sent.
-        scratch: where a bucket that is sent lies until it is loaded; None = the place for temporary files.
+        scratch: where a bucket that is sent lies until it is loaded.
     """
     router = APIRouter()
     # What neighbours may read, until something else comes: by then they have.
-    kept: list[tempfile._TemporaryFileWrapper[bytes]] = []
+    kept: dict[str, contextlib.ExitStack] = {}
 
     async def checked(work: Callable[[], Awaitable[None]]) -> dict[str, str]:
         while kept:
-            kept.pop().close()
+            kept.popitem()[1].close()
         try:
             await work()
         except WrongWeights as error:
@@ -137,7 +136,7 @@ def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path |
             if error.errno not in NO_SPACE:
                 raise
             raise HTTPException(NO_ROOM, f"no room for the weights ({os.strerror(error.errno)})") from error
-        return {KEPT: Path(kept[0].name).name} if kept else {}
+        return {KEPT: next(iter(kept))} if kept else {}
 
     async def receive(request: Request) -> None:
         """One bucket: the request's body, a file in the shared directory, or one that a neighbour kept."""
@@ -146,12 +145,10 @@ def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path |
             is_kept = isinstance(message, dict) and KEPT in message
             await receiver.load(_kept_file(message[KEPT]) if is_kept else _named_file(directory, message))
             return
+        keeps = KEEP in request.headers
+        place = (shared_memory(), KEPT_NAME) if keeps else (scratch, BUCKET_NAME)
         with contextlib.ExitStack() as until_loaded:
-            place: dict[str, Any] = {"suffix": BUCKET_SUFFIX, "dir": scratch}
-            if KEEP in request.headers:
-                place |= {"prefix": KEPT_PREFIX, "dir": shared_memory()}
-            file = tempfile.NamedTemporaryFile(**place)  # noqa: SIM115
-            until_loaded.callback(file.close)
+            file = until_loaded.enter_context(scratch_file(*place))
             size = 0
             async for piece in request.stream():
                 size += len(piece)
@@ -160,9 +157,8 @@ def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path |
                 file.write(piece)
             file.flush()
             await receiver.load(Path(file.name))
-            if KEEP in request.headers:
-                until_loaded.pop_all()
-                kept.append(file)
+            if keeps:
+                kept[Path(file.name).name] = until_loaded.pop_all()
 
     @router.get(IDENTITY)
     async def identity() -> dict[str, Any]:
@@ -191,10 +187,9 @@ def _named_file(directory: Path | None, message: Any) -> Path:
 
 
 def _kept_file(name: Any) -> Path:
-    right = isinstance(name, str) and Path(name).name == name and name.startswith(KEPT_PREFIX)
-    if not right or not name.endswith(BUCKET_SUFFIX):
+    if not isinstance(name, str) or Path(name).name != name or not is_scratch_of(name, KEPT_NAME):
         raise WrongWeights("the name of a bucket that a neighbour kept is expected")
-    file = (shared_memory() or Path(tempfile.gettempdir())) / name
+    file = shared_memory() / name
     if not file.is_file():
         raise HTTPException(GONE, "no bucket of this name is kept here")
     return file

@@ -30,7 +30,6 @@ from phimr_nemo.generate.serving.served import Served, api_key
 from phimr_nemo.generate.serving.trtllm_engine import EngineFailed, TrtllmEngine, running
 from phimr_nemo.generate.serving.vllm import check_longrope
 from phimr_nemo.generate.serving.weights import (
-    BUCKET_SUFFIX,
     GENERATE,
     INCOMPLETE,
     RAW_LOGPROBS,
@@ -52,6 +51,7 @@ RESTARTS: Final = 3
 """How often trtllm-serve is started again on the same weights when it dies."""
 PREFIX: Final = "phimr-refit-"
 LOCK: Final = "lock"
+BUCKET_SUFFIX: Final = ".safetensors"
 GRACE_SECONDS: Final = 1
 """What responses under way get when the server is told to end."""
 BAD_GATEWAY: Final = 502
@@ -350,7 +350,7 @@ def run_server(served: Served, program: str) -> None:
     weights = HFDirectory(served.model).weights_hash()
     tokenizer = tokenizer_hash(served.model)
     identity = Identity(weights, tokenizer, UNSYNCED, served.max_length, served.longrope, RAW_LOGPROBS)
-    root, lock = new_root(served.refit_directory or shared_memory() or Path(tempfile.gettempdir()))
+    root, lock = new_root(served.refit_directory or shared_memory())
     with lock:
         uvicorn.run(
             application(RefitReceiver(program, served, identity, root), served, root, key),

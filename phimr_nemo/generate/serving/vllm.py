@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +17,12 @@ from phimr_nemo.config import LongRopePolicy, VLLMEngine
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.sampler import Completion, Request, SamplingParams
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
-from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_SUFFIX, LOGPROBS, MB, Arrivals, buckets, shared_memory
+from phimr_nemo.generate.serving.weights import ABANDON, BUCKET_NAME, LOGPROBS, MB, Arrivals, buckets, shared_memory
 from phimr_nemo.model.architecture import Architecture, is_phi, is_readable
 from phimr_nemo.model.dtypes import TORCH_NAMES
 from phimr_nemo.model.regime import warn_of_other_regime
 from phimr_nemo.model.table import tensor_shapes
+from phimr_nemo.store.atomic import scratch_file
 from phimr_nemo.store.content import file_sha256
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class VLLMSampler:
         self._llm.start_weight_update()
         for bucket in buckets(tensors, self._options.bucket_mb * MB):
             self._arrivals.add({name: tuple(tensor.shape) for name, tensor in bucket.items()})
-            with tempfile.NamedTemporaryFile(suffix=BUCKET_SUFFIX, dir=shared_memory()) as file:
+            with scratch_file(shared_memory(), BUCKET_NAME) as file:
                 save_file(bucket, file.name)
                 self._llm.update_weights({"update_info": {"path": file.name}})
         self._arrivals.check_complete()

@@ -7,6 +7,7 @@ safetensors file. Neither side ever holds more than a bucket besides its own mod
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,10 @@ KEPT: Final = "kept"
 """In the answer, and in what the neighbours are told: the name of the file that it kept."""
 GONE: Final = 410
 """The status of a server that does not share memory with the neighbour that kept a bucket."""
-KEPT_PREFIX: Final = "phimr-kept-"
+KEPT_NAME: Final = "phimr-kept"
+BUCKET_NAME: Final = "phimr-weights"
+"""In the names of files that hold a bucket: for the neighbours, or for whom it was made."""
 TOKENIZER_FILE: Final = "tokenizer.json"
-BUCKET_SUFFIX: Final = ".safetensors"
 SHARED_MEMORY: Final = Path("/dev/shm")
 MB: Final = 10**6
 HEADER_LENGTH_BYTES: Final = 8
@@ -98,9 +100,9 @@ def tokenizer_hash(directory: Path) -> str:
     return file_sha256(directory / TOKENIZER_FILE)
 
 
-def shared_memory() -> Path | None:
-    """Where a file is memory that processes of this machine share; None (the place for temporary files) elsewhere."""
-    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+def shared_memory() -> Path:
+    """Where a file is memory that processes of this machine share; the place for temporary files elsewhere."""
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:

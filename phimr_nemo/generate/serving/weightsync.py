@@ -7,7 +7,6 @@ which are told its name; one that finds no such file (a container with memory of
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,12 +15,12 @@ from urllib.parse import urlsplit
 import httpx
 
 from phimr_nemo.config import ServerEngine
-from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, BUCKET_SUFFIX, FINISH, GONE, KEEP, KEPT, MB, buckets
+from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, BUCKET_NAME, FINISH, GONE, KEEP, KEPT, MB, buckets
+from phimr_nemo.store.atomic import scratch_file
 
 if TYPE_CHECKING:
     import torch
 
-FILE_PREFIX: Final = "phimr-weights-"
 STEP_SECONDS: Final = 600.0
 """What a server may take for one bucket, or to abort what it samples."""
 SHOWN: Final = 300
@@ -137,7 +136,7 @@ async def push(
             await asyncio.gather(*(post_to_host(group, packed) for group in hosts.groups(failed)))
             continue
         # Only its end is this process's to clean up: the servers read it by its name.
-        with tempfile.NamedTemporaryFile(dir=config.directory, prefix=FILE_PREFIX, suffix=BUCKET_SUFFIX) as file:
+        with scratch_file(config.directory, BUCKET_NAME) as file:
             save_file(bucket, file.name)
             await post_all(BUCKET, {"file": Path(file.name).name})
     await post_all(FINISH, {"version": label})
