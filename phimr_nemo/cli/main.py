@@ -21,6 +21,7 @@ from phimr_nemo.errors import UserError, exit_with_message
 from phimr_nemo.generate.serving.serve import serve
 from phimr_nemo.jobs.cluster import check_layout, parse_allocation
 from phimr_nemo.jobs.cluster import launch as launch_on_cluster
+from phimr_nemo.process.memory import choose_returning_allocator
 from phimr_nemo.process.stopping import stoppable
 from phimr_nemo.store.atomic import keep_others_from_writing
 from phimr_nemo.text.printable import say
@@ -383,6 +384,7 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: errors of the user become one clear message and exit code 2, preemption 3."""
     keep_others_from_writing()
+    choose_returning_allocator()
     with exit_with_message():
         app()
 

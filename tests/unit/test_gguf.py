@@ -348,6 +348,7 @@ def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
     short = ("sequence_length=512",)
     train = ("checkpoint.every=100", *short)
     few = (*train, f"max_steps={STEPS}", "micro_batch=2", "global_batch=2")
+    again = (f"epochs={STEPS}",)  # so few problems are hardly a step's rows
 
     def step(stage: str, name: str, *overrides: str, preset: str = "smollm2-cpu") -> Step:
         fixed = (f"run.output={tmp_path / name}", "run.log_every=1")
@@ -378,7 +379,15 @@ def test_the_recipes_stages_run_on_it(small: Path, tmp_path: Path) -> None:
     rounds = (f"steps={STEPS}", "prompts_per_step=2", "group_size=2", "max_new_tokens=8", "micro_batch=2")
     room = ("engine.cache_gib=1", "verify_workers=1")
     trained = [
-        step("midtrain", "midtrain", f"base={made('base/hf')}", f"data={made('rows')}", *few, "validation_rows=0"),
+        step(
+            "midtrain",
+            "midtrain",
+            f"base={made('base/hf')}",
+            f"data={made('rows')}",
+            *few,
+            *again,
+            "validation_rows=0",
+        ),
         step("sft", "sft", f"base={made('midtrain/hf')}", f"data={made('curated/sft')}", *few, "validation_rows=0"),
         step("dpo", "dpo", f"base={made('sft/hf')}", f"pairs={made('sets/pairs')}", *few),
         step("grpo", "grpo", f"base={made('dpo/hf')}", f"prompts={made('sets/prompts')}", *train, *rounds, *room),
