@@ -22,6 +22,8 @@ WORD_BITS: Final = 64
 
 NUCLEUS: Final = 256
 """Most probable tokens among which a nucleus is looked for first."""
+SMALL_VOCABULARY: Final = 4096
+"""Running sums over so few tokens are no slower than what saves them."""
 LARGEST_BLOCK: Final = 256
 """Tokens that are added up at once; a power of two, as it often divides a vocabulary."""
 
@@ -75,6 +77,8 @@ def sampled_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_
     probabilities = logprobs.exp()
     if top_p < 1.0:
         tokens = _invert_nucleus(probabilities, uniforms, top_p)
+    elif logits.shape[1] <= SMALL_VOCABULARY:
+        tokens = _invert(probabilities.cumsum(dim=-1, dtype=torch.float64), uniforms)
     else:
         tokens = _invert_in_blocks(probabilities, uniforms)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
