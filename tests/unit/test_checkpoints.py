@@ -91,6 +91,7 @@ def models(draw: st.DrawFn) -> tuple[Architecture, ParallelConfig, ParallelConfi
     groups = max(sizes) * draw(st.integers(1, 2))
     heads = groups * draw(st.integers(1, 3))
     layers = draw(st.sampled_from([1, 2, 4, 6]))
+    family = draw(st.sampled_from(sorted(FAMILIES)))
     arch = dataclasses.replace(
         BASE,
         vocab_size=max(sizes) * draw(st.integers(TOKENS, 9)),
@@ -103,7 +104,8 @@ def models(draw: st.DrawFn) -> tuple[Architecture, ParallelConfig, ParallelConfi
         short_factor=None,
         long_factor=None,
         tie_word_embeddings=draw(st.booleans()),
-        family=draw(st.sampled_from(sorted(FAMILIES))),
+        family=family,
+        no_rope_layers=(1,) * layers if "no_rope_layers" in FAMILIES[family].has else None,
     )
     stages = [n for n in (1, 2, 3, 4, 6) if layers % n == 0]
     first, second = (ParallelConfig(tensor=size, pipeline=draw(st.sampled_from(stages))) for size in sizes)

@@ -36,19 +36,22 @@ def shapes(draw: st.DrawFn) -> tuple[Architecture, int]:
     groups = size * draw(st.integers(1, 3))
     heads = groups * draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([2, 4]))
+    layers = draw(st.integers(1, 3))
+    family = draw(st.sampled_from(sorted(FAMILIES)))
     arch = dataclasses.replace(
         BASE,
         vocab_size=size * draw(st.integers(1, 4)),
         hidden_size=heads * head_dim,
         intermediate_size=size * draw(st.integers(1, 5)),
-        num_hidden_layers=draw(st.integers(1, 3)),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=groups,
         partial_rotary_factor=1.0,
         short_factor=None,
         long_factor=None,
         tie_word_embeddings=draw(st.booleans()),
-        family=draw(st.sampled_from(sorted(FAMILIES))),
+        family=family,
+        no_rope_layers=(1,) * layers if "no_rope_layers" in FAMILIES[family].has else None,
     )
     return arch, size
 

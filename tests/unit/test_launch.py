@@ -215,7 +215,7 @@ def test_a_rank_hands_its_error_to_the_launcher(
     told = json.loads((tmp_path / "error.json").read_text())
     # torchrun's own report shows the message; our launcher raises the parts again.
     assert "line 3" in told["message"]
-    assert told["user_error"][1] == "every row is a JSON object"
+    assert told["user_error"][1] == "every row is an object in which a name stands once"
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     assert rank() == EXIT_USER
     assert capsys.readouterr().err.count("line 3") == 1
