@@ -3,10 +3,9 @@
     python bench/engines.py [--quick] [--models tiny smollm2-135m] [--dtype bf16] [--prompts 32] [--samples 4]
                             [--new-tokens 256] [--repeats 3] [--threads 2] [--vllm .venv-vllm/bin/python]
 
-Both engines sample the same requests of the same random model with the same seeds and give log-probabilities, as
-rollouts of GRPO do: temperature 1, whole distribution, all sequences in flight at once, prefix caching as each has
-it. `tiny` is the quickstart's model with half as many heads, twice as wide; `smollm2-135m` is a random model of that
-shape in conf/model.
+Both engines sample the same requests of the same random model and give log-probabilities, as rollouts of GRPO do:
+temperature 1, whole distribution, all sequences in flight at once, prefix caching as each has it. `tiny` is the
+quickstart's model with half as many heads, twice as wide; `smollm2-135m` is a random model of that shape in conf/model.
 
 Two cases: `equal`, where every response has the limit's length, and `long tail`, where each token ends its response
 with a fixed probability and the mean length is about a quarter of the limit. Each engine runs in a process of its
@@ -32,9 +31,8 @@ import torch
 import yaml
 from common import SHOWN_ERROR, machine, print_result, versions
 
-from phimr_nemo.config import VLLMEngine
 from phimr_nemo.generate.local.engine import LocalSampler
-from phimr_nemo.generate.sampler import Request, Sampler, SamplingParams
+from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import random_tensors
 from phimr_nemo.model.dtypes import TORCH_NAMES
@@ -94,7 +92,7 @@ def stop_ids(case: str, vocabulary: int, new_tokens: int) -> list[int]:
     return list(range(1, 1 + max(1, round(vocabulary / (MEAN_SHARE * new_tokens)))))
 
 
-def make_sampler(engine: str, model: Path, stops: list[int], options: argparse.Namespace) -> Sampler:
+def make_sampler(engine: str, model: Path, stops: list[int], options: argparse.Namespace) -> LocalSampler | VLLM:
     architecture = Architecture.from_directory(model)
     rows, length = options.prompts * options.samples, LONGEST_PROMPT + options.new_tokens
     tensors = random_tensors(architecture, seed=0)
@@ -108,12 +106,40 @@ def make_sampler(engine: str, model: Path, stops: list[int], options: argparse.N
             max_length=length,
             dtype=getattr(torch, TORCH_NAMES[options.dtype]),
         )
-    from phimr_nemo.generate.serving.vllm import VLLMSampler
+    return VLLM(model, stops, rows, length, options.dtype)
 
-    settings = VLLMEngine(kind="vllm", max_batch=rows, memory_share=0.5)
-    sampler = VLLMSampler(model, settings, dtype=options.dtype, max_length=length, stop_ids=stops)
-    sampler.update_weights(((name, tensor) for name, tensor in tensors), version=0)
-    return sampler
+
+class VLLM:
+    """vLLM's engine in this process, without seeds: its CPU build fails where a seeded prompt is cut in two."""
+
+    def __init__(self, model: Path, stops: list[int], rows: int, length: int, dtype: str) -> None:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm import LLM
+
+        self._stops = stops
+        self._engine = LLM(
+            model=str(model),
+            load_format="safetensors",
+            dtype=TORCH_NAMES[dtype],
+            max_model_len=length,
+            max_num_seqs=rows,
+        )
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> Sequence[Any]:
+        """One completion of each, with its log-probabilities."""
+        from vllm import SamplingParams as Params
+        from vllm import TokensPrompt
+
+        settings = Params(
+            temperature=params.temperature,
+            max_tokens=params.max_new_tokens,
+            stop_token_ids=self._stops,
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+        )
+        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
+        return [output.outputs[0] for output in self._engine.generate(prompts, settings, use_tqdm=False)]
 
 
 def cpu_seconds() -> float:
