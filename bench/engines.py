@@ -5,7 +5,7 @@
 
 Both engines sample the same requests of the same random model and give log-probabilities, as rollouts of GRPO do:
 temperature 1, whole distribution, all sequences in flight at once, prefix caching as each has it. `tiny` is the
-quickstart's model with half as many heads, twice as wide; `smollm2-135m` is a random model of that shape in conf/model.
+quickstart's model with half as many heads, twice as wide; `smollm2-135m` is a random model of that shape.
 
 Two cases: `equal`, where every response has the limit's length, and `long tail`, where each token ends its response
 with a fixed probability and the mean length is about a quarter of the limit. Each engine runs in a process of its
