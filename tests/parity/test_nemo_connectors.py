@@ -10,7 +10,10 @@ import torch
 from distributed import run_distributed
 
 from phimr_nemo.config import STAGES, load_config
+from phimr_nemo.config.tiny import PLAIN_ROTARY
 from phimr_nemo.model.base import run_base
+from phimr_nemo.model.families import FAMILIES
+from phimr_nemo.model.families.phi3 import PHI3
 from phimr_nemo.model.files.hf import HFDirectory
 
 STEPS = 2
@@ -26,28 +29,38 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "hf"
 
 
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of each family."""
+    output = tmp_path_factory.mktemp(request.param) / "run"
+    shape = [] if request.param == PHI3.model_type else [f"{key}={value}" for key, value in PLAIN_ROTARY.items()]
+    given = [f"run.output={output}", f"family={request.param}", *shape]
+    run_base(load_config(STAGES["base"], Path("conf/base/tiny.yaml"), given))
+    return output / "hf"
+
+
 def largest_changes(before: Path, after: Path) -> list[float]:
     """Per tensor, the largest change of a weight."""
     one, other = HFDirectory(before), HFDirectory(after)
     return [float((one.read(name) - other.read(name)).abs().max()) for name in one.names()]
 
 
-def test_import_and_export_are_the_identity(base: Path, tmp_path: Path) -> None:
-    run_distributed(nemo_worker.round_trip, 1, base, tmp_path)
-    files = sorted(file.name for file in base.iterdir())
+def test_import_and_export_are_the_identity(family_base: Path, tmp_path: Path) -> None:
+    run_distributed(nemo_worker.round_trip, 1, family_base, tmp_path)
+    files = sorted(file.name for file in family_base.iterdir())
     assert sorted(file.name for file in (tmp_path / "hf").iterdir()) == files
     for name in files:
-        assert (tmp_path / "hf" / name).read_bytes() == (base / name).read_bytes(), name
+        assert (tmp_path / "hf" / name).read_bytes() == (family_base / name).read_bytes(), name
     context = [file for file in (tmp_path / "nemo" / "context").rglob("*") if file.is_file()]
     assert {file.name for file in context} >= {"io.json", "model.yaml", "tokenizer.json"}
     # What NeMo cannot write as JSON it pickles into files without a suffix, and it would take weights along.
     assert {file.suffix for file in context} == {".json", ".yaml"}
 
 
-def test_converted_checkpoints_are_nemos(base: Path, tmp_path: Path) -> None:
+def test_converted_checkpoints_are_nemos(family_base: Path, tmp_path: Path) -> None:
     """Hugging Face -> Megatron -> NeMo in two layouts; NeMo exports it, and `convert` reads it without NeMo."""
-    run_distributed(nemo_worker.convert_and_export, 1, base, tmp_path)
-    wanted = {file.name: file.read_bytes() for file in base.iterdir()}
+    run_distributed(nemo_worker.convert_and_export, 1, family_base, tmp_path)
+    wanted = {file.name: file.read_bytes() for file in family_base.iterdir()}
     for name in ("hf", "exported"):
         assert {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} == wanted
 
