@@ -1,9 +1,11 @@
 """Hugging Face -> Megatron -> Hugging Face: seconds and peak memory against copying files and against transformers.
 
-    python bench/convert.py [--quick] [--layers 32] [--tp 2] [--pp 2] [--repeats 3] [--scratch DIR] [--source DIR]
+    python bench/convert.py [--quick] [--layers N] [--tp 2] [--pp 2] [--repeats 3] [--scratch DIR]
+                            [--model phi4mini] [--source DIR]
 
-The model has Phi-4-mini's real architecture with random bfloat16 weights (3,836,021,760 parameters, 7.7 GB; three
-times that of free disk is needed); `--source` takes a model directory of yours instead. Measured, in turn:
+The model has the real architecture of a preset of conf/model with random bfloat16 weights (Phi-4-mini: 3,836,021,760
+parameters, 7.7 GB; three times that of free disk is needed); `--source` takes a model directory of yours instead.
+Measured, in turn:
 - a plain copy of the weight files,
 - `phimr convert` into a Megatron checkpoint of the layout, and back into a Hugging Face directory,
 - transformers: load the directory, save it again, as a conversion script does at best.
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 
     from phimr_nemo.model.architecture import Architecture
 
-PRESET = Path(__file__).parents[1] / "conf" / "model" / "phi4mini.yaml"
+PRESETS = Path(__file__).parents[1] / "conf" / "model"
+PHI4MINI = "phi4mini"
 SEED = 0
 WEIGHT_SIZE = 0.02
 MIB = 2**20
@@ -58,21 +61,22 @@ QUICK_ARCHITECTURE = {
 }
 
 
-def architecture(layers: int, quick: bool) -> Architecture:
+def architecture(model: str, layers: int | None, quick: bool) -> Architecture:
     from phimr_nemo.model.architecture import Architecture
 
-    values = yaml.safe_load(PRESET.read_text("utf-8"))
-    return Architecture.from_preset(values, num_hidden_layers=layers, **(QUICK_ARCHITECTURE if quick else {}))
+    values = yaml.safe_load((PRESETS / f"{model}.yaml").read_text("utf-8"))
+    filled = {} if layers is None else {"num_hidden_layers": layers}
+    return Architecture.from_preset(values, **filled, **(QUICK_ARCHITECTURE if quick else {}))
 
 
-def make_source(directory: Path, layers: int, quick: bool) -> None:
+def make_source(directory: Path, model: str, layers: int | None, quick: bool) -> None:
     """Write the model, one tensor at a time."""
     import torch
 
     from phimr_nemo.model.files.hf import write_hf_directory
     from phimr_nemo.model.table import tensor_shapes
 
-    arch = architecture(layers, quick)
+    arch = architecture(model, layers, quick)
     generator = torch.Generator().manual_seed(SEED)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -107,7 +111,7 @@ def measure(method: str, source: Path, target: Path, tp: int, pp: int) -> dict[s
     """Run one method once in this process."""
     # Imported before the clock starts, and only what the method needs.
     if method == "transformers":
-        from transformers import Phi3ForCausalLM
+        from transformers import AutoModelForCausalLM
     elif method != "copy":
         from phimr_nemo.config import ParallelConfig
         from phimr_nemo.supervised.conversion import convert
@@ -119,7 +123,7 @@ def measure(method: str, source: Path, target: Path, tp: int, pp: int) -> dict[s
         shutil.copytree(source, target)
         flush(target)
     elif method == "transformers":
-        Phi3ForCausalLM.from_pretrained(source, torch_dtype="auto").save_pretrained(target)
+        AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto").save_pretrained(target)
         flush(target)
     else:
         kind = "megatron" if method == "to_megatron" else "hf"
@@ -140,7 +144,7 @@ def child(arguments: list[str]) -> None:
     """What a child process does: make the source, run a method, or compare two directories."""
     task, *rest = arguments
     if task == "make":
-        make_source(Path(rest[0]), int(rest[1]), rest[2] == "True")
+        make_source(Path(rest[0]), rest[1], json.loads(rest[2]), json.loads(rest[3]))
         answer: dict[str, float] = {}
     elif task == "compare":
         from phimr_nemo.model.files.hf import HFDirectory
@@ -156,7 +160,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     from phimr_nemo.model.architecture import Architecture
 
     own: Path | None = options.source
-    arch = Architecture.from_directory(own) if own else architecture(options.layers, options.quick)
+    arch = Architecture.from_directory(own) if own else architecture(options.model, options.layers, options.quick)
     size = sum(file.stat().st_size for file in own.glob("*.safetensors")) if own else arch.num_parameters * 2
     free = shutil.disk_usage(scratch).free
     if free < DISK_COPIES * size:
@@ -166,7 +170,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     if own:
         source = own
     else:
-        in_child("make", source, options.layers, options.quick)
+        in_child("make", source, options.model, json.dumps(options.layers), json.dumps(options.quick))
     runs: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
     for repeat in range(options.repeats):
         for method in METHODS:
@@ -189,6 +193,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     print(f"peak memory: {peak:,.0f} MiB (target < {MEMORY_TARGET_MIB:,}); tensors came back byte for byte")
     return {
         "bench": "convert",
+        "model": str(own) if own else options.model,
         "parameters": arch.num_parameters,
         "bytes": size,
         "layout": {"tensor": options.tp, "pipeline": options.pp},
@@ -210,14 +215,13 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a small model: seconds instead of minutes")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--model", default=PHI4MINI, help="a preset of conf/model")
+    parser.add_argument("--layers", type=int, help="fewer than the preset's")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="where the files go; default the system's temporary directory")
-    parser.add_argument(
-        "--source", type=Path, help="a model directory of Phi-4-mini's family; default random weights"
-    )
+    parser.add_argument("--source", type=Path, help="a model directory; default random weights of the preset")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
