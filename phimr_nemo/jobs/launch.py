@@ -238,11 +238,12 @@ def launch(stage: str, config: Any) -> None:
         atomic_write_text(resolved, to_yaml(config))
     try:
         _launch_ranks(stage, resolved, parallel.world_size)
-    except Preempted as stopped:
-        raise _with_what_is_kept(stopped, run) from None
-    except UserError:
+    except (UserError, Preempted) as stopped:
+        # As the ranks do: settings of a run that made nothing must not stand in the way of others.
         if is_new:
             run.withdraw()
+        if isinstance(stopped, Preempted):
+            raise _with_what_is_kept(stopped, run) from None
         raise
 
 

@@ -14,7 +14,7 @@ import pytest
 from processes import start
 
 from phimr_nemo.config import GenerateConfig, SFTConfig, load_config, to_dict, to_yaml
-from phimr_nemo.errors import EXIT_USER, UserError, exit_with_message
+from phimr_nemo.errors import EXIT_USER, Preempted, UserError, exit_with_message
 from phimr_nemo.jobs.changes import check_same_run, made_from
 from phimr_nemo.jobs.continuing import kept
 from phimr_nemo.jobs.launch import launch, run_stage, start_stage
@@ -243,6 +243,24 @@ def test_the_error_of_several_ranks_is_one_error(
     assert caught.value.remedy
     assert "no-base" not in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("has_made", ["nothing", "a checkpoint"])
+def test_ranks_that_are_stopped_before_they_made_anything_leave_no_settings_behind(
+    has_made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sft(tmp_path / "run", "parallel.data=2", "micro_batch=1")
+
+    def stopped(stage: str, resolved: Path, processes: int) -> None:
+        assert resolved.is_file()
+        if has_made != "nothing":
+            (resolved.parent / "checkpoint").write_text("step 1")
+        raise Preempted("asked to stop")
+
+    monkeypatch.setattr("phimr_nemo.jobs.launch._launch_ranks", stopped)
+    with pytest.raises(Preempted, match="asked to stop"):
+        launch("sft", config)
+    assert (tmp_path / "run").exists() == (has_made != "nothing")
 
 
 def no_space(code: int) -> RuntimeError:
