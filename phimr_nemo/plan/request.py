@@ -11,6 +11,7 @@ from typing import Any, Final
 from phimr_nemo.config import STAGES, GenerationPlanConfig, TrainingPlanConfig, find_config, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
+from phimr_nemo.model.layout import check_length
 from phimr_nemo.plan.workload import StageConfig
 
 TRAINING_STAGES: Final = ("midtrain", "sft", "dpo", "grpo", "distill")
@@ -51,7 +52,7 @@ def read_request(arguments: Sequence[str], stage_config: Path | None) -> Trainin
         stage_config: a YAML file of the stage whose own layout is planned; None = the paper's, any layout.
 
     Raises:
-        UserError: no or an unknown stage, an unknown key, a wrong value, no such model.
+        UserError: no or an unknown stage, an unknown key, a wrong value, no such model, sequences beyond its context.
     """
     stage = _stage(arguments)
     path = Path("conf") / "plan" / f"{stage}.yaml"
@@ -70,7 +71,9 @@ def read_request(arguments: Sequence[str], stage_config: Path | None) -> Trainin
         if not any(_key(item) == "gpus" for item in own):
             own.append(f"gpus={config.parallel.world_size}")
     plan = load_config(TrainingPlanConfig, path, own)
-    return TrainingRequest(plan, config, find_model(plan.model), pinned)
+    arch = find_model(plan.model)
+    check_length(arch, config.sequence_length)
+    return TrainingRequest(plan, config, arch, pinned)
 
 
 def _neutral_layout(pinned: frozenset[str]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from phimr_nemo.config import ParallelConfig, RoundsConfig, TrainingPlanConfig
+from phimr_nemo.config import MidtrainConfig, ParallelConfig, RoundsConfig, SFTConfig, TrainingPlanConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops
@@ -233,7 +233,9 @@ def candidates(config: StageConfig, gpus: int, pinned: frozenset[str]) -> Iterat
                 if rest or ("parallel.data" in pinned and data != fixed.data):
                     continue
                 sequence = fixed.sequence if "parallel.sequence" in pinned else tensor > 1
-                virtuals = VIRTUAL if pipeline > 1 else (1,)
+                # Alignment has no virtual pipelining.
+                is_supervised = isinstance(config, MidtrainConfig | SFTConfig)
+                virtuals = VIRTUAL if pipeline > 1 and is_supervised else (1,)
                 if "parallel.virtual" in pinned:
                     virtuals = (fixed.virtual,)
                 if (sequence and tensor == 1) or (max(virtuals) > 1 and pipeline == 1):

@@ -382,6 +382,8 @@ def test_llama3_scaling_in_closed_form() -> None:
 PRESETS = {
     "phi4mini": 3_836_021_760,
     "phi3-mini": 3_821_079_552,
+    "phi3.5-mini": 3_821_079_552,
+    "phi4": 14_659_507_200,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "smollm2-135m": 134_515_008,

@@ -11,6 +11,7 @@ import yaml
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.longrope import LongRopePolicy, LongRotaryEmbedding, inverse_frequencies, uses_long_factors
+from phimr_nemo.plan.request import find_model
 
 DEFAULT: LongRopePolicy = "long_when_max_length_exceeds_original"
 ORIGINAL = 4096
@@ -21,15 +22,17 @@ def phi4mini(repository: Path) -> Architecture:
     return Architecture.from_preset(yaml.safe_load((repository / "conf/model/phi4mini.yaml").read_text()))
 
 
+@pytest.mark.parametrize("preset", ["phi4mini", "phi3.5-mini"])
 @pytest.mark.parametrize("length", [1, ORIGINAL, ORIGINAL + 1, 131072])
-def test_frequencies_and_factor_equal_transformers_bit_for_bit(phi4mini: Architecture, length: int) -> None:
+def test_frequencies_and_factor_equal_transformers_bit_for_bit(preset: str, length: int) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = transformers.Phi3Config(**phi4mini.to_hf_config())
+    arch = find_model(preset)
+    config = transformers.Phi3Config(**arch.to_hf_config())
     wanted, factor = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=length)
-    assert torch.equal(inverse_frequencies(phi4mini, length, "per_sequence", length), wanted)
-    assert phi4mini.attention_factor == factor
+    assert torch.equal(inverse_frequencies(arch, length, "per_sequence", length), wanted)
+    assert arch.attention_factor == factor
 
 
 @pytest.mark.parametrize(

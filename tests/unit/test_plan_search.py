@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 
 from phimr_nemo.config import GenerationPlanConfig, RoundsConfig, load_config
 from phimr_nemo.config.engine import LocalEngine
+from phimr_nemo.config.load import flat, read_preset
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.plan.command import run_plan
 from phimr_nemo.plan.generation import plan_generation
 from phimr_nemo.plan.hardware import GIBIBYTE, GPUS, NODE_EFFICIENCY
-from phimr_nemo.plan.request import LAYOUT_KEYS, TrainingRequest, read_request
+from phimr_nemo.plan.request import LAYOUT_KEYS, TrainingRequest, find_model, read_request
 from phimr_nemo.plan.rounds import Round
 from phimr_nemo.plan.sampling import sampling_time, sync_time
 from phimr_nemo.plan.search import TrainingPlan, candidates, plan_training
@@ -25,7 +27,11 @@ from phimr_nemo.plan.workload import training_workload
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STAGES = ("midtrain", "sft", "dpo", "grpo", "distill")
-READY_MADE = [path for stage in STAGES for path in sorted((CONF / stage).glob("phi4mini-*x*.yaml"))]
+READY_MADE = [path for stage in STAGES for path in sorted((CONF / stage).glob("*-*x*.yaml"))]
+MODELS = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"tiny"})
+SHORTER = dict.fromkeys(("grpo", "distill"), ("max_new_tokens=4096",))
+OWN_LENGTHS = ("sequence_length", "max_new_tokens")
+"""What a layout changes for a model whose context is shorter than the paper's sequences."""
 NEAR_THE_BEST = 1.35
 """A ready-made layout's time over the fastest's: near it, and simple."""
 
@@ -95,23 +101,65 @@ def test_fp8_is_faster_and_keeps_copies_of_the_weights() -> None:
 
 @pytest.mark.parametrize("path", READY_MADE, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_ready_made_layout_fits_with_head_room_and_is_near_the_fastest(path: Path) -> None:
-    stage, name = path.parent.name, path.stem
-    gpus, _, card = name.removeprefix("phi4mini-").partition("x")
+    stage, (model, _, machine) = path.parent.name, path.stem.rpartition("-")
+    gpus, _, card = machine.partition("x")
     makers = {"h100": ("h100-80g", "h200-141g"), "h200": ("h200-141g",)}[card]
+    asked = (f"stage={stage}", f"model={model}")
     for gpu in makers:
-        request, plan = planned(f"stage={stage}", f"gpu={gpu}", config=path)
+        request, plan = planned(*asked, f"gpu={gpu}", config=path)
         assert request.pinned == LAYOUT_KEYS
         assert request.plan.gpus == int(gpus)
         (option,) = plan.fitting
         assert option.memory.total <= 0.9 * GPUS[gpu].memory
-    _, every = planned(f"stage={stage}", f"gpus={gpus}", f"gpu={makers[0]}")
+    paper, values = read_preset(path.with_name("paper.yaml")), read_preset(path)
+    lengths = [f"{key}={values[key]}" for key in OWN_LENGTHS if values.get(key) != paper.get(key)]
+    arch = find_model(model)
+    assert bool(lengths) == (
+        paper["sequence_length"] > min(arch.max_position_embeddings, arch.sliding_window or math.inf)
+    )
+    _, every = planned(*asked, f"gpus={gpus}", f"gpu={makers[0]}", *lengths)
     best = every.fitting[0].seconds
-    assert planned(f"stage={stage}", f"gpu={makers[0]}", config=path)[1].fitting[0].seconds < NEAR_THE_BEST * best
+    assert planned(*asked, f"gpu={makers[0]}", config=path)[1].fitting[0].seconds < NEAR_THE_BEST * best
 
 
-def test_there_are_layouts_for_1_8_32_and_128_gpus_of_every_stage() -> None:
-    sizes = {(path.parent.name, int(path.stem.removeprefix("phi4mini-").partition("x")[0])) for path in READY_MADE}
-    assert sizes == set(itertools.product(STAGES, (1, 8, 32, 128)))
+def test_there_are_layouts_for_1_8_32_and_128_gpus_of_every_stage_and_for_8_of_every_model() -> None:
+    found = [(path.parent.name, *path.stem.rpartition("-")[::2]) for path in READY_MADE]
+    machines = {(stage, model, int(machine.partition("x")[0])) for stage, model, machine in found}
+    expected = set(itertools.product(STAGES, ("phi4mini",), (1, 8, 32, 128)))
+    assert machines == expected | set(itertools.product(STAGES, MODELS, (8,)))
+
+
+@pytest.mark.parametrize("model", sorted(set(MODELS) - {"phi4mini"}))
+def test_the_layouts_of_a_model_are_a_chain_of_its_own(model: str) -> None:
+    before = {"sft": "midtrain", "dpo": "sft", "grpo": "dpo", "distill": "sft"}
+    for stage in STAGES:
+        values = read_preset(CONF / stage / f"{model}-8xh100.yaml")
+        assert values["run"]["output"] == f"runs/{model}/{stage}"
+        assert values["base"] == (f"runs/{model}/{before[stage]}/hf" if stage in before else "???")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_takes_every_layout_that_is_planned_for_it(stage: str) -> None:
+    request, plan = planned(f"stage={stage}", "gpus=8", "model=phi4", "sequence_length=8192", *SHORTER.get(stage, ()))
+    layouts = {option.candidate for option in plan.fitting}
+    assert max(candidate.parallel.pipeline for candidate in layouts) > 1
+    for candidate in layouts:
+        sizes = flat({"parallel": dataclasses.asdict(candidate.parallel), "micro_batch": candidate.micro_batch})
+        values = [f"{key}={'null' if value is None else value}" for key, value in sizes.items()]
+        load_config(
+            type(request.config),
+            CONF / stage / "paper.yaml",
+            ["base=planned", "sequence_length=8192", *values, *SHORTER.get(stage, ())],
+        )
+
+
+def test_sequences_beyond_a_model_s_context_are_not_planned() -> None:
+    with pytest.raises(UserError, match="sequence_length=20480") as caught:
+        planned("stage=sft", "model=smollm2-1.7b", "gpus=8")
+    assert "8192" in caught.value.rule
+    with pytest.raises(UserError, match="sliding window of 2047"):
+        planned("stage=sft", "model=phi3-mini", "gpus=8", "sequence_length=2048")
+    assert planned("stage=sft", "model=phi3-mini", "gpus=8", "sequence_length=2047")[1].fitting
 
 
 def test_the_paper_s_run_is_named_beside_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
