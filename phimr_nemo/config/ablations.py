@@ -74,6 +74,46 @@ class GRPORemediesConfig:
 
 
 @config
+class Recipe2026Config:
+    """The values of the recipe of 2026 by themselves, and both recipes end to end.
+
+    Attributes:
+        output: where the arms, the tables and the picture go.
+        quickstarts: outputs of finished quickstarts: SFT model and pairs of a seed's arms of DPO, DPO model and
+            prompts of its arms of GRPO.
+        steps: rounds of each arm of GRPO.
+        dpo, grpo: name -> settings that differ from conf/<stage>/tiny.yaml; the others are compared with the first.
+        whole: an arm of both, the recipe itself.
+        pairs: settings of curate that the recipe's own pairs differ in from conf/curate/tiny-rollouts.yaml.
+        heldout_problems: questions of the evaluation.
+        evaluation_samples: answers a question.
+    """
+
+    output: Place
+    quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
+    steps: Positive
+    dpo: dict[str, tuple[str, ...]]
+    grpo: dict[str, tuple[str, ...]]
+    whole: str
+    pairs: tuple[str, ...]
+    heldout_problems: Positive
+    evaluation_samples: Positive
+
+    def __post_init__(self) -> None:
+        """Refuse a recipe that is no arm of both stages.
+
+        Raises:
+            RuleBroken: it is not.
+        """
+        if self.whole not in self.dpo.keys() & self.grpo.keys():
+            raise RuleBroken(
+                f"{AT}whole={self.whole}, and the arms are {list(self.dpo)} and {list(self.grpo)}",
+                rule=f"{AT}whole is an arm of both stages",
+                remedy="name one of them",
+            )
+
+
+@config
 class GRPOSizesConfig:
     """The same reinforcement learning at several model sizes.
 

@@ -27,9 +27,16 @@ from recipes.ablations.common import (
     paired,
     plot_differences,
     seed_directories,
-    stage_step,
 )
-from recipes.ablations.grpo_runs import DIGITS, Rows, agreement, figures_by_seed, finished_rows, plot_curves
+from recipes.ablations.grpo_runs import (
+    DIGITS,
+    Rows,
+    agreement,
+    figures_by_seed,
+    finished_rows,
+    grpo_step,
+    plot_curves,
+)
 
 TINY: Final = "conf/ablations/grpo_remedies.yaml"
 NEEDED: Final = ("dpo", "preferences")
@@ -60,10 +67,9 @@ def plan(config: GRPORemediesConfig) -> list[Step]:
 
 def _arm_steps(config: GRPORemediesConfig, seed: int, root: Path, arm: str, overrides: Sequence[str]) -> list[Step]:
     out = config.output / f"seed-{seed}"
-    start = (f"base={root / 'dpo' / 'hf'}", f"prompts={root / 'preferences' / 'prompts'}", f"steps={config.steps}")
     sizes = {"problems": config.heldout_problems, "samples": config.evaluation_samples}
     return [
-        stage_step(out, seed, arm, "grpo", *start, *overrides),
+        grpo_step(out, seed, root, arm, config.steps, *overrides),
         evaluation_step(out, seed, arm, out / arm / "hf", **sizes),
     ]
 

@@ -1,4 +1,4 @@
-"""What the ablations of GRPO read from their runs' metrics: figures of stability, curves with a band over seeds."""
+"""What the ablations of GRPO share: the step of an arm, figures of stability, curves with a band over seeds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.jobs.steps.step import Step
 from phimr_nemo.report.picture import save_png, tidy
 from phimr_nemo.store.runs import RunDirectory, read_metrics
+from recipes.ablations.common import stage_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +42,21 @@ PLOT_INCHES: Final = (11.0, 5.6)
 COLUMNS: Final = 3
 DPI: Final = 110
 FINISH: Final = "run the ablation again; it continues where it was"
+
+
+def grpo_step(out: Path, seed: int, root: Path, arm: str, steps: int, *overrides: str) -> Step:
+    """`out/<arm>`: GRPO with conf/grpo/tiny.yaml from the DPO model and the prompts of a finished quickstart.
+
+    Args:
+        out: the seed's directory of the ablation.
+        seed: of the run.
+        root: the seed's directory of the quickstart.
+        arm: name of the step.
+        steps: rounds.
+        overrides: the arm's own settings.
+    """
+    start = (f"base={root / 'dpo' / 'hf'}", f"prompts={root / 'preferences' / 'prompts'}", f"steps={steps}")
+    return stage_step(out, seed, arm, "grpo", *start, *overrides)
 
 
 def finished_rows(run: Path) -> Rows:

@@ -29,9 +29,8 @@ from recipes.ablations.common import (
     measures_markdown,
     paired,
     seed_directories,
-    stage_step,
 )
-from recipes.ablations.grpo_runs import DROP, ENTROPY, GRADIENT, Rows, figures_by_seed, finished_rows
+from recipes.ablations.grpo_runs import DROP, ENTROPY, GRADIENT, Rows, figures_by_seed, finished_rows, grpo_step
 from recipes.ablations.mismatched import Dial
 
 TINY: Final = "conf/ablations/mismatch.yaml"
@@ -73,8 +72,7 @@ def plan(config: MismatchConfig) -> list[Step]:
 
 def _arm_steps(config: MismatchConfig, seed: int, root: Path, dial: str, correction: str) -> list[Step]:
     out, name = config.output / f"seed-{seed}", arm_name(dial, correction)
-    start = (f"base={root / 'dpo' / 'hf'}", f"prompts={root / 'preferences' / 'prompts'}", f"steps={config.steps}")
-    trained = stage_step(out, seed, name, "grpo", *start, *config.settings, *config.corrections[correction])
+    trained = grpo_step(out, seed, root, name, config.steps, *config.settings, *config.corrections[correction])
     sizes = {"problems": config.heldout_problems, "samples": config.evaluation_samples}
     return [
         replace(trained, program=(PROGRAM, dial)),

@@ -13,12 +13,12 @@ import torch
 from results import plain_result
 
 from phimr_nemo.config import load_config
-from phimr_nemo.config.ablations import GRPORemediesConfig, GRPOSizesConfig
+from phimr_nemo.config.ablations import GRPORemediesConfig, GRPOSizesConfig, Recipe2026Config
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.losses.advantages import ADVANTAGE_EPSILON, group_advantages
 from phimr_nemo.store.runs import METRICS_FILE, RESULTS_FILE, RunDirectory
-from recipes.ablations import grpo_remedies, grpo_sizes
+from recipes.ablations import grpo_remedies, grpo_sizes, recipe2026
 from recipes.ablations.grpo_runs import agreement, figures, moving_mean, worst_drop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,11 +35,16 @@ def sizes(root: Path) -> GRPOSizesConfig:
     return load_config(GRPOSizesConfig, REPOSITORY / "conf" / "ablations" / "grpo_sizes.yaml", settings)
 
 
+def recipe(root: Path, *overrides: str) -> Recipe2026Config:
+    settings = [f"quickstarts=[{root / 'quickstart'}]", f"output={root / 'out'}", *overrides]
+    return load_config(Recipe2026Config, REPOSITORY / "conf" / "ablations" / "recipe2026.yaml", settings)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A place with finished quickstarts."""
     for seed in SEEDS:
-        for name in {*grpo_remedies.NEEDED, *grpo_sizes.NEEDED}:
+        for name in {*grpo_remedies.NEEDED, *grpo_sizes.NEEDED, *recipe2026.NEEDED}:
             RunDirectory(tmp_path / "quickstart" / f"seed-{seed}" / name).finish()
     return tmp_path
 
@@ -219,3 +224,52 @@ def test_sizes_report_every_size_and_arm(root: Path) -> None:
     assert "| hidden-64, sft | 0.0 |" in text
     assert "| hidden-192, no-remedy | 75.0 |" in text
     assert (root / "out" / grpo_sizes.PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recipe_of_2026_goes_end_to_end_and_value_by_value(root: Path) -> None:
+    config = recipe(root)
+    steps = {step.name: step for step in recipe2026.plan(config) if step.output.parent.name == "seed-1"}
+    start, out = root / "quickstart" / "seed-1", root / "out" / "seed-1"
+    for stage, arms in (("dpo", config.dpo), ("grpo", config.grpo)):
+        first = steps[f"{stage}-paper"].arguments
+        assert first[:3] == (stage, "--config", f"conf/{stage}/tiny.yaml")
+        for arm, settings in arms.items():
+            assert steps[f"{stage}-{arm}"].arguments[4:] == (*first[4:], *settings)
+    # The whole recipe is its values together: nothing else is in it, and nothing of it is left out.
+    for arms in (config.dpo, config.grpo):
+        each = {setting for arm, settings in arms.items() if arm != "recipe2026" for setting in settings}
+        assert set(arms["recipe2026"]) == each
+    pairs, dpo, grpo = (steps[name].arguments for name in ("end-to-end-pairs", "end-to-end-dpo", "end-to-end"))
+    assert pairs[-1] == "pairs.mode=random"
+    assert f"pairs={out / 'end-to-end-pairs' / 'pairs'}" in dpo
+    assert f"base={start / 'sft' / 'hf'}" in dpo
+    assert [item for item in grpo if item.startswith("base=")][-1] == f"base={out / 'end-to-end-dpo' / 'hf'}"
+    evaluated_models = {name for name in steps if name.startswith("evaluate-")}
+    assert evaluated_models == {
+        f"evaluate-{name}"
+        for name in (*(f"dpo-{arm}" for arm in config.dpo), *(f"grpo-{arm}" for arm in config.grpo), "end-to-end")
+    }
+
+
+@pytest.mark.parametrize("whole", ["paper-2025", "cispo"])
+def test_the_whole_recipe_is_an_arm_of_both_stages(root: Path, whole: str) -> None:
+    with pytest.raises(UserError, match=f"whole={whole}"):
+        recipe(root, f"whole={whole}")
+
+
+def test_a_change_is_judged_by_its_error_over_seeds(root: Path) -> None:
+    """In seeds 0 and 1: cispo +25, +25; batch-scale +50, 0; no-technique -25, -25; the rest 0."""
+    config = recipe(root)
+    changes = {"grpo-cispo": (0.25, 0.25), "grpo-batch-scale": (0.5, 0.0), "grpo-no-technique": (-0.25, -0.25)}
+    for name in (*(f"dpo-{arm}" for arm in config.dpo), *(f"grpo-{arm}" for arm in config.grpo), "end-to-end"):
+        for seed in SEEDS:
+            change = changes.get(name, (0.0, 0.0))[seed]
+            evaluated(root / "out" / f"seed-{seed}" / f"evaluate-{name}", [0.5 + change] * 4)
+    text = recipe2026.report(config)
+    assert "| grpo-cispo minus grpo-paper | helps |" in text
+    assert "| grpo-batch-scale minus grpo-paper | not visible at this size |" in text
+    assert "| grpo-no-technique minus grpo-paper | hurts |" in text
+    assert "| end-to-end minus grpo-paper | not visible at this size |" in text
+    assert "| grpo-batch-scale minus grpo-paper | +25.0 | 25.0 |" in text
+    assert recipe2026.verdict([3.0]) == "not visible at this size", "one seed has no error"
+    assert (root / "out" / recipe2026.PICTURE).read_bytes().startswith(b"\x89PNG")
