@@ -22,6 +22,15 @@ from types import ModuleType
 from typing import Any, Final
 
 NAMES: Final[Mapping[str, Mapping[str, str]]] = {
+    "nemo.collections.common": {},
+    "nemo.collections.common.parts": {},
+    "nemo.collections.common.tokenizers": {
+        "AutoTokenizer": "huggingface.auto_tokenizer",
+        "ByteLevelTokenizer": "bytelevel_tokenizers",
+        "SentencePieceTokenizer": "sentencepiece_tokenizer",
+        "TiktokenTokenizer": "tiktoken_tokenizer",
+        "TokenizerSpec": "tokenizer_spec",
+    },
     "nemo.collections.llm": {
         "GPTConfig": "gpt.model.base",
         "GPTModel": "gpt.model.base",
@@ -44,6 +53,7 @@ NAMES: Final[Mapping[str, Mapping[str, str]]] = {
     "nemo.collections.nlp.modules.common": {},
     "nemo.collections.nlp.modules.common.megatron": {},
     "nemo.collections.nlp.parts": {},
+    "nemo_run": {"Config": "config", "Partial": "config"},
     # `metric` and `utilities` import one another: the latter has to come first, as in the package's own `__init__`.
     "torchmetrics": {
         "Metric": "utilities.checks",

@@ -19,6 +19,8 @@ UNUSED_BY_TRAINING = (
     *("modelopt", "sklearn", "nltk", "numba", "peft", "datasets", "scipy.signal", "wandb", "nemo.collections.asr"),
     *("torchmetrics.functional.text.bert", "nemo.collections.llm.recipes", "nemo.collections.llm.gpt.model.llama"),
     *("nemo.collections.nlp.models.nlp_model", "transformers.trainer", "nemo.collections.llm.api"),
+    *("nemo.collections.common.losses", "nemo.collections.common.tokenizers.regex_tokenizer"),
+    *("nemo_run.run.experiment", "leptonai", "paramiko", "networkx"),
 )
 TRAINERS = (
     "torch",
@@ -112,7 +114,7 @@ def test_libraries_are_silent_while_data_stages_are_loaded() -> None:
 
 def test_without_it_the_same_stage_imports_what_it_does_not_use() -> None:
     found = loaded(UNUSED_BY_TRAINING, "import phimr_nemo.supervised.stage")
-    assert {"sklearn", "scipy.signal", "modelopt", "torchmetrics.functional.text.bert"} <= set(found)
+    assert {"sklearn", "scipy.signal", "modelopt", "torchmetrics.functional.text.bert", "leptonai"} <= set(found)
 
 
 @pytest.fixture
@@ -176,11 +178,15 @@ def test_upstream_packages_still_have_every_name() -> None:
     program = (
         "import json\nfrom phimr_nemo.imports import lean_imports\nwith lean_imports():\n"
         "    from nemo.collections.llm.gpt.model.base import GPTModel\n"
-        "from nemo.collections import llm\nimport torchmetrics\n"
-        "assert llm.GPTModel is GPTModel\n"
-        "print(json.dumps([llm.train.__module__, llm.LlamaModel.__name__, torchmetrics.Accuracy.__name__]))"
+        "    import nemo_run\n    from nemo.collections.common.tokenizers import TokenizerSpec\n    plain = nemo_run.Config\n"
+        "from nemo.collections import llm\nfrom nemo.collections.common import tokenizers\nimport torchmetrics\n"
+        "assert llm.GPTModel is GPTModel and tokenizers.TokenizerSpec is TokenizerSpec\n"
+        "print(json.dumps([llm.train.__module__, llm.LlamaModel.__name__, torchmetrics.Accuracy.__name__, "
+        "nemo_run.Experiment.__name__, tokenizers.WordTokenizer.__name__]))\n"
+        "assert nemo_run.Config is plain"
     )
-    assert python(program) == ["nemo.collections.llm.api", "LlamaModel", "Accuracy"]
+    expected = ["nemo.collections.llm.api", "LlamaModel", "Accuracy", "Experiment", "WordTokenizer"]
+    assert python(program) == expected
 
 
 def test_a_fused_function_is_compiled_when_it_is_called_and_within_another_once() -> None:
