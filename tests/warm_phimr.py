@@ -63,15 +63,14 @@ def ask(
 def serve(name: str, load: Sequence[str]) -> None:
     """Run commands until this process is ended; what runs then ends with it."""
     from phimr_nemo.config import STAGES
-    from phimr_nemo.jobs.launch import stage_function
+    from phimr_nemo.jobs.launch import import_stages
     from phimr_nemo.process.warm import WarmProcess, can_fork
 
     before = dict(os.environ)
-    for word in (f"{MODULE}.main", *(load or STAGES)):
-        if word in STAGES:
-            stage_function(word)
-        else:
-            importlib.import_module(word)
+    words = load or tuple(STAGES)
+    for module in (f"{MODULE}.main", *(word for word in words if word not in STAGES)):
+        importlib.import_module(module)
+    import_stages([word for word in words if word in STAGES])
     assert can_fork()
     # Some libraries collect at exit: each copy would look through all that was imported, and copy what it lies on.
     gc.collect()

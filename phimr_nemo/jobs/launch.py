@@ -11,7 +11,7 @@ import os
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from phimr_nemo.config import STAGES, ParallelConfig, load_config, to_yaml
 from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.imports import lean_imports
 from phimr_nemo.jobs.changes import check_inputs_stayed, check_same_run, check_same_settings, finished_line
-from phimr_nemo.jobs.continuing import kept
+from phimr_nemo.jobs.continuing import TRAINED, kept
 from phimr_nemo.jobs.machine import check_default, check_machine
 from phimr_nemo.jobs.node import run_copies, run_workers
 from phimr_nemo.jobs.preflight import preflight
@@ -61,6 +61,8 @@ IMPORT_NOTES: Final = (
     "transformer_engine",
     "Apex",
 )
+WRITER: Final = "torch.utils.tensorboard"
+"""What process 0 of a training stage imports when it writes its first metric."""
 # What reports there while it is imported: no Transformer Engine, no zarr.
 IMPORT_LOGGERS: Final = ("megatron", "NeMo", "nemo.collections.llm.gpt.model.megatron.hyena")
 # What torch's archive writer says when the disk took less than was written; the reason is lost in its C++.
@@ -169,6 +171,18 @@ def stage_function(stage: str) -> Callable[[Any], Mapping[str, Any] | None]:
             # Modules live as long as the process: the collector, which has been waiting, is not to walk through them.
             gc.freeze()
     return function
+
+
+def import_stages(stages: Collection[str]) -> None:
+    """Import what these stages use, also what they import only when they are under way.
+
+    For a process whose copies run them: each copy would do it again.
+    """
+    for stage in stages:
+        stage_function(stage)
+    if not set(TRAINED).isdisjoint(stages):
+        importlib.import_module(WRITER)
+        gc.freeze()
 
 
 def silence_import_notes() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -79,7 +80,10 @@ def _prepare() -> None:
     from phimr_nemo.training import platform
 
     platform.prepare()
-    import phimr_nemo.model.megatron.convert  # noqa: F401  (imported once, here)
+    # Imported once, here.
+    import torch.utils.tensorboard  # noqa: F401
+
+    import phimr_nemo.model.megatron.convert  # noqa: F401
 
 
 class _Forker:
@@ -170,6 +174,9 @@ def _serve(connection: Connection, prepare: Callable[[], None]) -> None:
 def run_ranks(request: bytes, scratch: Path) -> list[Outcome]:
     """Fork the ranks of one request: a pickled (function, number of ranks, arguments, environment)."""
     fn, world_size, args, environment = pickle.loads(request)
+    # What is imported by now lives as long as this process: no rank looks for garbage in it, and copies it by that.
+    gc.collect()
+    gc.freeze()
     context = multiprocessing.get_context("fork")
     port = _free_port()
     pipes, processes = [], []

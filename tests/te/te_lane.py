@@ -116,6 +116,8 @@ def plain_with_trainers() -> None:
 
 
 def _import_trainers() -> None:
+    import torch.utils.tensorboard  # noqa: F401
+
     import phimr_nemo.align.dpo.stage
     import phimr_nemo.align.grpo.stage
     import phimr_nemo.supervised.stage  # noqa: F401

@@ -178,7 +178,8 @@ def test_upstream_packages_still_have_every_name() -> None:
     program = (
         "import json\nfrom phimr_nemo.imports import lean_imports\nwith lean_imports():\n"
         "    from nemo.collections.llm.gpt.model.base import GPTModel\n"
-        "    import nemo_run\n    from nemo.collections.common.tokenizers import TokenizerSpec\n    plain = nemo_run.Config\n"
+        "    from nemo.collections.common.tokenizers import TokenizerSpec\n"
+        "    import nemo_run\n    plain = nemo_run.Config\n"
         "from nemo.collections import llm\nfrom nemo.collections.common import tokenizers\nimport torchmetrics\n"
         "assert llm.GPTModel is GPTModel and tokenizers.TokenizerSpec is TokenizerSpec\n"
         "print(json.dumps([llm.train.__module__, llm.LlamaModel.__name__, torchmetrics.Accuracy.__name__, "

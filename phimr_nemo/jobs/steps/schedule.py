@@ -18,7 +18,7 @@ from typing import IO, Final, Protocol
 from phimr_nemo.config import STAGES
 from phimr_nemo.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted
 from phimr_nemo.jobs.closing import PART_OF
-from phimr_nemo.jobs.launch import stage_function
+from phimr_nemo.jobs.launch import import_stages
 from phimr_nemo.jobs.steps.order import Order
 from phimr_nemo.jobs.steps.step import Step, changed_since, failure, interrupted, refuse_changed
 from phimr_nemo.process.children import Relay, dying_with_parent
@@ -84,8 +84,7 @@ class Starter:
         )
 
     def _load(self) -> None:
-        for stage in sorted(self._stages):
-            stage_function(stage)
+        import_stages(sorted(self._stages))
 
 
 @dataclass(frozen=True)
