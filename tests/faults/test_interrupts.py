@@ -220,7 +220,7 @@ def test_the_second_ctrl_c_ends_everything_at_once(
 
 @pytest.mark.parametrize(
     ("number", "step", "problems"),
-    [(signal.SIGINT, "midtrain", 400), (signal.SIGTERM, "rollouts", 300_000)],
+    [(signal.SIGINT, "midtrain", 400), (signal.SIGTERM, "rollouts", 60_000)],
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_a_quickstart_passes_a_stop_on_to_its_step(
@@ -252,11 +252,11 @@ def test_a_data_stage_keeps_its_finished_shards(
 ) -> None:
     output = tmp_path / "run"
     values = {
-        "generate": ("problems.count=200000", "shard_size=20"),
+        "generate": ("problems.count=20000", "shard_size=20"),
         "verify": (f"rollouts={inputs / 'many'}", "workers=1"),
     }[stage]
     if stage == "verify" and not (inputs / "many").exists():
-        many = [f"run.output={inputs / 'many'}", "problems.count=20000", "shard_size=40"]
+        many = [f"run.output={inputs / 'many'}", "problems.count=8000", "shard_size=20"]
         start_stage("generate", repository / "conf/generate/tiny.yaml", many)
     command = [*PHIMR, stage, "--config", f"conf/{stage}/tiny.yaml", f"run.output={output}", *values]
     with Terminal(command, cwd=repository, env=environment()) as terminal:
