@@ -227,6 +227,11 @@ class ServerEngine:
         bucket_mb: tensors that travel together (MB); what a weight sync holds besides the model.
         directory: one that trainer and servers share (/dev/shm on one host, a shared file system between hosts),
             through which new weights go; None = over HTTP.
+        transfer: how new weights travel: through the "host"'s memory, over HTTP or by way of `directory`; or from GPU
+            to GPU, by "nccl", in one process group of the trainer's process 0 and all workers of all vLLM servers.
+            Over NCCL nothing is protected: it is for a network of one's own.
+        transfer_seconds: with NCCL, what forming the group may take, and what one bucket may; a bucket that does not
+            arrive goes over HTTP, with those after it, and the next weights form another group.
     """
 
     kind: Literal["vllm_server", "trtllm_server"]
@@ -242,14 +247,39 @@ class ServerEngine:
     recovery_seconds: AboveZero
     bucket_mb: Positive
     directory: Path | None = None
+    transfer: Literal["host", "nccl"] = "host"
+    transfer_seconds: AboveZero = 120.0
 
     def __post_init__(self) -> None:
+        if self.transfer == "nccl":
+            self._can_use_nccl()
         if self.colocated and self.kind != "vllm_server":
             raise RuleBroken(
                 f"{AT}colocated=true with {AT}kind={self.kind}",
                 rule="a server that shares the trainer's GPUs frees them while the trainer computes, and comes back "
                 "without a new start: vLLM's sleep mode",
                 remedy=f"use {AT}colocated=false with servers on other GPUs, or {AT}kind=vllm_server",
+            )
+
+    def _can_use_nccl(self) -> None:
+        if self.kind != "vllm_server":
+            raise RuleBroken(
+                f"{AT}transfer=nccl with {AT}kind={self.kind}",
+                rule="TensorRT-LLM's server starts its engine anew from files, and has no workers that could join a "
+                "process group",
+                remedy=f"use {AT}transfer=host, or {AT}kind=vllm_server",
+            )
+        if self.colocated:
+            raise RuleBroken(
+                f"{AT}transfer=nccl with {AT}colocated=true",
+                rule="NCCL has no group with two members on one GPU",
+                remedy=f"use {AT}transfer=host, or {AT}colocated=false with servers on other GPUs",
+            )
+        if self.directory is not None:
+            raise RuleBroken(
+                f"{AT}transfer=nccl with {AT}directory={self.directory}",
+                rule="new weights travel in one way; what NCCL does not deliver goes over HTTP",
+                remedy=f"use {AT}transfer=host, or {AT}directory=null",
             )
 
 

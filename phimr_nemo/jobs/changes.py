@@ -36,7 +36,18 @@ _ENDPOINT: Final = (
 )
 _ENGINE: Final = (
     *("base_urls", "api_key_env", "in_flight", "request_seconds", "attempts", "probe_seconds", "recovery_seconds"),
-    *("bucket_mb", "directory", "max_batch", "cache_gib", "tensor", "memory_share", "eager", "max_missing"),
+    *(
+        "bucket_mb",
+        "directory",
+        "transfer",
+        "transfer_seconds",
+        "max_batch",
+        "cache_gib",
+        "tensor",
+        "memory_share",
+        "eager",
+        "max_missing",
+    ),
     *(f"endpoint.{name}" for name in _ENDPOINT),
 )
 FREE_TO_CHANGE: Final = (

@@ -144,5 +144,6 @@ def sync_time(
             rule="weights that go to rollout servers take time",
             remedy="sync_bytes_a_second=2.4e8, which bench/weight_sync.py measured over HTTP, or your own figure",
         )
-    times = 1 if engine.directory is not None else math.ceil(gpus / gpu.node_size)
+    is_once = engine.directory is not None or engine.transfer == "nccl"
+    times = 1 if is_once else math.ceil(gpus / gpu.node_size)
     return times * size / bytes_a_second

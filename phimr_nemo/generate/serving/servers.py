@@ -39,6 +39,8 @@ from phimr_nemo.store.progress import say
 if TYPE_CHECKING:
     import torch
 
+    from phimr_nemo.generate.serving.broadcasting import Broadcaster
+
 IDENTITY_SECONDS: Final = 30.0
 """A probe waits for the engine itself, which may be in the middle of a long step."""
 NO_SUCH_ROUTE: Final = 404
@@ -68,6 +70,7 @@ class ServerSampler:
         run: names this run of the trainer, the same in all its processes: versions of other runs do not count.
         is_leader: the one process that sends weights.
         stale: whether responses from older weights of this run are made again or kept.
+        broadcaster: sends weights from GPU to GPU; None = in the other ways.
 
     Attributes:
         counts: "retries", "stale", "removed" and "returned" (servers).
@@ -85,9 +88,10 @@ class ServerSampler:
         run: str,
         is_leader: bool,
         stale: Stale,
+        broadcaster: Broadcaster | None = None,
     ) -> None:
         self._config, self._wanted, self._stop = config, wanted, list(stop_token_ids)
-        self._run, self._is_leader, self._stale = run, is_leader, stale
+        self._run, self._is_leader, self._stale, self._broadcaster = run, is_leader, stale, broadcaster
         self._servers = [_Server(url.rstrip("/")) for url in config.base_urls]
         self._watch = Watch(config.base_urls, config.request_seconds, say if is_leader else lambda _: None)
         self._version = -1
@@ -110,7 +114,9 @@ class ServerSampler:
             put_to_sleep(self._config)
 
     def close(self) -> None:
-        """Nothing: the servers are not this process's."""
+        """Leave a group with the servers, which are not this process's."""
+        if self._broadcaster is not None:
+            self._broadcaster.close()
 
     # ---- new weights ---------------------------------------------------------------------------------------
 
@@ -118,7 +124,7 @@ class ServerSampler:
         """Send new weights to all servers that answer; processes other than the leader only pass them by.
 
         Raises:
-            UserError: no server took them within `recovery_seconds`.
+            UserError: no server took them within `recovery_seconds`, or one cannot be in the broadcaster's group.
         """
         if self._is_leader:
             asyncio.run(self._push(tensors, version))
@@ -130,7 +136,8 @@ class ServerSampler:
     async def _push(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         async with open_client(self._config) as client:
             reached = [server.url for server, identity in await self._reachable(client) if identity is not None]
-            failed = await push(client, reached, tensors, version_label(self._run, version), self._config)
+            label = version_label(self._run, version)
+            failed = await push(client, reached, tensors, label, self._config, self._broadcaster)
         if len(failed) == len(reached):
             raise UserError(
                 f"none of the servers {reached} took the new weights: {'; '.join(sorted(set(failed.values())))}",

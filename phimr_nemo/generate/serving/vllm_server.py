@@ -7,7 +7,7 @@ mode, which lets anyone who reaches the port call anything, stays off.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,8 +18,10 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.platforms import current_platform
 
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
+from phimr_nemo.generate.serving.group import Described, Membership, Offer
 from phimr_nemo.generate.serving.receiving import (
     HEALTH,
+    group_routes,
     guard,
     guard_requests,
     guard_sleep,
@@ -33,10 +35,13 @@ from phimr_nemo.generate.serving.weights import (
     ABORT,
     ASLEEP,
     INCOMPLETE,
+    JOIN,
     LOGPROBS,
+    RECEIVE,
     UNSYNCED,
     Arrivals,
     Identity,
+    NotArrived,
     shared_memory,
     tensors_of,
     tokenizer_hash,
@@ -55,10 +60,13 @@ class WeightReceiver:
         engine: vLLM's asynchronous engine.
         identity: what is served at first.
         shapes: name -> shape of the checkpoint's tensors.
+        workers: processes that share the model.
     """
 
-    def __init__(self, engine: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._engine, self._identity = engine, identity
+    def __init__(
+        self, engine: Any, identity: Identity, shapes: Mapping[str, tuple[int, ...]], workers: int = 1
+    ) -> None:
+        self._engine, self._identity, self._workers, self._group = engine, identity, workers, ""
         self._arrivals = Arrivals(shapes)
         self._pausing, self._is_updating = asyncio.Lock(), False
 
@@ -85,6 +93,38 @@ class WeightReceiver:
         self._arrivals.add(tensors_of(bucket))
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": str(bucket)}))
 
+    async def membership(self) -> Membership:
+        """The group it is in, and what it can be in."""
+        return Membership(self._group, self._workers, "gloo" if current_platform.is_cpu() else "nccl")
+
+    async def join(self, offer: Offer) -> None:
+        """Let all workers leave the group they are in and become members of another.
+
+        Raises:
+            NotArrived: it did not form.
+        """
+        self._group = ""
+        _raise_first(await self._engine.collective_rpc(JOIN, kwargs={"offer": vars(offer)}))
+        self._group = offer.name
+
+    async def receive(self, group: str, tensors: Sequence[Described]) -> None:
+        """Take one bucket out of the group and, when every worker has all of it, load it.
+
+        Raises:
+            WrongWeights: it is not a part of this model.
+            NotArrived: it did not come.
+        """
+        if group != self._group:
+            raise NotArrived("the server is not in this group")
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        self._arrivals.check(shapes)
+        faults = await self._engine.collective_rpc(RECEIVE, kwargs={"tensors": [vars(tensor) for tensor in tensors]})
+        if any(faults):
+            self._group = ""
+        _raise_first(faults)
+        self._arrivals.add(shapes)
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": None}))
+
     async def finish(self, version: str) -> None:
         """Use the new weights, under a version, and forget what was computed with the old ones.
 
@@ -107,6 +147,12 @@ class WeightReceiver:
             if not self._is_updating:
                 await self._engine.pause_generation(mode="abort", clear_cache=False)
                 await self._engine.resume_generation()
+
+
+def _raise_first(faults: Sequence[str]) -> None:
+    """What the workers say; an empty one is none."""
+    for fault in filter(None, faults):
+        raise NotArrived(fault)
 
 
 class ColocatedReceiver(WeightReceiver):
@@ -245,8 +291,11 @@ async def _serve(args: Any, identity: Identity, shapes: Mapping[str, tuple[int, 
         await engine.update_weight_version(identity.version)
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
-        receiver = (ColocatedReceiver if served.colocated else WeightReceiver)(engine, identity, shapes)
+        receiver = (ColocatedReceiver if served.colocated else WeightReceiver)(
+            engine, identity, shapes, served.tensor
+        )
         app.include_router(weight_routes(receiver, directory=served.weights_directory, scratch=shared_memory()))
+        app.include_router(group_routes(receiver))
         app.include_router(abort_route(receiver))
         app.include_router(model_route())
         await init_app_state(engine, app.state, args, tasks)

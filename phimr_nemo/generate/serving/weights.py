@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from phimr_nemo.store.content import file_sha256
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 ROUTES: Final = "/v1/phimr"
 """Below /v1, which the server's key guards."""
@@ -24,6 +24,10 @@ IDENTITY: Final = f"{ROUTES}/identity"
 BEGIN: Final = f"{ROUTES}/weights/begin"
 BUCKET: Final = f"{ROUTES}/weights/bucket"
 FINISH: Final = f"{ROUTES}/weights/finish"
+GROUP: Final = f"{ROUTES}/weights/group"
+"""Tells of which group of GPUs the server is a member (GET), and lets it join one (POST)."""
+BROADCAST: Final = f"{ROUTES}/weights/broadcast"
+"""Takes one bucket out of the group."""
 ABORT: Final = f"{ROUTES}/abort"
 """Ends what is being sampled; each reply holds what there is of its response."""
 SLEEP: Final = f"{ROUTES}/sleep"
@@ -32,6 +36,10 @@ GENERATE: Final = "/inference/v1/generate"
 """vLLM's own interface for token ids in and token ids out."""
 ABANDON: Final = "phimr_abandon_update"
 """The method of vLLM's workers that ends an update which will not be completed."""
+JOIN: Final = "phimr_join"
+"""The one that joins a group with the trainer."""
+RECEIVE: Final = "phimr_receive"
+"""The one that takes a bucket out of the group, and keeps it until it is loaded."""
 LOGPROBS: Final = "processed_logprobs"
 """Log-probabilities of the distribution that is sampled from, at its temperature."""
 RAW_LOGPROBS: Final = "raw_logprobs"
@@ -47,7 +55,8 @@ KEEP: Final = "phimr-keep"
 KEPT: Final = "kept"
 """In the answer, and in what the neighbours are told: the name of the file that it kept."""
 GONE: Final = 410
-"""The status of a server that does not share memory with the neighbour that kept a bucket."""
+"""The status of a server that a bucket did not reach: it does not share memory with the neighbour that kept it, or
+the group is broken. It takes the bucket in another way."""
 KEPT_NAME: Final = "phimr-kept"
 BUCKET_NAME: Final = "phimr-weights"
 """In the names of files that hold a bucket: for the neighbours, or for whom it was made."""
@@ -60,6 +69,10 @@ MAX_HEADER_BYTES: Final = 64 << 20
 
 class WrongWeights(ValueError):
     """What arrived is not the model's weights; the message says what is wrong."""
+
+
+class NotArrived(Exception):
+    """A bucket, or a server, that did not come through the group; the message says why. Nothing has changed by it."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +118,18 @@ def shared_memory() -> Path:
     return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+def buckets(
+    tensors: Iterable[tuple[str, Tensor]], max_bytes: int, device: str | device = "cpu"
+) -> Iterator[dict[str, Tensor]]:
     """Tensors in succession, as many together as fit.
 
     Args:
         tensors: (name, tensor).
         max_bytes: of a bucket; a larger tensor travels alone.
+        device: where they are wanted.
 
     Yields:
-        name -> contiguous tensor on the CPU, in the order of arrival.
+        name -> contiguous tensor, in the order of arrival.
     """
     held: dict[str, Tensor] = {}
     size = 0
@@ -121,7 +137,7 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
         if held and size + tensor.nbytes > max_bytes:
             yield held
             held, size = {}, 0
-        held[name] = tensor.detach().cpu().contiguous()
+        held[name] = tensor.detach().to(device).contiguous()
         size += tensor.nbytes
     if held:
         yield held
@@ -162,8 +178,8 @@ class Arrivals:
         """A new update begins."""
         self._arrived.clear()
 
-    def add(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
-        """Take note of a bucket before it is loaded.
+    def check(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a bucket that does not belong here.
 
         Raises:
             WrongWeights: a tensor is unknown, of another shape, or comes a second time.
@@ -175,6 +191,14 @@ class Arrivals:
                 raise WrongWeights(f"tensor {name!r} has shape {shape}, expected {self._expected[name]}")
             if name in self._arrived:
                 raise WrongWeights(f"tensor {name!r} came twice")
+
+    def add(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
+        """Take note of a bucket before it is loaded.
+
+        Raises:
+            WrongWeights: see :meth:`check`.
+        """
+        self.check(tensors)
         self._arrived |= tensors.keys()
 
     def check_complete(self) -> None:

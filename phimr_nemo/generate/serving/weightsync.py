@@ -1,5 +1,8 @@
 """Send a checkpoint to rollout servers, bucket by bucket, to all of them at once.
 
+A bucket goes over HTTP, through a shared directory, or from GPU to GPU
+(:mod:`phimr_nemo.generate.serving.broadcasting`).
+
 Over HTTP a bucket goes once to each host. The server that has it keeps it in the host's memory for the others there,
 which are told its name; one that finds no such file (a container with memory of its own) is sent it by itself.
 """
@@ -15,11 +18,25 @@ from urllib.parse import urlsplit
 import httpx
 
 from phimr_nemo.config import ServerEngine
-from phimr_nemo.generate.serving.weights import BEGIN, BUCKET, BUCKET_NAME, FINISH, GONE, KEEP, KEPT, MB, buckets
+from phimr_nemo.errors import UserError
+from phimr_nemo.generate.serving.weights import (
+    BEGIN,
+    BUCKET,
+    BUCKET_NAME,
+    FINISH,
+    GONE,
+    GROUP,
+    KEEP,
+    KEPT,
+    MB,
+    buckets,
+)
 from phimr_nemo.store.atomic import scratch_file
 
 if TYPE_CHECKING:
     import torch
+
+    from phimr_nemo.generate.serving.broadcasting import Broadcaster
 
 STEP_SECONDS: Final = 600.0
 """What a server may take for one bucket, or to abort what it samples."""
@@ -74,6 +91,7 @@ async def push(
     tensors: Iterable[tuple[str, torch.Tensor]],
     label: str,
     config: ServerEngine,
+    broadcaster: Broadcaster | None = None,
 ) -> dict[str, str]:
     """Stream tensors to servers; a server that fails is left with incomplete weights, which it says itself.
 
@@ -85,33 +103,44 @@ async def push(
         tensors: (Hugging Face name, tensor), the whole checkpoint.
         label: the version's name.
         config: bucket size, and the shared directory if there is one.
+        broadcaster: sends from GPU to GPU, as long as it has a group.
 
     Returns:
         server -> what went wrong, for those that have not the new weights.
+
+    Raises:
+        UserError: servers that answer cannot be in a group with the broadcaster.
     """
     from safetensors.torch import save, save_file
 
     failed: dict[str, str] = {}
     hosts = _Hosts(urls)
 
-    async def post(url: str, path: str, **body: Any) -> dict[str, str]:
+    async def post(
+        url: str, path: str, *, method: str = "POST", seconds: float = STEP_SECONDS, **body: Any
+    ) -> dict[str, Any] | None:
+        """The answer; None when the server failed, or has not got what it was told of."""
         try:
-            response = await client.post(url + path, timeout=STEP_SECONDS, **body)
+            response = await client.request(method, url + path, timeout=seconds, **body)
         except httpx.TransportError as error:
             failed[url] = type(error).__name__
-            return {}
-        if response.status_code == GONE:
-            hosts.set_apart(url)
-        elif response.status_code != httpx.codes.OK:
-            failed[url] = f"HTTP {response.status_code} {response.text[:SHOWN]}"
-        else:
+            return None
+        if response.status_code == httpx.codes.OK:
             return dict(response.json())
-        return {}
+        if response.status_code == httpx.codes.NOT_FOUND and path == GROUP:
+            raise UserError(
+                f"the rollout server {url} cannot be in a process group with the trainer",
+                rule="engine.transfer=nccl needs vLLM servers of `phimr serve` of this version",
+                remedy="start it again with this version, or use engine.transfer=host",
+            )
+        if response.status_code != GONE:
+            failed[url] = f"HTTP {response.status_code} {response.text[:SHOWN]}"
+        return None
 
     async def post_all(path: str, message: dict[str, str] | None = None) -> None:
         await asyncio.gather(*(post(url, path, json=message) for url in urls if url not in failed))
 
-    async def post_bucket(url: str, bucket: bytes, **headers: str) -> dict[str, str]:
+    async def post_bucket(url: str, bucket: bytes, **headers: str) -> dict[str, Any] | None:
         headers["Content-Length"] = str(len(bucket))
         return await post(url, BUCKET, content=_pieces(bucket), headers=headers)
 
@@ -120,20 +149,32 @@ async def push(
         if not others:
             await post_bucket(first, bucket)
             return
-        name = (await post_bucket(first, bucket, **{KEEP: "1"})).get(KEPT)
+        name = (await post_bucket(first, bucket, **{KEEP: "1"}) or {}).get(KEPT)
         left = others
         if name is not None:
-            await asyncio.gather(*(post(url, BUCKET, json={KEPT: name}) for url in others))
-            left = [url for url in others if [url] in hosts.groups(failed)]
+            found = await asyncio.gather(*(post(url, BUCKET, json={KEPT: name}) for url in others))
+            left = [url for url, answer in zip(others, found, strict=True) if answer is None and url not in failed]
+            for url in left:
+                hosts.set_apart(url)
         await asyncio.gather(*(post_bucket(url, bucket) for url in left))
 
+    async def post_to_all(bucket: dict[str, torch.Tensor], wanting: Collection[str]) -> None:
+        packed = save(bucket)
+        groups = ([url for url in group if url in wanting] for group in hosts.groups(failed))
+        await asyncio.gather(*(post_to_host(group, packed) for group in groups if group))
+
     await post_all(BEGIN)
-    for bucket in buckets(tensors, config.bucket_mb * MB):
+    if broadcaster is not None:
+        await broadcaster.form(post, urls, failed)
+    for bucket in buckets(tensors, config.bucket_mb * MB, "cpu" if broadcaster is None else broadcaster.device):
         if len(failed) == len(urls):
             continue
         if config.directory is None:
-            packed = save(bucket)
-            await asyncio.gather(*(post_to_host(group, packed) for group in hosts.groups(failed)))
+            wanting: Collection[str] = urls
+            if broadcaster is not None and broadcaster.is_ready:
+                wanting = await broadcaster.send(post, [url for url in urls if url not in failed], bucket)
+            if wanting:
+                await post_to_all(bucket, wanting)
             continue
         # Only its end is this process's to clean up: the servers read it by its name.
         with scratch_file(config.directory, BUCKET_NAME) as file:
