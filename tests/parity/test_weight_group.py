@@ -43,7 +43,7 @@ LAYERS = 4
 
 
 def weights(seed: int) -> dict[str, Tensor]:
-    """Each layer is a bucket of its own; dtypes and lengths differ, so that places must be aligned."""
+    """Each layer is a bucket of its own, and the scale; dtypes and lengths differ, so that places must be aligned."""
     random = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {"scale": torch.randn(3, generator=random).bfloat16()}
     for number in range(LAYERS):
@@ -186,7 +186,7 @@ def test_servers_of_several_sizes_have_the_weights_bit_for_bit() -> None:
             assert not has(two, weights(version + 1), f"run-{version}")
         assert sender.is_ready
         # All of it came through the group.
-        assert httpx.get(one + "/held").json()["buckets"] == 2 * LAYERS
+        assert httpx.get(one + "/held").json()["buckets"] == 2 * (LAYERS + 1)
         sender.close()
 
 
