@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import multiprocessing
 import os
@@ -63,10 +64,11 @@ def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 class Server:
-    """A receiver whose workers are threads; it dies when so many buckets have come."""
+    """A receiver with threads for workers; it dies when so many buckets have come; it may claim more than it has."""
 
-    def __init__(self, workers: int, dies_at: int | None) -> None:
+    def __init__(self, workers: int, dies_at: int | None, claims: int | None) -> None:
         self._count, self._dies_at, self._group, self._buckets = workers, dies_at, "", 0
+        self._claims = workers if claims is None else claims
         self._groups: list[Group] = []
         self.held: list[dict[str, Tensor]] = [{} for _ in range(workers)]
         self.version = "unsynced"
@@ -85,7 +87,7 @@ class Server:
             held.update(load_file(bucket))
 
     async def membership(self) -> Membership:
-        return Membership(self._group, self._count, "gloo")
+        return Membership(self._group, self._claims, "gloo")
 
     async def join(self, offer: Offer) -> None:
         for group in self._groups:
@@ -122,13 +124,13 @@ class Server:
         self.version = version
 
 
-def serve(port: int, workers: int, dies_at: int | None) -> None:
+def serve(port: int, workers: int, dies_at: int | None, claims: int | None) -> None:
     import uvicorn
     from fastapi import FastAPI
 
     from phimr_nemo.generate.serving.receiving import group_routes, weight_routes
 
-    server = Server(workers, dies_at)
+    server = Server(workers, dies_at, claims)
     app = FastAPI()
     app.include_router(weight_routes(server, directory=None, scratch=Path(tempfile.gettempdir())))
     app.include_router(group_routes(server))
@@ -141,8 +143,8 @@ def serve(port: int, workers: int, dies_at: int | None) -> None:
 
 
 @contextlib.contextmanager
-def up(port: int, workers: int, dies_at: int | None = None) -> Iterator[str]:
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(port, workers, dies_at))
+def up(port: int, workers: int, dies_at: int | None = None, claims: int | None = None) -> Iterator[str]:
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(port, workers, dies_at, claims))
     process.start()
     url = f"http://127.0.0.1:{port}"
     try:
@@ -239,3 +241,24 @@ def test_no_gpu_is_said() -> None:
         pytest.skip("this machine has GPUs")
     with pytest.raises(UserError, match="has no GPU"):
         Broadcaster(settings(["http://127.0.0.1:1"]))
+
+
+def test_a_server_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with up(free_port(), 1) as url:
+        sender = Broadcaster(settings([url]))
+        with pytest.raises(UserError, match="computes on a CPU"):
+            sync([url], sender, weights(1), "run-1")
+
+
+def test_a_group_that_does_not_form_costs_bounded_time() -> None:
+    """A server has two workers of which one never comes: no server of that group gets anything, and each says why."""
+    with up(free_port(), 1) as whole, up(free_port(), 1, claims=2) as half:
+        config = dataclasses.replace(settings([whole, half]), transfer_seconds=3.0)
+        sender = Broadcaster(config, "gloo")
+        failed = sync([whole, half], sender, weights(1), "run-1")
+        assert failed.keys() == {whole, half}
+        assert all("did not form" in reason for reason in failed.values()), failed
+        assert not sender.is_ready
+        assert not has(whole, weights(1), "run-1")

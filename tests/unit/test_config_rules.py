@@ -131,6 +131,14 @@ CASES: Final = [
         " ".join(("engine.kind=trtllm_server engine.colocated=true temperature.end=1", *SERVERS)),
         "engine.colocated=true with engine.kind=trtllm_server",
     ),
+    *(
+        ("grpo", " ".join((f"engine.kind={kind} engine.transfer=nccl temperature.end=1 {more}", *SERVERS)), named)
+        for kind, more, named in (
+            ("trtllm_server", "", "engine.transfer=nccl with engine.kind=trtllm_server"),
+            ("vllm_server", "engine.colocated=true", "engine.transfer=nccl with engine.colocated=true"),
+            ("vllm_server", "engine.directory=/dev/shm", "engine.transfer=nccl with engine.directory=/dev/shm"),
+        )
+    ),
     (
         "sft",
         f"{shlex.quote(EVALUATION)} evaluation.engine.kind=vllm_server evaluation.engine.colocated=true "

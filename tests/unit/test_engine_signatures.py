@@ -62,6 +62,9 @@ SOURCES = {
     f"{WEIGHTS}.base.WeightTransferEngine.parse_update_info": (
         "distributed/weight_transfer/base.py:WeightTransferEngine.parse_update_info"
     ),
+    f"{WEIGHTS}.base.WeightTransferEngine.parse_init_info": (
+        "distributed/weight_transfer/base.py:WeightTransferEngine.parse_init_info"
+    ),
     f"{WEIGHTS}.factory.WeightTransferEngineFactory.register_engine": (
         "distributed/weight_transfer/factory.py:WeightTransferEngineFactory.register_engine"
     ),
@@ -82,6 +85,7 @@ SOURCES = {
         "entrypoints/openai/models/serving.py:OpenAIServingModels.show_available_models"
     ),
     "worker.finish_weight_update": "v1/worker/gpu_worker.py:Worker.finish_weight_update",
+    "worker.init_weight_transfer_engine": "v1/worker/gpu_worker.py:Worker.init_weight_transfer_engine",
 }
 """What is called -> where it is defined in vLLM."""
 MIXIN = "entrypoints/rl/offline.py"

@@ -26,6 +26,7 @@ from phimr_nemo.config import BaseConfig, ServerEngine, load_config
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams, Unfinished
 from phimr_nemo.generate.serving import replies
+from phimr_nemo.generate.serving.broadcasting import Broadcaster
 from phimr_nemo.generate.serving.replies import Wanted
 from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.generate.serving.weights import ASLEEP, BEGIN, GENERATE, IDENTITY, LOGPROBS, tokenizer_hash
@@ -278,6 +279,26 @@ def wanted_of(model: Path, longest: int) -> Wanted:
     )
 
 
+def through_a_group(url: str, model: Path, wanted: Wanted, asked: list[Request]) -> None:
+    """Two versions by a process group with vLLM's worker, over gloo; neither is the one before."""
+    architecture, config = HFDirectory(model).architecture, engine(url, api_key_env="PHIMR_TEST_KEY", transfer="nccl")
+    sender = Broadcaster(config, "gloo")
+    sampler = ServerSampler(
+        config, wanted, stop_token_ids=[0], run="b", is_leader=True, stale="resample", broadcaster=sender
+    )
+    greedy = SamplingParams(0.0, 1.0, 16)
+    for version in range(2, 4):
+        weights = weights_of(model, version)
+        sampler.update_weights(weights.items(), version)
+        assert sender.is_ready, "all of it came through the group"
+        found, expected = sampler.sample(asked, greedy), built_in(architecture, weights).sample(asked, greedy)
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+        assert [c.token_ids for c in found] != [
+            c.token_ids for c in built_in(architecture, weights_of(model, version - 1)).sample(asked, greedy)
+        ]
+    sampler.close()
+
+
 def test_a_served_model_is_synced_and_killed_in_the_middle(
     model: Path, tmp_path: Path, vllm_python: Path, vllm_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +318,7 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
         told = {"Authorization": "Bearer secret"}
         answer = httpx.post(url + "/collective_rpc", json={"method": "x"}, headers=told)
         assert answer.status_code == httpx.codes.NOT_FOUND
+        through_a_group(url, model, wanted, asked)
         config = engine(url, api_key_env="PHIMR_TEST_KEY")
         sampler = ServerSampler(config, wanted, stop_token_ids=[0], run="a", is_leader=True, stale="resample")
         for version in range(2):
