@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import MIB, machine, print_result, status_bytes, versions
-from convert import architecture
+from convert import PHI4MINI, architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ def shaped(options: argparse.Namespace) -> Architecture:
     """The model whose shapes the tensors have."""
     import dataclasses
 
-    arch = architecture(options.layers, options.quick)
+    arch = architecture(PHI4MINI, options.layers, options.quick)
     if options.words is None:
         return arch
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), options.words - 1)
