@@ -66,11 +66,14 @@ Point = dict[str, float]
 
 def architecture(sizes: Mapping[str, int]) -> Architecture:
     """Phi-4-mini's architecture, narrower, with these numbers of layers and tokens."""
-    from forward import SMALL
     from forward import architecture as preset
 
-    changed = {**HIDDEN, "vocab_size": sizes["vocabulary"], "num_hidden_layers": sizes["layers"]}
-    return dataclasses.replace(preset("cpu"), **{name: changed.get(name, SMALL[name]) for name in changed})
+    changed: dict[str, Any] = {
+        **HIDDEN,
+        "vocab_size": sizes["vocabulary"],
+        "num_hidden_layers": sizes["layers"],
+    }
+    return dataclasses.replace(preset("cpu"), **changed)
 
 
 def product_shapes(arch: Architecture) -> list[tuple[int, int]]:

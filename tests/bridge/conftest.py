@@ -56,14 +56,15 @@ def in_bridge(
             text=True,
         ) as process,
     ):
-        assert process.stdin is not None
-        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
 
         def run(function: str, world_size: int, *arguments: Any) -> list[Any]:
             request = {"function": function, "world_size": world_size, "arguments": arguments}
-            process.stdin.write(json.dumps(request, default=str) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
+            stdin.write(json.dumps(request, default=str) + "\n")
+            stdin.flush()
+            line = stdout.readline()
             assert line, f"the bridge's process ended: {log.read_text()[-3000:]}"
             outcomes = json.loads(line)
             failures = [value for ok, value in outcomes if not ok]

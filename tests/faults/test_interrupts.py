@@ -227,7 +227,7 @@ def test_a_quickstart_passes_a_stop_on_to_its_step(
     number: signal.Signals, step: str, problems: int, repository: Path, tmp_path: Path, injected: Injected
 ) -> None:
     """The step stops in order, with what it has done; it has a session of its own, and still nothing is left."""
-    command = [*PHIMR, "quickstart", "--out", tmp_path / "out", f"train_problems={problems}"]
+    command: list[str | Path] = [*PHIMR, "quickstart", "--out", tmp_path / "out", f"train_problems={problems}"]
     output = tmp_path / "out" / "seed-0" / step
     with Terminal(command, cwd=repository, env=environment()) as terminal:
         terminal.wait_for(

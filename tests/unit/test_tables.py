@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def result(accuracies: dict[str, float], **changes: object) -> Result:
         mean_tokens=1234.4,
         per_question=accuracies,
     )
-    usual = {"pass_at_k": {1: mean, 2: mean, 4: min(1.0, mean + 0.1)}, "majority": mean + 0.05}
+    usual: dict[str, Any] = {"pass_at_k": {1: mean, 2: mean, 4: min(1.0, mean + 0.1)}, "majority": mean + 0.05}
     return dataclasses.replace(plain, **{**usual, **changes})
 
 
