@@ -36,6 +36,9 @@ OWN_SHARE: Final = 0.9
 """Of a GPU's memory, for a server: vLLM's own default."""
 COLOCATED_SHARE: Final = 0.5
 """The same beside a trainer's weights: verl's rollouts take as much (`gpu_memory_utilization`)."""
+NO_WORKERS: Final = "TensorRT-LLM's server starts its engine anew, from files: no worker could join a process group"
+NO_SHARED_GPU: Final = "NCCL has no group with two members on one GPU"
+ONE_WAY: Final = "new weights travel in one way; what NCCL does not deliver goes over HTTP"
 VARIABLE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -262,25 +265,18 @@ class ServerEngine:
             )
 
     def _can_use_nccl(self) -> None:
-        if self.kind != "vllm_server":
-            raise RuleBroken(
-                f"{AT}transfer=nccl with {AT}kind={self.kind}",
-                rule="TensorRT-LLM's server starts its engine anew from files, and has no workers that could join a "
-                "process group",
-                remedy=f"use {AT}transfer=host, or {AT}kind=vllm_server",
-            )
-        if self.colocated:
-            raise RuleBroken(
-                f"{AT}transfer=nccl with {AT}colocated=true",
-                rule="NCCL has no group with two members on one GPU",
-                remedy=f"use {AT}transfer=host, or {AT}colocated=false with servers on other GPUs",
-            )
-        if self.directory is not None:
-            raise RuleBroken(
-                f"{AT}transfer=nccl with {AT}directory={self.directory}",
-                rule="new weights travel in one way; what NCCL does not deliver goes over HTTP",
-                remedy=f"use {AT}transfer=host, or {AT}directory=null",
-            )
+        hindrances = (
+            (self.kind != "vllm_server", f"kind={self.kind}", NO_WORKERS, "kind=vllm_server"),
+            (self.colocated, "colocated=true", NO_SHARED_GPU, "colocated=false with servers on other GPUs"),
+            (self.directory is not None, f"directory={self.directory}", ONE_WAY, "directory=null"),
+        )
+        for applies, setting, rule, change in hindrances:
+            if applies:
+                raise RuleBroken(
+                    f"{AT}transfer=nccl with {AT}{setting}",
+                    rule=rule,
+                    remedy=f"use {AT}transfer=host, or {AT}{change}",
+                )
 
 
 @config
@@ -387,32 +383,4 @@ def not_colocated(engine: Any, *, place: str = "") -> None:
             f"{AT}{place}engine.colocated=true in a stage that samples only to be measured",
             rule="GRPO and distillation take turns with the servers on their GPUs, round after round",
             remedy=f"use {AT}{place}engine.colocated=false with servers on other GPUs",
-        )
-
-
-def own_directory(key: str, directory: Path | None, engine: Any) -> None:
-    """An engine in this process has a model to read.
-
-    Raises:
-        RuleBroken: there is none.
-    """
-    if directory is None and not isinstance(engine, EndpointEngine):
-        raise RuleBroken(
-            f"no {AT}{key} for {AT}engine.kind={engine.kind}",
-            rule="an engine in this process reads the model from a Hugging Face directory",
-            remedy=f"set {AT}{key}=DIRECTORY, or {AT}engine.kind to endpoint for a served model",
-        )
-
-
-def no_second_model(key: str, directory: Path | None, engine: Any) -> None:
-    """An endpoint has its model, and reads no directory.
-
-    Raises:
-        RuleBroken: one is named.
-    """
-    if directory is not None and isinstance(engine, EndpointEngine):
-        raise RuleBroken(
-            f"{AT}{key}={directory} with {AT}engine.kind=endpoint",
-            rule=f"the server has the model, by the name {AT}engine.endpoint.model",
-            remedy=f"set {AT}{key}=null",
         )

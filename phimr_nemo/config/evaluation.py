@@ -16,10 +16,9 @@ from phimr_nemo.config.engine import (
     SamplingConfig,
     TrainedEngine,
     not_colocated,
-    own_directory,
     samples_as_trained,
 )
-from phimr_nemo.config.generation import FileProblems, Problems, RecordProblems, SyntheticProblems
+from phimr_nemo.config.generation import FileProblems, Problems, RecordProblems, SyntheticProblems, own_directory
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
 BenchmarkName = Literal[

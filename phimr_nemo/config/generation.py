@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Final, Literal
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -26,14 +27,40 @@ from phimr_nemo.config.engine import (
     Prices,
     SampledLongRope,
     SamplingConfig,
-    no_second_model,
-    own_directory,
 )
 from phimr_nemo.config.rules import AT, RuleBroken, config
 
 LARGEST_SYNTHETIC: Final = 300_000
 """So many distinct problems there are on either side of the split (measured by making them)."""
 SyntheticCount = Annotated[int, Field(ge=1, le=LARGEST_SYNTHETIC), IsNumber]
+
+
+def own_directory(key: str, directory: Path | None, engine: Any) -> None:
+    """An engine in this process has a model to read.
+
+    Raises:
+        RuleBroken: there is none.
+    """
+    if directory is None and not isinstance(engine, EndpointEngine):
+        raise RuleBroken(
+            f"no {AT}{key} for {AT}engine.kind={engine.kind}",
+            rule="an engine in this process reads the model from a Hugging Face directory",
+            remedy=f"set {AT}{key}=DIRECTORY, or {AT}engine.kind to endpoint for a served model",
+        )
+
+
+def no_second_model(key: str, directory: Path | None, engine: Any) -> None:
+    """An endpoint has its model, and reads no directory.
+
+    Raises:
+        RuleBroken: one is named.
+    """
+    if directory is not None and isinstance(engine, EndpointEngine):
+        raise RuleBroken(
+            f"{AT}{key}={directory} with {AT}engine.kind=endpoint",
+            rule=f"the server has the model, by the name {AT}engine.endpoint.model",
+            remedy=f"set {AT}{key}=null",
+        )
 
 
 @config

@@ -359,7 +359,7 @@ def _servers(
     engine: ServerEngine, model: SampledModel, tokenizer: Any, max_length: int, longrope: LongRopePolicy
 ) -> protocol.Sampler:
     from phimr_nemo.data.chat import stop_token_ids
-    from phimr_nemo.generate.serving.broadcasting import Broadcaster
+    from phimr_nemo.generate.serving.broadcast.trainer import Broadcaster
     from phimr_nemo.generate.serving.replies import Wanted
     from phimr_nemo.generate.serving.servers import ServerSampler
     from phimr_nemo.generate.serving.vllm import check_longrope

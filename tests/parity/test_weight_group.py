@@ -24,9 +24,8 @@ from torch import Tensor
 
 from phimr_nemo.config import ServerEngine
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.serving import broadcasting
-from phimr_nemo.generate.serving.broadcasting import Broadcaster
-from phimr_nemo.generate.serving.group import (
+from phimr_nemo.generate.serving.broadcast import trainer as broadcasting
+from phimr_nemo.generate.serving.broadcast.group import (
     Described,
     Group,
     GroupBroken,
@@ -36,6 +35,7 @@ from phimr_nemo.generate.serving.group import (
     join,
     unpacked,
 )
+from phimr_nemo.generate.serving.broadcast.trainer import Broadcaster
 from phimr_nemo.generate.serving.weights import Arrivals, Identity, NotArrived, tensors_of
 from phimr_nemo.generate.serving.weightsync import push
 
@@ -128,7 +128,8 @@ def serve(port: int, workers: int, dies_at: int | None, claims: int | None) -> N
     import uvicorn
     from fastapi import FastAPI
 
-    from phimr_nemo.generate.serving.receiving import group_routes, weight_routes
+    from phimr_nemo.generate.serving.broadcast.server import group_routes
+    from phimr_nemo.generate.serving.receiving import weight_routes
 
     server = Server(workers, dies_at, claims)
     app = FastAPI()

@@ -26,7 +26,7 @@ from phimr_nemo.config import BaseConfig, ServerEngine, load_config
 from phimr_nemo.generate.local.engine import LocalSampler
 from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams, Unfinished
 from phimr_nemo.generate.serving import replies
-from phimr_nemo.generate.serving.broadcasting import Broadcaster
+from phimr_nemo.generate.serving.broadcast.trainer import Broadcaster
 from phimr_nemo.generate.serving.replies import Wanted
 from phimr_nemo.generate.serving.servers import ServerSampler
 from phimr_nemo.generate.serving.weights import ASLEEP, BEGIN, GENERATE, IDENTITY, LOGPROBS, tokenizer_hash

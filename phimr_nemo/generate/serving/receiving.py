@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Protocol
 
@@ -18,15 +18,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phimr_nemo.generate.asked import FRUITLESS, read_request
-from phimr_nemo.generate.serving.group import Described, Membership, Offer
 from phimr_nemo.generate.serving.weights import (
     BEGIN,
-    BROADCAST,
     BUCKET,
     BUCKET_NAME,
     FINISH,
     GONE,
-    GROUP,
     IDENTITY,
     KEEP,
     KEPT,
@@ -34,7 +31,6 @@ from phimr_nemo.generate.serving.weights import (
     ROUTES,
     SLEEP,
     Identity,
-    NotArrived,
     WrongWeights,
     shared_memory,
 )
@@ -88,31 +84,6 @@ class Receiver(Protocol):
 
         Raises:
             WrongWeights: the weights are not complete; the server goes on waiting.
-        """
-        ...
-
-
-class Member(Receiver, Protocol):
-    """One whose workers can be in a process group with the trainer's: weights go from GPU to GPU."""
-
-    async def membership(self) -> Membership:
-        """The group it is in, and what it can be in."""
-        ...
-
-    async def join(self, offer: Offer) -> None:
-        """Leave the group it is in and become a member of another; returns when all are.
-
-        Raises:
-            NotArrived: it did not form.
-        """
-        ...
-
-    async def receive(self, group: str, tensors: Sequence[Described]) -> None:
-        """Take one bucket out of the group; only when all of it is there it is loaded.
-
-        Raises:
-            WrongWeights: it is not a part of this model.
-            NotArrived: it did not come.
         """
         ...
 
@@ -204,36 +175,6 @@ def weight_routes(receiver: Receiver, *, directory: Path | None, scratch: Path) 
     @router.post(FINISH)
     async def finish(version: Annotated[str, Body(embed=True, max_length=MAX_LABEL)]) -> dict[str, str]:
         return await checked(lambda: receiver.finish(version))
-
-    return router
-
-
-def group_routes(member: Member) -> APIRouter:
-    """The routes by which weights come from the trainer's GPU."""
-    router = APIRouter()
-
-    @router.get(GROUP)
-    async def membership() -> dict[str, Any]:
-        return vars(await member.membership())
-
-    @router.post(GROUP)
-    async def join(offer: Offer) -> dict[str, str]:
-        try:
-            await member.join(offer)
-        except NotArrived as error:
-            raise HTTPException(CONFLICT, str(error)) from error
-        return {}
-
-    @router.post(BROADCAST)
-    async def receive(request: Request) -> dict[str, str]:
-        try:
-            message = await request.json()
-            await member.receive(str(message["group"]), [Described.parse(value) for value in message["tensors"]])
-        except NotArrived as error:
-            raise HTTPException(GONE, str(error)) from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise HTTPException(CONFLICT, str(error)) from error
-        return {}
 
     return router
 

@@ -39,7 +39,7 @@ from phimr_nemo.store.progress import say
 if TYPE_CHECKING:
     import torch
 
-    from phimr_nemo.generate.serving.broadcasting import Broadcaster
+    from phimr_nemo.generate.serving.broadcast.trainer import Broadcaster
 
 IDENTITY_SECONDS: Final = 30.0
 """A probe waits for the engine itself, which may be in the middle of a long step."""
@@ -118,8 +118,6 @@ class ServerSampler:
         if self._broadcaster is not None:
             self._broadcaster.close()
 
-    # ---- new weights ---------------------------------------------------------------------------------------
-
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Send new weights to all servers that answer; processes other than the leader only pass them by.
 
@@ -136,16 +134,15 @@ class ServerSampler:
     async def _push(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         async with open_client(self._config) as client:
             reached = [server.url for server, identity in await self._reachable(client) if identity is not None]
-            label = version_label(self._run, version)
-            failed = await push(client, reached, tensors, label, self._config, self._broadcaster)
+            failed = await push(
+                client, reached, tensors, version_label(self._run, version), self._config, self._broadcaster
+            )
         if len(failed) == len(reached):
             raise UserError(
                 f"none of the servers {reached} took the new weights: {'; '.join(sorted(set(failed.values())))}",
                 rule="a round is sampled with the trainer's weights",
                 remedy="look at the servers' logs, start them again, and run the same command to continue",
             )
-
-    # ---- servers -------------------------------------------------------------------------------------------
 
     async def _identity(self, client: httpx.AsyncClient, server: _Server) -> Identity | None:
         """What a server serves; None when it does not answer."""
@@ -202,8 +199,6 @@ class ServerSampler:
         if self._stale == "resample":
             return identity.version == version_label(self._run, self._version)
         return label_number(self._run, identity.version) is not None
-
-    # ---- sampling ------------------------------------------------------------------------------------------
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Sample one completion for each request, in the requests' order.

@@ -17,11 +17,11 @@ from fastapi.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.platforms import current_platform
 
+from phimr_nemo.generate.serving.broadcast.group import Described, Membership, Offer
+from phimr_nemo.generate.serving.broadcast.server import group_routes
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
-from phimr_nemo.generate.serving.group import Described, Membership, Offer
 from phimr_nemo.generate.serving.receiving import (
     HEALTH,
-    group_routes,
     guard,
     guard_requests,
     guard_sleep,

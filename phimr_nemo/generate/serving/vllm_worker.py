@@ -23,7 +23,15 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from phimr_nemo.generate.serving.group import Described, Group, GroupBroken, Offer, empty_bucket, join, unpacked
+from phimr_nemo.generate.serving.broadcast.group import (
+    Described,
+    Group,
+    GroupBroken,
+    Offer,
+    empty_bucket,
+    join,
+    unpacked,
+)
 from phimr_nemo.generate.serving.vllm import WEIGHTS_BACKEND
 
 
@@ -32,7 +40,7 @@ class GroupInit(WeightTransferInitInfo):
     """The group to join; files need none.
 
     Attributes:
-        offer: the fields of an :class:`phimr_nemo.generate.serving.group.Offer`.
+        offer: the fields of an :class:`phimr_nemo.generate.serving.broadcast.group.Offer`.
     """
 
     offer: dict[str, Any]

@@ -1,7 +1,7 @@
 """Send a checkpoint to rollout servers, bucket by bucket, to all of them at once.
 
 A bucket goes over HTTP, through a shared directory, or from GPU to GPU
-(:mod:`phimr_nemo.generate.serving.broadcasting`).
+(:mod:`phimr_nemo.generate.serving.broadcast.trainer`).
 
 Over HTTP a bucket goes once to each host. The server that has it keeps it in the host's memory for the others there,
 which are told its name; one that finds no such file (a container with memory of its own) is sent it by itself.
@@ -36,7 +36,7 @@ from phimr_nemo.store.atomic import scratch_file
 if TYPE_CHECKING:
     import torch
 
-    from phimr_nemo.generate.serving.broadcasting import Broadcaster
+    from phimr_nemo.generate.serving.broadcast.trainer import Broadcaster
 
 STEP_SECONDS: Final = 600.0
 """What a server may take for one bucket, or to abort what it samples."""

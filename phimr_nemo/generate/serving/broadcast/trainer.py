@@ -19,7 +19,7 @@ from torch import Tensor
 
 from phimr_nemo.config import ServerEngine
 from phimr_nemo.errors import UserError
-from phimr_nemo.generate.serving.group import (
+from phimr_nemo.generate.serving.broadcast.group import (
     ROOT,
     Backend,
     Group,
