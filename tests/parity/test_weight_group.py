@@ -263,3 +263,13 @@ def test_a_group_that_does_not_form_costs_bounded_time() -> None:
         assert all("did not form" in reason for reason in failed.values()), failed
         assert not sender.is_ready
         assert not has(whole, weights(1), "run-1")
+
+
+def test_a_server_that_says_nothing_of_a_group_ends_the_sync() -> None:
+    """It has not failed, and asking it again would go on for ever."""
+
+    async def silent(url: str, path: str, **_: Any) -> None: ...
+
+    sender = Broadcaster(settings(["http://127.0.0.1:1"]), "gloo")
+    with pytest.raises(UserError, match="does not say whether"):
+        asyncio.run(asyncio.wait_for(sender.form(silent, ["http://127.0.0.1:1"], {}), SECONDS))

@@ -99,17 +99,17 @@ class Broadcaster:
         while alive := [url for url in urls if url not in failed]:
             found = await asyncio.gather(*(self._membership(post, url) for url in alive))
             members = {url: member for url, member in zip(alive, found, strict=True) if member is not None}
-            if len(members) < len(alive):
-                continue
-            workers = {url: member.workers for url, member in members.items()}
-            name = self._group.name if self._group is not None else ""
-            is_whole = all(member.name == name for member in members.values())
-            if self._group is not None and is_whole and workers == self._workers:
-                return
-            self.close()
-            problem = await self._form_anew(post, workers)
-            if not problem:
-                return
+            problem = "a server does not say whether it can be in one"
+            if len(members) == len(alive):
+                workers = {url: member.workers for url, member in members.items()}
+                name = self._group.name if self._group is not None else ""
+                is_whole = all(member.name == name for member in members.values())
+                if self._group is not None and is_whole and workers == self._workers:
+                    return
+                self.close()
+                problem = await self._form_anew(post, workers)
+                if not problem:
+                    return
             if not any(url in failed for url in alive):
                 raise UserError(
                     f"no process group with the rollout servers {alive}: {problem}",
