@@ -57,6 +57,7 @@ def build_part(
         max_length=sequence_length,
         longrope_policy=model.longrope,
         fp32_output=model.fp32_output,
+        logits_bytes=model.logits_bytes,
         pre_process=is_pipeline_first_stage(),
         post_process=is_pipeline_last_stage(),
     ).to(platform.device())

@@ -39,6 +39,7 @@ COMMON: Final = (
     Counterpart("model.fp8", "none", "", "refused unless off"),
     Counterpart("model.fp32_output", "none", "", "refused unless off"),
     Counterpart("model.fp8_output", "none", "", "off where model.fp8 is"),
+    Counterpart("model.logits_gib", "none", "", "memory against time, the numbers are the same"),
     Counterpart("model.deterministic", "none", "", "refused unless off"),
     Counterpart("lora", "none", "", "refused unless off"),
     Counterpart("model.longrope", "patch", "policy.hf_config_overrides", "both sets of factors are the regime's"),

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
 from phimr_nemo.errors import LONGEST_NAME, LONGEST_PATH, path_too_long
+from phimr_nemo.units import GIBIBYTE
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 LongRopePolicy = Literal["long_when_max_length_exceeds_original", "per_sequence", "always_short"]
@@ -159,6 +160,9 @@ class ModelConfig:
         fp8: 8-bit matrix products in Transformer Engine's hybrid format, by its recipe; None = none.
         fp8_output: the output layer's products in that format too, always with current scaling. The layers' recipes
             leave it in bf16, because it decides every probability.
+        logits_gib: what a chunk of logits may take on each process where log-probabilities are computed (GiB). A
+            micro-batch that is one chunk keeps its logits for the backward pass; of longer ones all but a chunk are
+            computed again, which is one product of four of the output layer.
         recompute: activations that are computed again in the backward pass instead of being kept: those of the
             attention core ("selective", which frees next to nothing, as no attention here keeps its scores), of the
             feed-forward part ("mlp", most of what a layer keeps), or of whole layers ("full").
@@ -172,7 +176,13 @@ class ModelConfig:
     recompute: Recompute = "none"
     fp32_output: bool = False
     fp8_output: bool = False
+    logits_gib: AboveZero = 0.75
     deterministic: bool = False
+
+    @property
+    def logits_bytes(self) -> int:
+        """``logits_gib`` in bytes."""
+        return int(self.logits_gib * GIBIBYTE)
 
     def __post_init__(self) -> None:
         if self.fp8_output and (self.fp8 is None or self.fp32_output):

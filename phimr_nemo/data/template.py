@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.units import GIBIBYTE
 
 MAX_TEMPLATE_CHARS: Final = 100_000
 MAX_PROMPT_CHARS: Final = 100_000
@@ -23,7 +24,7 @@ MAX_PROMPT_CHARS: Final = 100_000
 
 CPU_SECONDS: Final = 5
 WALL_SECONDS: Final = 60.0
-MEMORY_BYTES: Final = 1 << 30
+MEMORY_BYTES: Final = GIBIBYTE
 _ROOT: Final = str(Path(__file__).resolve().parents[2])
 _BOOT: Final = "import sys; sys.path[:1] = [sys.argv[1]]; from phimr_nemo.data.template import main; main()"
 _CONVERSATIONS: Final = (
@@ -60,7 +61,7 @@ def check_template(
     if problem:
         raise UserError(
             f"the chat template in {directory} {problem}",
-            rule=f"a template renders a question within {CPU_SECONDS} s and {MEMORY_BYTES >> 30} GiB",
+            rule=f"a template renders a question within {CPU_SECONDS} s and {MEMORY_BYTES // GIBIBYTE} GiB",
             remedy="download the tokenizer again, or give it the reasoning template: phimr adopt DIRECTORY TARGET",
         )
 
@@ -103,7 +104,7 @@ def main() -> None:
             # transformers says that there are none; a template may rely on it.
             text = render(messages=turns, tools=None, documents=None, add_generation_prompt=True, **given["tokens"])
         except MemoryError:
-            sys.exit(_say(f"needs more than {MEMORY_BYTES >> 30} GiB to render a question"))
+            sys.exit(_say(f"needs more than {MEMORY_BYTES // GIBIBYTE} GiB to render a question"))
         except Exception as error:  # noqa: BLE001 - the template's own refusal among them
             if index == 0:
                 sys.exit(_say(f"does not render a question: {type(error).__name__}: {str(error)[:200]}"))

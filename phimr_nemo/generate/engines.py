@@ -26,6 +26,7 @@ from phimr_nemo.generate import sampler as protocol
 from phimr_nemo.generate.plan import Plan
 from phimr_nemo.generate.sampler import SamplingParams
 from phimr_nemo.store.shards import conform
+from phimr_nemo.units import GIBIBYTE
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from phimr_nemo.generate.local.engine import LocalSampler
 
 S = TypeVar("S", bound=protocol.Engine, covariant=True)
-GIB = 2**30
 _LOGGER: Final = logging.getLogger(__name__)
 
 
@@ -332,7 +332,7 @@ def _local(
         max_length=max_length,
         dtype=own if named is None else torch_dtype(named),
         device=model.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        cache_bytes=None if engine.cache_gib is None else int(engine.cache_gib * GIB),
+        cache_bytes=None if engine.cache_gib is None else int(engine.cache_gib * GIBIBYTE),
     )
 
 

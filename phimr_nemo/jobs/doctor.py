@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Final, Literal
 
 from phimr_nemo.errors import EXIT_DONE, EXIT_USER
+from phimr_nemo.units import GIBIBYTE
 from phimr_nemo.verify.workers.confine import UNCONFINED, Confinement, confinement
 
 Status = Literal["ok", "differs", "missing"]
 
 PYTHON_FROM: Final = (3, 10)
 PYTHON_BELOW: Final = (3, 13)
-GIB: Final = 1 << 30
 MIN_DISK_GIB: Final = 4.0
 MIN_MEMORY_GIB: Final = 8.0
 MIN_CORES: Final = 2
@@ -168,7 +168,7 @@ def inspect_machine() -> Machine:
         torch_cuda=_torch_cuda(),
         gpus=tuple(line.strip() for line in (listing or "").splitlines() if line.strip()),
         slurm=_ask("sbatch", "--version"),
-        disk_gib=shutil.disk_usage(Path.cwd()).free / GIB,
+        disk_gib=shutil.disk_usage(Path.cwd()).free / GIBIBYTE,
         memory_gib=_available_memory(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         confinement=confinement(),
@@ -215,7 +215,7 @@ def _available_memory() -> float | None:
         import psutil
     except ImportError:
         return None
-    return float(psutil.virtual_memory().available / GIB)
+    return float(psutil.virtual_memory().available / GIBIBYTE)
 
 
 def judge(machine: Machine) -> list[Finding]:

@@ -15,8 +15,8 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_world
 from phimr_nemo.plan.memory import MicroBatch, largest_rank, largest_state
 from phimr_nemo.process.gpus import has_gpu_driver
+from phimr_nemo.units import GIBIBYTE
 
-GIBIBYTE: Final = 2**30
 RANK_BYTES: Final = 0.9 * GIBIBYTE
 """What a rank holds beside its model: the libraries, measured with a model of 0.8 M parameters on a CPU."""
 FEWEST_CORES: Final = 2
@@ -139,6 +139,7 @@ def needed_memory(stage: str, config: SupervisedConfig | DPOConfig | RoundsConfi
         MicroBatch(sequences=config.micro_batch, length=config.sequence_length, packed=True),
         micro_batches=max(1, config.global_batch // (config.micro_batch * parallel.data)),
         distributed=config.optim.distributed,
+        logits_bytes=model.logits_bytes,
     )
     return RANK_BYTES + rank.total
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from phimr_nemo.config import (
     AskConfig,
@@ -44,9 +44,8 @@ from phimr_nemo.plan.memory import largest_state
 from phimr_nemo.store.inputs import model_remedy
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import is_complete, read_manifest
+from phimr_nemo.units import GIBIBYTE
 from phimr_nemo.verify import Grader
-
-GIBIBYTE: Final = 2**30
 
 
 def grader_of(config: Any) -> str | None:

@@ -1,9 +1,10 @@
-"""Token log-probabilities straight from hidden states, without ever holding all logits.
+"""Token log-probabilities straight from hidden states, without holding more logits than there is room for.
 
 Every stage (supervised loss, DPO, GRPO) needs log p(label | prefix) per token and nothing else of the
 [tokens, vocabulary] matrix, which at 16,384 x 200,064 in float32 is 13 GB before its gradient. So the forward
 pass walks over chunks of tokens, keeps one log-sum-exp per token, and the backward pass recomputes each
 chunk's logits. Memory is O(chunk_size * vocabulary / tensor_parallel) instead of O(tokens * vocabulary).
+One chunk is kept from one pass to the other, which saves its product; what fits in one chunk saves all of them.
 
 For one token with hidden state h, temperature T and the output matrix W (rows are words):
 
@@ -120,6 +121,19 @@ def token_logprobs_and_entropy(
     return _apply(hidden, weight, labels, *options, True)
 
 
+def chunk_within(room: int | None, weight: Tensor) -> int:
+    """Tokens whose logits take at most ``room`` bytes, but at least one; None = the default chunk's.
+
+    Args:
+        room: bytes.
+        weight: [vocabulary / tp, h], the output matrix.
+    """
+    if room is None:
+        return DEFAULT_CHUNK_SIZE
+    number = weight.element_size() if is_fused(weight) else statistics_dtype(weight).itemsize
+    return max(1, room // (number * weight.shape[0]))
+
+
 def _apply(
     hidden: Tensor,
     weight: Tensor,
@@ -141,7 +155,7 @@ def _apply(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Chunked forward, recomputing backward; see the module's docstring for the formulas."""
+    """Chunked forward; backward from the chunk that was kept, and again. The module's docstring has the formulas."""
 
     @staticmethod
     def forward(
@@ -167,12 +181,16 @@ class _TokenLogprobs(torch.autograd.Function):
         # Rows of one tensor, so that one all-reduce serves: sum of exponentials, label's logit, and for the
         # entropy the sum of exponential * shifted logit.
         sums = torch.empty(3 if with_entropy else 2, positions.numel(), dtype=dtype, device=hidden.device)
-        for start in range(0, positions.numel(), chunk_size):
+        kept = None
+        # The first chunk comes last: it is full, and the backward pass begins with it.
+        for start in reversed(range(0, positions.numel(), chunk_size)):
+            # Otherwise a chunk's buffer would still be alive while the next one's is allocated.
+            kept = None
             chunk = slice(start, start + chunk_size)
             of_chunk = rows[positions[chunk]], wanted[chunk]
-            _chunk_statistics(products, *of_chunk, temperature, tp_group, maximum[chunk], sums[:, chunk])
+            kept = _chunk_statistics(products, *of_chunk, temperature, tp_group, maximum[chunk], sums[:, chunk])
 
-        maximum = _merge_statistics(maximum, sums, tp_group)
+        own_maximum, maximum = maximum, _merge_statistics(maximum, sums, tp_group)
         log_sum_exp = maximum + sums[0].log()
         logprobs = scatter(sums[1] - log_sum_exp, positions, labels.shape)
         if with_entropy:
@@ -182,7 +200,8 @@ class _TokenLogprobs(torch.autograd.Function):
         else:
             of_rows, entropy = None, torch.empty(0, dtype=dtype, device=hidden.device)
 
-        ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp, of_rows)
+        ctx.save_for_backward(hidden, weight, positions, wanted, log_sum_exp, of_rows, own_maximum)
+        ctx.kept = kept
         # An entropy that nothing was made of has no gradient, instead of zeros that one would have to look for.
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.tp_group = temperature, tp_group
@@ -193,7 +212,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, positions, wanted, log_sum_exp, entropy = ctx.saved_tensors
+        hidden, weight, positions, wanted, log_sum_exp, entropy, own_maximum = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         gathered = gather_sequence(hidden, ctx.tp_group) if ctx.sequence_parallel else hidden
         rows = gathered.reshape(-1, hidden.shape[-1])
@@ -213,16 +232,20 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, positions.numel(), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             chunk_rows = rows[positions[chunk]].to(weight.dtype)
-            grad_logits = _chunk_logit_gradient(
-                products,
-                chunk_rows,
-                wanted[chunk],
+            # Taken out, because the gradient is written over it: a second backward pass computes it again.
+            used, ctx.kept = ctx.kept, None
+            if used is None:
+                used = _used_again(products.logits(chunk_rows), ctx.temperature, own_maximum[chunk])
+            grad_logits = _logit_gradient(
+                used,
+                *local_columns(wanted[chunk], used.shape[1], ctx.tp_group),
                 ctx.temperature,
-                ctx.tp_group,
+                own_maximum[chunk],
                 log_sum_exp[chunk],
                 scale[chunk],
                 None if towards_entropy is None else (towards_entropy[chunk], entropy[chunk]),
-            )
+            ).to(weight.dtype)
+            del used
             towards_rows = products.backward(grad_logits, chunk_rows, grad_weight, wants_rows=wants_hidden)
             if grad_rows is not None and towards_rows is not None:
                 grad_rows[positions[chunk]] = towards_rows.to(hidden.dtype)
@@ -247,58 +270,73 @@ def _chunk_statistics(
     tp_group: dist.ProcessGroup | None,
     maximum: Tensor,
     sums: Tensor,
-) -> None:
-    """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary."""
-    product = products.logits(rows)
-    columns, owned = local_columns(labels, product.shape[1], tp_group)
-    if is_fused(product):
-        from phimr_nemo.losses import fused
-
-        fused.statistics(product, columns, owned, temperature, maximum, sums)
-        return
-    logits = divided(product, temperature)
-    del product
-    torch.amax(logits, dim=1, out=maximum)
-    sums[1] = torch.where(owned, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
-    shifted = logits.sub_(maximum.unsqueeze(1))
-    if sums.shape[0] == 2:
-        torch.sum(shifted.exp_(), dim=1, out=sums[0])
-    else:
-        exponentials = torch.exp(shifted)
-        torch.sum(exponentials, dim=1, out=sums[0])
-        torch.sum(exponentials.mul_(shifted), dim=1, out=sums[2])
-
-
-def _chunk_logit_gradient(
-    products: Products,
-    rows: Tensor,
-    labels: Tensor,
-    temperature: float,
-    tp_group: dist.ProcessGroup | None,
-    log_sum_exp: Tensor,
-    scale: Tensor,
-    of_entropy: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """scale * ([v = y] - p_v) of this rank's block [chunk, vocabulary / tp], in the dtype of its logits.
+    """Fill ``maximum`` [chunk] and ``sums`` [2 or 3, chunk] from this rank's block of the vocabulary.
 
-    With `of_entropy`, a factor and the entropy of each row, also factor * -p_v (log p_v + entropy).
+    Returns:
+        What the chunk's gradient is made of, as ``_used_again``.
     """
     product = products.logits(rows)
     columns, owned = local_columns(labels, product.shape[1], tp_group)
     if is_fused(product):
         from phimr_nemo.losses import fused
 
-        return fused.gradient(product, columns, owned, temperature, log_sum_exp, scale, of_entropy)
-    gradient, dtype = divided(product, temperature).sub_(log_sum_exp.unsqueeze(1)), product.dtype
+        fused.statistics(product, columns, owned, temperature, maximum, sums)
+        return product
+    logits = divided(product, temperature)
     del product
-    if of_entropy is None:
-        gradient.exp_().neg_().mul_(scale.unsqueeze(1))
+    torch.amax(logits, dim=1, out=maximum)
+    sums[1] = torch.where(owned, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
+    shifted = logits.sub_(maximum.unsqueeze(1))
+    if sums.shape[0] == 2:
+        exponentials = shifted.exp_()
     else:
-        factor, entropy = (values.unsqueeze(1) for values in of_entropy)
-        probabilities = gradient.exp()
-        gradient.add_(entropy).mul_(factor).add_(scale.unsqueeze(1)).mul_(probabilities).neg_()
+        exponentials = torch.exp(shifted)
+        torch.sum(shifted.mul_(exponentials), dim=1, out=sums[2])
+    torch.sum(exponentials, dim=1, out=sums[0])
+    return exponentials
+
+
+def _used_again(product: Tensor, temperature: float, maximum: Tensor) -> Tensor:
+    """What a chunk's gradient is made of [chunk, vocabulary / tp], bit for bit as in the forward pass.
+
+    The product itself for Triton's kernels, else exp(z - maximum) in the statistics dtype.
+    """
+    if is_fused(product):
+        return product
+    return divided(product, temperature).sub_(maximum.unsqueeze(1)).exp_()
+
+
+def _logit_gradient(
+    used: Tensor,
+    columns: Tensor,
+    owned: Tensor,
+    temperature: float,
+    maximum: Tensor,
+    log_sum_exp: Tensor,
+    scale: Tensor,
+    of_entropy: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """scale * ([v = y] - p_v) of this rank's block [chunk, vocabulary / tp], written over what ``_used_again`` gives.
+
+    With `of_entropy`, a factor and the entropy of each row, also factor * -p_v (log p_v + entropy).
+    """
+    if is_fused(used):
+        from phimr_nemo.losses import fused
+
+        return fused.gradient(used, columns, owned, temperature, log_sum_exp, scale, of_entropy)
+    # p_v = exp(z_v - maximum) * exp(maximum - log-sum-exp): this rank's maximum, the whole vocabulary's sum.
+    share = (maximum - log_sum_exp).exp()
+    if of_entropy is None:
+        gradient = used.mul_(-(share * scale).unsqueeze(1))
+    else:
+        factor, entropy = of_entropy
+        probabilities = used.mul_(share.unsqueeze(1))
+        # p log p is 0 where p is.
+        gradient = torch.special.xlogy(probabilities, probabilities).mul_(-factor.unsqueeze(1))
+        gradient.addcmul_(probabilities, (factor * entropy + scale).unsqueeze(1), value=-1)
     gradient.scatter_add_(1, columns.unsqueeze(1), (owned * scale).unsqueeze(1))
-    return gradient.to(dtype)
+    return gradient
 
 
 def _merge_statistics(maximum: Tensor, sums: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:

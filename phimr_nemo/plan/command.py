@@ -12,7 +12,6 @@ from rich.console import Console
 from phimr_nemo.config import GenerationPlanConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.plan.generation import plan_generation
-from phimr_nemo.plan.hardware import GIBIBYTE
 from phimr_nemo.plan.request import read_request
 from phimr_nemo.plan.search import plan_training
 from phimr_nemo.plan.tables import (
@@ -23,6 +22,7 @@ from phimr_nemo.plan.tables import (
     print_training,
     training_values,
 )
+from phimr_nemo.units import GIBIBYTE
 
 WIDTH: Final = 126
 

@@ -8,11 +8,9 @@ from typing import Final, Literal
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.flops import PEAK_BF16_FLOPS
+from phimr_nemo.units import GIBIBYTE, MEBIBYTE
 
 MatmulDtype = Literal["fp32", "bf16", "fp8"]
-
-GIBIBYTE: Final = 2**30
-MEBIBYTE: Final = 2**20
 
 
 @dataclass(frozen=True)

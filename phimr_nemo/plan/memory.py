@@ -25,8 +25,6 @@ BYTES_PER_NUMBER: Final = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32_BYTES: Final = 4
 INT64_BYTES: Final = 8
 ADAM_MOMENTS: Final = 2
-LOGITS_CHUNK: Final = 1024
-"""`phimr_nemo.losses.logprobs.DEFAULT_CHUNK_SIZE`, which cannot be imported without torch (a test compares them)."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +209,8 @@ def layer_bytes(
 
 
 def head_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str) -> float:
-    """Bytes a token that the final norm keeps and, of its label, the place, the word and the log-sum-exp."""
-    return norm_bytes(arch, parallel, dtype) + 2 * INT64_BYTES + FP32_BYTES
+    """Bytes a token that the final norm keeps and, of its label, place, word, largest logit, log-sum-exp."""
+    return norm_bytes(arch, parallel, dtype) + 2 * INT64_BYTES + 2 * FP32_BYTES
 
 
 def kept_bytes(
@@ -243,7 +241,29 @@ def adds_in_place(dtype: str, kernels: Kernels) -> bool:
     return dtype != "fp32" and kernels == "transformer_engine"
 
 
-def output_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, tokens: float, kernels: Kernels) -> float:
+def logits_chunk(
+    arch: Architecture, parallel: ParallelConfig, dtype: str, tokens: float, kernels: Kernels, logits_bytes: float
+) -> float:
+    """Tokens of a micro-batch whose logits are there at a time (`phimr_nemo.losses.logprobs.chunk_within`).
+
+    Args:
+        arch, parallel, dtype, kernels: of the run.
+        tokens: of the micro-batch on a rank.
+        logits_bytes: that they may take.
+    """
+    number = BYTES_PER_NUMBER[dtype] if adds_in_place(dtype, kernels) else FP32_BYTES
+    return min(tokens, max(1.0, logits_bytes // (number * arch.vocab_size / parallel.tensor)))
+
+
+def output_bytes(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    dtype: str,
+    tokens: float,
+    kernels: Kernels,
+    *,
+    logits_bytes: float,
+) -> float:
     """Bytes of the output layer's backward pass in chunks (see :mod:`phimr_nemo.losses.logprobs`).
 
     A chunk's logits in fp32 and, for bf16, once more in bf16; the weight's gradient in fp32 and, for bf16, a chunk's
@@ -251,7 +271,7 @@ def output_bytes(arch: Architecture, parallel: ParallelConfig, dtype: str, token
     their gradients for all tokens.
     """
     size = BYTES_PER_NUMBER[dtype]
-    chunk = min(LOGITS_CHUNK, tokens)
+    chunk = logits_chunk(arch, parallel, dtype, tokens, kernels, logits_bytes)
     hidden = arch.hidden_size
     if adds_in_place(dtype, kernels):
         a_word = float(chunk * size)
@@ -291,6 +311,7 @@ def rank_memory(
     *,
     micro_batches: int,
     distributed: bool,
+    logits_bytes: float,
     stage: int,
 ) -> RankMemory:
     """Bytes on a rank of one pipeline stage at the worst moment of a step.
@@ -304,6 +325,7 @@ def rank_memory(
         batch: the largest micro-batch.
         micro_batches: of a step, on each data-parallel rank.
         distributed: see :func:`state_memory`.
+        logits_bytes: that a chunk of logits may take.
         stage: pipeline stage, from 0.
     """
     size = BYTES_PER_NUMBER[dtype]
@@ -323,6 +345,9 @@ def rank_memory(
     tied = vocabulary if is_first and is_last and arch.tie_word_embeddings else 0.0
     waiting = 0.0 if adds_in_place(dtype, kernels) else tied
     sent = size * tokens * arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
+    output = 0.0
+    if is_last:
+        output = output_bytes(arch, parallel, dtype, tokens, kernels, logits_bytes=logits_bytes)
     return RankMemory(
         stage=stage,
         in_flight=in_flight,
@@ -331,7 +356,7 @@ def rank_memory(
         head=tokens * head_bytes(arch, parallel, dtype) if is_last else 0.0,
         recomputed=tokens * again,
         on_the_way=tokens * gradients + waiting,
-        output=output_bytes(arch, parallel, dtype, tokens, kernels) if is_last else 0.0,
+        output=output,
         embedding=vocabulary + tied + waiting if is_first else 0.0,
         # The inputs of the micro-batches in flight, and a gradient each way.
         pipeline=sent * (in_flight * (not is_first) + 2) if parallel.pipeline > 1 else 0.0,
@@ -348,6 +373,7 @@ def largest_rank(
     *,
     micro_batches: int,
     distributed: bool,
+    logits_bytes: float,
 ) -> RankMemory:
     """:func:`rank_memory` of the pipeline stage that needs most."""
     stages = (
@@ -360,6 +386,7 @@ def largest_rank(
             batch,
             micro_batches=micro_batches,
             distributed=distributed,
+            logits_bytes=logits_bytes,
             stage=stage,
         )
         for stage in range(parallel.pipeline)

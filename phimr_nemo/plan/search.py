@@ -16,11 +16,11 @@ from phimr_nemo.model.flops import model_flops
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.plan.hardware import FRAGMENTATION, FRAMEWORK_BYTES, Gpu, MatmulDtype, find_gpu
 from phimr_nemo.plan.memory import (
-    LOGITS_CHUNK,
     RankMemory,
     Recompute,
     largest_rank,
     layer_parameters,
+    logits_chunk,
 )
 from phimr_nemo.plan.rounds import Held, Round, planned_round
 from phimr_nemo.plan.timing import StepTime, Work, step_time
@@ -314,6 +314,7 @@ def _judge(
         distributed=config.optim.distributed,
         matmul=matmul,
         output_matmul="fp8" if config.model.fp8_output else None,
+        logits_bytes=config.model.logits_bytes,
     )
     # Every further update of a step costs its communication and its optimizer once more.
     training = step.total + (workload.updates - 1) * (step.data + step.optimizer)
@@ -350,6 +351,7 @@ def _training_memory(
         workload.largest(candidate.micro_batch),
         micro_batches=count,
         distributed=config.optim.distributed,
+        logits_bytes=config.model.logits_bytes,
     )
     copies = 0.0
     if config.model.fp8 is not None:
@@ -357,7 +359,9 @@ def _training_memory(
         copies = FP8_COPIES * layers * layer_parameters(arch, parallel.tensor)
     if config.model.fp8_output:
         # The output matrix, and a chunk's gradient.
-        copies += FP8_COPIES * (arch.hidden_size + LOGITS_CHUNK) * arch.vocab_size / parallel.tensor
+        tokens = workload.largest(candidate.micro_batch).tokens / parallel.context
+        chunk = logits_chunk(arch, parallel, dtype, tokens, "transformer_engine", config.model.logits_bytes)
+        copies += FP8_COPIES * (arch.hidden_size + chunk) * arch.vocab_size / parallel.tensor
     return Memory(
         rank=rank,
         reference=rank.state.weights if workload.reference else 0.0,

@@ -11,9 +11,10 @@ from rich.table import Table
 from phimr_nemo.config import GenerationPlanConfig, RoundsConfig, ServerEngine
 from phimr_nemo.model.flops import model_flops_per_token
 from phimr_nemo.plan.generation import GenerationPlan
-from phimr_nemo.plan.hardware import GIBIBYTE, find_gpu
+from phimr_nemo.plan.hardware import find_gpu
 from phimr_nemo.plan.request import TrainingRequest
 from phimr_nemo.plan.search import SECONDS_A_DAY, Candidate, Fitting, Refused, TrainingPlan
+from phimr_nemo.units import GIBIBYTE
 
 SHOWN: Final = 10
 SHOWN_REFUSED: Final = 5

@@ -23,9 +23,9 @@ from phimr_nemo.plan.hardware import (
 from phimr_nemo.plan.memory import (
     BYTES_PER_NUMBER,
     FP32_BYTES,
-    LOGITS_CHUNK,
     Recompute,
     layer_parameters,
+    logits_chunk,
     stage_parameters,
 )
 
@@ -39,6 +39,9 @@ OUTPUT_TRAFFIC: Final = 14
 """Bytes that go to and from memory for each word and token of the output layer, forward and backward, in bf16 logits
 with the kernels of `phimr_nemo.losses.fused`: written and read forward (4); written again, read, their gradient
 written and read by two products backward (10). In plain PyTorch they are 78."""
+
+KEPT_TRAFFIC: Final = 2
+"""Of these, what a chunk saves that is kept for the backward pass instead of being written again."""
 
 OUTPUT_CAST_TRAFFIC: Final = 4
 """More for each word and token in 8 bits: the gradient is read for its largest value and to be cast (4), written by
@@ -147,6 +150,7 @@ def step_time(
     distributed: bool,
     matmul: MatmulDtype,
     output_matmul: MatmulDtype | None = None,
+    logits_bytes: float,
 ) -> StepTime:
     """Seconds of one optimizer step.
 
@@ -161,6 +165,7 @@ def step_time(
         distributed: the optimizer's state is shared by data- and context-parallel ranks.
         matmul: number format of the layers' matrix products.
         output_matmul: of the output layer's; None = of the weights.
+        logits_bytes: that a chunk of logits may take.
     """
     tokens = work.tokens / parallel.context
     layers = arch.num_hidden_layers / parallel.pipeline
@@ -177,7 +182,9 @@ def step_time(
     # With sequence parallelism the inputs of the linear layers are gathered once more for the weights' gradients.
     tensor = (2 + repeats_communication + (0.5 if parallel.sequence else 0.0)) * one.tensor
     context = _exposed_context(one, recompute == "full")
-    output = _output_seconds(arch, parallel, gpu, output_matmul or ("fp32" if dtype == "fp32" else "bf16"), tokens)
+    chunk = logits_chunk(arch, parallel, dtype, tokens, "transformer_engine", logits_bytes)
+    output_format = output_matmul or ("fp32" if dtype == "fp32" else "bf16")
+    output = _output_seconds(arch, parallel, gpu, output_format, tokens, chunk)
     memory = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     parameters = max(stage_parameters(arch, parallel, stage) for stage in range(parallel.pipeline))
     accumulation = parameters * ACCUMULATION_TRAFFIC / memory
@@ -190,7 +197,7 @@ def step_time(
     mean_output = output / parallel.pipeline
     # Virtual stages fill and drain the pipeline in smaller parts (arXiv 2104.04473, section 2.2).
     bubble = (parallel.pipeline - 1) / parallel.virtual * slot + count * (output - mean_output)
-    forward_slot = layers * (one.total + one.tensor) + output / (passes + 1)
+    forward_slot = layers * (one.total + one.tensor) + output / (passes + 1 - chunk / tokens)
     forward = work.forward_only * (count + (parallel.pipeline - 1 if work.forward_only else 0)) * forward_slot
     spread = parallel.data * parallel.context if distributed else 1
     return StepTime(
@@ -269,14 +276,15 @@ def _exposed_context(one: _Forward, repeated: bool) -> float:
 
 
 def _output_seconds(
-    arch: Architecture, parallel: ParallelConfig, gpu: Gpu, matmul: MatmulDtype, tokens: float
+    arch: Architecture, parallel: ParallelConfig, gpu: Gpu, matmul: MatmulDtype, tokens: float, chunk: float
 ) -> float:
-    """Seconds of the output layer over a micro-batch: its logits are computed twice, their gradients once."""
+    """Seconds of the output layer over a micro-batch: all logits but a chunk's are computed twice."""
     words = arch.vocab_size / parallel.tensor
-    products = (2 + BACKWARD) * OPERATIONS * words * arch.hidden_size * tokens
+    kept = chunk / tokens
+    products = (2 - kept + BACKWARD) * OPERATIONS * words * arch.hidden_size * tokens
     rate = matmul_rate(gpu, matmul)
-    chunks = tokens / LOGITS_CHUNK
-    traffic = OUTPUT_TRAFFIC * words * tokens + OUTPUT_GRADIENT_TRAFFIC * words * arch.hidden_size * chunks
+    traffic = (OUTPUT_TRAFFIC - KEPT_TRAFFIC * kept) * words * tokens
+    traffic += OUTPUT_GRADIENT_TRAFFIC * words * arch.hidden_size * tokens / chunk
     if matmul == "fp8":
         traffic += OUTPUT_CAST_TRAFFIC * words * tokens + MATRIX_CAST_TRAFFIC * words * arch.hidden_size
     return products / rate + traffic / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)

@@ -100,7 +100,7 @@ class Phi4MiniConfig(llm.GPTConfig):
         longrope: LongRoPE policy.
         hf_directory: where the starting weights come from; None = random.
         seed: of Megatron's random states, one a place in the layout.
-        fp32_output, fp8_output: see :class:`phimr_nemo.config.ModelConfig`.
+        fp32_output, fp8_output, logits_bytes: see :class:`phimr_nemo.config.ModelConfig`.
         lora: adapters beside the starting weights, which are not trained then.
     """
 
@@ -111,6 +111,7 @@ class Phi4MiniConfig(llm.GPTConfig):
     seed: int = 0
     fp32_output: bool = False
     fp8_output: bool = False
+    logits_bytes: int | None = None
     lora: LoRAConfig | None = None
     forward_step_fn: Any = field(default=forward_step)
     data_step_fn: Any = field(default=data_step)
@@ -141,6 +142,7 @@ class Phi4MiniConfig(llm.GPTConfig):
             vp_stage=vp_stage,
             fp32_output=self.fp32_output,
             fp8_output=self.fp8_output,
+            logits_bytes=self.logits_bytes,
         )
         if self.hf_directory is not None:
             load_tensors([model], self.architecture, HFDirectory(Path(self.hf_directory)))
@@ -221,6 +223,7 @@ def architecture_config(
         seed=seed,
         fp32_output=model.fp32_output,
         fp8_output=model.fp8_output,
+        logits_bytes=model.logits_bytes,
     )
 
 

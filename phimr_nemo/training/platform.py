@@ -18,6 +18,8 @@ from typing import Any, Final
 import torch
 from torch.utils._device import _device_constructors
 
+from phimr_nemo.units import GIBIBYTE
+
 CPU: Final = torch.device("cpu")
 
 # Factories that Megatron-Core calls with device="cuda" or pin_memory: optimizer, gradient clipping and buffers,
@@ -36,7 +38,7 @@ _DETERMINISTIC: Final = {
 # some MiB of it are free, which an activation is; the next step then waits for the same pages, zeroed one by one.
 _TRIM_THRESHOLD: Final = -1
 _MMAP_THRESHOLD: Final = -3
-_KEPT_BYTES: Final = 2**30
+_KEPT_BYTES: Final = GIBIBYTE
 _LARGEST_IN_HEAP: Final = 32 * 2**20
 """Larger tensors are mapped apart and given back when they are freed, as by default."""
 

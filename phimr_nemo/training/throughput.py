@@ -15,11 +15,11 @@ from phimr_nemo.losses.device import sent
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops, peak_flops
 from phimr_nemo.training import platform
+from phimr_nemo.units import GIBIBYTE
 
 WORK: Final = "work"
 """Name, in a batch, of its document tokens and its causal (query, key) pairs: int64 [2]."""
 
-GIBIBYTE: Final = 2**30
 TERA: Final = 1e12
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.records import VerdictName
+from phimr_nemo.units import GIBIBYTE
 from phimr_nemo.verify.compare import judge
 from phimr_nemo.verify.extract import Extraction, final_answer, gold_answer
 from phimr_nemo.verify.gold import alternatives
@@ -22,7 +23,7 @@ from phimr_nemo.verify.workers.pool import Job, Pool
 
 SOFT_SECONDS: Final = 2.0
 DEADLINE_SECONDS: Final = 5.0
-MEMORY_BYTES: Final = 1 << 30
+MEMORY_BYTES: Final = GIBIBYTE
 
 
 _ORDER: Final[tuple[VerdictName, ...]] = ("correct", "timeout", "error", "wrong", "unparsable", "gold_unreadable")

@@ -44,6 +44,7 @@ class Case:
     Attributes:
         documents: lengths of a packed row's documents, () for an unpacked batch.
         micro_batches: of the step, on each data-parallel rank.
+        logits_bytes: that a chunk of logits may take.
     """
 
     arch: Architecture
@@ -54,6 +55,7 @@ class Case:
     documents: tuple[int, ...]
     micro_batches: int
     distributed: bool
+    logits_bytes: int
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def build(case: Case) -> DistributedDataParallel:
         longrope_policy="always_short",
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
+        logits_bytes=case.logits_bytes,
     )
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=case.distributed)
     return DistributedDataParallel(config, options, model)

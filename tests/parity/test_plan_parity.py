@@ -40,6 +40,7 @@ WIDE = worker.dataclasses.replace(
 )
 DOCUMENTS = (200, 180, 66, 66)
 WHOLE = MicroBatch(sequences=1, length=512, packed=False)
+ONE_CHUNK = 2**30
 PACKED = MicroBatch(sequences=1, length=sum(DOCUMENTS), packed=True)
 
 
@@ -52,10 +53,11 @@ def case(
     batch: MicroBatch = WHOLE,
     micro_batches: int = 1,
     distributed: bool = True,
+    logits_bytes: int = ONE_CHUNK,
 ) -> worker.Case:
     documents = DOCUMENTS if batch.packed else ()
     layout = parallel if parallel is not None else ParallelConfig()
-    return worker.Case(arch, layout, dtype, recompute, batch, documents, micro_batches, distributed)
+    return worker.Case(arch, layout, dtype, recompute, batch, documents, micro_batches, distributed, logits_bytes)
 
 
 CASES = {
@@ -66,6 +68,7 @@ CASES = {
     "mlp": case(recompute="mlp"),
     "full": case(recompute="full"),
     "packed": case(batch=PACKED),
+    "three chunks of logits": case(arch=WIDE, dtype="fp32", logits_bytes=4 * WIDE.vocab_size * WHOLE.length // 3),
     "packed full": case(batch=PACKED, recompute="full"),
     "three rows": case(batch=MicroBatch(sequences=3, length=256, packed=False)),
     "tp2": case(ParallelConfig(tensor=2)),
@@ -87,6 +90,7 @@ def predicted(case: worker.Case, stage: int) -> RankMemory:
         case.batch,
         micro_batches=case.micro_batches,
         distributed=case.distributed,
+        logits_bytes=case.logits_bytes,
         stage=stage,
     )
 

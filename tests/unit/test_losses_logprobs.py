@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses import IGNORED_LABEL, token_logprobs, token_logprobs_and_entropy
@@ -50,6 +52,51 @@ def test_value_and_gradients_equal_log_softmax(shape: tuple[int, ...], temperatu
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+class ProductsCounted(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize(("chunk_size", "chunks"), [(11, 1), (1000, 1), (4, 3), (1, 11)])
+def test_a_chunk_s_product_is_kept_for_the_backward_pass(chunk_size: int, chunks: int, with_entropy: bool) -> None:
+    """Of each chunk logits, and gradients of hidden states and weight; logits once more but of one chunk."""
+    function = token_logprobs_and_entropy if with_entropy else token_logprobs
+    hidden, weight, labels = make_case(11, ignored=False)
+    with ProductsCounted() as products:
+        found = function(hidden, weight, labels, chunk_size=chunk_size)
+        sum(part.sum() for part in found).backward()
+    assert products.count == 4 * chunks - 1
+
+
+@pytest.mark.parametrize("chunk_size", [4, 1000])
+def test_a_second_backward_pass_gives_the_same_gradients(chunk_size: int) -> None:
+    """The gradient is written over the chunk that was kept."""
+    hidden, weight, labels = make_case(11)
+    logprobs, entropy = token_logprobs_and_entropy(hidden, weight, labels, temperature=0.7, chunk_size=chunk_size)
+    value = (logprobs - entropy**2).sum()
+    first = torch.autograd.grad(value, (hidden, weight), retain_graph=True)
+    for found, again in zip(first, torch.autograd.grad(value, (hidden, weight)), strict=True):
+        assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_logits_far_apart_give_gradients_of_certainty(with_entropy: bool) -> None:
+    """exp(-2000) is 0 in float64: probabilities 1 and 0, no NaN of their logarithms."""
+    hidden, weight = torch.tensor([[1.0]]).double(), torch.tensor([[0.0], [2000.0]]).double().requires_grad_()
+    logprobs, entropy = token_logprobs_and_entropy(hidden, weight, torch.tensor([0]))
+    (gradient,) = torch.autograd.grad((logprobs + with_entropy * entropy).sum(), weight)
+    assert logprobs.item() == -2000.0
+    assert gradient.flatten().tolist() == [1.0, -1.0]
 
 
 def test_gradcheck_float64() -> None:

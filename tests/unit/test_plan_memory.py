@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from phimr_nemo.config import ParallelConfig
@@ -16,10 +18,22 @@ from phimr_nemo.plan.memory import MicroBatch, largest_rank, rank_memory, stage_
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PHI4_MINI = Architecture.from_preset(yaml.safe_load((CONF / "model" / "phi4mini.yaml").read_text("utf-8")))
 ROW = MicroBatch(sequences=1, length=16_384, packed=True)
+LOGITS = 3 * 2**28
+"""Bytes that a chunk of logits may take."""
 
 
-def test_the_chunk_is_the_loss_s() -> None:
-    assert memory.LOGITS_CHUNK == logprobs.DEFAULT_CHUNK_SIZE
+@pytest.mark.parametrize("room", [1, 4 * 200_064, LOGITS])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_chunk_is_the_loss_s(dtype: str, room: int) -> None:
+    words = PHI4_MINI.vocab_size
+    weight = torch.empty(words, 8, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device="meta")
+    planned = memory.logits_chunk(PHI4_MINI, ParallelConfig(), dtype, 1e9, "pytorch", room)
+    assert planned == logprobs.chunk_within(room, weight) == max(1, room // (4 * words))
+
+
+def test_a_chunk_on_a_gpu_is_in_two_bytes() -> None:
+    chunk = memory.logits_chunk(PHI4_MINI, ParallelConfig(tensor=2), "bf16", 1e9, "transformer_engine", LOGITS)
+    assert chunk == LOGITS // (2 * 100_032)
 
 
 def test_one_rank_holds_every_parameter_once() -> None:
@@ -60,6 +74,7 @@ def test_early_stages_hold_more_micro_batches() -> None:
             ROW,
             micro_batches=8,
             distributed=True,
+            logits_bytes=LOGITS,
             stage=stage,
         )
         for stage in range(4)
@@ -69,14 +84,13 @@ def test_early_stages_hold_more_micro_batches() -> None:
 
 
 def kept(layout: ParallelConfig, recompute: memory.Recompute) -> float:
-    return largest_rank(
-        PHI4_MINI, layout, "bf16", "transformer_engine", recompute, ROW, micro_batches=1, distributed=True
-    ).activations
+    batch: dict[str, Any] = {"micro_batches": 1, "distributed": True, "logits_bytes": LOGITS}
+    return largest_rank(PHI4_MINI, layout, "bf16", "transformer_engine", recompute, ROW, **batch).activations
 
 
 def test_full_recomputation_keeps_one_input_a_layer() -> None:
     hidden_states = PHI4_MINI.num_hidden_layers + 2  # each layer's input; the final norm's input and output
-    numbers = 4 + 8 + 20  # its statistic, the word's id, and what the label's log-probability keeps
+    numbers = 4 + 8 + 24  # its statistic, the word's id, and what the label's log-probability keeps
     assert kept(ParallelConfig(), "full") == ROW.length * (2 * PHI4_MINI.hidden_size * hidden_states + numbers)
     # Fused attention keeps no scores, so computing its core again frees one number a head and token.
     freed = kept(ParallelConfig(), "none") - kept(ParallelConfig(), "selective")
@@ -100,9 +114,11 @@ def test_sequence_and_context_parallelism_divide_the_activations() -> None:
 def test_the_output_layer_never_holds_all_logits() -> None:
     all_logits = 4 * PHI4_MINI.vocab_size * ROW.length
     held = {
-        kernels: memory.output_bytes(PHI4_MINI, ParallelConfig(), "bf16", ROW.length, kernels)
+        kernels: memory.output_bytes(PHI4_MINI, ParallelConfig(), "bf16", ROW.length, kernels, logits_bytes=LOGITS)
         for kernels in ("pytorch", "transformer_engine")
     }
     assert held["pytorch"] < 0.35 * all_logits
-    # Logits of 1,024 tokens in bf16, and hidden states of all with their gradients.
-    assert held["transformer_engine"] == 2 * 1024 * PHI4_MINI.vocab_size + 4 * ROW.length * PHI4_MINI.hidden_size
+    # A chunk's logits in bf16, and hidden states of all tokens with their gradients.
+    chunk = LOGITS // (2 * PHI4_MINI.vocab_size)
+    states = 4 * ROW.length * PHI4_MINI.hidden_size
+    assert held["transformer_engine"] == 2 * chunk * PHI4_MINI.vocab_size + states

@@ -18,12 +18,13 @@ from phimr_nemo.errors import UserError
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.plan.command import run_plan
 from phimr_nemo.plan.generation import plan_generation
-from phimr_nemo.plan.hardware import GIBIBYTE, GPUS, NODE_EFFICIENCY
+from phimr_nemo.plan.hardware import GPUS, NODE_EFFICIENCY
 from phimr_nemo.plan.request import LAYOUT_KEYS, TrainingRequest, find_model, read_request
 from phimr_nemo.plan.rounds import Round
 from phimr_nemo.plan.sampling import sampling_time, sync_time
 from phimr_nemo.plan.search import TrainingPlan, candidates, plan_training
 from phimr_nemo.plan.workload import training_workload
+from phimr_nemo.units import GIBIBYTE
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STAGES = ("midtrain", "sft", "dpo", "grpo", "distill")

@@ -36,6 +36,7 @@ LLAMA_8B = dataclasses.replace(
 )
 LENGTH = 8192
 H100 = GPUS["h100-80g"]
+OPTIONS: dict[str, Any] = {"distributed": True, "matmul": "bf16", "logits_bytes": 3 * 2**28}
 CROSS_ENTROPY_TRAFFIC = 16
 """Bytes a word and token of a fused cross-entropy: logits and gradient in bf16, each written once and read once or
 twice."""
@@ -49,7 +50,7 @@ def llama_speed(name: str, parallel: ParallelConfig, matmul: MatmulDtype, micro_
     """
     gpu = GPUS[name]
     work = Work(tokens=LENGTH, attention_length=LENGTH, micro_batches=micro_batches)
-    step = step_time(LLAMA_8B, parallel, gpu, "bf16", "none", work, distributed=True, matmul=matmul)
+    step = step_time(LLAMA_8B, parallel, gpu, "bf16", "none", work, **(OPTIONS | {"matmul": matmul}))
     tokens = LENGTH * micro_batches / parallel.context
     words = LLAMA_8B.vocab_size
     products = 3 * 2 * words * LLAMA_8B.hidden_size * tokens / matmul_rate(gpu, "bf16")
@@ -94,7 +95,7 @@ def test_the_paper_s_speed_and_its_utilisation_are_one_number() -> None:
 def test_the_paper_s_layout_is_predicted_faster_than_its_run() -> None:
     """128 data-parallel H100 with full recomputation: a bar to beat, so the planner must not place it below."""
     work = Work(tokens=16_384, attention_length=6_000, micro_batches=1)
-    step = step_time(PHI4_MINI, ParallelConfig(data=128), H100, "bf16", "full", work, distributed=True, matmul="bf16")
+    step = step_time(PHI4_MINI, ParallelConfig(data=128), H100, "bf16", "full", work, **OPTIONS)
     speed = 16_384 / step.total
     assert 1.2 < speed / 6_782 < 2.2
 
@@ -102,7 +103,7 @@ def test_the_paper_s_layout_is_predicted_faster_than_its_run() -> None:
 def phi_step(parallel: ParallelConfig, micro_batches: int, **changes: object) -> StepTime:
     work = Work(tokens=16_384, attention_length=6_000, micro_batches=micro_batches)
     work = dataclasses.replace(work, **changes)  # type: ignore[arg-type]
-    return step_time(PHI4_MINI, parallel, H100, "bf16", "none", work, distributed=True, matmul="bf16")
+    return step_time(PHI4_MINI, parallel, H100, "bf16", "none", work, **OPTIONS)
 
 
 def simulated(forward: float, backward: float, stages: int, micro_batches: int) -> float:
@@ -193,8 +194,7 @@ def test_gradients_and_weights_travel_once_and_may_be_hidden() -> None:
 def test_full_recomputation_costs_the_layers_forward_pass() -> None:
     work = Work(tokens=16_384, attention_length=6_000, micro_batches=4)
     plain, again = (
-        step_time(PHI4_MINI, ParallelConfig(), H100, "bf16", kind, work, distributed=True, matmul="bf16")
-        for kind in ("none", "full")
+        step_time(PHI4_MINI, ParallelConfig(), H100, "bf16", kind, work, **OPTIONS) for kind in ("none", "full")
     )
     assert again.recompute == pytest.approx((plain.linear + plain.attention + plain.elementwise) / 3)
     assert again.total == pytest.approx(plain.total + again.recompute)
@@ -203,8 +203,7 @@ def test_full_recomputation_costs_the_layers_forward_pass() -> None:
 def test_recomputing_the_feed_forward_part_costs_its_share_of_the_products() -> None:
     work = Work(tokens=16_384, attention_length=6_000, micro_batches=4)
     plain, again = (
-        step_time(PHI4_MINI, ParallelConfig(), H100, "bf16", kind, work, distributed=True, matmul="bf16")
-        for kind in ("none", "mlp")
+        step_time(PHI4_MINI, ParallelConfig(), H100, "bf16", kind, work, **OPTIONS) for kind in ("none", "mlp")
     )
     # 3 x 3072 x 8192 of these, and 3072 x (3072 + 2 x 1024) + 3072 x 3072 of attention's.
     share = 3 * 8192 / (3 * 8192 + 3072 + 2 * 1024 + 3072)
@@ -237,11 +236,23 @@ def test_an_output_layer_in_8_bits_by_hand() -> None:
     tokens, words, width = 4096, 200_064, 3072
     work = Work(tokens=tokens, attention_length=1024, micro_batches=1)
     arguments: tuple[Any, ...] = (PHI4_MINI, ParallelConfig(), H100, "bf16", "none", work)
-    plain = step_time(*arguments, distributed=True, matmul="fp8")
-    eight = step_time(*arguments, distributed=True, matmul="fp8", output_matmul="fp8")
-    products = 2 * 4 * words * width * tokens
+    options: dict[str, Any] = OPTIONS | {"matmul": "fp8", "logits_bytes": 2 * words * tokens}
+    plain, eight = step_time(*arguments, **options), step_time(*arguments, **options, output_matmul="fp8")
+    products = 2 * 3 * words * width * tokens
     saved = products / matmul_rate(H100, "bf16") - products / matmul_rate(H100, "fp8")
     casts = (4 * words * tokens + 11 * words * width) / (3.35e12 * 0.8)
     assert plain.output - eight.output == pytest.approx(saved - casts)
     assert saved > 3 * casts
     assert eight.linear == plain.linear
+
+
+def test_logits_of_a_chunk_are_computed_once_by_hand() -> None:
+    """A chunk saves a product and its writing; the weight's gradient is read and written once a chunk."""
+    tokens, words, width = 8192, 200_064, 3072
+    work = Work(tokens=tokens, attention_length=1024, micro_batches=1)
+    arguments: tuple[Any, ...] = (PHI4_MINI, ParallelConfig(), H100, "bf16", "none", work)
+    rooms = {chunks: OPTIONS | {"logits_bytes": 2 * words * tokens / chunks} for chunks in (1, 4)}
+    outputs = {chunks: step_time(*arguments, **options).output for chunks, options in rooms.items()}
+    again = 2 * words * width * tokens * 3 / 4 / matmul_rate(H100, "bf16")
+    traffic = 2 * words * tokens * 3 / 4 + 8 * words * width * 3
+    assert outputs[4] - outputs[1] == pytest.approx(again + traffic / (3.35e12 * 0.8))

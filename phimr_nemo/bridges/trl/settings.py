@@ -37,6 +37,7 @@ COMMON: Final = (
     Counterpart("model.fp8", "none", "", "refused unless off"),
     Counterpart("model.fp32_output", "none", "", "refused unless off"),
     Counterpart("model.fp8_output", "none", "", "off where model.fp8 is"),
+    Counterpart("model.logits_gib", "none", "", "memory against time, the numbers are the same"),
     Counterpart("model.deterministic", "translated", "full_determinism", "and NCCL_ALGO=^NVLS for its launcher"),
     Counterpart("lora", "none", "", "refused unless off"),
     Counterpart("model.longrope", "patch", "rope_parameters", "one regime a run: both sets of factors are its own"),

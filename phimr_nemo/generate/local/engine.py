@@ -25,11 +25,11 @@ from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingPa
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.longrope import LongRopePolicy, inverse_frequencies
 from phimr_nemo.store.records import FinishReason
+from phimr_nemo.units import GIBIBYTE
 
 ADMIT_WHEN_FREE: Final = 0.25
 """Share of rows that must be free before waiting requests are admitted: one prompt pass serves many."""
 
-GIB: Final = 2**30
 
 FIRST_CAPACITY: Final = 256
 """Positions a row has at first; the cache doubles when a sequence outgrows it."""
@@ -258,9 +258,9 @@ class LocalSampler:
         row = cache_bytes_a_position(self._arch, self._dtype) * positions
         if row > self._cache_bytes:
             raise UserError(
-                f"keys and values of one sequence of {positions:,} tokens take {row / GIB:.3g} GiB, of "
-                f"{self._max_batch} together {self._max_batch * row / GIB:,.0f} GiB; the cache may have "
-                f"{self._cache_bytes / GIB:.3g} GiB",
+                f"keys and values of one sequence of {positions:,} tokens take {row / GIBIBYTE:.3g} GiB, of "
+                f"{self._max_batch} together {self._max_batch * row / GIBIBYTE:,.0f} GiB; the cache may have "
+                f"{self._cache_bytes / GIBIBYTE:.3g} GiB",
                 rule="the built-in engine keeps the keys and values of at least one whole sequence",
                 remedy="give the cache more memory, lower the maximum length, or sample with vLLM servers",
             )

@@ -38,11 +38,12 @@ from phimr_nemo.store.atomic import atomic_directory
 from phimr_nemo.store.inputs import download_remedy, model_remedy
 from phimr_nemo.store.links import refuse_links_out
 from phimr_nemo.store.unpacking import read_json
+from phimr_nemo.units import GIBIBYTE
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 COMPARED_ROWS: Final = 4096
-DEFAULT_SHARD_BYTES: Final = 4 * 2**30
+DEFAULT_SHARD_BYTES: Final = 4 * GIBIBYTE
 HASH_DIGEST_BYTES: Final = 16
 MAX_INDEX_BYTES: Final = 16 << 20
 MAX_SHOWN: Final = 200

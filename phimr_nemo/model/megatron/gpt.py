@@ -20,7 +20,7 @@ from torch import Tensor
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses.device import sent
 from phimr_nemo.losses.distill import TeacherStates, token_reverse_kl
-from phimr_nemo.losses.logprobs import IGNORED_LABEL, token_logprobs, token_logprobs_and_entropy
+from phimr_nemo.losses.logprobs import IGNORED_LABEL, chunk_within, token_logprobs, token_logprobs_and_entropy
 from phimr_nemo.model.layout import check_length
 from phimr_nemo.model.longrope import LongRopePolicy, LongRotaryEmbedding, uses_long_factors
 from phimr_nemo.model.megatron.attention import (
@@ -66,6 +66,7 @@ def build_model(
     vp_stage: int | None = None,
     fp32_output: bool = False,
     fp8_output: bool = False,
+    logits_bytes: int | None = None,
 ) -> PhiGPTModel:
     """Build this rank's part of the model; torch.distributed and Megatron's parallel_state come first.
 
@@ -79,6 +80,7 @@ def build_model(
         vp_stage: virtual pipeline stage, if any.
         fp32_output: log-probabilities from a product of hidden states and output matrix in float32.
         fp8_output: log-probabilities and their gradients from products in 8 bits.
+        logits_bytes: that the logits of a chunk may take where log-probabilities are asked for; see ``chunk_within``.
 
     Raises:
         UserError: config and architecture or process groups disagree, or sequences longer than the model supports.
@@ -96,6 +98,7 @@ def build_model(
         vp_stage=vp_stage,
         fp32_output=fp32_output,
         fp8_output=fp8_output,
+        logits_bytes=logits_bytes,
     )
 
 
@@ -158,6 +161,7 @@ class PhiGPTModel(GPTModel):
         vp_stage: int | None,
         fp32_output: bool,
         fp8_output: bool,
+        logits_bytes: int | None,
     ) -> None:
         super().__init__(
             config=config,
@@ -177,6 +181,7 @@ class PhiGPTModel(GPTModel):
         self.position_embedding_type = "rope"
         self.rotary_pos_emb = LongRotaryEmbedding(arch, max_length, longrope_policy)
         self.architecture, self.fp32_output, self.fp8_output = arch, fp32_output, fp8_output
+        self.logits_bytes = logits_bytes
         self.attention_factor, self.has_cpu_layers = arch.attention_factor, has_cpu_layers(config)
         self.adapter_scale = 1.0
         self.longrope_policy: LongRopePolicy = longrope_policy
@@ -285,7 +290,7 @@ class PhiGPTModel(GPTModel):
             return -torch.stack(token_reverse_kl(hidden, weight, labels, teacher, **options), dim=-1)
         # A copy in float32 has no buffer of Megatron's.
         options["accumulate"] = self.config.gradient_accumulation_fusion and not self.fp32_output
-        options["in_8_bits"] = self.fp8_output
+        options |= {"in_8_bits": self.fp8_output, "chunk_size": chunk_within(self.logits_bytes, weight)}
         if with_entropy:
             return -torch.stack(token_logprobs_and_entropy(hidden, weight, labels, **options), dim=-1)
         return -token_logprobs(hidden, weight, labels, **options)
