@@ -58,10 +58,10 @@ from phimr_nemo.config.generation import (
     SyntheticProblems,
     VerifyConfig,
 )
-from phimr_nemo.config.grpo import GRPOConfig, RebalanceConfig
 from phimr_nemo.config.load import find_config, load_config, locate, parse_config, to_dict, to_yaml
 from phimr_nemo.config.planning import GenerationPlanConfig, TrainingPlanConfig
 from phimr_nemo.config.sampled.distill import DistillConfig
+from phimr_nemo.config.sampled.grpo import GRPOConfig, RebalanceConfig
 from phimr_nemo.config.sampled.rounds import RoundsConfig, Stale, TemperatureConfig
 from phimr_nemo.config.stages import STAGES
 from phimr_nemo.config.supervised import (

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import AtLeastZero, Place, Positive, Share
 from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.values import AtLeastZero, Place, Positive, Share
 
 
 @config

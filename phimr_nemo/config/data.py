@@ -7,7 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import (
+from phimr_nemo.config.common import RunConfig, ShardConfig
+from phimr_nemo.config.generation import AnnotationConfig
+from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.values import (
     AtLeastOne,
     AtLeastZero,
     IsNumber,
@@ -17,12 +20,8 @@ from phimr_nemo.config.common import (
     Place,
     Positive,
     PositiveShare,
-    RunConfig,
-    ShardConfig,
     Share,
 )
-from phimr_nemo.config.generation import AnnotationConfig
-from phimr_nemo.config.rules import AT, RuleBroken, config
 from phimr_nemo.store.records import DIFFICULTIES, Difficulty
 
 Preset = Literal[

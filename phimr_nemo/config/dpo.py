@@ -8,18 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from phimr_nemo.config.common import (
-    AboveZero,
     CheckpointConfig,
     EarlyStoppingConfig,
     GuardConfig,
-    IsNumber,
     LoRAConfig,
     ModelConfig,
-    NonNegative,
     OptimConfig,
     ParallelConfig,
-    Place,
-    Positive,
     RunConfig,
     TrackingConfig,
     batches_fit,
@@ -30,6 +25,7 @@ from phimr_nemo.config.common import (
 from phimr_nemo.config.evaluation import TrainingEvaluationConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 from phimr_nemo.config.supervised import no_supervised_options
+from phimr_nemo.config.values import AboveZero, IsNumber, NonNegative, Place, Positive
 
 Smoothing = Annotated[float, Field(ge=0.0, lt=0.5), IsNumber]
 

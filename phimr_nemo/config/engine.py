@@ -16,17 +16,9 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
-from phimr_nemo.config.common import (
-    AboveZero,
-    AtLeastZero,
-    Dtype,
-    LongRopePolicy,
-    Name,
-    Positive,
-    PositiveShare,
-    Share,
-)
+from phimr_nemo.config.common import Dtype, LongRopePolicy
 from phimr_nemo.config.rules import AT, KEY, RuleBroken, config
+from phimr_nemo.config.values import AboveZero, AtLeastZero, Name, Positive, PositiveShare, Share
 from phimr_nemo.redact import shown_variable
 
 QUESTION: Final = "{question}"

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import AboveZero, Name, NonNegative, Place, Positive, RunConfig, Share
+from phimr_nemo.config.common import RunConfig
 from phimr_nemo.config.engine import (
     Engine,
     GraderName,
@@ -20,6 +20,7 @@ from phimr_nemo.config.engine import (
 )
 from phimr_nemo.config.generation import FileProblems, Problems, RecordProblems, SyntheticProblems, own_directory
 from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.values import AboveZero, Name, NonNegative, Place, Positive, Share
 
 BenchmarkName = Literal[
     "AIME24", "AIME25", "AMC23", "AMC", "MATH-500", "GSM8K", "OlympiadBench", "GPQA-Diamond", "Omni-MATH"

@@ -8,18 +8,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import (
-    AboveZero,
-    AtLeastZero,
-    IsNumber,
-    NonNegative,
-    Place,
-    Positive,
-    PositiveShare,
-    RunConfig,
-    ShardConfig,
-    Share,
-)
+from phimr_nemo.config.common import RunConfig, ShardConfig
 from phimr_nemo.config.engine import (
     EndpointEngine,
     Engine,
@@ -29,6 +18,16 @@ from phimr_nemo.config.engine import (
     SamplingConfig,
 )
 from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.values import (
+    AboveZero,
+    AtLeastZero,
+    IsNumber,
+    NonNegative,
+    Place,
+    Positive,
+    PositiveShare,
+    Share,
+)
 
 LARGEST_SYNTHETIC: Final = 300_000
 """So many distinct problems there are on either side of the split (measured by making them)."""

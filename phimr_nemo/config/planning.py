@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from phimr_nemo.config.common import AboveZero, AtLeastZero, Decay, Name, Positive, PositiveShare, Share
 from phimr_nemo.config.rules import config
+from phimr_nemo.config.values import AboveZero, AtLeastZero, Decay, Name, Positive, PositiveShare, Share
 
 
 @config

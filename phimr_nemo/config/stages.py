@@ -8,8 +8,8 @@ from phimr_nemo.config.data import CurateConfig, PrepareConfig
 from phimr_nemo.config.dpo import DPOConfig
 from phimr_nemo.config.evaluation import EvaluateConfig, ExportConfig
 from phimr_nemo.config.generation import GenerateConfig, VerifyConfig
-from phimr_nemo.config.grpo import GRPOConfig
 from phimr_nemo.config.sampled.distill import DistillConfig
+from phimr_nemo.config.sampled.grpo import GRPOConfig
 from phimr_nemo.config.supervised import MidtrainConfig, PackConfig, SFTConfig
 from phimr_nemo.config.tiny import BaseConfig
 

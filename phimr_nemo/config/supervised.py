@@ -11,11 +11,8 @@ from phimr_nemo.config.common import (
     GuardConfig,
     LoRAConfig,
     ModelConfig,
-    NonNegative,
     OptimConfig,
     ParallelConfig,
-    Place,
-    Positive,
     RunConfig,
     ShardConfig,
     TrackingConfig,
@@ -25,6 +22,7 @@ from phimr_nemo.config.common import (
 )
 from phimr_nemo.config.evaluation import TrainingEvaluationConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.values import NonNegative, Place, Positive
 
 
 def no_supervised_options(model: ModelConfig, parallel: ParallelConfig) -> None:

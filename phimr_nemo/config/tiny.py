@@ -7,9 +7,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import AboveZero, AtLeastZero, IsNumber, Positive, PositiveShare, RunConfig
+from phimr_nemo.config.common import RunConfig
 from phimr_nemo.config.generation import SyntheticCount
 from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.values import AboveZero, AtLeastZero, IsNumber, Positive, PositiveShare
 
 SMALLEST_VOCABULARY: Final = 261
 """256 bytes and five special tokens."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from phimr_nemo.errors import UserError
-from phimr_nemo.units import GIBIBYTE
+from phimr_nemo.process.memory import GIBIBYTE
 
 MAX_TEMPLATE_CHARS: Final = 100_000
 MAX_PROMPT_CHARS: Final = 100_000

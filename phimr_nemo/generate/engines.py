@@ -25,8 +25,8 @@ from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.generate import sampler as protocol
 from phimr_nemo.generate.plan import Plan
 from phimr_nemo.generate.sampler import SamplingParams
+from phimr_nemo.process.memory import GIBIBYTE
 from phimr_nemo.store.shards import conform
-from phimr_nemo.units import GIBIBYTE
 
 if TYPE_CHECKING:
     import pyarrow as pa

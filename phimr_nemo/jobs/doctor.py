@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from phimr_nemo.errors import EXIT_DONE, EXIT_USER
-from phimr_nemo.units import GIBIBYTE
+from phimr_nemo.process.memory import GIBIBYTE
 from phimr_nemo.verify.workers.confine import UNCONFINED, Confinement, confinement
 
 Status = Literal["ok", "differs", "missing"]

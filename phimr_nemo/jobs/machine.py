@@ -15,7 +15,7 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_world
 from phimr_nemo.plan.memory import MicroBatch, largest_rank, largest_state
 from phimr_nemo.process.gpus import has_gpu_driver
-from phimr_nemo.units import GIBIBYTE
+from phimr_nemo.process.memory import GIBIBYTE
 
 RANK_BYTES: Final = 0.9 * GIBIBYTE
 """What a rank holds beside its model: the libraries, measured with a model of 0.8 M parameters on a CPU."""

@@ -22,7 +22,7 @@ from phimr_nemo.plan.tables import (
     print_training,
     training_values,
 )
-from phimr_nemo.units import GIBIBYTE
+from phimr_nemo.process.memory import GIBIBYTE
 
 WIDTH: Final = 126
 

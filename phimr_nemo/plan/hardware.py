@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.flops import PEAK_BF16_FLOPS
-from phimr_nemo.units import GIBIBYTE, MEBIBYTE
+from phimr_nemo.process.memory import GIBIBYTE, MEBIBYTE
 
 MatmulDtype = Literal["fp32", "bf16", "fp8"]
 

@@ -14,7 +14,7 @@ from phimr_nemo.plan.generation import GenerationPlan
 from phimr_nemo.plan.hardware import find_gpu
 from phimr_nemo.plan.request import TrainingRequest
 from phimr_nemo.plan.search import SECONDS_A_DAY, Candidate, Fitting, Refused, TrainingPlan
-from phimr_nemo.units import GIBIBYTE
+from phimr_nemo.process.memory import GIBIBYTE
 
 SHOWN: Final = 10
 SHOWN_REFUSED: Final = 5

@@ -1,4 +1,4 @@
-"""Memory that a process has freed, given back to the machine."""
+"""Memory: its units, and what a process has freed given back to the machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import os
 from typing import Final
 
+MEBIBYTE: Final = 2**20
+GIBIBYTE: Final = 2**30
 ARROW_POOL: Final = "ARROW_DEFAULT_MEMORY_POOL"
 """Arrow reads it when it is imported."""
 

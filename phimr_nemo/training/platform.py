@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch.utils._device import _device_constructors
 
-from phimr_nemo.units import GIBIBYTE
+from phimr_nemo.process.memory import GIBIBYTE
 
 CPU: Final = torch.device("cpu")
 

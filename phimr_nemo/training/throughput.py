@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 from phimr_nemo.losses.device import sent
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops, peak_flops
+from phimr_nemo.process.memory import GIBIBYTE
 from phimr_nemo.training import platform
-from phimr_nemo.units import GIBIBYTE
 
 WORK: Final = "work"
 """Name, in a batch, of its document tokens and its causal (query, key) pairs: int64 [2]."""

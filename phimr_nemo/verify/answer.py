@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Final
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.process.memory import GIBIBYTE
 from phimr_nemo.store.records import VerdictName
-from phimr_nemo.units import GIBIBYTE
 from phimr_nemo.verify.compare import judge
 from phimr_nemo.verify.extract import Extraction, final_answer, gold_answer
 from phimr_nemo.verify.gold import alternatives

@@ -11,7 +11,7 @@ from phimr_nemo.align.grpo.rewards import overlong_penalty
 from phimr_nemo.align.grpo.rollouts import Rollout
 from phimr_nemo.align.grpo.selection import selected
 from phimr_nemo.config import GRPOConfig, load_config
-from phimr_nemo.config.grpo import KeptOverlong, MaskedOverlong, SoftOverlong
+from phimr_nemo.config.sampled.grpo import KeptOverlong, MaskedOverlong, SoftOverlong
 
 TINY = Path("conf/grpo/tiny.yaml")
 

@@ -19,7 +19,7 @@ from phimr_nemo.align.grpo.rewards import (
     reward_parts,
 )
 from phimr_nemo.config import GRPOConfig, load_config
-from phimr_nemo.config.grpo import KeptOverlong, RewardConfig, SoftOverlong
+from phimr_nemo.config.sampled.grpo import KeptOverlong, RewardConfig, SoftOverlong
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.records import VerdictName
 from phimr_nemo.verify import grade

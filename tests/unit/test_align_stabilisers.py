@@ -17,7 +17,7 @@ from phimr_nemo.align.grpo.stabilisers import (
     uniform_prompts,
     unsolved,
 )
-from phimr_nemo.config.grpo import (
+from phimr_nemo.config.sampled.grpo import (
     CurriculumConfig,
     PromptOptimizationConfig,
     RebalanceConfig,

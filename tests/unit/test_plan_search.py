@@ -24,7 +24,7 @@ from phimr_nemo.plan.rounds import Round
 from phimr_nemo.plan.sampling import sampling_time, sync_time
 from phimr_nemo.plan.search import TrainingPlan, candidates, plan_training
 from phimr_nemo.plan.workload import training_workload
-from phimr_nemo.units import GIBIBYTE
+from phimr_nemo.process.memory import GIBIBYTE
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STAGES = ("midtrain", "sft", "dpo", "grpo", "distill")

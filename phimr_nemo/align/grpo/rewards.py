@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from phimr_nemo.config.grpo import OverlongResponses, RewardConfig, SoftOverlong
+from phimr_nemo.config.sampled.grpo import OverlongResponses, RewardConfig, SoftOverlong
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.records import UNGRADED_VERDICTS
 from phimr_nemo.verify.extract import final_answer, visible_text

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from phimr_nemo.config.grpo import CurriculumConfig, PromptOptimizationConfig, RebalanceConfig
+from phimr_nemo.config.sampled.grpo import CurriculumConfig, PromptOptimizationConfig, RebalanceConfig
 from phimr_nemo.config.sampled.rounds import TemperatureConfig
 from phimr_nemo.errors import UserError
 

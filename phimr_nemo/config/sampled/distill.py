@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import AtLeastZero, Decay, Dtype, Place, is_measured
+from phimr_nemo.config.common import Dtype, is_measured
 from phimr_nemo.config.engine import EndpointConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 from phimr_nemo.config.sampled.rounds import RoundsCheckpointConfig, RoundsConfig
+from phimr_nemo.config.values import AtLeastZero, Decay, Place
 
 
 @config

@@ -8,21 +8,14 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from phimr_nemo.config.common import (
-    AboveZero,
-    AtLeastOne,
     CheckpointConfig,
     EarlyStoppingConfig,
     GuardConfig,
     LoRAConfig,
     ModelConfig,
-    Name,
-    NonNegative,
     OptimConfig,
     ParallelConfig,
-    Place,
-    Positive,
     RunConfig,
-    Share,
     TrackingConfig,
     no_best_of_adapters,
     stops_on_nan,
@@ -39,6 +32,7 @@ from phimr_nemo.config.engine import (
 from phimr_nemo.config.evaluation import HeldOutConfig, MonitorConfig
 from phimr_nemo.config.rules import AT, RuleBroken, config
 from phimr_nemo.config.supervised import no_supervised_options
+from phimr_nemo.config.values import AboveZero, AtLeastOne, Name, NonNegative, Place, Positive, Share
 
 Stale = Literal["resample", "keep"]
 MOST_AHEAD: Final = 8

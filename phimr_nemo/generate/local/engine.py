@@ -24,8 +24,8 @@ from phimr_nemo.generate.local.sampling import greedy_tokens, request_uniforms, 
 from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.longrope import LongRopePolicy, inverse_frequencies
+from phimr_nemo.process.memory import GIBIBYTE
 from phimr_nemo.store.records import FinishReason
-from phimr_nemo.units import GIBIBYTE
 
 ADMIT_WHEN_FREE: Final = 0.25
 """Share of rows that must be free before waiting requests are admitted: one prompt pass serves many."""

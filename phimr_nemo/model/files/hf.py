@@ -34,11 +34,11 @@ from phimr_nemo.model.files.misfits import TO_BFLOAT16, misfit_remedy
 from phimr_nemo.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, WeightFiles, tensor_places, write_weights
 from phimr_nemo.model.origin import Origin
 from phimr_nemo.model.table import EMBEDDING, HEAD, is_derived, tensor_shapes
+from phimr_nemo.process.memory import GIBIBYTE
 from phimr_nemo.store.atomic import atomic_directory
 from phimr_nemo.store.inputs import download_remedy, model_remedy
 from phimr_nemo.store.links import refuse_links_out
 from phimr_nemo.store.unpacking import read_json
-from phimr_nemo.units import GIBIBYTE
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 

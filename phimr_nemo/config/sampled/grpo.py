@@ -8,7 +8,11 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from phimr_nemo.config.common import (
+from phimr_nemo.config.common import is_measured
+from phimr_nemo.config.engine import FunctionName
+from phimr_nemo.config.rules import AT, RuleBroken, config
+from phimr_nemo.config.sampled.rounds import RoundsCheckpointConfig, RoundsConfig
+from phimr_nemo.config.values import (
     AboveZero,
     AtLeastZero,
     IsNumber,
@@ -17,11 +21,7 @@ from phimr_nemo.config.common import (
     Positive,
     PositiveShare,
     Share,
-    is_measured,
 )
-from phimr_nemo.config.engine import FunctionName
-from phimr_nemo.config.rules import AT, RuleBroken, config
-from phimr_nemo.config.sampled.rounds import RoundsCheckpointConfig, RoundsConfig
 
 SMALLEST_GROUP: Final = 2
 """A response is compared with the others of its group."""
