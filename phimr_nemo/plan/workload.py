@@ -211,9 +211,9 @@ def _reinforcement(plan: TrainingPlanConfig, config: RoundsConfig, lengths: Leng
         length=config.sequence_length,
         lengths=lengths,
         tokens=trained * lengths.mean,
-        # The old policy's log-probabilities; the reference's for a KL penalty, or the teacher's, counted as one of
-        # the student's size.
-        forward_only=1.0 + config.has_second_model,
+        # The old policy's log-probabilities, which the first update's own forward pass gives; the reference's for a
+        # KL penalty, or the teacher's, counted as one of the student's size.
+        forward_only=float(config.updates > 1 and config.weighs_tokens) + config.has_second_model,
         updates=config.updates,
         steps=config.steps,
         reference=config.has_second_model,
