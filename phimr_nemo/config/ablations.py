@@ -83,6 +83,7 @@ class Recipe2026Config:
             prompts of its arms of GRPO.
         steps: rounds of each arm of GRPO.
         dpo, grpo: name -> settings that differ from conf/<stage>/tiny.yaml; the others are compared with the first.
+        two_updates: the same of GRPO, for values that say nothing while a round is one update.
         whole: an arm of both, the recipe itself.
         pairs: settings of curate that the recipe's own pairs differ in from conf/curate/tiny-rollouts.yaml.
         heldout_problems: questions of the evaluation.
@@ -94,6 +95,7 @@ class Recipe2026Config:
     steps: Positive
     dpo: dict[str, tuple[str, ...]]
     grpo: dict[str, tuple[str, ...]]
+    two_updates: dict[str, tuple[str, ...]]
     whole: str
     pairs: tuple[str, ...]
     heldout_problems: Positive

@@ -10,6 +10,7 @@ the same sampling seeds: they are compared question by question. Finished steps 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -35,6 +36,7 @@ TINY: Final = "conf/ablations/recipe2026.yaml"
 NEEDED: Final = ("sft", "own-verdicts", "preferences", "dpo")
 PICTURE: Final = "ablation-recipe2026.png"
 END_TO_END: Final = "end-to-end"
+TWO_UPDATES: Final = "two-updates"
 PAIRS: Final = "end-to-end-pairs"
 WHOLE_DPO: Final = "end-to-end-dpo"
 SURE: Final = 2.0
@@ -63,8 +65,9 @@ def _seed_steps(config: Recipe2026Config, seed: int, root: Path) -> list[Step]:
             for arm, settings in config.dpo.items()
         ),
         *(
-            grpo_step(out, seed, root, f"grpo-{arm}", config.steps, *settings)
-            for arm, settings in config.grpo.items()
+            grpo_step(out, seed, root, f"{group}-{arm}", config.steps, *settings)
+            for group, arms in (("grpo", config.grpo), (TWO_UPDATES, config.two_updates))
+            for arm, settings in arms.items()
         ),
         stage_step(out, seed, PAIRS, "curate", *rollouts, *config.pairs, preset="tiny-rollouts"),
         stage_step(out, seed, WHOLE_DPO, "dpo", sft, f"pairs={out / PAIRS / 'pairs'}", *recipe),
@@ -74,9 +77,15 @@ def _seed_steps(config: Recipe2026Config, seed: int, root: Path) -> list[Step]:
     return [*trained, *(evaluation_step(out, seed, name, out / name / "hf", **sizes) for name in _models(config))]
 
 
+def _groups(config: Recipe2026Config) -> dict[str, list[str]]:
+    """What is evaluated besides the whole recipe: arms by group, whose first is what the others are compared with."""
+    groups = {"dpo": config.dpo, "grpo": config.grpo, TWO_UPDATES: config.two_updates}
+    return {group: [f"{group}-{arm}" for arm in arms] for group, arms in groups.items()}
+
+
 def _models(config: Recipe2026Config) -> list[str]:
     """What is evaluated."""
-    return [*(f"dpo-{arm}" for arm in config.dpo), *(f"grpo-{arm}" for arm in config.grpo), END_TO_END]
+    return [*itertools.chain.from_iterable(_groups(config).values()), END_TO_END]
 
 
 def report(config: Recipe2026Config) -> str:
@@ -94,11 +103,7 @@ def report(config: Recipe2026Config) -> str:
         for name in _models(config)
         for seed in seeds
     }
-    pairs = [
-        (f"{stage}-{first}", f"{stage}-{other}")
-        for stage, (first, *others) in (("dpo", tuple(config.dpo)), ("grpo", tuple(config.grpo)))
-        for other in others
-    ]
+    pairs = [(first, other) for first, *others in _groups(config).values() for other in others]
     pairs.append((f"grpo-{next(iter(config.grpo))}", END_TO_END))
     differences = {
         f"{second} minus {first}": [

@@ -226,6 +226,12 @@ def test_sizes_report_every_size_and_arm(root: Path) -> None:
     assert (root / "out" / grpo_sizes.PLOT_FILE).read_bytes().startswith(b"\x89PNG")
 
 
+def arms_of(config: Recipe2026Config) -> list[str]:
+    """The arms of all groups, by hand."""
+    groups = {"dpo": config.dpo, "grpo": config.grpo, "two-updates": config.two_updates}
+    return [f"{group}-{arm}" for group, arms in groups.items() for arm in arms]
+
+
 def test_the_recipe_of_2026_goes_end_to_end_and_value_by_value(root: Path) -> None:
     config = recipe(root)
     steps = {step.name: step for step in recipe2026.plan(config) if step.output.parent.name == "seed-1"}
@@ -235,6 +241,9 @@ def test_the_recipe_of_2026_goes_end_to_end_and_value_by_value(root: Path) -> No
         assert first[:3] == (stage, "--config", f"conf/{stage}/tiny.yaml")
         for arm, settings in arms.items():
             assert steps[f"{stage}-{arm}"].arguments[4:] == (*first[4:], *settings)
+    first, other = (steps[f"two-updates-{arm}"].arguments for arm in ("paper", "cispo"))
+    assert first[-1] == "inner_batches=2"
+    assert other[4:] == (*first[4:], *config.grpo["cispo"])
     # The whole recipe is its values together: nothing else is in it, and nothing of it is left out.
     for arms in (config.dpo, config.grpo):
         each = {setting for arm, settings in arms.items() if arm != "recipe2026" for setting in settings}
@@ -245,10 +254,7 @@ def test_the_recipe_of_2026_goes_end_to_end_and_value_by_value(root: Path) -> No
     assert f"base={start / 'sft' / 'hf'}" in dpo
     assert [item for item in grpo if item.startswith("base=")][-1] == f"base={out / 'end-to-end-dpo' / 'hf'}"
     evaluated_models = {name for name in steps if name.startswith("evaluate-")}
-    assert evaluated_models == {
-        f"evaluate-{name}"
-        for name in (*(f"dpo-{arm}" for arm in config.dpo), *(f"grpo-{arm}" for arm in config.grpo), "end-to-end")
-    }
+    assert evaluated_models == {f"evaluate-{name}" for name in (*arms_of(config), "end-to-end")}
 
 
 @pytest.mark.parametrize("whole", ["paper-2025", "cispo"])
@@ -261,12 +267,13 @@ def test_a_change_is_judged_by_its_error_over_seeds(root: Path) -> None:
     """In seeds 0 and 1: cispo +25, +25; batch-scale +50, 0; no-technique -25, -25; the rest 0."""
     config = recipe(root)
     changes = {"grpo-cispo": (0.25, 0.25), "grpo-batch-scale": (0.5, 0.0), "grpo-no-technique": (-0.25, -0.25)}
-    for name in (*(f"dpo-{arm}" for arm in config.dpo), *(f"grpo-{arm}" for arm in config.grpo), "end-to-end"):
+    for name in (*arms_of(config), "end-to-end"):
         for seed in SEEDS:
             change = changes.get(name, (0.0, 0.0))[seed]
             evaluated(root / "out" / f"seed-{seed}" / f"evaluate-{name}", [0.5 + change] * 4)
     text = recipe2026.report(config)
     assert "| grpo-cispo minus grpo-paper | helps |" in text
+    assert "| two-updates-cispo minus two-updates-paper | not visible at this size |" in text
     assert "| grpo-batch-scale minus grpo-paper | not visible at this size |" in text
     assert "| grpo-no-technique minus grpo-paper | hurts |" in text
     assert "| end-to-end minus grpo-paper | not visible at this size |" in text
