@@ -23,6 +23,8 @@ import yaml
 from common import machine, print_result, versions
 from parts import scopes, shares, table
 
+from phimr_nemo.process.memory import GIBIBYTE
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -52,6 +54,8 @@ PAPER_RATE = 150e9 / (2 * 24 * 3600) / 128
 AIM = 0.45
 """MFU in bf16."""
 FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+LOGITS_BYTES = 4 * GIBIBYTE
+"""As in `conf/midtrain/phi4mini-*.yaml`."""
 ON_CPU = {"length": 256, "rows": 2, "steps": 6}
 ON_GPU = {"length": 16384, "rows": 4, "steps": 10}
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
@@ -122,6 +126,7 @@ def build(arch: Architecture, options: argparse.Namespace) -> Any:
         longrope_policy="long_when_max_length_exceeds_original",
         pre_process=True,
         post_process=True,
+        logits_bytes=LOGITS_BYTES,
     ).to(options.device)
     generator = torch.Generator(device=options.device).manual_seed(SEED)
     with torch.no_grad():
@@ -194,7 +199,7 @@ def run(options: argparse.Namespace) -> None:
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
     used = model_flops(arch, tokens, pairs) / statistics.median(seconds)
     mfu = None if peak is None else used / (2 * peak if options.fp8 else peak)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    memory = torch.cuda.max_memory_allocated() / GIBIBYTE if on_gpu else None
     if not losses[-1] < first[0]:
         raise RuntimeError(f"the loss went from {first[0]} to {losses[-1]} on the same rows: this is no training")
     print(f"{arch.num_parameters:,} parameters, {options.rows} rows of {options.length}, {tokens:,} tokens a step")
