@@ -1,16 +1,17 @@
 """GRPO: seconds a step, by part, and the reward's curve, against TRL's GRPOTrainer.
 
     python bench/grpo.py [--quick] [--steps 20] [--prompts 8] [--group 8] [--new-tokens 48] [--repeats 3]
+    python bench/grpo.py --base DIR --learning-rate 1e-5 --steps 6 --prompts 2 --repeats 1
 
 TRL comes from a directory of its own: `pip install --no-deps --target DIR trl==0.24.0`, then PYTHONPATH=DIR; where it
 is absent only our side is measured.
 
-Both start from one untrained model directory (0.8 M parameters) and train with the token-mean loss (DAPO), the same
-clip range, AdamW, learning rate, temperature 1, no KL penalty, one update a round, and every response of a round. A
-response is right when more of its characters are digits than of half of the untrained model's responses, which a
-model without any knowledge can learn; the reward is +1 or -1. Ours samples with the built-in engine, TRL with
-transformers' generate; vLLM is on neither side. Every run is a process of its own with one thread, float32; the order
-of the sides alternates.
+Both start from one untrained model directory (0.8 M parameters), or from any that `phimr adopt` has made, and train
+with the token-mean loss (DAPO), the same clip range, AdamW, learning rate, temperature 1, no KL penalty, one update a
+round, and every response of it. A response is right when more of its characters are digits than of half of the first
+model's responses, which a model without any knowledge can learn; the reward is +1 or -1. Ours samples with the
+built-in engine, TRL with transformers' generate; vLLM is on neither side. Every run is a process of its own with one
+thread, float32; the order of the sides alternates.
 
 Times are CPU seconds, medians over the steps after the first two of all runs: `sample` is drawing responses, `reward`
 is decoding and grading them, `logprobs` is log-probabilities before the update, `sync` is new weights to the sampler,
@@ -37,7 +38,6 @@ from unittest import mock
 from common import in_child, machine, print_result, versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LEARNING_RATE = 2e-3
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 ADAM = (0.9, 0.95)
 SEQUENCE_LENGTH = 128
@@ -48,6 +48,8 @@ CALIBRATION = 256
 PARTS = ("sample", "reward", "logprobs", "sync", "train")
 QUICK = {"steps": 8, "repeats": 1, "new_tokens": 24}
 SIZES = ("steps", "prompts", "group", "new_tokens")
+HANDED_ON = (*SIZES, "learning_rate", "base")
+"""Options that a child gets too."""
 
 
 def digit_share(text: str) -> float:
@@ -68,7 +70,8 @@ def make_inputs(root: Path, options: argparse.Namespace) -> float:
     from phimr_nemo.model.files.hf import HFDirectory
     from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 
-    run_base(load_config(BaseConfig, REPOSITORY / "conf" / "base" / "tiny.yaml", [f"run.output={root / 'base'}"]))
+    if options.base is None:
+        run_base(load_config(BaseConfig, REPOSITORY / "conf" / "base" / "tiny.yaml", [f"run.output={root / 'base'}"]))
     facts = {"answer": "0", "pass_rate": 0.5, "mean_length": 10.0, "length_spread": 0.0, "hard": False}
     rows = [
         {"id": f"p{n}", "problem_id": f"p{n}", "question": question, **facts}
@@ -77,8 +80,8 @@ def make_inputs(root: Path, options: argparse.Namespace) -> float:
     write_shard(root / "prompts", 0, rows_to_table(rows, "prompts"), kind="prompts")
     finish(root / "prompts", kind="prompts", config={})
 
-    base = HFDirectory(root / "base" / "hf")
-    tokenizer = load_tokenizer(root / "base" / "hf")
+    base = HFDirectory(base_of(root, options))
+    tokenizer = load_tokenizer(base_of(root, options))
     prompt = tuple(render_prompt(tokenizer, questions(1)[0]))
     sampler = LocalSampler(
         base.architecture,
@@ -91,6 +94,11 @@ def make_inputs(root: Path, options: argparse.Namespace) -> float:
     requests = [Request(str(n), prompt, n) for n in range(CALIBRATION)]
     found = sampler.sample(requests, SamplingParams(1.0, 1.0, options.new_tokens))
     return statistics.median(digit_share(decode_response(tokenizer, c.token_ids)) for c in found)
+
+
+def base_of(root: Path, options: argparse.Namespace) -> Path:
+    """The directory that both sides start from."""
+    return options.base or root / "base" / "hf"
 
 
 class DigitGrader:
@@ -118,14 +126,18 @@ def run_ours(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     from phimr_nemo.config import GRPOConfig, load_config
 
     output = Path(tempfile.mkdtemp(dir=root))
-    settings = [f"run.output={output}", f"run.seed={options.seed}", f"base={root / 'base' / 'hf'}"]
+    settings = [f"run.output={output}", f"run.seed={options.seed}", f"base={base_of(root, options)}"]
     settings += [f"prompts={root / 'prompts'}", f"sequence_length={SEQUENCE_LENGTH}", f"steps={options.steps}"]
     settings += [f"prompts_per_step={options.prompts}", f"group_size={options.group}"]
     settings += [f"max_new_tokens={options.new_tokens}", f"micro_batch={options.prompts * options.group}"]
     settings += ["loss.kind=dapo", f"loss.clip_low={CLIP_LOW}", f"loss.clip_high={CLIP_HIGH}", "kl=0"]
     settings += ["rebalance.enabled=false", "prompt_optimization.enabled=false"]
     settings += ["temperature.start=1", "temperature.end=1", "checkpoint.every=100000"]
-    settings += [f"optim.lr={LEARNING_RATE}", f"optim.min_lr={LEARNING_RATE}", "optim.schedule=constant"]
+    settings += [
+        f"optim.lr={options.learning_rate}",
+        f"optim.min_lr={options.learning_rate}",
+        "optim.schedule=constant",
+    ]
     settings += ["optim.warmup_fraction=0", "optim.weight_decay=0", "optim.clip_grad=1"]
     settings += [f"optim.beta1={ADAM[0]}", f"optim.beta2={ADAM[1]}", "optim.eps=1e-8"]
     config = load_config(GRPOConfig, REPOSITORY / "conf" / "grpo" / "tiny.yaml", settings)
@@ -157,12 +169,12 @@ def run_trl(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from phimr_nemo.data.chat import END, load_tokenizer, render_prompt
+    from phimr_nemo.data.chat import load_tokenizer, render_prompt, stop_token_ids
 
     torch.set_num_threads(1)
-    base = root / "base" / "hf"
+    base = base_of(root, options)
     chat, tokenizer = load_tokenizer(base), AutoTokenizer.from_pretrained(base)
-    tokenizer.eos_token = END  # what ends a response in our template
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop_token_ids(chat)[0])  # what ends a response
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # what the model takes
     prompts = [tokenizer.decode(render_prompt(chat, question)) for question in questions(options.prompts)]
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -220,7 +232,7 @@ def run_trl(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         loss_type="dapo",
         epsilon=CLIP_LOW,
         epsilon_high=CLIP_HIGH,
-        learning_rate=LEARNING_RATE,
+        learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
         adam_beta1=ADAM[0],
         adam_beta2=ADAM[1],
@@ -248,8 +260,9 @@ def run_trl(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def child(side: str, root: Path, threshold: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     arguments = ["--child", side, "--root", str(root), "--threshold", str(threshold), "--seed", str(seed)]
-    for name in SIZES:
-        arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    for name in HANDED_ON:
+        value = getattr(options, name)
+        arguments += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     return in_child(__file__, arguments)
 
 
@@ -280,6 +293,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--base", type=Path, help="a Hugging Face directory with a chat template")
     parser.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--threshold", type=float, help=argparse.SUPPRESS)
@@ -315,6 +330,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "bench": "grpo",
         "sizes": {name: getattr(options, name) for name in (*SIZES, "repeats")},
+        "base": options.base.name if options.base else "tiny",
         "cpu_seconds_a_step": {
             side: {name: round(value, 4) for name, value in seconds[side].items()} for side in sides
         },

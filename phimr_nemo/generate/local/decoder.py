@@ -7,6 +7,7 @@ family has them biases and norms of queries and keys) with stacked matrices, and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phimr_nemo.errors import UserError
+from phimr_nemo.generate.local.matrices import Matrix, takes_copies
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.table import EMBEDDING, HEAD, full_tensors, parts_of, tensor_shapes
 
@@ -22,11 +24,11 @@ from phimr_nemo.model.table import EMBEDDING, HEAD, full_tensors, parts_of, tens
 @dataclass(frozen=True)
 class _LayerWeights:
     attention_norm: Tensor
-    qkv: Tensor
-    attention_out: Tensor
+    qkv: Matrix
+    attention_out: Matrix
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
     qkv_bias: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
@@ -40,7 +42,7 @@ class Weights:
     embedding: Tensor
     layers: tuple[_LayerWeights, ...]
     final_norm: Tensor
-    head: Tensor
+    head: Matrix
 
 
 def own_weights(
@@ -90,17 +92,19 @@ def _arrange(arch: Architecture, copies: dict[str, Tensor]) -> Weights:
     for full in full_tensors(arch):
         parts = [copies.pop(part.name) for part in parts_of(full)]
         named[full.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    numbers = sum(tensor.numel() for tensor in named.values())
+    as_matrix = functools.partial(Matrix, copied=takes_copies(named[EMBEDDING], numbers))
     layers = []
     for layer, is_rotated in enumerate(arch.rotated_layers):
         prefix = f"model.layers.{layer}."
         layers.append(
             _LayerWeights(
                 attention_norm=named[prefix + "input_layernorm.weight"],
-                qkv=named[prefix + "self_attn.qkv_proj.weight"],
-                attention_out=named[prefix + "self_attn.o_proj.weight"],
+                qkv=as_matrix(named[prefix + "self_attn.qkv_proj.weight"]),
+                attention_out=as_matrix(named[prefix + "self_attn.o_proj.weight"]),
                 mlp_norm=named[prefix + "post_attention_layernorm.weight"],
-                gate_up=named[prefix + "mlp.gate_up_proj.weight"],
-                down=named[prefix + "mlp.down_proj.weight"],
+                gate_up=as_matrix(named[prefix + "mlp.gate_up_proj.weight"]),
+                down=as_matrix(named[prefix + "mlp.down_proj.weight"]),
                 qkv_bias=named.get(prefix + "self_attn.qkv_proj.bias"),
                 query_norm=named.get(prefix + "self_attn.q_norm.weight"),
                 key_norm=named.get(prefix + "self_attn.k_norm.weight"),
@@ -108,7 +112,8 @@ def _arrange(arch: Architecture, copies: dict[str, Tensor]) -> Weights:
             )
         )
     embedding = named[EMBEDDING]
-    return Weights(embedding, tuple(layers), named["model.norm.weight"], named.get(HEAD, embedding))
+    head = as_matrix(named.get(HEAD, embedding))
+    return Weights(embedding, tuple(layers), named["model.norm.weight"], head)
 
 
 def cache_bytes_a_position(arch: Architecture, dtype: torch.dtype) -> int:
@@ -252,7 +257,7 @@ class Decoder:
     def _project(self, layer: _LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, sequence, hidden] -> query, key, value [batch, heads or groups, sequence, head_dim]."""
         batch, sequence, _ = hidden.shape
-        joint = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        joint = layer.qkv(self._norm(hidden, layer.attention_norm), layer.qkv_bias)
         joint = joint.view(batch, sequence, -1, self._head_dim).transpose(1, 2)
         query, key, value = joint.split((self._heads, self._groups, self._groups), dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -262,9 +267,9 @@ class Decoder:
     def _finish_layer(self, layer: _LayerWeights, hidden: Tensor, attended: Tensor) -> Tensor:
         batch, sequence, _ = hidden.shape
         attended = attended.transpose(1, 2).reshape(batch, sequence, -1)
-        hidden = hidden + F.linear(attended, layer.attention_out)
-        gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, layer.down)
+        hidden = hidden + layer.attention_out(attended)
+        gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+        return hidden + layer.down(F.silu(gate) * up)
 
     def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate the first `rotary_dim` entries of each head, pairing entry i with i + rotary_dim / 2."""
@@ -277,4 +282,4 @@ class Decoder:
         return F.rms_norm(hidden, weight.shape, weight, self.arch.rms_norm_eps)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(self._norm(hidden, self.weights.final_norm), self.weights.head)
+        return self.weights.head(self._norm(hidden, self.weights.final_norm))
