@@ -12,6 +12,7 @@ from phimr_nemo.align.policy import MegatronPolicy
 from phimr_nemo.config import DPOConfig
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.training import platform
+from phimr_nemo.training.distributed import wait_for_all
 
 if TYPE_CHECKING:
     from phimr_nemo.evaluate.held_out import HeldOut, OwnEngine
@@ -57,7 +58,7 @@ class Evaluated:
         else:
             for _ in tensors:
                 continue
-        dist.barrier()
+        wait_for_all(f"problems are answered at step {step}")
         return found
 
     def close(self) -> None:

@@ -25,6 +25,8 @@ from phimr_nemo.process.ranks import RankFailure, run_ranks
 
 ONE_NODE: Final = ("1", "1:1")
 """How torchrun writes it."""
+STEP_RANK: Final = "SLURM_PROCID"
+"""Of a node's launcher among those of the job's step; the first is on the step's first node."""
 POLL_SECONDS: Final = 0.2
 STOPPED: Final = "stopped; run the same command to continue"
 
@@ -92,6 +94,7 @@ def run_workers(arguments: Sequence[str]) -> None:
     if not parsed.rdzv_endpoint and parsed.nnodes in ONE_NODE:
         # As torchrun --standalone: a rendezvous of this node's own, on a free port.
         parsed.rdzv_backend, parsed.rdzv_endpoint = "c10d", "localhost:0"
+    parsed.rdzv_conf = rendezvous_options(parsed.nnodes, parsed.rdzv_conf, os.environ)
     elastic, command, command_arguments = config_from_args(parsed)
     with Relay() as relay, Watch() as watch:
         outcome = _run_in_thread(
@@ -105,6 +108,23 @@ def run_workers(arguments: Sequence[str]) -> None:
     else:
         first = None
     raise _what_happened(first, outcome, relay, watch) from outcome
+
+
+def rendezvous_options(nodes: str, given: str, environment: Mapping[str, str]) -> str:
+    """torchrun's `--rdzv-conf`, with who is the first of several nodes where Slurm has numbered them.
+
+    torch looks for the rendezvous's name among those of the machine's first network; where it belongs to another one
+    no node would open the meeting place, and all wait for it.
+
+    Args:
+        nodes: as torchrun writes it.
+        given: the options so far.
+        environment: of this process.
+    """
+    rank = environment.get(STEP_RANK)
+    if nodes in ONE_NODE or rank is None or "is_host" in given:
+        return given
+    return ",".join(filter(None, (given, f"is_host={rank == '0'}")))
 
 
 def run_copies(module: str, arguments: Sequence[str], processes: int) -> None:

@@ -7,7 +7,7 @@ gradient is written over the logits that it is of.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import triton
 import triton.language as tl
@@ -100,15 +100,15 @@ def gradient(
 
 @triton.jit
 def _statistics(
-    logits: Any,
-    columns: Any,
-    owned: Any,
-    maximum: Any,
-    sums: Any,
-    row_stride: Any,
-    sum_stride: Any,
-    vocabulary: Any,
-    temperature: Any,
+    logits: tl.tensor,
+    columns: tl.tensor,
+    owned: tl.tensor,
+    maximum: tl.tensor,
+    sums: tl.tensor,
+    row_stride: tl.tensor,
+    sum_stride: tl.tensor,
+    vocabulary: tl.tensor,
+    temperature: tl.tensor,
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -140,16 +140,16 @@ def _statistics(
 
 @triton.jit
 def _gradient(
-    logits: Any,
-    columns: Any,
-    owned: Any,
-    log_sum_exp: Any,
-    scale: Any,
-    factor: Any,
-    entropy: Any,
-    row_stride: Any,
-    vocabulary: Any,
-    temperature: Any,
+    logits: tl.tensor,
+    columns: tl.tensor,
+    owned: tl.tensor,
+    log_sum_exp: tl.tensor,
+    scale: tl.tensor,
+    factor: tl.tensor,
+    entropy: tl.tensor,
+    row_stride: tl.tensor,
+    vocabulary: tl.tensor,
+    temperature: tl.tensor,
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

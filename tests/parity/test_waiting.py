@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from distributed import RanksFailed, run_distributed
 
+import phimr_nemo
+from phimr_nemo.align import evaluated
 from phimr_nemo.align.grpo import rounds
 from phimr_nemo.align.grpo.samplers import NoTurns
 from phimr_nemo.config import ParallelConfig
@@ -55,6 +58,53 @@ def test_a_straggler_is_waited_for_beyond_the_limit_of_collectives(tmp_path: Pat
 def test_without_the_waiting_the_collective_ends_the_job(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match=r"rank 0 ---[\s\S]*[Tt]imed out"):
         run_distributed(one_round, 2, tmp_path, False)
+
+
+class SlowEngine:
+    """Samples slowly; the first process alone asks it."""
+
+    def sample(self, *_: object) -> list[Completion]:
+        time.sleep(2 * LIMIT_SECONDS)
+        return []
+
+
+class NoQuestions:
+    def score(self, *_: object) -> dict[str, float]:
+        return {"pass1": 1.0}
+
+
+class NoWeights:
+    def weights(self) -> list[tuple[str, torch.Tensor]]:
+        return []
+
+
+def one_evaluation(is_waited_for: bool) -> dict[str, float]:
+    wait_for_all("the processes have started")
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=LIMIT_SECONDS), dist.group.WORLD)
+    made = object.__new__(evaluated.Evaluated)
+    made._policy, made._held_out, made._engine = NoWeights(), NoQuestions(), SlowEngine()  # type: ignore[assignment]
+    replacement = wait_for_all if is_waited_for else lambda _: dist.barrier()
+    with mock.patch.object(evaluated, "wait_for_all", replacement):
+        found = made._pass1(1)
+    # The next exchange of the training steps.
+    dist.barrier()
+    return found
+
+
+def test_who_evaluates_dpo_is_waited_for_beyond_the_limit_of_collectives() -> None:
+    assert run_distributed(one_evaluation, 2, True) == [{"pass1": 1.0}, {}]
+
+
+def test_a_collective_would_not_wait_for_the_evaluation() -> None:
+    with pytest.raises(RanksFailed, match=r"rank 1 ---[\s\S]*[Tt]imed out"):
+        run_distributed(one_evaluation, 2, False)
+
+
+def test_nothing_waits_in_a_barrier_with_the_limit_of_collectives() -> None:
+    package = Path(phimr_nemo.__file__).parent
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            assert not (isinstance(node, ast.Attribute) and node.attr == "barrier"), f"{file}:{node.lineno}"
 
 
 def come_late() -> str:

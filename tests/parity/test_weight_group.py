@@ -24,6 +24,7 @@ from torch import Tensor
 
 from phimr_nemo.config import ServerEngine
 from phimr_nemo.errors import UserError
+from phimr_nemo.generate.serving.broadcast import group as groups
 from phimr_nemo.generate.serving.broadcast import trainer as broadcasting
 from phimr_nemo.generate.serving.broadcast.group import (
     Described,
@@ -87,7 +88,7 @@ class Server:
             held.update(load_file(bucket))
 
     async def membership(self) -> Membership:
-        return Membership(self._group, self._claims, "gloo")
+        return Membership(self._group, self._claims, "gloo", "")
 
     async def join(self, offer: Offer) -> None:
         for group in self._groups:
@@ -273,3 +274,41 @@ def test_a_server_that_says_nothing_of_a_group_ends_the_sync() -> None:
     sender = Broadcaster(settings(["http://127.0.0.1:1"]), "gloo")
     with pytest.raises(UserError, match="does not say whether"):
         asyncio.run(asyncio.wait_for(sender.form(silent, ["http://127.0.0.1:1"], {}), SECONDS))
+
+
+@pytest.mark.parametrize(("theirs", "is_refused"), [("2.29.3", True), ("2.27.3", False)])
+def test_a_server_with_another_nccl_is_refused_before_a_group_is_formed(
+    theirs: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL compares versions when a group forms, and its refusal would look like a network that is closed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(broadcasting, "nccl_version", lambda: "2.27.3")
+    formed: list[Mapping[str, int]] = []
+
+    async def says(url: str, path: str, **_: Any) -> dict[str, Any]:
+        return vars(Membership("", 1, "nccl", theirs))
+
+    async def form_anew(_: Any, workers: Mapping[str, int]) -> str:
+        formed.append(workers)
+        return ""
+
+    url = "http://127.0.0.1:1"
+    sender = Broadcaster(settings([url]))
+    monkeypatch.setattr(sender, "_form_anew", form_anew)
+    if is_refused:
+        with pytest.raises(UserError, match=r"has NCCL 2\.29\.3, the trainer 2\.27\.3"):
+            asyncio.run(sender.form(says, [url], {}))
+    else:
+        asyncio.run(sender.form(says, [url], {}))
+    assert formed == ([] if is_refused else [{url: 1}])
+
+
+def test_nccl_is_asked_for_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def ncclGetVersion(self, code: Any) -> None:
+            # As nccl.h makes it of 2.27.3: 10,000 major + 100 minor + patch.
+            code._obj.value = 22_703
+
+    monkeypatch.setattr(groups.ctypes, "CDLL", lambda _: Library())
+    assert groups.nccl_version() == "2.27.3"

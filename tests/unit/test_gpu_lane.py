@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_lane
+import gpu_parts
 import psutil
 import pytest
 from gpu_lane import LEAST_SECONDS, PARTS, TOTAL_SECONDS, Part, results_in, run_parts
@@ -125,3 +126,16 @@ def test_without_a_device_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "finds no CUDA device" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("gib", "recomputed"), [(79.6, "full"), (93.6, "full"), (139.8, "none"), (178.0, "none")])
+def test_a_gpu_of_80_gb_trains_the_model_with_recomputation(gib: float, recomputed: str) -> None:
+    """16 bytes a parameter and the activations of a row, as transformers' shapes give them, are more than it has."""
+    weights, gradients, masters, moments = 2, 2, 4, 8
+    states = 3.836e9 * (weights + gradients + masters + moments)
+    # Norms' inputs and outputs, queries with keys and values, attention's output, both halves of the MLP, in bf16.
+    numbers = 3 * 3072 + (24 + 2 * 8) * 128 + 3072 + 3 * 8192
+    needed = states + 2 * numbers * 16_384 * 32
+    memory = int(gib * 2**30)
+    assert gpu_parts.recomputed_on(memory) == recomputed
+    assert (needed < memory) == (recomputed == "none")

@@ -9,12 +9,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from processes import start
+from serving import free_port
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousParameters,
+    c10d_rendezvous_backend,
+)
 
 from phimr_nemo.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_PREEMPTED, EXIT_USER, UserError
-from phimr_nemo.jobs.node import ALIGNER, GENERATION, check_versions, main
+from phimr_nemo.jobs.node import ALIGNER, GENERATION, check_versions, main, rendezvous_options
 from phimr_nemo.process.children import STOP_SIGNALS
 
 WAIT_SECONDS = 60.0
@@ -178,3 +185,38 @@ def test_what_is_required_is_what_the_tests_run_with() -> None:
     assert f"megatron-core=={GENERATION['megatron-core']}." in pins
     aligner = (Path(__file__).resolve().parents[2] / "requirements" / "aligner.txt").read_text("utf-8")
     assert f"nemo-aligner=={ALIGNER['nemo-aligner']}." in aligner
+
+
+def meet(options: str, port: int) -> object:
+    """What torch makes of them on a machine whose rendezvous name belongs to another network than its own name."""
+    given = dict(pair.split("=") for pair in options.split(",") if pair)
+    parameters = RendezvousParameters("c10d", f"localhost:{port}", "job", 2, 2, read_timeout="1", **given)
+    with mock.patch.object(c10d_rendezvous_backend, "_matches_machine_hostname", return_value=False):
+        return c10d_rendezvous_backend.create_backend(parameters)
+
+
+def test_the_first_node_opens_the_meeting_place_whatever_its_name() -> None:
+    port = free_port()
+    first = meet(rendezvous_options("2", "", {"SLURM_PROCID": "0"}), port)
+    second = meet(rendezvous_options("2", "", {"SLURM_PROCID": "1"}), port)
+    assert (first is None, second is None) == (False, False)
+
+
+def test_without_being_told_no_node_opens_it() -> None:
+    with pytest.raises(RendezvousConnectionError):
+        meet("", free_port())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "environment", "options"),
+    [
+        ("1", "", {"SLURM_PROCID": "0"}, ""),
+        ("2", "", {}, ""),
+        ("2", "is_host=1", {"SLURM_PROCID": "3"}, "is_host=1"),
+        ("16", "read_timeout=9", {"SLURM_PROCID": "10"}, "read_timeout=9,is_host=False"),
+    ],
+)
+def test_who_opens_it_is_said_where_slurm_has_numbered_several(
+    nodes: str, given: str, environment: dict[str, str], options: str
+) -> None:
+    assert rendezvous_options(nodes, given, environment) == options

@@ -22,6 +22,7 @@ from phimr_nemo.errors import Preempted, UserError
 from phimr_nemo.store.atomic import atomic_file
 from phimr_nemo.store.progress import track
 from phimr_nemo.training import platform
+from phimr_nemo.training.distributed import wait_for_all
 
 REFERENCE_FILE: Final = "reference.safetensors"
 PARTIAL_FILE: Final = "reference-partial.safetensors"
@@ -151,7 +152,7 @@ class Partial:
         if dist.get_rank() == 0:
             with atomic_file(self.path) as temporary:
                 save_file({"sums": sums, "done": done.to(torch.uint8)}, temporary, metadata=self._identity)
-        dist.barrier()
+        wait_for_all(f"{self.path} is written")
 
 
 def _compute(

@@ -35,7 +35,7 @@ from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import read_manifest
 from phimr_nemo.training import platform
 from phimr_nemo.training.checkpoint import CheckpointStore
-from phimr_nemo.training.distributed import PreemptionGuard, start_process_group
+from phimr_nemo.training.distributed import PreemptionGuard, start_process_group, wait_for_all
 from phimr_nemo.training.early_stopping import Judge
 from phimr_nemo.training.guard import BatchGuard
 from phimr_nemo.training.metrics import Stage, metrics_of
@@ -227,7 +227,7 @@ def _measures(config: RoundsConfig, run: RunDirectory, rounds: Rounds, prompts: 
         if len(completions) < len(held_out.requests):
             raise lost_answers(len(held_out.requests) - len(completions), step)
         found = held_out.score(completions, step) if dist.get_rank() == 0 else {}
-        dist.barrier()
+        wait_for_all(f"answers are graded at step {step}")
         return found
 
     return [Measure(config.evaluation.every, "pass1", pass1)]

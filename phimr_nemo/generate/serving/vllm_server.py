@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.platforms import current_platform
 
-from phimr_nemo.generate.serving.broadcast.group import Described, Membership, Offer
+from phimr_nemo.generate.serving.broadcast.group import Described, Membership, Offer, nccl_version
 from phimr_nemo.generate.serving.broadcast.server import group_routes
 from phimr_nemo.generate.serving.gpus import require_promised_gpus
 from phimr_nemo.generate.serving.receiving import (
@@ -95,7 +95,9 @@ class WeightReceiver:
 
     async def membership(self) -> Membership:
         """The group it is in, and what it can be in."""
-        return Membership(self._group, self._workers, "gloo" if current_platform.is_cpu() else "nccl")
+        if current_platform.is_cpu():
+            return Membership(self._group, self._workers, "gloo", "")
+        return Membership(self._group, self._workers, "nccl", nccl_version())
 
     async def join(self, offer: Offer) -> None:
         """Let all workers leave the group they are in and become members of another.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from phimr_nemo.config import LoRAConfig
 from phimr_nemo.model.megatron.convert import adapter_tensors
 from phimr_nemo.store.atomic import atomic_directory
+from phimr_nemo.training.distributed import wait_for_all
 
 if TYPE_CHECKING:
     from phimr_nemo.model.architecture import Architecture
@@ -51,7 +52,7 @@ def write_adapter(models: list[nn.Module], arch: Architecture, config: LoRAConfi
             (directory / PEFT_CONFIG).write_text(
                 json.dumps(_peft_config(config, base, arch), indent=2) + "\n", "utf-8"
             )
-    dist.barrier()
+    wait_for_all(f"{target} is written")
 
 
 def _peft_tensors(models: list[nn.Module], arch: Architecture) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ worker has to leave one whose other members are gone; vLLM's waits for them for 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import math
 import os
@@ -38,6 +39,7 @@ SHOWN: Final = 120
 ERROR_HANDLING: Final = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 """Read when a group is made; torch's default ends the whole process when another member is lost."""
 NO_HANDLING: Final = "0"
+NCCL_LIBRARY: Final = "libnccl.so.2"
 DTYPES: Final = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
@@ -76,11 +78,13 @@ class Membership:
         name: of the group it is in; empty = none.
         workers: its processes that join, one a GPU.
         backend: what they can travel with.
+        library: version of the server's NCCL, which refuses members of another; empty with gloo.
     """
 
     name: str
     workers: int
     backend: str
+    library: str
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,18 @@ class Group:
             self._store.set(LEFT, "")
         with contextlib.suppress(RuntimeError):
             self._group.abort()
+
+
+def nccl_version() -> str:
+    """The version of the NCCL that torch has loaded, by its own word; torch knows the one it was built with."""
+    code = ctypes.c_int()
+    try:
+        ctypes.CDLL(NCCL_LIBRARY).ncclGetVersion(ctypes.byref(code))
+    except OSError:
+        # A torch that has it inside.
+        return ".".join(map(str, torch.cuda.nccl.version()))
+    major, rest = divmod(code.value, 10_000)
+    return ".".join(map(str, (major, *divmod(rest, 100))))
 
 
 def open_store(seconds: float) -> dist.TCPStore:

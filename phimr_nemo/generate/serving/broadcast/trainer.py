@@ -28,6 +28,7 @@ from phimr_nemo.generate.serving.broadcast.group import (
     Offer,
     described,
     join,
+    nccl_version,
     open_store,
     packed,
 )
@@ -129,6 +130,14 @@ class Broadcaster:
                 f"engine.transfer=nccl, and the rollout server {url} computes on a CPU",
                 rule="NCCL sends from GPU to GPU",
                 remedy="start it on GPUs, or use engine.transfer=host",
+            )
+        own = nccl_version() if self._backend == "nccl" else ""
+        if member.library != own:
+            raise UserError(
+                f"engine.transfer=nccl, and the rollout server {url} has NCCL {member.library}, the trainer {own}",
+                rule="NCCL refuses a group whose members have different versions of it",
+                remedy=f"give the servers' environment NCCL {own} (the package nvidia-nccl-cu12, or -cu13 for torch "
+                "of CUDA 13), or use engine.transfer=host",
             )
         return member
 
