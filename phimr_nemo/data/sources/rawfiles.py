@@ -29,7 +29,6 @@ PART_BYTES: Final = 32 << 20
 MAX_DIGITS: Final = 4_000
 COMPRESSIONS: Final = (".gz", ".zst")
 DESCRIPTIONS: Final = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
-"""Files beside shards in which `datasets` and the hub describe them."""
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
