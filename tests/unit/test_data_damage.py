@@ -81,6 +81,7 @@ def test_what_cannot_be_put_back_is_known_as_damaged() -> None:
         ("x &lt; 5 &amp;&amp; y &amp;gt; 3, &#39;z&#39;", "x < 5 && y > 3, 'z'"),
         ("3Ï€, 90Â°, itâ€™s âˆš2 Ã— âˆ’3", "3π, 90°, it’s √2 × −3"),
         ("ä¸­å›½", "中国"),
+        (r"The area is 9\u03c0 for \u00e9cole \ud83d\ude00", "The area is 9π for école 😀"),
     ],
 )
 def test_escapes_entities_and_encodings_are_put_right(damaged: str, right: str) -> None:
@@ -101,6 +102,8 @@ def test_escapes_entities_and_encodings_are_put_right(damaged: str, right: str) 
         "```html\n&lt;b&gt;\n```",
         "MENÜ“, SÃO, «été», é»",
         "AT&T; a &x; b",
+        r"half \ud83d, control \u0007, \\u03c0, \upsilon",
+        '```python\nprint("\\u03c0")\n```',
     ],
 )
 def test_what_is_no_damage_stays(text: str) -> None:

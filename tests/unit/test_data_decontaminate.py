@@ -153,6 +153,22 @@ def test_a_wrapped_benchmark_question_is_caught(wrapper: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("question", "spelled"),
+    [
+        ("Compute $\\dfrac{3}{4}$ of $1{,}000$.", "Resolva o problema: Compute $\\frac34$ of 1000."),
+        ("Find $x^{10}$ if $x=90^{\\circ}$.", "Løs oppgaven: Find x¹⁰ if x = 90°."),
+        ("How many divisors does 10,\\!000 have?", "問題: How many divisors does 10000 have?"),
+        ("For $x \\in \\mathbb{R}$, is $\\text{lcm}(4,6) = 5\\%$?", "Aufgabe: For x ∈ ℝ, is lcm(4, 6) = 5%?"),
+    ],
+)
+def test_a_benchmark_question_is_caught_in_another_spelling(question: str, spelled: str) -> None:
+    index = EvaluationIndex([("E", question)], ngram=8, overlap=0.6)
+    assert index.match(spelled, comparison_tokens(bare_question(spelled))) is not None
+    other = spelled.replace("4", "7").replace("10", "11").replace("¹⁰", "¹¹")
+    assert index.match(other, comparison_tokens(bare_question(other))) is None
+
+
+@pytest.mark.parametrize(
     "question",
     [
         "Evaluate $(1+2i)6-3i+1$.",

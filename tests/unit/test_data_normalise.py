@@ -23,6 +23,18 @@ SAME = [
     ("3×5 ≠ √2", "3 \\times 5 \\neq \\sqrt 2"),
     ("an angle of 90° at A’s “end”", 'an angle of $90^\\circ$ at A\'s "end"'),
     ("٣ + १२", "3 + 12"),
+    ("$\\frac12 x + \\dfrac 3{10}$", "\\frac{1}{2}x+\\tfrac{3}{10}"),
+    ("$\\tbinom52$", "\\binom{5}{2}"),
+    ("$x^{10}$, $90^{\\circ}$, $\\sqrt{10}$", "x¹⁰, 90°, √10"),
+    ("x^10", "x^{10}"),
+    ("10,\\!000 and 1\\,000", "10000 and 1{,}000"),
+    ("$5\\%$ of $\\{1,2\\}$", "5% of {1,2}"),
+    ("3 $\\text{ cm}$, $\\mathbf{v}$, $\\operatorname{lcm}(4,6)$", "3 cm, v, lcm(4,6)"),
+    ("$x \\in \\mathbb{R}$, $\\mathbb Z$", "x ∈ ℝ, ℤ"),
+    ("$1,\\ldots,n$, $1+\\cdots+n$", "1,…,n, 1+...+n"),
+    ("$\\lvert x\\rvert \\to \\varphi$", "|x| → φ"),
+    ("$\\lfloor \\sigma\\rfloor \\equiv \\sum \\Delta$", "⌊σ⌋ ≡ ∑ Δ"),
+    ("$\\sin{x} + \\log_{2}8$", "sin x + log_2 8"),
     ("\u2067a\u2069\u061c b\ufe0f\U000e0041\u3164", "a b"),
 ]
 DIFFERENT = [
@@ -38,6 +50,12 @@ DIFFERENT = [
     ("at least 3", "at most 3"),
     ("x ≤ 3", "x ≥ 3"),
     ("2 · 3", "2.3"),
+    ("\\frac{12}{3}", "\\frac{1}{23}"),
+    ("\\frac{1}{2}", "\\binom{1}{2}"),
+    ("f(10, 000)", "f(10000)"),
+    ("\\lfloor x \\rfloor", "\\lceil x \\rceil"),
+    ("\\sin x", "\\cos x"),
+    ("5\\%", "5"),
 ]
 
 

@@ -310,6 +310,13 @@ def test_openr1_keeps_every_generation_with_its_labels() -> None:
     ]
 
 
+def test_openr1_without_finish_reasons_knows_a_cut_one_by_its_thinking() -> None:
+    item = read("openr1_math", OPENR1 | {"finish_reasons": None})
+    assert [one.finish_reason for one in item.trajectories] == ["stop", "length"]
+    told = read("openr1_math", OPENR1 | {"finish_reasons": ["length", "stop"]})
+    assert [one.finish_reason for one in told.trajectories] == ["length", "stop"]
+
+
 def test_openthoughts_in_its_three_editions() -> None:
     math_edition = {
         "source": "olympiads",

@@ -52,6 +52,8 @@ def test_files_of_every_format(tmp_path: Path) -> None:
 def test_a_directory_of_shards_is_read_in_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "data" / ".cache").mkdir(parents=True)
     (tmp_path / "README.md").write_text("no rows", "utf-8")
+    for name in ("dataset_infos.json", "dataset_info.json", "state.json"):
+        (tmp_path / name).write_text('{"default": {}}', "utf-8")
     (tmp_path / "data" / ".cache" / "x.jsonl").write_bytes(b"not rows")
     pq.write_table(pa.Table.from_pylist(ROWS[3:]), tmp_path / "data" / "train-00001-of-00002.parquet")
     (tmp_path / "data" / "train-00000-of-00002.jsonl").write_bytes(lines(ROWS[:3]))

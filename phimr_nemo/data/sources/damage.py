@@ -8,6 +8,7 @@ be one, so these are read as part of a command only before a rest that starts no
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -64,6 +65,7 @@ _COMMANDS: Final = (
 )
 _DOUBLED: Final = re.compile(rf"(?<!\\)\\\\(?:{_COMMANDS})(?![A-Za-z])|(?<!\\)\\\\[(\[](?!-?[\d.]+ ?[a-z]{{2}}\])")
 _SINGLE: Final = re.compile(r"(?<!\\)\\(?:\\\\)*(?=[A-Za-z()\[\]])")
+_UNICODE_ESCAPE: Final = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
 _LINE_BREAK: Final = re.compile(
     r"(?<!\\)(?:\\r)?\\n(?:(?=[^A-Za-z{]|\Z)|(?=[A-Z][a-z]* )(?!(?:Right|Left)arrow|Leftright|V))"
 )
@@ -117,7 +119,7 @@ def _as_utf8(found: re.Match[str]) -> str:
 
 
 def repair_escapes(text: str) -> str:
-    r"""The text without the escapes that all of its LaTeX has one too many of (`\\frac`), and line breaks for `\n`.
+    r"""The text without escapes that its LaTeX has one too many of (`\\frac`), and what `\u03c0`, `\n` stand for.
 
     JSON text keeps them, and text that has line breaks keeps its `\n`, which may be a program's.
     """
@@ -125,7 +127,15 @@ def repair_escapes(text: str) -> str:
         return text
     if _DOUBLED.search(text) and not _SINGLE.search(text):
         text = text.replace("\\\\", "\\")
+    if "```" not in text:
+        text = _UNICODE_ESCAPE.sub(_as_characters, text)
     return text if "\n" in text else _LINE_BREAK.sub("\n", text)
+
+
+def _as_characters(found: re.Match[str]) -> str:
+    read: str = json.loads(f'"{found[0]}"')
+    # Half of a pair, or a control character, is no character that was meant.
+    return read if read.isprintable() else found[0]
 
 
 def repair_text(text: str, *, answer: bool = False) -> tuple[str, frozenset[str]]:

@@ -28,9 +28,22 @@ _LATEX_LAYOUT: Final = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|limits|nolimits|qquad|quad|bigl|bigr|Bigl|Bigr|big|Big|hfill|noindent)"
     r"(?![A-Za-z])|\\[,;:! ()\[\]]|(?<!\\)~|(?<!\\)\$"
 )
-_FRACTIONS: Final = re.compile(r"\\[dtc]frac(?![A-Za-z])")
-_THOUSANDS: Final = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))")
-_SINGLE_IN_BRACES: Final = re.compile(r"\{\s*([A-Za-z0-9])\s*\}")
+_SIZED: Final = re.compile(r"\\[dtc](frac|binom)(?![A-Za-z])")
+_DIGIT_PAIR: Final = re.compile(r"(\\(?:frac|binom))(\d)(\d)")
+# MATH's 10,\!000 among them.
+_THOUSANDS: Final = re.compile(r"(?<=\d)(?:,\\!|\\,|,|\{,\})(?=\d{3}(?!\d))")
+_SINGLE_IN_BRACES: Final = re.compile(r"\{\s*([A-Za-z]|\d+(?:\.\d+)?|\\[A-Za-z]+)\s*\}")
+# Commands that only choose a typeface.
+_FACE: Final = (
+    r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|math(?:bb|bf|cal|frak|it|rm|sf|scr|tt|normal)|mbox|emph|operatorname\*?"
+    r"|boldsymbol|bm)(?![A-Za-z])"
+)
+_FACED: Final = re.compile(_FACE + r"\s*\{([^{}]*)\}")
+_BARE_FACE: Final = re.compile(_FACE)
+_ESCAPED: Final = re.compile(r"(?<!\\)\\([%&#_{}])")
+_FUNCTION: Final = re.compile(
+    r"\\(arc(?:sin|cos|tan)|(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|gcd|lcm|max|min|det|dim|deg)(?![A-Za-z])"
+)
 # A LaTeX command, a number, a word of an alphabet, or one other sign (a Chinese character is a sign).
 _TOKEN: Final = re.compile(r"\\[a-z]+|\d+(?:\.\d+)?|[^\W\d_\u2e80-\u9fff\uac00-\ud7af]+|[^\s]")
 _LAST_SIGNS: Final = frozenset(".?!:;。？！")
@@ -79,9 +92,48 @@ _SIGNS: Final = {
     "\\theta": "θ",
     "\\lambda": "λ",
     "\\omega": "ω",
+    "\\delta": "δ",
+    "\\Delta": "Δ",
+    "\\epsilon": "εϵ",
+    "\\zeta": "ζ",
+    "\\eta": "η",
+    "\\mu": "μµ",
+    "\\nu": "ν",
+    "\\rho": "ρ",
+    "\\sigma": "σ",
+    "\\Sigma": "Σ",
+    "\\tau": "τ",
+    "\\phi": "φϕ",
+    "\\Phi": "Φ",
+    "\\psi": "ψ",
+    "\\chi": "χ",
+    "\\Gamma": "Γ",
+    "\\Omega": "Ω",
+    "\\sum": "∑",
+    "\\prod": "∏",
+    "\\int": "∫",
+    "\\equiv": "≡",
+    "\\approx": "≈",
+    "\\perp": "⊥",
+    "\\parallel": "∥",
+    "\\to": "→⟶",
+    "\\lfloor": "⌊",
+    "\\rfloor": "⌋",
+    "\\lceil": "⌈",
+    "\\rceil": "⌉",
+    "\\subset": "⊂",
+    "\\subseteq": "⊆",
 }
 _SIGN: Final = str.maketrans({sign: f" {said} " for said, signs in _SIGNS.items() for sign in signs})
 _LONG_RELATION: Final = re.compile(r"\\(?:(l|g)eq(?:slant)?|neq)(?![A-Za-z])")
+# LaTeX's own second names.
+_OTHER_NAMES: Final = {
+    r"\\(?:[lc]?dots|dots[cbmi])": "...",
+    r"\\(?:rightarrow|longrightarrow)": r"\\to ",
+    r"\\(?:[lr]?vert|mid)": "|",
+    r"\\var(epsilon|phi|theta|rho|sigma)": r"\\\1",
+}
+_OTHER_NAME: Final = tuple((re.compile(f"{name}(?![A-Za-z])"), said) for name, said in _OTHER_NAMES.items())
 _OTHER_DIGIT: Final = re.compile(r"(?![0-9])\d")
 
 
@@ -117,8 +169,9 @@ def comparison_tokens(text: str) -> list[str]:
     """The tokens by which questions are compared; final punctuation does not count.
 
     The result does not depend on letter case, on Unicode's compatibility forms, on spaces (LaTeX's among them), on
-    dollar signs and `\\left`, on `\\dfrac` for `\\frac`, on signs for LaTeX's commands (≤ for `\\le`, π for `\\pi`),
-    on the digits of other scripts, on braces around one letter or digit, or on thousands separators.
+    dollar signs and `\\left`, on `\\dfrac` and `\\frac12` for `\\frac`, on signs for LaTeX's commands (≤ for `\\le`),
+    on typefaces (`\\text`, `\\mathrm`), on the digits of other scripts, on braces around one letter,
+    number or command, or on thousands separators.
     """
     return tokens_and_lines(text)[0]
 
@@ -130,8 +183,7 @@ def tokens_and_lines(text: str) -> tuple[list[str], frozenset[int]]:
         visible = unicodedata.normalize("NFKC", visible.translate(_SIGN))
         visible = _OTHER_DIGIT.sub(lambda found: str(unicodedata.digit(found[0])), visible)
     visible = _LONG_RELATION.sub(lambda found: f"\\{found[1] or 'n'}e", visible)
-    plain = _FRACTIONS.sub(r"\\frac", _LATEX_LAYOUT.sub(" ", visible))
-    plain = _SINGLE_IN_BRACES.sub(r" \1 ", _THOUSANDS.sub("", plain))
+    plain = _one_spelling(_LATEX_LAYOUT.sub(" ", _THOUSANDS.sub("", visible)))
     tokens: list[str] = []
     starts = []
     for line in plain.casefold().split("\n"):
@@ -140,6 +192,16 @@ def tokens_and_lines(text: str) -> tuple[list[str], frozenset[int]]:
     while tokens and tokens[-1] in _LAST_SIGNS:
         tokens.pop()
     return tokens, frozenset(starts)
+
+
+def _one_spelling(text: str) -> str:
+    """LaTeX in one of its spellings: no typefaces, sizes, second names, or braces around what is one anyway."""
+    if "\\" in text:
+        text = _BARE_FACE.sub(" ", _FACED.sub(r" \1 ", text))
+        for name, said in _OTHER_NAME:
+            text = name.sub(said, text)
+        text = _DIGIT_PAIR.sub(r"\1 \2 \3 ", _SIZED.sub(r"\\\1", _FUNCTION.sub(r" \1 ", text)))
+    return _ESCAPED.sub(r"\1", _SINGLE_IN_BRACES.sub(r" \1 ", text))
 
 
 def comparison_key(text: str) -> str:

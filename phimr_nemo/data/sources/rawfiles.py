@@ -28,6 +28,7 @@ PART_BYTES: Final = 32 << 20
 """Of a file, for one process at a time: some ten thousand rows."""
 MAX_DIGITS: Final = 4_000
 COMPRESSIONS: Final = (".gz", ".zst")
+DESCRIPTIONS: Final = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
@@ -75,7 +76,9 @@ def files_in(directory: Path) -> list[Path]:
     files = []
     for path in sorted(directory.rglob("*")):
         name = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
-        hidden = any(part.startswith((".", "_")) for part in path.relative_to(directory).parts)
+        hidden = any(
+            part.startswith((".", "_")) or part in DESCRIPTIONS for part in path.relative_to(directory).parts
+        )
         if path.is_file() and name.suffix.lower() in endings and not hidden:
             files.append(path)
     if not files:

@@ -58,7 +58,9 @@ def openr1_math(row: Row) -> Item:
         if not isinstance(response, str) or not response.strip():
             continue
         labels = {name: values[index] for name, values in verdicts.items() if index < len(values)}
-        cut = index < len(reasons) and reasons[index] == "length"
+        # Rows without finish_reasons tell by the thinking that never ended.
+        reason = reasons[index] if index < len(reasons) else None
+        cut = reason == "length" or (reason is None and labels.get("is_reasoning_complete") is False)
         trajectories.append(Trajectory(response, DEEPSEEK_R1, "length" if cut else "stop", labels))
     lost = (NO_TEXT,) * (len(generations) - len(trajectories))
     return replace(_with_trajectories(item, trajectories), lost=lost)

@@ -35,7 +35,8 @@ from phimr_nemo.data.sources.rawfiles import WHOLE, Part, Row, files_in, parts_o
 from phimr_nemo.data.sources.recorded import NO_TEXT, responses_of, unread_response
 from phimr_nemo.errors import UserError
 
-DATASET_STATE: Final = ("state.json", "dataset_dict.json")
+DATASET_STATE: Final = "state.json"
+DATASET_PARTS: Final = "dataset_dict.json"
 DATASET_ROWS: Final = 10_000
 """Of a dataset on the disk, for one process at a time."""
 HUB_NAME_PARTS: Final = 2
@@ -271,7 +272,10 @@ def _items_by_usual_names(
 
 def _is_saved(path: Path) -> bool:
     """Whether `datasets` saved it."""
-    return path.is_dir() and any((path / name).is_file() for name in DATASET_STATE)
+    if not path.is_dir():
+        return False
+    # A state.json beside other files may be anybody's.
+    return (path / DATASET_PARTS).is_file() or ((path / DATASET_STATE).is_file() and any(path.glob("*.arrow")))
 
 
 def _dataset(source: SourceConfig) -> Any:
