@@ -347,6 +347,7 @@ def test_bespoke_stratos_tells_no_answer() -> None:
         ("numina_math", NUMINA | {"answer": "proof"}, "no answer"),
         ("numina_math", NUMINA | {"problem_is_valid": "Incomplete"}, "problem_is_valid is not Yes"),
         ("openr1_math", OPENR1 | {"answer": "notfound"}, "no answer"),
+        *(("openr1_math", OPENR1 | {"answer": said}, "no answer") for said in ("-", "—", "?", "Unknown", "...")),
         ("openthoughts", OPENTHOUGHTS | {"domain": "code"}, "not mathematics"),
         ("olympiad_bench", OLYMPIAD | {"modality": "Multimodal"}, "an image"),
         ("olympiad_bench", OLYMPIAD | {"subject": "Physics"}, "not mathematics"),

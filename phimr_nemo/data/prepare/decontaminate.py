@@ -36,9 +36,9 @@ EVALUATION_COLUMNS: Final = (*QUESTION_COLUMNS, "Question", "Problem")
 MIN_GRAMS: Final = 8
 MIN_WORDS: Final = 3
 MAX_HOLDERS: Final = 4
-ANCHOR: Final = 4
+ANCHOR: Final = 3
 """Tokens that a question is looked for by."""
-MIN_CONTAINED: Final = 4
+MIN_CONTAINED: Final = 3
 LONG: Final = 14
 """A question of so many tokens is the same wherever it stands."""
 _EDGES: Final = frozenset(".:?!;。：？！)]*#>\"'”_")

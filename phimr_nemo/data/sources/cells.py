@@ -30,8 +30,24 @@ MAX_BARE_WORDS: Final = 40
 """A longer answer is a worked one."""
 MISSING_WORDS: Final = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "N/A", "n/a"))
 """What numpy, JSON, Python and pandas write for a value that is not there."""
-NO_ANSWER_WORDS: Final = frozenset(("proof", "notfound", "not found", "see solution"))
-"""What NuminaMath, and what was made of it, writes where an answer should be, in lower case."""
+NO_ANSWER_WORDS: Final = frozenset(
+    (
+        "proof",
+        "notfound",
+        "not found",
+        "see solution",
+        "unknown",
+        "no answer",
+        "n.a.",
+        "-",
+        "--",
+        "–",
+        "—",
+        "?",
+        "...",
+    )
+)
+"""What people and sets (NuminaMath, and what was made of it) write where an answer should be, in lower case."""
 USER_ROLES: Final = ("user", "human")
 ASSISTANT_ROLES: Final = ("assistant", "gpt")
 
