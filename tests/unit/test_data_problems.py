@@ -207,6 +207,47 @@ def test_bad_files_are_named(tmp_path: Path, name: str, data: bytes, message: st
         read_problems(tmp_path / name)
 
 
+TEXTS = [{"question": f"Combien font {n} \u00d7 2 \u00e0 peu pr\u00e8s?", "answer": str(2 * n)} for n in range(3)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+@pytest.mark.parametrize("array", [False, True])
+def test_another_encoding_is_named_and_its_remedy_works(tmp_path: Path, encoding: str, array: bool) -> None:
+    path = tmp_path / ("p.json" if array else "p.jsonl")
+    text = json.dumps(TEXTS, ensure_ascii=False) if array else jsonl(TEXTS).decode()
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match="codec") as refused:
+        read_problems(path)
+    follow(refused.value, "convert it: ", " (if it is in")
+    assert read_problems(tmp_path / f"utf8-{path.name}")["question"].to_pylist() == [row["question"] for row in TEXTS]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_under_a_name_are_named_and_the_remedy_works(tmp_path: Path, indent: int | None) -> None:
+    """Of several lists the longest: a training set beside its test set."""
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"version": "1", "test": TEXTS[:1], "train": TEXTS}, indent=indent), "utf-8")
+    with pytest.raises(UserError, match="in a list under 'train'") as refused:
+        read_problems(path)
+    follow(refused.value, "take them out: ", None)
+    assert read_problems(tmp_path / "p-rows.jsonl")["answer"].to_pylist() == [row["answer"] for row in TEXTS]
+
+
+def test_a_list_without_questions_is_no_list_of_rows(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(jsonl([{"turns": [{"who": "me", "said": "1+1?"}]}]))
+    with pytest.raises(UserError, match="lacks a question column"):
+        read_problems(path)
+
+
+def follow(error: UserError, before: str, after: str | None) -> None:
+    """Run the command that a remedy prints."""
+    command = str(error).partition(before)[2]
+    command = command.partition(after)[0] if after else command
+    command = command.replace("python -c", f"{shlex.quote(sys.executable)} -c", 1)
+    subprocess.run(command.strip(), shell=True, check=True)
+
+
 def test_absent_files_and_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_problems(tmp_path / "none.jsonl")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,18 @@ def test_a_directory_of_shards_is_read_in_order_of_names(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no files of rows"):
         read(tmp_path / "empty")
+
+
+def test_an_arrow_file_of_the_other_format_is_named_and_its_remedy_works(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match="cannot be read") as refused:
+        read(tmp_path / "rows.arrow")
+    _, command, *words = shlex.split(str(refused.value).partition("convert it: ")[2].partition("; else download")[0])
+    subprocess.run([sys.executable, command, *words], check=True)
+    assert read(tmp_path / "rows.parquet") == EXPECTED
 
 
 def test_datasets_on_disk(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from phimr_nemo.data.sources.cells import (
     split_worked,
 )
 from phimr_nemo.data.sources.damage import is_damaged, repair_value
+from phimr_nemo.data.sources.misfits import holder_of_rows, holds_rows
 from phimr_nemo.data.sources.normalise import storable
 from phimr_nemo.data.sources.rawfiles import COMPRESSIONS, Row, read_rows
 from phimr_nemo.errors import UserError
@@ -287,7 +288,12 @@ EVALUATION_NAMING: Final = "question: COLUMN in its entry of decontamination.set
 
 
 def missing_column(path: Path, wanted: str, row: Row, naming: str) -> UserError:
-    """The error for a column that a file lacks; it lists what is there and says how columns are named."""
+    """The error for a column that a file lacks; it lists what is there and says how columns are named.
+
+    A file that holds its rows under a name has no columns to name: the error says how they are taken out.
+    """
+    if (holder := holder_of_rows(row, QUESTION_COLUMNS)) is not None:
+        return holds_rows(path, holder)
     return UserError(
         f"{path} lacks {wanted}; its columns are {sorted(row)}",
         rule="the columns of question and answer are found by their usual names or are given",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
+from phimr_nemo.data.sources.misfits import malformed, not_utf8
 from phimr_nemo.errors import UserError
 from phimr_nemo.store.inputs import table_remedy
 from phimr_nemo.store.unpacking import LINE_BYTES, MAX_ROW_BYTES, Allowance, compressed_bytes, parquet_batches
@@ -29,6 +30,7 @@ PART_BYTES: Final = 32 << 20
 MAX_DIGITS: Final = 4_000
 COMPRESSIONS: Final = (".gz", ".zst")
 DESCRIPTIONS: Final = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+"""Files beside shards in which `datasets` and the hub describe them."""
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
@@ -171,7 +173,7 @@ def read_rows(path: Path, *, array_column: str | None = None, part: Part = WHOLE
             if array_column is not None and isinstance(row, list):
                 row = {array_column: row}
             if not isinstance(row, dict):
-                raise _malformed(path, place, f"is a JSON {type(row).__name__}, not an object")
+                raise malformed(path, place, f"is a JSON {type(row).__name__}, not an object")
             rows += 1
             yield place, row
     if not rows and part == WHOLE:
@@ -228,7 +230,7 @@ def _rows_of_text(path: Path, ending: str, part: Part) -> Iterator[tuple[str, An
         elif ending == ".json" and _is_one_object(file):
             text = file.read(MAX_ROW_BYTES + 1)
             if len(text) > MAX_ROW_BYTES:
-                raise _malformed(path, "the file", f"is one object of more than {MAX_ROW_BYTES} bytes")
+                raise malformed(path, "the file", f"is one object of more than {MAX_ROW_BYTES} bytes")
             yield "the file", _parse(path, "the file", text)
         else:
             yield from _rows_of_lines(path, file, part)
@@ -268,14 +270,14 @@ def _rows_of_array(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
             break
         if not first:
             if not text.startswith(","):
-                raise _malformed(path, "the file", f"is not JSON: no comma after item {number}")
+                raise malformed(path, "the file", f"is not JSON: no comma after item {number}")
             text = text[1:]
         first, number = False, number + 1
         allowance.spend(LINE_BYTES)
         value, text = _item(path, stream, text, decoder, number, allowance)
         yield f"item {number}", value
     if text[1:].strip() or _refill(path, stream, "", allowance).strip():
-        raise _malformed(path, "the file", "is not JSON: more after its array")
+        raise malformed(path, "the file", "is not JSON: more after its array")
 
 
 def _item(
@@ -291,19 +293,19 @@ def _item(
                 return value, text[end:]
             problem = ""
         except _NamedTwiceError as error:
-            raise _malformed(path, f"item {number}", str(error)) from error
+            raise malformed(path, f"item {number}", str(error)) from error
         except RecursionError as error:
-            raise _malformed(path, f"item {number}", f"is not JSON: {error}") from error
+            raise malformed(path, f"item {number}", f"is not JSON: {error}") from error
         except ValueError as error:
             problem = str(error)[:200]
         if len(text) > MAX_ROW_BYTES:
-            raise _malformed(
+            raise malformed(
                 path, f"item {number}", f"is longer than {MAX_ROW_BYTES} bytes, or is not JSON: {problem}"
             )
         # Twice as much each time, so that a long item is not read over and over.
         more = _refill(path, stream, text, allowance)
         if len(more) == len(text):
-            raise _malformed(path, "the file", f"is not JSON: it ends within item {number}: {problem}")
+            raise malformed(path, "the file", f"is not JSON: it ends within item {number}: {problem}")
         text = more
 
 
@@ -312,7 +314,7 @@ def _refill(path: Path, stream: codecs.StreamReader, text: str, allowance: Allow
     try:
         more = stream.read(max(CHUNK_BYTES, len(text)))
     except UnicodeDecodeError as error:
-        raise _malformed(path, "the file", f"is not JSON: {str(error)[:200]}") from error
+        raise not_utf8(path, "the file", error) from error
     allowance.spend(len(more))
     return text + more
 
@@ -323,7 +325,7 @@ def _rows_of_lines(path: Path, file: BinaryIO, part: Part) -> Iterator[tuple[str
         number, place = number + 1, place + len(line)
         allowance.spend(max(len(line), LINE_BYTES))
         if len(line) > MAX_ROW_BYTES:
-            raise _malformed(path, f"line {number}", f"is longer than {MAX_ROW_BYTES} bytes")
+            raise malformed(path, f"line {number}", f"is longer than {MAX_ROW_BYTES} bytes")
         if line.strip():
             yield f"line {number}", _parse(path, f"line {number}", line)
 
@@ -332,10 +334,12 @@ def _parse(path: Path, place: str, data: bytes) -> Any:
     try:
         text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
         return json.loads(text, parse_int=_whole_number, object_pairs_hook=_named_once)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, place, error) from error
     except (ValueError, RecursionError) as error:
-        raise _malformed(path, place, f"is not JSON: {str(error)[:200]}") from error
+        raise malformed(path, place, f"is not JSON: {str(error)[:200]}") from error
     except _NamedTwiceError as error:
-        raise _malformed(path, place, str(error)) from error
+        raise malformed(path, place, str(error)) from error
 
 
 def _whole_number(digits: str) -> int | str:
@@ -370,7 +374,7 @@ def _rows_of_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
             names = batch.schema.names
             if len(set(names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)
-                raise _malformed(path, "its schema", f"has two columns {twice!r:.80}")
+                raise malformed(path, "its schema", f"has two columns {twice!r:.80}")
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
@@ -382,14 +386,6 @@ def _rows_of_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
         ) from error
     except (pa.ArrowException, ValueError) as error:
         raise _damaged(path, error) from error
-
-
-def _malformed(path: Path, place: str, problem: str) -> UserError:
-    return UserError(
-        f"{path}, {place} {problem}",
-        rule="every row is an object in which a name stands once",
-        remedy="correct or remove it",
-    )
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

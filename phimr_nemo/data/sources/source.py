@@ -16,6 +16,7 @@ from phimr_nemo.data.sources.cells import first_present, lookup, merged
 from phimr_nemo.data.sources.damage import PICTURE, repair_value, shows_picture
 from phimr_nemo.data.sources.item import Item, Trajectory, UnusableRow
 from phimr_nemo.data.sources.labels import domain_of
+from phimr_nemo.data.sources.misfits import unreadable_arrow
 from phimr_nemo.data.sources.normalise import storable
 from phimr_nemo.data.sources.presets import PRESETS
 from phimr_nemo.data.sources.problems import (
@@ -254,14 +255,13 @@ def _items_by_usual_names(
         lost = [NO_TEXT] * (len(recorded) - len(texts))
         if layout.unread is not None and lookup(row, layout.unread) is not None:
             lost.append(f"responses in a column that was not asked for (response: {layout.unread})")
-        own_domain = {"domain": problem["domain"]} if problem["domain"] else {}
         item = Item(
             question=problem["question"],
             answer=problem["answer"],
             solution=problem["solution"],
             domain=domain_of(problem["domain"]),
             difficulty=problem["difficulty"],
-            labels=json.loads(problem["metadata"]) | own_domain,
+            labels=json.loads(problem["metadata"]) | ({"domain": problem["domain"]} if problem["domain"] else {}),
             trajectories=tuple(
                 Trajectory(one.response, one.teacher, one.finish_reason, one.labels) for one in texts if one.response
             ),
@@ -281,7 +281,10 @@ def _is_saved(path: Path) -> bool:
 def _dataset(source: SourceConfig) -> Any:
     path = Path(source.path)
     if path.is_file():
-        return _datasets().Dataset.from_file(str(path))
+        try:
+            return _datasets().Dataset.from_file(str(path))
+        except (OSError, ValueError) as error:
+            raise unreadable_arrow(path, error) from error
     return _split(source, _datasets().load_from_disk(str(path))) if _is_saved(path) else _from_hub(source)
 
 
@@ -320,8 +323,7 @@ def _from_hub(source: SourceConfig) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(
             f"source {source.name}: {source.path} (subset {source.subset}, split {source.split}, "
-            f"revision {source.revision or NEWEST}) cannot be loaded: "
-            f"{str(error)[:300]}",
+            f"revision {source.revision or NEWEST}) cannot be loaded: {str(error)[:300]}",
             rule="the dataset exists on the hub with this subset, split and revision, and the hub can be reached",
             remedy="correct path, subset, split or revision, or download it and give the directory",
         ) from error
