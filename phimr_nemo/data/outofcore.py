@@ -57,7 +57,7 @@ def streamed(
         parameters: of the query.
     """
     found = connection.execute(query, dict(parameters))
-    for batch in found.fetch_record_batch(GROUP_ROWS):
+    for batch in found.to_arrow_reader(GROUP_ROWS):
         narrow = np.empty(batch.num_rows, dtype)
         for name in dtype.names or ():
             narrow[name] = batch.column(name).to_numpy(zero_copy_only=False)

@@ -163,3 +163,13 @@ def test_the_c_locale_reads_and_writes_every_letter(tmp_path: Path, repository: 
     assert read_table(tmp_path / "out" / "problems", "problems")["question"].to_pylist() == ["一共有多少个苹果？"]
     (told,) = read_manifest(tmp_path / "out" / "problems", "problems").inputs.values()
     assert told == content_of(path)
+
+
+def test_warnings_as_errors_stop_nothing(tmp_path: Path, repository: Path) -> None:
+    path = tmp_path / "problems.jsonl"
+    path.write_text(
+        '{"question": "What is 1+1?", "answer": "2"}\n{"question": "What is 2+2?", "answer": "4"}\n', "utf-8"
+    )
+    status, shown = run(prepare(tmp_path / "out", sources(path)), repository, PYTHONWARNINGS="error")
+    assert status == 0, shown
+    assert read_manifest(tmp_path / "out" / "problems", "problems").rows == 2

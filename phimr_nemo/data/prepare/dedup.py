@@ -242,7 +242,7 @@ def _mark_near(
     files = {"pairs": [str(path) for path in pairs], "files": [str(path) for path in candidates.files]}
     # By preference: the best first.
     better: dict[tuple[int, int], list[tuple[float, int, int]]] = defaultdict(list)
-    for batch in connection.execute(_COMPARED, files).fetch_record_batch(PAIRS_AT_ONCE):
+    for batch in connection.execute(_COMPARED, files).to_arrow_reader(PAIRS_AT_ONCE):
         one, other = (_signatures(batch.column(name), near.permutations) for name in ("one", "other"))
         similarity = (one == other).mean(axis=1)
         alike = np.flatnonzero(similarity >= near.threshold)
