@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from phimr_nemo.config import STAGES, ParallelConfig, load_config
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.dtypes import torch_dtype
+from phimr_nemo.model.megatron import gpt
 from phimr_nemo.model.megatron.configuration import recompute_fields, transformer_config
 from phimr_nemo.model.megatron.gpt import build_model
 from phimr_nemo.training.distributed import start_process_group
@@ -45,12 +47,14 @@ def measure(
         boundaries = worker.packed(worker.DOCUMENTS)
         if fault == "no attention factor":
             worker._drop_attention_factor(model)
+        packed = {"input_ids": row, "labels": row_labels, "packed_seq_params": boundaries}
+        with mock.patch.object(torch, "equal", side_effect=torch.equal) as compared:
+            found = worker.forward(model, packed)
         results: Results = {
             "modules": {type(module).__module__.split(".")[0] for module in model.decoder.modules()},
             "nll": worker.forward(model, {"input_ids": ids, "labels": labels}),
-            "packed": worker.forward(
-                model, {"input_ids": row, "labels": row_labels, "packed_seq_params": boundaries}
-            ),
+            "packed": found,
+            "compared": compared.call_count,
             "gradients": worker.gradients(model, layout),
         }
         again = worker.build(directory, layout, dtype=dtype, **overrides)
@@ -84,8 +88,16 @@ FAULTS = [
 ]
 
 
+def _with_padding(**fields: Any) -> Any:
+    """Boundaries with padding of their own, which are the same."""
+    starts = {f"{name}_padded": fields[name] for name in ("cu_seqlens_q", "cu_seqlens_kv")}
+    return PackedSeqParams(**fields, **starts)
+
+
 def _planted(fault: str) -> Any:
     """A kernel with a fault, while the block runs."""
+    if fault == "boundaries twice":
+        return mock.patch.object(gpt, "PackedSeqParams", _with_padding)
     if fault == "rotation by the next position":
         return _wrong("fused_rope_forward", _rotation_of_whole_row)
     if fault == "no causal mask":

@@ -78,8 +78,14 @@ def test_bfloat16_is_as_near_to_float32_as_plain_pytorch(
 ) -> None:
     found = measure(LAYOUTS[layout], True)
     assert "transformer_engine" in found["modules"]
+    assert found["compared"] == 0, "a CPU waits for the GPU to compare tensors"
     for kind in KINDS:
         assert error(found[kind], reference[kind]) < allowed[kind], kind
+
+
+def test_boundaries_given_twice_are_compared_in_every_layer(measure: Callable[..., Results]) -> None:
+    """The planted fault: Transformer Engine asks whether those with padding are others."""
+    assert measure(LAYOUTS["cp2"], True, fault="boundaries twice")["compared"] > 0
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp"])

@@ -354,15 +354,12 @@ class PhiGPTModel(GPTModel):
         padded = lengths if plan is None else plan.lengths
         boundaries = sent(torch.cat((padded.new_zeros(1), padded.cumsum(0))).to(torch.int32), device)
         table = int(padded.max())
-        # Transformer Engine asks for these under context parallelism. Padding counts as part of its document: it
-        # stands at the end, where causal attention lets nothing see it.
-        with_padding = None if plan is None else boundaries
+        # Padding counts as part of its document: it stands at the end, where causal attention lets nothing see it.
+        # Boundaries "with padding" of their own would make Transformer Engine compare them in every layer, and wait.
         documents = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=boundaries,
             cu_seqlens_kv=boundaries,
-            cu_seqlens_q_padded=with_padding,
-            cu_seqlens_kv_padded=with_padding,
             max_seqlen_q=table,
             max_seqlen_kv=table,
         )
