@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,7 +83,7 @@ def planted(fault: str | None) -> Iterator[None]:
         with mock.patch.object(forward, "packed_parameters", lambda documents: whole((sum(documents),))):
             yield
     elif fault == "one chunk of logits":
-        with mock.patch.object(megatron, "token_logprobs", partial(megatron.token_logprobs, chunk_size=10**6)):
+        with mock.patch.object(megatron, "chunk_within", return_value=10**6):
             yield
     else:
         raise ValueError(fault)

@@ -12,7 +12,7 @@ from distributed import run_distributed
 from grpo_worker import PROMPT, Update, one_update, run_interrupted
 from test_align_parity import curve, weights_differ_by
 
-from phimr_nemo.losses.logprobs import DEFAULT_CHUNK_SIZE
+from phimr_nemo.model.architecture import Architecture
 
 LENGTHS = (7, 40, 12, 90, 8, 33, 9, 61)
 LONG = 6 * LENGTHS
@@ -86,17 +86,24 @@ def test_responses_that_see_each_other_are_noticed(root: Path) -> None:
 
 
 ONE_ROW = ("packed=true", "micro_batch=1", "sequence_length=2000")
+CHUNK = 500
+
+
+def room_for(root: Path, tokens: int) -> str:
+    """What the logits of so many tokens take, in float32."""
+    words = Architecture.from_directory(root / "base" / "hf").vocab_size
+    return f"model.logits_gib={4 * words * tokens / 2**30}"
 
 
 def test_the_logits_of_a_row_never_exist_together(root: Path) -> None:
     """Of 1,560 tokens, those of one chunk exist at a time: a bound that does not know the row's length."""
-    (found,) = update(root, *ONE_ROW, lengths=LONG)
+    (found,) = update(root, *ONE_ROW, room_for(root, CHUNK), lengths=LONG)
     assert (found.micro_batches, found.tokens) == (1, sum(LONG))
-    assert 0 < found.vocabulary_rows <= DEFAULT_CHUNK_SIZE < sum(length - PROMPT for length in LONG)
+    assert 0 < found.vocabulary_rows <= CHUNK < sum(length - PROMPT for length in LONG)
 
 
 def test_logits_of_a_whole_row_are_noticed(root: Path) -> None:
-    (found,) = update(root, *ONE_ROW, lengths=LONG, fault="one chunk of logits")
+    (found,) = update(root, *ONE_ROW, room_for(root, CHUNK), lengths=LONG, fault="one chunk of logits")
     assert found.vocabulary_rows >= sum(length - PROMPT for length in LONG)
 
 
