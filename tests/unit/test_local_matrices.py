@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from test_local_sampler import largest_logprob_error, make_hf_model, make_requests, make_sampler
+from test_local_sampler import (
+    FAMILIES,
+    LOGPROB_TOLERANCE,
+    largest_logprob_error,
+    make_family,
+    make_hf_model,
+    make_requests,
+    make_sampler,
+)
 from torch import Tensor
 
 from phimr_nemo.generate.local import matrices
@@ -14,7 +20,6 @@ from phimr_nemo.generate.local.matrices import Matrix, takes_copies
 from phimr_nemo.generate.sampler import SamplingParams
 
 OUTPUTS, INPUTS = 640, 448
-LOGPROB_TOLERANCE = 1e-4
 
 has_blocks = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"), reason="this build of torch has no oneDNN"
@@ -64,7 +69,7 @@ def test_the_copy_serves_some_tens_of_rows(rows: int) -> None:
     assert within_rounding(matrix(inputs), inputs, weight, None) == (rows in (3, 128))
 
 
-def test_small_and_large_models_and_other_formats_have_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_and_large_models_and_other_formats_have_no_copies() -> None:
     weight = drawn(8, 8)
     assert Matrix(weight, copied=True)._copy is None, "a call costs more than it saves"
     assert Matrix(drawn(OUTPUTS, INPUTS), copied=False)._copy is None
@@ -74,38 +79,11 @@ def test_small_and_large_models_and_other_formats_have_no_copies(monkeypatch: py
     assert takes_copies(weight, 64) == hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def qwen2() -> Any:
-    """With biases."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(5)
-    config = Qwen2Config(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = Qwen2ForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, bias in model.named_parameters():
-            if name.endswith("bias"):
-                bias.normal_()
-    return model
-
-
 @has_blocks
-@pytest.mark.parametrize("make", [make_hf_model, qwen2])
-def test_a_decoder_with_copies_agrees_with_transformers(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", [None, *FAMILIES])
+def test_a_decoder_with_copies_agrees_with_transformers(family: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrices, "SMALLEST", 1)
-    model, params = make(), SamplingParams(0.8, 0.9, 16)
-    requests = make_requests([5, 11, 1, 8, 20, 3])
+    model = make_hf_model() if family is None else make_family(family)
+    params, requests = SamplingParams(0.8, 0.9, 16), make_requests([5, 11, 1, 8, 20, 3])
     done = make_sampler(model).sample(requests, params)
     assert largest_logprob_error(model, requests, done, 0.8) < LOGPROB_TOLERANCE
