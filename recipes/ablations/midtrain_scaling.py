@@ -51,7 +51,7 @@ STOPPED: Final = "ended before the limit (%)"
 DIGITS: Final = {DOCUMENTS: 0, UPDATES: 0, LOSS: 4, PASS1: 1, STOPPED: 1}
 PLOT_INCHES: Final = (8.5, 3.4)
 DPI: Final = 110
-FINISH: Final = "run `python -m recipes.ablations.midtrain_scaling` first, with the same sizes"
+FINISH: Final = "run the ablation's own command first, with the same sizes"
 
 Protocol = Literal["epochs", "steps"]
 
@@ -91,17 +91,24 @@ def plan(config: MidtrainScalingConfig) -> list[Step]:
     return [step for seed, root in roots.items() for step in _seed_steps(config, seed, root)]
 
 
-def _seed_steps(config: MidtrainScalingConfig, seed: int, root: Path) -> list[Step]:
-    out = config.output / f"seed-{seed}"
+def data_steps(out: Path, seed: int, root: Path, problems: Sequence[int], heldout: int) -> list[Step]:
+    """Fresh held-out documents, and packed rows of sets that are smaller than the quickstart's.
+
+    Args:
+        out: the ablation's directory of a seed.
+        seed: of the problems.
+        root: the quickstart's directory of the seed.
+        problems: sizes of the sets, as many problems as the teacher is asked.
+        heldout: problems whose correct responses measure the loss.
+    """
     right = ("problems.split=heldout", "teacher.mistake_rate=0.0", "rollouts_per_problem=1")
-    asked = f"problems.count={config.heldout_documents}"
     steps = [
-        stage_step(out, seed, f"{HELDOUT}-rollouts", "generate", asked, *right),
+        stage_step(out, seed, f"{HELDOUT}-rollouts", "generate", f"problems.count={heldout}", *right),
         stage_step(out, seed, f"{HELDOUT}-verdicts", "verify", f"rollouts={out / f'{HELDOUT}-rollouts'}"),
         stage_step(out, seed, HELDOUT, "curate", f"verdicts={out / f'{HELDOUT}-verdicts'}"),
     ]
     tokenizer = f"tokenizer={root / 'base' / 'hf'}"
-    for size in sorted(config.problems):
+    for size in sorted(problems):
         names = [f"{name}-{size}" for name in ("rollouts", "verdicts", "curated", "rows")]
         rollouts, verdicts, curated, rows = names
         steps += [
@@ -110,15 +117,31 @@ def _seed_steps(config: MidtrainScalingConfig, seed: int, root: Path) -> list[St
             stage_step(out, seed, curated, "curate", f"verdicts={out / verdicts}"),
             stage_step(out, seed, rows, "pack", f"conversations={out / curated / 'midtrain'}", tokenizer),
         ]
+    return steps
+
+
+def rows_of(out: Path, root: Path, size: str) -> Path:
+    """Where :func:`data_steps` or the quickstart puts the packed rows of a set; `WHOLE` is the quickstart's."""
+    return root / "rows" if size == WHOLE else out / f"rows-{size}"
+
+
+def fixed_updates(updates: int) -> list[str]:
+    """Settings of so many updates, whatever the set's size."""
+    return [f"epochs={ENDLESS}", f"max_steps={updates}"]
+
+
+def _seed_steps(config: MidtrainScalingConfig, seed: int, root: Path) -> list[Step]:
+    out = config.output / f"seed-{seed}"
+    steps = data_steps(out, seed, root, config.problems, config.heldout_documents)
     for arm in arms(config):
         trained, evaluated = directories(out, root, arm)
         if trained.parent != out:
             continue  # the quickstart has it
-        rows_of = root / "rows" if arm.size == WHOLE else out / f"rows-{arm.size}"
         length = [f"epochs={config.epochs}"]
         if arm.protocol == "steps":
-            length = [f"epochs={ENDLESS}", f"max_steps={config.updates}"]
-        data = (f"base={root / 'base' / 'hf'}", f"data={rows_of}", "validation_rows=0")
+            assert config.updates is not None
+            length = fixed_updates(config.updates)
+        data = (f"base={root / 'base' / 'hf'}", f"data={rows_of(out, root, arm.size)}", "validation_rows=0")
         sizes = {"problems": config.heldout_problems, "samples": config.evaluation_samples}
         steps += [
             stage_step(out, seed, trained.name, "midtrain", *data, *length),
@@ -177,17 +200,33 @@ def _title(config: MidtrainScalingConfig, arm: Arm) -> str:
 
 
 def _measures(out: Path, root: Path, arm: Arm) -> Mapping[str, float]:
+    trained, evaluated = directories(out, root, arm)
+    return arm_measures(trained, evaluated, rows_of(out, root, arm.size), out)
+
+
+def arm_measures(trained: Path, evaluated: Path, rows: Path, out: Path) -> dict[str, float]:
+    """What a finished arm has to show, by the names in `DIGITS`.
+
+    Args:
+        trained: run directory of its mid-training.
+        evaluated: of its evaluation.
+        rows: that it was trained on.
+        out: the ablation's directory of the seed, with the held-out documents.
+
+    Raises:
+        UserError: one of them has not finished.
+    """
     from phimr_nemo.evaluate.evaluate import RESULTS_FILE, read_result
     from phimr_nemo.evaluate.statistics import mean_and_error
     from phimr_nemo.store.runs import RunDirectory
     from phimr_nemo.supervised.document_loss import kept_document_losses
 
-    trained, evaluated = directories(out, root, arm)
     for directory in (trained, evaluated, out / HELDOUT):
         require_finished(directory.parent, [directory.name], remedy=FINISH)
-    rows = root / "rows" if arm.size == WHOLE else out / f"rows-{arm.size}"
     result = read_result(evaluated / RESULTS_FILE)
-    losses = kept_document_losses(trained / "hf", out / HELDOUT / "midtrain", out / f"loss-{arm.name}.json")
+    losses = kept_document_losses(
+        trained / "hf", out / HELDOUT / "midtrain", out / f"loss-{evaluated.name.removeprefix('evaluate-')}.json"
+    )
     return {
         DOCUMENTS: read_manifest(rows, "rows").counts["documents"],
         UPDATES: RunDirectory(trained).closing_facts()["steps"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ import torch
 from results import plain_result
 
 from phimr_nemo.config import BaseConfig, load_config
-from phimr_nemo.config.ablations import DirectSFTConfig, MidtrainPackingConfig, MidtrainScalingConfig, StoppingConfig
+from phimr_nemo.config.ablations import (
+    DirectSFTConfig,
+    MidtrainPackingConfig,
+    MidtrainScalingConfig,
+    RepetitionConfig,
+    StoppingConfig,
+)
 from phimr_nemo.errors import UserError
 from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.model.base import run_base
@@ -20,7 +27,7 @@ from phimr_nemo.store.records import schemas
 from phimr_nemo.store.runs import RunDirectory
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
 from phimr_nemo.supervised.document_loss import document_losses, kept_document_losses
-from recipes.ablations import direct_sft, midtrain_packing, midtrain_scaling, stopping
+from recipes.ablations import direct_sft, midtrain_packing, midtrain_scaling, repetition, stopping
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 QUESTIONS = 4
@@ -181,6 +188,40 @@ def test_scaling_table_and_picture(base: Path, tmp_path: Path) -> None:
     losses = document_losses(base, tmp_path / "midtrain_scaling" / "seed-0" / "heldout" / "midtrain")
     assert f"{sum(losses.values()) / 2:.4f}" in text
     assert (config.output / midtrain_scaling.PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_repetition_gives_every_set_the_same_updates_at_every_width(base: Path, tmp_path: Path) -> None:
+    """Two widths, two sets, two seeds: the wide model answers one question more with the whole set, in seed 1 all."""
+    root = quickstart(tmp_path / "quickstart", base) / "seed-1"
+    path, values = settings(tmp_path, "repetition", "problems=[8]", "updates=250")
+    config = replace(load_config(RepetitionConfig, path, values), widths={"a": (), "b": ("hidden_size=64",)})
+    steps = {step.name: step.arguments for step in repetition.plan(config) if step.output.parent.name == "seed-1"}
+    arms = [f"{width}-{size}" for width in "ab" for size in ("8", "full")]
+    assert [name for name in steps if name in arms] == arms
+    for arm in arms:
+        assert {"max_steps=250", "epochs=1000", "validation_rows=0"} < set(steps[arm])
+        assert f"base={config.output / 'seed-1' / f'base-{arm[0]}' / 'hf'}" in steps[arm]
+        assert f"model={config.output / 'seed-1' / arm / 'hf'}" in steps[f"evaluate-{arm}"]
+    assert "hidden_size=64" in steps["base-b"]
+    assert "hidden_size=64" not in steps["base-a"]
+    assert f"data={root / 'rows'}" in steps["b-full"]
+    with pytest.raises(UserError, match="has no finished"):
+        repetition.report(config)
+    for seed in (0, 1):
+        out = config.output / f"seed-{seed}"
+        conversations(out / "heldout" / "midtrain", ["2", "3"])
+        RunDirectory(out / "heldout").finish()
+        packed(out / "rows-8", 4)
+        for arm in arms:
+            trained(out / arm, base, 250)
+            extra = float(seed) if arm == "b-full" else 0.0
+            evaluated(out / f"evaluate-{arm}", [extra, extra, float(arm == "b-full"), 1.0])
+    text = repetition.report(config)
+    assert "| a, 8 problems | 4 (4, 4) | 250 (250, 250) |" in text
+    assert "| b, whole set | 32 (32, 32) | 250 (250, 250) |" in text
+    assert "| 75.0 ± 25.0 (50.0, 100.0) |" in text
+    assert text.count("| 25.0 (25.0, 25.0) |") == len(arms) - 1
+    assert (config.output / repetition.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
 def packing_config(tmp_path: Path) -> MidtrainPackingConfig:

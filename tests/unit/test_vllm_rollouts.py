@@ -44,6 +44,8 @@ BOUND = 5e-5
 """Largest difference of a log-probability between vLLM and transformers, both in float32."""
 LONG_BOUND = 4 * BOUND
 """The same behind hundreds of tokens."""
+SHORT = 8
+"""The longest response that interrupts: the others, of which one ends with a stop token as it may, are under way."""
 INTERRUPTIONS = range(2, SYNCS, 2)
 """Versions of the weights; so often it is tried to interrupt while a response is under way."""
 ANSWERS = 5
@@ -200,7 +202,8 @@ def test_a_tied_head_that_keeps_its_packing_is_seen(
 def interrupted_and_continued(sampler: ServerSampler, model: Path) -> None:
     """vLLM gives what there is of aborted responses, each token of which is of the weights that it says."""
     asked = [Request(f"{number}/3", (1, 2, 3 + number), number) for number in range(12)]
-    params = SamplingParams(1.0, 1.0, LONG - 20)
+    short, long = (SamplingParams(1.0, 1.0, tokens) for tokens in (SHORT, LONG - 20))
+    params = {request.id: long if number else short for number, request in enumerate(asked)}
     for first in INTERRUPTIONS:
         found: dict[str, Completion] = {}
         interrupted = threading.Event()
@@ -210,9 +213,12 @@ def interrupted_and_continued(sampler: ServerSampler, model: Path) -> None:
             interrupted.set()
 
         sampler.update_weights(weights_of(model, first).items(), first)
-        left = sampler.sample_until(interrupted, [(request, params) for request in asked], done, 4)
+        left = sampler.sample_until(interrupted, [(request, params[request.id]) for request in asked], done, 4)
         sampler.update_weights(weights_of(model, first + 1).items(), first + 1)
-        assert sampler.sample_until(threading.Event(), [(request, params) for request in left], done, 4) == []
+        assert (
+            sampler.sample_until(threading.Event(), [(request, params[request.id]) for request in left], done, 4)
+            == []
+        )
         begun = {request.id: len(request.begun.token_ids) for request in left if request.begun.token_ids}
         if begun:
             break
