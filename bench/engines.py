@@ -36,6 +36,7 @@ from phimr_nemo.generate.sampler import Request, SamplingParams
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.base import random_tensors
 from phimr_nemo.model.dtypes import TORCH_NAMES
+from phimr_nemo.process.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,6 +98,7 @@ def make_sampler(engine: str, model: Path, stops: list[int], options: argparse.N
     rows, length = options.prompts * options.samples, LONGEST_PROMPT + options.new_tokens
     tensors = random_tensors(architecture, seed=0)
     if engine == "ours":
+        keep_freed_memory()
         return LocalSampler(
             architecture,
             tensors,

@@ -25,7 +25,7 @@ from phimr_nemo.data.parallel import Team, team_of
 from phimr_nemo.generate import sampler as protocol
 from phimr_nemo.generate.plan import Plan
 from phimr_nemo.generate.sampler import SamplingParams
-from phimr_nemo.process.memory import GIBIBYTE
+from phimr_nemo.process.memory import GIBIBYTE, keep_freed_memory
 from phimr_nemo.store.shards import conform
 
 if TYPE_CHECKING:
@@ -311,6 +311,9 @@ def _local(
     from phimr_nemo.model.files.hf import HFDirectory
     from phimr_nemo.model.regime import warn_of_other_regime
 
+    device = model.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     named = engine.dtype or model.dtype
     if model.weights is None:
         source = HFDirectory(model.directory)
@@ -331,7 +334,7 @@ def _local(
         longrope_policy=longrope,
         max_length=max_length,
         dtype=own if named is None else torch_dtype(named),
-        device=model.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         cache_bytes=None if engine.cache_gib is None else int(engine.cache_gib * GIBIBYTE),
     )
 

@@ -7,7 +7,6 @@ CPU, so that the same trainers run over gloo. Each redirection says who needs it
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 import os
@@ -18,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch.utils._device import _device_constructors
 
-from phimr_nemo.process.memory import GIBIBYTE
+from phimr_nemo.process.memory import keep_freed_memory
 
 CPU: Final = torch.device("cpu")
 
@@ -33,14 +32,6 @@ _DETERMINISTIC: Final = {
     "NCCL_ALGO": "^NVLS",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
 }
-
-# Of glibc's mallopt, and what they are set to. By default the end of the heap is given back to the system as soon as
-# some MiB of it are free, which an activation is; the next step then waits for the same pages, zeroed one by one.
-_TRIM_THRESHOLD: Final = -1
-_MMAP_THRESHOLD: Final = -3
-_KEPT_BYTES: Final = GIBIBYTE
-_LARGEST_IN_HEAP: Final = 32 * 2**20
-"""Larger tensors are mapped apart and given back when they are freed, as by default."""
 
 
 def device() -> torch.device:
@@ -67,7 +58,7 @@ def prepare() -> None:
     """Make Megatron-Core and NeMo run on this machine; nothing to do with CUDA, idempotent without."""
     if torch.cuda.is_available():
         return
-    _keep_freed_memory()
+    keep_freed_memory()
     _redirect_devices()
     _redirect_random_state()
     _redirect_type_names()
@@ -91,18 +82,6 @@ def _redirect_products() -> None:
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
         layers._grad_accum_fusion_available = True
-
-
-def _keep_freed_memory() -> None:
-    """Let freed activations stay with the process for the next step.
-
-    Other C libraries than glibc are left alone, and so is a glibc that the environment has settings for.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    is_set = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if set_option is not None and not is_set:
-        set_option(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
-        set_option(_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _redirect_devices() -> None:

@@ -72,8 +72,7 @@ def sampled_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_
         Token ids [batch] int64, and log-probabilities [batch] float32 under softmax(logits / temperature)
         over the whole vocabulary.
     """
-    scaled = logits.float() / temperature
-    logprobs = scaled.sub_(scaled.logsumexp(dim=-1, keepdim=True))
+    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
     probabilities = logprobs.exp()
     if top_p < 1.0:
         tokens = _invert_nucleus(probabilities, uniforms, top_p)
