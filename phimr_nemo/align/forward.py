@@ -56,7 +56,7 @@ def build_part(
         config,
         max_length=sequence_length,
         longrope_policy=model.longrope,
-        fp32_output=model.fp32_output,
+        output_format=model.output_format,
         logits_bytes=model.logits_bytes,
         pre_process=is_pipeline_first_stage(),
         post_process=is_pipeline_last_stage(),

@@ -140,6 +140,7 @@ def needed_memory(stage: str, config: SupervisedConfig | DPOConfig | RoundsConfi
         micro_batches=max(1, config.global_batch // (config.micro_batch * parallel.data)),
         distributed=config.optim.distributed,
         logits_bytes=model.logits_bytes,
+        output_format=model.output_format,
     )
     return RANK_BYTES + rank.total
 

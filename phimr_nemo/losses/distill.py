@@ -20,13 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phimr_nemo.config import OutputFormat
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses.grpo import PolicyBatch, PolicyLoss, dapo_loss
+from phimr_nemo.losses.products import products_of
 from phimr_nemo.losses.sequences import check_token_shapes
 from phimr_nemo.losses.vocabulary import (
-    accumulate_weight_gradient,
     check_arguments,
-    chunk_logits,
+    divided,
     gather_sequence,
     group_size,
     labelled,
@@ -48,10 +49,12 @@ class TeacherStates(NamedTuple):
     Attributes:
         hidden: its final hidden states [..., h'], laid out as the student's; h' is its own width.
         weight: its output matrix [vocabulary / tp, h'], the same rows as the student's.
+        output_format: of its logits; see :mod:`phimr_nemo.losses.products`.
     """
 
     hidden: Tensor
     weight: Tensor
+    output_format: OutputFormat = "own"
 
 
 def sampled_reverse_kl_loss(
@@ -127,14 +130,15 @@ def token_reverse_kl(
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    output_format: OutputFormat = "own",
 ) -> tuple[Tensor, Tensor]:
     """log pi(label), and KL(pi || q) over the whole vocabulary (nats), at each token.
 
     As in ``token_logprobs`` chunks of tokens bound the memory, and the backward pass computes their logits again.
 
     Args:
-        hidden, weight, temperature, tp_group, sequence_parallel, chunk_size: as in ``token_logprobs``; the
-            temperature divides both models' logits.
+        hidden, weight, temperature, tp_group, sequence_parallel, chunk_size, output_format: as in
+            ``token_logprobs``; the temperature divides both models' logits.
         labels: as there; where it is ``IGNORED_LABEL`` there is no divergence.
         teacher: of the same tokens; its matrix has as many rows as `weight`, for the same words.
 
@@ -155,7 +159,7 @@ def token_reverse_kl(
         )
     with torch.autocast(device_type=hidden.device.type, enabled=False):
         logprobs, divergence = _TokenReverseKL.apply(
-            hidden, weight, labels, teacher, temperature, tp_group, sequence_parallel, chunk_size
+            hidden, weight, labels, teacher, temperature, tp_group, sequence_parallel, chunk_size, output_format
         )
     return logprobs, divergence
 
@@ -178,16 +182,19 @@ class _TokenReverseKL(torch.autograd.Function):
         tp_group: dist.ProcessGroup | None,
         sequence_parallel: bool,
         chunk_size: int,
+        output_format: OutputFormat,
     ) -> tuple[Tensor, Tensor]:
         rows, taught = (_rows(states, tp_group, sequence_parallel) for states in (hidden, teacher.hidden))
         positions, wanted = labelled(labels, weight.shape[0] * group_size(tp_group), hidden.device)
         numbers = {"dtype": statistics_dtype(weight), "device": hidden.device}
         maxima = torch.empty(2, positions.numel(), **numbers)
         sums = torch.empty(4, positions.numel(), **numbers)
+        products = products_of(weight, output_format, with_gradients=False)
+        theirs_of = products_of(teacher.weight, teacher.output_format, with_gradients=False)
         for start in range(0, positions.numel(), chunk_size):
             chunk = slice(start, start + chunk_size)
-            logits = chunk_logits(rows[positions[chunk]], weight, temperature)
-            theirs = chunk_logits(taught[positions[chunk]], teacher.weight, temperature).to(logits.dtype)
+            logits = divided(products.logits(rows[positions[chunk]]), temperature)
+            theirs = divided(theirs_of.logits(taught[positions[chunk]]), temperature).to(logits.dtype)
             columns, owned = local_columns(wanted[chunk], weight.shape[0], tp_group)
             sums[3, chunk] = torch.where(owned, logits.gather(1, columns.unsqueeze(1)).squeeze(1), 0.0)
             _chunk_sums(logits, theirs, maxima[:, chunk], sums[:3, chunk])
@@ -197,6 +204,7 @@ class _TokenReverseKL(torch.autograd.Function):
         divergence = mean_gap - log_sum_exp + maxima[1] + theirs_total.log()
         ctx.save_for_backward(hidden, weight, teacher.hidden, teacher.weight, positions, log_sum_exp, mean_gap)
         ctx.temperature, ctx.tp_group = temperature, tp_group
+        ctx.output_format, ctx.teacher_format = output_format, teacher.output_format
         ctx.sequence_parallel, ctx.chunk_size = sequence_parallel, chunk_size
         logprobs = scatter(label - log_sum_exp, positions, labels.shape)
         ctx.mark_non_differentiable(logprobs)
@@ -212,18 +220,19 @@ class _TokenReverseKL(torch.autograd.Function):
         grad_rows = torch.zeros_like(rows) if wants_hidden else None
         # float32: the chunks' contributions are summed, and in bfloat16 every sum would lose bits.
         grad_weight = torch.zeros_like(weight, dtype=log_sum_exp.dtype) if wants_weight else None
+        products = products_of(weight, ctx.output_format, with_gradients=wants_hidden)
+        theirs_of = products_of(teacher_weight, ctx.teacher_format, with_gradients=False)
         for start in range(0, positions.numel(), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             chunk_rows = rows[positions[chunk]].to(weight.dtype)
-            logits = chunk_logits(chunk_rows, weight, ctx.temperature)
-            gaps = logits - chunk_logits(taught[positions[chunk]], teacher_weight, ctx.temperature)
+            logits = divided(products.logits(chunk_rows), ctx.temperature)
+            gaps = logits - divided(theirs_of.logits(taught[positions[chunk]]), ctx.temperature)
             gaps.sub_(mean_gap[chunk].unsqueeze(1)).mul_(scale[chunk].unsqueeze(1))
             gradient = logits.sub_(log_sum_exp[chunk].unsqueeze(1)).exp_().mul_(gaps).to(weight.dtype)
             del gaps
-            if grad_rows is not None:
-                grad_rows[positions[chunk]] = torch.mm(gradient, weight).to(hidden.dtype)
-            if grad_weight is not None:
-                accumulate_weight_gradient(grad_weight, gradient, chunk_rows)
+            towards_rows = products.backward(gradient, chunk_rows, grad_weight, wants_rows=wants_hidden)
+            if grad_rows is not None and towards_rows is not None:
+                grad_rows[positions[chunk]] = towards_rows.to(hidden.dtype)
             # Otherwise this chunk's buffers would still be alive while the next one's are allocated.
             del logits, gradient
         grad_hidden = None
@@ -232,7 +241,7 @@ class _TokenReverseKL(torch.autograd.Function):
             grad_hidden = reduce_hidden_gradient(whole, ctx.tp_group, ctx.sequence_parallel)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _rows(states: Tensor, tp_group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is done to a chunk's logits element by element, in one pass on a GPU over logits that stay in bfloat16.
+"""What is done to a chunk's logits element by element, in one pass on a GPU over logits that stay in their format.
 
 In plain PyTorch (:mod:`phimr_nemo.losses.logprobs`, the reference, and what a CPU runs) every step of it reads and
 writes the whole chunk in float32. Here a pass reads each logit once, in its own format, and computes in float32; the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -65,24 +66,28 @@ def gradient(
     log_sum_exp: Tensor,
     scale: Tensor,
     of_entropy: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
     *,
     block: int = BLOCK,
 ) -> Tensor:
-    """Write scale * ([v = y] - p_v), with `of_entropy` also factor * -p_v (log p_v + entropy), over the logits.
+    """scale * ([v = y] - p_v), with `of_entropy` also factor * -p_v (log p_v + entropy).
 
     Args:
         logits, columns, owned, temperature, block: as for :func:`statistics`.
         log_sum_exp: float32 [chunk], of the logits divided by the temperature.
         scale: float32 [chunk].
         of_entropy: a factor and the entropy of each row.
+        dtype: of the gradient.
 
     Returns:
-        `logits`.
+        [chunk, words], written over the logits where they have that format.
     """
     rows, vocabulary = logits.shape
+    found = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     factor, entropy = (scale, scale) if of_entropy is None else of_entropy
     _gradient[(rows, triton.cdiv(vocabulary, block))](
         logits,
+        found,
         columns,
         owned,
         log_sum_exp,
@@ -90,12 +95,13 @@ def gradient(
         factor,
         entropy,
         logits.stride(0),
+        found.stride(0),
         vocabulary,
         temperature,
         WITH_ENTROPY=of_entropy is not None,
         BLOCK=block,
     )
-    return logits
+    return found
 
 
 @triton.jit
@@ -141,6 +147,7 @@ def _statistics(
 @triton.jit
 def _gradient(
     logits: tl.tensor,
+    gradients: tl.tensor,
     columns: tl.tensor,
     owned: tl.tensor,
     log_sum_exp: tl.tensor,
@@ -148,6 +155,7 @@ def _gradient(
     factor: tl.tensor,
     entropy: tl.tensor,
     row_stride: tl.tensor,
+    gradient_stride: tl.tensor,
     vocabulary: tl.tensor,
     temperature: tl.tensor,
     WITH_ENTROPY: tl.constexpr,
@@ -156,12 +164,12 @@ def _gradient(
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < vocabulary
-    places = logits + row * row_stride + at
-    log_p = tl.load(places, mask=inside, other=0.0).to(tl.float32) / temperature - tl.load(log_sum_exp + row)
+    z = tl.load(logits + row * row_stride + at, mask=inside, other=0.0).to(tl.float32) / temperature
+    log_p = z - tl.load(log_sum_exp + row)
     p = tl.exp(log_p)
     weight = tl.load(scale + row)
     label = tl.where(tl.load(owned + row), tl.load(columns + row), -1)
     found = tl.where(at == label, weight, 0.0) - p * weight
     if WITH_ENTROPY:
         found -= p * tl.load(factor + row) * (log_p + tl.load(entropy + row))
-    tl.store(places, found.to(logits.dtype.element_ty), mask=inside)
+    tl.store(gradients + row * gradient_stride + at, found.to(gradients.dtype.element_ty), mask=inside)

@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phimr_nemo.losses.products import Products, products_of
+from phimr_nemo.config import OutputFormat
+from phimr_nemo.losses.products import Products, is_wider, products_of
 from phimr_nemo.losses.vocabulary import (
     IGNORED_LABEL,
     already_added,
@@ -60,7 +61,7 @@ def token_logprobs(
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     accumulate: bool = False,
-    in_8_bits: bool = False,
+    output_format: OutputFormat = "own",
 ) -> Tensor:
     """Log-probability (nats) of each label under softmax(hidden @ weight.T / temperature).
 
@@ -76,14 +77,14 @@ def token_logprobs(
         chunk_size: tokens per chunk; changes memory and speed, not the result beyond rounding.
         accumulate: add the weight's gradient straight to its `main_grad`, where Megatron's DistributedDataParallel
             sums over micro-batches in float32; its own `grad` gets zeros.
-        in_8_bits: products as in :mod:`phimr_nemo.losses.products`, of a 16-bit ``weight`` on a GPU with Transformer
-            Engine; the rest stays as it is.
+        output_format: "fp32" = logits of a 16-bit ``weight`` in float32, gradients as without; "fp8" = products in 8
+            bits, on a GPU with Transformer Engine; see :mod:`phimr_nemo.losses.products`.
 
     Returns:
         Tensor shaped like ``labels``, float32 (float64 for float64 weights), 0 at ignored labels. Logits are
-        computed in the dtype of ``weight``, everything after that in float32. Differentiable once with
-        respect to ``hidden`` and ``weight``; the weight's gradient reaches autograd like any other, so
-        Megatron's main_grad hooks see it.
+        rounded to the dtype of ``weight`` unless `output_format` says otherwise, and everything after that is
+        computed in float32. Differentiable once with respect to ``hidden`` and ``weight``; the weight's gradient
+        reaches autograd like any other, so Megatron's main_grad hooks see it.
 
     Raises:
         UserError: shapes that do not belong together, a label outside the vocabulary, temperature <= 0,
@@ -93,7 +94,7 @@ def token_logprobs(
     >>> [f"{value:.4f}" for value in token_logprobs(hidden, head, torch.tensor([3, 7]))]  # -ln 100
     ['-4.6052', '-4.6052']
     """
-    options = (temperature, tp_group, sequence_parallel, chunk_size, accumulate, in_8_bits)
+    options = (temperature, tp_group, sequence_parallel, chunk_size, accumulate, output_format)
     return _apply(hidden, weight, labels, *options, False)[0]
 
 
@@ -107,7 +108,7 @@ def token_logprobs_and_entropy(
     sequence_parallel: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     accumulate: bool = False,
-    in_8_bits: bool = False,
+    output_format: OutputFormat = "own",
 ) -> tuple[Tensor, Tensor]:
     """``token_logprobs`` and the entropy -sum_v p_v log p_v (nats) at each token.
 
@@ -117,20 +118,22 @@ def token_logprobs_and_entropy(
     Raises:
         UserError: as ``token_logprobs``.
     """
-    options = (temperature, tp_group, sequence_parallel, chunk_size, accumulate, in_8_bits)
+    options = (temperature, tp_group, sequence_parallel, chunk_size, accumulate, output_format)
     return _apply(hidden, weight, labels, *options, True)
 
 
-def chunk_within(room: int | None, weight: Tensor) -> int:
+def chunk_within(room: int | None, weight: Tensor, output_format: OutputFormat) -> int:
     """Tokens whose logits take at most ``room`` bytes, but at least one; None = the default chunk's.
 
     Args:
         room: bytes.
         weight: [vocabulary / tp, h], the output matrix.
+        output_format: of its logits.
     """
     if room is None:
         return DEFAULT_CHUNK_SIZE
-    number = weight.element_size() if is_fused(weight) else statistics_dtype(weight).itemsize
+    stays = is_fused(weight) and not is_wider(weight, output_format)
+    number = weight.element_size() if stays else statistics_dtype(weight).itemsize
     return max(1, room // (number * weight.shape[0]))
 
 
@@ -143,13 +146,13 @@ def _apply(
     sequence_parallel: bool,
     chunk_size: int,
     accumulate: bool,
-    in_8_bits: bool,
+    output_format: OutputFormat,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     check_arguments(hidden, weight, labels, temperature, tp_group, sequence_parallel, chunk_size)
     # Autocast would let the forward logits differ in dtype from those that backward recomputes.
     with torch.autocast(device_type=hidden.device.type, enabled=False):
-        options = (temperature, tp_group, sequence_parallel, chunk_size, accumulate, in_8_bits, with_entropy)
+        options = (temperature, tp_group, sequence_parallel, chunk_size, accumulate, output_format, with_entropy)
         logprobs, entropy = _TokenLogprobs.apply(hidden, weight, labels, *options)
     return logprobs, entropy
 
@@ -168,14 +171,14 @@ class _TokenLogprobs(torch.autograd.Function):
         sequence_parallel: bool,
         chunk_size: int,
         accumulate: bool,
-        in_8_bits: bool,
+        output_format: OutputFormat,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = gather_sequence(hidden, tp_group) if sequence_parallel else hidden
         rows = rows.reshape(-1, hidden.shape[-1])
         positions, wanted = labelled(labels, weight.shape[0] * group_size(tp_group), hidden.device)
 
-        products = products_of(weight, in_8_bits=in_8_bits, with_gradients=False)
+        products = products_of(weight, output_format, with_gradients=False)
         dtype = statistics_dtype(weight)
         maximum = torch.empty(positions.numel(), dtype=dtype, device=hidden.device)
         # Rows of one tensor, so that one all-reduce serves: sum of exponentials, label's logit, and for the
@@ -206,7 +209,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.tp_group = temperature, tp_group
         ctx.sequence_parallel, ctx.chunk_size, ctx.accumulate = sequence_parallel, chunk_size, accumulate
-        ctx.in_8_bits = in_8_bits
+        ctx.output_format = output_format
         return logprobs, entropy
 
     @staticmethod
@@ -223,7 +226,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if entropy is not None and grad_entropy is not None:
             towards_entropy = grad_entropy.reshape(-1)[positions].to(log_sum_exp.dtype) / ctx.temperature
 
-        products = products_of(weight, in_8_bits=ctx.in_8_bits, with_gradients=wants_hidden)
+        products = products_of(weight, ctx.output_format, with_gradients=wants_hidden)
         grad_rows = torch.zeros_like(rows) if wants_hidden else None
         # float32: the chunks' contributions are summed, and in bfloat16 every sum would lose bits.
         grad_weight: Tensor | None = None
@@ -244,7 +247,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 log_sum_exp[chunk],
                 scale[chunk],
                 None if towards_entropy is None else (towards_entropy[chunk], entropy[chunk]),
-            ).to(weight.dtype)
+                weight.dtype,
+            )
             del used
             towards_rows = products.backward(grad_logits, chunk_rows, grad_weight, wants_rows=wants_hidden)
             if grad_rows is not None and towards_rows is not None:
@@ -316,15 +320,16 @@ def _logit_gradient(
     log_sum_exp: Tensor,
     scale: Tensor,
     of_entropy: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """scale * ([v = y] - p_v) of this rank's block [chunk, vocabulary / tp], written over what ``_used_again`` gives.
+    """scale * ([v = y] - p_v) of this rank's block [chunk, vocabulary / tp] in a format; uses what it is made of up.
 
     With `of_entropy`, a factor and the entropy of each row, also factor * -p_v (log p_v + entropy).
     """
     if is_fused(used):
         from phimr_nemo.losses import fused
 
-        return fused.gradient(used, columns, owned, temperature, log_sum_exp, scale, of_entropy)
+        return fused.gradient(used, columns, owned, temperature, log_sum_exp, scale, of_entropy, dtype)
     # p_v = exp(z_v - maximum) * exp(maximum - log-sum-exp): this rank's maximum, the whole vocabulary's sum.
     share = (maximum - log_sum_exp).exp()
     if of_entropy is None:
@@ -336,7 +341,7 @@ def _logit_gradient(
         gradient = torch.special.xlogy(probabilities, probabilities).mul_(-factor.unsqueeze(1))
         gradient.addcmul_(probabilities, (factor * entropy + scale).unsqueeze(1), value=-1)
     gradient.scatter_add_(1, columns.unsqueeze(1), (owned * scale).unsqueeze(1))
-    return gradient
+    return gradient.to(dtype)
 
 
 def _merge_statistics(maximum: Tensor, sums: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The three products of the output layer with a chunk of tokens: in the matrix's own format, or in 8 bits.
+"""The three products of the output layer with a chunk of tokens: in its own format, with wider logits, in 8 bits.
 
 In 8 bits they are those of Transformer Engine's hybrid format with current scaling (Micikevicius et al. 2022, arXiv
 2209.05433): hidden states and matrix in E4M3, the logits' gradient in E5M2, a scale for each tensor from its largest
@@ -13,8 +13,9 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from phimr_nemo.config import OutputFormat
 from phimr_nemo.errors import UserError
-from phimr_nemo.losses.vocabulary import accumulate_weight_gradient
+from phimr_nemo.losses.vocabulary import accumulate_weight_gradient, has_wide_products, statistics_dtype
 
 MULTIPLE: Final = 16
 """cuBLASLt's 8-bit products take dimensions that are multiples of this."""
@@ -24,14 +25,14 @@ class Products(Protocol):
     """Of a matrix [words, h] with chunks of its inputs and of their logits' gradients."""
 
     def logits(self, rows: Tensor) -> Tensor:
-        """[chunk, h] -> [chunk, words], in the matrix's format, in a buffer of their own."""
+        """[chunk, h] -> [chunk, words], in a buffer of their own."""
         ...
 
     def backward(self, grad_logits: Tensor, rows: Tensor, total: Tensor | None, *, wants_rows: bool) -> Tensor | None:
         """A chunk's gradients.
 
         Args:
-            grad_logits: [chunk, words].
+            grad_logits: [chunk, words], in the matrix's format.
             rows: [chunk, h].
             total: [words, h], float32 for a matrix of 16 bits, to which the matrix's gradient is added; None = it is
                 not wanted.
@@ -60,6 +61,28 @@ class OwnFormat:
         if total is not None:
             accumulate_weight_gradient(total, grad_logits, rows)
         return found
+
+
+class WideLogits(OwnFormat):
+    """Logits in float32 of a matrix of 16 bits: what their products add up to is not rounded to 16 bits again.
+
+    A product of two numbers of 16 bits is exact in float32, so these are the logits of float32 copies, up to the
+    order of the sums, and take no longer where Transformer Engine multiplies. Elsewhere the matrix is copied.
+
+    Args:
+        weight: [words, h].
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self._copy = None if has_wide_products(weight) else weight.to(statistics_dtype(weight))
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        rows = rows.to(self._weight.dtype)
+        if self._copy is not None:
+            return torch.mm(rows.to(self._copy.dtype), self._copy.t())
+        return _product(self._weight, rows, "TN", out_dtype=torch.float32)
 
 
 class EightBits:
@@ -99,15 +122,22 @@ class EightBits:
         return _product(self._weight, slopes, "NN", out_dtype=self._dtype, grad=True)[: rows.shape[0]]
 
 
-def products_of(weight: Tensor, *, in_8_bits: bool, with_gradients: bool) -> Products:
+def products_of(weight: Tensor, output_format: OutputFormat, *, with_gradients: bool) -> Products:
     """The products of a call.
 
     Args:
         weight: [words, h].
-        in_8_bits: see the module's docstring.
+        output_format: of logits and products; a matrix that is not of 16 bits has no wider logits than its own.
         with_gradients: whether more than the logits is asked for.
     """
-    return EightBits(weight, with_gradients=with_gradients) if in_8_bits else OwnFormat(weight)
+    if output_format == "fp8":
+        return EightBits(weight, with_gradients=with_gradients)
+    return WideLogits(weight) if is_wider(weight, output_format) else OwnFormat(weight)
+
+
+def is_wider(weight: Tensor, output_format: OutputFormat) -> bool:
+    """Whether logits have more bits than the matrix."""
+    return output_format == "fp32" and weight.dtype != statistics_dtype(weight)
 
 
 def _cast(matrix: Tensor, format_name: str, *, with_transpose: bool) -> Any:

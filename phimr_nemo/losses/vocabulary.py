@@ -26,18 +26,13 @@ def statistics_dtype(operand: Tensor) -> torch.dtype:
 
 
 def is_fused(logits: Tensor) -> bool:
-    """Whether logits stay in their format, and Triton's kernels work on them: 16 bits, on a GPU."""
-    return logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16) and _has("triton")
+    """Whether logits stay in their format, and Triton's kernels work on them: of at most 32 bits, on a GPU."""
+    return logits.is_cuda and logits.dtype != torch.float64 and _has("triton")
 
 
 @functools.cache
 def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def chunk_logits(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Logits [chunk, vocabulary / tp] / temperature in the statistics dtype, in a buffer of their own."""
-    return divided(torch.mm(rows.to(weight.dtype), weight.t()), temperature)
 
 
 def divided(product: Tensor, temperature: float) -> Tensor:

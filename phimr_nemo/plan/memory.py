@@ -13,9 +13,9 @@ not measured yet.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-from phimr_nemo.config import ParallelConfig
+from phimr_nemo.config import OutputFormat, ParallelConfig
 from phimr_nemo.model.architecture import Architecture
 
 Kernels = Literal["pytorch", "transformer_engine"]
@@ -237,21 +237,28 @@ def kept_bytes(
 
 
 def adds_in_place(dtype: str, kernels: Kernels) -> bool:
-    """Whether a chunk's logits stay in 16 bits, and products add to the weights' fp32 gradients where they are."""
+    """Whether a chunk's logits stay as they are, and products add to the weights' fp32 gradients in place."""
     return dtype != "fp32" and kernels == "transformer_engine"
 
 
 def logits_chunk(
-    arch: Architecture, parallel: ParallelConfig, dtype: str, tokens: float, kernels: Kernels, logits_bytes: float
+    arch: Architecture,
+    parallel: ParallelConfig,
+    dtype: str,
+    tokens: float,
+    kernels: Kernels,
+    logits_bytes: float,
+    output_format: OutputFormat,
 ) -> float:
     """Tokens of a micro-batch whose logits are there at a time (`phimr_nemo.losses.logprobs.chunk_within`).
 
     Args:
-        arch, parallel, dtype, kernels: of the run.
+        arch, parallel, dtype, kernels, output_format: of the run.
         tokens: of the micro-batch on a rank.
         logits_bytes: that they may take.
     """
-    number = BYTES_PER_NUMBER[dtype] if adds_in_place(dtype, kernels) else FP32_BYTES
+    stays = adds_in_place(dtype, kernels) and output_format != "fp32"
+    number = BYTES_PER_NUMBER[dtype] if stays else FP32_BYTES
     return min(tokens, max(1.0, logits_bytes // (number * arch.vocab_size / parallel.tensor)))
 
 
@@ -263,24 +270,26 @@ def output_bytes(
     kernels: Kernels,
     *,
     logits_bytes: float,
+    output_format: OutputFormat,
 ) -> float:
     """Bytes of the output layer's backward pass in chunks (see :mod:`phimr_nemo.losses.logprobs`).
 
     A chunk's logits in fp32 and, for bf16, once more in bf16; the weight's gradient in fp32 and, for bf16, a chunk's
-    part of it in bf16. Of both Transformer Engine's path keeps the chunk's logits in bf16 alone. Hidden states and
-    their gradients for all tokens.
+    part of it in bf16. Of both Transformer Engine's path keeps the chunk's logits in bf16 alone. Logits in fp32 of a
+    matrix in bf16 come with a gradient in bf16, and without Transformer Engine with a copy of the matrix. Hidden
+    states and their gradients for all tokens.
     """
     size = BYTES_PER_NUMBER[dtype]
-    chunk = logits_chunk(arch, parallel, dtype, tokens, kernels, logits_bytes)
+    chunk = logits_chunk(arch, parallel, dtype, tokens, kernels, logits_bytes, output_format)
     hidden = arch.hidden_size
     if adds_in_place(dtype, kernels):
-        a_word = float(chunk * size)
+        a_word = float(chunk * (size + FP32_BYTES * (output_format == "fp32")))
     elif dtype == "fp32":
         a_word = FP32_BYTES * (chunk + hidden)
     else:
         logits = chunk * (FP32_BYTES + size) + FP32_BYTES * hidden
         gradients = chunk * size + hidden * (FP32_BYTES + size)
-        a_word = max(logits, gradients)
+        a_word = max(logits, gradients) + FP32_BYTES * hidden * (output_format == "fp32")
     return arch.vocab_size / parallel.tensor * a_word + 2 * size * tokens * hidden
 
 
@@ -312,6 +321,7 @@ def rank_memory(
     micro_batches: int,
     distributed: bool,
     logits_bytes: float,
+    output_format: OutputFormat,
     stage: int,
 ) -> RankMemory:
     """Bytes on a rank of one pipeline stage at the worst moment of a step.
@@ -326,6 +336,7 @@ def rank_memory(
         micro_batches: of a step, on each data-parallel rank.
         distributed: see :func:`state_memory`.
         logits_bytes: that a chunk of logits may take.
+        output_format: of the output layer.
         stage: pipeline stage, from 0.
     """
     size = BYTES_PER_NUMBER[dtype]
@@ -347,7 +358,8 @@ def rank_memory(
     sent = size * tokens * arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
     output = 0.0
     if is_last:
-        output = output_bytes(arch, parallel, dtype, tokens, kernels, logits_bytes=logits_bytes)
+        chunks: dict[str, Any] = {"logits_bytes": logits_bytes, "output_format": output_format}
+        output = output_bytes(arch, parallel, dtype, tokens, kernels, **chunks)
     return RankMemory(
         stage=stage,
         in_flight=in_flight,
@@ -374,6 +386,7 @@ def largest_rank(
     micro_batches: int,
     distributed: bool,
     logits_bytes: float,
+    output_format: OutputFormat,
 ) -> RankMemory:
     """:func:`rank_memory` of the pipeline stage that needs most."""
     stages = (
@@ -387,6 +400,7 @@ def largest_rank(
             micro_batches=micro_batches,
             distributed=distributed,
             logits_bytes=logits_bytes,
+            output_format=output_format,
             stage=stage,
         )
         for stage in range(parallel.pipeline)

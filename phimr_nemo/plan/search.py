@@ -313,7 +313,7 @@ def _judge(
         work,
         distributed=config.optim.distributed,
         matmul=matmul,
-        output_matmul="fp8" if config.model.fp8_output else None,
+        output_format=config.model.output_format,
         logits_bytes=config.model.logits_bytes,
     )
     # Every further update of a step costs its communication and its optimizer once more.
@@ -352,6 +352,7 @@ def _training_memory(
         micro_batches=count,
         distributed=config.optim.distributed,
         logits_bytes=config.model.logits_bytes,
+        output_format=config.model.output_format,
     )
     copies = 0.0
     if config.model.fp8 is not None:
@@ -360,7 +361,7 @@ def _training_memory(
     if config.model.fp8_output:
         # The output matrix, and a chunk's gradient.
         tokens = workload.largest(candidate.micro_batch).tokens / parallel.context
-        chunk = logits_chunk(arch, parallel, dtype, tokens, "transformer_engine", config.model.logits_bytes)
+        chunk = logits_chunk(arch, parallel, dtype, tokens, "transformer_engine", config.model.logits_bytes, "fp8")
         copies += FP8_COPIES * (arch.hidden_size + chunk) * arch.vocab_size / parallel.tensor
     return Memory(
         rank=rank,

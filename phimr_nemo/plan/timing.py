@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final
 
-from phimr_nemo.config import ParallelConfig
+from phimr_nemo.config import OutputFormat, ParallelConfig
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.plan.hardware import (
     MEMORY_EFFICIENCY,
@@ -42,6 +42,13 @@ written and read by two products backward (10). In plain PyTorch they are 78."""
 
 KEPT_TRAFFIC: Final = 2
 """Of these, what a chunk saves that is kept for the backward pass instead of being written again."""
+
+WIDE_OUTPUT_TRAFFIC: Final = 22
+"""The same for logits in fp32: written and read forward (8); written again, read (8), and their gradient written in
+bf16 and read by two products (6) backward."""
+
+WIDE_KEPT_TRAFFIC: Final = 4
+"""Of these, what a chunk that is kept saves."""
 
 OUTPUT_CAST_TRAFFIC: Final = 4
 """More for each word and token in 8 bits: the gradient is read for its largest value and to be cast (4), written by
@@ -149,7 +156,7 @@ def step_time(
     *,
     distributed: bool,
     matmul: MatmulDtype,
-    output_matmul: MatmulDtype | None = None,
+    output_format: OutputFormat,
     logits_bytes: float,
 ) -> StepTime:
     """Seconds of one optimizer step.
@@ -164,7 +171,7 @@ def step_time(
         work: of the step.
         distributed: the optimizer's state is shared by data- and context-parallel ranks.
         matmul: number format of the layers' matrix products.
-        output_matmul: of the output layer's; None = of the weights.
+        output_format: of the output layer's.
         logits_bytes: that a chunk of logits may take.
     """
     tokens = work.tokens / parallel.context
@@ -182,9 +189,8 @@ def step_time(
     # With sequence parallelism the inputs of the linear layers are gathered once more for the weights' gradients.
     tensor = (2 + repeats_communication + (0.5 if parallel.sequence else 0.0)) * one.tensor
     context = _exposed_context(one, recompute == "full")
-    chunk = logits_chunk(arch, parallel, dtype, tokens, "transformer_engine", logits_bytes)
-    output_format = output_matmul or ("fp32" if dtype == "fp32" else "bf16")
-    output = _output_seconds(arch, parallel, gpu, output_format, tokens, chunk)
+    chunk = logits_chunk(arch, parallel, dtype, tokens, "transformer_engine", logits_bytes, output_format)
+    output = _output_seconds(arch, parallel, gpu, dtype, output_format, tokens, chunk)
     memory = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     parameters = max(stage_parameters(arch, parallel, stage) for stage in range(parallel.pipeline))
     accumulation = parameters * ACCUMULATION_TRAFFIC / memory
@@ -276,16 +282,25 @@ def _exposed_context(one: _Forward, repeated: bool) -> float:
 
 
 def _output_seconds(
-    arch: Architecture, parallel: ParallelConfig, gpu: Gpu, matmul: MatmulDtype, tokens: float, chunk: float
+    arch: Architecture,
+    parallel: ParallelConfig,
+    gpu: Gpu,
+    dtype: str,
+    output_format: OutputFormat,
+    tokens: float,
+    chunk: float,
 ) -> float:
     """Seconds of the output layer over a micro-batch: all logits but a chunk's are computed twice."""
     words = arch.vocab_size / parallel.tensor
     kept = chunk / tokens
     products = (2 - kept + BACKWARD) * OPERATIONS * words * arch.hidden_size * tokens
-    rate = matmul_rate(gpu, matmul)
-    traffic = (OUTPUT_TRAFFIC - KEPT_TRAFFIC * kept) * words * tokens
+    is_wide = output_format == "fp32" and dtype != "fp32"
+    of_own: MatmulDtype = "fp32" if dtype == "fp32" else "bf16"
+    rate = matmul_rate(gpu, "fp8" if output_format == "fp8" else of_own)
+    a_logit = WIDE_OUTPUT_TRAFFIC - WIDE_KEPT_TRAFFIC * kept if is_wide else OUTPUT_TRAFFIC - KEPT_TRAFFIC * kept
+    traffic = a_logit * words * tokens
     traffic += OUTPUT_GRADIENT_TRAFFIC * words * arch.hidden_size * tokens / chunk
-    if matmul == "fp8":
+    if output_format == "fp8":
         traffic += OUTPUT_CAST_TRAFFIC * words * tokens + MATRIX_CAST_TRAFFIC * words * arch.hidden_size
     return products / rate + traffic / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)
 

@@ -23,7 +23,7 @@ from nemo.lightning import io
 from nemo.lightning.io.pl import TrainerContext
 from torch import Tensor, nn
 
-from phimr_nemo.config import LongRopePolicy, LoRAConfig, ModelConfig, ParallelConfig
+from phimr_nemo.config import LongRopePolicy, LoRAConfig, ModelConfig, OutputFormat, ParallelConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.dtypes import config_dtype, torch_dtype
@@ -100,7 +100,7 @@ class Phi4MiniConfig(llm.GPTConfig):
         longrope: LongRoPE policy.
         hf_directory: where the starting weights come from; None = random.
         seed: of Megatron's random states, one a place in the layout.
-        fp32_output, fp8_output, logits_bytes: see :class:`phimr_nemo.config.ModelConfig`.
+        output_format, logits_bytes: see :class:`phimr_nemo.config.ModelConfig`.
         lora: adapters beside the starting weights, which are not trained then.
     """
 
@@ -109,8 +109,7 @@ class Phi4MiniConfig(llm.GPTConfig):
     longrope: LongRopePolicy = "long_when_max_length_exceeds_original"
     hf_directory: str | None = None
     seed: int = 0
-    fp32_output: bool = False
-    fp8_output: bool = False
+    output_format: OutputFormat = "own"
     logits_bytes: int | None = None
     lora: LoRAConfig | None = None
     forward_step_fn: Any = field(default=forward_step)
@@ -140,8 +139,7 @@ class Phi4MiniConfig(llm.GPTConfig):
             pre_process=parallel_state.is_pipeline_first_stage(**stage) if pre_process is None else pre_process,
             post_process=parallel_state.is_pipeline_last_stage(**stage) if post_process is None else post_process,
             vp_stage=vp_stage,
-            fp32_output=self.fp32_output,
-            fp8_output=self.fp8_output,
+            output_format=self.output_format,
             logits_bytes=self.logits_bytes,
         )
         if self.hf_directory is not None:
@@ -221,8 +219,7 @@ def architecture_config(
         max_length=max_length,
         longrope=model.longrope,
         seed=seed,
-        fp32_output=model.fp32_output,
-        fp8_output=model.fp8_output,
+        output_format=model.output_format,
         logits_bytes=model.logits_bytes,
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phimr_nemo.config import OptimConfig, ParallelConfig
+from phimr_nemo.config import OptimConfig, OutputFormat, ParallelConfig
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.dtypes import torch_dtype
 from phimr_nemo.model.megatron import cpu_attention
@@ -45,6 +45,7 @@ class Case:
         documents: lengths of a packed row's documents, () for an unpacked batch.
         micro_batches: of the step, on each data-parallel rank.
         logits_bytes: that a chunk of logits may take.
+        output_format: of the output layer.
     """
 
     arch: Architecture
@@ -56,6 +57,7 @@ class Case:
     micro_batches: int
     distributed: bool
     logits_bytes: int
+    output_format: OutputFormat
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def build(case: Case) -> DistributedDataParallel:
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         logits_bytes=case.logits_bytes,
+        output_format=case.output_format,
     )
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=case.distributed)
     return DistributedDataParallel(config, options, model)

@@ -14,7 +14,7 @@ import pytest
 from architectures import small
 from distributed import run_distributed
 
-from phimr_nemo.config import ParallelConfig
+from phimr_nemo.config import OutputFormat, ParallelConfig
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.plan.memory import MicroBatch, RankMemory, Recompute, rank_memory
 
@@ -54,10 +54,12 @@ def case(
     micro_batches: int = 1,
     distributed: bool = True,
     logits_bytes: int = ONE_CHUNK,
+    output_format: OutputFormat = "own",
 ) -> worker.Case:
     documents = DOCUMENTS if batch.packed else ()
     layout = parallel if parallel is not None else ParallelConfig()
-    return worker.Case(arch, layout, dtype, recompute, batch, documents, micro_batches, distributed, logits_bytes)
+    sizes = (batch, documents, micro_batches, distributed, logits_bytes, output_format)
+    return worker.Case(arch, layout, dtype, recompute, *sizes)
 
 
 CASES = {
@@ -69,6 +71,7 @@ CASES = {
     "full": case(recompute="full"),
     "packed": case(batch=PACKED),
     "three chunks of logits": case(arch=WIDE, dtype="fp32", logits_bytes=4 * WIDE.vocab_size * WHOLE.length // 3),
+    "logits in fp32": case(arch=WIDE, output_format="fp32"),
     "packed full": case(batch=PACKED, recompute="full"),
     "three rows": case(batch=MicroBatch(sequences=3, length=256, packed=False)),
     "tp2": case(ParallelConfig(tensor=2)),
@@ -91,6 +94,7 @@ def predicted(case: worker.Case, stage: int) -> RankMemory:
         micro_batches=case.micro_batches,
         distributed=case.distributed,
         logits_bytes=case.logits_bytes,
+        output_format=case.output_format,
         stage=stage,
     )
 

@@ -17,9 +17,10 @@ HOPPER: Final = GPUTarget("cuda", 90, 32)
 LOGITS: Final = ("*bf16", "*fp16")
 TYPES: Final = {
     "columns": "*i64",
+    "gradients": "*bf16",
     "owned": "*i1",
     **dict.fromkeys(("maximum", "sums", "log_sum_exp", "scale", "factor", "entropy"), "*fp32"),
-    **dict.fromkeys(("row_stride", "sum_stride", "vocabulary"), "i32"),
+    **dict.fromkeys(("row_stride", "sum_stride", "gradient_stride", "vocabulary"), "i32"),
     "temperature": "fp32",
     **dict.fromkeys(("WITH_ENTROPY", "BLOCK"), "constexpr"),
 }

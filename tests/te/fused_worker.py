@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phimr_nemo.config import OutputFormat
 from phimr_nemo.losses import IGNORED_LABEL, logprobs
 
 ROWS, VOCABULARY, WIDTH, TEMPERATURE = 11, 300, 32, 0.7
@@ -18,7 +19,7 @@ BLOCK = 64
 """So that a row's words do not come out even."""
 
 
-def compare(fault: str = "") -> dict[str, float]:
+def compare(output_format: OutputFormat, fault: str = "") -> dict[str, float]:
     """By result, how far the fused path is from plain PyTorch (parts of the largest value); ranks share the words."""
     from phimr_nemo.losses import fused
 
@@ -29,13 +30,13 @@ def compare(fault: str = "") -> dict[str, float]:
         kernels = {name: functools.partial(_all_owned, kernel) for name, kernel in kernels.items()}
     elif fault == "no temperature":
         kernels["gradient"] = functools.partial(_at_one, kernels["gradient"])
-    wanted = _results()
+    wanted = _results(output_format)
     with (
         mock.patch.object(logprobs, "is_fused", return_value=True),
         mock.patch.object(fused, "statistics", kernels["statistics"]),
         mock.patch.object(fused, "gradient", kernels["gradient"]),
     ):
-        found = _results()
+        found = _results(output_format)
     return {
         name: float((found[name].double() - wanted[name].double()).abs().max() / wanted[name].double().abs().max())
         for name in wanted
@@ -50,7 +51,7 @@ def _at_one(kernel: Callable[..., Any], logits: Tensor, columns: Tensor, owned: 
     return kernel(logits, columns, owned, 1.0, *rest)
 
 
-def _results() -> dict[str, Tensor]:
+def _results(output_format: OutputFormat) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, WIDTH, generator=generator).bfloat16()
     whole = (0.5 * torch.randn(VOCABULARY, WIDTH, generator=generator)).bfloat16()
@@ -60,6 +61,7 @@ def _results() -> dict[str, Tensor]:
     labels[0], labels[1] = 0, VOCABULARY - 1
     part = whole.chunk(dist.get_world_size())[dist.get_rank()]
     options: dict[str, Any] = {"temperature": TEMPERATURE, "tp_group": dist.group.WORLD, "chunk_size": 4}
+    options["output_format"] = output_format
     found: dict[str, Tensor] = {}
     for name, with_entropy in (("plain", False), ("with entropy", True)):
         h, w = hidden.clone().requires_grad_(), part.clone().requires_grad_()

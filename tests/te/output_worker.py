@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phimr_nemo.config import OutputFormat
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses import IGNORED_LABEL, logprobs
 
@@ -31,14 +32,14 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return hidden, whole.chunk(dist.get_world_size())[dist.get_rank()], labels
 
 
-def results(*, in_8_bits: bool, accumulate: bool = False) -> Results:
+def results(output_format: OutputFormat, *, accumulate: bool = False) -> Results:
     hidden, part, labels = inputs()
     h, w = hidden.requires_grad_(), part.clone().requires_grad_()
     if accumulate:
         w.main_grad = torch.zeros_like(w, dtype=torch.float32)
     options: dict[str, Any] = {"temperature": TEMPERATURE, "tp_group": dist.group.WORLD, "chunk_size": 24}
     values, entropy = logprobs.token_logprobs_and_entropy(
-        h, w, labels, in_8_bits=in_8_bits, accumulate=accumulate, **options
+        h, w, labels, output_format=output_format, accumulate=accumulate, **options
     )
     (values * torch.linspace(-1, 1, ROWS)).sum().backward()
     assert h.grad is not None
@@ -87,12 +88,12 @@ def bounds() -> Results:
 
 def shares(fault: str = "") -> dict[str, float]:
     """By result, the largest difference between 8 bits and bfloat16, in parts of its bound; and the mean one."""
-    wanted = results(in_8_bits=False)
+    wanted = results("own")
     if fault:
         with planted(fault):
-            found = results(in_8_bits=True)
+            found = results("fp8")
     else:
-        found = results(in_8_bits=True)
+        found = results("fp8")
     limits = bounds()
     _, _, labels = inputs()
     told: dict[str, float] = {}
@@ -102,6 +103,26 @@ def shares(fault: str = "") -> dict[str, float]:
         told[name] = float((difference[keep] / limit[keep].clamp(min=1e-30)).max())
         told[f"{name}: mean"] = float(difference[keep].mean() / wanted[name].double().abs().mean())
     return told
+
+
+def wide() -> dict[str, float]:
+    """By result, how far logits in float32 by Transformer Engine's product are from those of a float32 copy."""
+    from phimr_nemo.losses import products
+
+    by_copy, asked = results("fp32"), []
+    real = products._product
+
+    def product(first: Any, second: Any, layout: str, **options: Any) -> Tensor:
+        asked.append((first.dtype, second.dtype, layout, options["out_dtype"]))
+        return real(first, second, layout, **options)
+
+    with (
+        mock.patch.object(products, "has_wide_products", return_value=True),
+        mock.patch.object(products, "_product", product),
+    ):
+        found = results("fp32")
+    assert set(asked) == {(torch.bfloat16, torch.bfloat16, "TN", torch.float32)}
+    return {name: float((found[name] - by_copy[name]).abs().max() / by_copy[name].abs().max()) for name in by_copy}
 
 
 def planted(fault: str) -> Any:
@@ -126,7 +147,7 @@ def planted(fault: str) -> Any:
 
 def accumulated() -> float:
     """How far the weight's gradient is from that which autograd gets, where it is added to Megatron's buffer."""
-    apart, added = results(in_8_bits=True)["weight"], results(in_8_bits=True, accumulate=True)["weight"]
+    apart, added = results("fp8")["weight"], results("fp8", accumulate=True)["weight"]
     assert added.dtype == torch.float32
     return float((added - apart).abs().max() / apart.abs().max())
 
@@ -135,7 +156,7 @@ def refusal() -> str:
     """What is said of a matrix with other dimensions."""
     hidden, part, labels = inputs()
     try:
-        logprobs.token_logprobs(hidden, part[:-1], labels.clamp(max=100), in_8_bits=True)
+        logprobs.token_logprobs(hidden, part[:-1], labels.clamp(max=100), output_format="fp8")
     except UserError as error:
         return error.problem
     return ""

@@ -101,9 +101,9 @@ def enter_with_trainers() -> None:
     apex.__spec__ = ModuleSpec(apex.__name__, None)
     sys.modules[apex.__name__] = apex
     enter()
-    from phimr_nemo.losses import vocabulary
+    from phimr_nemo.losses import products, vocabulary
 
-    vocabulary.has_wide_products = lambda operand: True  # noqa: ARG005
+    vocabulary.has_wide_products = products.has_wide_products = lambda operand: True  # noqa: ARG005
     _import_trainers()
 
 

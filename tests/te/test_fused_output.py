@@ -7,6 +7,8 @@ import pytest
 import te_lane
 from distributed import run_prepared
 
+from phimr_nemo.config import OutputFormat
+
 pytestmark = pytest.mark.skipif(not te_lane.is_there(), reason=te_lane.REASON)
 
 SINGLE = 1e-5
@@ -16,9 +18,10 @@ STEP = 2.0**-7
 float32 numbers fall on different sides, each by a step."""
 
 
+@pytest.mark.parametrize("output_format", ["own", "fp32"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_fused_output_layer_is_the_plain_one(ranks: int) -> None:
-    for found in run_prepared(te_lane.enter, fused_worker.compare, ranks):
+def test_fused_output_layer_is_the_plain_one(ranks: int, output_format: OutputFormat) -> None:
+    for found in run_prepared(te_lane.enter, fused_worker.compare, ranks, output_format):
         assert len(found) == 7
         for name, error in found.items():
             assert error < (2 * STEP if name.endswith(("hidden", "weight")) else SINGLE), name
@@ -26,5 +29,5 @@ def test_fused_output_layer_is_the_plain_one(ranks: int) -> None:
 
 @pytest.mark.parametrize("fault", ["every label is this rank's", "no temperature"])
 def test_planted_faults_of_the_fused_output_layer_are_caught(fault: str) -> None:
-    for found in run_prepared(te_lane.enter, fused_worker.compare, 2, fault):
+    for found in run_prepared(te_lane.enter, fused_worker.compare, 2, "own", fault):
         assert max(found.values()) > 20 * STEP

@@ -1,4 +1,4 @@
-"""The output layer in 8 bits differs from the one in bfloat16 by what the formats' rounding explains, and by some."""
+"""The output layer in 8 bits differs from the one in bfloat16 by what the formats' rounding explains; wide logits."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def test_the_weights_gradient_in_8_bits_is_added_in_float32() -> None:
     (apart,) = run_prepared(te_lane.enter, worker.accumulated, 1)
     # Only rounded to bfloat16 in the one, for autograd.
     assert 0 < apart < 2.0**-8
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_wide_logits_by_a_product_of_16_bits_are_those_of_float32_copies(ranks: int) -> None:
+    for found in run_prepared(te_lane.enter, worker.wide, ranks):
+        # Sums in another order; a gradient's rounding to bfloat16 may then fall on the other side.
+        assert max(found["logprobs"], found["entropy"]) < 1e-5, found
+        assert max(found["hidden"], found["weight"]) < 2.0**-7, found
 
 
 def test_a_matrix_that_8_bit_products_do_not_take_is_refused() -> None:

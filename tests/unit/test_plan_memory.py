@@ -27,13 +27,23 @@ LOGITS = 3 * 2**28
 def test_the_chunk_is_the_loss_s(dtype: str, room: int) -> None:
     words = PHI4_MINI.vocab_size
     weight = torch.empty(words, 8, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device="meta")
-    planned = memory.logits_chunk(PHI4_MINI, ParallelConfig(), dtype, 1e9, "pytorch", room)
-    assert planned == logprobs.chunk_within(room, weight) == max(1, room // (4 * words))
+    planned = memory.logits_chunk(PHI4_MINI, ParallelConfig(), dtype, 1e9, "pytorch", room, "own")
+    assert planned == logprobs.chunk_within(room, weight, "own") == max(1, room // (4 * words))
 
 
 def test_a_chunk_on_a_gpu_is_in_two_bytes() -> None:
-    chunk = memory.logits_chunk(PHI4_MINI, ParallelConfig(tensor=2), "bf16", 1e9, "transformer_engine", LOGITS)
+    chunk = memory.logits_chunk(PHI4_MINI, ParallelConfig(tensor=2), "bf16", 1e9, "transformer_engine", LOGITS, "own")
     assert chunk == LOGITS // (2 * 100_032)
+
+
+def test_logits_in_fp32_are_in_four_bytes_with_a_gradient_in_two() -> None:
+    layout, tokens = ParallelConfig(tensor=2), 1e5
+    chunk = memory.logits_chunk(PHI4_MINI, layout, "bf16", tokens, "transformer_engine", LOGITS, "fp32")
+    assert chunk == LOGITS // (4 * 100_032)
+    held = memory.output_bytes(
+        PHI4_MINI, layout, "bf16", tokens, "transformer_engine", logits_bytes=LOGITS, output_format="fp32"
+    )
+    assert held == (4 + 2) * chunk * 100_032 + 2 * 2 * tokens * PHI4_MINI.hidden_size
 
 
 def test_one_rank_holds_every_parameter_once() -> None:
@@ -75,6 +85,7 @@ def test_early_stages_hold_more_micro_batches() -> None:
             micro_batches=8,
             distributed=True,
             logits_bytes=LOGITS,
+            output_format="own",
             stage=stage,
         )
         for stage in range(4)
@@ -84,7 +95,7 @@ def test_early_stages_hold_more_micro_batches() -> None:
 
 
 def kept(layout: ParallelConfig, recompute: memory.Recompute) -> float:
-    batch: dict[str, Any] = {"micro_batches": 1, "distributed": True, "logits_bytes": LOGITS}
+    batch: dict[str, Any] = {"micro_batches": 1, "distributed": True, "logits_bytes": LOGITS, "output_format": "own"}
     return largest_rank(PHI4_MINI, layout, "bf16", "transformer_engine", recompute, ROW, **batch).activations
 
 
@@ -114,7 +125,9 @@ def test_sequence_and_context_parallelism_divide_the_activations() -> None:
 def test_the_output_layer_never_holds_all_logits() -> None:
     all_logits = 4 * PHI4_MINI.vocab_size * ROW.length
     held = {
-        kernels: memory.output_bytes(PHI4_MINI, ParallelConfig(), "bf16", ROW.length, kernels, logits_bytes=LOGITS)
+        kernels: memory.output_bytes(
+            PHI4_MINI, ParallelConfig(), "bf16", ROW.length, kernels, logits_bytes=LOGITS, output_format="own"
+        )
         for kernels in ("pytorch", "transformer_engine")
     }
     assert held["pytorch"] < 0.35 * all_logits

@@ -36,7 +36,7 @@ LLAMA_8B = dataclasses.replace(
 )
 LENGTH = 8192
 H100 = GPUS["h100-80g"]
-OPTIONS: dict[str, Any] = {"distributed": True, "matmul": "bf16", "logits_bytes": 3 * 2**28}
+OPTIONS: dict[str, Any] = {"distributed": True, "matmul": "bf16", "output_format": "own", "logits_bytes": 3 * 2**28}
 CROSS_ENTROPY_TRAFFIC = 16
 """Bytes a word and token of a fused cross-entropy: logits and gradient in bf16, each written once and read once or
 twice."""
@@ -237,13 +237,28 @@ def test_an_output_layer_in_8_bits_by_hand() -> None:
     work = Work(tokens=tokens, attention_length=1024, micro_batches=1)
     arguments: tuple[Any, ...] = (PHI4_MINI, ParallelConfig(), H100, "bf16", "none", work)
     options: dict[str, Any] = OPTIONS | {"matmul": "fp8", "logits_bytes": 2 * words * tokens}
-    plain, eight = step_time(*arguments, **options), step_time(*arguments, **options, output_matmul="fp8")
+    plain, eight = (step_time(*arguments, **options | {"output_format": name}) for name in ("own", "fp8"))
     products = 2 * 3 * words * width * tokens
     saved = products / matmul_rate(H100, "bf16") - products / matmul_rate(H100, "fp8")
     casts = (4 * words * tokens + 11 * words * width) / (3.35e12 * 0.8)
     assert plain.output - eight.output == pytest.approx(saved - casts)
     assert saved > 3 * casts
     assert eight.linear == plain.linear
+
+
+def test_logits_in_fp32_by_hand() -> None:
+    """The products stay those of 16 bits; a logit is written and read in four bytes, its gradient in two."""
+    tokens, words = 4096, 200_064
+    work = Work(tokens=tokens, attention_length=1024, micro_batches=1)
+    arguments: tuple[Any, ...] = (PHI4_MINI, ParallelConfig(), H100, "bf16", "none", work)
+    # One chunk: forward written and read, backward read; the gradient written and read twice.
+    options: dict[str, Any] = OPTIONS | {"logits_bytes": 4 * words * tokens}
+    plain, wide = (step_time(*arguments, **options | {"output_format": name}) for name in ("own", "fp32"))
+    more = (3 * 4 + 3 * 2) - (3 * 2 + 3 * 2)
+    assert wide.output - plain.output == pytest.approx(more * words * tokens / (3.35e12 * 0.8))
+    # A product of float32 matrices, which a GPU has no tensor cores for, would take many times the whole layer.
+    products = 2 * 3 * words * 3072 * tokens / matmul_rate(H100, "fp32")
+    assert products > 5 * wide.output
 
 
 def test_logits_of_a_chunk_are_computed_once_by_hand() -> None:

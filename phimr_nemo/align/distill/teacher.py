@@ -72,8 +72,7 @@ class DirectoryTeacher:
         if not states:
             return list(micros)
         weight = self._part.output_weight().detach()
-        weight = weight.float() if self._part.fp32_output else weight
         return [
-            replace(micro, teacher=TeacherStates(hidden, weight))
+            replace(micro, teacher=TeacherStates(hidden, weight, self._part.output_format))
             for micro, hidden in zip(micros, states, strict=True)
         ]

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from phimr_nemo.config import OutputFormat
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses.device import sent
 from phimr_nemo.losses.distill import TeacherStates, token_reverse_kl
@@ -64,8 +65,7 @@ def build_model(
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None = None,
-    fp32_output: bool = False,
-    fp8_output: bool = False,
+    output_format: OutputFormat = "own",
     logits_bytes: int | None = None,
 ) -> PhiGPTModel:
     """Build this rank's part of the model; torch.distributed and Megatron's parallel_state come first.
@@ -78,8 +78,7 @@ def build_model(
         pre_process: whether this pipeline stage holds the embedding.
         post_process: whether it holds the final norm and the output layer.
         vp_stage: virtual pipeline stage, if any.
-        fp32_output: log-probabilities from a product of hidden states and output matrix in float32.
-        fp8_output: log-probabilities and their gradients from products in 8 bits.
+        output_format: of the products that log-probabilities and their gradients come from.
         logits_bytes: that the logits of a chunk may take where log-probabilities are asked for; see ``chunk_within``.
 
     Raises:
@@ -96,8 +95,7 @@ def build_model(
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
-        fp32_output=fp32_output,
-        fp8_output=fp8_output,
+        output_format=output_format,
         logits_bytes=logits_bytes,
     )
 
@@ -159,8 +157,7 @@ class PhiGPTModel(GPTModel):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
-        fp32_output: bool,
-        fp8_output: bool,
+        output_format: OutputFormat,
         logits_bytes: int | None,
     ) -> None:
         super().__init__(
@@ -180,7 +177,8 @@ class PhiGPTModel(GPTModel):
         # NeMo's GPTConfig carries its own (learned) default in a field that GPTModel prefers to the argument.
         self.position_embedding_type = "rope"
         self.rotary_pos_emb = LongRotaryEmbedding(arch, max_length, longrope_policy)
-        self.architecture, self.fp32_output, self.fp8_output = arch, fp32_output, fp8_output
+        self.architecture = arch
+        self.output_format: OutputFormat = output_format
         self.logits_bytes = logits_bytes
         self.attention_factor, self.has_cpu_layers = arch.attention_factor, has_cpu_layers(config)
         self.adapter_scale = 1.0
@@ -283,14 +281,12 @@ class PhiGPTModel(GPTModel):
             "temperature": temperature,
             "tp_group": parallel_state.get_tensor_model_parallel_group(),
             "sequence_parallel": self.config.sequence_parallel,
+            "output_format": self.output_format,
         }
-        if self.fp32_output:
-            weight = weight.float()
         if teacher is not None:
             return -torch.stack(token_reverse_kl(hidden, weight, labels, teacher, **options), dim=-1)
-        # A copy in float32 has no buffer of Megatron's.
-        options["accumulate"] = self.config.gradient_accumulation_fusion and not self.fp32_output
-        options |= {"in_8_bits": self.fp8_output, "chunk_size": chunk_within(self.logits_bytes, weight)}
+        options["accumulate"] = self.config.gradient_accumulation_fusion
+        options["chunk_size"] = chunk_within(self.logits_bytes, weight, self.output_format)
         if with_entropy:
             return -torch.stack(token_logprobs_and_entropy(hidden, weight, labels, **options), dim=-1)
         return -token_logprobs(hidden, weight, labels, **options)
