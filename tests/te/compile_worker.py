@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HOPPER: Final = GPUTarget("cuda", 90, 32)
-LOGITS: Final = ("*bf16", "*fp16")
+LOGITS: Final = ("*bf16", "*fp16", "*fp32")
 TYPES: Final = {
     "columns": "*i64",
     "gradients": "*bf16",

@@ -34,8 +34,8 @@ def test_every_kernel_is_compiled_to_machine_code(tmp_path: Path) -> None:
     done = compile_kernels(FUSED, tmp_path)
     assert done.returncode == 0, done.stderr
     found = [line.split() for line in done.stdout.splitlines()]
-    # Two formats of logits, with and without entropies.
-    assert [words[0] for words in found] == [name for name in KERNELS for _ in range(4)]
+    # Three formats of logits, with and without entropies.
+    assert [words[0] for words in found] == [name for name in KERNELS for _ in range(6)]
     assert all(words[-1] == "cubin" for words in found)
 
 
