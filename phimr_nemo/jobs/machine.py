@@ -13,7 +13,8 @@ from phimr_nemo.config import DPOConfig, RoundsConfig, SupervisedConfig
 from phimr_nemo.errors import UserError
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.layout import check_world
-from phimr_nemo.plan.memory import MicroBatch, largest_rank, largest_state
+from phimr_nemo.plan.memory import MicroBatch, largest_rank
+from phimr_nemo.plan.weights import largest_state
 from phimr_nemo.process.gpus import has_gpu_driver
 from phimr_nemo.process.memory import GIBIBYTE
 

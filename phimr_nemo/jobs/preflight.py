@@ -40,7 +40,7 @@ from phimr_nemo.model.files.companions import check_companions
 from phimr_nemo.model.layout import check_layout, check_length
 from phimr_nemo.model.regime import regime_name, warn_of_other_regime
 from phimr_nemo.model.vocabulary import check_same_tokenizer, check_same_words
-from phimr_nemo.plan.memory import largest_state
+from phimr_nemo.plan.weights import largest_state
 from phimr_nemo.process.memory import GIBIBYTE
 from phimr_nemo.store.inputs import model_remedy
 from phimr_nemo.store.records import Kind

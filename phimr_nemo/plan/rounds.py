@@ -12,8 +12,8 @@ from phimr_nemo.config import RoundsConfig, ServerEngine, TrainingPlanConfig
 from phimr_nemo.config.engine import OWN_SHARE
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.plan.hardware import SLEEPING_BYTES, Gpu
-from phimr_nemo.plan.memory import BYTES_PER_NUMBER
 from phimr_nemo.plan.sampling import SamplingTime, colocated_turn, sampling_time, sync_time
+from phimr_nemo.plan.weights import BYTES_PER_NUMBER
 from phimr_nemo.plan.workload import Lengths
 
 

@@ -22,8 +22,8 @@ from phimr_nemo.plan.hardware import (
     Gpu,
     matmul_rate,
 )
-from phimr_nemo.plan.memory import BYTES_PER_NUMBER
 from phimr_nemo.plan.timing import OPERATIONS
+from phimr_nemo.plan.weights import BYTES_PER_NUMBER
 from phimr_nemo.plan.workload import Lengths
 
 

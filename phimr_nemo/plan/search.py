@@ -15,15 +15,10 @@ from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.flops import model_flops
 from phimr_nemo.model.layout import check_layout
 from phimr_nemo.plan.hardware import FRAGMENTATION, FRAMEWORK_BYTES, Gpu, MatmulDtype, find_gpu
-from phimr_nemo.plan.memory import (
-    RankMemory,
-    Recompute,
-    largest_rank,
-    layer_parameters,
-    logits_chunk,
-)
+from phimr_nemo.plan.memory import RankMemory, Recompute, largest_rank, logits_chunk
 from phimr_nemo.plan.rounds import Held, Round, planned_round
 from phimr_nemo.plan.timing import StepTime, Work, step_time
+from phimr_nemo.plan.weights import layer_parameters
 from phimr_nemo.plan.workload import StageConfig, Workload, training_workload
 
 MICRO_BATCHES: Final = (1, 2, 4, 8)

@@ -20,14 +20,8 @@ from phimr_nemo.plan.hardware import (
     group_bandwidth,
     matmul_rate,
 )
-from phimr_nemo.plan.memory import (
-    BYTES_PER_NUMBER,
-    FP32_BYTES,
-    Recompute,
-    layer_parameters,
-    logits_chunk,
-    stage_parameters,
-)
+from phimr_nemo.plan.memory import Recompute, logits_chunk
+from phimr_nemo.plan.weights import BYTES_PER_NUMBER, FP32_BYTES, layer_parameters, stage_parameters
 
 OPERATIONS: Final = 2
 """A multiplication and an addition."""

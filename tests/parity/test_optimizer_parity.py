@@ -11,7 +11,7 @@ import torch
 from distributed import run_distributed
 
 from phimr_nemo.config import ParallelConfig
-from phimr_nemo.plan.memory import state_memory
+from phimr_nemo.plan.weights import state_memory
 
 STEPS = 4
 FLOAT32 = 5e-5

@@ -23,8 +23,8 @@ from phimr_nemo.model.families import FAMILIES
 from phimr_nemo.model.layout import check_length
 from phimr_nemo.model.longrope import inverse_frequencies
 from phimr_nemo.model.table import tensor_shapes
-from phimr_nemo.plan.memory import stage_parameters
 from phimr_nemo.plan.request import find_model
+from phimr_nemo.plan.weights import stage_parameters
 
 # As published, without what does not matter: meta-llama/Llama-3.2-1B, HuggingFaceTB/SmolLM2-135M,
 # mistralai/Mistral-7B-v0.1, Qwen/Qwen2.5-0.5B, Qwen/Qwen3-0.6B-Base, HuggingFaceTB/SmolLM3-3B-Base.

@@ -13,7 +13,8 @@ from phimr_nemo.config import ParallelConfig
 from phimr_nemo.losses import logprobs
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.plan import memory
-from phimr_nemo.plan.memory import MicroBatch, largest_rank, rank_memory, stage_parameters, state_memory
+from phimr_nemo.plan.memory import MicroBatch, largest_rank, rank_memory
+from phimr_nemo.plan.weights import stage_parameters, state_memory
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PHI4_MINI = Architecture.from_preset(yaml.safe_load((CONF / "model" / "phi4mini.yaml").read_text("utf-8")))

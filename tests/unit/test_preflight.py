@@ -14,7 +14,7 @@ from phimr_nemo.config import STAGES, ParallelConfig, find_config, load_config
 from phimr_nemo.errors import UserError
 from phimr_nemo.jobs.preflight import derived_numbers, preflight
 from phimr_nemo.model.architecture import Architecture
-from phimr_nemo.plan.memory import state_memory
+from phimr_nemo.plan.weights import state_memory
 from phimr_nemo.store.inputs import MADE_BY
 from phimr_nemo.store.records import Kind
 from phimr_nemo.store.shards import finish, rows_to_table, write_shard
