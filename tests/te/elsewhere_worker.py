@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -160,31 +160,51 @@ def _model_case(directory: str) -> Callable[[torch.device], list[Tensor]]:
     return run
 
 
+def _sampler(directory: str, device: torch.device, stop_token_ids: tuple[int, ...]) -> LocalSampler:
+    source = HFDirectory(Path(directory))
+    return LocalSampler(
+        source.architecture,
+        ((name, source.read(name)) for name in source.names()),
+        stop_token_ids=stop_token_ids,
+        max_batch=2,
+        longrope_policy="long_when_max_length_exceeds_original",
+        max_length=32,
+        device=device,
+    )
+
+
+@torch.no_grad()
+def _sampled(sampler: LocalSampler, count: int, params: SamplingParams) -> list[Completion]:
+    """Responses to some prompts, in order. Tensors of the inference mode cannot be wrapped."""
+    requests = [Request(f"{i}", tuple(range(1, 4 + i)), seed=i) for i in range(count)]
+    done: list[Completion] = []
+    LocalSampler._sample.__wrapped__(sampler, requests, params, threading.Event(), done.append, 2)
+    return sorted(done, key=lambda completion: completion.request_id)
+
+
 def _sampler_case(directory: str) -> Callable[[torch.device], list[Tensor]]:
     """Sampled words and their log-probabilities; they leave the device as numbers."""
-    source = HFDirectory(Path(directory))
 
-    @torch.no_grad()
     def run(device: torch.device) -> list[Tensor]:
-        sampler = LocalSampler(
-            source.architecture,
-            ((name, source.read(name)) for name in source.names()),
-            stop_token_ids=(0,),
-            max_batch=2,
-            longrope_policy="long_when_max_length_exceeds_original",
-            max_length=32,
-            device=device,
-        )
-        requests = [Request(f"{i}", tuple(range(1, 4 + i)), seed=i) for i in range(3)]
-        params = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=5)
-        # Tensors of the inference mode cannot be wrapped.
-        done: list[Completion] = []
-        LocalSampler._sample.__wrapped__(sampler, requests, params, threading.Event(), done.append, 2)
+        sampler = _sampler(directory, device, (0,))
+        done = _sampled(sampler, 3, SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=5))
         sampler.close()
-        in_order = sorted(done, key=lambda completion: completion.request_id)
-        return [torch.tensor([*one.token_ids, *one.logprobs]) for one in in_order]
+        return [torch.tensor([*one.token_ids, *one.logprobs]) for one in done]
 
     return run
+
+
+def count_sampler_waits(directory: str, lengths: Sequence[int]) -> list[list[str]]:
+    """What made the CPU wait while two responses of each length were sampled."""
+    device = elsewhere.install()
+    model_worker.hugging_face(directory, model_worker.ARCHITECTURE)
+    sampler, found = _sampler(directory, device, ()), []
+    for length in lengths:
+        elsewhere.waits.clear()
+        done = _sampled(sampler, 2, SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=length))
+        assert [len(one.token_ids) for one in done] == [length] * 2
+        found.append(list(elsewhere.waits))
+    return found
 
 
 def compare(directory: str, repository: str) -> dict[str, str]:

@@ -39,6 +39,13 @@ def test_no_micro_batch_waits_for_the_device(tmp_path: Path, repository: Path) -
     }, waits
 
 
+def test_a_token_of_the_sampler_waits_for_the_device_once(tmp_path: Path) -> None:
+    """For what was drawn: whether it ends a response, and whether it is a number."""
+    short, long = 4, 15
+    [(few, many)] = run_distributed(elsewhere_worker.count_sampler_waits, 1, str(tmp_path / "hf"), (short, long))
+    assert len(many) - len(few) == long - short, many
+
+
 def test_planted_tensors_without_a_device_are_caught() -> None:
     [caught] = run_distributed(elsewhere_worker.planted, 1)
     assert caught == {

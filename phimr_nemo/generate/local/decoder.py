@@ -17,6 +17,7 @@ from torch import Tensor
 
 from phimr_nemo.errors import UserError
 from phimr_nemo.generate.local.matrices import Matrix, takes_copies
+from phimr_nemo.losses.device import sent
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.table import EMBEDDING, HEAD, full_tensors, parts_of, tensor_shapes
 
@@ -201,9 +202,9 @@ class Decoder:
         longest = int(lengths.max())
         cache = KVCache(self.arch, rows=len(prompts), capacity=longest, limit=longest, like=self.weights.embedding)
         # Prompts differ in length by much; all but attention is computed for their tokens alone, one after the other.
-        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        rows = torch.arange(len(prompts)).repeat_interleave(lengths).to(device)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+        tokens = sent(torch.tensor([token for prompt in prompts for token in prompt]), device)
+        rows = sent(torch.arange(len(prompts)).repeat_interleave(lengths), device)
+        positions = sent(torch.cat([torch.arange(len(prompt)) for prompt in prompts]), device)
         hidden = F.embedding(tokens, self.weights.embedding)[None]
         cos, sin = self._cos[positions], self._sin[positions]
         queries = hidden.new_zeros(len(prompts), self._heads, longest, self._head_dim)
@@ -218,7 +219,7 @@ class Decoder:
                 queries, stored[0], stored[1], is_causal=True, enable_gqa=self._heads != self._groups
             )
             hidden = self._finish_layer(layer, hidden, attended[rows, :, positions].transpose(0, 1)[None])
-        last = lengths.cumsum(dim=0).to(device) - 1
+        last = sent(lengths.cumsum(dim=0) - 1, device)
         return cache, self._logits(hidden[0, last])
 
     def step(self, cache: KVCache, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:

@@ -22,6 +22,7 @@ from phimr_nemo.generate.local.decoder import Decoder, KVCache, cache_bytes_a_po
 from phimr_nemo.generate.local.prompts import Prompts, computed_prompts
 from phimr_nemo.generate.local.sampling import greedy_tokens, request_uniforms, sampled_tokens
 from phimr_nemo.generate.sampler import Completion, Partial, Request, SamplingParams
+from phimr_nemo.losses.device import sent
 from phimr_nemo.model.architecture import Architecture
 from phimr_nemo.model.longrope import LongRopePolicy, inverse_frequencies
 from phimr_nemo.process.memory import GIBIBYTE
@@ -39,11 +40,14 @@ FIRST_CAPACITY: Final = 256
 class _Rows:
     """The state of the cache's rows; entry r of each tensor belongs to row r of the cache.
 
+    What is counted is on the CPU, which decides by it; what was drawn is where the model computes.
+
     Attributes:
         request: [rows] index of the row's request in the call.
         position: [rows] position of the token that is fed next.
         generated: [rows] tokens sampled so far.
         budget: [rows] tokens it may have in all.
+        latest: [rows] the token that was drawn last.
         uniforms: [rows, max_new] the request's random numbers.
         tokens: [rows, max_new] what was sampled.
         logprobs: [rows, max_new] and its log-probabilities.
@@ -53,6 +57,7 @@ class _Rows:
     position: Tensor
     generated: Tensor
     budget: Tensor
+    latest: Tensor
     uniforms: Tensor
     tokens: Tensor
     logprobs: Tensor
@@ -60,10 +65,11 @@ class _Rows:
     @staticmethod
     def allocate(rows: int, max_new: int, device: torch.device) -> _Rows:
         return _Rows(
-            request=torch.zeros(rows, dtype=torch.long, device=device),
-            position=torch.zeros(rows, dtype=torch.long, device=device),
-            generated=torch.zeros(rows, dtype=torch.long, device=device),
-            budget=torch.zeros(rows, dtype=torch.long, device=device),
+            request=torch.zeros(rows, dtype=torch.long),
+            position=torch.zeros(rows, dtype=torch.long),
+            generated=torch.zeros(rows, dtype=torch.long),
+            budget=torch.zeros(rows, dtype=torch.long),
+            latest=torch.zeros(rows, dtype=torch.long, device=device),
             uniforms=torch.zeros(rows, max_new, dtype=torch.float64, device=device),
             tokens=torch.zeros(rows, max_new, dtype=torch.long, device=device),
             logprobs=torch.zeros(rows, max_new, dtype=torch.float32, device=device),
@@ -76,7 +82,7 @@ class _Rows:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         for state in vars(self).values():
-            state[target] = state[source]
+            state[sent(target, state.device)] = state[sent(source, state.device)]
 
 
 class LocalSampler:
@@ -246,7 +252,7 @@ class LocalSampler:
         logits = _admit(state, cache, list(computed_prompts(decoder, [request], 1)), 0, [request], [budget])
         while True:
             finished, _ = self._choose(state, logits, 1, params)
-            yield int(state.tokens[0, state.generated[0] - 1])
+            yield int(state.latest[0])
             if bool(finished[0]):
                 return
             logits = self._feed(decoder, cache, state, 1)
@@ -318,15 +324,19 @@ class LocalSampler:
             yield *state.sampled(row), None
 
     def _choose(self, state: _Rows, logits: Tensor, active: int, params: SamplingParams) -> tuple[Tensor, Tensor]:
-        """Draw and record the next token of each active row; [active] whether it ended, and by a stop token."""
+        """Draw and record the next token of each active row; [active] whether it ended, and by a stop token.
+
+        Both on the CPU, which waits for the device here and nowhere else between two tokens.
+        """
         rows = torch.arange(active, device=self._device)
-        index = state.generated[:active]
+        index = sent(state.generated[:active], self._device)
         if params.temperature == 0.0:
             tokens, logprobs = greedy_tokens(logits)
         else:
             uniforms = state.uniforms[rows, index]
             tokens, logprobs = sampled_tokens(logits, uniforms, temperature=params.temperature, top_p=params.top_p)
-        if not bool(torch.isfinite(logprobs).all()):
+        stopped, is_finite = torch.stack((torch.isin(tokens, self._stop), torch.isfinite(logprobs))).cpu()
+        if not bool(is_finite.all()):
             raise UserError(
                 f"weights of version {self._version} give logits that are not finite",
                 rule="a token is drawn from finite logits",
@@ -334,17 +344,16 @@ class LocalSampler:
             )
         state.tokens[rows, index] = tokens
         state.logprobs[rows, index] = logprobs
+        state.latest[:active] = tokens
         state.generated[:active] += 1
-        stopped = torch.isin(tokens, self._stop)
         return stopped | (state.generated[:active] >= state.budget[:active]), stopped
 
     def _feed(self, decoder: Decoder, cache: KVCache, state: _Rows, active: int) -> Tensor:
         """Feed each active row its latest token; logits [active, vocab]."""
-        rows = torch.arange(active, device=self._device)
         positions = state.position[:active].clone()
         state.position[:active] += 1
-        latest = state.tokens[rows, state.generated[:active] - 1]
-        return decoder.step(cache, latest, positions, int(positions.max()) + 1)
+        latest = state.latest[:active]
+        return decoder.step(cache, latest, sent(positions, self._device), int(positions.max()) + 1)
 
 
 def _admit(
@@ -356,12 +365,12 @@ def _admit(
     budgets: Sequence[int],
 ) -> Tensor:
     """Put requests into the rows from `active` on; returns the logits [admitted, vocab] after their prompts."""
-    device = state.request.device
+    device = state.latest.device
     logits = []
     for _, group in groupby(admitted, key=lambda item: id(item[1])):
         members = list(group)
         prompts = members[0][1]
-        sources = torch.tensor([row for _, _, row in members], device=device)
+        sources = sent(torch.tensor([row for _, _, row in members]), device)
         targets = torch.arange(active, active + len(members), device=device)
         cache.copy_rows(prompts.cache, sources, targets, prompts.cache.capacity)
         logits.append(prompts.logits[sources])
@@ -372,7 +381,7 @@ def _admit(
             state.budget[row] = budgets[index]
             begun = len(requests[index].begun.token_ids)
             uniforms = torch.from_numpy(request_uniforms(requests[index].seed, begun + budgets[index])[begun:])
-            state.uniforms[row, : budgets[index]] = uniforms.to(device)
+            state.uniforms[row, : budgets[index]] = sent(uniforms, device)
         active += len(members)
     return torch.cat(logits)
 
@@ -383,6 +392,7 @@ def _close_gaps(state: _Rows, cache: KVCache, finished: Tensor, active: int) -> 
     gaps = finished[:remaining].nonzero()[:, 0]
     movers = (~finished[remaining:]).nonzero()[:, 0] + remaining
     if len(gaps):
-        cache.copy_rows(cache, movers, gaps, int(state.position[movers].max()))
+        device = state.latest.device
+        cache.copy_rows(cache, sent(movers, device), sent(gaps, device), int(state.position[movers].max()))
         state.move(movers, gaps)
     return remaining
