@@ -6,7 +6,7 @@ buffers and their views all hold on to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,38 +17,39 @@ class HostMemory:
     """Tensors that can be put away. Both methods do nothing the second time.
 
     Args:
-        copied: have their values again when they come back, bit for bit.
-        zeroed: have zeros then; they take no room in the host.
+        copied: tells those that have their values again when they come back, bit for bit. It is asked every time: an
+            optimizer makes its moments in its first step.
+        zeroed: tells those that have zeros then; they take no room in the host.
     """
 
-    def __init__(self, copied: Iterable[Tensor], zeroed: Iterable[Tensor]) -> None:
-        self._copied, self._zeroed = _whole_storages(copied), _whole_storages(zeroed)
+    def __init__(self, copied: Callable[[], Iterable[Tensor]], zeroed: Callable[[], Iterable[Tensor]]) -> None:
+        self._to_copy, self._to_zero = copied, zeroed
+        self._copied: list[Tensor] = []
+        self._zeroed: list[Tensor] = []
         # Kept from round to round: pinned memory is slow to get.
         self._hosts: list[Tensor] = []
         self._is_away = False
 
-    @property
-    def nbytes(self) -> int:
-        """What is freed when all is put away."""
-        return sum(whole.numel() for whole in (*self._copied, *self._zeroed))
-
-    def put_away(self) -> None:
-        """Free the device's memory."""
+    def put_away(self) -> int:
+        """Free the device's memory; the bytes of it that were freed."""
         if self._is_away:
-            return
-        if not self._hosts:
+            return 0
+        self._copied, self._zeroed = _whole_storages(self._to_copy()), _whole_storages(self._to_zero())
+        if [host.numel() for host in self._hosts] != [whole.numel() for whole in self._copied]:
             self._hosts = [
                 torch.empty(whole.numel(), dtype=torch.uint8, device="cpu", pin_memory=whole.is_cuda)
                 for whole in self._copied
             ]
         for whole, host in zip(self._copied, self._hosts, strict=True):
             host.copy_(whole)
+        freed = sum(whole.numel() for whole in (*self._copied, *self._zeroed))
         for whole in (*self._copied, *self._zeroed):
             whole.untyped_storage().resize_(0)
         if torch.cuda.is_available():
             # Else it is this process's all the same.
             torch.cuda.empty_cache()
         self._is_away = True
+        return freed
 
     def bring_back(self) -> None:
         """Take the memory, and the values."""

@@ -260,8 +260,10 @@ class MegatronPolicy(AlignableGenerativeInterface):
 
         Every update begins with gradients of zero (`prepare_for_training_step`), so they are not kept.
         """
-        copied = [*optimizer_tensors(self.optimizer.megatron, self.model), *self._reference]
-        return HostMemory(copied, gradient_tensors(self.model))
+        return HostMemory(
+            lambda: (*optimizer_tensors(self.optimizer.megatron, self.model), *self._reference),
+            lambda: gradient_tensors(self.model),
+        )
 
     # ---- the reference policy of the KL penalty ------------------------------------------------------------
 

@@ -120,16 +120,21 @@ def state_away_between_steps(
         fault: the moments come back as another parameter's.
     """
     training = Training(directory, layout, sharded=sharded, dtype=dtype)
-    losses = [training.step()]
+    # Before there are moments, as a run that begins does.
+    memory = HostMemory(
+        lambda: optimizer_tensors(training.optimizer, training.wrapped), lambda: gradient_tensors(training.wrapped)
+    )
+    memory.put_away()
+    memory.bring_back()
+    losses, freed = [training.step()], 0
     copied = list(optimizer_tensors(training.optimizer, training.wrapped))
     zeroed = list(gradient_tensors(training.wrapped))
-    memory = HostMemory(copied, zeroed)
     numbers = sum(parameter.numel() for parameter in training.model.parameters())
     held = sum(tensor.nbytes for tensor in copied if tensor.numel() > 1)
     for _ in range(steps - 1):
         before = [tensor.clone() for tensor in copied]
-        memory.put_away()
-        memory.put_away()
+        freed = memory.put_away()
+        assert memory.put_away() == 0
         assert [tensor.untyped_storage().nbytes() for tensor in (*copied, *zeroed)] == [0] * len(copied + zeroed)
         # Other tensors take the memory meanwhile.
         others = [torch.full_like(tensor, 7.0) for tensor in before]
@@ -149,7 +154,7 @@ def state_away_between_steps(
         "numbers": numbers,
         "copied": held,
         "zeroed": sum(tensor.nbytes for tensor in zeroed),
-        "freed": memory.nbytes,
+        "freed": freed,
     }
 
 

@@ -137,7 +137,7 @@ def shared(base: Path, count: int, directory: Path) -> Iterator[Shared]:
     config = settings([one.url for one in made])
     sampler = ServerSampler(config, wanted, stop_token_ids=[0], run="run", is_leader=True, stale="resample")
     held = torch.arange(3.0)
-    turns = ColocatedTurns(sampler, HostMemory([held], []))
+    turns = ColocatedTurns(sampler, HostMemory(lambda: [held], list))
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         # Nothing of the trainer's is in the way by now.
