@@ -42,6 +42,8 @@ def status(
     found = runs.status(root)
     if as_json:
         say(runs.status_json(found))
+    elif not found:
+        say(runs.NO_RUNS)
     else:
         console = Console(highlight=False)
         console.width = max(console.width, STATUS_COLUMNS)

@@ -244,7 +244,7 @@ def _held_out(config: SupervisedConfig | DPOConfig | RoundsConfig) -> int:
 
 
 def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
-    """What follows from a config: processes, parameters, bytes a GPU, tokens a step, steps.
+    """What follows from a config: processes, parameters, bytes per GPU, tokens per step, steps.
 
     Raises:
         UserError: the model cannot have this layout or length, or the data is too little for one step.
@@ -262,7 +262,7 @@ def derived_numbers(stage: str, config: Any) -> Mapping[str, str]:
         numbers["parameters"] = f"{architecture.num_parameters:,}"
         numbers["LongRoPE factors"] = regime_name(architecture, config.sequence_length, config.model.longrope)
         state = largest_state(architecture, config.parallel, config.model.dtype, distributed=config.optim.distributed)
-        numbers["weights, gradients, optimizer a GPU"] = f"{state.total / GIBIBYTE:.3f} GiB"
+        numbers["weights, gradients, optimizer per GPU"] = f"{state.total / GIBIBYTE:.3f} GiB"
     else:
         numbers["parameters"] = f"unknown: {config.base} does not exist yet"
     numbers |= _batch_numbers(stage, config)
@@ -273,13 +273,13 @@ def _batch_numbers(stage: str, config: SupervisedConfig | DPOConfig | RoundsConf
     if isinstance(config, RoundsConfig):
         sequences = config.prompts_per_step * config.group_size
         return {
-            "responses a step": f"{sequences:,}",
-            "tokens a step, at most": f"{sequences * config.sequence_length:,}",
+            "responses per step": f"{sequences:,}",
+            "tokens per step, at most": f"{sequences * config.sequence_length:,}",
             "steps": f"{planned_steps(stage, config):,}",
         }
     sequences = config.global_batch * (2 if isinstance(config, DPOConfig) else 1)
     numbers = {
-        "tokens a step" + ("" if stage == "midtrain" else ", at most"): f"{sequences * config.sequence_length:,}"
+        "tokens per step" + ("" if stage == "midtrain" else ", at most"): f"{sequences * config.sequence_length:,}"
     }
     steps = planned_steps(stage, config)
     if steps is None:

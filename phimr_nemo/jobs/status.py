@@ -37,6 +37,7 @@ MOST_STEPS: Final = 10**12
 FIXED_POINT_BELOW: Final = 1e9
 SECONDS_A_MINUTE: Final = 60
 MINUTES_AN_HOUR: Final = 60
+NO_RUNS: Final = "no runs here: a run is a directory with a run.json in it"
 WORDS: Final = ("run", "stage", "state", "queue")
 GAUGES: Final = ("step", "steps", "eta_seconds", "tokens_per_second_per_gpu", "loss", "reward", "starts", "shards")
 
@@ -263,7 +264,7 @@ def _name(item: RunStatus, root: Path) -> str:
 def progress_of(item: RunStatus) -> str:
     """Steps done of those planned, or finished shards; empty where there is neither."""
     if item.step is None:
-        return f"{item.shards} shards" if item.shards else ""
+        return f"{item.shards} shard{'s' if item.shards > 1 else ''}" if item.shards else ""
     return f"{item.step:,}" + (f" / {item.steps:,}" if item.steps is not None else "")
 
 

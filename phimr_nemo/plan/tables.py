@@ -217,9 +217,9 @@ def print_generation(config: GenerationPlanConfig, plan: GenerationPlan, console
         (
             "judge, US dollars",
             f"{plan.judge_dollars:,.0f}",
-            f"{config.judge_prompt_tokens} + {config.judge_reply_tokens} tokens a question, measured",
+            f"{config.judge_prompt_tokens} + {config.judge_reply_tokens} tokens per question, measured",
         ),
-        ("text, TB", f"{plan.text_bytes / TERABYTE:.3g}", f"{config.bytes_a_token:g} bytes a token, measured"),
+        ("text, TB", f"{plan.text_bytes / TERABYTE:.3g}", f"{config.bytes_a_token:g} bytes per token, measured"),
         (
             "record directory, TB",
             f"{plan.stored_bytes / TERABYTE:.3g}",

@@ -124,7 +124,11 @@ def _limits(own: list[Evaluated]) -> str:
 
 
 def _running(config: ExportConfig, architecture: Architecture, origin: Origin, own: list[Evaluated]) -> str:
-    """Commands for transformers, vLLM and llama.cpp, with the sampling of the evaluations."""
+    """Commands for transformers, vLLM and llama.cpp, with the sampling of the evaluations.
+
+    The evaluations draw from the nucleus alone. transformers (top_k 50) and llama.cpp (top_k 40, min_p 0.05) have
+    filters of their own unless they are told otherwise.
+    """
     params: Mapping[str, Any] = own[0].settings.get("params", {}) if own else {}
     sampling = {name: params.get(name, usual) for name, usual in SAMPLING.items()}
     longest = _longest(architecture, origin)
@@ -141,7 +145,7 @@ def _running(config: ExportConfig, architecture: Architecture, origin: Origin, o
         '    question, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
         "output = model.generate(\n"
         f"    **inputs, max_new_tokens={sampling['max_new_tokens']}, do_sample={temperature > 0}"
-        + (f", temperature={temperature:g}, top_p={top_p:g}" if temperature > 0 else "")
+        + (f", temperature={temperature:g}, top_p={top_p:g}, top_k=0" if temperature > 0 else "")
         + '\n)\nprint(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))\n```',
         "vLLM:",
         f"```bash\nvllm serve . --served-model-name release --max-model-len {longest}\n"
@@ -149,7 +153,7 @@ def _running(config: ExportConfig, architecture: Architecture, origin: Origin, o
         f"    -d '{request}'\n```",
         "llama.cpp, whose converter knows tokenizers by name and refuses one that it does not know:",
         f"```bash\npython convert_hf_to_gguf.py . --outfile model.gguf\n"
-        f"llama-cli -m model.gguf -c {longest} --temp {temperature:g} --top-p {top_p:g} "
+        f"llama-cli -m model.gguf -c {longest} --jinja --temp {temperature:g} --top-p {top_p:g} --top-k 0 --min-p 0 "
         f"-p {json.dumps(EXAMPLE)}\n```",
         *_length(architecture, origin),
     ]

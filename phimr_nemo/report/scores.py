@@ -191,7 +191,7 @@ def paper_reference() -> tuple[PaperRow, ...]:
         _paper_row("+ SFT", 43.3, 89.3, 48.3),
         _paper_row("+ rollout DPO", 50.0, 93.6, 49.0),
         _paper_row("+ RL = Phi-4-Mini-Reasoning", 57.5, 94.6, 52.0),
-        _paper_row("Phi-4-Mini-Reasoning, re-evaluated", 48.1, 91.2, 44.5, "64 / 8 / 8 samples a question"),
+        _paper_row("Phi-4-Mini-Reasoning, re-evaluated", 48.1, 91.2, 44.5, "64 / 8 / 8 samples per question"),
         _paper_row("DeepSeek-R1-Distill-Qwen-7B", 53.3, 91.4, 49.5),
         _paper_row("DeepSeek-R1-Distill-Llama-8B", 43.3, 86.9, 47.3),
         _paper_row("Bespoke-Stratos-7B", 20.0, 82.0, 37.8, starred),

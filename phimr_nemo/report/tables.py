@@ -126,7 +126,7 @@ def length_table(benchmark: str, models: Mapping[str, Seeds]) -> Table | None:
     if not rows:
         return None
     header = ("model", "median", "90 %", "99 %", "longest", "mean, correct", "mean, other", "responses")
-    return Table(f"{benchmark}: tokens a response", header, tuple(rows), "Quantiles are means over the seeds.")
+    return Table(f"{benchmark}: tokens per response", header, tuple(rows), "Quantiles are means over the seeds.")
 
 
 def difference_table(benchmark: str, models: Mapping[str, Seeds]) -> Table | None:

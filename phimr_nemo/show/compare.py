@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -171,14 +171,25 @@ def _scores(names: tuple[str, str], evaluated: Mapping[str, tuple[Evaluated, Eva
                 f"{sum(change < 0 for change in changes):,}",
             )
         score = [f"{percent(side.result.pass1)} ± {percent(side.result.stderr)}" for side in (one, other)]
-        rows.append((one.benchmark if name == HERE else name, *score, *cells, f"{len(common):,}"))
+        rows.append((one.benchmark if name == HERE else name, *score, *cells, _shared(common, before, after)))
     header = ("evaluation", *names, "points", f"{CONFIDENCE:.0%} interval", "better", "worse", "questions in both")
     note = (
         f"pass@1 in per cent ± its standard error, clustered by question. The difference is paired by question and "
         f"bootstrapped over questions ({RESAMPLES:,} resamples). Better, worse: questions of which the second run "
         "answers a larger, a smaller share correctly."
     )
+    if any(one.result.per_question.keys() != other.result.per_question.keys() for one, other in evaluated.values()):
+        note += (
+            " The runs were asked different questions: a score is of all of its own, a difference of those in both."
+        )
     return Table("Scores", header, tuple(rows), note)
+
+
+def _shared(common: Collection[str], before: Collection[str], after: Collection[str]) -> str:
+    """How many questions both were asked, and of how many each, where that is more."""
+    asked = dict.fromkeys((len(before), len(after)))
+    of = "" if list(asked) == [len(common)] else " of " + " and ".join(f"{count:,}" for count in asked)
+    return f"{len(common):,}{of}"
 
 
 def _view(name: str, names: tuple[str, str], both: tuple[Evaluated, Evaluated]) -> View:

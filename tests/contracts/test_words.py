@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from phimr_nemo.cli.main import STAGE_HELP, app
 INSTEAD = {
     r"\ba (CPU )?second\b(?= *(\||\(|,|and GPU|on the|of the|$))": "per second, per CPU-second",
     r"\bCPU seconds?\b(?= *(per|a)\b)": "CPU-seconds",
-    r"\b(seconds|steps|samples|solutions|tokens|pairs|responses|prompts|rows|problems|rollouts) an? "
-    r"(step|stage|question|problem|seed|row|prompt|shard|recipe)\b": "per",
+    r"\b(seconds|steps|samples|solutions|tokens|pairs|responses|prompts|rows|problems|rollouts|bytes|optimizer) an? "
+    r"(step|stage|question|problem|seed|row|prompt|shard|recipe|response|token|GPU|round)\b": "per",
     r"(?<!-)(?<!_)\bpeers?\b": "baseline",
     r"\bright (answers?|responses?|solutions?|ones?)\b": "correct",
     r"\bkept out of training\b|\bdocuments kept out\b": "held out",
@@ -40,6 +41,7 @@ EXAMPLES = (
     "tokens a second (memory)",
     "CPU seconds a step",
     "8 samples a question",
+    "optimizer a GPU",
     "a peer",
     "the right answers",
     "rows kept out of training",
@@ -89,6 +91,21 @@ def test_a_document_uses_the_fields_words(document: Path) -> None:
 
 def test_help_uses_the_fields_words() -> None:
     assert {name: words for name, text in helps() if (words := found(text))} == {}
+
+
+def literals(module: Path) -> Iterator[str]:
+    """The strings of a module that can be printed: all but its docstrings."""
+    tree = ast.parse(module.read_text("utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+def test_what_is_printed_uses_the_fields_words() -> None:
+    modules = sorted((REPOSITORY / "phimr_nemo").rglob("*.py"))
+    told = {str(module.relative_to(REPOSITORY)): found("\n".join(literals(module))) for module in modules}
+    assert {module: words for module, words in told.items() if words} == {}
 
 
 @pytest.mark.parametrize("text", EXAMPLES)

@@ -240,8 +240,8 @@ def test_dry_run_prints_config_and_numbers_that_follow_from_it(
     assert numbers["parameters"] == f"{parameters_by_hand():,}"
     # bf16 weights, fp32 gradients, two moments and master weights in fp32 over two data-parallel ranks.
     size = parameters_by_hand() / 2 * (2 + 4 + 12 / 2)
-    assert numbers["weights, gradients, optimizer a GPU"] == f"{size / 2**30:.3f} GiB"
-    tokens = next(value for name, value in numbers.items() if name.startswith("tokens a step"))
+    assert numbers["weights, gradients, optimizer per GPU"] == f"{size / 2**30:.3f} GiB"
+    tokens = next(value for name, value in numbers.items() if name.startswith("tokens per step"))
     assert tokens == f"{sequences * 200:,}"
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 

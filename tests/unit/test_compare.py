@@ -83,14 +83,18 @@ def test_flipped_questions_come_with_the_largest_change_first(two: tuple[Path, P
 def test_questions_that_only_one_was_asked_are_left_out(tmp_path: Path) -> None:
     one, two = evaluation(tmp_path / "a", "SFT", [2, 0, 1]), evaluation(tmp_path / "b", "DPO", [2, 2])
     found = compare(one, two)
-    assert [row[3:] for row in cells(found.scores)] == [("+50.0", "+0.0 to +100.0", "1", "0", "2")]
+    assert [row[3:] for row in cells(found.scores)] == [("+50.0", "+0.0 to +100.0", "1", "0", "2 of 3 and 2")]
+    assert found.scores is not None
+    assert "asked different questions" in found.scores.note
     assert [row[1] for row in cells(found.flipped)] == ["p1"]
     for path in (tmp_path / "c", tmp_path / "d"):
         evaluation(path, "SFT", [2] if path.name == "c" else [2, 2])
     asked = json.loads((tmp_path / "d" / "results.json").read_text())
     asked["per_question"] = {"other": 1.0}
     (tmp_path / "d" / "results.json").write_text(json.dumps(asked))
-    assert [row[3:] for row in cells(compare(tmp_path / "c", tmp_path / "d").scores)] == [("-", "-", "-", "-", "0")]
+    assert [row[3:] for row in cells(compare(tmp_path / "c", tmp_path / "d").scores)] == [
+        ("-", "-", "-", "-", "0 of 1")
+    ]
 
 
 def test_two_runs_are_compared_whatever_their_names(two: tuple[Path, Path]) -> None:

@@ -72,7 +72,7 @@ def test_a_larger_teacher_of_the_same_words_is_taken(tmp_path: Path) -> None:
     asked = config(tmp_path)
     preflight("distill", asked)
     assert file_inputs(asked) == [tmp_path / "base", tmp_path / "teacher"]
-    assert derived_numbers("distill", asked)["responses a step"] == str(64 * 4)
+    assert derived_numbers("distill", asked)["responses per step"] == str(64 * 4)
 
 
 def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -247,6 +248,28 @@ def test_the_card_has_what_a_reader_asks_first(tmp_path: Path, model: Path) -> N
     request = json.loads(re.search(r"-d '(.*)'", serve)[1])  # type: ignore[index]
     assert request["messages"][0]["role"] == "user"
     assert "convert_hf_to_gguf.py . --outfile model.gguf" in convert
+
+
+@pytest.mark.parametrize(("asked", "sampled"), [(0.6, True), (0.0, False)])
+def test_the_cards_examples_sample_from_the_nucleus_alone(
+    tmp_path: Path, model: Path, asked: float, sampled: bool
+) -> None:
+    """The evaluations have no top-k and no min-p; transformers' default is 50, llama.cpp's are 40 and 0.05."""
+    path = evaluated(tmp_path / "e", model, correct=12, questions=16, stderr=0.03)
+    results = json.loads((path / RESULTS_FILE).read_text("utf-8"))
+    results["settings"]["params"] = {"temperature": asked, "top_p": 0.9, "max_new_tokens": 77}
+    (path / RESULTS_FILE).write_text(json.dumps(results), "utf-8")
+    run_stage("export", export_config(tmp_path, model, f"evaluations.SFT={path}"))
+    (code,) = examples(tmp_path, "python")
+    (call,) = re.findall(r"model\.generate\(\n(.*)\n\)", code)
+    given = eval(f"dict({call.replace('**inputs,', '')})")
+    assert given.pop("max_new_tokens") == 77
+    assert given == (
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0} if sampled else {"do_sample": False}
+    )
+    words = shlex.split(examples(tmp_path, "bash")[1].splitlines()[1])
+    flags = {name: float(words[words.index(name) + 1]) for name in ("--temp", "--top-p", "--top-k", "--min-p")}
+    assert flags == {"--temp": asked, "--top-p": 0.9, "--top-k": 0.0, "--min-p": 0.0}
 
 
 def test_the_card_says_of_the_training_data_what_the_manifest_says(tmp_path: Path, model: Path) -> None:

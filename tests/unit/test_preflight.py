@@ -329,15 +329,15 @@ def test_steps_follow_from_the_rows(stage: str, key: str, kind: Kind, tmp_path: 
     assert numbers["steps"] == str(whole_batches)
     assert derived_numbers(stage, stage_config(stage, tmp_path, *overrides, "max_steps=5"))["steps"] == "5"
     sequences = 4 * (2 if stage == "dpo" else 1)  # a pair is two sequences
-    tokens = next(value for name, value in numbers.items() if name.startswith("tokens a step"))
+    tokens = next(value for name, value in numbers.items() if name.startswith("tokens per step"))
     assert tokens == str(sequences * 100)
 
 
 def test_numbers_of_a_grpo_step(tmp_path: Path, base: Path) -> None:
     overrides = ["prompts_per_step=6", "group_size=5", "sequence_length=70", "max_new_tokens=60", "steps=9"]
     numbers = derived_numbers("grpo", stage_config("grpo", tmp_path, *overrides))
-    assert numbers["responses a step"] == "30"
-    assert numbers["tokens a step, at most"] == "2,100"
+    assert numbers["responses per step"] == "30"
+    assert numbers["tokens per step, at most"] == "2,100"
     assert numbers["steps"] == "9"
 
 
@@ -363,6 +363,6 @@ def test_the_papers_midtraining_in_numbers(tmp_path: Path) -> None:
     numbers = derived_numbers("midtrain", config)
     assert numbers["processes"] == "128"
     assert numbers["parameters"] == "3,836,021,760"  # Microsoft's own safetensors index
-    assert numbers["tokens a step"] == f"{16_384 * 128:,}"
+    assert numbers["tokens per step"] == f"{16_384 * 128:,}"
     gibibytes = 3_836_021_760 * (2 + 4 + 12 / 128) / 2**30
-    assert numbers["weights, gradients, optimizer a GPU"] == f"{gibibytes:.3f} GiB"
+    assert numbers["weights, gradients, optimizer per GPU"] == f"{gibibytes:.3f} GiB"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from results import plain_result
 from rich.console import Console
 from shown import HOSTILE, row, sample
@@ -20,6 +21,7 @@ from phimr_nemo.cli.main import app
 from phimr_nemo.config import QuickstartConfig, load_config
 from phimr_nemo.evaluate.evaluate import write_result
 from phimr_nemo.jobs.quickstart import seed_steps
+from phimr_nemo.jobs.status import NO_RUNS
 from phimr_nemo.jobs.watch.page import MOST_POINTS, _points, write_live_page
 from phimr_nemo.jobs.watch.pipeline import NOT_BEGUN, SETTLED_SECONDS, Pipeline, read_pipeline
 from phimr_nemo.jobs.watch.watch import shortened, summary, watch
@@ -204,6 +206,22 @@ def test_a_pipeline_that_is_over_is_shown_once(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert done.output.count("1 of 1 steps done") == 1
     assert (tmp_path / "p.html").is_file()
+
+
+def test_a_narrow_terminal_cuts_names_and_nothing_else(tmp_path: Path) -> None:
+    path = run(tmp_path / "mine" / ("evaluate-" + "x" * 80), "evaluate", 900.0, 749.0)
+    write_result(path / RESULTS_FILE, plain_result(0.5), {"row": "GRPO", "benchmark": "mine"})
+    age(path, 749.0)
+    out = io.StringIO()
+    watch(tmp_path, Console(file=out, width=80), every=10.0, page=None, clock=lambda: NOW)
+    _, line, *_ = out.getvalue().splitlines()
+    assert re.fullmatch(r"mine/evaluate-x+… +done +2 min 31 s +pass@1 50\.0 ± 10\.0 %\s*", line)
+
+
+@pytest.mark.parametrize("options", [[], ["--watch"]])
+def test_no_runs_are_said(options: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["status", str(tmp_path), *options], catch_exceptions=False)
+    assert (done.exit_code, done.output.strip().splitlines()[-1].strip()) == (0, NO_RUNS)
 
 
 def test_a_low_terminal_gets_several_steps_in_one_line(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class TeachersConfig:
 
 @config
 class SolutionsConfig:
-    """The ablation of verification, and of solutions a question, at equal tokens.
+    """The ablation of verification, and of solutions per question, at equal tokens.
 
     Attributes:
         output: where the arms, the table and the picture go.
@@ -93,7 +93,7 @@ class SolutionsConfig:
         if uneven or len(set(self.solutions)) < len(self.solutions):
             raise RuleBroken(
                 f"{AT}total={self.total} with {AT}solutions={list(self.solutions)}",
-                rule="every arm has its own number of solutions a question, and the total is a multiple of it",
+                rule="every arm has its own number of solutions per question, and the total is a multiple of it",
                 remedy=f"set {AT}solutions=[1,2,4,8] {AT}total=2400",
             )
 

@@ -157,7 +157,7 @@ class RoundsConfig:
 
     @property
     def updates(self) -> int:
-        """Optimizer steps a round."""
+        """Optimizer steps per round."""
         return self.inner_batches * self.passes
 
     @property

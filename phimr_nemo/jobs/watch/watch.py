@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from phimr_nemo.jobs.quickstart import TRAINED
-from phimr_nemo.jobs.status import progress_of, slurm_queue
+from phimr_nemo.jobs.status import NO_RUNS, progress_of, slurm_queue
 from phimr_nemo.jobs.watch.page import write_live_page
 from phimr_nemo.jobs.watch.pipeline import NOT_BEGUN, Pipeline, Said, Step, read_pipeline
 from phimr_nemo.store.progress import duration
@@ -91,6 +91,8 @@ def drawn(found: Pipeline, height: int | None = None) -> Group:
 
 def summary(found: Pipeline) -> str:
     """How much is done, and how long the rest takes, as far as that is known."""
+    if not found.steps:
+        return NO_RUNS
     parts = [f"{found.done} of {len(found.steps)} steps done", f"{duration(found.taken)} so far"]
     if found.done < len(found.steps):
         count = found.unknown
@@ -154,10 +156,13 @@ def _steps(steps: Sequence[Step]) -> Table:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("step", "state", "done", "time", "to go", "score"):
-        table.add_column(title, justify="left" if title in LEFT else "right", no_wrap=True, overflow="ellipsis")
+        table.add_column(
+            title, justify="left" if title in LEFT else "right", no_wrap=title != "step", overflow="ellipsis"
+        )
     for step in steps:
         cells = [
-            Text(printable(step.name)),
+            # In a narrow terminal its name is cut, and nothing else.
+            Text(printable(step.name), no_wrap=True),
             Text(step.state, style=COLORS.get(step.state, "dim")),
             Text("" if step.status is None else progress_of(step.status)),
             Text("" if step.seconds is None else duration(step.seconds)),
