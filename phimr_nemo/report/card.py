@@ -126,15 +126,16 @@ def _limits(own: list[Evaluated]) -> str:
 def _running(config: ExportConfig, architecture: Architecture, origin: Origin, own: list[Evaluated]) -> str:
     """Commands for transformers, vLLM and llama.cpp, with the sampling of the evaluations.
 
-    The evaluations draw from the nucleus alone. transformers (top_k 50) and llama.cpp (top_k 40, min_p 0.05) have
-    filters of their own unless they are told otherwise.
+    The evaluations draw from the nucleus alone. transformers (top_k 50), vLLM (what generation_config.json says) and
+    llama.cpp (top_k 40, min_p 0.05) have filters of their own unless they are told otherwise.
     """
     params: Mapping[str, Any] = own[0].settings.get("params", {}) if own else {}
     sampling = {name: params.get(name, usual) for name, usual in SAMPLING.items()}
     longest = _longest(architecture, origin)
     temperature, top_p = sampling["temperature"], sampling["top_p"]
     message = {"role": "user", "content": EXAMPLE}
-    request = json.dumps({"model": "release", "messages": [message], "temperature": temperature, "top_p": top_p})
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": -1, "min_p": 0}
+    request = json.dumps({"model": "release", "messages": [message], **drawn})
     parts = [
         "The chat template comes with the tokenizer. Generation ends with "
         f"{_end(config.model, architecture)}. In the directory of the weights:",

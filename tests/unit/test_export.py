@@ -267,7 +267,15 @@ def test_the_cards_examples_sample_from_the_nucleus_alone(
     assert given == (
         {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0} if sampled else {"do_sample": False}
     )
-    words = shlex.split(examples(tmp_path, "bash")[1].splitlines()[1])
+    served, converted = examples(tmp_path, "bash")
+    request = json.loads(shlex.split(served)[-1])
+    assert {name: request[name] for name in ("temperature", "top_p", "top_k", "min_p")} == {
+        "temperature": asked,
+        "top_p": 0.9,
+        "top_k": -1,
+        "min_p": 0,
+    }
+    words = shlex.split(converted.splitlines()[1])
     flags = {name: float(words[words.index(name) + 1]) for name in ("--temp", "--top-p", "--top-k", "--min-p")}
     assert flags == {"--temp": asked, "--top-p": 0.9, "--top-k": 0.0, "--min-p": 0.0}
 
