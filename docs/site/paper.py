@@ -179,6 +179,16 @@ TECHNIQUES: Final = (
 )
 QUESTIONS: Final = (
     Claim(
+        "Do four times as many documents beat four times the passes over them, at equal updates (width 192)?",
+        *_ablation("repetition"),
+        1,
+        "% pass@1",
+        (
+            Cell("supervised-ablations.md", "pass@1", "hidden-192, 1,500 problems"),
+            Cell("supervised-ablations.md", "pass@1", "hidden-192, whole set"),
+        ),
+    ),
+    Claim(
         "Are near misses better rejected responses than random ones?",
         *_ablation("dpo_negatives"),
         1,

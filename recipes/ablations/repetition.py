@@ -145,6 +145,7 @@ def _plot(
                     ha={places[0]: "left", places[-1]: "right"}.get(place, "center"),
                     va="bottom" if height < len(widths) - 1 else "top",
                     fontsize=7,
+                    bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0},
                 )
         axes.set_xticks(places, [f"{count:,.0f}" for count in documents], fontsize=8)
         axes.set_yticks(range(len(widths)), widths, fontsize=8)
