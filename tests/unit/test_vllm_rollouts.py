@@ -45,7 +45,7 @@ BOUND = 5e-5
 LONG_BOUND = 4 * BOUND
 """The same behind hundreds of tokens."""
 SHORT = 8
-"""The longest response that interrupts: the others, of which one ends with a stop token as it may, are under way."""
+"""Tokens of the response whose end interrupts the others."""
 INTERRUPTIONS = range(2, SYNCS, 2)
 """Versions of the weights; so often it is tried to interrupt while a response is under way."""
 ANSWERS = 5
@@ -337,7 +337,10 @@ def test_a_served_model_is_synced_and_killed_in_the_middle(
                 (c.token_ids, c.finish_reason) for c in expected
             ]
             assert {completion.version for completion in found} == {version}
-        interrupted_and_continued(sampler, model)
+        # Without a token that ends a response the long ones have hundreds, and are under way for as long.
+        endless = ServerSampler(config, wanted, stop_token_ids=[], run="a", is_leader=True, stale="resample")
+        interrupted_and_continued(endless, model)
+        sampler.update_weights(weights.items(), version)
         read, answers = replies.read_reply, itertools.count(1)
 
         def killing(*arguments: Any, **named: Any) -> Completion | Partial:
