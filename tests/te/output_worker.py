@@ -105,8 +105,12 @@ def shares(fault: str = "") -> dict[str, float]:
     return told
 
 
-def wide() -> dict[str, float]:
-    """By result, how far logits in float32 by Transformer Engine's product are from those of a float32 copy."""
+def wide(fault: str = "") -> dict[str, float]:
+    """By result, how far logits in float32 by Transformer Engine's product are from those of a float32 copy.
+
+    Args:
+        fault: planted: "rounded" to bfloat16 on its way.
+    """
     from phimr_nemo.losses import products
 
     by_copy, asked = results("fp32"), []
@@ -114,7 +118,8 @@ def wide() -> dict[str, float]:
 
     def product(first: Any, second: Any, layout: str, **options: Any) -> Tensor:
         asked.append((first.dtype, second.dtype, layout, options["out_dtype"]))
-        return real(first, second, layout, **options)
+        exact = real(first, second, layout, **options)
+        return exact.bfloat16().float() if fault == "rounded" else exact
 
     with (
         mock.patch.object(products, "has_wide_products", return_value=True),

@@ -44,6 +44,11 @@ def test_wide_logits_by_a_product_of_16_bits_are_those_of_float32_copies(ranks: 
         assert max(found["hidden"], found["weight"]) < 2.0**-7, found
 
 
+def test_wide_logits_that_were_rounded_are_seen() -> None:
+    (found,) = run_prepared(te_lane.enter, worker.wide, 1, "rounded")
+    assert min(found["logprobs"], found["entropy"]) > 10 * 1e-5, found
+
+
 def test_a_matrix_that_8_bit_products_do_not_take_is_refused() -> None:
     (said,) = run_prepared(te_lane.enter, worker.refusal, 1)
     assert said == "model.fp8_output=true with an output matrix of (319, 64) on each rank"

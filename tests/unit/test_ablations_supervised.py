@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from results import plain_result
 
 from phimr_nemo.config import BaseConfig, load_config
@@ -194,6 +195,8 @@ def test_repetition_gives_every_set_the_same_updates_at_every_width(base: Path, 
     """Two widths, two sets, two seeds: the wide model answers one question more with the whole set, in seed 1 all."""
     root = quickstart(tmp_path / "quickstart", base) / "seed-1"
     path, values = settings(tmp_path, "repetition", "problems=[8]", "updates=250")
+    one_width = tmp_path / "one-width.yaml"
+    one_width.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text("utf-8")), "widths": {"a": []}}))
     config = replace(load_config(RepetitionConfig, path, values), widths={"a": (), "b": ("hidden_size=64",)})
     steps = {step.name: step.arguments for step in repetition.plan(config) if step.output.parent.name == "seed-1"}
     arms = [f"{width}-{size}" for width in "ab" for size in ("8", "full")]
@@ -216,6 +219,8 @@ def test_repetition_gives_every_set_the_same_updates_at_every_width(base: Path, 
             trained(out / arm, base, 250)
             extra = float(seed) if arm == "b-full" else 0.0
             evaluated(out / f"evaluate-{arm}", [extra, extra, float(arm == "b-full"), 1.0])
+    with pytest.raises(UserError, match="widths"):
+        load_config(RepetitionConfig, one_width, values)
     text = repetition.report(config)
     assert "| a, 8 problems | 4 (4, 4) | 250 (250, 250) |" in text
     assert "| b, whole set | 32 (32, 32) | 250 (250, 250) |" in text

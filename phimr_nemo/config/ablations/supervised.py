@@ -144,7 +144,7 @@ class RepetitionConfig:
         output: where the arms, the table and the picture go.
         quickstarts: outputs of finished quickstarts; they bring the whole set, the largest.
         problems: the smaller sets: as many problems as the teacher is asked.
-        widths: name -> settings that differ from conf/base/tiny.yaml.
+        widths: name -> settings that differ from conf/base/tiny.yaml; two at least, as contours have two axes.
         updates: of every arm; a smaller set is repeated more often.
         heldout_documents: problems whose correct responses measure the loss.
         heldout_problems: questions of the evaluation.
@@ -154,7 +154,7 @@ class RepetitionConfig:
     output: Place
     quickstarts: Annotated[tuple[Place, ...], Field(min_length=1)]
     problems: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    widths: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
+    widths: Annotated[dict[str, tuple[str, ...]], Field(min_length=2)]
     updates: Positive
     heldout_documents: Positive
     heldout_problems: Positive

@@ -326,7 +326,8 @@ class LocalSampler:
     def _choose(self, state: _Rows, logits: Tensor, active: int, params: SamplingParams) -> tuple[Tensor, Tensor]:
         """Draw and record the next token of each active row; [active] whether it ended, and by a stop token.
 
-        Both on the CPU, which waits for the device here and nowhere else between two tokens.
+        Both on the CPU, which waits for the device here, once more where a nucleus is drawn from, and nowhere else
+        between two tokens.
         """
         rows = torch.arange(active, device=self._device)
         index = sent(state.generated[:active], self._device)
