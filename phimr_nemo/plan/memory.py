@@ -9,7 +9,7 @@ from the modules' sources and is not measured yet.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from phimr_nemo.config import OutputFormat, ParallelConfig
 from phimr_nemo.model.architecture import Architecture
@@ -290,8 +290,9 @@ def rank_memory(
     sent = size * tokens * arch.hidden_size / (parallel.tensor if parallel.sequence else 1)
     output = 0.0
     if is_last:
-        chunks: dict[str, Any] = {"logits_bytes": logits_bytes, "output_format": output_format}
-        output = output_bytes(arch, parallel, dtype, tokens, kernels, **chunks)
+        output = output_bytes(
+            arch, parallel, dtype, tokens, kernels, logits_bytes=logits_bytes, output_format=output_format
+        )
     return RankMemory(
         stage=stage,
         in_flight=in_flight,

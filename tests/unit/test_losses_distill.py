@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from phimr_nemo.config import OutputFormat
 from phimr_nemo.errors import UserError
 from phimr_nemo.losses import (
     IGNORED_LABEL,
@@ -65,6 +66,25 @@ def test_value_and_gradient_in_chunks_are_those_of_the_whole_softmax(shape: tupl
     assert not logprobs.requires_grad
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+@pytest.mark.parametrize(("student", "of_teacher"), [("fp32", "fp32"), ("own", "fp32"), ("fp32", "own")])
+def test_logits_in_float32_are_those_of_the_same_numbers(student: OutputFormat, of_teacher: OutputFormat) -> None:
+    """Of matrices in bfloat16, against float64. Either side's logits rounded to bfloat16 are the planted fault."""
+    hidden, weight, labels, teacher = make_case(11)
+    short = [tensor.detach().bfloat16() for tensor in (hidden, weight, teacher.hidden, teacher.weight)]
+    exact = [tensor.double() for tensor in short]
+    expected = whole_reverse_kl(exact[0], exact[1], labels, TeacherStates(exact[2], exact[3]))
+    _, divergence = token_reverse_kl(
+        *(short[0], short[1], labels, TeacherStates(short[2], short[3], of_teacher)),
+        temperature=TEMPERATURE,
+        chunk_size=4,
+        output_format=student,
+    )
+    # Float32's unit roundoff times some tens of operations on numbers of at most some tens.
+    bound = 100 * 2.0**-24 * float(expected.max() + 100)
+    error = float((divergence - expected).abs().max())
+    assert (error < bound) == (student == of_teacher == "fp32"), error
 
 
 def test_the_gradient_is_that_of_finite_differences() -> None:
